@@ -1,0 +1,1 @@
+"""Training: the chunked loss, the trainer, the recipe. Import them by module; this package itself loads nothing."""

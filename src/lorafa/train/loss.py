@@ -1,0 +1,285 @@
+"""The loss of a causal language model at its supervised positions, without ever holding all logits.
+
+Where a frozen head meets a large vocabulary, the logits are the largest tensor of a training step: tokens x vocabulary,
+in the model's dtype, again in float32, and again as their gradient. Here only the positions whose next label counts
+reach the head, a chunk of rows at a time, and the gradient with respect to the chunk's hidden states is taken while its
+logits are still there. What stays for the backward pass is one (supervised tokens, hidden size) tensor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorafa.errors import BackendError, DataError
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained on, as in transformers and `torch.nn.functional.cross_entropy`."""
+
+CHUNK_BYTES = 32 * 2**20
+"""Size of one chunk of float32 logits: large enough for an efficient product, small beside any model's activations."""
+
+# What models do between the head and the loss, by the name of the config field that says how much.
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+_DIVISORS = ("logits_scaling",)  # Granite, HyperCLOVA X
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2 and later, NanoChat; RecurrentGemma
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logits -> softcap * tanh(scale * logits / softcap), or scale * logits where there is no softcap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Transform ``logits`` (rows, vocabulary) in place and return them."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def gradient_(self, grad: Tensor, transformed: Tensor) -> Tensor:
+        """d loss / d logits from d loss / d transformed (rows, vocabulary), in place; overwrites ``transformed``."""
+        if self.softcap is not None:
+            grad.mul_(transformed.div_(self.softcap).square_().neg_().add_(1.0))  # tanh' = 1 - tanh^2
+        if self.scale != 1.0:
+            grad.mul_(self.scale)
+        return grad
+
+
+@dataclass(frozen=True)
+class CausalParts:
+    """A causal language model, cut where its head begins."""
+
+    body: nn.Module
+    head: nn.Linear
+    transform: LogitTransform
+
+
+class SupervisedLoss(nn.Module):
+    """`supervised_loss` of one model as a module, for what wraps modules: DistributedDataParallel, `torch.compile`."""
+
+    def __init__(self, model: nn.Module, chunk_tokens: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, batch: Mapping[str, Any], num_items: Tensor | int | None = None) -> Tensor:
+        return supervised_loss(self.model, batch, self.chunk_tokens, num_items)
+
+
+def supervised_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    chunk_tokens: int | None = None,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Mean negative log-likelihood, in nats, of the labels a batch supervises; a differentiable float32 scalar.
+
+    Equal to the loss the model itself computes from ``labels``, and so are its gradients.
+
+    Args:
+        model: causal language model of transformers, plain or with adapters; `supports_chunked_loss` says which.
+        batch: the model's inputs, with ``labels`` (batch, tokens), -100 where nothing is learnt. Position t is trained
+            to predict label t + 1. ``shift_labels`` in place of ``labels`` are already moved by one.
+        chunk_tokens: rows that go through the head at once; by default as many as `CHUNK_BYTES` of float32 logits hold.
+        num_items: number to divide the summed loss by; by default the supervised positions of this batch. Under
+            gradient accumulation it is the count over all batches of the step.
+
+    Raises:
+        BackendError: the model cannot be cut before its head.
+        DataError: the batch has no labels, or none of them counts.
+    """
+    total, count = supervised_nll(model, batch, chunk_tokens)
+    return total / (count if num_items is None else num_items)
+
+
+def supervised_nll(model: nn.Module, batch: Mapping[str, Any], chunk_tokens: int | None = None) -> tuple[Tensor, int]:
+    """Summed negative log-likelihood of a batch, in nats, and the number of its terms; see `supervised_loss`."""
+    parts = _parts(model)
+    if isinstance(parts, str):
+        raise BackendError(f"The chunked loss cannot be used: {parts}. Train with the model's own loss instead.")
+    inputs = dict(batch)
+    labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+    if labels is None and shifted is None:
+        raise DataError(f"A batch for the supervised loss needs 'labels', found only: {', '.join(sorted(batch))}.")
+    if "use_cache" in inspect.signature(parts.body.forward).parameters:
+        inputs["use_cache"] = False
+    hidden = parts.body(**inputs)[0]
+    return _head_nll(hidden, parts, _next_labels(labels) if shifted is None else shifted, chunk_tokens)
+
+
+def supports_chunked_loss(model: nn.Module) -> str | None:
+    """Why the chunked loss cannot stand in for the model's own loss, or None if it can.
+
+    Looks at the head and then compares both losses on eight tokens: architectures do many things between the last
+    hidden state and the loss, and a list of those we know would pass over the others in silence.
+    """
+    parts = _parts(model)
+    if isinstance(parts, str):
+        return parts
+    weight = parts.head.weight
+    if weight.device.type == "meta":
+        return "the model has no weights yet (they are on the meta device)"
+    tokens = torch.arange(8, device=weight.device).remainder(weight.shape[0]).unsqueeze(0)
+    batch = {"input_ids": tokens, "labels": tokens.masked_fill(tokens == 3, IGNORE_INDEX)}
+    try:
+        with _evaluating(model), torch.no_grad():
+            own = model(**batch).loss
+            ours = supervised_loss(model, batch)
+    except Exception as error:  # any architecture may fail in its own way: the reason goes to the caller
+        return f"a trial with eight tokens failed ({type(error).__name__}: {error})"
+    # half precision logits carry 8 (bfloat16) or 11 bits
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+    if not torch.isclose(own.float(), ours.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
+        return f"on eight tokens the model's own loss is {own.item():.6f} and the chunked loss {ours.item():.6f}"
+    return None
+
+
+def _parts(model: nn.Module) -> CausalParts | str:
+    """Cut the model before its head, or say why that is not possible."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    name, config = type(base).__name__, getattr(base, "config", None)
+    if config is None or not hasattr(base, "base_model") or not hasattr(base, "get_output_embeddings"):
+        return f"{name} is not a transformers model"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder model, whose labels are not shifted"
+    if getattr(config, "output_router_logits", False):
+        return f"{name} adds a router loss (output_router_logits=True)"
+    body, head = base.base_model, base.get_output_embeddings()
+    if head is None or body is base:
+        return f"{name} has no separate body and output head"
+    problem = _head_problem(head)
+    return problem or CausalParts(body, head, _transform(config.get_text_config()))
+
+
+def _head_problem(head: nn.Module) -> str | None:
+    """Why the output head cannot be applied by its weight alone, or None if it can."""
+    if type(head) is not nn.Linear:
+        return f"the output head is not a plain nn.Linear but {type(head).__module__}.{type(head).__name__}"
+    if type(head.weight) is not nn.Parameter or type(head.weight.data) is not Tensor:
+        return f"the output head's weight is a {type(head.weight.data).__name__}"
+    if "forward" in vars(head) or any(
+        (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    ):
+        return "the output head has hooks, which would not run"
+    return None
+
+
+def _transform(config: Any) -> LogitTransform:
+    """Read scale and softcap of the logits from a model's config."""
+    scale = 1.0
+    for field in _MULTIPLIERS:
+        scale *= getattr(config, field, None) or 1.0
+    for field in _DIVISORS:
+        scale /= getattr(config, field, None) or 1.0
+    softcap = next((cap for field in _SOFTCAPS if (cap := getattr(config, field, None)) is not None), None)
+    return LogitTransform(float(scale), None if softcap is None else float(softcap))
+
+
+def _next_labels(labels: Tensor) -> Tensor:
+    """(batch, tokens) labels moved so that position t holds label t + 1; the last position has none."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _uncompiled(function: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, int]]:
+    """Leave the number of chunks, which differs from batch to batch, to Python: a graph break, not a recompile."""
+    return cast(Callable[..., tuple[Tensor, int]], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+@_uncompiled
+def _head_nll(hidden: Tensor, parts: CausalParts, next_labels: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+    """Summed loss of hidden (batch, tokens, size) against next_labels (batch, tokens), and the number of terms."""
+    flat_labels = next_labels.reshape(-1).to(hidden.device)
+    positions = (flat_labels != IGNORE_INDEX).nonzero().squeeze(1)  # waits for the device: the row count is its size
+    if len(positions) == 0:
+        raise DataError(
+            f"All {flat_labels.numel()} labels of the batch are masked (-100), so it trains nothing. Check the answer "
+            "column and the chat template, and that max_length leaves room for the answers."
+        )
+    weight: Tensor = parts.head.weight
+    bias: Tensor | None = parts.head.bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)  # once, not once a chunk
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    total = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias, flat_labels[positions], parts.transform, chunk_tokens, torch.is_grad_enabled()
+    )
+    return cast(Tensor, total), len(positions)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Summed cross entropy of transform(rows @ weight.T + bias); the gradients are taken in the forward pass.
+
+    They are those of the *sum*, of order one, and are scaled in the backward pass by what arrives there: fp16 loss
+    scaling keeps working, and the division by the token count is plain autograd's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk_tokens: int,
+        grad_enabled: bool,
+    ) -> Tensor:
+        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=rows.device)
+        grad_rows = torch.empty_like(rows) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+        with torch.autocast(rows.device.type, enabled=False):
+            for start in range(0, len(rows), chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                target = targets[chunk].unsqueeze(1)
+                logits = transform.apply_(nn.functional.linear(rows[chunk], weight, bias).to(wide))
+                log_probs = logits.log_softmax(dim=-1)
+                total -= log_probs.gather(1, target).sum()
+                if not any(wanted):
+                    continue
+                grad = log_probs.exp_()  # softmax - onehot, in the buffer of the log probabilities
+                grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+                grad = transform.gradient_(grad, logits)
+                if grad_rows is not None:
+                    torch.mm(grad.to(weight.dtype), weight, out=grad_rows[chunk])
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad.T, rows[chunk].to(wide))
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0)
+        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if grad is None else (grad * grad_output).to(ctx.dtype) for grad in ctx.saved_tensors]
+        return (*scaled, None, None, None, None)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside the block, each in its own mode again after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

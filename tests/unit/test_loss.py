@@ -1,0 +1,325 @@
+"""The chunked loss is the model's own loss, with the same gradients and a fraction of the memory."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lorafa.errors import BackendError, DataError
+from lorafa.train.loss import (
+    LogitTransform,
+    SupervisedLoss,
+    _head_nll,
+    _HeadLoss,
+    _parts,
+    supervised_loss,
+    supervised_nll,
+    supports_chunked_loss,
+)
+
+VOCAB, HIDDEN, BATCH, TOKENS = 211, 16, 3, 12
+SMALL = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA_LIKE = {**SMALL, "num_key_value_heads": 1, "intermediate_size": 24}
+CONFIGS: dict[str, hf.PretrainedConfig] = {
+    "llama": hf.LlamaConfig(**LLAMA_LIKE),
+    "gpt2": hf.GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=32),
+    "gemma2 (softcap)": hf.Gemma2Config(**LLAMA_LIKE, head_dim=8, final_logit_softcapping=0.3, query_pre_attn_scalar=8),
+    "cohere (logit_scale)": hf.CohereConfig(**LLAMA_LIKE, logit_scale=0.0625),
+    "granite (logits_scaling)": hf.GraniteConfig(**LLAMA_LIKE, logits_scaling=8.0),
+    "phi (head with bias)": hf.PhiConfig(**SMALL, intermediate_size=24, partial_rotary_factor=0.5),
+}
+
+
+def causal_lm(name: str = "llama", **changes: Any) -> nn.Module:
+    """A tiny random model with dropout off, whose logits are large enough for a transform of them to matter."""
+    config = copy.deepcopy(CONFIGS[name])
+    config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **changes})
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def batch_of(seed: int = 0, rows: int = BATCH, tokens: int = TOKENS) -> dict[str, Tensor]:
+    """Right-padded rows of unequal length, whose first third is a prompt that is not trained on."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCAB, (rows, tokens), generator=generator)
+    lengths = torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=generator)
+    mask = torch.arange(tokens) < lengths
+    labels = ids.masked_fill(~mask | (torch.arange(tokens) < tokens // 3), -100)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_loss_and_gradients(model: nn.Module, own: Tensor, ours: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, own, rtol=tolerance, atol=tolerance)
+    expected, found = gradients(model, own), gradients(model, ours)
+    assert expected.keys() == found.keys()
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 7])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_all_gradients_equal_those_of_the_model_with_a_trainable_head(
+    name: str, chunk_tokens: int | None
+) -> None:
+    model, batch = causal_lm(name), batch_of()
+    assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch, chunk_tokens))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_all_gradients_equal_those_of_the_model_with_a_frozen_head(name: str) -> None:
+    model, batch = causal_lm(name, tie_word_embeddings=False), batch_of()
+    model.get_output_embeddings().requires_grad_(False)
+    assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch))
+
+
+def test_dividing_by_the_items_of_the_whole_step_equals_the_model() -> None:
+    model, batch = causal_lm(), batch_of()
+    for items in (41, torch.tensor(41)):
+        own = model(**batch, num_items_in_batch=items).loss
+        assert_same_loss_and_gradients(model, own, supervised_loss(model, batch, num_items=items))
+
+
+def test_shifted_labels_are_not_shifted_again() -> None:
+    model, batch = causal_lm(), batch_of()
+    own = model(**batch).loss
+    labels = batch.pop("labels")
+    batch["shift_labels"] = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(supervised_loss(model, batch), own)
+
+
+def test_sum_and_count_are_over_the_labels_that_have_a_predecessor() -> None:
+    model, batch = causal_lm(), batch_of()
+    batch["labels"][:, 0] = 3  # position 0 has nothing before it to be predicted from
+    total, count = supervised_nll(model, batch)
+    assert count == int((batch["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(total / count, model(**batch).loss)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_loss_equals_the_model_under_gradient_checkpointing(reentrant: bool) -> None:
+    model, batch = causal_lm(), batch_of()
+    own = model(**batch).loss
+    expected = gradients(model, own)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = gradients(model, supervised_loss(model, batch))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_equals_the_model_under_autocast() -> None:
+    model, batch = causal_lm(), batch_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        own, ours = model(**batch).loss, supervised_loss(model, batch)
+    assert ours.dtype == torch.float32
+    assert_same_loss_and_gradients(model, own, ours, tolerance=2e-2)
+
+
+def test_loss_equals_the_model_in_bfloat16() -> None:
+    model, batch = causal_lm().to(torch.bfloat16), batch_of()
+    assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch), tolerance=3e-2)
+
+
+def test_compiled_loss_equals_the_model() -> None:
+    model, batch = causal_lm(), batch_of()
+    compiled = torch.compile(SupervisedLoss(model), backend="aot_eager")
+    for rows in (BATCH, BATCH + 1):  # another number of supervised tokens, so another number of chunks
+        batch = batch_of(rows, rows)
+        assert_same_loss_and_gradients(model, model(**batch).loss, compiled(batch))
+
+
+def test_scale_that_arrives_late_is_not_lost_in_half_precision() -> None:
+    """The stored gradient is of order one, so fp16 loss scaling acts before anything can underflow."""
+    rows, weight = torch.randn(4, 8, dtype=torch.float16, requires_grad=True), torch.randn(19, 8, dtype=torch.float16)
+    targets = torch.tensor([1, 2, 3, 4])
+    total = _HeadLoss.apply(rows, weight, None, targets, LogitTransform(), 2, True)
+    (total / 1e9 * 1e9).backward()  # the division alone would underflow fp16's 6e-8
+    exact = rows.detach().float().requires_grad_()
+    nn.functional.cross_entropy(exact @ weight.float().T, targets, reduction="sum").backward()
+    torch.testing.assert_close(rows.grad.float(), exact.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.7), LogitTransform(1.3, 0.9)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gradients_pass_gradcheck(transform: LogitTransform, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    rows, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7))
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True) if has_bias else None
+    targets = torch.tensor([0, 6, 3, 3, 1])
+
+    def loss(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _HeadLoss.apply(rows, weight, bias, targets, transform, 2, True)
+
+    assert torch.autograd.gradcheck(loss, (rows, weight, bias))
+
+
+def test_second_derivative_raises_instead_of_being_wrong() -> None:
+    rows, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
+    total = _HeadLoss.apply(rows, weight, None, torch.tensor([0, 1, 2]), LogitTransform(), 2, True)
+    (grad,) = torch.autograd.grad(total**2, rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+        return result
+
+
+def test_full_logits_are_never_allocated() -> None:
+    model, batch = causal_lm(), batch_of(rows=4, tokens=24)
+    model.requires_grad_(False)
+    hidden = torch.randn(4, 24, HIDDEN, requires_grad=True)
+    with LargestTensor() as largest:
+        _head_nll(hidden, _parts(model), batch["labels"], 20)[0].backward()
+    assert largest.numel == 20 * VOCAB
+    with LargestTensor() as largest:
+        model(**batch)
+    assert largest.numel >= 4 * 24 * VOCAB
+
+
+def saved_tensors(run: Any) -> list[Tensor]:
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor):
+        run()
+    return saved
+
+
+def test_only_the_gradient_of_the_supervised_rows_is_saved() -> None:
+    model, batch = causal_lm(), batch_of()
+    model.requires_grad_(False)
+    hidden = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
+    next_labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    count = int((next_labels != -100).sum())
+    saved = saved_tensors(lambda: _head_nll(hidden, _parts(model), next_labels, 4))
+    assert sum(t.numel() * t.element_size() for t in saved if t.is_floating_point()) == count * HIDDEN * 4
+    assert sum(t.numel() for t in saved if not t.is_floating_point()) <= count  # where the rows came from
+
+
+def test_nothing_is_saved_without_gradients() -> None:
+    model, batch = causal_lm(), batch_of()
+    with torch.no_grad():
+        assert not saved_tensors(lambda: supervised_loss(model, batch))
+        without = supervised_loss(model, batch)
+    torch.testing.assert_close(without, supervised_loss(model, batch).detach())
+
+
+def test_batch_whose_labels_are_all_masked_is_refused() -> None:
+    batch = batch_of()
+    batch["labels"].fill_(-100)
+    with pytest.raises(DataError, match=r"All 36 labels of the batch are masked \(-100\).*max_length"):
+        supervised_loss(causal_lm(), batch)
+
+
+def test_batch_without_labels_is_refused() -> None:
+    batch = batch_of()
+    del batch["labels"]
+    with pytest.raises(DataError, match="needs 'labels', found only: attention_mask, input_ids"):
+        supervised_loss(causal_lm(), batch)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_known_architectures_are_supported(name: str) -> None:
+    model = causal_lm(name)
+    assert supports_chunked_loss(model) is None
+    assert all(module.training for module in model.modules())
+
+
+class OddHead(nn.Linear):
+    pass
+
+
+def adapted_head() -> nn.Module:
+    model = causal_lm(tie_word_embeddings=False)
+    model.set_output_embeddings(OddHead(HIDDEN, VOCAB))
+    return model
+
+
+def hooked_head() -> nn.Module:
+    model = causal_lm()
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def unknown_transform() -> nn.Module:
+    class Halved(hf.LlamaForCausalLM):
+        def forward(self, labels: Tensor, **inputs: Any) -> Any:
+            logits = self.lm_head(self.model(**inputs)[0]) / 2
+            return hf.modeling_outputs.CausalLMOutput(self.loss_function(logits, labels, VOCAB), logits)
+
+    model = Halved(causal_lm().config)
+    model.load_state_dict(causal_lm().state_dict())
+    return model
+
+
+def router() -> nn.Module:
+    config = hf.MixtralConfig(**LLAMA_LIKE, num_local_experts=2, output_router_logits=True)
+    return hf.MixtralForCausalLM(config)
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return hf.LlamaForCausalLM(CONFIGS["llama"])
+
+
+def broken() -> nn.Module:
+    model = causal_lm()
+    model.model.layers[0].mlp = nn.Linear(3, 3)
+    return model
+
+
+UNSUPPORTED = {
+    "an adapted head": (adapted_head, "output head is not a plain nn.Linear but .*OddHead"),
+    "a hooked head": (hooked_head, "output head has hooks"),
+    "an unknown transform": (
+        unknown_transform,
+        r"on eight tokens the model's own loss is \d+\.\d+ and the chunked loss",
+    ),
+    "a router loss": (router, "MixtralForCausalLM adds a router loss"),
+    "an encoder-decoder": (
+        lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(vocab_size=VOCAB, d_model=16, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        "is an encoder-decoder model",
+    ),
+    "a body": (lambda: causal_lm().model, "LlamaModel has no separate body and output head"),
+    "a plain module": (lambda: nn.Linear(3, 3), "Linear is not a transformers model"),
+    "the meta device": (on_meta, "no weights yet"),
+    "a model that fails": (broken, r"trial with eight tokens failed \(RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_model_that_cannot_be_cut_gets_the_reason(case: str) -> None:
+    make, reason = UNSUPPORTED[case]
+    problem = supports_chunked_loss(make())
+    assert problem is not None
+    assert re.search(reason, problem)
+
+
+def test_loss_of_a_model_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(BackendError, match=r"chunked loss cannot be used: the output head has hooks.*model's own loss"):
+        supervised_loss(hooked_head(), batch_of())
