@@ -1,0 +1,163 @@
+"""Checks of single settings, shared by every config: each raises a ConfigError that says what to pass instead."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from enum import Enum
+from typing import Any, TypeVar
+
+from lorafa.errors import ConfigError, did_you_mean
+
+
+def found(value: object) -> str:
+    """``'8' (str)``: the value and its type, for the middle of an error text."""
+    return f"{value!r} ({type(value).__name__})"
+
+
+def is_int(value: object) -> bool:
+    """True for integers; ``True`` and ``False`` are not integers here."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is a switch, found {found(value)}. Pass True or False.")
+
+
+def check_int(name: str, value: Any, *, at_least: int | None = None) -> None:
+    bound = "" if at_least is None else f" >= {at_least}"
+    if not is_int(value) or (at_least is not None and value < at_least):
+        raise ConfigError(f"{name} must be an integer{bound}, found {found(value)}. {_as_int(name, value, at_least)}")
+
+
+def _as_int(name: str, value: object, at_least: int | None) -> str:
+    try:
+        number = int(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    lowest = 1 if at_least is None else at_least
+    if number is None or number < lowest or isinstance(value, bool):
+        return f"Pass a number such as {max(lowest, 8)}, without quotes."
+    return f"Pass {number} if that is what was meant." if "[" in name else f"Pass {name}={number} if that is meant."
+
+
+def check_number(name: str, value: Any, what: str, low: float, high: float = math.inf, *, closed: str = "") -> None:
+    """Check a finite number in an interval.
+
+    Args:
+        what: the condition in words, for the error text: "a probability in [0, 1)".
+        closed: which ends belong to the interval: "[" the lower one, "]" the upper one, "[]" both.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be {what}, found {found(value)}. Pass a finite number.")
+    if not (value > low or ("[" in closed and value == low)) or not (value < high or ("]" in closed and value == high)):
+        raise ConfigError(f"{name} must be {what}, found {value!r}. Pass a number in that range.")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ConfigError(f"{name} has no value {value!r}.{did_you_mean(str(value), choices)} Pass one of: {known}.")
+
+
+def check_text(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{name} must be a text or None, found {found(value)}. Put it in quotes.")
+
+
+def names(name: str, value: object) -> list[str]:
+    """A list of non-empty names, in the given order; a bare text is refused: it would be read letter by letter."""
+    if isinstance(value, str):
+        raise ConfigError(f"{name} must be a list of names, found {found(value)}. Pass {name}=[{value!r}].")
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise ConfigError(f"{name} must be a list of names, found {found(value)}. Pass for example {name}=['q_proj'].")
+    for item in value:
+        if not isinstance(item, str) or not item:
+            raise ConfigError(f"{name} must hold names only, found {found(item)}. Remove it or name the module.")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def indices(name: str, value: object) -> list[int]:
+    """A list of different integers >= 0, in the given order."""
+    if not isinstance(value, (list, tuple, set, frozenset, range)):
+        raise ConfigError(f"{name} must be a list of integers, found {found(value)}. Pass for example [0, 1].")
+    listed: list[int] = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    for item in listed:
+        if not is_int(item) or item < 0:
+            raise ConfigError(f"{name} must hold integers >= 0 only, found {found(item)}. Remove or correct it.")
+    repeated = sorted({item for item in listed if listed.count(item) > 1}) if len(set(listed)) < len(listed) else []
+    if repeated:
+        raise ConfigError(f"{name} lists {repeated[0]} more than once. Give every index once.")
+    return listed
+
+
+def check_keys(kind: str, given: Mapping[str, object], known: Iterable[str]) -> None:
+    """Refuse keys that no field reads."""
+    fields = list(known)
+    for key in given:
+        if key not in fields:
+            raise ConfigError(
+                f"{kind} has no setting {key!r} (found {key}={given[key]!r}).{did_you_mean(str(key), fields)} "
+                f"It has: {', '.join(fields)}."
+            )
+
+
+def check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{name} has {pattern!r}, which is no regular expression: {error}. Close its brackets, or escape them."
+        ) from error
+    if not pattern:
+        raise ConfigError(f"{name} holds an empty text, which names no module. Name one, or pass None.")
+
+
+def name_table(name: str, value: object) -> dict[str, Any]:
+    """A copy of a dict from names to values; None is the empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name} must be a dict from module names to numbers, found {found(value)}.")
+    return dict(value)
+
+
+def index_ranges(name: str, value: object) -> list[tuple[int, int]]:
+    """A list of (start, end) pairs with 0 <= start < end."""
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name} must be a list of (start, end) pairs, found {found(value)}. Pass [(0, 4), (2, 6)].")
+    for pair in value:
+        if (
+            not isinstance(pair, (list, tuple))
+            or len(pair) != 2
+            or not all(map(is_int, pair))
+            or not 0 <= pair[0] < pair[1]
+        ):
+            raise ConfigError(f"{name} must hold (start, end) pairs with 0 <= start < end, found {found(pair)}.")
+    return [(pair[0], pair[1]) for pair in value]
+
+
+EnumT = TypeVar("EnumT", bound=Enum)
+
+
+def member(kind: type[EnumT], name: str, value: object) -> EnumT | None:
+    """The member of an enum of texts that ``value`` is or spells; None stays None."""
+    if value is None:
+        return None
+    known = [str(item.value) for item in kind]
+    text = str(value.value) if isinstance(value, Enum) else value
+    check_choice(name, text, known)
+    return kind(text)
+
+
+def plain(value: object) -> Any:
+    """The same value made of what json has: enums as their text, sets as sorted lists, tuples as lists."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

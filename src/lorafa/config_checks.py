@@ -1,0 +1,139 @@
+"""Which values a LoraConfig may have, field by field and together."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from lorafa.checks import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+    check_regex,
+    check_text,
+    found,
+    indices,
+    is_int,
+    names,
+)
+from lorafa.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from lorafa.config import LoraConfig
+
+BIASES = ("none", "all", "lora_only")
+STARTS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
+"""The named starts; "pissa_niter_N" with a number N is one too."""
+START_CONFIGS = {"loftq": "loftq_config", "eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
+"""Start -> the nested config only it reads."""
+FLAGS = (
+    "inference_mode",
+    "fan_in_fan_out",
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "ensure_weight_tying",
+    "attention_out_proj_twice",
+)
+
+
+def check_config(config: LoraConfig) -> None:
+    """Raises ConfigError for the first value that is not allowed."""
+    _check_fields(config)
+    _check_targets(config)
+    _check_start(config)
+    if config.use_dora and config.megatron_config:
+        raise ConfigError("use_dora does not work on Megatron's layers. Drop megatron_config or set use_dora=False.")
+    if config.lora_bias and config.use_dora:
+        raise ConfigError("lora_bias=True does not work with use_dora=True. Drop one of the two.")
+
+
+def _check_fields(config: LoraConfig) -> None:
+    for name in FLAGS:
+        check_flag(name, getattr(config, name))
+    for name in ("peft_version", "base_model_name_or_path", "revision", "megatron_core"):
+        check_text(name, getattr(config, name))
+    for name in ("auto_mapping", "megatron_config"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{name} must be a dict or None, found {found(value)}. Drop it or pass a dict.")
+    check_int("r", config.r, at_least=1)
+    check_int("qalora_group_size", config.qalora_group_size, at_least=1)
+    check_number("lora_alpha", config.lora_alpha, "a number > 0", 0)
+    check_number("lora_dropout", config.lora_dropout, "a probability in [0, 1)", 0, 1, closed="[")
+    check_choice("bias", config.bias, BIASES)
+    if config.init_seed is not None:
+        check_int("init_seed", config.init_seed, at_least=0)
+    tokens = config.alora_invocation_tokens
+    if tokens is not None and not (isinstance(tokens, list) and all(is_int(token) and token >= 0 for token in tokens)):
+        raise ConfigError(
+            f"alora_invocation_tokens must be a list of token ids, found {found(tokens)}. Tokenize the text."
+        )
+
+
+def _check_targets(config: LoraConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, name)
+        if isinstance(pattern, str):
+            check_regex(name, pattern)
+    for key, rank in config.rank_pattern.items():
+        check_regex("rank_pattern", key)
+        check_int(f"rank_pattern[{key!r}]", rank, at_least=1)
+    for key, alpha in config.alpha_pattern.items():
+        check_regex("alpha_pattern", key)
+        check_number(f"alpha_pattern[{key!r}]", alpha, "a number > 0", 0)
+    _check_layers(config)
+    tokens = config.trainable_token_indices
+    if tokens is not None:
+        for name, rows in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
+            indices("trainable_token_indices" + (f"[{name!r}]" if name else ""), rows)
+
+
+def _check_layers(config: LoraConfig) -> None:
+    if is_int(config.layers_to_transform):
+        check_int("layers_to_transform", config.layers_to_transform, at_least=0)
+    elif config.layers_to_transform is not None:
+        indices("layers_to_transform", config.layers_to_transform)
+    if config.layers_pattern is not None and not isinstance(config.layers_pattern, str):
+        names("layers_pattern", config.layers_pattern)
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and getattr(config, name) not in (None, []):
+            raise ConfigError(
+                f"{name} needs a list of target_modules, found the text {config.target_modules!r}. Pass a list such "
+                f"as ['q_proj', 'v_proj'], or put the layer numbers into the regular expression and drop {name}."
+            )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError(
+            f"layers_pattern={config.layers_pattern!r} says which list to count in, but layers_to_transform, which "
+            "says what to pick, is None. Set layers_to_transform or drop layers_pattern."
+        )
+
+
+def _check_start(config: LoraConfig) -> None:
+    start = config.init_lora_weights
+    if not isinstance(start, bool) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", str(start)):
+        raise ConfigError(
+            f"init_lora_weights has no value {start!r}.{did_you_mean(str(start), STARTS)} Pass True, False, "
+            f"{', '.join(repr(name) for name in STARTS)} or 'pissa_niter_N' with a number N."
+        )
+    for owner, name in START_CONFIGS.items():
+        if getattr(config, name) and start != owner:
+            raise ConfigError(
+                f"{name} is set but would be ignored: init_lora_weights is {start!r}. "
+                f"Set init_lora_weights={owner!r} or drop {name}."
+            )
+    if start == "loftq" and not config.loftq_config:
+        raise ConfigError("init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).")
+    if config.lora_bias and not isinstance(start, bool):
+        raise ConfigError(
+            f"lora_bias=True works with init_lora_weights=True or False, found {start!r}. Drop one of the two."
+        )
+    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
+    for name, rank in ranks.items() if start == "orthogonal" else ():
+        if rank % 2:
+            raise ConfigError(
+                f"init_lora_weights='orthogonal' shares the rows of one orthogonal matrix between A and B and needs "
+                f"an even rank, found {name}={rank}. Use {rank + 1} or another start."
+            )

@@ -1,0 +1,213 @@
+"""Files: written whole or not at all, and found in a folder or on the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from lorafa.errors import CheckpointError, SourceError, shorten
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class HubOptions(TypedDict, total=False):
+    """What may be said about a Hub repository; the meanings are ``huggingface_hub.hf_hub_download``'s."""
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    force_download: bool
+    endpoint: str | None
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Write to the path this gives; it takes the place of ``path`` only when the block ends without an error.
+
+    The bytes are on the disk before the name changes (fsync, rename, fsync of the folder), so a crash at any moment
+    leaves the old file or the new one. After an error the temporary file is gone and the old file is as it was.
+
+    Raises:
+        CheckpointError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written: {error.strerror or error}.{_free_space(path.parent)} Nothing was changed. "
+            "Make room or save to another folder."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder; its rename is journaled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f" {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there."
+    except OSError:
+        return ""
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents, if they are not there yet.
+
+    Raises:
+        CheckpointError: a file is in the way, or the place cannot be written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise CheckpointError(f"{folder} is a file, not a folder. Choose a folder to save to.") from error
+    except OSError as error:
+        raise CheckpointError(f"The folder {folder} could not be made: {error.strerror or error}.") from error
+    return folder
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as PEFT does (two spaces, sorted keys), whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object a json file holds.
+
+    Raises:
+        CheckpointError: no such file, not json, or no object (``{...}``) at the top.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error.strerror or error}. Check the path.") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not a json file: {error}. It may be cut off: fetch or save it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__}, expected an object {{...}}. Is it the right file?"
+        )
+    return value
+
+
+def locate(
+    source: str | Path, filenames: Sequence[str], *, subfolder: str | None = None, **hub: Unpack[HubOptions]
+) -> Path:
+    """The first of ``filenames`` that a folder or a Hub repository has.
+
+    Args:
+        source: a local folder, or a Hub id such as "owner/name".
+        filenames: in order of preference.
+        subfolder: where in the folder or repository to look.
+        hub: revision, token, cache_dir, local_files_only, force_download, endpoint; unused for a local folder.
+
+    Raises:
+        SourceError: the folder, repository or file does not exist, or the Hub cannot be reached.
+    """
+    unknown = set(hub) - set(HubOptions.__annotations__)
+    if unknown:
+        raise TypeError(f"locate() got unknown options {sorted(unknown)}; it has {sorted(HubOptions.__annotations__)}.")
+    root = Path(source).expanduser()
+    if root.is_dir():
+        return _in_folder(root / subfolder if subfolder else root, filenames)
+    if not _may_be_hub_id(str(source)):
+        hint = " It is a file: name the folder it is in." if root.is_file() else " Check the path."
+        raise SourceError(f"There is no folder {str(source)!r}.{hint}")
+    return _on_hub(str(source), filenames, subfolder, hub)
+
+
+def _in_folder(folder: Path, filenames: Sequence[str]) -> Path:
+    if not folder.is_dir():
+        raise SourceError(f"There is no folder {str(folder)!r}. Check the path and the subfolder.")
+    for filename in filenames:
+        if (folder / filename).is_file():
+            return folder / filename
+    held = shorten(sorted(entry.name for entry in folder.iterdir()), 8) or "nothing"
+    raise SourceError(
+        f"The folder {str(folder)!r} has no {' or '.join(filenames)}; it holds: {held}. "
+        "Name the folder an adapter was saved to; one not called 'default' is in a subfolder of its own name."
+    )
+
+
+def _may_be_hub_id(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) <= 2 and all(parts) and parts[0] not in (".", "..", "~") and "\\" not in source
+
+
+def _on_hub(repo: str, filenames: Sequence[str], subfolder: str | None, hub: HubOptions) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError as error:
+        raise SourceError(
+            f"{repo!r} is no local folder, and the Hub needs a package that is not installed. Check the path, or run: "
+            "pip install huggingface_hub"
+        ) from error
+    start = f"{repo!r} is no local folder, and "
+    for filename in filenames:
+        try:
+            return Path(hf_hub_download(repo, filename, subfolder=subfolder, **hub))
+        except LocalEntryNotFoundError as error:  # it is an EntryNotFoundError too: not cached, and no connection
+            raise SourceError(
+                f"{start}the Hub could not be reached for {filename} ({_first_line(error)}). Check the path and the "
+                "connection, or download the repository elsewhere and name its folder."
+            ) from error
+        except EntryNotFoundError:
+            continue
+        except GatedRepoError as error:
+            raise SourceError(
+                f"{start}the Hub repository is gated. Ask for access on its page, then pass token=."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise SourceError(f"The Hub repository {repo!r} has no revision {hub.get('revision')!r}.") from error
+        except RepositoryNotFoundError as error:
+            raise SourceError(
+                f"{start}the Hub has no such repository. Check the name; a private one needs token=."
+            ) from error
+        except HFValidationError as error:
+            raise SourceError(f"{start}it cannot be the name of a Hub repository: {_first_line(error)}") from error
+        except (OSError, ConnectionError) as error:
+            raise SourceError(
+                f"{start}the Hub gave no {filename}: {_first_line(error)}. Try again, or use a folder."
+            ) from error
+    place = f"{repo}/{subfolder}" if subfolder else repo
+    raise SourceError(
+        f"The Hub repository {place!r} has no {' or '.join(filenames)}. Is it an adapter? Check the subfolder."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
