@@ -21,7 +21,9 @@ def from_nested(config_class: type[T], value: object, name: str) -> T | None:
         return value
     if not isinstance(value, dict):
         kind = config_class.__name__
-        raise ConfigError(f"{name} must be a {kind}, a dict or None, found {found(value)}. Pass {name}={kind}(...).")
+        raise ConfigError(
+            f"{name} must be {kind}(...), a dict or None, found {found(value)}. Pass {name}={kind}() for the defaults."
+        )
     known = {f.name: f for f in fields(config_class)}  # type: ignore[arg-type]
     check_keys(f"{name} ({config_class.__name__})", value, known)
     config = config_class(**{key: item for key, item in value.items() if known[key].init})

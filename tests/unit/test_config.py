@@ -7,12 +7,15 @@ import dataclasses
 import json
 import math
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
 import lorafa.method_configs as methods
 from lorafa.config import LoraConfig, PeftType, TaskType, require_available, unavailable
 from lorafa.errors import CheckpointError, NotAvailableError
+from lorafa.version import VERSION
 
 NESTED = [
     "LoraRuntimeConfig",
@@ -75,7 +78,7 @@ def test_nested_config_has_the_fields_of_peft_in_the_same_order_with_the_same_de
 def test_task_types_are_those_of_peft():
     peft = pytest.importorskip("peft")
     assert [item.value for item in TaskType] == [item.value for item in peft.TaskType]
-    assert PeftType.LORA == peft.PeftType.LORA.value
+    assert peft.PeftType.LORA.value == PeftType.LORA
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -199,7 +202,7 @@ def test_from_json_file_gives_the_keys_as_they_stand(tmp_path):
 
 def test_saving_over_a_file_leaves_the_file(tmp_path):
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(CheckpointError, match="taken is a file, not a folder. Choose a folder to save to"):
+    with pytest.raises(CheckpointError, match=r"taken is a file, not a folder\. Choose a folder to save to\."):
         LoraConfig().save_pretrained(tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
 
@@ -237,7 +240,9 @@ def test_what_is_there_is_available(start, use_dora):
 
 def test_two_features_that_are_not_there_are_both_named():
     config = LoraConfig(use_qalora=True, ensure_weight_tying=True)
-    with pytest.raises(NotAvailableError, match=r"QA-LoRA \(use_qalora=True\) and .*\(ensure_weight_tying=True\) are not"):
+    with pytest.raises(
+        NotAvailableError, match=r"QA-LoRA \(use_qalora=True\) and .*\(ensure_weight_tying=True\) are not"
+    ):
         require_available(config)
 
 
@@ -245,3 +250,9 @@ def test_a_trained_eva_adapter_is_plain_lora_and_needs_no_eva():
     config = LoraConfig(init_lora_weights="eva")
     require_available(config, trained=True)
     assert unavailable(LoraConfig(init_lora_weights="olora"), trained=True)
+
+
+def test_the_version_in_the_code_is_the_one_of_the_package():
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    (version,) = re.findall(r'^version = "(.+)"$', project.read_text(), flags=re.MULTILINE)
+    assert version == VERSION
