@@ -1,0 +1,35 @@
+"""Samples to a padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafa.data.chat import IGNORE, Sample
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Right padding to the longest sample of the batch.
+
+    ``pad_id`` may be a token that also occurs in the text (many tokenizers pad with the end-of-sequence token):
+    ``attention_mask`` and ``labels`` go by position, never by id.
+    """
+
+    pad_id: int
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape (samples, longest)."""
+        longest = max(len(sample.input_ids) for sample in samples)
+
+        def padded(rows: list[list[int]], filler: int) -> Tensor:
+            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+        return {
+            "input_ids": padded([sample.input_ids for sample in samples], self.pad_id),
+            "attention_mask": padded([[1] * len(sample.input_ids) for sample in samples], 0),
+            "labels": padded([sample.labels for sample in samples], IGNORE),
+        }

@@ -1,0 +1,99 @@
+"""Greedy answers to many prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) after every batch."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def generate_greedy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """The most likely continuation of each prompt, token by token, without the end token; in the order of ``prompts``.
+
+    Prompts of similar length share a batch (left padding); a batch ends when all its rows have. Sampling settings and
+    penalties of the model's own generation config do not apply; its end tokens and the tokenizer's do.
+    Nothing about the model or the tokenizer is changed.
+
+    Raises:
+        DataError: a prompt is empty, or prompt and answer do not fit the model's context.
+    """
+    from transformers import GenerationConfig
+
+    if not all(prompts):
+        raise DataError(
+            f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it."
+        )
+    longest = max(map(len, prompts), default=0)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest + max_new_tokens > context:
+        raise DataError(
+            f"The longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
+            f"context of {context}. Lower eval.max_new_tokens or leave out the longest rows."
+        )
+    ends = _end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
+    greedy = GenerationConfig(
+        do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_p=1.0,
+        top_k=50, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True,
+    )  # fmt: skip
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    answers: list[list[int]] = [[] for _ in prompts]
+    with evaluating(model):
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            ids, mask = _left_padded([prompts[i] for i in rows], pad)
+            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
+            for i, written in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                stop = next((at for at, token in enumerate(written) if token in ends), len(written))
+                answers[i] = written[:stop]
+            if progress is not None:
+                progress(min(first + batch_size, len(order)), len(order))
+    return answers
+
+
+def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, int64 (rows, longest): generation continues at the right edge."""
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token after which an answer is over."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return sorted({token for token in [tokenizer.eos_token_id, *listed] if token is not None})

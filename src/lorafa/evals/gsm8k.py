@@ -1,0 +1,123 @@
+"""Exact-match accuracy on problems whose answer is a number (GSM8K and its like)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from lorafa.data.chat import encode_prompt
+from lorafa.data.records import Record, final_answer, last_number
+from lorafa.errors import ConfigError, DataError, did_you_mean
+from lorafa.evals.generation import Progress, generate_greedy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    """One question with what the model wrote; ``predicted`` is None when no answer could be read from it."""
+
+    question: str
+    gold: str
+    output: str
+    predicted: Decimal | None
+    correct: bool
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """``accuracy`` = correct / total, in [0, 1]; ``interval`` is its 95 % Wilson interval; ``unparsed`` counts outputs
+    without a readable answer (they count as wrong). ``samples`` are in the order of the records."""
+
+    accuracy: float
+    correct: int
+    total: int
+    interval: tuple[float, float]
+    unparsed: int
+    samples: list[EvalSample]
+
+
+def extract_answer(text: str) -> Decimal | None:
+    """The number an answer ends in: the last one on the line after the last ``####`` or "The answer is".
+
+    ``$ € £ , %`` are dropped, sign and decimals count. None when there is no such mark or no number after it.
+    """
+    line = final_answer(text)
+    return None if line is None else last_number(line)
+
+
+def extract_upstream(text: str) -> Decimal:
+    r"""The rule of the LoRA-GA and LoRA-One scripts, to compare with their numbers: the first ``####\s*(\d+)``, else 0.
+
+    It reads "1,234" as 1, and negative or missing answers as 0 (so 0 = 0 counts as correct).
+    """
+    match = re.search(r"####\s*(\d+)", text)
+    return Decimal(match[1]) if match else Decimal(0)
+
+
+EXTRACTORS = {"number": extract_answer, "upstream": extract_upstream}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 256,
+    extract: str = "number",
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Ask every record's question, answer greedily, and compare the final numbers.
+
+    ``extract`` names one of ``EXTRACTORS``; it is applied to the gold answer as well. The model (plain, or with
+    adapters) and the tokenizer are left as they were.
+
+    Raises:
+        ConfigError: unknown ``extract``.
+        DataError: no records; a record has no numeric gold answer; a prompt does not fit the model.
+    """
+    if extract not in EXTRACTORS:
+        raise ConfigError(
+            f"Unknown answer rule {extract!r}.{did_you_mean(extract, EXTRACTORS)} Known: {', '.join(EXTRACTORS)}."
+        )
+    if not records:
+        raise DataError("No records to evaluate on. Raise data.eval_size.")
+    golds = [record.answer or "" for record in records]
+    for record, gold in zip(records, golds, strict=True):
+        if last_number(gold) is None:
+            raise DataError(
+                f"A record has no number as its gold answer (found {record.answer!r}), so accuracy cannot be measured: "
+                f"{record.messages[0].content[:60]!r}. Its last turn must end in '#### N'; without, measure the answer "
+                "loss only."
+            )
+    prompts = [encode_prompt(record.question, tokenizer) for record in records]
+    written = generate_greedy(
+        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+    )
+    read = EXTRACTORS[extract]
+    samples = []
+    for record, gold, ids in zip(records, golds, written, strict=True):
+        output = tokenizer.decode(ids, skip_special_tokens=True)
+        predicted = read(output)
+        question = record.question[-1].content
+        samples.append(EvalSample(question, gold, output, predicted, predicted == read(f"#### {gold}")))
+    correct = sum(sample.correct for sample in samples)
+    unparsed = sum(extract_answer(sample.output) is None for sample in samples)
+    return EvalResult(
+        correct / len(samples), correct, len(samples), wilson_interval(correct, len(samples)), unparsed, samples
+    )
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Bounds of a proportion (Wilson 1927, JASA 22:209); ``z`` is the normal quantile, by default of 95 %."""
+    share = correct / total
+    middle = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
