@@ -1,0 +1,73 @@
+"""The order of the samples: batches of like length, decided by the seed and the epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from lorafa.errors import DataError
+
+WINDOW_BATCHES = 50
+"""Most batches that are sorted together; fewer on small data sets, so that batches differ between epochs."""
+
+
+class LengthSampler(Sampler[int]):
+    """Indices in an order whose every ``batch_size`` neighbours have like lengths, so that little is padded.
+
+    Samples are shuffled, sorted by length within windows, cut into batches, and the batches shuffled. The longest full
+    batch comes first: a run that does not fit into memory fails in its first step. The order depends on ``seed`` and
+    the epoch only, never on the global generator, so a resumed epoch sees the samples of the original one.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch the next iteration orders; the training loop calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        count, size = len(self.lengths), self.batch_size
+        order = torch.randperm(count, generator=generator).tolist()
+        window = size * max(1, min(WINDOW_BATCHES, count // (4 * size)))
+        for start in range(0, count, window):
+            order[start : start + window] = sorted(order[start : start + window], key=self._length, reverse=True)
+        batches = [order[start : start + size] for start in range(0, count, size)]
+        short = [batches.pop()] if count % size else []  # stays last: the loader cuts every batch_size indices
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        if batches:
+            longest = max(range(len(batches)), key=lambda i: self._length(batches[i][0]))
+            batches.insert(0, batches.pop(longest))
+        return iter([index for batch in batches + short for index in batch])
+
+    def _length(self, index: int) -> int:
+        return self.lengths[index]
+
+
+def lengths_of(samples: Iterable[Any]) -> list[int]:
+    """Tokens of every sample, each a mapping with ``input_ids`` or an object that has them.
+
+    Raises:
+        DataError: a sample has no ``input_ids``.
+    """
+    return [_length(sample, index) for index, sample in enumerate(samples)]
+
+
+def _length(sample: Any, index: int) -> int:
+    tokens = sample.get("input_ids") if isinstance(sample, Mapping) else getattr(sample, "input_ids", None)
+    if tokens is None:
+        raise DataError(
+            f"Batches can only be grouped by length where samples have input_ids; sample {index} is a "
+            f"{type(sample).__name__} without. Encode the data first, or set train_sampling_strategy='random'."
+        )
+    return len(tokens)

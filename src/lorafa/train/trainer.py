@@ -1,0 +1,261 @@
+"""A `transformers.Trainer` for adapters: it saves only them, resumes bit for bit, and weighs every token alike."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from lorafa.errors import CheckpointError, ConfigError, LoraError, shorten
+from lorafa.train.checkpoints import last_checkpoint, missing_files
+from lorafa.train.loss import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
+from lorafa.train.sampling import LengthSampler, lengths_of
+
+DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class TrainingError(LoraError, RuntimeError):
+    """The training cannot go on: the loss is not finite, or nothing is learnt."""
+
+
+class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` for a causal language model with adapters.
+
+    What it adds: the loss is computed at supervised positions only (`lorafa.train.loss`) and announced when it cannot
+    be; checkpoints hold the adapters, not the base; N steps equal k steps, a checkpoint, and N - k more, bit for bit;
+    the evaluation loss is a mean over tokens, not over batches; ``train_sampling_strategy="group_by_length"`` orders by
+    seed and epoch alone; a loss that is not finite, or adapters without a gradient, stop the training.
+
+    Args:
+        model: `lorafa.PeftModel` (or PEFT's) of a transformers model.
+        args: `transformers.TrainingArguments`.
+        chunked_loss: compute the loss at supervised positions only, in chunks; False keeps the model's own.
+        chunk_tokens: rows that go through the output head at once; None chooses by memory.
+        check_gradients: stop after the first backward pass if an adapter got no gradient. Turn it off where that is
+            right, as with experts no token was sent to.
+        **settings: everything else `transformers.Trainer` takes.
+
+    Raises:
+        ConfigError: the model has no adapters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        *,
+        chunked_loss: bool = True,
+        chunk_tokens: int | None = None,
+        check_gradients: bool = True,
+        **settings: Any,
+    ) -> None:
+        if not (hasattr(model, "get_base_model") and hasattr(model, "load_adapter")):
+            raise ConfigError(
+                f"LoraTrainer trains adapters, found a plain {type(model).__name__}. "
+                "Wrap it first: model = get_peft_model(model, LoraConfig(...))."
+            )
+        super().__init__(model, args, **settings)
+        # transformers looks through PEFT's wrapper only; these are the answers for the model inside ours.
+        if args.label_names is None:
+            self.label_names = ["labels"]
+        self.can_return_loss = False
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self.chunk_tokens = chunk_tokens
+        self.check_gradients = check_gradients
+        self.own_loss_reason = self._own_loss_reason() if chunked_loss else "chunked_loss=False"
+        """Why the model's own loss is used, or None where the chunked one is."""
+        if chunked_loss and self.own_loss_reason is not None:
+            warnings.warn(
+                f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.", stacklevel=2
+            )
+        self._eval_nll = torch.zeros(2, dtype=torch.float64)  # summed loss and tokens of the evaluation that runs
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def _own_loss_reason(self) -> str | None:
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, *DATA_PARALLEL) or self.args.n_gpu > 1:
+            return f"the model is spread by {'DataParallel' if self.args.n_gpu > 1 else kind.value}"
+        if self.label_smoother is not None or self.compute_loss_func is not None or self.args.use_liger_kernel:
+            return "label smoothing, compute_loss_func or use_liger_kernel define another loss"
+        return supports_chunked_loss(self.model)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Where something wraps the model (data parallel, compile), wrap its loss: that is what calls it."""
+        wrapped: nn.Module = super()._wrap_model(model, training=training, dataloader=dataloader)
+        wraps = self.accelerator.distributed_type in DATA_PARALLEL or self.args.torch_compile
+        if training and wrapped is self.model and wraps and self.own_loss_reason is None:
+            return self.accelerator.prepare_model(SupervisedLoss(self.model, self.chunk_tokens))  # type: ignore[no-any-return]
+        return wrapped
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if return_outputs or self.own_loss_reason is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model is self.model:
+            model = SupervisedLoss(self.model, self.chunk_tokens)
+        with self.accelerator.autocast():
+            loss = model(inputs, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # data parallelism averages what should be summed
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop(f"The loss is {loss.item()} in step {self.state.global_step + 1}.")
+        if self.check_gradients and self.accelerator.sync_gradients and self.state.global_step == 0:
+            check_gradients(self.model)
+        return loss
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self._eval_nll = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        total, tokens = self.accelerator.reduce(self._eval_nll, "sum").tolist()
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As in transformers, but without logits where nobody asks for them; adds to the loss over all tokens."""
+        if inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if prediction_loss_only and self.own_loss_reason is None:
+            with torch.no_grad(), self.accelerator.autocast():
+                total, count = supervised_nll(self.model, self._prepare_inputs(inputs), self.chunk_tokens)
+            result = total / count, None, None
+            tokens = torch.tensor(float(count), device=total.device)
+        else:
+            result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            tokens = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().to(result[0].device, torch.float32)
+            # With several processes transformers divides by the mean number of tokens of a process.
+            total = result[0] * self.accelerator.reduce(tokens, "mean")
+        self._eval_nll += torch.stack([total.double(), tokens.double()])
+        return result
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        column = self.args.length_column_name
+        lengths = list(dataset[column]) if column in getattr(dataset, "column_names", ()) else lengths_of(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthSampler(lengths, self.args.train_batch_size * self.args.world_size, seed)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        base: Any = self.model.get_base_model()
+        self._signature_columns: list[str] = [*inspect.signature(base.forward).parameters, *self.label_names]
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` continues from the newest complete checkpoint of ``output_dir``.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint to resume from, or it does not fit the model.
+            TrainingError: the loss is not finite, or an adapter gets no gradient.
+        """
+        if resume_from_checkpoint is True:
+            newest = last_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise CheckpointError(f"There is no complete checkpoint to resume from in {self.args.output_dir}.")
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint in the middle of a logging interval would lose the first half of its mean: end it here.
+        if self.control.should_save or self.control.should_evaluate:
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if bad:
+            self._stop(f"After step {self.state.global_step} {len(bad)} weights are not finite: {shorten(bad)}.")
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            self.model.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if missing := missing_files(folder):
+            newest = last_checkpoint(folder.parent)
+            raise CheckpointError(
+                f"{folder} is no complete checkpoint: {', '.join(missing)} missing or damaged, so the training could "
+                f"not continue as it was. The newest complete checkpoint beside it: {newest or 'none'}."
+            )
+        self._load_adapters(folder)
+
+    def _load_best_model(self) -> None:
+        self._load_adapters(Path(self.state.best_model_checkpoint))
+
+    def _load_adapters(self, folder: Path) -> None:
+        """Load every adapter of the model from where ``save_pretrained`` puts it; trained ones stay trainable."""
+        active = self.model.active_adapters
+        for name in self.model.peft_config:
+            place = folder if name == "default" else folder / name
+            self.model.load_adapter(str(place), name, is_trainable=name in active)
+
+    def _stop(self, what: str) -> None:
+        newest = last_checkpoint(self.args.output_dir)
+        raise TrainingError(
+            f"{what} Lower the learning rate, or clip gradients (max_grad_norm). "
+            f"The last good checkpoint: {newest or 'none was written'}."
+        )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise TrainingError naming the adapted layers whose trainable weights have no gradient, or only zeros."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    layers = [(name, base.get_submodule(name)) for name in model.targeted_module_names]  # type: ignore[union-attr]
+    silent = [name for name, layer in layers if not _has_gradient(list(layer.parameters()))]
+    if not parameters or not any(p.grad is not None and p.grad.any() for p in parameters):
+        raise TrainingError(
+            f"None of the {len(parameters)} trainable weights got a gradient: nothing would be learnt. "
+            "Check that an adapter is active and trainable, and that the model is not under torch.no_grad."
+        )
+    if silent:
+        raise TrainingError(
+            f"{len(silent)} of {len(layers)} adapted layers got no gradient: {shorten(silent)}. The loss does not "
+            "depend on them: leave them out of target_modules, or pass check_gradients=False if that is right."
+        )
+
+
+def _has_gradient(parameters: list[nn.Parameter]) -> bool:
+    """False if there are trainable parameters and all their gradients are zero or missing."""
+    trainable = [p for p in parameters if p.requires_grad]
+    return not trainable or any(p.grad is not None and bool(p.grad.any()) for p in trainable)
