@@ -104,12 +104,15 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
 
     Raises:
         SourceError: no such file.
-        DataError: a line is not JSON, or not an object.
+        DataError: the file is not UTF-8; a line is not JSON, or not an object.
     """
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise SourceError(f"No file {str(path)!r}.{did_you_mean(path.name, near)} Check data=, it is a path to a file.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start + 1}. Convert it.") from error
     if path.suffix == ".json":
         whole = _parse(text, str(path))
         if not isinstance(whole, list):
@@ -184,9 +187,7 @@ def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> R
 def _text(row: Row, place: str, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        found = (
-            "nothing" if value is None else "an empty text" if isinstance(value, str) else f"a {type(value).__name__}"
-        )
+        found = "nothing" if value is None else repr(value)[:40]
         raise DataError(f"{place}: column {column!r} holds {found}, expected text.")
     return value
 

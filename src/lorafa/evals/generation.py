@@ -42,8 +42,9 @@ def generate_greedy(
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, token by token, without the end token; in the order of ``prompts``.
 
-    Prompts of similar length share a batch (left padding); a batch ends when all its rows have. Sampling settings and
-    penalties of the model's own generation config do not apply; its end tokens and the tokenizer's do.
+    Prompts of similar length share a batch (left padding); a batch ends when all its rows have. Of the
+    model's own generation config only the end tokens apply (with the tokenizer's), not its sampling settings, beams,
+    penalties and minimal lengths.
     Nothing about the model or the tokenizer is changed.
 
     Raises:
@@ -66,7 +67,8 @@ def generate_greedy(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     greedy = GenerationConfig(
         do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_p=1.0,
-        top_k=50, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True,
+        top_k=50, min_length=0, min_new_tokens=0, num_return_sequences=1, return_dict_in_generate=False,
+        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True,
     )  # fmt: skip
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
