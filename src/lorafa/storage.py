@@ -192,7 +192,9 @@ def _on_hub(repo: str, filenames: Sequence[str], subfolder: str | None, hub: Hub
                 f"{start}the Hub repository is gated. Ask for access on its page, then pass token=."
             ) from error
         except RevisionNotFoundError as error:
-            raise SourceError(f"The Hub repository {repo!r} has no revision {hub.get('revision')!r}.") from error
+            raise SourceError(
+                f"The Hub repository {repo!r} has no revision {hub.get('revision')!r}. Its page lists its branches."
+            ) from error
         except RepositoryNotFoundError as error:
             raise SourceError(
                 f"{start}the Hub has no such repository. Check the name; a private one needs token=."

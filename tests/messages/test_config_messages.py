@@ -142,7 +142,7 @@ COMBINATIONS: list[tuple[dict[str, object], str]] = [
     ),
     (
         {"eva_config": 3},
-        "eva_config must be EvaConfig(...), a dict or None, found 3 (int). Pass eva_config=EvaConfig() for the defaults.",
+        "eva_config must be EvaConfig(...), a dict or None, found 3 (int). Pass eva_config=EvaConfig() for the",
     ),
     (
         {"kasa_config": {"betta": 1}},

@@ -1,0 +1,1 @@
+"""Adapter files: written whole, read strictly, checked against the base they were made for."""

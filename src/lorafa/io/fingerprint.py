@@ -1,0 +1,133 @@
+"""A fingerprint of the base weights an adapter was made for: a few rows of every adapted layer.
+
+An update B @ A is only right on the weights it was trained on. The fingerprint travels in the file and is compared when
+the file is loaded. It is the same whether the weights are loaded in float32 or bfloat16, on any device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafa.errors import CheckpointError, shorten
+
+METADATA_KEY = "lorafa"
+ROWS = 3
+SAMPLES = 8
+
+Fingerprint = dict[str, Any]
+"""Layer name -> {"shape", "dtype", "hash", "sample"}, or None for a layer whose weights were not readable."""
+
+
+def fingerprint(module_weights: Iterable[tuple[str, Tensor | None]]) -> Fingerprint:
+    """Describe the base weights of the adapted layers; does not depend on their order.
+
+    Args:
+        module_weights: (layer name, weight of any shape); None for a layer that gives no weight, such as a quantized
+            one: it is recorded as absent and not compared.
+    """
+    described = {name: None if weight is None else _describe(weight) for name, weight in module_weights}
+    return dict(sorted(described.items()))
+
+
+def _describe(weight: Tensor) -> dict[str, Any]:
+    rows = _some_rows(weight.detach())
+    rounded = rows.to(torch.float32).to(torch.bfloat16).cpu().contiguous()
+    values = rounded.flatten()
+    picked = torch.linspace(0, max(values.numel() - 1, 0), min(SAMPLES, values.numel())).long()
+    return {
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "hash": _hash(values),
+        "sample": [float(value) for value in values[picked]],
+    }
+
+
+def _some_rows(weight: Tensor) -> Tensor:
+    """The first, middle and last row of a weight seen as (rows, everything else)."""
+    table = weight.reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.reshape(1, -1)
+    if not table.numel():
+        return table
+    return table[sorted({round(i * (table.shape[0] - 1) / (ROWS - 1)) for i in range(ROWS)})]
+
+
+def _hash(values: Tensor) -> str:
+    """blake2b of bfloat16 values, low byte first whatever the machine."""
+    octets = values.view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.reshape(-1, 2).flip(1).contiguous()
+    return hashlib.blake2b(ctypes.string_at(octets.data_ptr(), octets.numel()), digest_size=8).hexdigest()
+
+
+def compare_fingerprints(stored: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
+    """Names of the layers both describe whose weights differ; layers that were not readable are passed over."""
+    both = [name for name in stored if stored[name] is not None and actual.get(name) is not None]
+    return [name for name in both if not _same(stored[name], actual[name])]
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if list(one["shape"]) != list(other["shape"]):
+        return False
+    if one["dtype"] == other["dtype"] or "float16" not in (one["dtype"], other["dtype"]):
+        return bool(one["hash"] == other["hash"])
+    # float16 rounds before bfloat16 does, and loses small numbers: the hashes of the same weights differ.
+    a, b = torch.tensor(one["sample"]), torch.tensor(other["sample"])
+    return bool(torch.allclose(a, b, rtol=2**-7, atol=2**-23))
+
+
+def check_base(
+    stored: Mapping[str, Any], actual: Mapping[str, Any], path: str | Path, *, base_name: str | None = None
+) -> None:
+    """Refuse to put an adapter on weights it was not made for.
+
+    Args:
+        path: the adapter's file, for the error.
+        base_name: the base model the file names, for the error.
+
+    Raises:
+        CheckpointError: at least one layer has other weights.
+    """
+    different = compare_fingerprints(stored, actual)
+    if different:
+        raise CheckpointError(
+            f"{path} was made for another base model: {len(different)} of {len(stored)} adapted layers have other "
+            f"weights here: {shorten(different, 3)}. Its update would be added to weights it was not trained on. Load "
+            f"{base_name or 'the base it was made for'}, or pass ignore_base_mismatch=True if the difference is meant. "
+            "Nothing was loaded."
+        )
+
+
+def to_metadata(entries: Mapping[str, Any]) -> dict[str, str]:
+    """The entries as one json text for the header of a safetensors file, which holds texts only."""
+    return {METADATA_KEY: json.dumps(entries, sort_keys=True, separators=(",", ":"))}
+
+
+def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What :func:`to_metadata` stored; empty for a file of another library.
+
+    Raises:
+        CheckpointError: the entry is there but is not json.
+    """
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return {}
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The entry {METADATA_KEY!r} in the file's header is not json: {error}. Fetch or save the file again."
+        ) from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(
+            f"The entry {METADATA_KEY!r} in the file's header is a {type(entries).__name__}, expected a dict. "
+            "Fetch or save the file again."
+        )
+    return entries

@@ -1,0 +1,221 @@
+"""Does a file fit? Every key is accounted for in both directions, before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lorafa.errors import CheckpointError
+
+Shape = tuple[int, ...]
+LIMIT = 8
+"""Lines shown of each kind."""
+
+# Tensors that belong to one setting: where only one side has them, the setting differs.
+_SETTING_OF_KEY = {
+    "lora_magnitude_vector": "use_dora",
+    "lora_B.bias": "lora_bias",
+    "lora_diag": "kasa_config",
+    "token_adapter.trainable_tokens_delta": "trainable_token_indices",
+    "lora_velora_embed": "velora_config",
+}
+# Keys with a vocabulary axis: the embedding's A, a saved embedding or head, and B of an adapted head.
+_VOCABULARY_KEY = re.compile(r"lora_embedding_A|(embed\w*|wte|lm_head)\.(base_layer\.|lora_B\.)?weight$")
+_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+_ADAPTER_NAME = re.compile(r"\.(lora_[A-Za-z_]+)\.([^.]+)(\.weight|\.bias)?$")
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What keeps a file from fitting; all empty when it fits."""
+
+    missing: list[str]
+    """Keys the model wants and the file does not have."""
+    unexpected: list[str]
+    """Keys the file has and the model does not want."""
+    misshapen: dict[str, tuple[Shape, Shape]]
+    """Key -> (shape in the file, shape in the model)."""
+    have: dict[str, Shape]
+    want: dict[str, Shape]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen)
+
+    def raise_if_any(self, path: str | Path, adapter: str) -> None:
+        """Refuse the file, listing up to 8 keys of each kind and the likely cause.
+
+        Raises:
+            CheckpointError: something is missing, unexpected or misshapen.
+        """
+        if self:
+            raise CheckpointError(f"{path} does not fit adapter {adapter!r}.\n{self.describe()}\nNothing was loaded.")
+
+    def describe(self) -> str:
+        shapes = [f"{k}: the file has {_text(a)}, the model {_text(b)}" for k, (a, b) in self.misshapen.items()]
+        parts = [
+            _listing(
+                "missing in the file",
+                [k + _nearest(k, self.unexpected) for k in self.missing[:LIMIT]],
+                len(self.missing),
+            ),
+            _listing(
+                "not in the model",
+                [k + _nearest(k, self.missing) for k in self.unexpected[:LIMIT]],
+                len(self.unexpected),
+            ),
+            _listing("of another shape", shapes[:LIMIT], len(shapes)),
+            *likely_causes(self),
+        ]
+        return "\n".join(part for part in parts if part)
+
+
+def compare(have: Mapping[str, Tensor | Shape], want: Mapping[str, Tensor | Shape]) -> Misfit:
+    """Compare the tensors of a file (``have``) with those a model expects (``want``); values are tensors or shapes."""
+    file, model = _shapes(have), _shapes(want)
+    return Misfit(
+        missing=sorted(model.keys() - file.keys()),
+        unexpected=sorted(file.keys() - model.keys()),
+        misshapen={k: (file[k], model[k]) for k in sorted(file.keys() & model.keys()) if file[k] != model[k]},
+        have=file,
+        want=model,
+    )
+
+
+def _shapes(tensors: Mapping[str, Tensor | Shape]) -> dict[str, Shape]:
+    return {key: tuple(value.shape) if isinstance(value, Tensor) else tuple(value) for key, value in tensors.items()}
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "one number"
+
+
+def _listing(title: str, lines: list[str], count: int) -> str:
+    more = [f"... and {count - len(lines)} more"] if count > len(lines) else []
+    return "\n    ".join([f"  {title} ({count}):", *lines, *more]) if count else ""
+
+
+def _nearest(key: str, others: list[str]) -> str:
+    close = difflib.get_close_matches(key, others, n=1, cutoff=0.8)
+    return f"  (nearest on the other side: {close[0]})" if close else ""
+
+
+def likely_causes(misfit: Misfit) -> list[str]:
+    """What usually explains such a misfit, as sentences that say what to do; empty when nothing is recognised."""
+    found = [
+        _other_adapter_name(misfit) or _other_path(misfit) or _other_depth(misfit) or _nothing_in_common(misfit),
+        *_other_settings(misfit),
+        _other_rank(misfit),
+        _other_vocabulary(misfit),
+    ]
+    return [cause for cause in found if cause]
+
+
+def _other_path(misfit: Misfit) -> str | None:
+    """Names that agree once a part of the path is exchanged, cut out or put in, such as ``base_model.model.``."""
+    if not misfit.missing or not misfit.unexpected:
+        return None
+    model = misfit.missing[0].split(".")
+    file = max((key.split(".") for key in misfit.unexpected), key=lambda parts: _agreeing(parts[::-1], model[::-1]))
+    end = _agreeing(file[::-1], model[::-1])
+    if end < 2:  # the kind of tensor alone ("lora_A.weight" has two parts) says nothing about the path
+        return None
+    start = _agreeing(file[:-end], model[:-end])
+    in_file, in_model = file[start:-end], model[start:-end]
+    moved = {_exchanged(key.split("."), start, in_file, in_model) for key in misfit.unexpected}
+    explained = len(moved & set(misfit.missing))
+    if explained * 2 <= len(misfit.missing) or any(part.isdigit() for part in in_file + in_model):
+        return None
+    place = f"after {'.'.join(file[:start])!r}" if start else "at the start"
+    return (
+        f"{explained} names differ only {place}: the file has {'.'.join(in_file)!r}, the model {'.'.join(in_model)!r}. "
+        "The file was made with another wrapping of the model: load it on the same class, or rename its keys."
+    )
+
+
+def _agreeing(one: list[str], other: list[str]) -> int:
+    """How many parts two paths have in common at their start."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return min(len(one), len(other))
+
+
+def _exchanged(key: list[str], start: int, old: list[str], new: list[str]) -> str:
+    fits = key[start : start + len(old)] == old
+    return ".".join(key[:start] + new + key[start + len(old) :]) if fits else ""
+
+
+def _other_adapter_name(misfit: Misfit) -> str | None:
+    for key in misfit.unexpected:
+        match = _ADAPTER_NAME.search(key)
+        if match and key[: match.start(2) - 1] + (match[3] or "") in misfit.want:
+            return (
+                f"The file's names carry the adapter name {match[2]!r}, as in a model's own state_dict. Save it with "
+                "save_pretrained, or cut the name out of the keys."
+            )
+    return None
+
+
+def _layer_numbers(keys: Iterable[str]) -> set[int]:
+    return {int(match[1]) for key in keys if (match := _LAYER_NUMBER.search(key))}
+
+
+def _other_depth(misfit: Misfit) -> str | None:
+    file, model = _layer_numbers(misfit.have), _layer_numbers(misfit.want)
+    if not file or not model or file == model:
+        return None
+    return (
+        f"The file has layers {_range(file)}, the model {_range(model)}: the depth or layers_to_transform differs. "
+        "Load it on a model of the depth it was made for."
+    )
+
+
+def _range(numbers: set[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    whole = len(numbers) == high - low + 1
+    return (f"{low}..{high}" if high > low else str(low)) if whole else ", ".join(map(str, sorted(numbers)))
+
+
+def _nothing_in_common(misfit: Misfit) -> str | None:
+    if misfit.have.keys() & misfit.want.keys() or not misfit.have or not misfit.want:
+        return None
+    return (
+        "No name is in both: the file is for another architecture or other target_modules. Compare its adapter_config."
+    )
+
+
+def _other_settings(misfit: Misfit) -> list[str]:
+    causes = []
+    for part, setting in _SETTING_OF_KEY.items():
+        for keys, owner, other in ((misfit.unexpected, "file", "model"), (misfit.missing, "model", "file")):
+            opposite = misfit.want if owner == "file" else misfit.have
+            if any(part in key for key in keys) and not any(part in key for key in opposite):
+                causes.append(f"Only the {owner} uses {setting}, the {other} does not: the two configs differ.")
+    return causes
+
+
+def _other_rank(misfit: Misfit) -> str | None:
+    pairs = [pair for key, pair in misfit.misshapen.items() if ".lora_A" in key or ".lora_embedding_A" in key]
+    ranks = {(file[0], model[0]) for file, model in pairs if file[1:] == model[1:]}
+    if not pairs or len(ranks) != 1:
+        return None
+    ((file_rank, model_rank),) = ranks
+    return f"The file has rank {file_rank}, the adapter rank {model_rank}. Make the adapter with r={file_rank}."
+
+
+def _other_vocabulary(misfit: Misfit) -> str | None:
+    for key, (file, model) in misfit.misshapen.items():
+        axis = 1 if "lora_embedding_A" in key else 0
+        if "lora_embedding_B" in key or not _VOCABULARY_KEY.search(key) or len(file) != 2 or len(model) != 2:
+            continue
+        if file[axis] != model[axis] and file[1 - axis] == model[1 - axis]:
+            return (
+                f"The file has a vocabulary of {file[axis]}, the model of {model[axis]}. Call "
+                f"model.resize_token_embeddings({file[axis]}) before loading."
+            )
+    return None

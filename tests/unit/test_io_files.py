@@ -1,0 +1,447 @@
+"""Files are written whole or not at all, and a damaged one is refused with the reason."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorafa.io.files as files
+from lorafa.config import LoraConfig
+from lorafa.errors import CheckpointError, SourceError
+from lorafa.io.files import find_adapter_files, read_tensors, write_tensors
+from lorafa.storage import read_json, write_json
+
+SOURCE = str(Path(__file__).parents[2] / "src")
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a.lora_A.weight": torch.randn(2, 5, generator=generator),
+        "a.lora_B.weight": torch.randn(4, 2, generator=generator).to(torch.bfloat16),
+        "steps": torch.tensor([1, 2, 3]),
+    }
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name], other[name])
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
+    write_tensors(tmp_path / "w.safetensors", some_tensors(), {"lorafa": "{}"})
+    tensors, metadata = read_tensors(tmp_path / "w.safetensors")
+    assert_same(tensors, some_tensors())
+    assert metadata == {"format": "pt", "lorafa": "{}"}
+    assert leftovers(tmp_path) == []
+
+
+def test_the_file_is_readable_by_safetensors_itself(tmp_path):
+    from safetensors.torch import load_file
+
+    write_tensors(tmp_path / "w.safetensors", some_tensors())
+    assert_same(load_file(tmp_path / "w.safetensors"), some_tensors())
+
+
+def test_tensors_that_share_memory_or_have_strides_are_written_in_full(tmp_path):
+    weight = torch.arange(12.0).reshape(3, 4)
+    shared = {
+        "one": weight,
+        "tied": weight,
+        "turned": weight.T,
+        "part": weight[1:],
+        "parameter": torch.nn.Parameter(weight),
+    }
+    write_tensors(tmp_path / "w.safetensors", shared)
+    assert_same(read_tensors(tmp_path / "w.safetensors")[0], {name: t.detach() for name, t in shared.items()})
+
+
+def test_an_empty_adapter_is_a_valid_file(tmp_path):
+    write_tensors(tmp_path / "w.safetensors", {})
+    assert read_tensors(tmp_path / "w.safetensors") == ({}, {"format": "pt"})
+
+
+def test_a_tensor_without_values_is_refused(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"was not written: b has no values \(device 'meta'\)\. Load the weights first\."
+    ):
+        write_tensors(tmp_path / "w.safetensors", {"a": torch.ones(1), "b": torch.ones(1, device="meta")})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("old_file", [True, False])
+def test_a_full_disk_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch, old_file):
+    path = tmp_path / "w.safetensors"
+    if old_file:
+        write_tensors(path, some_tensors())
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def half_written(tensors: object, target: Path, metadata: object) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "save_file", half_written)
+    text = (
+        r"w\.safetensors could not be written: No space left on device\. \d+ MiB are free there\. Nothing was changed\."
+    )
+    with pytest.raises(CheckpointError, match=text + " Make room or save to another folder"):
+        write_tensors(path, {"other": torch.ones(3)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    if old_file:
+        assert_same(read_tensors(path)[0], some_tensors())
+
+
+def test_any_other_failure_while_writing_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    write_tensors(path, some_tensors())
+
+    def interrupted(tensors: object, target: Path, metadata: object) -> None:
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(path, {"other": torch.ones(3)})
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+    assert_same(read_tensors(path)[0], some_tensors())
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file size limits are a POSIX feature")
+def test_a_write_the_system_refuses_midway_leaves_the_old_file(tmp_path):
+    write_tensors(tmp_path / "w.safetensors", some_tensors())
+    result = run_python(
+        """
+        import resource, sys, torch
+        from lorafa.errors import CheckpointError
+        from lorafa.io.files import write_tensors
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            write_tensors(sys.argv[1], {"large": torch.zeros(10000)})
+        except CheckpointError as error:
+            print(error)
+        """,
+        str(tmp_path / "w.safetensors"),
+    )
+    assert "w.safetensors could not be written: " in result.stdout, result.stderr
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+    assert_same(read_tensors(tmp_path / "w.safetensors")[0], some_tensors())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX feature")
+def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
+    write_tensors(tmp_path / "w.safetensors", some_tensors())
+    result = run_python(
+        """
+        import os, signal, sys, torch
+        import lorafa.storage as storage
+        from lorafa.io.files import write_tensors
+        replace = os.replace
+        storage.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)  # the last moment before the new name
+        write_tensors(sys.argv[1], {"new": torch.zeros(10)})
+        """,
+        str(tmp_path / "w.safetensors"),
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert_same(read_tensors(tmp_path / "w.safetensors")[0], some_tensors())
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"gone/w\.safetensors could not be written: .*Nothing was changed"):
+        write_tensors(tmp_path / "gone" / "w.safetensors", some_tensors())
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "c.json", {"b": 1, "a": [2]})
+    assert (tmp_path / "c.json").read_text() == json.dumps({"a": [2], "b": 1}, indent=2)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "c.json", {"b": object()})
+    assert read_json(tmp_path / "c.json") == {"b": 1, "a": [2]}
+    assert os.listdir(tmp_path) == ["c.json"]
+
+
+def test_a_file_that_was_cut_off_says_how_many_bytes_are_missing(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_tensors(path, some_tensors())
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(
+        CheckpointError, match=rf"w\.safetensors was cut off: 10 of {size} bytes are missing\. Fetch or"
+    ):
+        read_tensors(path)
+
+
+DAMAGED = [
+    (b"", r"is no safetensors file, or was cut off in its header \(0 bytes long\)\. Fetch or save it again"),
+    (b"\x40\x00\x00\x00\x00\x00\x00\x00{", r"is no safetensors file, or was cut off in its header \(9 bytes long\)"),
+    (b"<!doctype html><html>not found</html>", r"is no safetensors file, or was cut off in its header"),
+    (b"\x04\x00\x00\x00\x00\x00\x00\x00junk" + b"0" * 9, r"is no safetensors file: its header is not readable\. Fetch"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", r"is a Git LFS pointer, not the weights\. Run 'git lfs pull'"),
+]
+
+
+@pytest.mark.parametrize(("content", "text"), DAMAGED)
+def test_what_is_no_safetensors_file_is_refused(content, text, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=text):
+        read_tensors(tmp_path / "w.safetensors")
+
+
+def test_a_header_that_contradicts_itself_is_refused(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"w\.safetensors is damaged: .*\. Fetch or save it again"):
+        read_tensors(tmp_path / "w.safetensors")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"w\.safetensors could not be read: No such file or directory\. Check"):
+        read_tensors(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name_unless_they_are_asked_for(bad, tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_tensors(path, some_tensors() | {"b.lora_A.weight": torch.tensor([1.0, bad])})
+    text = r"not finite \(NaN or infinity\) in 1 of 4 tensors: b\.lora_A\.weight\. The training it comes from diverged"
+    with pytest.raises(CheckpointError, match=text):
+        read_tensors(path)
+    assert len(read_tensors(path, allow_non_finite=True)[0]) == 4
+
+
+def test_a_pickle_is_refused_with_the_reason_and_read_as_tensors_only_when_asked_for(tmp_path):
+    path = tmp_path / "adapter_model.bin"
+    torch.save(some_tensors(), path)
+    with pytest.raises(
+        CheckpointError, match=r"is a pickle, and opening a pickle can run any code .* allow_pickle=True"
+    ):
+        read_tensors(path)
+    tensors, metadata = read_tensors(path, allow_pickle=True)
+    assert_same(tensors, some_tensors())
+    assert metadata == {}
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.mkdir, ("harm-was-done",))
+
+
+def test_a_pickle_with_code_in_it_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Harmful()}, "w.bin")
+    with pytest.raises(
+        CheckpointError, match=r"w\.bin could not be read: .* It is damaged, or holds more than tensors"
+    ):
+        read_tensors("w.bin", allow_pickle=True)
+    assert os.listdir(tmp_path) == ["w.bin"]
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}])
+def test_a_pickle_of_something_else_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "w.bin")
+    with pytest.raises(CheckpointError, match=r"w\.bin does not hold a dict of tensors\. Is it the right file\?"):
+        read_tensors(tmp_path / "w.bin", allow_pickle=True)
+
+
+def test_a_damaged_pickle_is_refused(tmp_path):
+    (tmp_path / "w.bin").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=r"w\.bin could not be read: .* fetch it again"):
+        read_tensors(tmp_path / "w.bin", allow_pickle=True)
+
+
+def save_adapter(folder: Path, weights: str = "adapter_model.safetensors") -> Path:
+    LoraConfig(r=4, target_modules=["q"]).save_pretrained(folder)
+    if weights.endswith(".bin"):
+        torch.save(some_tensors(), folder / weights)
+    else:
+        write_tensors(folder / weights, some_tensors())
+    return folder
+
+
+def test_an_adapter_is_found_in_a_folder_and_safetensors_come_first(tmp_path):
+    save_adapter(tmp_path, "adapter_model.bin")
+    assert find_adapter_files(tmp_path).weights == tmp_path / "adapter_model.bin"
+    save_adapter(tmp_path)
+    found = find_adapter_files(str(tmp_path))
+    assert found.weights == tmp_path / "adapter_model.safetensors"
+    assert found.config == tmp_path / "adapter_config.json"
+
+
+def test_an_adapter_is_found_in_a_subfolder(tmp_path):
+    save_adapter(tmp_path / "other")
+    assert find_adapter_files(tmp_path, subfolder="other").weights.parent == tmp_path / "other"
+
+
+def test_a_folder_without_an_adapter_says_what_it_holds(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    text = r"has no adapter_config\.json; it holds: model\.safetensors\. Name the folder an adapter was saved to"
+    with pytest.raises(SourceError, match=text):
+        find_adapter_files(tmp_path)
+    LoraConfig().save_pretrained(tmp_path)
+    with pytest.raises(
+        SourceError, match=r"has no adapter_model\.safetensors or adapter_model\.bin; it holds: adapter_con"
+    ):
+        find_adapter_files(tmp_path)
+
+
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path):
+    with pytest.raises(SourceError, match=r"There is no folder '.*gone'\. Check the path\."):
+        find_adapter_files(tmp_path / "gone")
+    with pytest.raises(SourceError, match=r"There is no folder '\./gone'\. Check the path"):
+        find_adapter_files("./gone")
+    with pytest.raises(SourceError, match=r"There is no folder '.*gone'\. Check the path and the subfolder\."):
+        find_adapter_files(tmp_path, subfolder="gone")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SourceError, match=r"There is no folder '.*file'\. It is a file: name the folder it is in"):
+        find_adapter_files(tmp_path / "file")
+
+
+def test_an_option_the_hub_does_not_have_is_refused_for_folders_too(tmp_path):
+    save_adapter(tmp_path)
+    with pytest.raises(TypeError, match=r"unknown options \['revison'\]; it has \["):
+        find_adapter_files(tmp_path, revison="main")
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hub does for one repository, owner/adapter, and one gated one, owner/gated."""
+
+    root: Path
+    COMMIT = "a" * 40
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        match = re.fullmatch(r"/(owner/\w+)/resolve/(\w+)/(.+)", self.path)
+        if match is None or match[1] not in ("owner/adapter", "owner/gated"):
+            return self.fail(401 if match else 404, "RepoNotFound")
+        if match[1] == "owner/gated":
+            return self.fail(403, "GatedRepo")
+        if match[2] not in ("main", self.COMMIT):
+            return self.fail(404, "RevisionNotFound")
+        path = self.root / match[3]
+        if not path.is_file():
+            return self.fail(404, "EntryNotFound")
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+        return None
+
+    def fail(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", code)
+        self.send_header("X-Repo-Commit", self.COMMIT)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[dict[str, object]]:
+    """Options that lead to a Hub on this machine; its files are in tmp_path / "hub"."""
+    pytest.importorskip("huggingface_hub")
+    save_adapter(tmp_path / "hub")
+    save_adapter(tmp_path / "hub" / "sub", "adapter_model.bin")
+    handler = type("Handler", (FakeHub,), {"root": tmp_path / "hub"})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield {"endpoint": f"http://127.0.0.1:{server.server_port}", "cache_dir": tmp_path / "cache", "token": False}
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_an_adapter_is_fetched_from_the_hub_and_found_in_the_cache_afterwards(hub):
+    found = find_adapter_files("owner/adapter", **hub)
+    assert_same(read_tensors(found.weights)[0], some_tensors())
+    assert LoraConfig.from_pretrained("owner/adapter", **hub).r == 4
+    assert find_adapter_files("owner/adapter", **hub, local_files_only=True) == found
+
+
+def test_a_subfolder_of_the_hub_with_a_pickle_only_is_found(hub):
+    assert find_adapter_files("owner/adapter", subfolder="sub", **hub).weights.name == "adapter_model.bin"
+
+
+HUB_FAILURES = [
+    (
+        {"source": "owner/nothing"},
+        r"'owner/nothing' is no local folder, and the Hub has no such repository\. Check the na",
+    ),
+    (
+        {"source": "owner/gated"},
+        r"'owner/gated' is no local folder, and the Hub repository is gated\. Ask for access on",
+    ),
+    (
+        {"source": "owner/adapter", "revision": "v9"},
+        r"'owner/adapter' has no revision 'v9'\. Its page lists its branches",
+    ),
+    (
+        {"source": "owner/adapter", "subfolder": "x"},
+        r"'owner/adapter/x' has no adapter_config\.json\. Is it an adapter\?",
+    ),
+    ({"source": "owner/-bad-"}, r"'owner/-bad-' is no local folder, and it cannot be the name of a Hub repository: "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), HUB_FAILURES)
+def test_what_the_hub_does_not_give_is_explained(arguments, text, hub):
+    with pytest.raises(SourceError, match=text):
+        find_adapter_files(**(hub | arguments))
+
+
+def test_a_hub_that_cannot_be_reached_is_explained_with_the_next_step(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own attempts
+    nowhere = {"endpoint": "http://127.0.0.1:9", "cache_dir": tmp_path, "token": False}
+    text = (
+        r"'owner/x' is no local folder, and the Hub could not be reached for adapter_config\.json \(.*name its folder"
+    )
+    with pytest.raises(SourceError, match=text):
+        find_adapter_files("owner/x", **nowhere)
+    with pytest.raises(SourceError, match=text):
+        find_adapter_files("owner/x", **nowhere, local_files_only=True)
+
+
+def test_without_the_hubs_package_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        SourceError, match=r"'owner/x' is no local folder, and the Hub needs a package .*pip install hugg"
+    ):
+        find_adapter_files("owner/x")
