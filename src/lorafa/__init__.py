@@ -1,0 +1,47 @@
+"""Low-rank adaptation of PyTorch models: a drop-in for PEFT's LoRA, faster and leaner, right where it is wrong."""
+
+from lorafa.config import LoraConfig, PeftType, TaskType
+from lorafa.errors import LoraError
+from lorafa.io.state import get_peft_model_state_dict, set_peft_model_state_dict
+from lorafa.method_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.surgery.model import LoraModel, inject_adapter_in_model
+from lorafa.surgery.status import get_layer_status, get_model_status
+from lorafa.version import VERSION as __version__
+
+__all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
+    "KasaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraError",
+    "LoraGAConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "PeftModel",
+    "PeftType",
+    "TaskType",
+    "VeloraConfig",
+    "__version__",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,68 @@
+"""Backend: how a kind of base layer stores its weight."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Backend(ABC):
+    """Every weight goes in and out as a matrix (out, in); the layout inside is the back end's affair.
+
+    The laws: ``base(x) == linear(x, weight(base), bias(base))`` in the sense of the layer's kind, and ``with_weight``
+    leaves the layer it was given alone.
+    """
+
+    host: ClassVar[str]
+    """The kind of layer that carries the adapters: a name in lorafa.layers.LAYERS."""
+
+    @abstractmethod
+    def weight(self, layer: nn.Module) -> Tensor:
+        """The weight as (out, in); a view where the layer stores it densely, dequantized where it does not."""
+
+    @abstractmethod
+    def with_weight(self, layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        """A new layer like ``layer`` that holds ``weight`` (out, in), rounded to the layer's dtype once.
+
+        ``bias`` (out,) replaces the layer's bias; None keeps it.
+        """
+
+    def bias(self, layer: nn.Module) -> Tensor | None:
+        return getattr(layer, "bias", None)
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """(out, in), without touching a quantized weight."""
+        out, in_ = self.weight(layer).shape
+        return int(out), int(in_)
+
+    def dense(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """(weight, bias) if layer(x) is linear(x, weight, bias) on ordinary tensors, else None."""
+        return None
+
+    def to_layout(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the layout and dtype of the layer's own weight."""
+        return matrix.to(self.weight(layer).dtype)
+
+    @abstractmethod
+    def example(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A layer that computes with ``weight`` (out, in) and ``bias`` (out,); the laws are tested on it."""
+
+
+def replaced(layer: nn.Module, **parameters: Tensor | None) -> nn.Module:
+    """A copy of ``layer`` that shares everything with it but the named parameters; None keeps one."""
+    new = copy.copy(layer)
+    new._parameters = dict(layer._parameters)
+    for name, value in parameters.items():
+        old = layer._parameters[name]
+        if value is not None and old is not None:
+            new._parameters[name] = nn.Parameter(value.to(old).contiguous(), requires_grad=old.requires_grad)
+    return new
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether a tensor is an ordinary one: no DTensor, no quantized subclass."""
+    return tensor is None or type(tensor) in (Tensor, nn.Parameter, torch.nn.Buffer)

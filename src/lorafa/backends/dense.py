@@ -1,0 +1,38 @@
+"""torch.nn.Linear: weight stored as (out, in)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from lorafa.backends.base import Backend, is_plain, replaced
+
+
+class DenseBackend(Backend):
+    host = "linear"
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        return cast(nn.Linear, layer).weight
+
+    def with_weight(self, layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        return replaced(layer, weight=weight, bias=bias)
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        linear = cast(nn.Linear, layer)
+        return linear.out_features, linear.in_features
+
+    def dense(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        linear = cast(nn.Linear, layer)
+        own_forward = type(linear).forward is not nn.Linear.forward
+        if own_forward or not is_plain(linear.weight) or not is_plain(linear.bias):
+            return None
+        return linear.weight, linear.bias
+
+    def example(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        out, in_ = weight.shape
+        layer = nn.Linear(in_, out, bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight.clone())
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.clone())
+        return layer

@@ -1,0 +1,87 @@
+"""What an initializer gets and gives. It is a pure function: (weight, stats, spec) -> InitResult."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from lorafa.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The layer being adapted."""
+
+    name: str
+    """Dotted path in the model."""
+    kind: str
+    """linear, embedding, conv, attention or experts."""
+    rank: int
+    scaling: float
+    seed: int
+    key: str = ""
+    """Tells apart what would otherwise start alike: the adapter's name."""
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def generator(self) -> torch.Generator:
+        """A random source that depends on (seed, key, path) alone, not on order, device or the other layers."""
+        digest = hashlib.blake2b(f"{self.seed}\0{self.key}\0{self.name}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True)
+class InitResult:
+    """A (r, in), B (out, r) (experts: (E, r, in), (E, out, r)) in float32 or float64."""
+
+    A: Tensor
+    B: Tensor
+    subtract_from_base: bool = False
+    """Whether s B A at step 0 belongs to the base weight and must not count."""
+
+
+class Initializer(Protocol):
+    """Call signature of every entry of the registry."""
+
+    needs: tuple[str, ...]
+    """Statistics of the layer it reads."""
+    reads_weight: bool
+    """Whether it reads the base weight's values; if not it is handed a tensor of the right shape on the meta device."""
+
+    def __call__(self, weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult: ...
+
+
+Function = Callable[[Tensor, Mapping[str, Tensor], LayerSpec], InitResult]
+
+
+def initializer(*, needs: tuple[str, ...] = (), reads_weight: bool = False) -> Callable[[Function], Initializer]:
+    """Mark a function as an initializer and declare what it reads; only that is collected and dequantized for it."""
+
+    def mark(function: Function) -> Initializer:
+        marked = cast(Initializer, function)
+        marked.needs = needs
+        marked.reads_weight = reads_weight
+        return marked
+
+    return mark
+
+
+def factor_shapes(weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B for a weight (out, in) or (E, out, in)."""
+    *experts, out, in_ = weight.shape
+    return (*experts, rank, in_), (*experts, out, rank)
+
+
+def check_rank(spec: LayerSpec, weight: Tensor) -> None:
+    """Raise unless the weight has ``spec.rank`` singular vectors (ALGORITHMS 0.2: slices would be silently short)."""
+    largest = min(weight.shape[-2:])
+    if spec.rank > largest:
+        raise ConfigError(
+            f"{spec.name}: rank {spec.rank} is larger than min(out, in) = {largest} of its weight "
+            f"{tuple(weight.shape)}, so it has no {spec.rank} singular vectors. Lower the rank (rank_pattern sets it "
+            "for single layers) or leave the layer out with exclude_modules."
+        )

@@ -1,0 +1,32 @@
+"""``init_lora_weights="orthogonal"``: both factors non-zero, yet B A = 0 exactly.
+
+Take the odd and the even rows of a random orthogonal (r, r) matrix: Q_o and Q_e. A = Q_o^T Z^T / 10 and
+B = Z' Q_e / 10 with Gaussian Z, Z'; then B A contains Q_e Q_o^T = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorafa.errors import ConfigError
+from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
+
+
+@initializer()
+def orthogonal(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """Raises ConfigError for an odd rank: the rows of Q are split in two halves."""
+    if spec.rank % 2:
+        raise ConfigError(f"{spec.name}: init_lora_weights='orthogonal' needs an even rank, found r={spec.rank}.")
+    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    generator, half = spec.generator(), spec.rank // 2
+    experts = A_shape[:-2]
+    square = torch.empty(*experts, spec.rank, spec.rank, dtype=torch.float64).normal_(generator=generator)
+    Q = torch.linalg.qr(square).Q
+    Z_A = torch.empty(*experts, half, A_shape[-1], dtype=torch.float64).normal_(generator=generator)
+    Z_B = torch.empty(*experts, B_shape[-2], half, dtype=torch.float64).normal_(generator=generator)
+    A = Q[..., 0::2, :].transpose(-2, -1) @ Z_A / 10
+    B = Z_B @ Q[..., 1::2, :] / 10
+    return InitResult(A, B)

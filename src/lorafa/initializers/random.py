@@ -1,0 +1,25 @@
+"""``init_lora_weights=False``: both factors random, so that step 0 is not the base model. For tests and debugging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
+
+
+@initializer()
+def random(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B ~ U(-1/sqrt(r), 1/sqrt(r)); embeddings: both N(0, 1)."""
+    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    generator = spec.generator()
+    if spec.kind == "embedding":
+        return InitResult(torch.empty(A_shape).normal_(generator=generator), torch.empty(B_shape).normal_(generator=generator))
+    bounds = weight.shape[-1] ** -0.5, spec.rank**-0.5
+    A, B = (
+        torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        for shape, bound in zip((A_shape, B_shape), bounds, strict=True)
+    )
+    return InitResult(A, B)

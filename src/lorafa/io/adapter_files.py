@@ -1,0 +1,147 @@
+"""Adapters on disk: PEFT's two files, lorafa's side entry beside them, checked in both directions when read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lorafa.config import CONFIG_NAME, LoraConfig
+from lorafa.errors import ConfigError
+from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, write_tensors
+from lorafa.io.fingerprint import check_base, fingerprint, from_metadata, to_metadata
+from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start
+from lorafa.layers.base import LoraLayer
+from lorafa.storage import HubOptions, make_folder, read_json, write_json
+from lorafa.surgery.walk import lora_layers, places
+from lorafa.version import VERSION
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+SIDE_NAME = "lorafa.json"
+_CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter read from disk; no model has been touched."""
+
+    path: Path
+    """The file of tensors."""
+    config: LoraConfig
+    """The config the adapter was made from."""
+    tensors: dict[str, Tensor]
+    """Tensors by key, without the ``base_model.model.`` prefix."""
+    base: dict[str, Any]
+    """Fingerprint of the base it was made for; empty for files of other libraries."""
+    with_start: bool
+    """Whether the tensors include a frozen start A0, B0 (:func:`lorafa.io.peft_format.file_tensors`)."""
+
+
+def base_fingerprint(model: nn.Module, names: list[str] | None = None) -> dict[str, Any]:
+    """Fingerprint of the pristine weights of the adapted layers, or of the layers called ``names``."""
+    if names is None:
+        return fingerprint((path, _readable(layer)) for path, layer in _fingerprinted(model))
+    wanted = set(names)
+    found = {place.name: place.module for place in places(model) if place.name in wanted}
+    return fingerprint((name, _readable(module)) for name, module in found.items())
+
+
+def _fingerprinted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    by_module = {id(place.module): place.name for place in reversed(list(places(model)))}
+    return [(by_module[id(layer)], layer) for _, layer in lora_layers(model) if id(layer) in by_module]
+
+
+def _readable(module: nn.Module) -> Tensor | None:
+    """The dense weight of a layer as it is stored, or None."""
+    while isinstance(module, LoraLayer):
+        module = module._pristine[0] if module._pristine else module.base_layer
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
+
+
+def save_adapter(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    directory: str | Path,
+    *,
+    prefix: str = PREFIX,
+    state_dict: Mapping[str, Tensor] | None = None,
+    embeddings: bool = False,
+) -> Path:
+    """Write one adapter into ``directory``, each file whole or not at all, and return the directory.
+
+    Raises:
+        CheckpointError: a file could not be written; what was there before is as it was.
+    """
+    folder = make_folder(directory)
+    tensors = file_tensors(model, name, config, state_dict=state_dict, embeddings=embeddings)
+    written = replace(file_config(model, name, config), inference_mode=True)
+    if written.task_type is None:
+        written.auto_mapping = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model)}
+    if has_start(model, name):
+        original = config.to_dict()
+        side["start"] = {key: original[key] for key in _CHANGED}
+    write_tensors(folder / WEIGHTS_NAME, {prefix + key: value for key, value in tensors.items()}, to_metadata(side))
+    write_json(folder / CONFIG_NAME, written.to_dict())
+    write_json(folder / SIDE_NAME, side)
+    return folder
+
+
+def read_adapter(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    config: LoraConfig | None = None,
+    allow_pickle: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Unpack[HubOptions],
+) -> StoredAdapter:
+    """Read an adapter from a folder or the Hub; nothing of any model is needed or touched.
+
+    Args:
+        config: use this config instead of the stored one.
+        allow_pickle: also read a ``.bin`` file (with ``weights_only=True``).
+        key_mapping: regular expression -> replacement, applied to every key in turn.
+
+    Raises:
+        SourceError: folder, repository or file missing, or the Hub cannot be reached.
+        CheckpointError: the file is damaged, holds inf or nan, or is a pickle and ``allow_pickle`` is False.
+        ConfigError: the stored config is not one lorafa can carry out.
+    """
+    files = find_adapter_files(source, subfolder=subfolder, **hub)
+    tensors, metadata = read_tensors(files.weights, allow_pickle=allow_pickle)
+    side = from_metadata(metadata)
+    for pattern, replacement in (key_mapping or {}).items():
+        tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
+    if config is None:
+        try:
+            config = LoraConfig.from_dict(read_json(files.config))
+        except ConfigError as error:
+            raise ConfigError(f"{files.config}: {error}") from error
+        if "start" in side:
+            config = replace(config, **{key: side["start"][key] for key in _CHANGED})
+    stripped = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    return StoredAdapter(files.weights, config, stripped, side.get("base", {}), "start" in side)
+
+
+def check_fits_base(model: nn.Module, stored: StoredAdapter) -> None:
+    """Refuse an adapter that was made for other base weights.
+
+    Raises:
+        CheckpointError: at least one adapted layer has other weights than it had when the adapter was saved.
+    """
+    if stored.base:
+        actual = base_fingerprint(model, list(stored.base))
+        known = {name: value for name, value in stored.base.items() if name in actual}
+        check_base(known, actual, stored.path, base_name=stored.config.base_model_name_or_path)

@@ -1,0 +1,202 @@
+"""An adapter as PEFT names it: the tensors of adapter_model.safetensors, out of a model and back into one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.config import LoraConfig
+from lorafa.io.strict import Misfit, compare
+from lorafa.layers.base import LoraLayer
+from lorafa.layers.saved import ModulesToSaveWrapper
+from lorafa.surgery.walk import hosts
+
+PREFIX = "base_model.model."
+START_A, START_B = "lora_start.A", "lora_start.B"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file and where it lives in the model."""
+
+    key: str
+    """Name in the file, without prefix: ``layers.0.q_proj.lora_A.weight``."""
+    live: str
+    """Name in the model's state dict: ``layers.0.q_proj.lora_A.default.weight``."""
+    tensor: Tensor
+
+
+def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool = False) -> Iterator[Entry]:
+    """Every tensor of adapter ``name`` as it is stored, frozen starts apart (see :func:`file_tensors`).
+
+    Args:
+        model: the user's model, wrapped layers in it.
+        config: the adapter's; its ``bias`` says which base biases belong to the adapter.
+        embeddings: also the whole weights of input embedding and output head, for a resized vocabulary.
+    """
+    for path, host in hosts(model):
+        if isinstance(host, ModulesToSaveWrapper):
+            for key, tensor in host.stored_tensors(name).items():
+                yield Entry(f"{path}.{key}", f"{path}.modules_to_save.{name}.{key}", tensor)
+            continue
+        if isinstance(host, LoraLayer) and name not in host.adapters:
+            continue
+        for key, parameter in host.stored_parameters(name).items():
+            yield Entry(f"{path}.{key}", f"{path}.{_live(key, name)}", parameter)
+    yield from _biases(model, name, config)
+    if embeddings:
+        yield from _embeddings(model)
+
+
+def _live(key: str, name: str) -> str:
+    """lora_A.weight -> lora_A.default.weight, lora_magnitude_vector -> lora_magnitude_vector.default.weight."""
+    if key == "lora_magnitude_vector":
+        return f"{key}.{name}.weight"
+    holder, dot, leaf = key.rpartition(".")
+    return f"{holder}.{name}.{leaf}" if dot and leaf in ("weight", "bias") else f"{key}.{name}"
+
+
+def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Entry]:
+    if config.bias == "all":
+        owned = {id(p) for _, host in hosts(model) for p in host.stored_parameters(name).values()}
+        for key, parameter in model.named_parameters():
+            if (
+                key.rpartition(".")[2] in ("bias", "in_proj_bias")
+                and id(parameter) not in owned
+                and ".lora_" not in key
+            ):
+                yield Entry(key, key, parameter)
+    elif config.bias == "lora_only":
+        for path, host in hosts(model):
+            if isinstance(host, LoraLayer) and name in host.adapters:
+                for key, parameter in host.base_layer.named_parameters(recurse=False):
+                    if key in ("bias", "in_proj_bias"):
+                        yield Entry(f"{path}.base_layer.{key}", f"{path}.base_layer.{key}", parameter)
+
+
+def _embeddings(model: nn.Module) -> Iterator[Entry]:
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter)() if hasattr(model, getter) else None
+        if module is None:
+            continue
+        weight = module.get_base_layer().weight if isinstance(module, LoraLayer) else module.weight
+        key = next(key for key, value in model.named_parameters(remove_duplicate=False) if value is weight)
+        yield Entry(key, key, weight)
+
+
+def has_start(model: nn.Module, name: str) -> bool:
+    """Whether adapter ``name`` subtracts a frozen start from its update."""
+    return any(isinstance(host, LoraLayer) and name in host.lora_start for _, host in hosts(model))
+
+
+def file_tensors(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    embeddings: bool = False,
+    with_start: bool = True,
+) -> dict[str, Tensor]:
+    """The tensors of adapter ``name`` as a file holds them, without prefix.
+
+    s B A - s B0 A0 is written as the ordinary LoRA of rank 2 r it is: A and A0 stacked, B and -B0 side by side. Where the
+    variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over.
+
+    Args:
+        state_dict: take values from here by their live names (a gathered state dict) instead of from the model.
+        with_start: False gives A and B alone.
+    """
+    values = {entry.key: _value(entry, state_dict) for entry in entries(model, name, config, embeddings=embeddings)}
+    if not with_start:
+        return values
+    for path, layer, start in _starts(model, name):
+        A0, B0 = layer.stored_A(start[0]), layer.stored_B(start[1])
+        if not layer.adapters[name].variant.plain:
+            values |= {f"{path}.{START_A}": A0, f"{path}.{START_B}": B0}
+            continue
+        key_A, key_B = factor_keys(path, layer, name)
+        A, B = layer.matrix_A(values[key_A]), layer.matrix_B(values[key_B])
+        values[key_A] = layer.stored_A(torch.cat([A, start[0].to(A)], dim=-2))
+        values[key_B] = layer.stored_B(torch.cat([B, -start[1].to(B)], dim=-1))
+    return values
+
+
+def _value(entry: Entry, state_dict: Mapping[str, Tensor] | None) -> Tensor:
+    if state_dict is None:
+        return entry.tensor.detach()
+    for key in (PREFIX + entry.live, entry.live):
+        if key in state_dict:
+            return state_dict[key].detach()
+    return entry.tensor.detach()
+
+
+def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple[Tensor, Tensor]]]:
+    for path, host in hosts(model):
+        if isinstance(host, LoraLayer) and name in host.adapters:
+            start = host.adapters[name].start
+            if start is not None:
+                yield path, host, (start.A, start.B)
+
+
+def factor_keys(path: str, layer: LoraLayer, name: str) -> tuple[str, str]:
+    """The keys A and B have in a file."""
+    kinds = [key for key in layer.stored_parameters(name) if not key.endswith("bias")]
+    A = next(key for key in kinds if key.startswith(("lora_A", "lora_embedding_A")))
+    B = next(key for key in kinds if key.startswith(("lora_B", "lora_embedding_B")))
+    return f"{path}.{A}", f"{path}.{B}"
+
+
+def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
+    """The config that goes with :func:`file_tensors`: ranks and alphas doubled where a start was stacked onto A and B."""
+    plain = all(layer.adapters[name].variant.plain for _, layer, _ in _starts(model, name))
+    if not has_start(model, name) or not plain:
+        return config
+    factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
+    return replace(
+        config,
+        r=config.r * 2,
+        lora_alpha=config.lora_alpha * factor,
+        rank_pattern={key: value * 2 for key, value in config.rank_pattern.items()},
+        alpha_pattern={key: value * factor for key, value in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+
+
+@torch.no_grad()
+def load_tensors(
+    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
+) -> None:
+    """Fill adapter ``name`` from the tensors of a file that fits (see :func:`misfit`)."""
+    tensors = dict(tensors)
+    for path, layer, start in _starts(model, name):
+        if not with_start:
+            continue
+        if layer.adapters[name].variant.plain:
+            key_A, key_B = factor_keys(path, layer, name)
+            A, B = layer.matrix_A(tensors[key_A]), layer.matrix_B(tensors[key_B])
+            rank = start[0].shape[-2]
+            tensors[key_A], tensors[key_B] = layer.stored_A(A[..., :rank, :]), layer.stored_B(B[..., :, :rank])
+            A0, B0 = A[..., rank:, :], -B[..., :, rank:]
+        else:
+            A0, B0 = layer.matrix_A(tensors[f"{path}.{START_A}"]), layer.matrix_B(tensors[f"{path}.{START_B}"])
+        start[0].copy_(A0)
+        start[1].copy_(B0)
+    for entry in entries(model, name, config, embeddings=True):
+        if entry.key in tensors:
+            entry.tensor.data.copy_(tensors[entry.key])
+
+
+def misfit(
+    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
+) -> Misfit:
+    """How the tensors of a file differ from those adapter ``name`` has; empty if they fit.
+
+    Whole embeddings, which PEFT adds to some files, are wanted where the file has them.
+    """
+    want = file_tensors(model, name, config, with_start=with_start)
+    whole = {entry.key: entry.tensor for entry in _embeddings(model) if entry.key in tensors}
+    return compare(tensors, want | whole)

@@ -1,0 +1,99 @@
+"""State dicts of single adapters in memory, by PEFT's functions and names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.errors import AdapterError
+from lorafa.io.peft_format import PREFIX, file_tensors, has_start, load_tensors, misfit
+from lorafa.surgery.adapters import require_adapters
+from lorafa.surgery.walk import lora_layers
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Any], str]:
+    """The user's model, its configs, and the prefix its keys have in a file."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        raise AdapterError(f"This {type(model).__name__} carries no adapter of lorafa.")
+    base = getattr(model, "base_model", None)
+    inner = getattr(base, "model", None) if hasattr(base, "peft_config") else None
+    return (inner, configs, PREFIX) if isinstance(inner, nn.Module) else (model, configs, "")
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under the names they have in a file, the adapter's name taken out.
+
+    Args:
+        model: a PeftModel, or a model with injected adapters (then the keys have no prefix).
+        state_dict: take the values from here, under the model's live names.
+        unwrap_compiled: the model is a torch.compile wrapper: look inside it.
+
+    Raises:
+        AdapterError: no such adapter.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    inner, configs, prefix = _parts(model)
+    require_adapters(inner, [adapter_name])
+    embeddings = save_embedding_layers is True
+    tensors = file_tensors(inner, adapter_name, configs[adapter_name], state_dict=state_dict, embeddings=embeddings)
+    return {prefix + key: value for key, value in tensors.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Fill one adapter from tensors named as :func:`get_peft_model_state_dict` names them.
+
+    Args:
+        ignore_mismatched_sizes: leave tensors of another shape as they are in the model.
+
+    Returns:
+        ``missing_keys`` and ``unexpected_keys``, both empty.
+
+    Raises:
+        AdapterError: no such adapter.
+        CheckpointError: the tensors do not fit; nothing was changed.
+    """
+    inner, configs, _ = _parts(model)
+    require_adapters(inner, [adapter_name])
+    tensors = {key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
+    config, with_start = configs[adapter_name], has_start(inner, adapter_name)
+    found = misfit(inner, adapter_name, config, tensors, with_start=with_start)
+    if ignore_mismatched_sizes and found.misshapen:
+        tensors = {key: value for key, value in tensors.items() if key not in found.misshapen}
+        kept = {key: value for key, value in file_tensors(inner, adapter_name, config).items() if key in found.misshapen}
+        tensors |= kept
+        found = misfit(inner, adapter_name, config, tensors, with_start=with_start)
+    found.raise_if_any("The state dict", adapter_name)
+    materialize(inner, adapter_name)
+    load_tensors(inner, adapter_name, config, tensors, with_start=with_start)
+    return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def materialize(model: nn.Module, name: str) -> None:
+    """Give an adapter that was made on the meta device memory on the device of its layer; its values are undefined."""
+    for _, layer in lora_layers(model):
+        if name not in layer.adapters or not layer.adapters[name].A.is_meta:
+            continue
+        device = layer._device()
+        for holder in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.lora_start):
+            if name in holder:
+                holder[name].to_empty(device=device)
+        for table in (layer.lora_embedding_A, layer.lora_embedding_B):
+            if name in table:
+                table[name] = nn.Parameter(torch.empty_like(table[name], device=device))

@@ -1,0 +1,30 @@
+"""LoraAttention: adapters on the input and output projections of nn.MultiheadAttention.
+
+That module multiplies with its weights inside one fused function, so the update is added to the weights for the length
+of a forward pass. Both projections carry an adapter; out_proj's own layer sits inside the base layer, as in PEFT's files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.func import functional_call
+
+from lorafa.layers.base import LoraLayer
+
+
+class LoraAttention(LoraLayer):
+    """Arguments and results are nn.MultiheadAttention's. Dropout cannot act: there is no adapter input."""
+
+    kind = "attention"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.counting():
+            base = self._pristine[0] if self._disable_adapters and self._pristine else self.base_layer
+            return base(*args, **kwargs)
+        tensors = self.updated_tensors("in_proj_weight", "in_proj_bias")
+        out_proj: nn.Module = self.base_layer.out_proj  # type: ignore[assignment]
+        if isinstance(out_proj, LoraLayer) and out_proj.counting():
+            tensors |= out_proj.updated_tensors("out_proj.base_layer.weight", "out_proj.base_layer.bias")
+        return functional_call(self.base_layer, tensors, args, kwargs)

@@ -1,0 +1,354 @@
+"""LoraLayer: a frozen base layer plus named adapters whose output changes are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.adapter import Adapter, Start, working_dtype
+from lorafa.backends import backend_of
+from lorafa.backends.base import Backend
+from lorafa.errors import AdapterError, BackendError
+from lorafa.layers.parts import AdapterParts, Weight, linear_holder
+from lorafa.variants import VARIANTS
+
+
+class LoraLayer(nn.Module):
+    """The storage and names are PEFT's (``lora_A[name].weight``, ``scaling[name]``, ``merged_adapters`` ...).
+
+    What differs between kinds of layer is here as hooks: how factors are stored, how s B A x is computed, how a vector
+    over output features broadcasts.
+    """
+
+    kind: ClassVar[str]
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.lora_start = nn.ModuleDict()
+        self.adapters: dict[str, Adapter] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self._pristine: tuple[nn.Module, ...] = ()  # the base layer while a merged one stands in its place
+        self.out_features, self.in_features = self.backend.shape(base_layer)
+
+    # ---- what a kind of layer must say
+
+    def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        """Make parameters of factors that are in the stored layout."""
+        self.lora_A[name] = linear_holder(A)
+        self.lora_B[name] = linear_holder(B, bias)
+
+    def stored_A(self, matrix: Tensor) -> Tensor:
+        """A (r, in) in the layout PEFT stores it in; :meth:`matrix_A` undoes it."""
+        return matrix
+
+    def stored_B(self, matrix: Tensor) -> Tensor:
+        """B (out, r) in the layout PEFT stores it in; :meth:`matrix_B` undoes it."""
+        return matrix
+
+    def matrix_A(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def matrix_B(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def factor_A(self, name: str) -> Tensor:
+        """A as (r, in)."""
+        return self.matrix_A(self.lora_A[name].weight)  # type: ignore[arg-type]
+
+    def factor_B(self, name: str) -> Tensor:
+        """B as (out, r)."""
+        return self.matrix_B(self.lora_B[name].weight)  # type: ignore[arg-type]
+
+    def factor_bias(self, name: str) -> Tensor | None:
+        return self.lora_B[name].bias if self.lora_bias[name] else None  # type: ignore[return-value]
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+        """s B A drop(x) for the layer's input x, in the layout of its output."""
+        raise NotImplementedError(type(self).__name__)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        """A vector over output features, (out,), shaped to broadcast against the layer's output."""
+        return vector
+
+    def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (out, in) and bias (out,) if base(x) is exactly linear(x, weight, bias) and may be computed elsewhere."""
+        return None
+
+    # ---- the base layer
+
+    @property
+    def backend(self) -> Backend:
+        backend = backend_of(self.get_base_layer())
+        if backend is None:
+            raise BackendError(f"No back end knows {type(self.get_base_layer()).__name__}.")
+        return backend
+
+    def get_base_layer(self) -> nn.Module:
+        base = self.base_layer
+        while isinstance(base, LoraLayer):
+            base = base.base_layer
+        return base
+
+    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(x, *args, **kwargs)
+
+    def base_weight(self) -> Tensor:
+        """The pristine weight, (out, in), dequantized where it is quantized."""
+        return self.backend.weight(self._pristine[0] if self._pristine else self.get_base_layer())
+
+    def base_bias(self) -> Tensor | None:
+        return self.backend.bias(self.get_base_layer())
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.get_base_layer(), "bias", None)
+
+    # ---- adapters
+
+    def attach(self, name: str, parts: AdapterParts) -> None:
+        """Take in an adapter that has been built; the names in ``parts`` are not checked here."""
+        device = self._device()
+        dtype = parts.dtype
+        move = {} if parts.A.device.type == "meta" else {"device": device}
+        self.r[name], self.lora_alpha[name], self.scaling[name] = parts.rank, parts.alpha, parts.scaling
+        self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant == "dora"
+        self.lora_bias[name] = parts.bias is not None
+        self.lora_dropout[name] = nn.Dropout(parts.dropout) if parts.dropout else nn.Identity()
+        bias = None if parts.bias is None else parts.bias.to(dtype=dtype, **move)
+        A, B = self.stored_A(parts.A.to(dtype=dtype, **move)), self.stored_B(parts.B.to(dtype=dtype, **move))
+        self.hold_factors(name, A.contiguous(), B.contiguous(), bias)
+        variant = VARIANTS.get(parts.variant)()
+        for kind, value in parts.extras.items():
+            holder = getattr(self, variant.extras[kind])
+            holder[name] = Weight(self.store_extra(value.to(dtype=dtype, **move)))
+        if parts.start is not None:
+            self.lora_start[name] = Start(*(factor.to(dtype=dtype, **move) for factor in parts.start))
+        self.adapters[name] = Adapter(self, name, variant)
+        self.train(self.training)
+
+    def store_extra(self, value: Tensor) -> Tensor:
+        """A vector over output features in the shape PEFT stores it in."""
+        return value
+
+    def _device(self) -> torch.device:
+        base = self.get_base_layer()
+        for tensor in (*base.parameters(recurse=False), *base.buffers(recurse=False)):
+            return tensor.device
+        return torch.device("cpu")
+
+    def detach_adapter(self, name: str) -> None:
+        """Forget an adapter and all its parameters."""
+        if name in self.merged_adapters:
+            raise AdapterError(f"Adapter {name!r} is merged. Call unmerge_adapter() before deleting it.")
+        holders: tuple[Any, ...] = (
+            self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias, self.lora_dropout,
+            self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B, self.lora_magnitude_vector,
+            self.lora_start, self.adapters,
+        )  # fmt: skip
+        for holder in holders:
+            if name in holder:
+                del holder[name]
+        self._active_adapter = [active for active in self._active_adapter if active != name]
+
+    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter under their names in a file, relative to the layer."""
+        found: dict[str, nn.Parameter] = {}
+        for holder in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            container = getattr(self, holder)
+            if name not in container:
+                continue
+            entry = container[name]
+            if isinstance(entry, nn.Parameter):
+                found[holder] = entry
+            else:
+                found |= {f"{holder}.{key}": value for key, value in entry.named_parameters()}
+        adapter = self.adapters[name]
+        found |= {holder: getattr(self, holder)[name].weight for holder in adapter.variant.extras.values()}
+        return found
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active_adapter)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter[0] if len(self._active_adapter) == 1 else list(self._active_adapter)
+
+    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters count, and train (unless ``inference_mode``)."""
+        self._active_adapter = [names] if isinstance(names, str) else list(names)
+        for name in self.adapters:
+            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+
+    def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
+        for parameter in self.stored_parameters(name).values():
+            parameter.requires_grad_(requires_grad)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
+
+    def counting(self) -> list[Adapter]:
+        """The adapters that change the output now."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        return [self.adapters[name] for name in self._active_adapter if name in self.adapters]
+
+    # ---- scale
+
+    def initial_scale(self, name: str) -> float:
+        r, alpha = self.r[name], self.lora_alpha[name]
+        return alpha / r**0.5 if self.use_rslora[name] else alpha / r
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scaling to ``scale`` times alpha / r (or alpha / sqrt(r))."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self._active_adapter:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters by ``scale``, or set it back to its start."""
+        for name in self._active_adapter:
+            if name in self.scaling:
+                self.scaling[name] = self.initial_scale(name) if scale is None else self.scaling[name] / scale
+
+    # ---- weights
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of the weight, in the layout and dtype of the base layer's own weight."""
+        pristine = self._pristine[0] if self._pristine else self.get_base_layer()
+        delta = self.adapters[adapter].delta_weight(self.backend.weight(pristine))
+        return self.backend.to_layout(pristine, delta)
+
+    @torch.no_grad()
+    def merged_base(self, names: Sequence[str]) -> nn.Module:
+        """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
+        pristine = self._pristine[0] if self._pristine else self.get_base_layer()
+        backend = self.backend
+        weight = self.merged_weight(backend.weight(pristine), names)
+        change = self._bias_change([self.adapters[name] for name in names])
+        if change is None:
+            return backend.with_weight(pristine, weight)
+        bias = backend.bias(pristine)
+        if bias is None:
+            raise BackendError(
+                f"lora_bias cannot be merged into a {type(pristine).__name__} without a bias; nothing was merged."
+            )
+        return backend.with_weight(pristine, weight, (bias.to(change.dtype) + change).to(bias.dtype))
+
+    def merged_weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
+        """``weight`` (out, in) plus the updates of ``names``, in float32 or float64, checked to be finite."""
+        total = weight.to(working_dtype(weight.dtype))
+        for name in names:
+            total = total + self.adapters[name].delta_weight(weight)
+        if not torch.isfinite(total).all():
+            raise AdapterError(
+                f"Merging {', '.join(map(repr, names))} gives inf or nan in a weight of {type(self).__name__}; "
+                "nothing was merged. The adapter was probably trained to divergence."
+            )
+        return total
+
+    def _bias_change(self, adapters: Sequence[Adapter]) -> Tensor | None:
+        changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
+        return torch.stack(changes).sum(0) if changes else None
+
+    def updated_tensors(self, weight_name: str, bias_name: str | None = None) -> dict[str, Tensor]:
+        """Weight (and bias) with the counting updates added, with gradients, under the names a module knows them by."""
+        adapters, layer = self.counting(), self.get_base_layer()
+        weight = self.base_weight()
+        if len(adapters) == 1 and adapters[0].variant.plain and adapters[0].start is None:  # no float32 copy of W
+            A, B = adapters[0].A.to(weight.dtype), adapters[0].B.to(weight.dtype)
+            product = torch.baddbmm if weight.dim() == 3 else torch.addmm
+            updated = product(weight, B, A, alpha=adapters[0].scaling)
+        else:
+            updated = weight.to(working_dtype(weight.dtype))
+            for adapter in adapters:
+                updated = updated + adapter.delta_weight(weight)
+        tensors = {weight_name: self.backend.to_layout(layer, updated)}
+        change, bias = self._bias_change(adapters), self.backend.bias(layer)
+        if bias_name is not None and change is not None and bias is not None:
+            tensors[bias_name] = (bias.to(change.dtype) + change).to(bias.dtype)
+        return tensors
+
+    def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
+        """Let ``base`` stand in for the base layer; the pristine one is kept for :meth:`unmerge`."""
+        if not self._pristine:
+            self._pristine = (self.base_layer,)
+        self.base_layer = base
+        self.merged_adapters = list(names)
+
+    def mergeable(self, adapter_names: Sequence[str] | None = None) -> list[str]:
+        """What a merge would leave merged: what is, then the named (default: the active) adapters of this layer."""
+        wanted = self._active_adapter if adapter_names is None else list(adapter_names)
+        return [*self.merged_adapters, *(n for n in wanted if n in self.adapters and n not in self.merged_adapters)]
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Put the updates into the base weight until :meth:`unmerge`; always checked for inf and nan."""
+        names = self.mergeable(adapter_names)
+        if names != self.merged_adapters:
+            self.put_merged(self.merged_base(names), names)
+
+    def unmerge(self) -> None:
+        """Bring the pristine base layer back, bit for bit."""
+        if self._pristine:
+            pristine, self._pristine = self._pristine[0], ()
+            self.base_layer = pristine.to(self._device())
+            self.merged_adapters = []
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    # ---- forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        adapters = self.counting()
+        if not adapters:
+            base = self._pristine[0] if self._disable_adapters and self._pristine else self.base_layer
+            return base(x, *args, **kwargs)
+        if len(adapters) == 1 and not args and not kwargs:
+            fused = adapters[0].variant.fused(adapters[0], x)
+            if fused is not None:
+                return fused
+        y = self.base_layer(x, *args, **kwargs)
+        out = y
+        for adapter in adapters:
+            out = out + adapter.delta_output(x, y).to(y.dtype)
+        return out
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: r={self.r[name]}, scaling={self.scaling[name]:g}" for name in self.adapters)

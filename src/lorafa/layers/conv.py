@@ -1,0 +1,70 @@
+"""LoraConv: adapters on 1-, 2- and 3-D convolutions. A is a convolution to r channels, B a 1 x 1 one from them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.layers.base import LoraLayer
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class LoraConv(LoraLayer):
+    """The kernel is flattened to (out, in * k...); A's channels see all inputs, B is grouped as the base is."""
+
+    kind = "conv"
+
+    def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        base = cast(Conv, self.get_base_layer())
+        ones = (1,) * (A.dim() - 2)
+        self.lora_A[name] = _holder(
+            base, A, None, base.kernel_size, base.stride, base.padding, base.dilation, 1, base.padding_mode
+        )
+        self.lora_B[name] = _holder(base, B, bias, ones, ones, 0, ones, base.groups, "zeros")
+
+    def stored_A(self, matrix: Tensor) -> Tensor:
+        base = cast(Conv, self.get_base_layer())
+        return matrix.reshape(matrix.shape[0], base.in_channels, *base.weight.shape[2:])
+
+    def stored_B(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(*matrix.shape, *(1,) * (self.weight.dim() - 2))
+
+    def matrix_A(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def matrix_B(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def store_extra(self, value: Tensor) -> Tensor:
+        return value.reshape(1, -1, *(1,) * (self.weight.dim() - 2))
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector.reshape(-1, *(1,) * (self.weight.dim() - 2))
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+        base = cast(Any, self.get_base_layer())
+        x = nn.functional.dropout(x, dropout) if dropout else x
+        dims = base.weight.dim() - 2
+        convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[dims - 1]
+        kernel = self.stored_A(A).to(x.dtype)
+        padding = base.padding
+        if base.padding_mode != "zeros":
+            x = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+            padding = 0
+        z = convolve(x, kernel, None, base.stride, padding, base.dilation)
+        return cast(Tensor, convolve(z, self.stored_B(B).to(x.dtype), groups=base.groups)) * scaling
+
+
+def _holder(base: Conv, weight: Tensor, bias: Tensor | None, kernel: Any, stride: Any, padding: Any, dilation: Any,
+            groups: int, padding_mode: str) -> nn.Module:  # fmt: skip
+    kind = next(cls for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(base, cls))
+    in_channels = weight.shape[1] * groups
+    holder = kind(in_channels, weight.shape[0], kernel, stride=stride, padding=padding, dilation=dilation,
+                  groups=groups, bias=False, padding_mode=padding_mode, device="meta")  # fmt: skip
+    holder.weight = nn.Parameter(weight.contiguous(memory_format=torch.contiguous_format))
+    if bias is not None:
+        holder.bias = nn.Parameter(bias)
+    return holder

@@ -1,0 +1,33 @@
+"""LoraEmbedding: adapters on a lookup table, seen as a linear layer on one-hot vectors: W is (dim, vocabulary)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lorafa.layers.base import LoraLayer
+
+
+class LoraEmbedding(LoraLayer):
+    """x holds indices (...), the output is (..., dim). Dropout of indices is not defined and not done."""
+
+    kind = "embedding"
+
+    def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        self.lora_embedding_A[name] = nn.Parameter(A)
+        self.lora_embedding_B[name] = nn.Parameter(B)
+
+    def factor_A(self, name: str) -> Tensor:
+        return self.lora_embedding_A[name]
+
+    def factor_B(self, name: str) -> Tensor:
+        return self.lora_embedding_B[name]
+
+    def factor_bias(self, name: str) -> Tensor | None:
+        return None
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+        base = self.get_base_layer()
+        rows = nn.functional.embedding(x, A.T)
+        change = nn.functional.linear(rows, B) * scaling
+        factor = getattr(base, "embed_scale", None)  # some models scale inside their embedding's forward
+        return change if factor is None else change * factor

@@ -1,0 +1,101 @@
+"""LoraExperts: adapters on a bare parameter of a module (``target_parameters``), a matrix or a stack of experts.
+
+The module computes with its parameter in ways of its own (batched, grouped, routed), so the updated parameter stands in
+for the length of a forward pass. Several parameters of one module make nested layers, as in PEFT's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lorafa.backends.base import Backend
+from lorafa.backends.parameter import ParameterBackend
+from lorafa.layers.base import LoraLayer
+
+
+class LoraExperts(LoraLayer):
+    """A is stored as (E r, in), expert by expert; B as (out, r E), the expert running fastest (PEFT's layout)."""
+
+    kind = "experts"
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
+        self.parameter_name = parameter_name
+        super().__init__(base_layer)
+        self._kept: tuple[nn.Parameter, ...] = ()  # the pristine parameter while a merged one stands in its place
+        self.num_experts = self._parameter().shape[0] if self._parameter().dim() == 3 else 1
+
+    def _parameter(self) -> Tensor:
+        return ParameterBackend(self.parameter_name).parameter(self.get_base_layer())
+
+    @property
+    def backend(self) -> Backend:
+        return ParameterBackend(self.parameter_name)
+
+    def _device(self) -> torch.device:
+        return self._parameter().device
+
+    @property
+    def weight(self) -> Tensor:
+        return self._parameter()
+
+    def stored_A(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1, matrix.shape[-1])
+
+    def stored_B(self, matrix: Tensor) -> Tensor:
+        return matrix if matrix.dim() == 2 else matrix.permute(1, 2, 0).reshape(matrix.shape[1], -1)
+
+    def matrix_A(self, stored: Tensor) -> Tensor:
+        return stored if self._parameter().dim() == 2 else stored.view(self.num_experts, -1, stored.shape[-1])
+
+    def matrix_B(self, stored: Tensor) -> Tensor:
+        if self._parameter().dim() == 2:
+            return stored
+        return stored.view(stored.shape[0], -1, self.num_experts).permute(2, 0, 1)
+
+    def factor_bias(self, name: str) -> Tensor | None:
+        return None
+
+    # A merged parameter takes the place of the pristine one in the module itself: the layers of other parameters of
+    # the same module wrap that module too, so a second module cannot stand in for it.
+
+    def base_weight(self) -> Tensor:
+        stored = self._kept[0] if self._kept else self._parameter()
+        return ParameterBackend(self.parameter_name).to_matrix(self.get_base_layer(), stored)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return self.backend.to_layout(self.get_base_layer(), self.adapters[adapter].delta_weight(self.base_weight()))
+
+    @torch.no_grad()
+    def merged_base(self, names: Sequence[str]) -> nn.Module:
+        return self.backend.with_weight(self.get_base_layer(), self.merged_weight(self.base_weight(), names))
+
+    def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
+        parameters = self.get_base_layer()._parameters
+        if not self._kept:
+            self._kept = (parameters[self.parameter_name],)  # type: ignore[assignment]
+        parameters[self.parameter_name] = base._parameters[self.parameter_name]
+        self.merged_adapters = list(names)
+
+    def unmerge(self) -> None:
+        if self._kept:
+            pristine = self._kept[0]
+            pristine.data = pristine.data.to(self._device())
+            self.get_base_layer()._parameters[self.parameter_name] = pristine
+            self._kept, self.merged_adapters = (), []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layer, depth = self.base_layer, ""
+        while isinstance(layer, LoraLayer):
+            layer, depth = layer.base_layer, depth + "base_layer."
+        name = depth + self.parameter_name
+        if self._disable_adapters and self._kept:
+            return functional_call(self.base_layer, {name: self._kept[0]}, args, kwargs)
+        if not self.counting():
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, self.updated_tensors(name), args, kwargs)

@@ -1,0 +1,24 @@
+"""LoraLinear: adapters on anything that computes x W^T + b, whatever way it stores W."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lorafa.functional import low_rank_linear
+from lorafa.layers.base import LoraLayer
+
+
+class LoraLinear(LoraLayer):
+    """x is (..., in), the output (..., out)."""
+
+    kind = "linear"
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+        return low_rank_linear(x, A, B, scaling, dropout=dropout)
+
+    def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        if hooked or "forward" in base.__dict__:  # somebody wants to see or change what passes through the base
+            return None
+        return self.backend.dense(base)

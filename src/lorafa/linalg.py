@@ -1,0 +1,24 @@
+"""Matrix decompositions: the only place with raw algorithms. Never in half precision (ALGORITHMS 0.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the largest entry of every column of U (..., m, k) positive, so that a decomposition reproduces."""
+    rows = U.abs().argmax(dim=-2, keepdim=True)
+    signs = torch.where(U.gather(-2, rows) < 0, -1.0, 1.0).to(U.dtype)
+    return U * signs, Vh * signs.transpose(-2, -1)
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``rank`` largest singular triplets of (..., m, n): U (..., m, r), S (..., r), Vh (..., r, n).
+
+    Exact, in float32 (float64 stays), deterministic signs. Costs O(m n min(m, n)).
+    """
+    dtype = matrix.dtype if matrix.dtype is torch.float64 else torch.float32
+    U, S, Vh = torch.linalg.svd(matrix.detach().to(dtype), full_matrices=False)
+    U, Vh = fix_signs(U[..., :rank], Vh[..., :rank, :])
+    return U, S[..., :rank], Vh

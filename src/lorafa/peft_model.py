@@ -1,0 +1,329 @@
+"""PeftModel: the adapted model as PEFT shapes it, ``PeftModel.base_model`` (a LoraModel) ``.model`` (the user's)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lorafa.config import LoraConfig
+from lorafa.errors import AdapterError, NotAvailableError
+from lorafa.io.adapter_files import StoredAdapter, check_fits_base, read_adapter, save_adapter
+from lorafa.io.card import write_card
+from lorafa.io.peft_format import load_tensors, misfit
+from lorafa.io.state import materialize
+from lorafa.storage import HubOptions
+from lorafa.surgery.adapters import disabled, require_adapters
+from lorafa.surgery.inject import Options
+from lorafa.surgery.model import LoraModel
+from lorafa.surgery.status import (
+    LayerStatus,
+    ModelStatus,
+    count_parameters,
+    get_layer_status,
+    get_model_status,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class PeftModel(nn.Module):
+    """Runs like the model it wraps; everything it does not define itself is the wrapped model's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap without adding an adapter; use :func:`get_peft_model` or :meth:`from_pretrained`."""
+        super().__init__()
+        self.base_model = LoraModel(model)
+
+    # ---- making and loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        key_mapping: Mapping[str, str] | None = None,
+        subfolder: str | None = None,
+        allow_pickle: bool = False,
+        ignore_base_mismatch: bool = False,
+        **hub: Unpack[HubOptions],
+    ) -> PeftModel:
+        """Put a saved adapter on ``model``.
+
+        Args:
+            model: the base model; changed in place.
+            model_id: folder or Hub repository that holds the adapter.
+            is_trainable: train the adapter on; otherwise it is frozen and the model in eval mode.
+            ignore_base_mismatch: load even if the base weights are not those the adapter was made for.
+            allow_pickle: also read a ``.bin`` file.
+            hub: revision, token, cache_dir, local_files_only, force_download, endpoint.
+
+        Raises:
+            SourceError, CheckpointError, ConfigError, TargetError: the adapter cannot be found, read or used here;
+                the model is as it was.
+        """
+        stored = read_adapter(
+            model_id, subfolder=subfolder, config=config, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub
+        )
+        wrapped = cls(model)
+        wrapped._take_in(stored, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), ignore_base_mismatch)
+        wrapped.base_model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return wrapped if is_trainable else wrapped.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        key_mapping: Mapping[str, str] | None = None,
+        subfolder: str | None = None,
+        allow_pickle: bool = False,
+        ignore_base_mismatch: bool = False,
+        **hub: Unpack[HubOptions],
+    ) -> None:
+        """Load a saved adapter beside the others; it does not count until :meth:`set_adapter`.
+
+        An adapter of that name that is already there is filled from the file, as resuming a run needs it; the file's
+        rank and layers must then be those it has.
+
+        Raises:
+            SourceError, CheckpointError, ConfigError, TargetError: as :meth:`from_pretrained`; nothing was changed.
+        """
+        stored = read_adapter(
+            model_id, subfolder=subfolder, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub
+        )
+        if adapter_name in self.peft_config:
+            self._fill(stored, adapter_name, ignore_base_mismatch)
+            return
+        self._take_in(stored, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), ignore_base_mismatch)
+        self.base_model.set_requires_grad(adapter_name, is_trainable)
+
+    def _take_in(self, stored: StoredAdapter, name: str, options: Options, ignore_base: bool) -> None:
+        if not ignore_base:
+            check_fits_base(self.get_base_model(), stored)
+        options = replace(options, from_file=True, file_has_starts=stored.with_start)
+        was_training = self.training
+        undo = self.base_model.apply_plan(self.base_model.plan_adapter(stored.config, name, options))
+        try:
+            materialize(self.get_base_model(), name)
+            self._fill(stored, name, ignore_base=True)
+        except BaseException:
+            undo()
+            self.base_model.forget(name)
+            raise
+        self.train(was_training)
+
+    def _fill(self, stored: StoredAdapter, name: str, ignore_base: bool = False) -> None:
+        model, config = self.get_base_model(), self.peft_config[name]
+        if not ignore_base:
+            check_fits_base(model, stored)
+        misfit(model, name, config, stored.tensors, with_start=stored.with_start).raise_if_any(stored.path, name)
+        load_tensors(model, name, config, stored.tensors, with_start=stored.with_start)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write adapters in PEFT's format: "default" into the folder itself, others into sub-folders of their name.
+
+        Args:
+            selected_adapters: which ones; default all.
+            save_embedding_layers: True adds the whole embedding and head (for a resized vocabulary); "auto" does not.
+            is_main_process: False writes nothing, for all ranks but one.
+            state_dict: take the tensors from this gathered state dict of the PeftModel.
+
+        Raises:
+            NotAvailableError: ``safe_serialization=False``; pickles are not written.
+            AdapterError: an unknown adapter name.
+            CheckpointError: a file could not be written; what was there before is as it was.
+        """
+        if not safe_serialization:
+            raise NotAvailableError("lorafa writes safetensors only; a pickle can run code when it is loaded.")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        require_adapters(self.get_base_model(), names)
+        if not is_main_process:
+            return
+        for name in names:
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            config = self.peft_config[name]
+            save_adapter(
+                self.get_base_model(), name, config, folder,
+                state_dict=state_dict, embeddings=save_embedding_layers is True,
+            )  # fmt: skip
+        write_card(save_directory, self.peft_config[names[0]])
+
+    # ---- adapters
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """Adapter name -> the config it was made from."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a new adapter, frozen and not counting until :meth:`set_adapter`.
+
+        Raises:
+            AdapterError: the name is taken or unusable.
+            ConfigError, TargetError: as :func:`get_peft_model`; nothing was changed.
+        """
+        config = _with_base_name(peft_config, self.get_base_model())
+        self.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make exactly this adapter count, and train unless ``inference_mode``.
+
+        ``base_model.set_adapter([...])`` lets several count together.
+        """
+        if not isinstance(adapter_name, str):
+            raise AdapterError(
+                f"PeftModel.set_adapter takes one name, found {adapter_name!r}. To let several adapters count together "
+                "call base_model.set_adapter([...])."
+            )
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base model alone for the length of a with-block, also while adapters are merged."""
+        with disabled(self.get_base_model()):
+            yield
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, its adapted layers wrapped."""
+        return self.base_model.model
+
+    # ---- reports
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters, each counted once."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, everything = self.get_nb_trainable_parameters()
+        share = 100 * trainable / everything if everything else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        return get_model_status(self)
+
+    # ---- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            raise NotAvailableError("adapter_names: batches that mix adapters are not available yet in lorafa.")
+        return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:
+            raise NotAvailableError("adapter_names: batches that mix adapters are not available yet in lorafa.")
+        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turn activation checkpointing on, of either kind: the embedding's output is made to require a gradient."""
+        model: Any = self.get_base_model()
+        model.gradient_checkpointing_enable(*args, **kwargs)
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return replace(config, base_model_name_or_path=name) if name else replace(config)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put a new adapter on ``model`` (changed in place), freeze the rest, and return it wrapped.
+
+    Args:
+        peft_config: what to adapt and how; it is copied, never changed.
+        autocast_adapter_dtype: keep adapters in float32 where the base is float16 or bfloat16.
+        revision: revision of the base model, for the saved config.
+        low_cpu_mem_usage: make the factors on the meta device, to be filled from a file.
+
+    Raises:
+        TargetError: a pattern matches nothing, or something that cannot carry an adapter.
+        ConfigError: a setting is wrong, or does not go with a layer.
+        NotAvailableError: the config asks for a feature this version does not have.
+        AdapterError: the adapter's name is unusable, or the model is a PeftModel already.
+
+    After any of them the model is bit-identical to what it was.
+    """
+    if mixed:
+        raise NotAvailableError("mixed=True: models with adapters of several kinds are not available in lorafa.")
+    if isinstance(model, PeftModel):
+        raise AdapterError("The model is a PeftModel already. Call add_adapter() to put another adapter on it.")
+    wrapped = PeftModel(model)
+    config = _with_base_name(peft_config, model)
+    if revision is not None:
+        config.revision = revision
+    wrapped.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
+    wrapped.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
+    if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    return wrapped

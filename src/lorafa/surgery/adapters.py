@@ -1,0 +1,84 @@
+"""Which adapters count, which train, and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from lorafa.errors import AdapterError, did_you_mean
+from lorafa.layers.base import LoraLayer
+from lorafa.surgery.inject import adapter_names
+from lorafa.surgery.walk import hosts
+
+
+def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises AdapterError unless every name is one of the model's adapters."""
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise AdapterError(
+                f"The model has no adapter {name!r}.{did_you_mean(str(name), known)} It has: {', '.join(known) or '(none)'}."
+            )
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make exactly ``names`` count and (unless ``inference_mode``) train; every other adapter is frozen.
+
+    Raises:
+        AdapterError: an unknown name, or adapters are merged; nothing was changed.
+    """
+    listed = [names] if isinstance(names, str) else list(names)
+    require_adapters(model, listed)
+    merged = next((h.merged_adapters for _, h in hosts(model) if isinstance(h, LoraLayer) and h.merged_adapters), None)
+    if merged:
+        raise AdapterError(
+            f"{', '.join(map(repr, merged))} {'is' if len(merged) == 1 else 'are'} merged into the base weights. "
+            "Call unmerge_adapter() before activating other adapters."
+        )
+    for _, host in hosts(model):
+        host.set_adapter(listed, inference_mode)
+
+
+def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let the parameters of ``names`` train, or freeze them, whether they count or not."""
+    listed = [names] if isinstance(names, str) else list(names)
+    require_adapters(model, listed)
+    for _, host in hosts(model):
+        for name in listed:
+            if not isinstance(host, LoraLayer) or name in host.adapters:
+                host.set_requires_grad(name, requires_grad)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter and its parameters from every layer.
+
+    Raises:
+        AdapterError: an unknown name, or the adapter is merged; nothing was changed.
+    """
+    require_adapters(model, [name])
+    for path, host in hosts(model):
+        if isinstance(host, LoraLayer) and name in host.merged_adapters:
+            raise AdapterError(f"Adapter {name!r} is merged into {path!r}. Call unmerge_adapter() before deleting it.")
+    for _, host in hosts(model):
+        if not isinstance(host, LoraLayer) or name in host.adapters:
+            host.detach_adapter(name)
+
+
+def enable_adapters(model: nn.Module, enabled: bool) -> None:
+    """Let the active adapters count, or run the base model alone."""
+    for _, host in hosts(model):
+        host.enable_adapters(enabled)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the base model alone for the length of a with-block, merged or not; what was enabled is so again after it."""
+    was = [(host, host._disable_adapters) for _, host in hosts(model)]
+    enable_adapters(model, False)
+    try:
+        yield model
+    finally:
+        for host, off in was:
+            host.enable_adapters(not off)

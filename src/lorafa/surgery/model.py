@@ -1,0 +1,160 @@
+"""LoraModel: the user's model with its adapters' configs; everything lorafa does to it goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lorafa.config import LoraConfig
+from lorafa.errors import AdapterError, ConfigError
+from lorafa.layers.base import LoraLayer
+from lorafa.surgery import adapters
+from lorafa.surgery.inject import Options, Plan, Undo, apply, plan
+from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
+from lorafa.surgery.walk import lora_layers
+
+
+class LoraModel(nn.Module):
+    """``model`` is the user's, changed in place; ``peft_config`` maps adapter names to the configs they were made from."""
+
+    prefix = "lora_"
+    tuner_layer_cls = LoraLayer
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        self._active: list[str] = []
+
+    # ---- adapters
+
+    def plan_adapter(self, config: LoraConfig, adapter_name: str, options: Options | None = None) -> Plan:
+        """Everything ``inject_adapter`` would do, built and checked; changes nothing."""
+        others = [name for name, other in self.peft_config.items() if other.bias != "none"]
+        if config.bias != "none" and others:
+            raise ConfigError(
+                f"bias={config.bias!r}: adapter {others[0]!r} trains base biases already, and there is only one set of "
+                "them. Use bias='none' for all adapters but one."
+            )
+        return plan(self.model, config, adapter_name, options)
+
+    def apply_plan(self, planned: Plan) -> Undo:
+        """Carry out a plan; the adapter is inactive and frozen until :meth:`set_adapter`."""
+        undo = apply(self.model, planned)
+        targets = [layer.target for layer in planned.layers]
+        self.targeted_module_names = [t.name for t in targets if t.parameter is None]
+        self.targeted_parameter_names = [f"{t.name}.{t.parameter}" for t in targets if t.parameter is not None]
+        self.peft_config[planned.name] = _resolved(planned.config, self.targeted_module_names)
+        if self._active:  # other adapters keep counting; the new one waits
+            adapters.set_requires_grad(self.model, planned.name, False)
+        return undo
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop the config of an adapter whose plan was undone."""
+        self.peft_config.pop(adapter_name, None)
+
+    def inject_adapter(self, config: LoraConfig, adapter_name: str, options: Options | None = None) -> None:
+        """Add an adapter; a failure leaves the model as it was."""
+        self.apply_plan(self.plan_adapter(config, adapter_name, options))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters count, together, and train unless ``inference_mode``."""
+        adapters.set_adapter(self.model, adapter_name, inference_mode)
+        self._active = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or freeze them."""
+        adapters.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the only active one, another (if any) becomes active."""
+        adapters.delete_adapter(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        self._active = [name for name in self._active if name != adapter_name]
+        if not self._active and self.peft_config:
+            self.set_adapter(next(iter(self.peft_config)))
+
+    def enable_adapter_layers(self) -> None:
+        adapters.enable_adapters(self.model, True)
+
+    def disable_adapter_layers(self) -> None:
+        adapters.enable_adapters(self.model, False)
+
+    # ---- weights
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put updates into the base weights until :meth:`unmerge_adapter`; always as safe as ``safe_merge`` asks for."""
+        merge_adapter(self.model, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Bring the pristine base weights back, bit for bit."""
+        unmerge_adapter(self.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The user's model with the updates folded in and every wrapper gone."""
+        return self._unload(merge=True, adapter_names=adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The user's model as it was before any adapter, bit for bit."""
+        return self._unload(merge=False)
+
+    def _unload(self, *, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        if not self.peft_config:
+            raise AdapterError("The adapters were taken off this model already.")
+        model = unload(self.model, merge=merge, adapter_names=adapter_names)
+        self.peft_config, self._active = {}, []
+        return model
+
+    def lora_layers(self) -> list[tuple[str, LoraLayer]]:
+        """Every adapted layer with its path in the user's model."""
+        return list(lora_layers(self.model))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+
+def _resolved(config: LoraConfig, names: Sequence[str]) -> LoraConfig:
+    """The config to keep and save: "all-linear" and the architecture's usual layers spelled out."""
+    wanted = config.target_modules
+    if wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
+        return replace(config, target_modules=set(names) if names else wanted)
+    return config
+
+
+def inject_adapter_in_model(
+    peft_config: LoraConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+) -> nn.Module:
+    """Put an adapter on ``model`` without wrapping the model itself, and make it count and train.
+
+    The configs are then at ``model.peft_config``. Raises as :func:`lorafa.get_peft_model`; nothing is changed then.
+    """
+    tuner = LoraModel(model)
+    tuner.peft_config = getattr(model, "peft_config", {})
+    tuner.inject_adapter(peft_config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
+    tuner.set_adapter(adapter_name, peft_config.inference_mode)
+    model.peft_config = tuner.peft_config  # type: ignore[assignment]
+    return model

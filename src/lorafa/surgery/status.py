@@ -1,0 +1,112 @@
+"""What state adapters are in: counted, listed, summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from lorafa.layers.base import LoraLayer
+from lorafa.surgery.walk import lora_layers
+
+T = TypeVar("T")
+Irregular = Literal["irregular"]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) numbers of parameters, each counted once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+@dataclass
+class LayerStatus:
+    """One adapted layer."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]] = field(default_factory=dict)
+    quantization_backend: str | None = None
+
+
+@dataclass
+class ModelStatus:
+    """The whole model; "irregular" where layers differ."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]] = field(default_factory=dict)
+    quantization_backend: str | None = None
+
+
+def get_layer_status(model: nn.Module) -> list[LayerStatus]:
+    """The status of every adapted layer, in the order of the model; works on injected models too."""
+    return [_status(path, layer) for path, layer in lora_layers(_user_model(model))]
+
+
+def _user_model(model: nn.Module) -> nn.Module:
+    inner = getattr(getattr(model, "base_model", None), "model", None)
+    return inner if hasattr(model, "peft_config") and isinstance(inner, nn.Module) else model
+
+
+def _status(path: str, layer: LoraLayer) -> LayerStatus:
+    parameters = {name: list(layer.stored_parameters(name).values()) for name in layer.adapters}
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    return LayerStatus(
+        name=path,
+        module_type=f"lora.{type(base).__name__}",
+        enabled=not layer.disable_adapters,
+        active_adapters=layer.active_adapters,
+        merged_adapters=list(layer.merged_adapters),
+        requires_grad={name: _same(p.requires_grad for p in own) for name, own in parameters.items()},
+        available_adapters=sorted(layer.adapters),
+        devices={name: sorted({p.device.type for p in own}) for name, own in parameters.items()},
+        quantization_backend=None if weight is not None or layer.kind == "attention" else type(base).__name__,
+    )
+
+
+def _same(values: Iterable[T]) -> T | Irregular:
+    listed = list(values)
+    return listed[0] if all(value == listed[0] for value in listed) else "irregular"
+
+
+def get_model_status(model: nn.Module) -> ModelStatus:
+    """The status of the whole model; works on injected models too."""
+    layers = get_layer_status(model)
+    trainable, total = count_parameters(model)
+    names = sorted({name for layer in layers for name in layer.available_adapters})
+    user_model = _user_model(model)
+    flags = {n: [layer.requires_grad[n] for layer in layers if n in layer.requires_grad] for n in names}
+    quantized = [layer.quantization_backend for layer in layers]
+    return ModelStatus(
+        base_model_type=type(user_model).__name__,
+        adapter_model_type="LoraModel" if user_model is not model else "None",
+        peft_types=dict.fromkeys(names, "LORA"),
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_same(layer.enabled for layer in layers) if layers else False,
+        active_adapters=_same(layer.active_adapters for layer in layers) if layers else [],
+        merged_adapters=_same(layer.merged_adapters for layer in layers) if layers else [],
+        requires_grad={name: _same(values) for name, values in flags.items()},
+        available_adapters=names,
+        devices={n: sorted({d for layer in layers for d in layer.devices.get(n, [])}) for n in names},
+        quantization_backend=_same(quantized) if layers else None,
+    )

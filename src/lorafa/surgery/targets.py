@@ -1,0 +1,274 @@
+"""Which layers a config means. Every pattern must match something; what cannot carry an adapter is an error."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorafa.backends import backend_of
+from lorafa.config import LoraConfig
+from lorafa.errors import TargetError, did_you_mean, shorten
+from lorafa.layers.base import LoraLayer
+from lorafa.layers.experts import LoraExperts
+from lorafa.surgery.architectures import DEFAULT_TARGETS
+from lorafa.surgery.walk import Place, places
+
+ALL_LINEAR = "all-linear"
+_CLASSIFIER_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer, or one parameter of a module, that gets an adapter."""
+
+    name: str
+    """Dotted name of the module as it was before wrapping."""
+    path: str
+    """Dotted name of the module now."""
+    module: nn.Module
+    parameter: str | None
+    rank: int
+    alpha: float
+
+
+def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> list[Target]:
+    """The layers ``config`` means, in the order of the model, each once however many names it has.
+
+    Args:
+        lenient: warn of patterns that match nothing instead of raising; for a config that comes with a file, whose
+            tensors are checked one by one anyway.
+
+    Raises:
+        TargetError: a pattern matches nothing, or matches something that cannot carry an adapter.
+    """
+    everything = [place for place in places(model) if place.name]
+    patterns = _Patterns(config, lenient)
+    chosen = _modules(model, everything, config, patterns)
+    targets = [_target(place, None, config, patterns) for place in chosen]
+    targets += _parameters(everything, config, patterns, taken={id(place.module) for place in chosen})
+    patterns.report(everything)
+    if not targets:
+        raise TargetError("The config names no layer at all: target_modules and target_parameters are both empty.")
+    return targets
+
+
+class _Patterns:
+    """Keeps the books on which patterns have matched."""
+
+    def __init__(self, config: LoraConfig, lenient: bool) -> None:
+        self.config, self.lenient = config, lenient
+        self.used: set[tuple[str, str]] = set()
+
+    def suffix(self, field: str, names: Collection[str], name: str) -> bool:
+        """Whether ``name`` is one of ``names`` or ends in a dot and one of them."""
+        start = 0
+        while True:
+            if name[start:] in names:
+                self.used.add((field, name[start:]))
+                return True
+            dot = name.find(".", start)
+            if dot < 0:
+                return False
+            start = dot + 1
+
+    def matches(self, field: str, wanted: Collection[str] | str | None, name: str) -> bool:
+        """``wanted`` is a regular expression for the whole name, or a collection of names and dotted ends."""
+        if not wanted:
+            return False
+        if not isinstance(wanted, str):
+            return self.suffix(field, wanted, name)
+        if re.fullmatch(wanted, name):
+            self.used.add((field, wanted))
+            return True
+        return False
+
+    def lookup(self, field: str, table: dict[str, int] | dict[str, int | float], name: str) -> int | float | None:
+        """The value of the first key that is the end of ``name`` or a regular expression for it."""
+        for key, value in table.items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                self.used.add((field, key))
+                return value
+        return None
+
+    def report(self, everything: list[Place]) -> None:
+        """Raise for, or warn of, every pattern that has matched nothing."""
+        config = self.config
+        for field in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "exclude_modules"):
+            wanted = getattr(config, field) or ()
+            wanted = [wanted] if isinstance(wanted, str) else sorted(wanted)
+            unused = [p for p in wanted if (field, p) not in self.used and p.lower() != ALL_LINEAR]
+            if not unused:
+                continue
+            message = _no_match(field, unused, everything)
+            if self.lenient or field == "exclude_modules":
+                warnings.warn(message, stacklevel=2)
+            else:
+                raise TargetError(message)
+
+
+def _no_match(field: str, unused: list[str], everything: list[Place]) -> str:
+    if field == "target_parameters":
+        leaves = sorted({n for place in everything for n, _ in place.module.named_parameters(recurse=False)})
+        kind = "parameters"
+    else:
+        leaves = sorted({p.name.rpartition(".")[2] for p in everything if _can_carry(p.module)})
+        kind = "layers that can carry an adapter"
+    hint = did_you_mean(unused[0].rpartition(".")[2], leaves)
+    return (
+        f"{field}: {', '.join(map(repr, unused))} {'matches' if len(unused) == 1 else 'match'} nothing in the model.{hint}"
+        f" The last names of its {kind} are: {shorten(leaves, 12) or '(none)'}. A name matches a whole dotted name or its"
+        " end after a dot; a single string is a regular expression for the whole name."
+    )
+
+
+def _can_carry(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer) or backend_of(module) is not None
+
+
+def _modules(model: nn.Module, everything: list[Place], config: LoraConfig, patterns: _Patterns) -> list[Place]:
+    wanted = config.target_modules
+    if wanted is None:
+        if config.target_parameters:
+            return []
+        wanted = _default_targets(model)
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        found = _all_linear(model, everything, config)
+        found = [p for p in found if not patterns.matches("exclude_modules", config.exclude_modules, p.name)]
+        if not found:
+            raise TargetError("target_modules='all-linear' finds no linear layer in the model.")
+    else:
+        found = [place for place in everything if _is_wanted(place.name, wanted, config, patterns)]
+    attention = [p.name for p in everything if isinstance(p.module, nn.MultiheadAttention)]
+    for place in found:
+        _check_carries(place, attention)
+    return _once(found)
+
+
+def _is_wanted(name: str, wanted: Collection[str] | str, config: LoraConfig, patterns: _Patterns) -> bool:
+    if _inside_saved(name, config) or patterns.matches("exclude_modules", config.exclude_modules, name):
+        return False
+    if not isinstance(wanted, str) and config.layers_to_transform not in (None, []) and name not in wanted:
+        return _has_index(name, config) and patterns.matches("target_modules", wanted, name)
+    return patterns.matches("target_modules", wanted, name)
+
+
+def _inside_saved(name: str, config: LoraConfig) -> bool:
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
+
+
+def _has_index(name: str, config: LoraConfig) -> bool:
+    """Whether the first layer index in the name is one of layers_to_transform."""
+    lists = config.layers_pattern or [r"[^.]*"]
+    lists = [lists] if isinstance(lists, str) else lists
+    prefix = r"(?:^|.*?\.)" if config.layers_pattern else r".*?\."
+    for pattern in lists:
+        match = re.match(rf"{prefix}{pattern}\.(\d+)\.", name)
+        if match:
+            wanted = config.layers_to_transform
+            return int(match.group(1)) in ([wanted] if isinstance(wanted, int) else wanted or [])
+    return False
+
+
+def _default_targets(model: nn.Module) -> set[str] | str:
+    config = getattr(model, "config", None)
+    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    if model_type not in DEFAULT_TARGETS:
+        raise TargetError(
+            f"target_modules is not set, and there is no usual choice for models of type {model_type!r}. "
+            "Set target_modules='all-linear', or name the layers."
+        )
+    targets = DEFAULT_TARGETS[model_type]
+    return targets if isinstance(targets, str) else set(targets)
+
+
+def _all_linear(model: nn.Module, everything: list[Place], config: LoraConfig) -> list[Place]:
+    """Every linear layer but the output head (of sequence classifiers: the classifier) and the insides of attention."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if head is None and config.task_type == "SEQ_CLS":
+        head = next((h for h in (getattr(model, n, None) for n in _CLASSIFIER_HEADS) if h is not None), None)
+    attention = tuple(p.name + "." for p in everything if isinstance(p.module, nn.MultiheadAttention))
+    return [
+        place
+        for place in everything
+        if _kind(place.module) == "linear"
+        and place.module is not head
+        and not place.name.startswith(attention)
+        and not _inside_saved(place.name, config)
+    ]
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, LoraLayer):
+        return module.kind
+    backend = backend_of(module)
+    return None if backend is None else backend.host
+
+
+def _check_carries(place: Place, attention: Iterable[str]) -> None:
+    if not _can_carry(place.module) or isinstance(place.module, LoraExperts):
+        raise TargetError(
+            f"{place.name!r} is a {type(place.module).__name__}, which cannot carry an adapter. Supported are linear, "
+            "embedding and convolution layers, nn.MultiheadAttention, and single parameters by target_parameters. "
+            "Narrow target_modules, or add the name to exclude_modules."
+        )
+    owner = next((name for name in attention if place.name == f"{name}.out_proj"), None)
+    if owner is not None:
+        raise TargetError(
+            f"{place.name!r} is never called: nn.MultiheadAttention reads its weight, so an adapter on it would do "
+            f"nothing. Target {owner!r} instead; its out_proj gets an adapter too."
+        )
+
+
+def _once(found: list[Place]) -> list[Place]:
+    seen: set[int] = set()
+    return [place for place in found if id(place.module) not in seen and not seen.add(id(place.module))]  # type: ignore[func-returns-value]
+
+
+def _target(place: Place, parameter: str | None, config: LoraConfig, patterns: _Patterns) -> Target:
+    name = place.name if parameter is None else f"{place.name}.{parameter}"
+    rank = patterns.lookup("rank_pattern", config.rank_pattern, name)
+    alpha = patterns.lookup("alpha_pattern", config.alpha_pattern, name)
+    return Target(
+        place.name,
+        place.path,
+        place.module,
+        parameter,
+        int(config.r if rank is None else rank),
+        config.lora_alpha if alpha is None else alpha,
+    )
+
+
+def _parameters(
+    everything: list[Place], config: LoraConfig, patterns: _Patterns, taken: set[int]
+) -> list[Target]:
+    wanted = set(config.target_parameters or ())
+    targets: list[Target] = []
+    seen: set[tuple[int, str]] = set()
+    for place in everything if wanted else ():
+        inner = place.module
+        while isinstance(inner, LoraLayer):
+            inner = inner.base_layer
+        for parameter, value in inner.named_parameters(recurse=False):
+            name = f"{place.name}.{parameter}"
+            if (id(inner), parameter) in seen or not patterns.matches("target_parameters", wanted, name):
+                continue
+            seen.add((id(inner), parameter))
+            if id(place.module) in taken or (
+                isinstance(place.module, LoraLayer) and not isinstance(place.module, LoraExperts)
+            ):
+                raise TargetError(
+                    f"target_parameters: {name!r} belongs to a layer that target_modules adapts as a whole. "
+                    "Take it out of one of the two (target_modules=[] adapts parameters only)."
+                )
+            if value.dim() not in (2, 3):
+                raise TargetError(
+                    f"target_parameters: {name!r} has {value.dim()} dimensions {tuple(value.shape)}; an adapter needs a "
+                    "matrix (out, in) or a stack of them (experts, out, in)."
+                )
+            targets.append(_target(place, parameter, config, patterns))
+    return targets

@@ -1,0 +1,87 @@
+"""Walking a model that may already carry adapters: names as they were before any layer was wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorafa.layers.base import LoraLayer
+from lorafa.layers.experts import LoraExperts
+from lorafa.layers.saved import ModulesToSaveWrapper
+from lorafa.layers.tokens import TrainableTokensWrapper
+
+Host = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
+HOSTS = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module and where it sits."""
+
+    name: str
+    """Dotted name as it was before wrapping."""
+    path: str
+    """Dotted name now."""
+    module: nn.Module
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every place a module of the original model has, repeated modules at each of their names.
+
+    A wrapped module is given as its wrapper; what wrappers hold of their own is not entered.
+    """
+    stack = [Place("", "", model)]
+    while stack:
+        place = stack.pop()
+        yield place
+        inside, path = place.module, place.path
+        if isinstance(inside, LoraExperts):  # it wraps a whole module, whose children are the model's
+            while isinstance(inside, LoraLayer):
+                inside, path = inside.base_layer, _join(path, "base_layer")
+        elif isinstance(inside, HOSTS):
+            continue
+        children = [
+            Place(_join(place.name, name), _join(path, name), child) for name, child in inside.named_children()
+        ]
+        stack.extend(reversed(children))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
+    """Every wrapper of lorafa in the model with its path, each once, in the order of the model."""
+    for path, module in model.named_modules():
+        if isinstance(module, HOSTS):
+            yield path, module
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Every LoraLayer in the model with its path, each once."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield path, module
+
+
+class Parents:
+    """Where every module of a model sits, so that one can be put in another's place without a search."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.history: list[tuple[nn.Module, str, nn.Module]] = []
+        for parent in model.modules():
+            for name, child in parent.named_children():
+                self._slots.setdefault(id(child), []).append((parent, name))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put ``new`` at every place ``old`` has; if ``new`` wraps ``old``, ``old`` is found inside it from then on."""
+        slots = self._slots.pop(id(old), [])
+        for parent, name in slots:
+            setattr(parent, name, new)
+            self.history.append((parent, name, old))
+        self._slots[id(new)] = slots
+        for name, child in new.named_children():
+            self._slots.setdefault(id(child), []).append((new, name))

@@ -1,0 +1,47 @@
+"""Variant: the formula of an update, written twice, as a change of the weight and as a change of the output.
+
+The law every variant keeps, and tests/laws checks for each registered one on every back end:
+
+    y + delta_output(x, y) == layer with weight W + delta_weight(W), applied to x          for every input x
+
+Write ``delta_weight`` first: it is the definition. ``delta_output`` and ``fused`` exist to be fast.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from lorafa.adapter import Adapter
+
+
+class Variant(ABC):
+    """Stateless; parameters live on the layer and are read through the adapter."""
+
+    name: ClassVar[str]
+    """Its line in the registry."""
+    extras: ClassVar[Mapping[str, str]] = {}
+    """Name of an extra parameter in the formulas -> its PEFT name on the layer and in files."""
+    hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "experts"})
+    """Kinds of layer the formula is defined on."""
+    plain: ClassVar[bool] = False
+    """Whether the update is exactly s B A, so that any reader of LoRA files can use it."""
+
+    def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
+        """Start values of the extra parameters. ``weight`` (out, in) is the base the formula sees: W, or W - s B0 A0."""
+        return {}
+
+    @abstractmethod
+    def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:
+        """The update as a dense (out, in) matrix in float32 or float64; ``weight`` (out, in) is in that dtype."""
+
+    @abstractmethod
+    def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        """The change of the base output y, given the layer's input x; dropout acts on x here."""
+
+    def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
+        """Base output and change in one function, or None where the layer has no dense weight to fuse with."""
+        return None
