@@ -1,0 +1,56 @@
+# Set-up is two commands on a machine with Python >= 3.10, pip and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests run in this many processes, each with one thread.
+JOBS ?= 2
+SOURCES := src tests run_exp.py $(wildcard benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+help:
+	@echo "make demo      environment, model, the main job: fine-tune a small model on word problems"
+	@echo "make test      environment if needed, then all tests but the slow ones"
+	@echo "make test-all  the slow tests too"
+	@echo "make lint      ruff and mypy --strict"
+	@echo "make bench     every benchmark, one after another"
+	@echo "make clean     remove the environment and the caches; runs/ stays"
+
+demo: $(VENV)/.runtime
+	$(BIN)/lorafa train
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x -n $(JOBS) -m "not slow"
+
+test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+# Not in parallel: they measure time.
+bench: $(VENV)/.dev
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+# Where Python comes without ensurepip, its pip installs into the new environment from outside.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "lorafa needs Python >= 3.10; $(PYTHON) is older. Name another one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+	    { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+$(VENV)/.runtime: requirements.lock pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps -e .
+	touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+	$(BIN)/python -m pip install -r requirements-dev.lock
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

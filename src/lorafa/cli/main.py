@@ -1,0 +1,71 @@
+"""`lorafa`: the table of commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from lorafa.cli import report, train
+from lorafa.errors import ConfigError, LoraError
+from lorafa.version import VERSION
+
+COMMANDS = (train, report)
+"""Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
+
+DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; argparse itself leaves with 2 on arguments it cannot read."""
+    console, errors = Console(), Console(stderr=True)
+    args = parse(argv)
+    try:
+        status: int = args.run(args, console)
+        return status
+    except ConfigError as error:
+        return _report(error, str(error), WRONG_ARGUMENTS, args, errors)
+    except LoraError as error:
+        return _report(error, str(error), FAILED, args, errors)
+    except KeyboardInterrupt as error:
+        return _report(error, "Interrupted.", INTERRUPTED, args, errors)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}. This was not foreseen; --traceback shows where it happened."
+        return _report(error, text, FAILED, args, errors)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of one command; settings (key=value) may stand before and after the options."""
+    parser = argparse.ArgumentParser(
+        prog="lorafa",
+        description="Low-rank adaptation of PyTorch models: train adapters, measure them, read what came out.",
+        epilog="`lorafa <command> --help` tells what a command needs, writes and returns.",
+    )
+    parser.add_argument("--version", action="version", version=f"lorafa {VERSION}")
+    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    for command in COMMANDS:
+        made = command.add_parser(commands)
+        made.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
+        made.set_defaults(run=command.run)
+    args, rest = parser.parse_known_args(argv)
+    stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _report(error: BaseException, text: str, status: int, args: argparse.Namespace, errors: Console) -> int:
+    if args.traceback:
+        traceback.print_exception(error)
+    errors.print("[bold red]error:[/bold red]", end=" ")
+    errors.print(" ".join(text.split()), markup=False, highlight=False, soft_wrap=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""`lorafa report`: read a run directory, print its result, write its page."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+DESCRIPTION = """\
+Print the result of a run and write its report.html: the loss curve, the scores before and after, sample answers.
+
+Reads a run directory that `lorafa train` made, finished or not; loads no model. The page needs no other file."""
+
+EXAMPLES = """\
+examples:
+  lorafa report runs/20260101-120000-lora-r16
+
+exit status: 0 done, 1 a file of the run is damaged, 2 wrong arguments or not a run directory"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "report",
+        help="print the result of a run and write its report.html",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory that `lorafa train` made")
+    return parser
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from lorafa.report.page import write_report
+    from lorafa.report.tables import result_table
+    from lorafa.runs.record import RunDirectory
+
+    directory = RunDirectory.open(args.run_dir)
+    console.print(result_table(directory))
+    console.print(f"Report: {write_report(directory.path)}", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,1 @@
+"""Tables, plots and pages of runs. Reads run directories only; loads no model."""

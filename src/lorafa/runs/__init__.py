@@ -1,0 +1,1 @@
+"""A run is a directory: what was asked, where it ran, what was measured, what came out."""

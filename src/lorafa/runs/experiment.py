@@ -1,0 +1,81 @@
+"""One run from its settings to its directory: prepare, record where it happens, train, record how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lorafa.errors import CheckpointError, ConfigError
+from lorafa.runs.environment import environment, peak_rss_bytes
+from lorafa.runs.record import RunDirectory
+from lorafa.train.recipe import prepare, train
+from lorafa.train.schema import RunConfig
+
+
+def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+    """Train as ``config`` says and return the new run directory.
+
+    The directory is made once model, data and adapter stand, so a setting that does not fit leaves nothing behind.
+
+    Raises:
+        LoraError: of the kind that fits; from the training on, result.json says what happened.
+    """
+    path = RunDirectory.place(config)
+    return _run(path, None, config, console, command)
+
+
+def resume_run(path: str | Path, console: Console, command: Sequence[str]) -> Path:
+    """Continue a run from its last checkpoint, with its own settings, and return its directory.
+
+    Raises:
+        ConfigError: not a run directory, or the run is finished.
+        CheckpointError: the run has no checkpoint.
+    """
+    run = RunDirectory.open(path)
+    if run.result().get("status") == "finished":
+        raise ConfigError(f"The run {str(run.path)!r} is finished; there is nothing to continue. Start a new run.")
+    checkpoint = run.last_checkpoint()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"The run {str(run.path)!r} has no checkpoint to continue from (train.checkpoint_every is "
+            f"{run.config().train.checkpoint_every}). Start a new run."
+        )
+    return _run(run.path, checkpoint, run.config(), console, command)
+
+
+def _run(
+    path: Path, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]
+) -> Path:
+    started = time.monotonic()
+    with _threads(config.threads):
+        prepared = prepare(config, console)
+        run = RunDirectory(path) if checkpoint else RunDirectory.create(path, config)
+        run.write_environment(environment(command))
+        run.update_result(status="running")
+        console.print(f"Run directory: {run.path}", highlight=False, soft_wrap=True)
+        if checkpoint:
+            run.drop_metrics_after(int(checkpoint.name.rpartition("-")[2]))
+        try:
+            train(prepared, config, run, console, checkpoint)
+        except BaseException as error:  # Ctrl-C as well: the record says how the run ended
+            run.update_result(status="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        seconds = {**run.result().get("seconds", {}), "total": round(time.monotonic() - started, 1)}
+        run.update_result(status="finished", seconds=seconds, peak_rss_bytes=peak_rss_bytes(), error=None)
+    return run.path
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """PyTorch with that many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,143 @@
+"""One run, one directory. Every file is whole at any moment; a crash leaves everything recorded before it.
+
+    config.yaml        all settings, resolved
+    environment.json   versions, processor, threads, the command
+    metrics.jsonl      one line a logged step
+    result.json        status, what was measured before and after, times, sizes; rewritten as the run goes on
+    checkpoints/       what a continued run starts from
+    adapter/           the trained adapter in PEFT's format
+    report.html        written by lorafa.report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorafa.conf.typed import build, plain
+from lorafa.errors import CheckpointError, ConfigError
+from lorafa.storage import make_folder, read_json, write_json, written_whole
+from lorafa.train.checkpoints import last_checkpoint
+from lorafa.train.schema import RunConfig
+
+CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
+
+
+class RunDirectory:
+    """Reads and writes the files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+
+    @staticmethod
+    def place(config: RunConfig) -> Path:
+        """Where the run is to be written: ``config.run_dir``, or a new directory under ``runs/``. Makes nothing yet.
+
+        Raises:
+            ConfigError: the directory exists and is not empty.
+        """
+        path = Path(config.run_dir).expanduser() if config.run_dir else _fresh(Path("runs"), _short_name(config))
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError(
+                f"The run directory {str(path)!r} exists and is not empty; a run overwrites nothing. "
+                f"Choose another run_dir, or continue that run: train.resume={path}"
+            )
+        return path
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> RunDirectory:
+        """Make the directory and write the settings into it."""
+        run = cls(make_folder(path))
+        run._write(CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run.
+
+        Raises:
+            ConfigError: the path is no run directory.
+        """
+        path = Path(path).expanduser()
+        if not (path / CONFIG).is_file():
+            what = "holds no config.yaml" if path.is_dir() else "does not exist"
+            raise ConfigError(f"{str(path)!r} is not a run directory: it {what}. Give one that `lorafa train` made.")
+        return cls(path)
+
+    def config(self) -> RunConfig:
+        """The settings of the run.
+
+        Raises:
+            ConfigError: config.yaml was edited into something that is no config.
+        """
+        try:
+            values = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{self.path / CONFIG} is not yaml: {str(error).splitlines()[0]}. Restore it.") from error
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{self.path / CONFIG} holds no settings. Restore it, or start a new run.")
+        return build(RunConfig, values)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        write_json(self.path / ENVIRONMENT, dict(environment))
+
+    def environment(self) -> dict[str, Any]:
+        return read_json(self.path / ENVIRONMENT) if (self.path / ENVIRONMENT).is_file() else {}
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; it is on its way to the disk when this returns."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a last line that a crash cut off is left out."""
+        file = self.path / METRICS
+        rows = []
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else [], 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if not line.endswith("}"):
+                    continue
+                raise CheckpointError(f"Line {number} of {file} is not json: {error}. Remove the line.") from error
+        return rows
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget what was logged after ``step``: a run continued from there logs it again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def result(self) -> dict[str, Any]:
+        return read_json(self.path / RESULT) if (self.path / RESULT).is_file() else {}
+
+    def update_result(self, **entries: Any) -> None:
+        """Add entries to result.json, replacing those of the same name."""
+        write_json(self.path / RESULT, {**self.result(), **entries})
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return last_checkpoint(self.checkpoints)
+
+    def _write(self, name: str, text: str) -> None:
+        with written_whole(self.path / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _short_name(config: RunConfig) -> str:
+    method = "dora" if config.peft.use_dora else "lora"
+    start = "" if config.init.mode == "default" else f"-{config.init.mode}"
+    return f"{method}-r{config.peft.r}{start}"
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    """``parent/<date>-<time>-<name>``, numbered when two runs start within one second."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    candidates = [parent / f"{stamp}-{name}", *(parent / f"{stamp}-{name}-{n}" for n in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())

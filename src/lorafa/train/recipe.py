@@ -1,0 +1,309 @@
+"""The main job, top to bottom: model, records, adapter, scores before, training, scores after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from lorafa.config import LoraConfig
+from lorafa.data.chat import Encoded, encode_all, render_sample
+from lorafa.data.collate import Collator
+from lorafa.data.models import load_model
+from lorafa.data.records import Records
+from lorafa.data.sources import load_records
+from lorafa.evals.gsm8k import EvalResult, evaluate
+from lorafa.evals.perplexity import answer_loss
+from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.train.coverage import coverage, coverage_table
+from lorafa.train.progress import RunCallback, progress_bar
+from lorafa.train.schema import DataConfig, RunConfig
+from lorafa.train.trainer import LoraTrainer
+
+STARTS: Mapping[str, bool | str] = {"default": True, "random": False}
+"""Names of starts that LoraConfig spells otherwise."""
+OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+SHOWN_SAMPLES = 6
+"""Held-out questions whose answers, before and after, are kept in the result."""
+
+
+class Recorder(Protocol):
+    """Where a training puts what it measures; `lorafa.runs.record.RunDirectory` is one."""
+
+    adapter: Path
+    checkpoints: Path
+
+    def add_metrics(self, row: Mapping[str, Any], /) -> None: ...
+    def metrics(self) -> list[dict[str, Any]]: ...
+    def update_result(self, **entries: Any) -> None: ...
+    def result(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a training needs, ready and shown."""
+
+    model: PeftModel
+    tokenizer: Any
+    records: Records
+    train: Encoded
+    heldout: Encoded
+    collator: Collator
+    seconds: float
+    """How long it took to load and make all this."""
+
+
+def prepare(config: RunConfig, console: Console) -> Prepared:
+    """Load model and records, put the adapter on, show what it covers and one sample. Writes nothing.
+
+    Raises:
+        LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
+    """
+    started = time.monotonic()
+    adapter = lora_config(config)
+    records = read_records(config.data)
+    cache = Path(config.model.cache_dir) if config.model.cache_dir else None
+    with console.status(f"Loading {config.model.name}"):
+        model, tokenizer = load_model(
+            config.model.name, config.model.dtype, cache_dir=cache, revision=config.model.revision
+        )
+    set_seed(config.train.seed)
+    peft_model = get_peft_model(model, adapter)
+    train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
+    console.print(coverage_table(coverage(peft_model)))
+    _show_data(records, train, heldout, tokenizer, console)
+    collator = Collator(tokenizer.pad_token_id)
+    return Prepared(peft_model, tokenizer, records, train, heldout, collator, time.monotonic() - started)
+
+
+def train(
+    prepared: Prepared, config: RunConfig, run: Recorder, console: Console, checkpoint: Path | None = None
+) -> None:
+    """Measure, train, save the adapter, measure again; every number is recorded as soon as it is known.
+
+    Args:
+        checkpoint: continue from there; what was measured before the first part is taken from the record.
+
+    Raises:
+        TrainingError: the loss is not finite, or nothing is learnt.
+        CheckpointError: the checkpoint does not fit, or a file could not be written.
+    """
+    model = prepared.model
+    trainable, parameters = model.get_nb_trainable_parameters()
+    run.update_result(source=prepared.records.source, parameters={"trainable": trainable, "all": parameters})
+    earlier = run.result()
+    seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
+    before = earlier.get("before")
+    if before is None:
+        with _timed(seconds, "evaluate before"), model.disable_adapter():
+            before = measure(prepared, config, console, "Before")
+        run.update_result(before=before, seconds=seconds)
+    logged = run.metrics()
+    trained_before = logged[-1]["seconds"] if logged else 0.0
+    with _timed(seconds, "train", trained_before), progress_bar(console, "Training") as bar:
+        callback = RunCallback(run.add_metrics, bar, trained_before)
+        steps = _fit(prepared, config, run.checkpoints, callback, checkpoint)
+    model.save_pretrained(str(run.adapter))
+    run.update_result(steps=steps, adapter=run.adapter.name, seconds=seconds)
+    with _timed(seconds, "evaluate after"):
+        after = measure(prepared, config, console, "After")
+    samples = _side_by_side(before.pop("answers"), after.pop("answers"))
+    run.update_result(before=before, after=after, samples=samples, seconds=seconds)
+
+
+def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) -> dict[str, Any]:
+    """Answer loss over all held-out samples; accuracy over those with a gold answer, up to ``eval.size`` of them.
+
+    Returns:
+        loss (nats a token), answers (the first few, written out) and, where answers were generated: accuracy, correct,
+        total, interval (95 %), unparsed.
+    """
+    settings = config.eval
+    loss = answer_loss(prepared.model, prepared.heldout.samples, prepared.collator, settings.batch_size)
+    graded = [record for record in prepared.records.heldout if record.answer is not None][: settings.size]
+    if not graded:
+        console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
+        return {"loss": loss, "answers": []}
+    with progress_bar(console, f"{when}: answering") as bar:
+        scores = evaluate(
+            prepared.model,
+            prepared.tokenizer,
+            graded,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            progress=bar,
+        )
+    console.print(
+        f"{when}: {scores.correct} of {scores.total} right ({scores.accuracy:.1%}), answer loss {loss:.4f}",
+        highlight=False,
+    )
+    return {"loss": loss, **_scores(scores)}
+
+
+def lora_config(config: RunConfig) -> LoraConfig:
+    """The adapter's settings as the library takes them.
+
+    Raises:
+        ConfigError: a value is not allowed, or two contradict each other.
+    """
+    peft = config.peft
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout,
+        target_modules=peft.target_modules,
+        exclude_modules=peft.exclude_modules,
+        layers_to_transform=peft.layers_to_transform,
+        layers_pattern=peft.layers_pattern,
+        rank_pattern=dict(peft.rank_pattern),
+        alpha_pattern=dict(peft.alpha_pattern),
+        use_rslora=peft.use_rslora,
+        use_dora=peft.use_dora,
+        bias=peft.bias,
+        lora_bias=peft.lora_bias,
+        modules_to_save=peft.modules_to_save,
+        target_parameters=peft.target_parameters,
+        init_lora_weights=STARTS.get(config.init.mode, config.init.mode),
+        init_seed=config.train.seed,
+    )
+
+
+def read_records(data: DataConfig) -> Records:
+    """The records the settings name."""
+    return load_records(
+        data.name,
+        train_size=data.train_size,
+        eval_size=data.eval_size,
+        seed=data.seed,
+        prompt_column=data.prompt_column,
+        completion_column=data.completion_column,
+        subset=data.subset,
+        split=data.split,
+        revision=data.revision,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
+    )
+
+
+def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
+    """The settings as `transformers.Trainer` takes them."""
+    train, optim = config.train, config.optim
+    saves: dict[str, Any] = {"save_strategy": "no"}
+    if train.checkpoint_every:
+        saves = {"save_strategy": "steps", "save_steps": train.checkpoint_every}
+        saves["save_total_limit"] = train.keep_checkpoints
+    if train.keep_best:
+        saves |= {
+            "eval_strategy": "steps",
+            "eval_steps": train.checkpoint_every,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+            "greater_is_better": False,
+        }
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=train.steps or -1,
+        num_train_epochs=train.epochs or 1,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=config.eval.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        gradient_checkpointing=train.gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
+        seed=train.seed,
+        optim=OPTIMIZERS[optim.name],
+        learning_rate=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_epsilon=optim.eps,
+        max_grad_norm=optim.max_grad_norm,
+        lr_scheduler_type=SCHEDULES[optim.schedule],
+        warmup_steps=optim.warmup,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        **saves,
+    )
+
+
+def _fit(
+    prepared: Prepared, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
+) -> int:
+    """Train and return the number of optimizer steps done in all parts of the training together."""
+    trainer = LoraTrainer(
+        prepared.model,
+        training_arguments(config, output_dir),
+        chunked_loss=config.train.chunked_loss,
+        train_dataset=prepared.train.samples,
+        eval_dataset=prepared.heldout.samples if config.train.keep_best else None,
+        data_collator=prepared.collator,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)  # the bar and the record say it
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    steps: int = trainer.state.global_step
+    return steps
+
+
+def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: Any, console: Console) -> None:
+    """One sample, how much of the data is trained on, and what was left out."""
+    first = train.samples[0]
+    share = sum(sample.trained for sample in train.samples) / sum(len(sample.input_ids) for sample in train.samples)
+    title = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
+    console.print(Panel(render_sample(first, tokenizer), title=title, title_align="left"))
+    console.print(
+        f"{records.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
+        f"{share:.1%} of the training tokens are trained.",
+        highlight=False,
+    )
+    left_out = {
+        "repeat a held-out question and were left out": records.repeated,
+        "have no answer within data.max_length and were left out": train.dropped + heldout.dropped,
+        "were cut at data.max_length": train.truncated + heldout.truncated,
+    }
+    for what, count in left_out.items():
+        if count:
+            console.print(f"[yellow]{count:,} samples {what}.[/yellow]", highlight=False)
+
+
+def _scores(scores: EvalResult) -> dict[str, Any]:
+    answers = [
+        {"question": s.question, "gold": s.gold, "output": s.output, "correct": s.correct}
+        for s in scores.samples[:SHOWN_SAMPLES]
+    ]
+    numbers = {name: value for name, value in asdict(scores).items() if name != "samples"}
+    return {**numbers, "answers": answers}
+
+
+def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a question: both answers."""
+    return [
+        {
+            "question": old["question"],
+            "gold": old["gold"],
+            "before": {"output": old["output"], "correct": old["correct"]},
+            "after": {"output": new["output"], "correct": new["correct"]},
+        }
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, before: float = 0.0) -> Iterator[None]:
+    """Enter how long the block took, ``before`` included, under ``name``."""
+    started = time.monotonic()
+    yield
+    seconds[name] = round(before + time.monotonic() - started, 1)

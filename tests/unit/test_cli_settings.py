@@ -1,0 +1,201 @@
+"""From key=value on the command line to a checked config: what is accepted, and what every mistake gets."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import pytest
+
+import lorafa.train.schema as schema
+from lorafa.conf.compose import ALIASES, KEYS, compose, groups
+from lorafa.conf.typed import build, expected, field_docs, keys, plain
+from lorafa.errors import ConfigError
+from lorafa.train.schema import RunConfig
+
+SOURCE = Path(schema.__file__).parents[1]
+
+
+def test_a_value_is_set_and_the_others_keep_their_defaults() -> None:
+    changed, default = plain(compose(["peft.r=32"])), plain(compose())
+    assert changed["peft"].pop("r") == 32
+    default["peft"].pop("r")
+    assert changed == default
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_a_plus_sign_changes_nothing_because_the_schema_is_closed(sign: str) -> None:
+    assert compose([f"{sign}init=pissa", f"{sign}peft.r=4"]) == compose(["init=pissa", "peft.r=4"])
+
+
+def test_the_order_of_a_group_and_its_keys_does_not_matter() -> None:
+    assert compose(["peft.r=4", "peft=dora"]) == compose(["peft=dora", "peft.r=4"])
+
+
+def test_of_two_values_the_later_one_counts() -> None:
+    assert compose(["peft.r=4", "peft.r=8"]).peft.r == 8
+
+
+@pytest.mark.parametrize("group", ["model", "data"])
+@pytest.mark.parametrize("name", ["owner/name", "/tmp/a b/it's (1).jsonl", "back\\slash\\", "a=b", "x'\\'y"])
+def test_model_and_data_take_any_name_literally(group: str, name: str) -> None:
+    assert getattr(compose([f"{group}={name}"]), group).name == name
+
+
+def test_own_data_are_not_cut_to_the_size_of_the_default_task() -> None:
+    assert compose(["data=mine.jsonl"]).data.train_size is None
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in groups().items() for o in options])
+def test_every_option_of_every_group_makes_a_config(group: str, option: str) -> None:
+    name = [f"{group}.name=x"] if option == "custom" else []
+    assert isinstance(compose([f"{group}={option}", *name]), RunConfig)
+
+
+def test_names_of_published_commands_are_understood() -> None:
+    assert compose(["++peft.lora_r=8"]).peft.r == 8
+    assert compose(["++dataset_name=openai/gsm8k"]).data.name == "openai/gsm8k"
+    assert set(ALIASES.values()) <= set(KEYS)
+
+
+def test_lists_mappings_and_null_are_values() -> None:
+    config = compose(["peft.target_modules=[q_proj,v_proj]", "peft.rank_pattern={q_proj:4}", "optim.betas=[0.8,0.9]"])
+    assert config.peft.target_modules == ["q_proj", "v_proj"]
+    assert config.peft.rank_pattern == {"q_proj": 4}
+    assert config.optim.betas == (0.8, 0.9)
+    assert compose(["train.steps=null", "train.epochs=2"]).train.epochs == 2.0
+
+
+def test_a_config_goes_through_plain_values_unchanged() -> None:
+    config = compose(["peft.target_modules=[a,b]", "threads=2", "optim.betas=[0.5,0.6]"])
+    assert build(RunConfig, plain(config)) == config
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        compose().peft.r = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("peft.rr=3", r"There is no setting 'peft.rr'. Did you mean 'peft.r'\? `lorafa train --help` lists"),
+        ("lr=1", r"There is no setting 'lr'. Did you mean 'optim.lr'\?"),
+        ("init.direction=x", "There is no setting 'init.direction'."),
+        ("peft=dorra", r"peft has no option 'dorra'. Did you mean 'dora'\? Known: dora, lora"),
+        ("peft.r=a", r"peft.r must be an integer, found 'a' \(str\). Write peft.r=8 for example."),
+        ("peft.r='8'", r"peft.r must be an integer, found '8' \(str\)"),
+        ("peft.r=true", r"peft.r must be an integer, found True \(bool\)"),
+        ("peft.r=8.0", r"peft.r must be an integer, found 8.0 \(float\)"),
+        ("peft.use_dora=1", r"peft.use_dora must be true or false, found 1 \(int\)"),
+        ("peft.target_modules=[1]", r"must be a text or a list \[a, b\] of texts, found \[1\]"),
+        ("peft.rank_pattern={q:x}", r"must be a mapping \{name: value\} of integers"),
+        ("optim.name=adam", r"must be one of adamw, adafactor, sgd, found 'adam' \(str\). Did you mean 'adamw'\?"),
+        ("optim.betas=[0.9]", r"optim.betas must be a list of 2 numbers, found \[0.9\]"),
+        ("optim.betas=[0.9,1]", r"optim.betas must be two numbers in \[0, 1\), found 1.0"),
+        ("optim.lr=0", "optim.lr must be a number > 0, found 0.0"),
+        ("optim.warmup=-1", "optim.warmup must be a number >= 0"),
+        ("data.name=12", r"data.name must be a text, found 12 \(int\)"),
+        ("data.eval_size=0", "data.eval_size must be an integer >= 1, found 0"),
+        ("data.max_length=1", "data.max_length must be an integer >= 2"),
+        ("train.steps=0", "train.steps must be an integer >= 1, found 0"),
+        ("train.batch_size=0", "train.batch_size must be an integer >= 1"),
+        ("train.epochs=1", r"train.steps or train.epochs, found steps=\d+ and epochs=1.0. Set one and make the other"),
+        ("eval.max_new_tokens=0", "eval.max_new_tokens must be an integer >= 1"),
+        ("eval.size=100000", r"eval.size=100000 records cannot be taken from data.eval_size=\d+ held-out ones. Raise"),
+        ("threads=0", "threads must be an integer >= 1"),
+        ("peft", "'peft' is not a setting. Write key=value, for example peft.r=16."),
+        ("~peft", "'~peft' is not a setting"),
+        ("peft.r=1,2", "'peft.r=1,2' names several values, but a run has one"),
+        ("run_dir=a(b", "The value of 'run_dir=a\\(b' cannot be read: .*Put quotes inside the quotes"),
+        ("run_dir=${nope}", "do not fit together: Interpolation key 'nope' not found"),
+        ("data=custom", "data.name has no value. Add data.name=<value>."),
+    ],
+)
+def test_a_wrong_setting_says_what_was_expected(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose([override])
+
+
+def test_keeping_the_best_needs_checkpoints() -> None:
+    with pytest.raises(ConfigError, match=r"chooses among checkpoints, but train.checkpoint_every is 0. Set"):
+        compose(["train.keep_best=true", "train.checkpoint_every=0"])
+
+
+def test_unknown_keys_of_a_file_are_refused_with_their_group() -> None:
+    with pytest.raises(ConfigError, match=r"There is no setting 'optim.lrr' \(found 1\). Did you mean 'lr'\?"):
+        build(RunConfig, {"optim": {"lrr": 1}})
+    with pytest.raises(ConfigError, match="optim is a group of settings, found 3"):
+        build(RunConfig, {"optim": 3})
+
+
+def test_every_setting_has_a_text() -> None:
+    assert [key.name for key in keys(RunConfig) if not key.doc] == []
+
+
+def test_the_text_of_a_setting_is_what_stands_under_it() -> None:
+    assert field_docs(schema.OptimConfig)["eps"] == "Added to the denominator of adamw."
+
+
+@dataclass(frozen=True)
+class Odd:
+    choice: Literal["a", "b"] | None = None
+
+
+def test_types_are_put_into_words() -> None:
+    assert expected(get_type_hints(Odd)["choice"]) == "one of a, b or null"
+    assert build(Odd, {"choice": "b"}) == Odd("b")
+    with pytest.raises(ConfigError, match="choice must be one of a, b or null, found 'c'"):
+        build(Odd, {"choice": "c"})
+
+
+# ---- every key is read by something ---------------------------------------------------------------------------------
+
+SCHEMA = {name: cls for name, cls in vars(schema).items() if is_dataclass(cls)}
+
+
+def _reads(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
+    """(schema class, field) for every attribute the function takes from a value it knows to be of a schema class."""
+    known: dict[str, Any] = {
+        arg.arg: SCHEMA[arg.annotation.id]
+        for arg in (*function.args.args, *function.args.kwonlyargs)
+        if isinstance(arg.annotation, ast.Name) and arg.annotation.id in SCHEMA
+    }
+
+    def type_of(node: ast.expr) -> Any:
+        if isinstance(node, ast.Name):
+            return known.get(node.id)
+        if isinstance(node, ast.Call):  # compose(...), run.config()
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            return RunConfig if name in ("compose", "config") else None
+        if isinstance(node, ast.Attribute) and (owner := type_of(node.value)) is not None:
+            hint = get_type_hints(owner).get(node.attr)
+            return hint if is_dataclass(hint) else None
+        return None
+
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            values = value.elts if isinstance(value, ast.Tuple) else [value]
+            if len(names) == len(values):
+                known |= {n.id: type_of(v) for n, v in zip(names, values, strict=True) if isinstance(n, ast.Name)}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and (owner := type_of(node.value)) is not None:
+            yield owner.__name__, node.attr
+
+
+def test_every_setting_is_read_by_something() -> None:
+    files = [path for path in SOURCE.rglob("*.py") if path != Path(schema.__file__)]
+    functions = [
+        node
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    read = {found for function in functions for found in _reads(function)}
+    declared = {(name, field.name) for name, cls in SCHEMA.items() for field in fields(cls)}
+    assert declared - read == set()

@@ -1,0 +1,110 @@
+"""The report: what a run recorded, in one file that needs no other."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lorafa.conf.compose import compose
+from lorafa.report.page import write_report
+from lorafa.report.plots import loss_curve, running_mean
+from lorafa.report.tables import duration, fact_rows, result_table, score_rows
+from lorafa.runs.record import RunDirectory
+
+BEFORE = {"loss": 2.0, "accuracy": 0.1, "correct": 1, "total": 10, "interval": [0.01, 0.4], "unparsed": 7}
+AFTER = {"loss": 0.5, "accuracy": 0.6, "correct": 6, "total": 10, "interval": [0.3, 0.8], "unparsed": 0}
+SAMPLE = {
+    "question": "What is <b>2 + 2</b>?",
+    "gold": "4",
+    "before": {"output": "five", "correct": False},
+    "after": {"output": "#### 4", "correct": True},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "a-run", compose())
+
+
+@pytest.fixture
+def finished(run: RunDirectory) -> RunDirectory:
+    for step in range(1, 21):
+        run.add_metrics({"step": step, "loss": 2 / step, "lr": 1e-3})
+    run.add_metrics({"step": 20, "eval_loss": 0.4})
+    run.write_environment({"command": ["lorafa", "train"], "threads": 2})
+    run.update_result(
+        status="finished", before=BEFORE, after=AFTER, samples=[SAMPLE], steps=20, seconds={"train": 75.2},
+        parameters={"trainable": 5, "all": 1000}, peak_rss_bytes=3 * 2**29,
+    )  # fmt: skip
+    return run
+
+
+def test_the_page_shows_scores_curve_answers_and_settings(finished: RunDirectory) -> None:
+    page = write_report(finished.path).read_text(encoding="utf-8")
+    texts = ("10.0% (1/10; 95 %: 1.0% to 40.0%)", "60.0% (6/10", "2.0000", "0.5000", "<svg", "#### 4", "lorafa train")
+    assert [text for text in texts if text not in page] == []
+    assert "1.50 GiB" in page
+    assert "1 min 15 s" in page
+    assert "lora_alpha:" in page
+
+
+def test_the_page_needs_no_other_file(finished: RunDirectory) -> None:
+    page = write_report(finished.path).read_text(encoding="utf-8")
+    assert re.findall(r'(?:src|href)="(?!#)', page) == []
+    assert "<script" not in page
+    assert "@import" not in page
+
+
+def test_what_a_model_wrote_cannot_become_markup(finished: RunDirectory) -> None:
+    page = write_report(finished.path).read_text(encoding="utf-8")
+    assert "What is &lt;b&gt;2 + 2&lt;/b&gt;?" in page
+
+
+def test_a_run_without_any_result_has_a_page_too(run: RunDirectory) -> None:
+    page = write_report(run.path).read_text(encoding="utf-8")
+    assert "Nothing was measured yet." in page
+    assert "No step was logged yet." in page
+    assert "not started" in page
+
+
+def test_a_failed_run_says_why(run: RunDirectory) -> None:
+    run.update_result(status="failed", error="TrainingError: the loss is nan", before={"loss": 2.0})
+    page = write_report(run.path).read_text(encoding="utf-8")
+    assert "TrainingError: the loss is nan" in page
+    assert score_rows(run.result()) == [("answer loss", "2.0000", "-")]
+
+
+def test_writing_the_page_again_gives_the_same_page(finished: RunDirectory) -> None:
+    first = write_report(finished.path).read_bytes()
+    assert write_report(finished.path).read_bytes() == first
+
+
+def test_the_table_on_the_terminal_has_the_numbers_of_the_page(finished: RunDirectory) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(result_table(finished))
+    text = console.export_text()
+    for cell in (cell for row in (*score_rows(finished.result()), *fact_rows(finished.result())) for cell in row):
+        assert cell in text
+
+
+def test_the_running_mean_of_a_constant_is_the_constant() -> None:
+    assert running_mean([3.0] * 5) == pytest.approx([3.0] * 5)
+
+
+def test_the_running_mean_weighs_the_past_by_its_age() -> None:
+    assert running_mean([1.0, 0.0], weight=0.5) == pytest.approx([1.0, (0.5 * 0.5 * 1.0) / (1 - 0.25)])
+
+
+def test_there_is_no_curve_without_a_step() -> None:
+    assert loss_curve([{"step": 1, "eval_loss": 1.0}]) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (75.2, "1 min 15 s"), (119.7, "2 min 0 s")]
+)
+def test_durations_are_written_in_the_unit_one_thinks_in(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

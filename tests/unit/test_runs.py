@@ -1,0 +1,127 @@
+"""A run directory: nothing is overwritten, everything is whole, what was recorded stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorafa.conf.compose import compose
+from lorafa.errors import CheckpointError, ConfigError
+from lorafa.runs.environment import environment, peak_rss_bytes
+from lorafa.runs.record import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "run", compose())
+
+
+def test_settings_come_back_as_they_were(tmp_path: Path) -> None:
+    config = compose(["peft.rank_pattern={q_proj:4}", "optim.lr=1e-5", "peft.target_modules=[a]", "data=müsli.jsonl"])
+    assert RunDirectory.open(RunDirectory.create(tmp_path / "run", config).path).config() == config
+
+
+def test_a_directory_that_holds_something_is_never_written_to(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"exists and is not empty; a run overwrites nothing. Choose another run_dir"):
+        RunDirectory.place(compose([f"run_dir={tmp_path}"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_runs_of_one_second_get_directories_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [RunDirectory.create(RunDirectory.place(compose()), compose()).path for _ in range(3)]
+    assert len(set(paths)) == 3
+    assert {path.parent.name for path in paths} == {"runs"}
+
+
+def test_the_default_name_says_what_ran() -> None:
+    assert RunDirectory.place(compose(["peft=dora", "init=pissa", "peft.r=4"])).name.endswith("-dora-r4-pissa")
+
+
+@pytest.mark.parametrize(("made", "why"), [(True, "it holds no config.yaml"), (False, "it does not exist")])
+def test_what_is_no_run_is_refused(tmp_path: Path, made: bool, why: str) -> None:
+    path = tmp_path / "x"
+    if made:
+        path.mkdir()
+    with pytest.raises(ConfigError, match=f"is not a run directory: {why}. Give one that `lorafa train` made"):
+        RunDirectory.open(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not yaml"),
+        ("", "holds no settings. Restore it, or start a new run"),
+        ("peft: {r: many}", "peft.r must be an integer, found 'many'"),
+        ("nope: 1", "There is no setting 'nope'"),
+    ],
+)
+def test_damaged_settings_are_refused(run: RunDirectory, text: str, message: str) -> None:
+    (run.path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        run.config()
+
+
+def test_entries_of_the_result_add_up(run: RunDirectory) -> None:
+    run.update_result(status="running", before={"loss": 2.0})
+    run.update_result(status="finished", after={"loss": 1.0})
+    assert run.result() == {"status": "finished", "before": {"loss": 2.0}, "after": {"loss": 1.0}}
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_one(run: RunDirectory) -> None:
+    run.update_result(status="running")
+    with pytest.raises(TypeError):
+        run.update_result(status=object())
+    assert run.result() == {"status": "running"}
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "result.json"]
+
+
+def test_a_line_cut_off_by_a_crash_does_not_hide_the_others(run: RunDirectory) -> None:
+    run.add_metrics({"step": 1, "loss": 2.0})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert run.metrics() == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_damaged_line_is_reported_with_its_number(run: RunDirectory) -> None:
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"step" 2}\n')
+    with pytest.raises(CheckpointError, match=r"Line 2 of .*metrics.jsonl is not json"):
+        run.metrics()
+
+
+def test_a_continued_run_logs_no_step_twice(run: RunDirectory) -> None:
+    for step in range(1, 6):
+        run.add_metrics({"step": step})
+    run.drop_metrics_after(3)
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+
+
+def test_a_checkpoint_without_its_state_is_not_continued_from(run: RunDirectory) -> None:
+    assert run.last_checkpoint() is None
+    for step, complete in ((2, True), (10, True), (12, False)):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth") if complete else ():
+            (folder / name).touch()
+        (folder / "trainer_state.json").write_text("{}")
+    found = run.last_checkpoint()
+    assert found is not None
+    assert found.name == "checkpoint-10"
+
+
+def test_the_environment_is_recorded_in_full(run: RunDirectory) -> None:
+    run.write_environment(environment(["lorafa", "train"]))
+    recorded = run.environment()
+    assert recorded["command"] == ["lorafa", "train"]
+    assert recorded["threads"] >= 1
+    assert recorded["packages"]["torch"]
+    assert json.dumps(recorded)
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    peak = peak_rss_bytes()
+    assert peak is not None
+    assert 50 * 2**20 < peak < 2**45  # a Python with PyTorch takes more than 50 MiB
