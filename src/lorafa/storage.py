@@ -84,7 +84,9 @@ def make_folder(path: str | Path) -> Path:
     except FileExistsError as error:
         raise CheckpointError(f"{folder} is a file, not a folder. Choose a folder to save to.") from error
     except OSError as error:
-        raise CheckpointError(f"The folder {folder} could not be made: {error.strerror or error}.") from error
+        raise CheckpointError(
+            f"The folder {folder} could not be made: {error.strerror or error}. Choose another place."
+        ) from error
     return folder
 
 

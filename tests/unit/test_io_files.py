@@ -23,7 +23,7 @@ import lorafa.io.files as files
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, SourceError
 from lorafa.io.files import find_adapter_files, read_tensors, write_tensors
-from lorafa.storage import read_json, write_json
+from lorafa.storage import make_folder, read_json, write_json
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -174,6 +174,16 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"gone/w\.safetensors could not be written: .*Nothing was changed"):
         write_tensors(tmp_path / "gone" / "w.safetensors", some_tensors())
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file is a file, not a folder\. Choose a folder to save to\."):
+        make_folder(tmp_path / "file")
+    with pytest.raises(
+        CheckpointError, match=r"The folder .*below could not be made: Not a directory\. Choose another"
+    ):
+        make_folder(tmp_path / "file" / "below")
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -345,7 +355,9 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             return self.fail(401 if match else 404, "RepoNotFound")
         if match[1] == "owner/gated":
             return self.fail(403, "GatedRepo")
-        if match[2] not in ("main", self.COMMIT):
+        if match[2] == "broken" and body:
+            return self.fail(418, "Teapot")
+        if match[2] not in ("main", "broken", self.COMMIT):
             return self.fail(404, "RevisionNotFound")
         path = self.root / match[3]
         if not path.is_file():
@@ -415,6 +427,10 @@ HUB_FAILURES = [
     (
         {"source": "owner/adapter", "subfolder": "x"},
         r"'owner/adapter/x' has no adapter_config\.json\. Is it an adapter\?",
+    ),
+    (
+        {"source": "owner/adapter", "revision": "broken"},
+        r"the Hub gave no adapter_config\.json: .* Try again, or use a f",
     ),
     ({"source": "owner/-bad-"}, r"'owner/-bad-' is no local folder, and it cannot be the name of a Hub repository: "),
 ]

@@ -52,11 +52,10 @@ def _describe(weight: Tensor) -> dict[str, Any]:
 
 
 def _some_rows(weight: Tensor) -> Tensor:
-    """The first, middle and last row of a weight seen as (rows, everything else)."""
-    table = weight.reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.reshape(1, -1)
-    if not table.numel():
-        return table
-    return table[sorted({round(i * (table.shape[0] - 1) / (ROWS - 1)) for i in range(ROWS)})]
+    """The first, middle and last row; a weight of one dimension is one row. Picked before anything is copied."""
+    table = weight if weight.dim() > 1 else weight.reshape(1, -1)
+    last = table.shape[0] - 1
+    return table[sorted({round(i * last / (ROWS - 1)) for i in range(ROWS)})] if last >= 0 else table
 
 
 def _hash(values: Tensor) -> str:
