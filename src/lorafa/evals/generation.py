@@ -67,7 +67,7 @@ def generate_greedy(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     greedy = GenerationConfig(
         do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_p=1.0,
-        top_k=50, min_length=0, min_new_tokens=0, num_return_sequences=1, return_dict_in_generate=False,
+        top_k=50, min_new_tokens=0, num_return_sequences=1, return_dict_in_generate=False,
         max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True,
     )  # fmt: skip
     device = next(model.parameters()).device
