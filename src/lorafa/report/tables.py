@@ -10,6 +10,7 @@ from rich.table import Table
 from lorafa.runs.record import RunDirectory
 
 MISSING = "-"
+PHASES = ("prepare", "evaluate before", "train", "evaluate after", "total")
 
 
 def score_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -35,7 +36,7 @@ def fact_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("trained parameters", f"{sizes['trainable']:,} of {sizes['all']:,} ({share:.2%})"))
     if "steps" in result:
         rows.append(("steps", f"{result['steps']:,}"))
-    rows += [(f"time: {name}", duration(value)) for name, value in seconds.items()]
+    rows += [(f"time: {name}", duration(seconds[name])) for name in PHASES if name in seconds]
     if result.get("peak_rss_bytes"):
         rows.append(("peak memory", f"{result['peak_rss_bytes'] / 2**30:.2f} GiB"))
     return rows

@@ -197,12 +197,14 @@ def read_records(data: DataConfig) -> Records:
 def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
     """The settings as `transformers.Trainer` takes them."""
     train, optim = config.train, config.optim
-    saves: dict[str, Any] = {"save_strategy": "no"}
+    options: dict[str, Any] = {"save_strategy": "no"}
     if train.checkpoint_every:
-        saves = {"save_strategy": "steps", "save_steps": train.checkpoint_every}
-        saves["save_total_limit"] = train.keep_checkpoints
+        options = {"save_strategy": "steps", "save_steps": train.checkpoint_every}
+        options["save_total_limit"] = train.keep_checkpoints
+    if train.gradient_checkpointing:
+        options["gradient_checkpointing"] = True
     if train.keep_best:
-        saves |= {
+        options |= {
             "eval_strategy": "steps",
             "eval_steps": train.checkpoint_every,
             "load_best_model_at_end": True,
@@ -216,7 +218,6 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         per_device_train_batch_size=train.batch_size,
         per_device_eval_batch_size=config.eval.batch_size,
         gradient_accumulation_steps=train.accumulation,
-        gradient_checkpointing=train.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         seed=train.seed,
         optim=OPTIMIZERS[optim.name],
@@ -235,7 +236,7 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
-        **saves,
+        **options,
     )
 
 

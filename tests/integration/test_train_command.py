@@ -1,0 +1,248 @@
+"""`lorafa train` from the command line to the files, on a model of a few thousand parameters and twenty rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorafa import PeftModel
+from lorafa.cli.main import main
+from lorafa.train import recipe
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ROWS = [
+    {"question": f"Ann has {a} apples and gets {b} more. How many?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+    for a in range(2, 6)
+    for b in range(1, 6)
+]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model/`` (random, two layers) and ``rows.jsonl``."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    marks = ["<|user|>", "<|assistant|>", "<|end|>"]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    texts = [row["question"] + row["answer"] for row in ROWS]
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=marks))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return folder
+
+
+def settings(workplace: Path, run_dir: Path) -> list[str]:
+    return [
+        f"model={workplace / 'model'}", f"data={workplace / 'rows.jsonl'}", f"run_dir={run_dir}", "data.eval_size=4",
+        "peft.r=4", "peft.lora_dropout=0.1", "optim.lr=1e-2", f"train.steps={STEPS}", "train.batch_size=4",
+        "train.checkpoint_every=4", "train.keep_checkpoints=5", "eval.max_new_tokens=8",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["train", *settings(workplace, path)]) == 0
+    return path
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_directory_holds_what_it_promises(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "result.json", "adapter", "report.html"} <= names
+    assert {path.name for path in (finished / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_the_result_has_the_scores_and_the_price(finished: Path) -> None:
+    result = read(finished / "result.json")
+    assert result["status"] == "finished"
+    assert result["steps"] == STEPS
+    assert result["after"]["loss"] < result["before"]["loss"]
+    for scores in (result["before"], result["after"]):
+        assert scores["total"] == 4
+        assert 0 <= scores["accuracy"] <= 1
+    assert 0 < result["parameters"]["trainable"] < result["parameters"]["all"]
+    assert result["peak_rss_bytes"] > 0
+    assert {"prepare", "evaluate before", "train", "evaluate after", "total"} <= result["seconds"].keys()
+    assert [sample["gold"] for sample in result["samples"]]
+
+
+def test_every_step_is_in_the_metrics_with_all_its_columns(finished: Path) -> None:
+    rows = metrics(finished)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all({"loss", "lr", "grad_norm", "tokens", "seconds", "epoch"} <= row.keys() for row in rows)
+    assert [row["tokens"] for row in rows] == sorted(row["tokens"] for row in rows)
+
+
+def test_the_report_has_the_curve_and_the_settings(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert "<svg" in page
+    assert "lora_dropout: 0.1" in page
+
+
+def test_the_saved_adapter_gives_the_loss_the_run_reported(
+    finished: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from lorafa.runs.record import RunDirectory
+
+    config = RunDirectory.open(finished).config()
+    prepared = recipe.prepare(config, Console(quiet=True))
+    base = AutoModelForCausalLM.from_pretrained(workplace / "model")
+    loaded = PeftModel.from_pretrained(base, str(finished / "adapter"))
+    loss = recipe.answer_loss(loaded, prepared.heldout.samples, prepared.collator, 4)
+    assert loss == pytest.approx(read(finished / "result.json")["after"]["loss"], rel=1e-5)
+
+
+def test_a_run_is_not_overwritten(finished: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = read(finished / "result.json")
+    assert main(["train", *settings(workplace, finished)]) == 2
+    assert "exists and is not empty; a run overwrites nothing" in " ".join(capsys.readouterr().err.split())
+    assert read(finished / "result.json") == before
+
+
+def test_a_finished_run_is_not_continued(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"train.resume={finished}"]) == 2
+    assert "is finished; there is nothing to continue" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_cut_short_and_continued_ends_as_one_that_was_not(
+    finished: Path, workplace: Path, tmp_path: Path, stop_after: Callable[[int], None]
+) -> None:
+    run = tmp_path / "cut"
+    stop_after(6)
+    assert main(["train", *settings(workplace, run)]) == 130
+    left = read(run / "result.json")
+    assert left["status"] == "failed"
+    assert left["before"] == {**left["before"], "loss": read(finished / "result.json")["before"]["loss"]}
+    assert not (run / "adapter").exists()
+
+    stop_after(10**6)
+    assert main(["train", f"train.resume={run}"]) == 0
+    assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(finished)]
+    assert read(run / "result.json")["after"] == read(finished / "result.json")["after"]
+    whole, parts = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (finished, run))
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Interrupt the training, as Ctrl-C does, when it has logged more steps than given."""
+    original = recipe.RunCallback.on_log
+
+    def install(steps: int) -> None:
+        def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+            original(self, args, state, control, logs, **rest)
+            if state.global_step >= steps:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(recipe.RunCallback, "on_log", on_log)
+
+    return install
+
+
+def test_a_run_without_checkpoints_cannot_be_continued(
+    workplace: Path, tmp_path: Path, stop_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(2)
+    run = tmp_path / "cut"
+    assert main(["train", *settings(workplace, run), "train.checkpoint_every=0", "eval.size=0"]) == 130
+    assert main(["train", f"train.resume={run}"]) == 1
+    assert "has no checkpoint to continue from (train.checkpoint_every is 0)" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_dry_run_shows_settings_coverage_and_a_sample_and_writes_nothing(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *settings(workplace, tmp_path / "run"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert '"lora_dropout": 0.1' in out
+    assert re.search(r"q_proj .* Linear .* 2/2", out)
+    assert re.search(r"lm_head .* 0/1", out)
+    assert "Ann has" in out
+    assert "tokens are trained" in out
+
+
+def test_the_best_checkpoint_is_the_one_that_is_kept(workplace: Path, tmp_path: Path) -> None:
+    run = tmp_path / "best"
+    extra = ["train.keep_best=true", "eval.size=0", "optim.lr=0.3", "optim.schedule=constant"]
+    assert main(["train", *settings(workplace, run), *extra]) == 0
+    measured = [row["eval_loss"] for row in metrics(run) if "eval_loss" in row]
+    assert len(measured) == STEPS // 4
+    assert read(run / "result.json")["after"]["loss"] == pytest.approx(min(measured), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["peft=dora"],
+        ["peft=rslora", "init=pissa"],
+        ["peft=qv", "init=gaussian", "train.chunked_loss=false"],
+        ["optim=sgd", "train.gradient_checkpointing=true"],
+        ["optim=adafactor", "train.accumulation=2", "train.group_by_length=false"],
+    ],
+    ids=lambda method: " ".join(method),
+)
+def test_every_kind_of_setting_trains(workplace: Path, tmp_path: Path, method: list[str]) -> None:
+    run = tmp_path / "run"
+    short = ["eval.size=0", "train.steps=2", "train.checkpoint_every=0"]
+    assert main(["train", *settings(workplace, run), *method, *short]) == 0
+    assert read(run / "result.json")["status"] == "finished"
+    assert len(metrics(run)) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "status", "message"),
+    [
+        ("peft.target_modules=[q_prj]", 1, "q_prj"),
+        ("data.max_length=3", 1, "None of the 16 samples has a trained token"),
+        ("data.prompt_column=question", 1, "Give both data.prompt_column and data.completion_column"),
+        ("data.eval_size=40", 1, "Lower data.eval_size or data.train_size"),
+        ("init.mode=pisa", 2, "pisa"),
+    ],
+)
+def test_what_does_not_fit_leaves_no_run_directory(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, status: int, message: str
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *settings(workplace, run), setting]) == status
+    assert message in capsys.readouterr().err
+    assert not run.exists()
