@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import BackendError, DataError
 from lorafa.train.loss import (
     LogitTransform,
@@ -87,6 +88,13 @@ def test_loss_and_all_gradients_equal_those_of_the_model_with_a_trainable_head(
 def test_loss_and_all_gradients_equal_those_of_the_model_with_a_frozen_head(name: str) -> None:
     model, batch = causal_lm(name, tie_word_embeddings=False), batch_of()
     model.get_output_embeddings().requires_grad_(False)
+    assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch))
+
+
+def test_loss_and_adapter_gradients_equal_those_of_an_adapted_model() -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=True, init_lora_weights=False)
+    model, batch = get_peft_model(causal_lm(), config), batch_of()
+    assert supports_chunked_loss(model) is None
     assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch))
 
 
@@ -252,7 +260,11 @@ class OddHead(nn.Linear):
     pass
 
 
-def adapted_head() -> nn.Module:
+def adapted_head(**config: Any) -> nn.Module:
+    return get_peft_model(causal_lm(tie_word_embeddings=False), LoraConfig(r=4, **config))
+
+
+def other_head() -> nn.Module:
     model = causal_lm(tie_word_embeddings=False)
     model.set_output_embeddings(OddHead(HIDDEN, VOCAB))
     return model
@@ -292,7 +304,15 @@ def broken() -> nn.Module:
 
 
 UNSUPPORTED = {
-    "an adapted head": (adapted_head, "output head is not a plain nn.Linear but .*OddHead"),
+    "an adapted head": (
+        lambda: adapted_head(target_modules=["lm_head"]),
+        r"output head is not a plain nn.Linear but lorafa\.layers",
+    ),
+    "a trained copy of the head": (
+        lambda: adapted_head(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        r"output head is not a plain nn.Linear but lorafa\.layers",
+    ),
+    "another kind of head": (other_head, "output head is not a plain nn.Linear but .*OddHead"),
     "a hooked head": (hooked_head, "output head has hooks"),
     "an unknown transform": (
         unknown_transform,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -15,6 +19,9 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import lorafa
+from lorafa.data.chat import Sample
+from lorafa.data.collate import Collator
 from lorafa.errors import CheckpointError, ConfigError, DataError
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.sampling import LengthSampler, lengths_of
@@ -28,10 +35,10 @@ CONFIG = hf.LlamaConfig(
 )
 
 
-def adapted_model(dropout: float = 0.0, **changes: Any) -> nn.Module:
+def adapted_model(dropout: float = 0.0, library: ModuleType = lorafa, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, **changes)
-    return peft.get_peft_model(hf.LlamaForCausalLM(CONFIG), config)
+    config = library.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, **changes)
+    return library.get_peft_model(hf.LlamaForCausalLM(CONFIG), config)
 
 
 def samples(count: int = SAMPLES, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -100,18 +107,21 @@ def assert_equal_bits(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("every", [2, 5], ids=["checkpoint in an epoch", "checkpoint at the end of an epoch"])
 @pytest.mark.parametrize("order", ["random", "group_by_length"])
-def test_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, order: str, every: int) -> None:
+@pytest.mark.parametrize("library", [lorafa, peft], ids=["lorafa", "peft"])
+def test_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, library: ModuleType, order: str, every: int
+) -> None:
     """5 batches an epoch, 12 steps: the order of three epochs, dropout, the log and the optimizer must all continue."""
     args = {"train_sampling_strategy": order, "save_strategy": "steps", "save_steps": every, "max_steps": 12}
     args |= {"eval_strategy": "steps", "eval_steps": 4, "lr_scheduler_type": "cosine"}
-    whole = trainer_for(tmp_path / "whole", adapted_model(dropout=0.3), **args)
+    whole = trainer_for(tmp_path / "whole", adapted_model(0.3, library), **args)
     whole.train()
 
-    killed = trainer_for(tmp_path / "cut", adapted_model(dropout=0.3), {"callbacks": [kill_after(9)]}, **args)
+    killed = trainer_for(tmp_path / "cut", adapted_model(0.3, library), {"callbacks": [kill_after(9)]}, **args)
     with pytest.raises(Killed):
         killed.train()
     torch.manual_seed(123)  # another process starts with other random numbers
-    resumed = trainer_for(tmp_path / "cut", adapted_model(dropout=0.3), **args)
+    resumed = trainer_for(tmp_path / "cut", adapted_model(0.3, library), **args)
     resumed.train(resume_from_checkpoint=True)
 
     assert resumed.state.global_step == whole.state.global_step == 12
@@ -145,6 +155,44 @@ def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=True)
 
 
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+import test_trainer as t
+
+folder, kill, batch = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+args = {"per_device_train_batch_size": batch, **t.PARALLEL}
+trainer = t.trainer_for(folder, own={"callbacks": [t.kill_after(kill)]}, **args)
+try:
+    trainer.train()
+except t.Killed:
+    trainer = t.trainer_for(folder, **args)
+    trainer.train(resume_from_checkpoint=True)
+assert trainer.own_loss_reason is None
+if trainer.is_world_process_zero():
+    torch.save(t.weights(trainer.model), folder / "weights.pt")
+"""
+PARALLEL = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
+PARALLEL |= {"learning_rate": 0.5, "max_grad_norm": 0.0, "train_sampling_strategy": "group_by_length"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+    def run(name: str, processes: int, kill: int, batch: int) -> dict[str, Tensor]:
+        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+        arguments = [str(tmp_path / "worker.py"), str(tmp_path / name), str(kill), str(batch)]
+        subprocess.run([sys.executable, *launch, *arguments], env=environment, check=True)
+        return torch.load(tmp_path / name / "weights.pt")
+
+    whole = run("whole", processes=2, kill=99, batch=1)
+    assert_equal_bits(run("cut", processes=2, kill=5, batch=1), whole)
+    torch.testing.assert_close(run("one", processes=1, kill=99, batch=2), whole, rtol=1e-4, atol=1e-6)
+
+
 # ---- checkpoints ----
 
 
@@ -152,7 +200,7 @@ def test_checkpoint_holds_the_adapter_and_what_resume_needs_and_nothing_of_the_b
     trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=8)
     trainer.train()
     files = {path.name for path in (tmp_path / "checkpoint-8").iterdir()} - {"README.md"}
-    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "lorafa.json"}
     assert files == adapter | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     stored = load_file(tmp_path / "checkpoint-8" / "adapter_model.safetensors")
     assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in weights(trainer.model).values())
@@ -161,7 +209,7 @@ def test_checkpoint_holds_the_adapter_and_what_resume_needs_and_nothing_of_the_b
 def test_every_adapter_of_the_model_is_saved_and_resumed(tmp_path: Path) -> None:
     def two_adapters() -> nn.Module:
         model = adapted_model()
-        model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["o_proj"]))
+        model.add_adapter("second", lorafa.LoraConfig(r=3, target_modules=["o_proj"]))
         model.base_model.set_adapter(["default", "second"])
         return model
 
@@ -302,6 +350,18 @@ def test_fewer_samples_than_a_batch_are_all_there() -> None:
 def test_samples_without_tokens_cannot_be_grouped() -> None:
     with pytest.raises(DataError, match=r"sample 1 is a dict without.*train_sampling_strategy='random'"):
         lengths_of([{"input_ids": [1]}, {"text": "?"}])
+
+
+def test_encoded_samples_of_this_package_are_trained_on_grouped_by_length(tmp_path: Path) -> None:
+    data = [Sample(**row) for row in samples()]
+    encoded = {"train_dataset": data, "eval_dataset": data, "data_collator": Collator(pad_id=0)}
+    trainer = trainer_for(tmp_path, own=encoded, train_sampling_strategy="group_by_length", max_steps=2)
+    trainer.train()
+    plain = trainer_for(
+        tmp_path, own={"eval_dataset": samples()}, train_sampling_strategy="group_by_length", max_steps=2
+    )
+    plain.train()
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
 # ---- what stops the training ----

@@ -32,6 +32,9 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
     the evaluation loss is a mean over tokens, not over batches; ``train_sampling_strategy="group_by_length"`` orders by
     seed and epoch alone; a loss that is not finite, or adapters without a gradient, stop the training.
 
+    With several processes accelerate repeats samples to fill the last evaluation batch, and they count twice. Under
+    FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
+
     Args:
         model: `lorafa.PeftModel` (or PEFT's) of a transformers model.
         args: `transformers.TrainingArguments`.
@@ -74,7 +77,7 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
             warnings.warn(
                 f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.", stacklevel=2
             )
-        self._eval_nll = torch.zeros(2, dtype=torch.float64)  # summed loss and tokens of the evaluation that runs
+        self._eval_sums = [0.0, 0.0]  # negative log-likelihood and tokens of the evaluation that runs
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
@@ -129,9 +132,9 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        self._eval_nll = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._eval_sums = [0.0, 0.0]
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        total, tokens = self.accelerator.reduce(self._eval_nll, "sum").tolist()
+        total, tokens = self.accelerator.reduce(torch.tensor(self._eval_sums, device=self.args.device), "sum").tolist()
         if tokens:
             output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
         return output
@@ -150,25 +153,40 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
             with torch.no_grad(), self.accelerator.autocast():
                 total, count = supervised_nll(self.model, self._prepare_inputs(inputs), self.chunk_tokens)
             result = total / count, None, None
-            tokens = torch.tensor(float(count), device=total.device)
         else:
             result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            tokens = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().to(result[0].device, torch.float32)
+            tokens = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().to(self.args.device)
             # With several processes transformers divides by the mean number of tokens of a process.
-            total = result[0] * self.accelerator.reduce(tokens, "mean")
-        self._eval_nll += torch.stack([total.double(), tokens.double()])
+            total, count = result[0] * self.accelerator.reduce(tokens.float(), "mean"), int(tokens)
+        self._eval_sums[0] += total.item()
+        self._eval_sums[1] += count
         return result
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        by_length = self._length_sampler(dataset, self.args.train_batch_size)
+        return super()._get_train_sampler(dataset) if by_length is None else by_length
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        by_length = self._length_sampler(eval_dataset, self.args.eval_batch_size)
+        return super()._get_eval_sampler(eval_dataset) if by_length is None else by_length
+
+    def _length_sampler(self, dataset: Any, batch_size: int) -> LengthSampler | None:
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(dataset)
+            return None
         column = self.args.length_column_name
         lengths = list(dataset[column]) if column in getattr(dataset, "column_names", ()) else lengths_of(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSampler(lengths, self.args.train_batch_size * self.args.world_size, seed)
+        return LengthSampler(lengths, batch_size * self.args.world_size, seed)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # transformers tells the epoch to the loader that skips what was trained before a resume; with several processes
+        # that one does not pass it on to the sampler, so the whole loader, which does, is told first.
+        if hasattr(kwargs["train_dataloader"], "set_epoch"):
+            kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         base: Any = self.model.get_base_model()
@@ -205,7 +223,7 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
