@@ -12,7 +12,7 @@ from rich.console import Console
 from lorafa.conf.compose import compose
 from lorafa.report.page import write_report
 from lorafa.report.plots import loss_curve, running_mean
-from lorafa.report.tables import duration, fact_rows, result_table, score_rows
+from lorafa.report.tables import duration, fact_rows, result_tables, score_rows
 from lorafa.runs.record import RunDirectory
 
 BEFORE = {"loss": 2.0, "accuracy": 0.1, "correct": 1, "total": 10, "interval": [0.01, 0.4], "unparsed": 7}
@@ -45,7 +45,7 @@ def finished(run: RunDirectory) -> RunDirectory:
 
 def test_the_page_shows_scores_curve_answers_and_settings(finished: RunDirectory) -> None:
     page = write_report(finished.path).read_text(encoding="utf-8")
-    texts = ("10.0% (1/10; 95 %: 1.0% to 40.0%)", "60.0% (6/10", "2.0000", "0.5000", "<svg", "#### 4", "lorafa train")
+    texts = ("10.0% (1/10)", "1.0% to 40.0%", "60.0% (6/10)", "2.0000", "0.5000", "<svg", "#### 4", "lorafa train")
     assert [text for text in texts if text not in page] == []
     assert "1.50 GiB" in page
     assert "1 min 15 s" in page
@@ -85,7 +85,7 @@ def test_writing_the_page_again_gives_the_same_page(finished: RunDirectory) -> N
 
 def test_the_table_on_the_terminal_has_the_numbers_of_the_page(finished: RunDirectory) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(result_table(finished))
+    console.print(result_tables(finished))
     text = console.export_text()
     for cell in (cell for row in (*score_rows(finished.result()), *fact_rows(finished.result())) for cell in row):
         assert cell in text

@@ -32,10 +32,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.report.page import write_report
-    from lorafa.report.tables import result_table
+    from lorafa.report.tables import result_tables
     from lorafa.runs.record import RunDirectory
 
     directory = RunDirectory.open(args.run_dir)
-    console.print(result_table(directory))
+    console.print(result_tables(directory))
     console.print(f"Report: {write_report(directory.path)}", highlight=False, soft_wrap=True)
     return 0

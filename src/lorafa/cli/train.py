@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.dry_run:
         return _dry_run(config, console)
     from lorafa.report.page import write_report
-    from lorafa.report.tables import result_table
+    from lorafa.report.tables import result_tables
     from lorafa.runs.experiment import resume_run, start_run
     from lorafa.runs.record import RunDirectory
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         path = resume_run(config.train.resume, console, command)
     else:
         path = start_run(config, console, command)
-    console.print(result_table(RunDirectory(path)))
+    console.print(result_tables(RunDirectory(path)))
     console.print(f"Adapter: {path / 'adapter'}\nReport:  {write_report(path)}", highlight=False, soft_wrap=True)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from lorafa.runs.record import RunDirectory
@@ -17,7 +18,12 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(measure, before, after) of what result.json holds; a dash stands for what was not measured."""
     before, after = result.get("before") or {}, result.get("after") or {}
     rows = []
-    measures = (("held-out accuracy", _accuracy), ("answers without a number", _unparsed), ("answer loss", _loss))
+    measures = (
+        ("held-out accuracy", _accuracy),
+        ("  95 % interval", _interval),
+        ("  without an answer", _unparsed),
+        ("answer loss", _loss),
+    )
     for label, cell in measures:
         pair = cell(before), cell(after)
         if pair != (MISSING, MISSING):
@@ -42,18 +48,18 @@ def fact_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def result_table(run: RunDirectory) -> Table:
-    """Scores before and after, then the facts, as one table."""
+def result_tables(run: RunDirectory) -> Group:
+    """For the terminal: the facts, then the scores before and after."""
     result = run.result()
-    table = Table(title=str(run.path), title_justify="left")
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for label, before, after in score_rows(result):
-        table.add_row(label, before, after)
-    table.add_section()
+    facts = Table.grid(padding=(0, 2))
     for name, value in fact_rows(result):
-        table.add_row(name, "", value)
-    return table
+        facts.add_row(name, value)
+    scores = Table()
+    for heading in ("", "before", "after"):
+        scores.add_column(heading, justify="right" if heading else "left")
+    for row in score_rows(result):
+        scores.add_row(*row)
+    return Group(facts, scores) if scores.row_count else Group(facts)
 
 
 def duration(seconds: float) -> str:
@@ -67,8 +73,11 @@ def duration(seconds: float) -> str:
 def _accuracy(scores: Mapping[str, Any]) -> str:
     if scores.get("accuracy") is None:
         return MISSING
-    low, high = scores["interval"]
-    return f"{scores['accuracy']:.1%} ({scores['correct']}/{scores['total']}; 95 %: {low:.1%} to {high:.1%})"
+    return f"{scores['accuracy']:.1%} ({scores['correct']}/{scores['total']})"
+
+
+def _interval(scores: Mapping[str, Any]) -> str:
+    return "{:.1%} to {:.1%}".format(*scores["interval"]) if scores.get("interval") else MISSING
 
 
 def _unparsed(scores: Mapping[str, Any]) -> str:
