@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_toys import KINDS, adapted, backend_for, base_layer, close, config_for, input_for, only_layer
 from torch import Tensor, nn
 
+from adapter_toys import KINDS, adapted, backend_for, base_layer, close, config_for, input_for, only_layer
 from lorafa import get_peft_model
 from lorafa.errors import ConfigError
 from lorafa.layers import LAYERS
@@ -121,19 +121,14 @@ def test_dora_takes_its_norm_as_a_constant_in_backward() -> None:
     model, x = adapted(kind, dtype=torch.float64, use_dora=True), input_for(kind, torch.float64)
     layer, probe = only_layer(model), torch.randn(5, 7, 24, dtype=torch.float64)
     (model(x) * probe).sum().backward()
-    A, B, m = (
-        p.detach().clone().requires_grad_()
-        for p in (
-            layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_magnitude_vector["default"].weight
-        )
-    )  # fmt: skip
+    holders = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
+    A, B, m = (holder["default"].weight.detach().clone().requires_grad_() for holder in holders)
     base = layer.get_base_layer()
     updated = base.weight + 1.5 * B @ A
     c = updated.detach().norm(dim=1)
     ((x @ ((m / c)[:, None] * updated).T + base.bias) * probe).sum().backward()
-    close(layer.lora_A["default"].weight.grad, A.grad)
-    close(layer.lora_B["default"].weight.grad, B.grad)
-    close(layer.lora_magnitude_vector["default"].weight.grad, m.grad)
+    for holder, parameter in zip(holders, (A, B, m), strict=True):
+        close(holder["default"].weight.grad, parameter.grad)
 
 
 def test_dora_with_dropout_drops_the_input_of_base_and_change_alike() -> None:

@@ -1,0 +1,139 @@
+"""The law of starts: a fresh adapter changes nothing, and its numbers come from (seed, adapter, path) alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from adapter_toys import KINDS, Single, backend_for, base_layer, config_for, input_for, only_layer, train
+from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa.initializers import INITIALIZERS, initializer_name
+from lorafa.variants import VARIANTS
+
+VARIANT = {"lora": {}, "dora": {"use_dora": True}}
+STARTS = [True, *(name for name in INITIALIZERS.names() if name not in ("kaiming", "random"))]
+DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
+LINEAR = "torch.nn.modules.linear.Linear"
+
+
+def fresh(kind: str, dtype: torch.dtype, **settings: object) -> tuple[nn.Module, PeftModel]:
+    """A base model, and the same one (the same layer object) with a fresh adapter."""
+    layer = base_layer(kind, dtype=dtype)
+    return Single(layer), get_peft_model(Single(layer), config_for(kind, **settings))
+
+
+def test_every_start_is_under_the_laws() -> None:
+    assert {initializer_name(start) for start in STARTS} | {"random"} == set(INITIALIZERS.names())
+
+
+@pytest.mark.parametrize(("variant", "kind"), DEFINED)
+@pytest.mark.parametrize("start", STARTS)
+def test_model_computes_the_same_function_at_step_zero(start: bool | str, variant: str, kind: str) -> None:
+    base, model = fresh(kind, torch.float64, init_lora_weights=start, **VARIANT[variant])
+    x = input_for(kind, torch.float64)
+    tolerance = 1e-5 if "nf4" in kind else 1e-12  # the factors on a quantized layer are float32
+    torch.testing.assert_close(model(x), base(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("start", [True, "gaussian"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_lora_with_a_zero_factor_gives_the_bits_of_the_base(
+    kind: str, start: bool | str, training: bool, dtype: torch.dtype
+) -> None:
+    base, model = fresh(kind, dtype, init_lora_weights=start)
+    x = input_for(kind, dtype)
+    y = model.train(training)(x)
+    base.requires_grad_(True)  # nn.MultiheadAttention takes another kernel where no weight needs a gradient
+    assert torch.equal(y, base.train(training)(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pissa_gives_the_bits_of_the_base_on_a_linear_layer(dtype: torch.dtype) -> None:
+    base, model = fresh(LINEAR, dtype, init_lora_weights="pissa")
+    x = input_for(LINEAR, dtype)
+    assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_start_does_change_the_function(kind: str) -> None:
+    base, model = fresh(kind, torch.float64, init_lora_weights=False)
+    x = input_for(kind, torch.float64)
+    assert not torch.allclose(model(x), base(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("variant", "kind"), DEFINED)
+def test_a_start_leaves_the_base_weight_alone(variant: str, kind: str, start: bool | str) -> None:
+    layer = base_layer(kind)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    model = get_peft_model(Single(layer), config_for(kind, init_lora_weights=start, **VARIANT[variant]))
+    train(model)
+    model(input_for(kind))
+    after = {key.replace("out_proj.base_layer.", "out_proj."): value for key, value in layer.state_dict().items()}
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj, self.embed = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(5, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.v_proj(self.q_proj(x))
+        return y
+
+
+def start_of(model: PeftModel, path: str, adapter: str = "default") -> torch.Tensor:
+    layer = model.get_base_model().get_submodule(path)
+    A, B = layer.factor_A(adapter), layer.factor_B(adapter)
+    return torch.cat([A.flatten(), B.flatten()]).detach()
+
+
+def with_targets(*targets: str, **settings: object) -> LoraConfig:
+    return LoraConfig(target_modules=list(targets), r=4, **({"init_seed": 1} | settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_start_of_a_layer_does_not_depend_on_the_other_targets(start: bool | str) -> None:
+    alone = get_peft_model(Pair(), with_targets("v_proj", init_lora_weights=start))
+    together = get_peft_model(Pair(), with_targets("q_proj", "v_proj", "embed", init_lora_weights=start))
+    assert torch.equal(start_of(alone, "v_proj"), start_of(together, "v_proj"))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_start_differs_by_layer_seed_and_adapter(start: bool | str) -> None:
+    model = get_peft_model(Pair(), with_targets("q_proj", "v_proj", init_lora_weights=start))
+    model.add_adapter("second", with_targets("q_proj", init_lora_weights=start))
+    other = get_peft_model(Pair(), with_targets("q_proj", init_lora_weights=start, init_seed=2))
+    starts = [start_of(model, "q_proj"), start_of(model, "v_proj"), start_of(model, "q_proj", "second")]
+    starts.append(start_of(other, "q_proj"))
+    for i, one in enumerate(starts):
+        assert not any(torch.equal(one, another) for another in starts[:i])
+
+
+def test_without_init_seed_the_start_follows_manual_seed() -> None:
+    starts = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        starts.append(start_of(get_peft_model(Pair(), with_targets("q_proj", init_seed=None)), "q_proj"))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_making_an_adapter_draws_nothing_from_the_global_random_state(start: bool | str) -> None:
+    model, before = Pair(), torch.get_rng_state()
+    get_peft_model(model, with_targets("q_proj", "v_proj", init_lora_weights=start))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_factors_are_float32_on_a_half_precision_base_unless_told_otherwise() -> None:
+    kind = LINEAR
+    for dtype in (torch.bfloat16, torch.float16):
+        model = get_peft_model(Single(base_layer(kind, dtype=dtype)), config_for(kind))
+        assert only_layer(model).factor_A("default").dtype is torch.float32
+        model = get_peft_model(Single(base_layer(kind, dtype=dtype)), config_for(kind), autocast_adapter_dtype=False)
+        assert only_layer(model).factor_A("default").dtype is dtype
