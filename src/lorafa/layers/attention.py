@@ -21,8 +21,7 @@ class LoraAttention(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.counting():
-            base = self._pristine[0] if self._disable_adapters and self._pristine else self.base_layer
-            return base(*args, **kwargs)
+            return self.running_base()(*args, **kwargs)
         tensors = self.updated_tensors("in_proj_weight", "in_proj_bias")
         out_proj: nn.Module = self.base_layer.out_proj  # type: ignore[assignment]
         if isinstance(out_proj, LoraLayer) and out_proj.counting():

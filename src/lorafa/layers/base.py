@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from lorafa.backends.base import Backend
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.parts import AdapterParts, Weight, linear_holder
 from lorafa.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LoraLayer(nn.Module):
@@ -109,6 +112,10 @@ class LoraLayer(nn.Module):
             base = base.base_layer
         return base
 
+    def running_base(self) -> nn.Module:
+        """The base layer that runs when no adapter counts: while adapters are disabled the pristine one."""
+        return self._pristine[0] if self._disable_adapters and self._pristine else self.base_layer
+
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(x, *args, **kwargs)
 
@@ -121,12 +128,24 @@ class LoraLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        weight: Tensor = self.running_base().weight  # type: ignore[assignment]
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self.get_base_layer(), "bias", None)
+        return getattr(self.running_base(), "bias", None)
+
+    # What happens to the layer happens to the pristine base too, which is no part of the module tree while merged.
+
+    def train(self, mode: bool = True) -> Self:
+        for kept in self._pristine:
+            kept.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for kept in self._pristine:
+            kept._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     # ---- adapters
 
@@ -325,8 +344,7 @@ class LoraLayer(nn.Module):
     def unmerge(self) -> None:
         """Bring the pristine base layer back, bit for bit."""
         if self._pristine:
-            pristine, self._pristine = self._pristine[0], ()
-            self.base_layer = pristine.to(self._device())
+            self.base_layer, self._pristine = self._pristine[0], ()
             self.merged_adapters = []
 
     @property
@@ -338,8 +356,7 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         adapters = self.counting()
         if not adapters:
-            base = self._pristine[0] if self._disable_adapters and self._pristine else self.base_layer
-            return base(x, *args, **kwargs)
+            return self.running_base()(x, *args, **kwargs)
         if len(adapters) == 1 and not args and not kwargs:
             fused = adapters[0].variant.fused(adapters[0], x)
             if fused is not None:

@@ -6,8 +6,8 @@ for the length of a forward pass. Several parameters of one module make nested l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.func import functional_call
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.layers.base import LoraLayer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LoraExperts(LoraLayer):
@@ -84,10 +87,13 @@ class LoraExperts(LoraLayer):
 
     def unmerge(self) -> None:
         if self._kept:
-            pristine = self._kept[0]
-            pristine.data = pristine.data.to(self._device())
-            self.get_base_layer()._parameters[self.parameter_name] = pristine
+            self.get_base_layer()._parameters[self.parameter_name] = self._kept[0]
             self._kept, self.merged_adapters = (), []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for kept in self._kept:
+            kept.data = fn(kept.data)
+        return super()._apply(fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer, depth = self.base_layer, ""

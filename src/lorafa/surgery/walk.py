@@ -43,9 +43,14 @@ def places(model: nn.Module) -> Iterator[Place]:
         elif isinstance(inside, HOSTS):
             continue
         children = [
-            Place(_join(place.name, name), _join(path, name), child) for name, child in inside.named_children()
+            Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)
         ]
         stack.extend(reversed(children))
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_children``, which gives a module that has several names in one parent at the first of them only."""
+    return ((name, child) for name, child in module._modules.items() if child is not None)
 
 
 def _join(prefix: str, name: str) -> str:
@@ -73,7 +78,7 @@ class Parents:
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
         self.history: list[tuple[nn.Module, str, nn.Module]] = []
         for parent in model.modules():
-            for name, child in parent.named_children():
+            for name, child in _children(parent):
                 self._slots.setdefault(id(child), []).append((parent, name))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
@@ -83,5 +88,5 @@ class Parents:
             setattr(parent, name, new)
             self.history.append((parent, name, old))
         self._slots[id(new)] = slots
-        for name, child in new.named_children():
+        for name, child in _children(new):
             self._slots.setdefault(id(child), []).append((new, name))
