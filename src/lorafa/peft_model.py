@@ -14,7 +14,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, NotAvailableError
 from lorafa.io.adapter_files import StoredAdapter, check_fits_base, read_adapter, save_adapter
 from lorafa.io.card import write_card
-from lorafa.io.peft_format import load_tensors, misfit
+from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
 from lorafa.io.state import materialize
 from lorafa.storage import HubOptions
 from lorafa.surgery.adapters import disabled, require_adapters
@@ -149,7 +149,8 @@ class PeftModel(nn.Module):
 
         Args:
             selected_adapters: which ones; default all.
-            save_embedding_layers: True adds the whole embedding and head (for a resized vocabulary); "auto" does not.
+            save_embedding_layers: True adds the base weights of embedding and head (for a resized vocabulary), False
+                does not; "auto" adds them, as PEFT does, if "embed_tokens" or "lm_head" is a target.
             is_main_process: False writes nothing, for all ranks but one.
             state_dict: take the tensors from this gathered state dict of the PeftModel.
 
@@ -169,7 +170,7 @@ class PeftModel(nn.Module):
             config = self.peft_config[name]
             save_adapter(
                 self.get_base_model(), name, config, folder,
-                state_dict=state_dict, embeddings=save_embedding_layers is True,
+                state_dict=state_dict, embeddings=keeps_embeddings(config, self.get_base_model(), save_embedding_layers),
             )  # fmt: skip
         write_card(save_directory, self.peft_config[names[0]])
 

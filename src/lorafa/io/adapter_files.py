@@ -14,7 +14,7 @@ from lorafa.config import CONFIG_NAME, LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, write_tensors
 from lorafa.io.fingerprint import check_base, fingerprint, from_metadata, to_metadata
-from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start
+from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
 from lorafa.layers.base import LoraLayer
 from lorafa.storage import HubOptions, make_folder, read_json, write_json
 from lorafa.surgery.walk import lora_layers, places
@@ -131,8 +131,7 @@ def read_adapter(
             raise ConfigError(f"{files.config}: {error}") from error
         if "start" in side:
             config = replace(config, **{key: side["start"][key] for key in _CHANGED})
-    stripped = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    return StoredAdapter(files.weights, config, stripped, side.get("base", {}), "start" in side)
+    return StoredAdapter(files.weights, config, without_prefix(tensors), side.get("base", {}), "start" in side)
 
 
 def check_fits_base(model: nn.Module, stored: StoredAdapter) -> None:
@@ -141,7 +140,8 @@ def check_fits_base(model: nn.Module, stored: StoredAdapter) -> None:
     Raises:
         CheckpointError: at least one adapted layer has other weights than it had when the adapter was saved.
     """
+    brought = {key.removesuffix(".base_layer.weight") for key in stored.tensors}  # embeddings the file holds itself
     if stored.base:
-        actual = base_fingerprint(model, list(stored.base))
+        actual = base_fingerprint(model, [name for name in stored.base if name not in brought])
         known = {name: value for name, value in stored.base.items() if name in actual}
         check_base(known, actual, stored.path, base_name=stored.config.base_model_name_or_path)

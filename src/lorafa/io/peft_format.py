@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,10 +13,23 @@ from lorafa.config import LoraConfig
 from lorafa.io.strict import Misfit, compare
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.surgery.walk import hosts
+from lorafa.layers.tokens import TrainableTokensWrapper
+from lorafa.surgery.walk import hosts, places
 
 PREFIX = "base_model.model."
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+_EMBEDDING_GETTERS = ("get_input_embeddings", "get_output_embeddings")
 START_A, START_B = "lora_start.A", "lora_start.B"
+
+
+def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file by their names in the user's model.
+
+    Files of PEFT with ``bias="all"`` hold the biases of ``modules_to_save`` twice; one of the two is left out.
+    """
+    named = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    copies = [key for key in named if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in named]
+    return {key: value for key, value in named.items() if key not in copies}
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,8 @@ def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool
     Args:
         model: the user's model, wrapped layers in it.
         config: the adapter's; its ``bias`` says which base biases belong to the adapter.
-        embeddings: also the whole weights of input embedding and output head, for a resized vocabulary.
+        embeddings: also the base weights of input embedding and output head, for a resized vocabulary; where the
+            config targets embeddings by their usual names, only of those that are adapted, as in PEFT.
     """
     for path, host in hosts(model):
         if isinstance(host, ModulesToSaveWrapper):
@@ -48,7 +63,7 @@ def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool
             yield Entry(f"{path}.{key}", f"{path}.{_live(key, name)}", parameter)
     yield from _biases(model, name, config)
     if embeddings:
-        yield from _embeddings(model)
+        yield from _embeddings(model, adapted_only=keeps_embeddings(config, model, "auto"))
 
 
 def _live(key: str, name: str) -> str:
@@ -64,7 +79,7 @@ def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Entry]:
         owned = {id(p) for _, host in hosts(model) for p in host.stored_parameters(name).values()}
         for key, parameter in model.named_parameters():
             if (
-                key.rpartition(".")[2] in ("bias", "in_proj_bias")
+                key.rpartition(".")[2] == "bias"
                 and id(parameter) not in owned
                 and ".lora_" not in key
             ):
@@ -73,18 +88,36 @@ def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Entry]:
         for path, host in hosts(model):
             if isinstance(host, LoraLayer) and name in host.adapters:
                 for key, parameter in host.base_layer.named_parameters(recurse=False):
-                    if key in ("bias", "in_proj_bias"):
+                    if key == "bias":
                         yield Entry(f"{path}.base_layer.{key}", f"{path}.base_layer.{key}", parameter)
 
 
-def _embeddings(model: nn.Module) -> Iterator[Entry]:
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter)() if hasattr(model, getter) else None
-        if module is None:
+def _embeddings(model: nn.Module, *, adapted_only: bool = False) -> Iterator[Entry]:
+    """The base weights of input embedding and output head; whole copies (``modules_to_save``) are in the file anyway."""
+    modules = [getattr(model, getter)() for getter in _EMBEDDING_GETTERS if callable(getattr(model, getter, None))]
+    for path, module in model.named_modules():
+        if not any(module is embedding for embedding in modules) or isinstance(module, ModulesToSaveWrapper):
             continue
-        weight = module.get_base_layer().weight if isinstance(module, LoraLayer) else module.weight
-        key = next(key for key, value in model.named_parameters(remove_duplicate=False) if value is weight)
-        yield Entry(key, key, weight)
+        if isinstance(module, LoraLayer):
+            yield Entry(f"{path}.base_layer.weight", f"{path}.base_layer.weight", module.weight)
+        elif isinstance(module, TrainableTokensWrapper):
+            key = f"{path}.token_adapter.base_layer.weight"
+            yield Entry(key, key, module.original_module.weight)  # type: ignore[arg-type]
+        elif not adapted_only:
+            yield Entry(f"{path}.weight", f"{path}.weight", module.weight)  # type: ignore[arg-type]
+
+
+def keeps_embeddings(config: LoraConfig, model: nn.Module, wanted: str | bool) -> bool:
+    """Whether a file also holds the base weights of adapted embeddings: PEFT's "auto" says yes if they are targets."""
+    if isinstance(wanted, bool):
+        return wanted
+    targets = config.target_modules or ()
+    if isinstance(targets, str):
+        names = [place.name for place in places(model) if place.name.rpartition(".")[2] in _EMBEDDING_NAMES]
+        targeted = any(re.fullmatch(targets, name) for name in names)
+    else:
+        targeted = any(name in targets for name in _EMBEDDING_NAMES)
+    return targeted and config.trainable_token_indices is None
 
 
 def has_start(model: nn.Module, name: str) -> bool:
@@ -185,7 +218,7 @@ def load_tensors(
             A0, B0 = layer.matrix_A(tensors[f"{path}.{START_A}"]), layer.matrix_B(tensors[f"{path}.{START_B}"])
         start[0].copy_(A0)
         start[1].copy_(B0)
-    for entry in entries(model, name, config, embeddings=True):
+    for entry in (*entries(model, name, config), *_embeddings(model)):
         if entry.key in tensors:
             entry.tensor.data.copy_(tensors[entry.key])
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.errors import AdapterError
-from lorafa.io.peft_format import PREFIX, file_tensors, has_start, load_tensors, misfit
+from lorafa.io.peft_format import (
+    PREFIX,
+    file_tensors,
+    has_start,
+    keeps_embeddings,
+    load_tensors,
+    misfit,
+    without_prefix,
+)
 from lorafa.surgery.adapters import require_adapters
 from lorafa.surgery.walk import lora_layers
 
@@ -45,8 +53,9 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     inner, configs, prefix = _parts(model)
     require_adapters(inner, [adapter_name])
-    embeddings = save_embedding_layers is True
-    tensors = file_tensors(inner, adapter_name, configs[adapter_name], state_dict=state_dict, embeddings=embeddings)
+    config = configs[adapter_name]
+    embeddings = keeps_embeddings(config, inner, save_embedding_layers)
+    tensors = file_tensors(inner, adapter_name, config, state_dict=state_dict, embeddings=embeddings)
     return {prefix + key: value for key, value in tensors.items()}
 
 
@@ -71,7 +80,7 @@ def set_peft_model_state_dict(
     """
     inner, configs, _ = _parts(model)
     require_adapters(inner, [adapter_name])
-    tensors = {key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
+    tensors = without_prefix(peft_model_state_dict)
     config, with_start = configs[adapter_name], has_start(inner, adapter_name)
     found = misfit(inner, adapter_name, config, tensors, with_start=with_start)
     if ignore_mismatched_sizes and found.misshapen:

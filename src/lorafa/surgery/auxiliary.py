@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -42,33 +43,50 @@ class AuxiliaryPlan:
                 _tokens_wrapper(head, wrapper, parents)
 
 
-def plan_auxiliary(model: nn.Module, config: LoraConfig, adapted: list[nn.Module]) -> AuxiliaryPlan:
+def with_heads(config: LoraConfig) -> LoraConfig:
+    """A copy of the config whose ``modules_to_save`` names the new heads that its ``task_type`` trains."""
+    given = config.modules_to_save or []
+    heads = [name for name in _heads(config) if name not in given]
+    return replace(config, modules_to_save=[*given, *heads] or config.modules_to_save)
+
+
+def _heads(config: LoraConfig) -> tuple[str, ...]:
+    return _HEADS.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+
+
+def plan_auxiliary(
+    model: nn.Module, config: LoraConfig, adapted: list[nn.Module], *, lenient: bool = False
+) -> AuxiliaryPlan:
     """Find the modules ``modules_to_save`` and ``trainable_token_indices`` mean.
+
+    Args:
+        lenient: warn of a name in ``modules_to_save`` that matches nothing instead of raising; for a config that comes
+            with a file, whose tensors are checked one by one anyway.
 
     Raises:
         TargetError: a name matches nothing, or a module that an adapter is put on.
         ConfigError: a token index outside the table.
     """
     everything = [place for place in places(model) if place.name]
-    saved = _saved_modules(everything, config)
+    saved = _saved_modules(everything, config, lenient)
     taken = {id(module): "an adapter" for module in adapted} | {id(module): "modules_to_save" for module in saved}
     return AuxiliaryPlan(saved, _token_rows(model, everything, config, taken))
 
 
-def _saved_modules(everything: list[Place], config: LoraConfig) -> list[nn.Module]:
+def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
-    wanted = [(name, True) for name in config.modules_to_save or ()]
-    heads = _HEADS.get(config.task_type) or () if isinstance(config.task_type, TaskType) else ()
-    wanted += [(name, False) for name in heads if name not in (config.modules_to_save or ())]
-    for name, must_match in wanted:
+    for name in config.modules_to_save or ():
         hits = [p for p in everything if p.name == name or p.name.endswith(f".{name}")]
         hits = hits or [p for p in everything if re.fullmatch(rf"(.*\.)?{name}", p.name)]
-        if not hits and must_match:
+        if not hits and name not in _heads(config):  # of the usual names of heads a model has one
             leaves = sorted({p.name.rpartition(".")[2] for p in everything})
-            raise TargetError(
+            message = (
                 f"modules_to_save: {name!r} matches no module.{did_you_mean(name, leaves)} "
                 f"The last names of the model's modules are: {shorten(leaves, 12)}."
             )
+            if not lenient:
+                raise TargetError(message)
+            warnings.warn(message, stacklevel=2)
         for place in hits:
             if isinstance(place.module, (LoraLayer, TrainableTokensWrapper)):
                 raise TargetError(

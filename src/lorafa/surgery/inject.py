@@ -22,8 +22,8 @@ from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.parts import AdapterParts
-from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary
-from lorafa.surgery.targets import Target, find_targets
+from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads
+from lorafa.surgery.targets import Target, find_targets, resolved_targets
 from lorafa.surgery.walk import Host, Parents, hosts, lora_layers
 from lorafa.variants import VARIANTS
 
@@ -56,7 +56,10 @@ class Plan:
 
     name: str
     config: LoraConfig
+    """A copy, in which defaults that depend on the model are spelled out."""
+    targets: list[Target]
     layers: list[PlannedLayer]
+    """One a target, and for nn.MultiheadAttention one more, for its output projection."""
     auxiliary: AuxiliaryPlan
 
 
@@ -94,16 +97,17 @@ def plan(
     config.check()
     require_available(config, trained=options.from_file)
     check_adapter_name(model, name)
-    config = replace(config)
+    config = with_heads(config)
     targets = find_targets(model, config, lenient=options.from_file)
-    auxiliary = plan_auxiliary(model, config, [target.module for target in targets])
+    config = replace(config, target_modules=resolved_targets(model, config, targets))
+    auxiliary = plan_auxiliary(model, config, [target.module for target in targets], lenient=options.from_file)
     seed = torch.initial_seed() if config.init_seed is None else config.init_seed
     layers: list[PlannedLayer] = []
     for target in targets:
         layers.append(PlannedLayer(target, _build(target, config, name, seed, options, stats or {})))
         if _kind(target) == "attention":
             layers.append(_out_proj(target, config, name, seed, options, stats or {}))
-    return Plan(name, config, layers, auxiliary)
+    return Plan(name, config, targets, layers, auxiliary)
 
 
 def _backend(target: Target) -> Backend:
@@ -154,7 +158,8 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
     else:
         result = initializer(weight, layer_stats, spec)
     dtype = _adapter_dtype(base, backend, options)
-    A, B = result.A.to(dtype), result.B.to(dtype)
+    groups = cast(nn.Conv1d, base).groups if backend.host == "conv" else 1
+    A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)  # a grouped B sees its own group only
     start = (A.clone(), B.clone()) if result.subtract_from_base else None
     if filled_later or options.low_cpu_mem_usage:
         extras = {kind: torch.empty(weight.shape[0], device=A.device) for kind in variant.extras}
@@ -275,11 +280,12 @@ def _host_for(model: nn.Module, target: Target, parents: Parents) -> LoraLayer:
 
 def _train_biases(model: nn.Module, which: str) -> None:
     if which == "all":
+        wrapped = {id(p) for _, host in hosts(model) if not isinstance(host, LoraLayer) for p in host.parameters()}
         for name, parameter in model.named_parameters():
-            if name == "bias" or name.endswith((".bias", ".in_proj_bias")):
+            if name.rpartition(".")[2] == "bias" and id(parameter) not in wrapped:
                 parameter.requires_grad_(True)
         return
     for _, layer in lora_layers(model):
-        bias = layer.base_bias()
-        if bias is not None:
+        bias = layer.bias
+        if isinstance(bias, nn.Parameter):
             bias.requires_grad_(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -46,10 +45,10 @@ class LoraModel(nn.Module):
     def apply_plan(self, planned: Plan) -> Undo:
         """Carry out a plan; the adapter is inactive and frozen until :meth:`set_adapter`."""
         undo = apply(self.model, planned)
-        targets = [layer.target for layer in planned.layers]
+        targets = planned.targets
         self.targeted_module_names = [t.name for t in targets if t.parameter is None]
         self.targeted_parameter_names = [f"{t.name}.{t.parameter}" for t in targets if t.parameter is not None]
-        self.peft_config[planned.name] = _resolved(planned.config, self.targeted_module_names)
+        self.peft_config[planned.name] = planned.config
         if self._active:  # other adapters keep counting; the new one waits
             adapters.set_requires_grad(self.model, planned.name, False)
         return undo
@@ -134,15 +133,6 @@ class LoraModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
-
-
-
-def _resolved(config: LoraConfig, names: Sequence[str]) -> LoraConfig:
-    """The config to keep and save: "all-linear" and the architecture's usual layers spelled out."""
-    wanted = config.target_modules
-    if wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
-        return replace(config, target_modules=set(names) if names else wanted)
-    return config
 
 
 def inject_adapter_in_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,9 +51,37 @@ def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False)
     targets = [_target(place, None, config, patterns) for place in chosen]
     targets += _parameters(everything, config, patterns, taken={id(place.module) for place in chosen})
     patterns.report(everything)
+    if not targets and config.exclude_modules and config.target_modules:
+        raise TargetError(
+            f"exclude_modules={config.exclude_modules!r} takes away every layer that target_modules names. Narrow it."
+        )
     if not targets:
         raise TargetError("The config names no layer at all: target_modules and target_parameters are both empty.")
     return targets
+
+
+def resolved_targets(model: nn.Module, config: LoraConfig, targets: Sequence[Target]) -> set[str] | str | None:
+    """``target_modules`` to keep and save, with None and "all-linear" spelled out.
+
+    None becomes the architecture's usual layers, "all-linear" the shortest ends of names that mean just ``targets``.
+    """
+    wanted = config.target_modules
+    if wanted is None:
+        return None if config.target_parameters else _default_targets(model)
+    if not isinstance(wanted, str):
+        return set(wanted)
+    if wanted.lower() != ALL_LINEAR:
+        return wanted
+    chosen = {id(target.module) for target in targets if target.parameter is None}
+    others = {end for place in places(model) if id(place.module) not in chosen for end in _ends(place.name)}
+    names = [target.name for target in targets if target.parameter is None]
+    return {next((end for end in _ends(name) if end not in others), name) for name in names}
+
+
+def _ends(name: str) -> list[str]:
+    """The dotted ends of a name, shortest first: q_proj, self_attn.q_proj, ..."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
 class _Patterns:
@@ -149,11 +177,13 @@ def _modules(model: nn.Module, everything: list[Place], config: LoraConfig, patt
 
 
 def _is_wanted(name: str, wanted: Collection[str] | str, config: LoraConfig, patterns: _Patterns) -> bool:
-    if _inside_saved(name, config) or patterns.matches("exclude_modules", config.exclude_modules, name):
+    if _inside_saved(name, config):
         return False
-    if not isinstance(wanted, str) and config.layers_to_transform not in (None, []) and name not in wanted:
-        return _has_index(name, config) and patterns.matches("target_modules", wanted, name)
-    return patterns.matches("target_modules", wanted, name)
+    excluded = patterns.matches("exclude_modules", config.exclude_modules, name)
+    by_index = not isinstance(wanted, str) and config.layers_to_transform not in (None, []) and name not in wanted
+    if by_index and not _has_index(name, config):
+        return False
+    return patterns.matches("target_modules", wanted, name) and not excluded
 
 
 def _inside_saved(name: str, config: LoraConfig) -> bool:

@@ -1,0 +1,111 @@
+"""For every layer kind and config field: what PEFT's users and files see is what they see with PEFT 0.21.2."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from parity_toys import CASES, Case, output, quiet, stored, stored_config, trained
+
+import lorafa
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Key -> shape, without the second copy PEFT writes of the biases of modules_to_save under bias="all"."""
+    return {key: tensor.shape for key, tensor in tensors.items() if ".modules_to_save." not in key}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def test_parameters_have_the_names_shapes_and_flags_they_have_in_peft(case: Case) -> None:
+    ours, theirs = case.lorafa(), case.peft()
+
+    def described(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
+        return {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+
+    assert described(ours) == described(theirs)
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
+def test_the_targeted_modules_are_those_of_peft(case: Case) -> None:
+    ours, theirs = case.lorafa(), case.peft()
+    assert sorted(ours.targeted_module_names) == sorted(theirs.targeted_module_names)
+    assert sorted(ours.targeted_parameter_names) == sorted(theirs.targeted_parameter_names)
+
+
+def test_our_file_has_peft_keys_and_gives_equal_outputs_in_peft(case: Case, tmp_path) -> None:
+    ours, theirs = trained(case.lorafa()), case.peft()
+    with quiet():
+        ours.save_pretrained(tmp_path / "ours")
+        theirs.save_pretrained(tmp_path / "theirs")
+        loaded = peft.PeftModel.from_pretrained(case.base(), tmp_path / "ours").eval()
+    assert shapes(stored(tmp_path / "ours")) == shapes(stored(tmp_path / "theirs"))
+    torch.testing.assert_close(output(case, loaded), output(case, ours), rtol=1e-6, atol=1e-6)
+
+
+def test_a_file_of_peft_gives_equal_outputs_here(case: Case, tmp_path) -> None:
+    theirs = trained(case.peft())
+    with quiet():
+        theirs.save_pretrained(tmp_path)
+        config = lorafa.LoraConfig.from_pretrained(tmp_path)
+        for name, value in case.ours.items():
+            setattr(config, name, value)
+        ours = lorafa.PeftModel.from_pretrained(case.base(), tmp_path, config=config)
+    torch.testing.assert_close(output(case, ours), output(case, theirs), rtol=1e-6, atol=1e-6)
+
+
+def test_our_config_file_says_what_that_of_peft_says(case: Case, tmp_path) -> None:
+    with quiet():
+        case.lorafa().save_pretrained(tmp_path / "ours")
+        case.peft().save_pretrained(tmp_path / "theirs")
+    ours, theirs = stored_config(tmp_path / "ours"), stored_config(tmp_path / "theirs")
+    assert ours.keys() - case.ours.keys() == theirs.keys()
+    assert targeted(case, ours) == targeted(case, theirs)  # "all-linear" may be spelled out in several ways
+    for values in (ours, theirs):
+        values["exclude_modules"] = sorted(values["exclude_modules"] or [])
+        values["target_parameters"] = values["target_parameters"] or None
+    different = {name for name in theirs if ours[name] != theirs[name]}
+    assert different <= {"peft_version", "target_modules"}
+
+
+def targeted(case: Case, config: dict[str, object]) -> list[str]:
+    settings = {name: value for name, value in config.items() if name not in case.ours}
+    with quiet():
+        return sorted(peft.get_peft_model(case.base(), peft.LoraConfig(**settings)).targeted_module_names)
+
+
+def test_gradients_of_every_trained_tensor_are_those_of_peft(case: Case) -> None:
+    ours, theirs = case.lorafa(), trained(case.peft())
+    with torch.no_grad():
+        values = dict(theirs.named_parameters())
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(values[name])
+    for model in (ours, theirs):
+        result = case.run(model)
+        (result - result.detach().roll(1, 0) - 1).square().sum().backward()
+    compared = 0
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == (wanted[name].grad is None), name
+        if parameter.grad is not None:
+            # PEFT applies the update of attention's out_proj twice and takes the gradient of one of the two.
+            factor = 2 if ".out_proj.lora_" in name else 1
+            torch.testing.assert_close(parameter.grad, factor * wanted[name].grad, rtol=1e-6, atol=1e-6, msg=name)
+            compared += 1
+    assert compared
+
+
+def test_state_dicts_of_one_adapter_go_both_ways(case: Case) -> None:
+    ours, theirs = trained(case.lorafa()), case.peft()
+    with quiet():
+        of_ours = lorafa.get_peft_model_state_dict(ours)
+        of_theirs = peft.get_peft_model_state_dict(theirs)
+        assert shapes(of_ours) == shapes(of_theirs)
+        peft.set_peft_model_state_dict(theirs, {key: value.clone() for key, value in of_ours.items()})
+        torch.testing.assert_close(output(case, theirs), output(case, ours), rtol=1e-6, atol=1e-6)
+        trained(theirs, seed=5)
+        lorafa.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    torch.testing.assert_close(output(case, ours), output(case, theirs), rtol=1e-6, atol=1e-6)
