@@ -144,29 +144,31 @@ class LoraLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for kept in self._pristine:
-            kept._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+            kept._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     # ---- adapters
 
     def attach(self, name: str, parts: AdapterParts) -> None:
         """Take in an adapter that has been built; the names in ``parts`` are not checked here."""
-        device = self._device()
-        dtype = parts.dtype
-        move = {} if parts.A.device.type == "meta" else {"device": device}
+        device = parts.A.device if parts.A.is_meta else self._device()
+
+        def placed(tensor: Tensor) -> Tensor:  # contiguous, so that a reloaded adapter has the same strides and bits
+            return tensor.to(device=device, dtype=parts.dtype).contiguous()
+
         self.r[name], self.lora_alpha[name], self.scaling[name] = parts.rank, parts.alpha, parts.scaling
         self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant == "dora"
         self.lora_bias[name] = parts.bias is not None
         self.lora_dropout[name] = nn.Dropout(parts.dropout) if parts.dropout else nn.Identity()
-        bias = None if parts.bias is None else parts.bias.to(dtype=dtype, **move)
-        A, B = self.stored_A(parts.A.to(dtype=dtype, **move)), self.stored_B(parts.B.to(dtype=dtype, **move))
-        self.hold_factors(name, A.contiguous(), B.contiguous(), bias)
+        bias = None if parts.bias is None else placed(parts.bias)
+        self.hold_factors(name, placed(self.stored_A(parts.A)), placed(self.stored_B(parts.B)), bias)
         variant = VARIANTS.get(parts.variant)()
         for kind, value in parts.extras.items():
             holder = getattr(self, variant.extras[kind])
-            holder[name] = Weight(self.store_extra(value.to(dtype=dtype, **move)))
+            holder[name] = Weight(self.store_extra(placed(value)))
         if parts.start is not None:
-            self.lora_start[name] = Start(*(factor.to(dtype=dtype, **move) for factor in parts.start))
+            self.lora_start[name] = Start(*(placed(factor) for factor in parts.start))
         self.adapters[name] = Adapter(self, name, variant)
         self.train(self.training)
 

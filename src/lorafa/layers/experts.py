@@ -93,7 +93,8 @@ class LoraExperts(LoraLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for kept in self._kept:
             kept.data = fn(kept.data)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer, depth = self.base_layer, ""
