@@ -11,7 +11,7 @@ import pytest
 from lorafa.cli import main as cli
 from lorafa.cli import train
 from lorafa.conf.compose import KEYS, compose
-from lorafa.errors import ConfigError, DataError
+from lorafa.errors import ConfigError, DataError, NotAvailableError, TargetError
 
 
 def run(arguments: list[str]) -> int:
@@ -38,6 +38,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     ("error", "status"),
     [
         (ConfigError("wrong setting"), 2),
+        (TargetError("no such layer"), 2),
+        (NotAvailableError("of a later version"), 2),
         (DataError("no rows"), 1),
         (OSError("disk"), 1),
         (ZeroDivisionError("oops"), 1),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lorafa.cli import report, train
-from lorafa.errors import ConfigError, LoraError
+from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
 from lorafa.version import VERSION
 
 COMMANDS = (train, report)
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args, console)
         return status
-    except ConfigError as error:
+    except (ConfigError, NotAvailableError, TargetError) as error:
         return _report(error, str(error), WRONG_ARGUMENTS, args, errors)
     except LoraError as error:
         return _report(error, str(error), FAILED, args, errors)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.table import Table
 from torch import nn
 
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.experts import LoraExperts
+from lorafa.surgery.walk import HOSTS, places
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,25 @@ class CoverageRow:
 def coverage(model: nn.Module) -> list[CoverageRow]:
     """One row a kind of module that holds parameters, the matched kinds first, each parameter counted once.
 
-    A parameter two modules share (a tied output head) counts for the first one.
+    A parameter two modules share (a tied output head) counts for the first one. A module trained in full counts as
+    unmatched, with its trained copy as trainable.
     """
     counts: dict[tuple[str, str], list[int]] = {}
     seen: set[int] = set()
-    for name, module, adapted in _holders(model):
-        host = module.base_layer if isinstance(module, LoraLayer) else module
-        total = counts.setdefault((_kind_name(name), type(host).__name__), [0, 0, 0, 0])
-        own = [p for p in module.parameters(recurse=adapted) if id(p) not in seen]
-        seen.update(map(id, own))
-        in_base = {id(p) for p in host.parameters(recurse=adapted)}
+    for place in places(model):
+        if id(place.module) in seen:
+            continue
+        seen.add(id(place.module))
+        original, in_base, added = _parameters(place.module)
+        if not in_base and not added:
+            continue
+        total = counts.setdefault((_kind_name(place.name), type(original).__name__), [0, 0, 0, 0])
+        in_base, added = ([p for p in part if id(p) not in seen] for part in (in_base, added))
+        seen.update(id(p) for p in (*in_base, *added))
         total[0] += 1
-        total[1] += adapted
-        total[2] += sum(p.numel() for p in own if id(p) in in_base)
-        total[3] += sum(p.numel() for p in own if p.requires_grad)
+        total[1] += isinstance(place.module, LoraLayer)
+        total[2] += sum(p.numel() for p in in_base)
+        total[3] += sum(p.numel() for p in (*in_base, *added) if p.requires_grad)
     rows = [CoverageRow(name, kind, *numbers) for (name, kind), numbers in counts.items()]
     return sorted(rows, key=lambda row: (row.matched == 0, row.trainable == 0))
 
@@ -78,15 +85,16 @@ def _cells(matched: int, modules: int, base: int, whole: int, trainable: int) ->
     return f"{matched}/{modules}", f"{base:,}", share, f"{trainable:,}" if trainable else "-"
 
 
-def _holders(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
-    """(name, module, adapted?) of everything that holds parameters; adapted layers are not entered."""
-    if isinstance(module, LoraLayer):
-        yield name, module, True
-        return
-    if next(module.parameters(recurse=False), None) is not None:
-        yield name, module, False
-    for child_name, child in module.named_children():
-        yield from _holders(child, f"{name}.{child_name}" if name else child_name)
+def _parameters(module: nn.Module) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]:
+    """The module as it was before wrapping, the parameters it holds itself, and those that adapters added."""
+    if not isinstance(module, HOSTS):
+        return module, list(module.parameters(recurse=False)), []
+    original: nn.Module = module
+    while isinstance(original, HOSTS):  # experts carry one wrapper a parameter
+        original = original.base_layer if isinstance(original, LoraLayer) else original.original_module
+    inside = {id(p) for p in original.parameters()}
+    added = [p for p in module.parameters() if id(p) not in inside]
+    return original, list(original.parameters(recurse=not isinstance(module, LoraExperts))), added
 
 
 def _kind_name(name: str) -> str:
