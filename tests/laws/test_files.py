@@ -1,0 +1,210 @@
+"""The law of files: what is saved comes back bit for bit, and what does not fit is refused whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adapter_toys import (
+    KINDS,
+    Single,
+    assert_unchanged,
+    backend_for,
+    base_layer,
+    config_for,
+    everything,
+    input_for,
+    train,
+)
+from lorafa import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from lorafa.errors import CheckpointError
+from lorafa.initializers import INITIALIZERS
+from lorafa.variants import VARIANTS
+
+VARIANT = {"lora": {}, "dora": {"use_dora": True}}
+STARTS = {"kaiming": True, "random": False}
+"""Names in the registry that are written differently in a config."""
+DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
+LINEAR = "torch.nn.modules.linear.Linear"
+
+
+def same_base(kind: str, dtype: torch.dtype = torch.bfloat16) -> Single:
+    torch.manual_seed(1)
+    return Single(base_layer(kind, dtype=dtype))
+
+
+def assert_same_adapter(one: PeftModel, other: PeftModel, name: str = "default", other_name: str | None = None) -> None:
+    """Every tensor of the adapter, frozen starts included, bit for bit."""
+
+    def tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+        state = model.state_dict()
+        return {key.replace(f".{adapter}", ".?"): state[key] for key in state if f".{adapter}" in key}
+
+    first, second = tensors(one, name), tensors(other, other_name or name)
+    assert first
+    assert first.keys() == second.keys()
+    for key in first:
+        assert first[key].dtype == second[key].dtype, key
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.parametrize("start", [STARTS.get(name, name) for name in INITIALIZERS.names()])
+@pytest.mark.parametrize(("variant", "kind"), DEFINED)
+def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path, variant: str, kind: str, start: bool | str) -> None:
+    settings = VARIANT[variant] | {"init_lora_weights": start}
+    model = get_peft_model(same_base(kind), config_for(kind, **settings)).eval()
+    train(model)
+    x = input_for(kind, torch.bfloat16)
+    with torch.no_grad():
+        expected = model(x)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(same_base(kind), tmp_path)
+        assert torch.equal(loaded(x), expected)
+        assert_same_adapter(model, loaded)
+        model.merge_adapter()
+        loaded.merge_adapter()
+        assert torch.equal(loaded(x), model(x))
+    again = tmp_path / "again"
+    loaded.unmerge_adapter()
+    loaded.save_pretrained(again)
+    files = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, again))
+    for (key, first), (other, second) in zip(*(sorted(file.items()) for file in files), strict=True):
+        assert key == other
+        assert torch.equal(first, second), key
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("start", [True, "pissa"])
+@pytest.mark.parametrize(("variant", "kind"), DEFINED)
+def test_adapter_loads_beside_another_one_under_another_name(
+    tmp_path: Path, variant: str, kind: str, start: bool | str, low_cpu_mem_usage: bool
+) -> None:
+    model = get_peft_model(same_base(kind), config_for(kind, init_lora_weights=start, r=2, **VARIANT[variant]))
+    train(model)
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(same_base(kind), config_for(kind))
+    other.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert other.active_adapters == ["default"]
+    assert_same_adapter(model, other, "default", "second")
+    other.set_adapter("second")
+    x = input_for(kind, torch.bfloat16)
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+@pytest.mark.parametrize(("variant", "kind"), DEFINED)
+def test_state_dict_of_an_adapter_fills_another_model(variant: str, kind: str, start: bool | str) -> None:
+    settings = VARIANT[variant] | {"init_lora_weights": start}
+    model = get_peft_model(same_base(kind), config_for(kind, **settings))
+    train(model)
+    other = get_peft_model(same_base(kind), config_for(kind, **settings, init_seed=9))
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    assert_same_adapter(model, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_model_state_dict_fills_another_model(kind: str) -> None:
+    """torch's own state_dict carries the frozen starts too."""
+    model = get_peft_model(same_base(kind), config_for(kind, init_lora_weights="pissa"))
+    train(model)
+    other = get_peft_model(same_base(kind), config_for(kind, init_lora_weights="pissa", init_seed=9))
+    other.load_state_dict(model.state_dict())
+    x = input_for(kind, torch.bfloat16)
+    assert torch.equal(other(x), model(x))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.v_proj(self.q_proj(x))
+        return y
+
+
+def pair(*targets: str, **settings: object) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(Pair(), LoraConfig(target_modules=list(targets), r=2, **settings))  # type: ignore[arg-type]
+
+
+def test_file_with_too_little_loads_nothing() -> None:
+    small, large = pair("q_proj"), pair("q_proj", "v_proj")
+    before = everything(large)
+    with pytest.raises(CheckpointError, match=r"v_proj\.lora_A\.weight"):
+        set_peft_model_state_dict(large, get_peft_model_state_dict(small))
+    assert_unchanged(before, large)
+
+
+def test_file_with_too_much_loads_nothing() -> None:
+    small, large = pair("q_proj"), pair("q_proj", "v_proj")
+    before = everything(small)
+    with pytest.raises(CheckpointError, match=r"v_proj\.lora_A\.weight"):
+        set_peft_model_state_dict(small, get_peft_model_state_dict(large))
+    assert_unchanged(before, small)
+
+
+def test_file_of_another_shape_loads_nothing() -> None:
+    model = pair("q_proj", "v_proj")
+    tensors = get_peft_model_state_dict(model)
+    tensors["base_model.model.v_proj.lora_B.weight"] = torch.zeros(8, 3)
+    before = everything(model)
+    with pytest.raises(CheckpointError, match=r"v_proj\.lora_B\.weight: the file has 8x3, the model 8x2\nNothing was"):
+        set_peft_model_state_dict(model, tensors)
+    assert_unchanged(before, model)
+
+
+def test_file_for_other_base_weights_loads_nothing(tmp_path: Path) -> None:
+    pair("q_proj").save_pretrained(tmp_path)
+    torch.manual_seed(2)
+    other = Pair()
+    before = everything(other)
+    with pytest.raises(CheckpointError, match="q_proj"):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert_unchanged(before, other)
+    PeftModel.from_pretrained(other, tmp_path, ignore_base_mismatch=True)
+
+
+def test_merged_adapter_is_saved_with_the_fingerprint_of_the_pristine_base(tmp_path: Path) -> None:
+    model = pair("q_proj", "v_proj")
+    train(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    loaded = PeftModel.from_pretrained(Pair(), tmp_path)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_keys_in_the_model_and_in_a_file_are_those_of_peft() -> None:
+    model = pair("q_proj", use_dora=True)
+    live = {key for key, value in model.named_parameters() if value.requires_grad}
+    prefix = "base_model.model.q_proj"
+    assert live == {
+        f"{prefix}.lora_A.default.weight",
+        f"{prefix}.lora_B.default.weight",
+        f"{prefix}.lora_magnitude_vector.default.weight",
+    }
+    assert f"{prefix}.base_layer.weight" in model.state_dict()
+    assert "base_model.model.v_proj.weight" in model.state_dict()
+    assert set(get_peft_model_state_dict(model)) == {
+        f"{prefix}.lora_A.weight",
+        f"{prefix}.lora_B.weight",
+        f"{prefix}.lora_magnitude_vector",
+    }
+
+
+def test_injected_adapter_has_keys_without_a_prefix() -> None:
+    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], r=2), Pair())
+    assert set(get_peft_model_state_dict(model)) == {"q_proj.lora_A.weight", "q_proj.lora_B.weight"}
