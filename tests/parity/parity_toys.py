@@ -148,7 +148,7 @@ def seq2seq_logits(model: nn.Module) -> Tensor:
 def on(*shape: int) -> Callable[[nn.Module], Tensor]:
     """Run on fixed random numbers of a shape."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return lambda model: model(x)
+    return lambda model: model(x.to(next(model.parameters()).dtype))
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,11 @@ class Case:
     settings: dict[str, Any]
     ours: dict[str, Any] = field(default_factory=dict)
     """Settings that only lorafa has."""
+    dtype: torch.dtype = torch.float64
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.model().double().eval()
+        return self.model().to(self.dtype).eval()
 
     def lorafa(self, base: nn.Module | None = None) -> lorafa.PeftModel:
         with quiet():

@@ -1,0 +1,193 @@
+"""Where A and B start, what dropout does, and files of starts that move the base: as in PEFT, or provably better."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from parity_toys import CASES, Case, Convolution, Linears, Lookup, Transposed, on, output, quiet, stored, stored_config, trained
+from torch import Tensor, nn
+
+import lorafa
+
+
+class Wide(nn.Module):
+    """Big enough for the spread of random numbers to be known to a percent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(300, 200)
+        self.table = nn.Embedding(300, 200)
+        self.conv = nn.Conv2d(40, 60, 3)
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("target", ["linear", "table", "conv"])
+def test_random_starts_have_the_mean_and_spread_of_those_of_peft(target: str, start: bool | str) -> None:
+    if start == "orthogonal" and target != "linear":
+        pytest.skip("PEFT has it for linear layers only")
+    settings: dict[str, Any] = {"target_modules": [target], "r": 64, "init_lora_weights": start}
+    with quiet():
+        ours = factors(lorafa.get_peft_model(Wide(), lorafa.LoraConfig(**settings)))
+        theirs = factors(peft.get_peft_model(Wide(), peft.LoraConfig(**settings)))
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        assert abs(values.mean()) <= 5 * theirs[name].std() / values.numel() ** 0.5 + 1e-12, name
+        torch.testing.assert_close(values.std(), theirs[name].std(), rtol=0.05, atol=1e-12, msg=name)
+        torch.testing.assert_close(values.abs().max() > 0, theirs[name].abs().max() > 0, msg=name)
+
+
+def test_the_orthogonal_start_has_b_times_a_zero_and_each_of_half_rank_in_both_libraries() -> None:
+    settings: dict[str, Any] = {"target_modules": ["linear"], "r": 16, "init_lora_weights": "orthogonal"}
+    for library in (lorafa, peft):
+        A, B = factors(library.get_peft_model(Wide().double(), library.LoraConfig(**settings))).values()
+        assert torch.linalg.matrix_rank(A, tol=1e-5) == torch.linalg.matrix_rank(B, tol=1e-5) == 8
+        assert (B @ A).abs().max() < 1e-5
+
+
+def test_dropout_moves_outputs_as_much_as_in_peft() -> None:
+    case = CASES["linear-dropout"]
+    ours, theirs = case.lorafa(), trained(case.peft())
+    lorafa.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    layers = [model.base_model.model.first.train() for model in (ours, theirs)]
+    x = torch.randn(1, 12, dtype=torch.float64).expand(40_000, 12)
+    with torch.no_grad():
+        dropped = [layer(x) for layer in layers]
+        whole = layers[0].eval()(x[:1])
+    for result in dropped:
+        assert ((result.mean(0) - whole).abs() < 6 * result.std(0) / 200).all()
+    torch.testing.assert_close(dropped[0].std(0), dropped[1].std(0), rtol=0.05, atol=1e-3)
+
+
+def pissa_case(model: Callable[[], nn.Module] = Linears, **settings: Any) -> Case:
+    settings = {"target_modules": ["first", "second"], "init_lora_weights": "pissa", "r": 3} | settings
+    return Case(model, on(5, 12), settings, dtype=torch.float32)  # PEFT refuses PiSSA in float64
+
+
+PISSA = pissa_case()
+PISSA_CASES = {
+    "linear": PISSA,
+    "rslora": pissa_case(use_rslora=True, lora_alpha=5),
+    "patterns": pissa_case(rank_pattern={"first": 2}, alpha_pattern={"first": 3}),
+    "transposed": pissa_case(Transposed, target_modules=["first"], fan_in_fan_out=True),
+}
+
+
+@pytest.fixture(params=list(PISSA_CASES))
+def pissa(request: pytest.FixtureRequest) -> Case:
+    return PISSA_CASES[request.param]
+
+
+def test_pissa_starts_from_the_same_product_as_in_peft_and_changes_no_output(pissa: Case) -> None:
+    base = pissa.base()
+    before = output(pissa, base)
+    ours, theirs = pissa.lorafa(base), pissa.peft()
+    torch.testing.assert_close(output(pissa, ours), before, rtol=0, atol=0)
+    torch.testing.assert_close(output(pissa, theirs), before, rtol=1e-5, atol=1e-5)
+    of_ours, of_theirs = factors(ours), factors(theirs)
+    for name in (name for name in of_ours if "lora_A" in name):
+        partner = name.replace("lora_A", "lora_B")
+        torch.testing.assert_close(
+            of_ours[partner] @ of_ours[name], of_theirs[partner] @ of_theirs[name], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_trained_pissa_adapter_is_plain_lora_of_twice_the_rank_to_peft(pissa: Case, tmp_path: Path) -> None:
+    ours = trained(pissa.lorafa())
+    ours.save_pretrained(tmp_path)
+    config = stored_config(tmp_path)
+    assert config["init_lora_weights"] is True
+    assert config["r"] == 2 * pissa.settings["r"]
+    with quiet():
+        loaded = peft.PeftModel.from_pretrained(pissa.base(), tmp_path).eval()
+    torch.testing.assert_close(output(pissa, loaded), output(pissa, ours), rtol=1e-6, atol=1e-6)
+
+
+def test_a_trained_pissa_adapter_comes_back_bit_for_bit_and_trains_on(pissa: Case, tmp_path: Path) -> None:
+    ours = trained(pissa.lorafa())
+    ours.save_pretrained(tmp_path)
+    loaded = lorafa.PeftModel.from_pretrained(pissa.base(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(output(pissa, loaded), output(pissa, ours))
+    for (name, one), (other_name, other) in zip(ours.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other_name
+        assert torch.equal(one, other), name
+    assert loaded.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
+    assert loaded.peft_config["default"].init_lora_weights == "pissa"
+
+
+def test_a_pissa_file_of_peft_gives_equal_outputs_here(pissa: Case, tmp_path: Path) -> None:
+    theirs = trained(pissa.peft())
+    with quiet():
+        theirs.save_pretrained(tmp_path)
+        ours = lorafa.PeftModel.from_pretrained(pissa.base(), tmp_path)
+    torch.testing.assert_close(output(pissa, ours), output(pissa, theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pissa_file_that_peft_has_converted_gives_equal_outputs_here(tmp_path: Path) -> None:
+    theirs = PISSA.peft()
+    with quiet():
+        theirs.peft_config["default"].init_lora_weights = True
+        theirs.save_pretrained(tmp_path / "start")
+        theirs.peft_config["default"].init_lora_weights = "pissa"
+        trained(theirs).save_pretrained(
+            tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start"
+        )
+        ours = lorafa.PeftModel.from_pretrained(PISSA.base(), tmp_path / "converted")
+    torch.testing.assert_close(output(PISSA, ours), output(PISSA, theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_adapters_have_the_dtype_they_have_in_peft(dtype: torch.dtype, autocast: bool, tmp_path: Path) -> None:
+    config = {"target_modules": ["first", "second"], "modules_to_save": ["head"]}
+    ours = lorafa.get_peft_model(Linears().to(dtype), lorafa.LoraConfig(**config), autocast_adapter_dtype=autocast)
+    theirs = peft.get_peft_model(Linears().to(dtype), peft.LoraConfig(**config), autocast_adapter_dtype=autocast)
+    assert {n: p.dtype for n, p in ours.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [stored(tmp_path / side) for side in ("ours", "theirs")]
+    assert {k: v.dtype for k, v in files[0].items()} == {k: v.dtype for k, v in files[1].items()}
+
+
+def test_float32_adapters_on_a_half_base_are_loaded_without_rounding(tmp_path: Path) -> None:
+    """PEFT rounds them to bfloat16 on the way with low_cpu_mem_usage."""
+    config = lorafa.LoraConfig(target_modules=["first"])
+    model = trained(lorafa.get_peft_model(Linears().to(torch.bfloat16), config))
+    model.save_pretrained(tmp_path)
+    for low_memory in (False, True):
+        base = model.unload() if low_memory else None
+        loaded = lorafa.PeftModel.from_pretrained(
+            base or Linears().to(torch.bfloat16), tmp_path, low_cpu_mem_usage=low_memory, ignore_base_mismatch=True
+        )
+        for key, value in stored(tmp_path).items():
+            assert torch.equal(lorafa.get_peft_model_state_dict(loaded)[key], value)
+
+
+def test_starts_from_the_weight_that_peft_takes_for_true_on_embeddings_are_done_here() -> None:
+    base = Lookup().double()
+    before = base(torch.arange(16)).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = lorafa.get_peft_model(base, lorafa.LoraConfig(target_modules=["table"], init_lora_weights="pissa"))
+    assert factors(model)["base_model.model.table.lora_embedding_A.default"].abs().sum() > 0
+    torch.testing.assert_close(model(torch.arange(16)), before, rtol=0, atol=1e-12)
+
+
+def test_dilated_and_padded_convolutions_work_where_they_fail_in_peft() -> None:
+    """PEFT's A forgets dilation and padding_mode; the kernel of A has both here, and merging agrees with the layer."""
+    torch.manual_seed(0)
+    base = Convolution(2, dilation=2, padding=2, padding_mode="reflect").double()
+    model = trained(lorafa.get_peft_model(base, lorafa.LoraConfig(target_modules=["conv"], r=3))).eval()
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    adapted = model(x).detach()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), adapted, rtol=1e-12, atol=1e-12)
