@@ -84,6 +84,25 @@ def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path, variant: str, kind
         assert torch.equal(first, second), key
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS.names())
+def test_outputs_come_back_bit_for_bit_at_a_size_where_strides_choose_the_kernel(
+    tmp_path: Path, variant: str, dtype: torch.dtype
+) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(96, 160), nn.Unflatten(1, (4, 40)), nn.Conv1d(4, 12, 3)).to(dtype)
+
+    config = LoraConfig(
+        target_modules=["0", "2"], r=8, lora_alpha=12, use_rslora=True, init_lora_weights="pissa", **VARIANT[variant]
+    )
+    model = get_peft_model(base(), config).eval()
+    train(model)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(33, 96).to(dtype)
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path)(x), model(x))
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 @pytest.mark.parametrize("start", [True, "pissa"])
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)

@@ -32,6 +32,7 @@ class LoraLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
+        self.training = base_layer.training
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -170,7 +171,9 @@ class LoraLayer(nn.Module):
         if parts.start is not None:
             self.lora_start[name] = Start(*(placed(factor) for factor in parts.start))
         self.adapters[name] = Adapter(self, name, variant)
-        self.train(self.training)
+        for child, module in self.named_children():  # not self.train(): what is inside the base keeps its modes
+            if child != "base_layer":
+                module.train(self.training)
 
     def store_extra(self, value: Tensor) -> Tensor:
         """A vector over output features in the shape PEFT stores it in."""

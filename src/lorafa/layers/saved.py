@@ -16,6 +16,7 @@ class ModulesToSaveWrapper(nn.Module):
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
+        self.training = self.modules_to_save.training = original_module.training
         self._active_adapter: list[str] = []
         self._disable_adapters = False
 

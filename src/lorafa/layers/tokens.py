@@ -26,6 +26,7 @@ class TrainableTokensWrapper(nn.Module):
 
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__()
+        self.training = base_layer.training
         self.token_adapter = TokenAdapter(base_layer, None if tied_to is None else tied_to.token_adapter)
         self.is_tied = tied_to is not None
         self._active_adapter: list[str] = []

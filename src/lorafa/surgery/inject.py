@@ -273,7 +273,6 @@ def _host_for(model: nn.Module, target: Target, parents: Parents) -> LoraLayer:
         return module
     else:
         wrapper = LAYERS.get(_kind(target))(module)
-    wrapper.train(module.training)
     parents.replace(module, wrapper)
     return wrapper
 
