@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lorafa.config import LoraConfig
+from lorafa.config import LoraConfig, PeftType
 from lorafa.errors import AdapterError, NotAvailableError
 from lorafa.io.adapter_files import StoredAdapter, check_fits_base, read_adapter, save_adapter
 from lorafa.io.card import write_card
@@ -190,6 +190,15 @@ class PeftModel(nn.Module):
         return self.base_model.active_adapter
 
     @property
+    def peft_type(self) -> PeftType:
+        return PeftType.LORA
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether some adapter counts now."""
+        return any(layer.active_adapters and not layer.disable_adapters for _, layer in self.base_model.lora_layers())
+
+    @property
     def active_peft_config(self) -> LoraConfig:
         return self.peft_config[self.active_adapters[0]]
 
@@ -273,8 +282,7 @@ class PeftModel(nn.Module):
         """Turn activation checkpointing on, of either kind: the embedding's output is made to require a gradient."""
         model: Any = self.get_base_model()
         model.gradient_checkpointing_enable(*args, **kwargs)
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+        _let_inputs_require_grad(model)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -283,6 +291,12 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _let_inputs_require_grad(model: Any) -> None:
+    """Reentrant checkpointing recomputes only what depends on an input that requires a gradient."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
 
 
 def _with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -325,6 +339,6 @@ def get_peft_model(
         config.revision = revision
     wrapped.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
     wrapped.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
-    if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        _let_inputs_require_grad(model)
     return wrapped

@@ -10,7 +10,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity_toys import CASES, Case, Convolution, Linears, Lookup, Transposed, on, output, quiet, stored, stored_config, trained
+from parity_toys import (
+    CASES,
+    Case,
+    Convolution,
+    Linears,
+    Lookup,
+    Transposed,
+    on,
+    output,
+    quiet,
+    stored,
+    stored_config,
+    trained,
+)
 from torch import Tensor, nn
 
 import lorafa

@@ -37,10 +37,10 @@ class AuxiliaryPlan:
             wrapper.attach(name)
         _keep_ties(wrappers, name)
         for embedding, indices, head in self.tokens:
-            wrapper = _tokens_wrapper(embedding, None, parents)
-            wrapper.attach(name, indices)
+            rows = _tokens_wrapper(embedding, None, parents)
+            rows.attach(name, indices)
             if head is not None:
-                _tokens_wrapper(head, wrapper, parents)
+                _tokens_wrapper(head, rows, parents)
 
 
 def with_heads(config: LoraConfig) -> LoraConfig:

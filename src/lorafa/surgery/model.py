@@ -13,7 +13,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.surgery import adapters
 from lorafa.surgery.inject import Options, Plan, Undo, apply, plan
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.walk import hosts, lora_layers
 
 
 class LoraModel(nn.Module):
@@ -46,11 +46,15 @@ class LoraModel(nn.Module):
         """Carry out a plan; the adapter is inactive and frozen until :meth:`set_adapter`."""
         undo = apply(self.model, planned)
         targets = planned.targets
-        self.targeted_module_names = [t.name for t in targets if t.parameter is None]
-        self.targeted_parameter_names = [f"{t.name}.{t.parameter}" for t in targets if t.parameter is not None]
+        modules = [t.name for t in targets if t.parameter is None]
+        parameters = [f"{t.name}.{t.parameter}" for t in targets if t.parameter is not None]
+        self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *modules]))
+        self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *parameters]))
         self.peft_config[planned.name] = planned.config
         if self._active:  # other adapters keep counting; the new one waits
             adapters.set_requires_grad(self.model, planned.name, False)
+            for _, host in hosts(self.model):
+                host._active_adapter = list(self._active)
         return undo
 
     def forget(self, adapter_name: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafa.layers.base import LoraLayer
-from lorafa.surgery.walk import lora_layers
+from lorafa.layers.saved import ModulesToSaveWrapper
+from lorafa.layers.tokens import TrainableTokensWrapper
+from lorafa.surgery.walk import Host, hosts
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]
@@ -55,30 +57,71 @@ class ModelStatus:
     quantization_backend: str | None = None
 
 
+_TYPES = {
+    "linear": "lora.Linear",
+    "embedding": "lora.Embedding",
+    "attention": "lora.MultiheadAttention",
+    "experts": "lora.ParamWrapper",
+}
+"""PEFT's names for the kinds of layer; a convolution is called after its base."""
+
+
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
-    """The status of every adapted layer, in the order of the model; works on injected models too."""
-    return [_status(path, layer) for path, layer in lora_layers(_user_model(model))]
+    """The status of every adapted layer, in the order of the model; works on injected models too.
+
+    Names are paths in the ``base_model`` of a PeftModel, as in PEFT, or in an injected model.
+    """
+    inner = _user_model(model)
+    prefix = "" if inner is model else "model."
+    return [_status(prefix + path, host) for path, host in hosts(inner)]
 
 
 def _user_model(model: nn.Module) -> nn.Module:
-    inner = getattr(getattr(model, "base_model", None), "model", None)
-    return inner if hasattr(model, "peft_config") and isinstance(inner, nn.Module) else model
+    base = getattr(model, "base_model", None)
+    inner = getattr(base, "model", None) if isinstance(getattr(base, "peft_config", None), dict) else None
+    return inner if isinstance(inner, nn.Module) else model
 
 
-def _status(path: str, layer: LoraLayer) -> LayerStatus:
+def _status(path: str, host: Host) -> LayerStatus:
+    if isinstance(host, LoraLayer):
+        return _layer_status(path, host)
+    if isinstance(host, ModulesToSaveWrapper):
+        return _wrapper_status(path, "ModulesToSaveWrapper", host, dict(host.modules_to_save.items()))
+    return _wrapper_status(
+        f"{path}.token_adapter", "TrainableTokensLayer", host, dict(host.token_adapter.trainable_tokens_delta.items())
+    )
+
+
+def _layer_status(path: str, layer: LoraLayer) -> LayerStatus:
     parameters = {name: list(layer.stored_parameters(name).values()) for name in layer.adapters}
     base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
+    dense = getattr(base, "weight", None) is not None or layer.kind in ("attention", "experts")
     return LayerStatus(
         name=path,
-        module_type=f"lora.{type(base).__name__}",
+        module_type=_TYPES.get(layer.kind) or f"lora.{type(base).__name__}",
         enabled=not layer.disable_adapters,
         active_adapters=layer.active_adapters,
         merged_adapters=list(layer.merged_adapters),
         requires_grad={name: _same(p.requires_grad for p in own) for name, own in parameters.items()},
         available_adapters=sorted(layer.adapters),
         devices={name: sorted({p.device.type for p in own}) for name, own in parameters.items()},
-        quantization_backend=None if weight is not None or layer.kind == "attention" else type(base).__name__,
+        quantization_backend=None if dense else type(base).__name__,
+    )
+
+
+def _wrapper_status(
+    path: str, kind: str, host: ModulesToSaveWrapper | TrainableTokensWrapper, own: Mapping[str, nn.Module | Tensor]
+) -> LayerStatus:
+    parameters = {name: [held] if isinstance(held, Tensor) else list(held.parameters()) for name, held in own.items()}
+    return LayerStatus(
+        name=path,
+        module_type=kind,
+        enabled=not host._disable_adapters,
+        active_adapters=[name for name in host.active_adapters if name in own],
+        merged_adapters=[],
+        requires_grad={name: _same(p.requires_grad for p in held) for name, held in parameters.items()},
+        available_adapters=sorted(parameters),
+        devices={name: sorted({p.device.type for p in held}) for name, held in parameters.items()},
     )
 
 
@@ -98,15 +141,23 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     return ModelStatus(
         base_model_type=type(user_model).__name__,
         adapter_model_type="LoraModel" if user_model is not model else "None",
-        peft_types=dict.fromkeys(names, "LORA"),
+        peft_types=dict.fromkeys(getattr(model, "peft_config", names), "LORA"),
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_same(layer.enabled for layer in layers) if layers else False,
         active_adapters=_same(layer.active_adapters for layer in layers) if layers else [],
-        merged_adapters=_same(layer.merged_adapters for layer in layers) if layers else [],
+        merged_adapters=_merged(layers),
         requires_grad={name: _same(values) for name, values in flags.items()},
         available_adapters=names,
         devices={n: sorted({d for layer in layers for d in layer.devices.get(n, [])}) for n in names},
         quantization_backend=_same(quantized) if layers else None,
     )
+
+
+def _merged(layers: Sequence[LayerStatus]) -> list[str] | Irregular:
+    """The adapters merged in every LoRA layer that has them; "irregular" if one is merged in some of its layers only."""
+    factors = [layer for layer in layers if layer.module_type.startswith("lora.")]
+    merged = sorted({name for layer in factors for name in layer.merged_adapters})
+    waiting = {name for layer in factors for name in layer.available_adapters if name not in layer.merged_adapters}
+    return "irregular" if waiting & set(merged) else merged
