@@ -75,7 +75,7 @@ PLANS_THAT_FAIL: dict[str, tuple[dict[str, object], type[LoraError], str]] = {
     "bias of B": ({"lora_bias": True}, ConfigError, "embed: lora_bias is not defined on embedding layers"),
     "dropout": ({"lora_dropout": 0.1, "target_modules": []}, ConfigError, "lora_dropout=0.1 cannot act on a bare"),
     "saved module": ({"modules_to_save": ["haed"]}, TargetError, "'haed' matches no module. Did you mean 'head'"),
-    "token": ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 10]}, ConfigError, "10 is outside the 10 r"),
+    "token": ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 10]}, ConfigError, "10 is outside the"),
     "two trainers": ({"trainable_token_indices": [3]}, TargetError, "'embed' is also trained by an"),
     "later feature": ({"init_lora_weights": "eva"}, NotAvailableError, "EVA .* not available yet .* nothing was"),
 }  # fmt: skip
