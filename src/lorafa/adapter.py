@@ -80,8 +80,7 @@ class Adapter:
 
     @property
     def start(self) -> Start | None:
-        starts = self.layer.lora_start
-        return starts[self.name] if self.name in starts else None  # type: ignore[return-value]
+        return self.layer.lora_start._modules.get(self.name)  # type: ignore[return-value]
 
     def extra(self, kind: str) -> Tensor:
         """A parameter the variant added, by the variant's own name for it."""
@@ -90,7 +89,7 @@ class Adapter:
         return weight
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of this adapter by their PEFT names, as stored: ``lora_A.weight``, ``lora_magnitude_vector`` ..."""
+        """The parameters as stored, by their names in a file: ``lora_A.weight``, ``lora_magnitude_vector`` ..."""
         return self.layer.stored_parameters(self.name)
 
     def product(self) -> Tensor:

@@ -8,6 +8,7 @@ LoraError
   CalibrationError    statistics are missing or unusable               (also a RuntimeError)
   CheckpointError     a file does not fit the model, or is damaged     (also a RuntimeError)
   BackendError        a base layer cannot do what was asked of it      (also a TypeError)
+  TrainingError       training cannot go on                            (also a RuntimeError)
   DataError           a dataset or a sample cannot be used             (also a ValueError)
   SourceError         a model or dataset could not be fetched          (also an OSError)
 """
@@ -48,6 +49,10 @@ class CheckpointError(LoraError, RuntimeError):
 
 class BackendError(LoraError, TypeError):
     """A base layer cannot do what was asked of it."""
+
+
+class TrainingError(LoraError, RuntimeError):
+    """Training cannot go on: a loss that is not finite, or gradients that never arrive."""
 
 
 class DataError(LoraError, ValueError):

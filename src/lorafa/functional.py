@@ -6,7 +6,7 @@ What it keeps for backward, for T rows of x: x itself (as it came, never a copy 
 trained), the (T, r) product, and with a gain the (T, out) output before it. No dropout mask is kept: it is a hash of
 (seed, position), drawn again in backward, equal on every device.
 
-Under torch.compile and torch.func the same formula is written in plain operations, which those differentiate themselves.
+Under torch.compile and torch.func the same formula is taken in plain operations, which those differentiate.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def is_traced() -> bool:
     """Whether torch.compile, torch.export, torch.jit or a torch.func transform is looking on."""
     return (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -167,10 +169,13 @@ class _LowRankLinear(torch.autograd.Function):
                     grad_x.add_(apply_mask(grad_z @ low_A, mask))
             grad_x = grad_x.view(ctx.shape).to(x_dtype)
         if need_A:
+            assert rows is not None
+            assert grad_z is not None
             grad_A = (grad_z.T @ (rows if mask is None else apply_mask(rows, mask))).to(A.dtype)
         if need_B:
             grad_B = (grad.T @ z).to(B.dtype)
         if need_weight:
+            assert rows is not None
             grad_weight = (grad.T @ rows).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None
 

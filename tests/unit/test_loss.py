@@ -316,7 +316,7 @@ UNSUPPORTED = {
     "a hooked head": (hooked_head, "output head has hooks"),
     "an unknown transform": (
         unknown_transform,
-        r"on eight tokens the model's own loss is \d+\.\d+ and the chunked loss",
+        r"on a few tokens the model's own loss is \d+\.\d+ and the chunked loss",
     ),
     "a router loss": (router, "MixtralForCausalLM adds a router loss"),
     "an encoder-decoder": (
@@ -343,3 +343,31 @@ def test_model_that_cannot_be_cut_gets_the_reason(case: str) -> None:
 def test_loss_of_a_model_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(BackendError, match=r"chunked loss cannot be used: the output head has hooks.*model's own loss"):
         supervised_loss(hooked_head(), batch_of())
+
+
+def test_padding_behind_the_tokens_keeps_no_attention_mask_for_backward() -> None:
+    model, batch = causal_lm(attn_implementation="sdpa"), batch_of()
+    model.set_attn_implementation("sdpa")
+    squares: list[torch.Size] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] == (TOKENS, TOKENS):
+            squares.append(tensor.shape)
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        supervised_loss(model, batch)
+    assert not squares
+    assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch))
+
+
+@pytest.mark.parametrize("damage", ["padding in front", "padding between", "a label on padding"])
+def test_padding_that_could_matter_keeps_its_mask(damage: str) -> None:
+    model, batch = causal_lm(), batch_of()
+    if damage == "padding in front":
+        batch = {key: value.flip(1) for key, value in batch.items()}
+    elif damage == "padding between":
+        batch["attention_mask"][:, 3] = 0
+    else:
+        batch["labels"] = batch["input_ids"].clone()
+    assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch))

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import lorafa
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
-from lorafa.errors import CheckpointError, ConfigError, DataError
+from lorafa.errors import CheckpointError, ConfigError, DataError, TrainingError
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.sampling import LengthSampler, lengths_of
-from lorafa.train.trainer import LoraTrainer, TrainingError
+from lorafa.train.trainer import LoraTrainer
 
 VOCAB, SAMPLES = 53, 10
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime", "train_loss"}

@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention: the stacked query, key and value projection, (3 dim, dim). Its out_proj is an nn.Linear."""
+"""torch.nn.MultiheadAttention: the stacked query, key and value projection, (3 dim, dim); out_proj is an nn.Linear."""
 
 from __future__ import annotations
 

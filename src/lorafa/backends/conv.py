@@ -38,8 +38,9 @@ class ConvBackend(Backend):
     def _refuse_groups(self, layer: nn.Module) -> None:
         if layer.groups != 1:
             raise BackendError(
-                f"A {type(layer).__name__} with groups={layer.groups} has no weight that could hold this update: A sees "
-                "all input channels, a grouped kernel only its own. Merging, DoRA and starts from the weight need groups=1."
+                f"A {type(layer).__name__} with groups={layer.groups} has no weight that could hold this update: A "
+                "sees all input channels, a grouped kernel only its own. Merging, DoRA and starts from the weight need "
+                "groups=1."
             )
 
     def example(self, weight: Tensor, bias: Tensor | None) -> nn.Module:

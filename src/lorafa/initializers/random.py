@@ -16,7 +16,8 @@ def random(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Init
     A_shape, B_shape = factor_shapes(weight, spec.rank)
     generator = spec.generator()
     if spec.kind == "embedding":
-        return InitResult(torch.empty(A_shape).normal_(generator=generator), torch.empty(B_shape).normal_(generator=generator))
+        A = torch.empty(A_shape).normal_(generator=generator)
+        return InitResult(A, torch.empty(B_shape).normal_(generator=generator))
     bounds = weight.shape[-1] ** -0.5, spec.rank**-0.5
     A, B = (
         torch.empty(shape).uniform_(-bound, bound, generator=generator)

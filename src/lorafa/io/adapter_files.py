@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lorafa.config import CONFIG_NAME, LoraConfig
-from lorafa.errors import ConfigError
+from lorafa.errors import CheckpointError, ConfigError
 from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, write_tensors
 from lorafa.io.fingerprint import check_base, fingerprint, from_metadata, to_metadata
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
@@ -92,10 +96,26 @@ def save_adapter(
     if has_start(model, name):
         original = config.to_dict()
         side["start"] = {key: original[key] for key in _CHANGED}
-    write_tensors(folder / WEIGHTS_NAME, {prefix + key: value for key, value in tensors.items()}, to_metadata(side))
-    write_json(folder / CONFIG_NAME, written.to_dict())
-    write_json(folder / SIDE_NAME, side)
+    with _staged(folder) as stage:
+        write_tensors(stage / WEIGHTS_NAME, {prefix + key: value for key, value in tensors.items()}, to_metadata(side))
+        write_json(stage / CONFIG_NAME, written.to_dict())
+        write_json(stage / SIDE_NAME, side)
     return folder
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose files take their places in ``folder`` together, once all of them are written."""
+    stage = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        make_folder(stage)
+        yield stage
+        for path in stage.iterdir():
+            os.replace(path, folder / path.name)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(stage), str(folder))) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def read_adapter(

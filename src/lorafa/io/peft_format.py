@@ -78,11 +78,7 @@ def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Entry]:
     if config.bias == "all":
         owned = {id(p) for _, host in hosts(model) for p in host.stored_parameters(name).values()}
         for key, parameter in model.named_parameters():
-            if (
-                key.rpartition(".")[2] == "bias"
-                and id(parameter) not in owned
-                and ".lora_" not in key
-            ):
+            if key.rpartition(".")[2] == "bias" and id(parameter) not in owned and ".lora_" not in key:
                 yield Entry(key, key, parameter)
     elif config.bias == "lora_only":
         for path, host in hosts(model):
@@ -93,7 +89,7 @@ def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Entry]:
 
 
 def _embeddings(model: nn.Module, *, adapted_only: bool = False) -> Iterator[Entry]:
-    """The base weights of input embedding and output head; whole copies (``modules_to_save``) are in the file anyway."""
+    """Base weights of input embedding and output head; whole copies (``modules_to_save``) are in the file anyway."""
     modules = [getattr(model, getter)() for getter in _EMBEDDING_GETTERS if callable(getattr(model, getter, None))]
     for path, module in model.named_modules():
         if not any(module is embedding for embedding in modules) or isinstance(module, ModulesToSaveWrapper):
@@ -136,8 +132,8 @@ def file_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of adapter ``name`` as a file holds them, without prefix.
 
-    s B A - s B0 A0 is written as the ordinary LoRA of rank 2 r it is: A and A0 stacked, B and -B0 side by side. Where the
-    variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over.
+    s B A - s B0 A0 is written as the ordinary LoRA of rank 2 r it is: A and A0 stacked, B and -B0 side by side. Where
+    the variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over.
 
     Args:
         state_dict: take values from here by their live names (a gathered state dict) instead of from the model.
@@ -184,7 +180,7 @@ def factor_keys(path: str, layer: LoraLayer, name: str) -> tuple[str, str]:
 
 
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
-    """The config that goes with :func:`file_tensors`: ranks and alphas doubled where a start was stacked onto A and B."""
+    """The config that goes with :func:`file_tensors`: rank and alpha grow where a start was stacked onto A and B."""
     plain = all(layer.adapters[name].variant.plain for _, layer, _ in _starts(model, name))
     if not has_start(model, name) or not plain:
         return config

@@ -85,8 +85,8 @@ def set_peft_model_state_dict(
     found = misfit(inner, adapter_name, config, tensors, with_start=with_start)
     if ignore_mismatched_sizes and found.misshapen:
         tensors = {key: value for key, value in tensors.items() if key not in found.misshapen}
-        kept = {key: value for key, value in file_tensors(inner, adapter_name, config).items() if key in found.misshapen}
-        tensors |= kept
+        own = file_tensors(inner, adapter_name, config)
+        tensors |= {key: own[key] for key in found.misshapen}
         found = misfit(inner, adapter_name, config, tensors, with_start=with_start)
     found.raise_if_any("The state dict", adapter_name)
     materialize(inner, adapter_name)

@@ -1,7 +1,7 @@
 """LoraAttention: adapters on the input and output projections of nn.MultiheadAttention.
 
 That module multiplies with its weights inside one fused function, so the update is added to the weights for the length
-of a forward pass. Both projections carry an adapter; out_proj's own layer sits inside the base layer, as in PEFT's files.
+of a forward pass. Both projections carry an adapter; that of out_proj sits inside the base layer, as in PEFT's files.
 """
 
 from __future__ import annotations

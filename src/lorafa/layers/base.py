@@ -95,7 +95,7 @@ class LoraLayer(nn.Module):
         return vector
 
     def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Weight (out, in) and bias (out,) if base(x) is exactly linear(x, weight, bias) and may be computed elsewhere."""
+        """Weight (out, in) and bias (out,) if base(x) is just linear(x, weight, bias) and may be computed elsewhere."""
         return None
 
     # ---- the base layer

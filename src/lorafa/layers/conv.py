@@ -55,11 +55,11 @@ class LoraConv(LoraLayer):
             x = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = 0
         z = convolve(x, kernel, None, base.stride, padding, base.dilation)
-        return cast(Tensor, convolve(z, self.stored_B(B).to(x.dtype), groups=base.groups)) * scaling
+        return convolve(z, self.stored_B(B).to(x.dtype), groups=base.groups) * scaling
 
 
 def _holder(base: Conv, weight: Tensor, bias: Tensor | None, kernel: Any, stride: Any, padding: Any, dilation: Any,
-            groups: int, padding_mode: str) -> nn.Module:  # fmt: skip
+            groups: int, padding_mode: Any) -> nn.Module:  # fmt: skip
     kind = next(cls for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(base, cls))
     in_channels = weight.shape[1] * groups
     holder = kind(in_channels, weight.shape[0], kernel, stride=stride, padding=padding, dilation=dilation,

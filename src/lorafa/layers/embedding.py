@@ -17,10 +17,12 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_B[name] = nn.Parameter(B)
 
     def factor_A(self, name: str) -> Tensor:
-        return self.lora_embedding_A[name]
+        factor: Tensor = self.lora_embedding_A[name]
+        return factor
 
     def factor_B(self, name: str) -> Tensor:
-        return self.lora_embedding_B[name]
+        factor: Tensor = self.lora_embedding_B[name]
+        return factor
 
     def factor_bias(self, name: str) -> Tensor | None:
         return None

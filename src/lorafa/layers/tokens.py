@@ -12,13 +12,15 @@ from lorafa.backends.base import replaced
 
 
 class TokenAdapter(nn.Module):
-    """Holds, for each adapter, new rows (tokens, dim) that stand in for the rows ``token_indices`` of the base table."""
+    """For each adapter, new rows (tokens, dim) that stand in for the rows ``token_indices`` of the base table."""
 
     def __init__(self, base_layer: nn.Module, tied_to: TokenAdapter | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.token_indices: dict[str, list[int]] = {} if tied_to is None else tied_to.token_indices
-        self.trainable_tokens_delta = nn.ParameterDict() if tied_to is None else tied_to.trainable_tokens_delta
+        self.trainable_tokens_delta: nn.ParameterDict = (
+            nn.ParameterDict() if tied_to is None else tied_to.trainable_tokens_delta
+        )
 
 
 class TrainableTokensWrapper(nn.Module):
@@ -27,7 +29,7 @@ class TrainableTokensWrapper(nn.Module):
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__()
         self.training = base_layer.training
-        self.token_adapter = TokenAdapter(base_layer, None if tied_to is None else tied_to.token_adapter)
+        self.token_adapter: TokenAdapter = TokenAdapter(base_layer, None if tied_to is None else tied_to.token_adapter)
         self.is_tied = tied_to is not None
         self._active_adapter: list[str] = []
         self._disable_adapters = False

@@ -19,7 +19,8 @@ def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise AdapterError(
-                f"The model has no adapter {name!r}.{did_you_mean(str(name), known)} It has: {', '.join(known) or '(none)'}."
+                f"The model has no adapter {name!r}.{did_you_mean(str(name), known)} "
+                f"It has: {', '.join(known) or '(none)'}."
             )
 
 

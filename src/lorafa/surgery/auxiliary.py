@@ -90,8 +90,8 @@ def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -
         for place in hits:
             if isinstance(place.module, (LoraLayer, TrainableTokensWrapper)):
                 raise TargetError(
-                    f"modules_to_save: {place.name!r} carries an adapter already, so it cannot also be trained in full. "
-                    "Take it out of one of the two."
+                    f"modules_to_save: {place.name!r} carries an adapter already, so it cannot also be trained in "
+                    "full. Take it out of one of the two."
                 )
             found[id(place.module)] = place.module
     return list(found.values())

@@ -67,6 +67,11 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     """Raises AdapterError for a name that is taken or that could not be a part of a parameter's name."""
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"An adapter name is a non-empty string without a dot, found {name!r}.")
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise AdapterError(
+            f"{name!r} cannot be an adapter name: torch's containers of modules have an attribute of that name. "
+            f"Call it {name + '_1'!r}, for example."
+        )
     if name in adapter_names(model):
         raise AdapterError(
             f"The model already has an adapter {name!r}. Choose another name, or delete_adapter({name!r}) first."
@@ -137,7 +142,9 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
     path = target.name if target.parameter is None else f"{target.name}.{target.parameter}"
     variant = VARIANTS.get("dora" if config.use_dora else "lora")()
     if backend.host not in variant.hosts:
-        raise ConfigError(f"{path}: {variant.name} is not defined on {backend.host} layers. Exclude it, or use plain LoRA.")
+        raise ConfigError(
+            f"{path}: {variant.name} is not defined on {backend.host} layers. Exclude it, or use plain LoRA."
+        )
     _check_fits(path, backend.host, base, target.rank, config)
     scaling = config.scaling(target.rank, target.alpha)
     initializer = INITIALIZERS.get(initializer_name(config.init_lora_weights))
@@ -147,7 +154,7 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
     missing = [statistic for statistic in initializer.needs if statistic not in layer_stats]
     if missing:
         raise CalibrationError(
-            f"init_lora_weights={config.init_lora_weights!r} needs {', '.join(missing)} of {path!r}, but none was given."
+            f"init_lora_weights={config.init_lora_weights!r} needs {', '.join(missing)} of {path!r}; none was given."
         )
     filled_later = options.from_file and (not initializer.reads_weight or options.file_has_starts)
     if filled_later or options.low_cpu_mem_usage:
@@ -183,8 +190,8 @@ def _check_fits(path: str, kind: str, base: nn.Module, rank: int, config: LoraCo
         raise ConfigError(f"{path}: lora_bias is not defined on {kind} layers.")
     if config.lora_dropout and kind == "experts":
         raise ConfigError(
-            f"{path}: lora_dropout={config.lora_dropout} cannot act on a bare parameter, which has no input of its own. "
-            "Set lora_dropout=0."
+            f"{path}: lora_dropout={config.lora_dropout} cannot act on a bare parameter, which has no input of its "
+            "own. Set lora_dropout=0."
         )
     if config.lora_dropout and kind in ("attention", "embedding"):
         warnings.warn(
@@ -211,8 +218,11 @@ def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch
 def _out_proj(target: Target, config: LoraConfig, name: str, seed: int, options: Options, stats: Stats) -> PlannedLayer:
     """The adapter on the output projection that goes with the one on nn.MultiheadAttention's input projection."""
     attention = cast(nn.MultiheadAttention, _base(target))
-    inner = Target(
-        f"{target.name}.out_proj", f"{target.path}.base_layer.out_proj", attention.out_proj, None, target.rank, target.alpha
+    inner = replace(
+        target,
+        name=f"{target.name}.out_proj",
+        path=f"{target.path}.base_layer.out_proj",
+        module=attention.out_proj,
     )
     parts = _build(inner, config, name, seed, options, stats)
     if config.attention_out_proj_twice:

@@ -41,8 +41,8 @@ def unmerge_adapter(model: nn.Module) -> None:
 def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
     """Take every wrapper of lorafa off the model, with the updates folded in if ``merge``, and return it.
 
-    Without ``merge`` every weight is the pristine one, bit for bit. ``adapter_names`` (default: the active ones) are the
-    adapters to fold in; the same names choose among copies of ``modules_to_save``.
+    Without ``merge`` every weight is the pristine one, bit for bit. ``adapter_names`` (default: the active ones) are
+    the adapters to fold in; the same names choose among copies of ``modules_to_save``.
 
     Raises:
         AdapterError, BackendError: as :func:`merge_adapter`; the model is as it was.

@@ -17,7 +17,7 @@ from lorafa.surgery.walk import hosts, lora_layers
 
 
 class LoraModel(nn.Module):
-    """``model`` is the user's, changed in place; ``peft_config`` maps adapter names to the configs they were made from."""
+    """``model`` is the user's, changed in place; ``peft_config`` maps adapters to the configs they were made from."""
 
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
@@ -99,7 +99,7 @@ class LoraModel(nn.Module):
     # ---- weights
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Put updates into the base weights until :meth:`unmerge_adapter`; always as safe as ``safe_merge`` asks for."""
+        """Put updates into the base weights until :meth:`unmerge_adapter`; always as safe as ``safe_merge`` asks."""
         merge_adapter(self.model, adapter_names)
 
     def unmerge_adapter(self) -> None:

@@ -156,7 +156,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
 
 
 def _merged(layers: Sequence[LayerStatus]) -> list[str] | Irregular:
-    """The adapters merged in every LoRA layer that has them; "irregular" if one is merged in some of its layers only."""
+    """The adapters merged in every layer that has them; "irregular" if one is merged in some of its layers only."""
     factors = [layer for layer in layers if layer.module_type.startswith("lora.")]
     merged = sorted({name for layer in factors for name in layer.merged_adapters})
     waiting = {name for layer in factors for name in layer.available_adapters if name not in layer.merged_adapters}

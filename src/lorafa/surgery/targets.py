@@ -147,9 +147,9 @@ def _no_match(field: str, unused: list[str], everything: list[Place]) -> str:
         kind = "layers that can carry an adapter"
     hint = did_you_mean(unused[0].rpartition(".")[2], leaves)
     return (
-        f"{field}: {', '.join(map(repr, unused))} {'matches' if len(unused) == 1 else 'match'} nothing in the model.{hint}"
-        f" The last names of its {kind} are: {shorten(leaves, 12) or '(none)'}. A name matches a whole dotted name or its"
-        " end after a dot; a single string is a regular expression for the whole name."
+        f"{field}: {', '.join(map(repr, unused))} {'matches' if len(unused) == 1 else 'match'} nothing in the model."
+        f"{hint} The last names of its {kind} are: {shorten(leaves, 12) or '(none)'}. A name matches a whole dotted "
+        "name or its end after a dot; a single string is a regular expression for the whole name."
     )
 
 
@@ -273,9 +273,7 @@ def _target(place: Place, parameter: str | None, config: LoraConfig, patterns: _
     )
 
 
-def _parameters(
-    everything: list[Place], config: LoraConfig, patterns: _Patterns, taken: set[int]
-) -> list[Target]:
+def _parameters(everything: list[Place], config: LoraConfig, patterns: _Patterns, taken: set[int]) -> list[Target]:
     wanted = set(config.target_parameters or ())
     targets: list[Target] = []
     seen: set[tuple[int, str]] = set()
@@ -297,8 +295,8 @@ def _parameters(
                 )
             if value.dim() not in (2, 3):
                 raise TargetError(
-                    f"target_parameters: {name!r} has {value.dim()} dimensions {tuple(value.shape)}; an adapter needs a "
-                    "matrix (out, in) or a stack of them (experts, out, in)."
+                    f"target_parameters: {name!r} has {value.dim()} dimensions {tuple(value.shape)}; an adapter needs "
+                    "a matrix (out, in) or a stack of them (experts, out, in)."
                 )
             targets.append(_target(place, parameter, config, patterns))
     return targets

@@ -42,9 +42,7 @@ def places(model: nn.Module) -> Iterator[Place]:
                 inside, path = inside.base_layer, _join(path, "base_layer")
         elif isinstance(inside, HOSTS):
             continue
-        children = [
-            Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)
-        ]
+        children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
         stack.extend(reversed(children))
 
 

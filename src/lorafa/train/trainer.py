@@ -12,16 +12,12 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lorafa.errors import CheckpointError, ConfigError, LoraError, shorten
+from lorafa.errors import CheckpointError, ConfigError, TrainingError, shorten
 from lorafa.train.checkpoints import last_checkpoint, missing_files
 from lorafa.train.loss import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
 from lorafa.train.sampling import LengthSampler, lengths_of
 
 DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-class TrainingError(LoraError, RuntimeError):
-    """The training cannot go on: the loss is not finite, or nothing is learnt."""
 
 
 class LoraTrainer(transformers.Trainer):  # type: ignore[misc]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -23,14 +26,15 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     cross = ((W @ A.T) * B).sum(dim=1)
     square = ((B @ (A @ A.T)) * B).sum(dim=1)
     own = torch.linalg.vector_norm(W, dim=1).square()
-    return (own + 2 * scaling * cross + scaling**2 * square).clamp_min(_TINY).sqrt()
+    squares: Tensor = own + 2 * scaling * cross + scaling**2 * square
+    return squares.clamp_min(_TINY).sqrt()
 
 
 class DoRA(Variant):
     """The norm is a constant in backward (section 4.3 of the paper); the magnitude m, (out,), is trained."""
 
     name = "dora"
-    extras = {"magnitude": "lora_magnitude_vector"}
+    extras: ClassVar[Mapping[str, str]] = {"magnitude": "lora_magnitude_vector"}
     hosts = frozenset({"linear", "embedding", "conv"})
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:

@@ -1,0 +1,197 @@
+"""Bytes kept for backward, peak memory and time of one training step, lorafa against PEFT on SmolLM2-135M.
+
+    python benchmarks/bench_training_step.py [--data gsm8k_train.jsonl] [--repeats 5]
+
+bfloat16, all linear layers, r = 16, dropout 0.05, a batch of 8 problems with the answers supervised, forward and
+backward. Losses and gradients are compared first, with dropout off. "model's loss" is transformers' own, "our loss"
+sends only supervised positions through the head.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Contender, emit, interleave, median, timed, verdict
+
+NAME = "training_step"
+ROWS = 8
+
+
+def batch(data: str, tokenizer: Any) -> dict[str, torch.Tensor]:
+    from lorafa.data.chat import encode_all
+    from lorafa.data.collate import Collator
+    from lorafa.data.sources import load_records
+
+    records = load_records(data, train_size=ROWS, eval_size=0, seed=0).train
+    samples = encode_all(records, tokenizer, 1024).samples
+    return dict(Collator(tokenizer.pad_token_id or 0)(samples))
+
+
+class Step:
+    """One model and one batch."""
+
+    def __init__(self, library: str, loss: str, data: str, dropout: float = 0.05, dora: bool = False,
+                 freeze_A: bool = False) -> None:  # fmt: skip
+        from lorafa.data.models import load_model
+
+        torch.manual_seed(0)
+        model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
+        model.config.use_cache = False
+        self.batch = batch(data, tokenizer)
+        self.loss = loss
+        settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": dropout, "use_dora": dora}
+        settings |= {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        if library == "peft":
+            import peft
+
+            model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        elif library == "lorafa":
+            import lorafa
+
+            model = lorafa.get_peft_model(model, lorafa.LoraConfig(**settings))
+        else:
+            model.requires_grad_(False)
+            model.enable_input_require_grads()
+        self.model = model.train()
+        for index, (name, parameter) in enumerate(sorted(self.factors().items())):
+            generator = torch.Generator().manual_seed(index)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+            if freeze_A and "lora_A" in name:
+                parameter.requires_grad_(False)
+
+    def factors(self) -> dict[str, torch.nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if "lora_A" in n or "lora_B" in n}
+
+    def forward(self) -> torch.Tensor:
+        if self.loss == "chunked":
+            from lorafa.train.loss import supervised_loss
+
+            return supervised_loss(self.model, self.batch)
+        return self.model(**self.batch).loss
+
+    def step(self) -> float:
+        def run() -> None:
+            self.forward().backward()
+
+        seconds = timed(run)
+        self.model.zero_grad(set_to_none=True)
+        return seconds
+
+    def check(self) -> tuple[float, list[torch.Tensor]]:
+        """Loss and gradients with dropout off."""
+        self.model.eval()
+        loss = self.forward()
+        loss.backward()
+        grads = [p.grad.clone() for _, p in sorted(self.factors().items()) if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        self.model.train()
+        return float(loss.detach()), grads
+
+    def saved_bytes(self) -> int:
+        """Bytes kept for backward, each storage once, parameters apart."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # so that no address is used twice
+            return tensor
+
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.forward().backward()
+        self.model.zero_grad(set_to_none=True)
+        return sum(storages.values())
+
+
+def agree(one: Contender, other: Contender) -> None:
+    """Refuse to time wrong answers."""
+    (loss, grads), (other_loss, other_grads) = one("check"), other("check")
+    pairs = [(a.flatten().double(), b.flatten().double()) for a, b in zip(grads, other_grads, strict=True)]
+    error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    cosine = min(float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs)
+    emit(benchmark=NAME, check=f"{one.name} = {other.name}", loss=loss, other_loss=other_loss,
+         gradient_error=round(error, 4), gradient_cosine=round(cosine, 5))  # fmt: skip
+    if abs(loss - other_loss) > 0.01 * abs(other_loss) or cosine < 0.99:
+        raise SystemExit(f"{one.name} and {other.name} disagree: nothing was timed.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="word_problems", help="a jsonl of question/answer rows")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=["lora", "dora"], help="one half of the benchmark")
+    arguments = parser.parse_args()
+    data = str(Path(arguments.data).resolve()) if Path(arguments.data).exists() else arguments.data
+    if arguments.only != "dora":
+        lora(data, arguments.repeats)
+    if arguments.only != "lora":
+        dora(data, arguments.repeats)
+
+
+def compare(one: Contender, other: Contender, repeats: int) -> dict[str, dict[str, float]]:
+    """Bytes kept, peak memory and median seconds of two contenders that agree."""
+    agree(one, other)
+    both = [one, other]
+    size = {c.name: c("saved_bytes") for c in both}
+    taken = interleave(both, "step", repeats)
+    figures = {}
+    for c in both:
+        seconds = median(taken[c.name])
+        figures[c.name] = {"saved_mib": size[c.name] / 2**20, "peak_mib": c.peak_mib(), "seconds": seconds}
+        emit(benchmark=NAME, case=c.name, **{key: round(value, 3) for key, value in figures[c.name].items()},
+             all_seconds=[round(value, 3) for value in taken[c.name]])  # fmt: skip
+        c.close()
+    return figures
+
+
+def lora(data: str, repeats: int) -> None:
+    """One pair at a time: all of them together do not fit into memory."""
+
+    def contender(name: str, library: str, loss: str, **more: Any) -> Contender:
+        return Contender(name, Step, library=library, loss=loss, data=data, **more)
+
+    f = compare(contender("lorafa", "lorafa", "chunked"), contender("peft", "peft", "model"), repeats)
+    ours, peft = f["lorafa"], f["peft"]
+    verdict(NAME, "saved bytes, our loss / PEFT", ours["saved_mib"] / peft["saved_mib"], 0.35)
+    verdict(NAME, "peak memory, our loss / PEFT", ours["peak_mib"] / peft["peak_mib"], 0.40)
+    verdict(NAME, "time, our loss / PEFT", ours["seconds"] / peft["seconds"], 0.65)
+    f = compare(contender("lorafa", "lorafa", "model"), contender("peft", "peft", "model"), repeats)
+    verdict(NAME, "saved bytes, model's loss / PEFT", f["lorafa"]["saved_mib"] / f["peft"]["saved_mib"], 0.60)
+    verdict(NAME, "time, model's loss / PEFT", f["lorafa"]["seconds"] / f["peft"]["seconds"], 0.90)
+    lorafa, base = contender("lorafa", "lorafa", "model"), contender("frozen base", "base", "model")
+    taken = {name: median(values) for name, values in interleave([lorafa, base], "step", repeats).items()}
+    verdict(NAME, "time, model's loss / frozen base", taken["lorafa"] / taken["frozen base"], 1.10, seconds=taken)
+    base.close()
+    lorafa.close()
+    frozen = contender("A frozen", "lorafa", "chunked", freeze_A=True)
+    verdict(NAME, "saved bytes, A frozen / our LoRA", frozen("saved_bytes") / 2**20 / ours["saved_mib"], 0.85)
+    frozen.close()
+
+
+def dora(data: str, repeats: int) -> None:
+    for dropout in (0.0, 0.05):
+        make = {"loss": "model", "data": data, "dropout": dropout}
+        peft = Contender("peft DoRA", Step, library="peft", dora=True, **make)
+        ours = Contender("lorafa DoRA", Step, library="lorafa", dora=True, **make)
+        plain = Contender("lorafa LoRA", Step, library="lorafa", **make)
+        agree(ours, peft)
+        size = {c.name: c("saved_bytes") for c in (peft, ours)}
+        taken = {name: median(v) for name, v in interleave([peft, ours, plain], "step", repeats).items()}
+        for c in (peft, ours, plain):
+            emit(benchmark=NAME, case=c.name, dropout=dropout, saved_mib=round(size.get(c.name, 0) / 2**20, 1),
+                 seconds=round(taken[c.name], 3))  # fmt: skip
+        verdict(NAME, "DoRA saved bytes / PEFT's DoRA", size[ours.name] / size[peft.name], 0.50, dropout=dropout)
+        verdict(NAME, "DoRA time / our LoRA", taken[ours.name] / taken[plain.name], 1.15, dropout=dropout)
+        verdict(NAME, "DoRA time / PEFT's DoRA", taken[ours.name] / taken[peft.name], 1.0, dropout=dropout)
+        for c in (peft, ours, plain):
+            c.close()
+
+
+if __name__ == "__main__":
+    main()
