@@ -244,8 +244,8 @@ def test_seeds_cover_the_range_and_do_not_repeat() -> None:
 
 
 def test_without_dropout_the_random_state_is_left_alone() -> None:
-    before = torch.get_rng_state()
-    fused(tensors())
+    t, before = tensors(), torch.get_rng_state()
+    fused(t)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -411,20 +411,19 @@ def test_autocast_keeps_x_once_as_it_came() -> None:
 # ---- torch's transformations
 
 
-def test_double_backward_raises_and_says_what_to_use() -> None:
+def test_second_derivative_raises_instead_of_being_wrong() -> None:
     t = with_grad(tensors(), {"x", "A", "B"})
     (grad,) = torch.autograd.grad(fused(t).square().sum(), t["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiate twice"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("dropout", [0.0])
-def test_torch_func_differentiates_the_same_formula(dropout: float) -> None:
+def test_torch_func_differentiates_the_same_formula() -> None:
     t = tensors()
     probe = torch.randn(6, OUT, dtype=torch.float64)
 
     def loss(A: Tensor, B: Tensor) -> Tensor:
-        return (fused(t | {"A": A, "B": B}, dropout) * probe).sum()
+        return (fused(t | {"A": A, "B": B}) * probe).sum()
 
     def plain(A: Tensor, B: Tensor) -> Tensor:
         return (formula(t | {"A": A, "B": B}) * probe).sum()

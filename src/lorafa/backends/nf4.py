@@ -6,13 +6,17 @@ for backward either.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorafa.backends.base import Backend
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BLOCK = 64
 
@@ -74,6 +78,16 @@ class NF4Linear(nn.Module):
         codes = torch.stack([self.codes >> 4, self.codes & 15], dim=1).view(-1, BLOCK).int()
         flat = (self.levels[codes] * self.scale).flatten()[: self.out_features * self.in_features]
         return flat.view(self.out_features, self.in_features).to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casting the model leaves levels and scales in float32: rounded, they would change every weight."""
+        exact = {name: self._buffers[name] for name in ("levels", "scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype is not value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _Nf4Product.apply(x, self, self.bias))  # type: ignore[no-untyped-call]
