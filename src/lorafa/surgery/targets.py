@@ -46,11 +46,11 @@ def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False)
         TargetError: a pattern matches nothing, or matches something that cannot carry an adapter.
     """
     everything = [place for place in places(model) if place.name]
-    patterns = _Patterns(config, lenient)
+    patterns = _Patterns(config)
     chosen = _modules(model, everything, config, patterns)
     targets = [_target(place, None, config, patterns) for place in chosen]
     targets += _parameters(everything, config, patterns, taken={id(place.module) for place in chosen})
-    patterns.report(everything)
+    patterns.report(everything, warn_only=lenient and bool(targets))
     if not targets and config.exclude_modules and config.target_modules:
         raise TargetError(
             f"exclude_modules={config.exclude_modules!r} takes away every layer that target_modules names. Narrow it."
@@ -87,8 +87,8 @@ def _ends(name: str) -> list[str]:
 class _Patterns:
     """Keeps the books on which patterns have matched."""
 
-    def __init__(self, config: LoraConfig, lenient: bool) -> None:
-        self.config, self.lenient = config, lenient
+    def __init__(self, config: LoraConfig) -> None:
+        self.config = config
         self.used: set[tuple[str, str]] = set()
 
     def suffix(self, field: str, names: Collection[str], name: str) -> bool:
@@ -122,7 +122,7 @@ class _Patterns:
                 return value
         return None
 
-    def report(self, everything: list[Place]) -> None:
+    def report(self, everything: list[Place], *, warn_only: bool) -> None:
         """Raise for, or warn of, every pattern that has matched nothing."""
         config = self.config
         for field in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "exclude_modules"):
@@ -132,7 +132,7 @@ class _Patterns:
             if not unused:
                 continue
             message = _no_match(field, unused, everything)
-            if self.lenient or field == "exclude_modules":
+            if warn_only or field == "exclude_modules":
                 warnings.warn(message, stacklevel=2)
             else:
                 raise TargetError(message)
