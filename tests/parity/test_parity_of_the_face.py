@@ -21,11 +21,6 @@ FIRST: dict[str, Any] = {
     "lora_alpha": 6,
     "modules_to_save": ["lm_head"],
 }
-    "target_modules": ["q_proj", "v_proj"],
-    "r": 4,
-    "lora_alpha": 6,
-    "modules_to_save": ["lm_head"],
-}
 SECOND: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "r": 2, "use_rslora": True, "lora_alpha": 3}
 THIRD: dict[str, Any] = {"target_modules": ["v_proj"], "r": 3, "trainable_token_indices": [1, 4]}
 

@@ -44,6 +44,7 @@ class LoraModel(nn.Module):
 
     def apply_plan(self, planned: Plan) -> Undo:
         """Carry out a plan; the adapter is inactive and frozen until :meth:`set_adapter`."""
+        off = any(host._disable_adapters for _, host in hosts(self.model))
         undo = apply(self.model, planned)
         targets = planned.targets
         modules = [t.name for t in targets if t.parameter is None]
@@ -54,7 +55,7 @@ class LoraModel(nn.Module):
         if self._active:  # other adapters keep counting; the new one waits
             adapters.set_requires_grad(self.model, planned.name, False)
             for _, host in hosts(self.model):
-                host._active_adapter = list(self._active)
+                host._active_adapter, host._disable_adapters = list(self._active), off
         return undo
 
     def forget(self, adapter_name: str) -> None:
