@@ -18,6 +18,15 @@ class LoraAttention(LoraLayer):
     """Arguments and results are nn.MultiheadAttention's. Dropout cannot act: there is no adapter input."""
 
     kind = "attention"
+    _READ_BY_CALLERS = frozenset({
+        "embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn",
+        "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj",
+    })  # fmt: skip
+    _qkv_same_embed_dim = False
+    """Not as in the base layer: where it is True, nn.TransformerEncoderLayer reads the weights and never calls this."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base_layer, name) if name in self._READ_BY_CALLERS else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.counting():

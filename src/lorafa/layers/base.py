@@ -52,7 +52,7 @@ class LoraLayer(nn.Module):
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._pristine: tuple[nn.Module, ...] = ()  # the base layer while a merged one stands in its place
-        self.out_features, self.in_features = self.backend.shape(base_layer)
+        self.out_features, self.in_features = self.backend.shape(self.get_base_layer())
 
     # ---- what a kind of layer must say
 
@@ -171,9 +171,11 @@ class LoraLayer(nn.Module):
         if parts.start is not None:
             self.lora_start[name] = Start(*(placed(factor) for factor in parts.start))
         self.adapters[name] = Adapter(self, name, variant)
-        for child, module in self.named_children():  # not self.train(): what is inside the base keeps its modes
+        for child, holder in self.named_children():  # not self.train(): what is inside the base keeps its modes
             if child != "base_layer":
-                module.train(self.training)
+                holder.training = self.training
+                if isinstance(holder, nn.ModuleDict) and name in holder:
+                    holder[name].train(self.training)
 
     def store_extra(self, value: Tensor) -> Tensor:
         """A vector over output features in the shape PEFT stores it in."""

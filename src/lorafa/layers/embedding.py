@@ -29,7 +29,7 @@ class LoraEmbedding(LoraLayer):
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
         base = self.get_base_layer()
-        rows = nn.functional.embedding(x, A.T)
+        rows = nn.functional.embedding(x, A.T, getattr(base, "padding_idx", None))  # that row is not trained
         change = nn.functional.linear(rows, B) * scaling
         factor = getattr(base, "embed_scale", None)  # some models scale inside their embedding's forward
         return change if factor is None else change * factor
