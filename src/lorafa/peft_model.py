@@ -103,9 +103,7 @@ class PeftModel(nn.Module):
         Raises:
             SourceError, CheckpointError, ConfigError, TargetError: as :meth:`from_pretrained`; nothing was changed.
         """
-        stored = read_adapter(
-            model_id, subfolder=subfolder, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub
-        )
+        stored = read_adapter(model_id, subfolder=subfolder, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub)
         if adapter_name in self.peft_config:
             self._fill(stored, adapter_name, ignore_base_mismatch)
             return

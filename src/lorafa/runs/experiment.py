@@ -48,9 +48,7 @@ def resume_run(path: str | Path, console: Console, command: Sequence[str]) -> Pa
     return _run(run.path, checkpoint, run.config(), console, command)
 
 
-def _run(
-    path: Path, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]
-) -> Path:
+def _run(path: Path, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
     started = time.monotonic()
     with _threads(config.threads):
         prepared = prepare(config, console)

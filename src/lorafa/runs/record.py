@@ -1,12 +1,12 @@
 """One run, one directory. Every file is whole at any moment; a crash leaves everything recorded before it.
 
-    config.yaml        all settings, resolved
-    environment.json   versions, processor, threads, the command
-    metrics.jsonl      one line a logged step
-    result.json        status, what was measured before and after, times, sizes; rewritten as the run goes on
-    checkpoints/       what a continued run starts from
-    adapter/           the trained adapter in PEFT's format
-    report.html        written by lorafa.report
+config.yaml        all settings, resolved
+environment.json   versions, processor, threads, the command
+metrics.jsonl      one line a logged step
+result.json        status, what was measured before and after, times, sizes; rewritten as the run goes on
+checkpoints/       what a continued run starts from
+adapter/           the trained adapter in PEFT's format
+report.html        written by lorafa.report
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from lorafa.layers.experts import LoraExperts
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads
 from lorafa.surgery.targets import Target, find_targets, resolved_targets
-from lorafa.surgery.walk import Host, Parents, hosts, lora_layers
+from lorafa.surgery.walk import Host, Parents, hosts, lora_layers, skeleton
 from lorafa.variants import VARIANTS
 
 Stats = Mapping[str, Mapping[str, Tensor]]
@@ -72,7 +72,7 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
             f"{name!r} cannot be an adapter name: torch's containers of modules have an attribute of that name. "
             f"Call it {name + '_1'!r}, for example."
         )
-    if name in adapter_names(model):
+    if any(name in host.adapters for _, host in lora_layers(model)):
         raise AdapterError(
             f"The model already has an adapter {name!r}. Choose another name, or delete_adapter({name!r}) first."
         )
@@ -255,7 +255,7 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
     The adapter is attached inactive; :func:`lorafa.surgery.adapters.set_adapter` makes it count.
     """
     parents, before = Parents(model), [host for _, host in hosts(model)]
-    undo = Undo(planned.name, [(p, p.requires_grad) for p in model.parameters()], parents.history, before)
+    undo = Undo(planned.name, _flags(model), parents.history, before)
     if not before:
         model.requires_grad_(False)
     try:
@@ -268,6 +268,12 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
         undo()
         raise
     return undo
+
+
+def _flags(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    """The base's parameters and whether each requires a gradient; a plan changes no other adapter's."""
+    own = [p for _, module in skeleton(model) for p in module._parameters.values() if p is not None]
+    return [(parameter, parameter.requires_grad) for parameter in own]
 
 
 def _host_for(model: nn.Module, target: Target, parents: Parents) -> LoraLayer:

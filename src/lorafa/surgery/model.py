@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import adapters
-from lorafa.surgery.inject import Options, Plan, Undo, apply, plan
+from lorafa.surgery.inject import Options, Plan, apply, plan
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.walk import hosts, lora_layers
 
@@ -42,8 +42,9 @@ class LoraModel(nn.Module):
             )
         return plan(self.model, config, adapter_name, options)
 
-    def apply_plan(self, planned: Plan) -> Undo:
-        """Carry out a plan; the adapter is inactive and frozen until :meth:`set_adapter`."""
+    def apply_plan(self, planned: Plan) -> Callable[[], None]:
+        """Carry out a plan and return how to take it back; the adapter is inactive until :meth:`set_adapter`."""
+        named = self.targeted_module_names, self.targeted_parameter_names
         off = any(host._disable_adapters for _, host in hosts(self.model))
         undo = apply(self.model, planned)
         targets = planned.targets
@@ -56,11 +57,13 @@ class LoraModel(nn.Module):
             adapters.set_requires_grad(self.model, planned.name, False)
             for _, host in hosts(self.model):
                 host._active_adapter, host._disable_adapters = list(self._active), off
-        return undo
 
-    def forget(self, adapter_name: str) -> None:
-        """Drop the config of an adapter whose plan was undone."""
-        self.peft_config.pop(adapter_name, None)
+        def take_back() -> None:
+            undo()
+            self.targeted_module_names, self.targeted_parameter_names = named
+            del self.peft_config[planned.name]
+
+        return take_back
 
     def inject_adapter(self, config: LoraConfig, adapter_name: str, options: Options | None = None) -> None:
         """Add an adapter; a failure leaves the model as it was."""

@@ -55,16 +55,37 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without what wrappers hold for adapters: as long with a hundred adapters as with one."""
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if isinstance(module, LoraLayer):
+            children = [("base_layer", module.base_layer)]
+        elif isinstance(module, ModulesToSaveWrapper):
+            children = [("original_module", module.original_module)]
+        elif isinstance(module, TrainableTokensWrapper):
+            children = [("token_adapter.base_layer", module.original_module)]
+        else:
+            children = list(_children(module))
+        stack.extend((_join(path, name), child) for name, child in reversed(children))
+
+
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
     """Every wrapper of lorafa in the model with its path, each once, in the order of the model."""
-    for path, module in model.named_modules():
+    for path, module in skeleton(model):
         if isinstance(module, HOSTS):
             yield path, module
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Every LoraLayer in the model with its path, each once."""
-    for path, module in model.named_modules():
+    for path, module in skeleton(model):
         if isinstance(module, LoraLayer):
             yield path, module
 
@@ -75,7 +96,7 @@ class Parents:
     def __init__(self, model: nn.Module) -> None:
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
         self.history: list[tuple[nn.Module, str, nn.Module]] = []
-        for parent in model.modules():
+        for _, parent in skeleton(model):
             for name, child in _children(parent):
                 self._slots.setdefault(id(child), []).append((parent, name))
 
