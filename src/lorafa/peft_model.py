@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,30 @@ from lorafa.surgery.status import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class _Bound:
+    """A forward method bound to a model, with the parameters of the forward of the model that one wraps."""
+
+    def __init__(self, function: Callable[..., Any], model: PeftModel) -> None:
+        self.__func__, self.__self__ = function, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__self__.get_base_model().forward)
+
+
+class _Forward:
+    """Trainers choose the columns of a dataset by the parameters of forward, so those must be the wrapped model's."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, model: PeftModel | None, owner: type | None = None) -> Callable[..., Any]:
+        return self.function if model is None else _Bound(self.function, model)
 
 
 class PeftModel(nn.Module):
@@ -114,16 +139,13 @@ class PeftModel(nn.Module):
         if not ignore_base:
             check_fits_base(self.get_base_model(), stored)
         options = replace(options, from_file=True, file_has_starts=stored.with_start)
-        was_training = self.training
-        undo = self.base_model.apply_plan(self.base_model.plan_adapter(stored.config, name, options))
+        take_back = self.base_model.apply_plan(self.base_model.plan_adapter(stored.config, name, options))
         try:
             materialize(self.get_base_model(), name)
             self._fill(stored, name, ignore_base=True)
         except BaseException:
-            undo()
-            self.base_model.forget(name)
+            take_back()
             raise
-        self.train(was_training)
 
     def _fill(self, stored: StoredAdapter, name: str, ignore_base: bool = False) -> None:
         model, config = self.get_base_model(), self.peft_config[name]
@@ -163,13 +185,12 @@ class PeftModel(nn.Module):
         require_adapters(self.get_base_model(), names)
         if not is_main_process:
             return
+        model = self.get_base_model()
         for name in names:
             folder = Path(save_directory) / ("" if name == "default" else name)
             config = self.peft_config[name]
-            save_adapter(
-                self.get_base_model(), name, config, folder,
-                state_dict=state_dict, embeddings=keeps_embeddings(config, self.get_base_model(), save_embedding_layers),
-            )  # fmt: skip
+            embeddings = keeps_embeddings(config, model, save_embedding_layers)
+            save_adapter(model, name, config, folder, state_dict=state_dict, embeddings=embeddings)
         write_card(save_directory, self.peft_config[names[0]])
 
     # ---- adapters
@@ -266,9 +287,13 @@ class PeftModel(nn.Module):
 
     # ---- running
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @_Forward
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        """Arguments and result are the wrapped model's; ``labels`` is spelled out for trainers that look for it."""
         if "adapter_names" in kwargs:
             raise NotAvailableError("adapter_names: batches that mix adapters are not available yet in lorafa.")
+        if labels is not None:
+            kwargs["labels"] = labels
         return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

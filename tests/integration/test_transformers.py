@@ -1,0 +1,390 @@
+"""Adapted models in transformers and accelerate, unmodified: generation, pipelines, checkpointing, trainers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorafa
+from adapter_toys import train
+from lorafa import LoraConfig, PeftModel, get_peft_model
+
+transformers = pytest.importorskip("transformers")
+
+IDS = torch.tensor([[1, 5, 7, 2, 9, 3], [4, 1, 0, 8, 6, 2]])
+SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+
+
+def llama(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    settings = SMALL | {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64} | options
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def adapted(base: nn.Module | None = None, **settings: Any) -> PeftModel:
+    model = get_peft_model(base or llama(), LoraConfig(**({"r": 4, "target_modules": "all-linear"} | settings)))
+    train(model, 0.1)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def loss_and_gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | gradients
+
+
+# ---- generation
+
+
+@pytest.mark.parametrize("base", [llama, t5])
+def test_generation_is_that_of_the_merged_model(base: Callable[[], nn.Module]) -> None:
+    model = adapted(base(), target_modules=None).eval()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    by_adapter = model.generate(IDS, **options)
+    with model.disable_adapter():
+        plain = model.generate(input_ids=IDS, **options)
+    assert torch.equal(plain, base().eval().generate(IDS, **options))
+    assert torch.equal(by_adapter, model.merge_and_unload().generate(IDS, **options))
+
+
+def test_generation_with_a_cache_and_beams_and_on_the_inner_model() -> None:
+    model = adapted().eval()
+    for options in ({"num_beams": 2}, {"use_cache": False}):
+        outputs = [
+            m.generate(IDS, max_new_tokens=4, do_sample=False, **options) for m in (model, model.get_base_model())
+        ]
+        assert torch.equal(outputs[0], outputs[1])
+
+
+class Tokenizer:
+    """Numbers separated by blanks."""
+
+    def __new__(cls, folder: Path) -> Any:
+        from tokenizers import Tokenizer as Fast
+        from tokenizers.models import WordLevel
+        from tokenizers.pre_tokenizers import Whitespace
+
+        fast = Fast(WordLevel({str(i): i for i in range(31)} | {"?": 31}, unk_token="?"))
+        fast.pre_tokenizer = Whitespace()
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="0", eos_token="1")
+
+
+def test_a_pipeline_runs_an_adapted_model(tmp_path: Path) -> None:
+    model = adapted().eval()
+    pipeline = transformers.pipeline("text-generation", model=model, tokenizer=Tokenizer(tmp_path), device="cpu")
+    text = pipeline("4 5 6", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    expected = model.generate(torch.tensor([[4, 5, 6]]), max_new_tokens=4, do_sample=False)[0]
+    assert text.replace(" ", "") == "".join(str(int(token)) for token in expected)
+
+
+# ---- gradient checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("when", ["before", "after", "inside"])
+def test_gradient_checkpointing_changes_no_gradient(reentrant: bool, when: str) -> None:
+    kind = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    expected = loss_and_gradients(adapted(llama()).train())
+    base = llama()
+    if when == "before":
+        base.gradient_checkpointing_enable(**kind)
+    model = adapted(base).train()
+    if when == "after":
+        model.gradient_checkpointing_enable(**kind)
+    if when == "inside":
+        model.get_base_model().gradient_checkpointing_enable(**kind)
+        model.enable_input_require_grads()
+    source = adapted(llama())
+    model.load_state_dict(source.state_dict())
+    wanted = loss_and_gradients(source.train())
+    found = loss_and_gradients(model)
+    assert found.keys() == wanted.keys() == expected.keys()
+    assert model.get_base_model().model.gradient_checkpointing
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_gradient_checkpointing_can_be_turned_off_again() -> None:
+    model = adapted().train()
+    wanted = loss_and_gradients(model)
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+    for name, value in loss_and_gradients(model).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+# ---- copies and number formats
+
+
+def test_a_deep_copy_of_an_adapted_transformer_is_independent() -> None:
+    model = adapted(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    twin = copy.deepcopy(model)
+    before = logits(model)
+    assert torch.equal(logits(twin), before)
+    train(twin)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_trains_float32_adapters(dtype: torch.dtype) -> None:
+    model = adapted(llama().to(dtype)).train()
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(input_ids=IDS).logits.dtype == dtype
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    first = loss_and_gradients(model)["loss"]
+    for _ in range(8):
+        last = loss_and_gradients(model)["loss"]
+        optimizer.step()
+    assert last < first
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name), value)
+
+
+# ---- accelerate and the Trainer
+
+
+class Repeats(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = (torch.arange(8) + index) % 29 + 2
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_accelerate_prepares_an_adapted_model() -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = adapted().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loader = torch.utils.data.DataLoader(Repeats(), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for _ in range(3):
+        for batch in loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert isinstance(accelerator.unwrap_model(model), PeftModel)
+
+
+def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
+    settings = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 2, "logging_steps": 1,
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    arguments = transformers.TrainingArguments(str(folder), **(settings | options))
+    return transformers.Trainer(model, arguments, train_dataset=Repeats(), eval_dataset=Repeats())
+
+
+def test_the_trainer_of_transformers_trains_the_adapter_alone(tmp_path: Path) -> None:
+    model = adapted()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    moved = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    run = trainer(model, tmp_path)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
+    assert not any(torch.equal(model.get_parameter(name), value) for name, value in moved.items())
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}]
+)
+def test_the_trainer_of_transformers_trains_in_its_usual_modes(tmp_path: Path, options: dict[str, Any]) -> None:
+    run = trainer(adapted(), tmp_path, save_strategy="no", **options)
+    with warnings.catch_warnings(action="ignore"):
+        run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_what_the_trainer_of_transformers_saves_can_be_loaded(tmp_path: Path) -> None:
+    """It knows PEFT's classes only, so of ours it saves the whole state dict; LoraTrainer saves the adapter alone."""
+    model = adapted()
+    trainer(model, tmp_path).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    names = {path.name for path in checkpoint.iterdir()}
+    fresh = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
+    if "adapter_model.safetensors" in names:
+        fresh = PeftModel.from_pretrained(llama(), checkpoint)
+    else:
+        from safetensors.torch import load_file
+
+        assert "model.safetensors" in names
+        fresh.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
+    whole = adapted()
+    trainer(whole, tmp_path / "whole").train()
+    halves = adapted()
+    trainer(halves, tmp_path / "halves", max_steps=2).train()
+    continued = adapted()
+    trainer(continued, tmp_path / "halves", lr_scheduler_type="constant").train(
+        resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-2")
+    )
+    assert continued.get_nb_trainable_parameters() == whole.get_nb_trainable_parameters()
+    assert not torch.equal(logits(continued), logits(halves))
+
+
+# ---- saving and merging whole models
+
+
+def test_a_merged_model_is_saved_and_loaded_by_transformers(tmp_path: Path) -> None:
+    merged = adapted().merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(merged))
+    assert loaded.state_dict().keys() == llama().state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["embedding", "head", "copied head", "copied embedding"],
+)
+def test_merging_one_end_of_tied_weights_unties_them_and_keeps_the_outputs(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = adapted(llama(tie_word_embeddings=True), **settings)
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="config.tie_word_embeddings was set to False"):
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(merged))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [2, 5]},
+    ],
+    ids=["untouched", "both ends copied", "token rows"],
+)
+def test_tied_weights_that_change_together_stay_tied(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = adapted(llama(tie_word_embeddings=True), **settings)
+    expected = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is True
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(merged))
+
+
+def test_copies_of_tied_weights_are_trained_as_one() -> None:
+    model = adapted(
+        llama(tie_word_embeddings=True), target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    inner = model.get_base_model()
+    ends = [inner.model.embed_tokens.modules_to_save["default"], inner.lm_head.modules_to_save["default"]]
+    assert ends[0].weight is ends[1].weight
+    loss_and_gradients(model.train())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert torch.equal(ends[0].weight, ends[1].weight)
+    assert not torch.equal(ends[0].weight, inner.model.embed_tokens.original_module.weight)
+
+
+def test_the_embeddings_of_t5_are_adapted_in_encoder_and_decoder(tmp_path: Path) -> None:
+    model = adapted(t5(), target_modules=["embed_tokens"]).eval()
+    assert len(model.get_layer_status()) == 2
+    with torch.no_grad():
+        expected = model(input_ids=IDS, decoder_input_ids=IDS).logits
+    with warnings.catch_warnings(action="ignore"):
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        results = [m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (merged, loaded)]
+    torch.testing.assert_close(results[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_trainer_of_transformers_evaluates_and_keeps_the_best_model(tmp_path: Path) -> None:
+    run = trainer(
+        adapted(), tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, save_total_limit=1
+    )
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert run.state.best_metric == min(losses)
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_unloading_a_transformer_gives_the_pristine_model_back() -> None:
+    base = llama(tie_word_embeddings=True)
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    kinds = [type(module) for module in base.modules()]
+    model = adapted(base, target_modules=["q_proj", "embed_tokens"], trainable_token_indices=None)
+    model.merge_adapter()
+    plain = model.unload()
+    assert plain is base
+    assert [type(module) for module in plain.modules()] == kinds
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+
+
+def test_an_adapter_with_new_rows_is_loaded_on_a_resized_model(tmp_path: Path) -> None:
+    base = llama()
+    with warnings.catch_warnings(action="ignore"):
+        base.resize_token_embeddings(36)
+    model = adapted(base, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path)
+    other = llama()
+    with warnings.catch_warnings(action="ignore"):
+        torch.manual_seed(9)
+        other.resize_token_embeddings(36)  # new rows at random, other ones than before
+    assert not torch.equal(other.model.embed_tokens.weight, llama().model.embed_tokens.weight[:36])
+    loaded = PeftModel.from_pretrained(other, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_adapter_for_a_resized_model_says_so_on_the_old_one(tmp_path: Path) -> None:
+    base = llama()
+    with warnings.catch_warnings(action="ignore"):
+        base.resize_token_embeddings(36)
+    adapted(base, target_modules=["embed_tokens"]).save_pretrained(tmp_path)
+    with pytest.raises(lorafa.errors.CheckpointError, match=r"Call model.resize_token_embeddings\(36\) before loading"):
+        PeftModel.from_pretrained(llama(), tmp_path)
