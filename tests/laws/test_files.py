@@ -132,6 +132,22 @@ def test_state_dict_of_an_adapter_fills_another_model(variant: str, kind: str, s
     assert_same_adapter(model, other)
 
 
+@pytest.mark.parametrize(("variant", "kind"), DEFINED)
+def test_adapter_made_without_memory_is_filled_from_a_state_dict(variant: str, kind: str) -> None:
+    model = get_peft_model(same_base(kind), config_for(kind, **VARIANT[variant]))
+    train(model)
+    other = get_peft_model(same_base(kind), config_for(kind, **VARIANT[variant]), low_cpu_mem_usage=True)
+    other.add_adapter("second", config_for(kind, **VARIANT[variant]), low_cpu_mem_usage=True)
+    trained = {name: p.requires_grad for name, p in other.named_parameters()}
+    assert all(p.is_meta == (".default" in name or ".second" in name) for name, p in other.named_parameters())
+    for name in ("default", "second"):
+        set_peft_model_state_dict(other, get_peft_model_state_dict(model), adapter_name=name)
+        assert_same_adapter(model, other, "default", name)
+    assert {name: p.requires_grad for name, p in other.named_parameters()} == trained
+    x = input_for(kind, torch.bfloat16)
+    assert torch.equal(other(x), model(x))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_model_state_dict_fills_another_model(kind: str) -> None:
     """torch's own state_dict carries the frozen starts too."""

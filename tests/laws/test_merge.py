@@ -129,6 +129,38 @@ def test_disabled_model_is_the_base_model_bit_for_bit(variant: str, kind: str, m
     assert not torch.equal(with_adapter, expected)
 
 
+def test_disabling_ends_with_its_block_whatever_happens_in_it_and_nests() -> None:
+    model, x = adapted(LINEAR), input_for(LINEAR)
+    expected = model(x)
+    with pytest.raises(KeyboardInterrupt), model.disable_adapter():
+        raise KeyboardInterrupt
+    assert torch.equal(model(x), expected)
+    with model.disable_adapter():
+        base = model(x)
+        with model.disable_adapter():
+            pass
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(("variant", "kind"), DEFINED)
+def test_delta_weight_has_layout_and_dtype_of_the_stored_weight_and_is_what_merging_adds(
+    variant: str, kind: str
+) -> None:
+    model = adapted(kind, dtype=torch.float64, **VARIANT[variant])
+    layer = only_layer(model)
+    delta = layer.get_delta_weight("default")
+    if "nf4" in kind:
+        assert delta.shape == (layer.out_features, layer.in_features)
+        return
+    name = "in_proj_weight" if layer.kind == "attention" else "weight"
+    before = getattr(layer.get_base_layer(), name).detach().clone()
+    assert (delta.shape, delta.dtype) == (before.shape, before.dtype)
+    model.merge_adapter()
+    close(getattr(layer.get_base_layer(), name) - before, delta)
+    close(layer.get_delta_weight("default"), delta)  # still against the pristine weight
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_add_up_and_a_second_merge_adds_to_the_first(kind: str) -> None:
     model = adapted(kind, dtype=torch.float64)

@@ -105,4 +105,5 @@ def materialize(model: nn.Module, name: str) -> None:
                 holder[name].to_empty(device=device)
         for table in (layer.lora_embedding_A, layer.lora_embedding_B):
             if name in table:
-                table[name] = nn.Parameter(torch.empty_like(table[name], device=device))
+                trains = table[name].requires_grad
+                table[name] = nn.Parameter(torch.empty_like(table[name], device=device), requires_grad=trains)

@@ -1,0 +1,184 @@
+"""What is trained beside the factors: whole modules (modules_to_save) and single rows (trainable_token_indices)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapter_toys import close, train
+from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+
+class Tied(nn.Module):
+    """A language model whose head shares the table of its embedding."""
+
+    def __init__(self, bias: bool = False, scale: float | None = None) -> None:
+        super().__init__()
+        self.embed, self.q_proj = nn.Embedding(10, 6).double(), nn.Linear(6, 6).double()
+        self.head = nn.Linear(6, 10, bias=bias).double()
+        self.head.weight = self.embed.weight
+        if scale is not None:
+            self.embed.embed_scale = scale
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.q_proj(self.embed(x))))
+        return y
+
+
+X = torch.tensor([[1, 3, 3], [9, 0, 7]])
+ROWS = [3, 7]
+
+
+def adapted(model: nn.Module | None = None, **settings: object) -> PeftModel:
+    config = {"target_modules": ["q_proj"], "r": 2} | settings
+    peft = get_peft_model(model or Tied(), LoraConfig(**config))  # type: ignore[arg-type]
+    train(peft)
+    return peft
+
+
+def with_rows(model: PeftModel, name: str = "default") -> Tied:
+    """The same model with the trained rows written into the table that embedding and head share."""
+    twin = copy.deepcopy(model).unload()
+    adapter = model.get_base_model().embed.token_adapter
+    with torch.no_grad():
+        twin.embed.weight[adapter.token_indices[name]] = adapter.trainable_tokens_delta[name]
+    twin.q_proj = copy.deepcopy(model.get_base_model().q_proj)
+    return twin
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_trained_rows_stand_in_for_those_of_the_table_in_embedding_and_tied_head(bias: bool) -> None:
+    model = adapted(Tied(bias), trainable_token_indices=ROWS)
+    twin = with_rows(model)
+    assert twin.head.weight is twin.embed.weight
+    close(model(X), twin(X))
+
+
+def test_rows_start_as_the_table_has_them() -> None:
+    base, x = Tied(), X
+    expected = base(x)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=ROWS))
+    assert torch.equal(model.get_base_model().embed(x), base.embed.original_module(x))
+    close(model(x), expected)
+    assert model.get_base_model().embed.token_adapter.trainable_tokens_delta["default"].shape == (2, 6)
+
+
+def test_only_the_chosen_rows_get_a_gradient_and_both_uses_count() -> None:
+    model = adapted(trainable_token_indices=ROWS)
+    twin = with_rows(model)
+    model(X).square().sum().backward()
+    twin.embed.weight.requires_grad_(True)
+    twin(X).square().sum().backward()
+    base = model.get_base_model().embed.original_module
+    assert base.weight.grad is None
+    rows = model.get_base_model().embed.token_adapter.trainable_tokens_delta["default"]
+    close(rows.grad, twin.embed.weight.grad[ROWS])
+
+
+def test_order_of_the_indices_is_the_order_of_the_rows() -> None:
+    model = adapted(trainable_token_indices=[7, 3])
+    rows = model.get_base_model().embed.token_adapter.trainable_tokens_delta["default"]
+    close(model.get_base_model().embed(torch.tensor([3, 7])), rows[[1, 0]])
+
+
+def test_rows_are_switched_off_switched_over_merged_and_taken_off() -> None:
+    base = Tied()
+    with torch.no_grad():
+        original = base(X)
+        model = adapted(base, trainable_token_indices=ROWS)
+        first = model(X)
+        model.add_adapter("b", LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]))
+        model.set_adapter("b")
+        train(model)
+        close(model(X), with_rows(model, "b")(X))
+        model.set_adapter("default")
+        assert torch.equal(model(X), first)
+        with model.disable_adapter():
+            assert torch.equal(model(X), original)
+        merged = copy.deepcopy(model).merge_and_unload()
+        close(merged(X), first)
+        assert type(merged.embed) is nn.Embedding
+        assert merged.head.weight is merged.embed.weight or torch.equal(merged.head.weight, merged.embed.weight)
+        assert torch.equal(model.unload()(X), original)
+
+
+def test_rows_go_through_a_state_dict() -> None:
+    torch.manual_seed(4)
+    model = adapted(trainable_token_indices=ROWS)
+    tensors = get_peft_model_state_dict(model)
+    assert tensors["base_model.model.embed.token_adapter.trainable_tokens_delta"].shape == (2, 6)
+    torch.manual_seed(4)
+    other = get_peft_model(Tied(), LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=ROWS))
+    set_peft_model_state_dict(other, tensors)
+    assert torch.equal(other(X), model(X))
+
+
+def test_scale_inside_the_embedding_acts_on_the_rows_too() -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2.0 * super().forward(x)
+
+    base = Tied()
+    base.embed = Scaled(10, 6).double()
+    base.head.weight = base.embed.weight
+    model = adapted(base, trainable_token_indices=ROWS)
+    close(model(X), with_rows(model)(X))
+
+
+# ---- modules_to_save
+
+
+def test_saved_module_is_a_trained_copy_and_the_original_stays() -> None:
+    base = Tied(bias=True)
+    base.head.weight = nn.Parameter(torch.randn(10, 6).double())
+    with torch.no_grad():
+        original, weight = base(X), base.head.weight.clone()
+        model = adapted(base, modules_to_save=["head"])
+        wrapper = base.head
+        first = model(X)
+        assert torch.equal(wrapper.original_module.weight, weight)
+        assert not wrapper.original_module.weight.requires_grad
+        assert wrapper.modules_to_save["default"].weight.requires_grad
+        assert wrapper.weight is wrapper.modules_to_save["default"].weight
+        with model.disable_adapter():
+            assert torch.equal(model(X), original)
+        model.add_adapter("b", LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["head"]))
+        model.set_adapter("b")
+        assert torch.equal(model(X), original), "the second copy starts from the original, not from the first"
+        assert not wrapper.modules_to_save["default"].weight.requires_grad
+        model.set_adapter("default")
+        assert torch.equal(model(X), first)
+        merged = copy.deepcopy(model).merge_and_unload()
+        close(merged(X), first)
+        assert type(merged.head) is nn.Linear
+        plain = model.unload()
+        assert torch.equal(plain(X), original)
+        assert plain.head is wrapper.original_module
+
+
+def test_saved_modules_that_are_tied_train_one_table() -> None:
+    model = adapted(modules_to_save=["embed", "head"])
+    inner = model.get_base_model()
+    assert inner.embed.weight is inner.head.weight
+    assert inner.embed.weight is not inner.embed.original_module.weight
+    assert inner.embed.original_module.weight is inner.head.original_module.weight
+
+
+def test_deleting_an_adapter_takes_its_copies_and_rows_away() -> None:
+    model = adapted(trainable_token_indices=ROWS)
+    before = set(model.state_dict())
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [1]}
+    model.add_adapter("b", LoraConfig(**settings))
+    model.delete_adapter("b")
+    assert set(model.state_dict()) == before
