@@ -131,21 +131,24 @@ class _Patterns:
             unused = [p for p in wanted if (field, p) not in self.used and p.lower() != ALL_LINEAR]
             if not unused:
                 continue
-            message = _no_match(field, unused, everything)
+            message = _no_match(config, field, unused, everything)
             if warn_only or field == "exclude_modules":
                 warnings.warn(message, stacklevel=2)
             else:
                 raise TargetError(message)
 
 
-def _no_match(field: str, unused: list[str], everything: list[Place]) -> str:
+def _no_match(config: LoraConfig, field: str, unused: list[str], everything: list[Place]) -> str:
     if field == "target_parameters":
         leaves = sorted({n for place in everything for n, _ in place.module.named_parameters(recurse=False)})
         kind = "parameters"
     else:
         leaves = sorted({p.name.rpartition(".")[2] for p in everything if _can_carry(p.module)})
         kind = "layers that can carry an adapter"
-    hint = did_you_mean(unused[0].rpartition(".")[2], leaves)
+    last = unused[0].rpartition(".")[2]
+    hint = "" if last in leaves else did_you_mean(last, leaves)
+    if field == "target_modules" and config.layers_to_transform is not None and last in leaves:
+        hint = f" It is in none of the layers that layers_to_transform={config.layers_to_transform!r} picks."
     return (
         f"{field}: {', '.join(map(repr, unused))} {'matches' if len(unused) == 1 else 'match'} nothing in the model."
         f"{hint} The last names of its {kind} are: {shorten(leaves, 12) or '(none)'}. A name matches a whole dotted "
@@ -192,11 +195,10 @@ def _inside_saved(name: str, config: LoraConfig) -> bool:
 
 def _has_index(name: str, config: LoraConfig) -> bool:
     """Whether the first layer index in the name is one of layers_to_transform."""
-    lists = config.layers_pattern or [r"[^.]*"]
-    lists = [lists] if isinstance(lists, str) else lists
-    prefix = r"(?:^|.*?\.)" if config.layers_pattern else r".*?\."
-    for pattern in lists:
-        match = re.match(rf"{prefix}{pattern}\.(\d+)\.", name)
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    anywhere = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in lists or ()]
+    for pattern in anywhere or [r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\."]:
+        match = re.match(pattern, name)
         if match:
             wanted = config.layers_to_transform
             return int(match.group(1)) in ([wanted] if isinstance(wanted, int) else wanted or [])

@@ -1,0 +1,169 @@
+"""Merging and unloading models: which weights change, what comes back, and what tied weights do."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adapter_toys import assert_unchanged, everything, train
+from lorafa import LoraConfig, PeftModel, get_peft_model
+
+
+class Tied(nn.Module):
+    """A head that is the embedding, as small language models have it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.config = SimpleNamespace(tie_word_embeddings=True)
+        self.embed = nn.Embedding(10, 6)
+        self.body = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(x)).tanh())
+
+
+X = torch.arange(10).view(2, 5)
+
+
+def adapted(*targets: str, **settings: Any) -> PeftModel:
+    model = get_peft_model(Tied().double(), LoraConfig(target_modules=list(targets), r=2, **settings))
+    train(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def run(model: nn.Module) -> Tensor:
+    return model(X)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "linear": {"targets": ["body"]},
+    "embedding": {"targets": ["embed"]},
+    "head": {"targets": ["head"]},
+    "both ends": {"targets": ["embed", "head"]},
+    "copy of the head": {"targets": ["body"], "modules_to_save": ["head"]},
+    "copies of both ends": {"targets": ["body"], "modules_to_save": ["embed", "head"]},
+    "token rows": {"targets": ["body"], "trainable_token_indices": [1, 4]},
+    "biases": {"targets": ["body"], "bias": "all"},
+    "bias of B": {"targets": ["body"], "lora_bias": True},
+    "dora": {"targets": ["embed", "body"], "use_dora": True},
+    "pissa": {"targets": ["body"], "init_lora_weights": "pissa"},
+}
+UNTIED = {"embedding", "head", "both ends", "copy of the head", "dora"}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def make(case: str) -> PeftModel:
+    settings = dict(CASES[case])
+    return adapted(*settings.pop("targets"), **settings)
+
+
+@pytest.mark.filterwarnings("ignore:After merging")
+def test_a_merged_and_unloaded_model_computes_the_same_and_is_plain(case: str) -> None:
+    model = make(case)
+    expected, kinds = run(model), [type(module) for module in Tied().modules()]
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(run(merged), expected, rtol=1e-10, atol=1e-10)
+    assert [type(module) for module in merged.modules()] == kinds
+    assert merged.state_dict().keys() == Tied().state_dict().keys()
+
+
+def test_a_merge_and_unmerge_restores_every_bit(case: str) -> None:
+    model = make(case)
+    before, output = everything(model), run(model)
+    model.merge_adapter()
+    torch.testing.assert_close(run(model), output, rtol=1e-10, atol=1e-10)
+    model.unmerge_adapter()
+    assert torch.equal(run(model), output)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_unloading_gives_the_base_model_back_bit_for_bit(case: str, merged: bool) -> None:
+    if case == "biases":
+        pytest.skip("trained base biases are the base's own")
+    model = make(case)
+    if merged:
+        model.merge_adapter()
+    plain, wanted = model.unload(), Tied().double()
+    assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in plain.state_dict().items())
+    assert plain.head.weight is plain.embed.weight
+    assert plain.config.tie_word_embeddings is True
+
+
+def test_tied_weights_are_untied_just_where_they_have_to_be(case: str) -> None:
+    model = make(case)
+    if case in UNTIED:
+        with pytest.warns(UserWarning, match="output head and the input embedding hold different weights"):
+            merged = model.merge_and_unload()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is (case not in UNTIED)
+    assert (merged.head.weight is merged.embed.weight) is (case not in UNTIED)
+
+
+def test_merging_one_of_several_adapters_leaves_the_others_to_be_merged_too() -> None:
+    model = adapted("body")
+    model.add_adapter("b", LoraConfig(target_modules=["body"], r=3))
+    model.set_adapter("b")
+    train(model)
+    model.base_model.set_adapter(["default", "b"])
+    both = run(model)
+    model.merge_adapter(["default"])
+    assert model.base_model.model.body.merged_adapters == ["default"]
+    model.merge_adapter(["b"])
+    assert model.base_model.model.body.merged_adapters == ["default", "b"]
+    torch.testing.assert_close(run(model), both, rtol=1e-10, atol=1e-10)
+    model.merge_adapter(["b"])  # merged already: nothing is added twice
+    torch.testing.assert_close(run(model), both, rtol=1e-10, atol=1e-10)
+
+
+def test_merging_a_half_precision_weight_ten_times_rounds_it_no_more_than_once() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    weight = base[0].weight.detach().clone()
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=4))
+    train(model)
+    for _ in range(10):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert torch.equal(base[0].get_base_layer().weight, weight)
+    layer = base[0]
+    delta = layer.scaling["default"] * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+    merged = model.merge_and_unload()
+    assert torch.equal(merged[0].weight, (weight.float() + delta).bfloat16())
+
+
+def test_saving_while_merged_saves_the_factors_as_they_are(tmp_path: Any) -> None:
+    model = adapted("body")
+    model.save_pretrained(tmp_path / "before")
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")
+    before, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "merged"))
+    assert before.keys() == merged.keys()
+    assert all(torch.equal(value, merged[key]) for key, value in before.items())
+    for name in ("adapter_config.json", "lorafa.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+    loaded = PeftModel.from_pretrained(Tied().double(), tmp_path / "merged")
+    torch.testing.assert_close(run(loaded), run(model), rtol=1e-10, atol=1e-10)
