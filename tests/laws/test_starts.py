@@ -50,6 +50,19 @@ def test_plain_lora_with_a_zero_factor_gives_the_bits_of_the_base(
     assert torch.equal(y, base.train(training)(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("out", "in_"), [(192, 576), (576, 1536), (100, 33)])
+def test_plain_lora_gives_the_bits_of_the_base_at_the_sizes_of_a_model(
+    out: int, in_: int, bias: bool, dtype: torch.dtype
+) -> None:
+    base = nn.Linear(in_, out, bias=bias, dtype=dtype)
+    model = get_peft_model(Single(base), config_for(LINEAR, r=8))
+    for shape in ((8, 33), (7,), (1, 1), ()):
+        x = torch.randn(*shape, in_).to(dtype)
+        assert torch.equal(model(x), base(x)), shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_pissa_gives_the_bits_of_the_base_on_a_linear_layer(dtype: torch.dtype) -> None:
     base, model = fresh(LINEAR, dtype, init_lora_weights="pissa")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from adapter_toys import Single, close, only_layer, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from lorafa.errors import BackendError
 
 
 def adapted(layer: nn.Embedding, **settings: object) -> PeftModel:
@@ -58,7 +59,7 @@ def test_padding_row_computes_the_same_before_and_after_merging() -> None:
 
 
 class Scaled(nn.Embedding):
-    """As in transformers' Gemma: the table is multiplied on the way out."""
+    """As in Gemma of transformers: the table is multiplied on the way out."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -78,6 +79,19 @@ def test_scale_inside_the_embedding_acts_on_the_update_too(settings: dict[str, o
     close(model(x), table[x] * 6**0.5)
     expected = model(x)
     close(model.merge_and_unload()(x), expected)
+
+
+def test_embedding_that_looks_up_other_rows_than_its_input_is_refused() -> None:
+    """As OPT's positions, which are counted from an attention mask: the input is no index."""
+
+    class Positions(nn.Embedding):
+        def forward(self, mask: Tensor) -> Tensor:
+            return super().forward(mask.cumsum(-1) * mask + 2)
+
+    model = Single(Positions(10, 6))
+    with pytest.raises(BackendError, match=r"layer: Positions has a forward of its own, .* exclude_modules"):
+        get_peft_model(model, LoraConfig(target_modules=["layer"]))
+    assert type(model.layer) is Positions
 
 
 def test_factors_are_stored_as_peft_stores_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from adapter_toys import Single, adapted, close, only_layer, train
 from lorafa import LoraConfig, get_peft_model
+from lorafa.errors import BackendError
 from lorafa.functional import low_rank_linear
 from lorafa.layers import linear as linear_module
 from lorafa.variants import lora as lora_module
@@ -99,6 +101,20 @@ def test_subclass_with_a_forward_of_its_own_counts(counted: list[bool]) -> None:
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(model(x), 2 * layer.base_layer(x) / 2 + 2 * (x @ A.T @ B.T))
     assert counted == [False]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["old", "new"])
+def test_computed_weight_carries_an_adapter_but_cannot_be_merged_into(norm: Callable[..., nn.Module]) -> None:
+    base = Single(norm(nn.Linear(8, 24).double()))
+    model = get_peft_model(base, LoraConfig(target_modules=["layer"], r=4, lora_alpha=6))
+    train(model)
+    layer, x = only_layer(model), torch.randn(3, 8, dtype=torch.float64)
+    expected = model(x)
+    close(expected, by_formula(layer, x), torch.float32)
+    with pytest.raises(BackendError, match=r"weight of this \w+ is computed from other parameters .* Remove the param"):
+        model.merge_adapter()
+    assert torch.equal(model(x), expected)
 
 
 def test_trained_base_weight_and_bias_get_their_gradients() -> None:

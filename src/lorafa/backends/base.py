@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorafa.errors import BackendError
+
 
 class Backend(ABC):
     """Every weight goes in and out as a matrix (out, in); the layout inside is the back end's affair.
@@ -53,10 +55,19 @@ class Backend(ABC):
 
 
 def replaced(layer: nn.Module, **parameters: Tensor | None) -> nn.Module:
-    """A copy of ``layer`` that shares everything with it but the named parameters; None keeps one."""
+    """A copy of ``layer`` that shares everything with it but the named parameters; None keeps one.
+
+    Raises:
+        BackendError: the layer computes such a parameter from others (weight norm, a parametrization).
+    """
     new = copy.copy(layer)
     new._parameters = dict(layer._parameters)
     for name, value in parameters.items():
+        if name not in new._parameters:
+            raise BackendError(
+                f"The {name} of this {type(layer).__name__} is computed from other parameters (weight norm or another "
+                "parametrization), so nothing can be merged into it. Remove the parametrization first."
+            )
         old = layer._parameters[name]
         if value is not None and old is not None:
             new._parameters[name] = nn.Parameter(value.to(old).contiguous(), requires_grad=old.requires_grad)

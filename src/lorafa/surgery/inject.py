@@ -15,7 +15,7 @@ from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig, require_available
-from lorafa.errors import AdapterError, CalibrationError, ConfigError
+from lorafa.errors import AdapterError, BackendError, CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS, initializer_name
 from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes
 from lorafa.layers import LAYERS
@@ -185,6 +185,11 @@ def _check_fits(path: str, kind: str, base: nn.Module, rank: int, config: LoraCo
         raise ConfigError(
             f"{path}: rank {rank} is not divisible by the convolution's groups={base.groups}. "
             "Choose another rank (rank_pattern), or exclude the layer."
+        )
+    if kind == "embedding" and type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
+        raise BackendError(
+            f"{path}: {type(base).__name__} has a forward of its own, so which rows it looks up cannot be known here, and "
+            "an adapter on it might be wrong. Leave it out with exclude_modules."
         )
     if config.lora_bias and kind in ("embedding", "experts"):
         raise ConfigError(f"{path}: lora_bias is not defined on {kind} layers.")
