@@ -18,7 +18,7 @@ from lorafa.io.card import write_card
 from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
 from lorafa.io.state import materialize
 from lorafa.storage import HubOptions
-from lorafa.surgery.adapters import disabled, require_adapters
+from lorafa.surgery.adapters import disabled, require_adapters, require_unmerged
 from lorafa.surgery.inject import Options
 from lorafa.surgery.model import LoraModel
 from lorafa.surgery.status import (
@@ -127,6 +127,7 @@ class PeftModel(nn.Module):
 
         Raises:
             SourceError, CheckpointError, ConfigError, TargetError: as :meth:`from_pretrained`; nothing was changed.
+            AdapterError: the adapter that is there is merged.
         """
         stored = read_adapter(model_id, subfolder=subfolder, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub)
         if adapter_name in self.peft_config:
@@ -149,6 +150,7 @@ class PeftModel(nn.Module):
 
     def _fill(self, stored: StoredAdapter, name: str, ignore_base: bool = False) -> None:
         model, config = self.get_base_model(), self.peft_config[name]
+        require_unmerged(model, name, "loading other values into it")
         if not ignore_base:
             check_fits_base(model, stored)
         misfit(model, name, config, stored.tensors, with_start=stored.with_start).raise_if_any(stored.path, name)

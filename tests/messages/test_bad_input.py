@@ -93,7 +93,7 @@ NO_LAYER = [
     ({"target_modules": ["proj"]}, "target_modules: 'proj' matches nothing in the model."),
     (
         {"target_modules": ["q_proj"], "layers_to_transform": [7]},
-        "target_modules: 'q_proj' matches nothing in the model. It is in none of the layers that layers_to_transform=[7] p",
+        "target_modules: 'q_proj' matches nothing in the model. It is in none of the layers that layers_to_transform=",
     ),
     ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"}, "'q_proj' matches nothing"),
     ({"target_modules": []}, "The config names no layer at all: target_modules and target_parameters are both empty."),

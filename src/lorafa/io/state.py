@@ -18,7 +18,7 @@ from lorafa.io.peft_format import (
     misfit,
     without_prefix,
 )
-from lorafa.surgery.adapters import require_adapters
+from lorafa.surgery.adapters import require_adapters, require_unmerged
 from lorafa.surgery.walk import lora_layers
 
 
@@ -75,11 +75,12 @@ def set_peft_model_state_dict(
         ``missing_keys`` and ``unexpected_keys``, both empty.
 
     Raises:
-        AdapterError: no such adapter.
+        AdapterError: no such adapter, or it is merged.
         CheckpointError: the tensors do not fit; nothing was changed.
     """
     inner, configs, _ = _parts(model)
     require_adapters(inner, [adapter_name])
+    require_unmerged(inner, adapter_name, "loading other values into it")
     tensors = without_prefix(peft_model_state_dict)
     config, with_start = configs[adapter_name], has_start(inner, adapter_name)
     found = misfit(inner, adapter_name, config, tensors, with_start=with_start)

@@ -52,6 +52,13 @@ def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_gra
                 host.set_requires_grad(name, requires_grad)
 
 
+def require_unmerged(model: nn.Module, name: str, before: str) -> None:
+    """Raises AdapterError if some base weight holds the update of adapter ``name``."""
+    for path, host in hosts(model):
+        if isinstance(host, LoraLayer) and name in host.merged_adapters:
+            raise AdapterError(f"Adapter {name!r} is merged into {path!r}. Call unmerge_adapter() before {before}.")
+
+
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter and its parameters from every layer.
 
@@ -59,9 +66,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         AdapterError: an unknown name, or the adapter is merged; nothing was changed.
     """
     require_adapters(model, [name])
-    for path, host in hosts(model):
-        if isinstance(host, LoraLayer) and name in host.merged_adapters:
-            raise AdapterError(f"Adapter {name!r} is merged into {path!r}. Call unmerge_adapter() before deleting it.")
+    require_unmerged(model, name, "deleting it")
     for _, host in hosts(model):
         if not isinstance(host, LoraLayer) or name in host.adapters:
             host.detach_adapter(name)
