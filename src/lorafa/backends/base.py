@@ -60,14 +60,15 @@ def replaced(layer: nn.Module, **parameters: Tensor | None) -> nn.Module:
     Raises:
         BackendError: the layer computes such a parameter from others (weight norm, a parametrization).
     """
+    computed = [name for name in parameters if name not in layer._parameters]
+    if computed:
+        raise BackendError(
+            f"The {computed[0]} of this {type(layer).__name__} is computed from other parameters (weight norm or another "
+            "parametrization), so nothing can be merged into it. Remove the parametrization first."
+        )
     new = copy.copy(layer)
     new._parameters = dict(layer._parameters)
     for name, value in parameters.items():
-        if name not in new._parameters:
-            raise BackendError(
-                f"The {name} of this {type(layer).__name__} is computed from other parameters (weight norm or another "
-                "parametrization), so nothing can be merged into it. Remove the parametrization first."
-            )
         old = layer._parameters[name]
         if value is not None and old is not None:
             new._parameters[name] = nn.Parameter(value.to(old).contiguous(), requires_grad=old.requires_grad)
