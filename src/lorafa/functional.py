@@ -76,6 +76,13 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     return x.view(bits).bitwise_and(mask.to(bits)).view(x.dtype)
 
 
+def apply_mask_(x: Tensor, mask: Tensor) -> Tensor:
+    """:func:`apply_mask` in place."""
+    bits = _SIGNED_BITS[x.element_size()]
+    x.view(bits).bitwise_and_(mask.to(bits))
+    return x
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype products are taken in: autocast's if it is on for x's device, else x's own."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
@@ -172,13 +179,13 @@ class _LowRankLinear(torch.autograd.Function):
             low_A = A.to(dtype)
             if weight is None:
                 grad_x = grad_z @ low_A
-                grad_x = grad_x if mask is None else apply_mask(grad_x, mask)
+                grad_x = grad_x if mask is None else apply_mask_(grad_x, mask)
             else:
                 grad_x = grad @ weight.to(dtype)
                 if mask is None:
                     grad_x.addmm_(grad_z, low_A)
                 else:
-                    grad_x.add_(apply_mask(grad_z @ low_A, mask))
+                    grad_x.add_(apply_mask_(grad_z @ low_A, mask))
             grad_x = grad_x.view(ctx.shape).to(x_dtype)
         if need_A:
             assert rows is not None

@@ -42,6 +42,11 @@ class _Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:  # as bound methods do
+        if name in ("__func__", "__self__"):
+            raise AttributeError(name)
+        return getattr(self.__func__, name)
+
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__self__.get_base_model().forward)
@@ -64,6 +69,7 @@ class PeftModel(nn.Module):
         """Wrap without adding an adapter; use :func:`get_peft_model` or :meth:`from_pretrained`."""
         super().__init__()
         self.base_model = LoraModel(model)
+        self.training = model.training
 
     # ---- making and loading
 

@@ -242,6 +242,12 @@ def test_features_of_later_versions_are_named_and_never_ignored(feature: str) ->
         get_peft_model(model, wanted)
 
 
+def test_a_start_from_the_weight_without_computing_one() -> None:
+    model = Model()
+    with refused(model, ConfigError, "init_lora_weights='pissa' computes its start from the weight, but low_cpu_mem"):
+        get_peft_model(model, config(init_lora_weights="pissa"), low_cpu_mem_usage=True)
+
+
 def test_an_exclusion_that_matches_nothing_is_said_and_harmless() -> None:
     with pytest.warns(UserWarning, match=re.escape("exclude_modules: 'k_prj' matches nothing in the model.")):
         get_peft_model(Model(), config(exclude_modules=["k_prj"]))

@@ -382,6 +382,22 @@ def test_print_trainable_parameters_counts_each_parameter_once(capsys: pytest.Ca
     assert model.get_nb_trainable_parameters() == (trained, total)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_wrapped_model_keeps_its_mode(training: bool) -> None:
+    base = Model().train(training)
+    base.first.eval()
+    model = get_peft_model(base, config())
+    assert model.training is model.base_model.training is base.training is training
+    assert not base.first.training
+    assert not base.first.base_layer.training
+
+
+def test_an_adapted_model_can_be_exported() -> None:
+    model = three()
+    program = torch.export.export(model, (X,))
+    torch.testing.assert_close(program.module()(X), run(model))
+
+
 def test_a_model_of_meta_tensors_can_be_filled_later() -> None:
     wanted = three()
     state = lorafa.get_peft_model_state_dict(wanted, adapter_name="b")

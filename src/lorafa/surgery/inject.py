@@ -150,6 +150,11 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
     initializer = INITIALIZERS.get(initializer_name(config.init_lora_weights))
     spec = LayerSpec(path, backend.host, target.rank, scaling, seed, name)
     weight = _weight_or_shape(backend, base, needed=initializer.reads_weight or variant.name == "dora", spec=spec)
+    if options.low_cpu_mem_usage and initializer.reads_weight and not options.from_file:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} computes its start from the weight, but "
+            "low_cpu_mem_usage=True computes none. Drop one of the two."
+        )
     layer_stats = stats.get(target.name, {})
     missing = [statistic for statistic in initializer.needs if statistic not in layer_stats]
     if missing:

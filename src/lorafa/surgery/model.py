@@ -29,6 +29,7 @@ class LoraModel(nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self._active: list[str] = []
+        self.training = model.training
 
     # ---- adapters
 
