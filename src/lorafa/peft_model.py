@@ -104,6 +104,7 @@ class PeftModel(nn.Module):
             SourceError, CheckpointError, ConfigError, TargetError: the adapter cannot be found, read or used here;
                 the model is as it was.
         """
+        _refuse_wrapped(model, "load_adapter")
         stored = read_adapter(
             model_id, subfolder=subfolder, config=config, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub
         )
@@ -125,11 +126,14 @@ class PeftModel(nn.Module):
         allow_pickle: bool = False,
         ignore_base_mismatch: bool = False,
         **hub: Unpack[HubOptions],
-    ) -> None:
+    ) -> Any:
         """Load a saved adapter beside the others; it does not count until :meth:`set_adapter`.
 
         An adapter of that name that is already there is filled from the file, as resuming a run needs it; the file's
         rank and layers must then be those it has.
+
+        Returns:
+            ``missing_keys`` and ``unexpected_keys``, both empty: a file that does not fit is refused.
 
         Raises:
             SourceError, CheckpointError, ConfigError, TargetError: as :meth:`from_pretrained`; nothing was changed.
@@ -138,9 +142,11 @@ class PeftModel(nn.Module):
         stored = read_adapter(model_id, subfolder=subfolder, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub)
         if adapter_name in self.peft_config:
             self._fill(stored, adapter_name, ignore_base_mismatch)
-            return
-        self._take_in(stored, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), ignore_base_mismatch)
-        self.base_model.set_requires_grad(adapter_name, is_trainable)
+        else:
+            options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
+            self._take_in(stored, adapter_name, options, ignore_base_mismatch)
+            self.base_model.set_requires_grad(adapter_name, is_trainable)
+        return nn.modules.module._IncompatibleKeys([], [])
 
     def _take_in(self, stored: StoredAdapter, name: str, options: Options, ignore_base: bool) -> None:
         if not ignore_base:
@@ -330,6 +336,11 @@ def _let_inputs_require_grad(model: Any) -> None:
         model.enable_input_require_grads()
 
 
+def _refuse_wrapped(model: nn.Module, method: str) -> None:
+    if isinstance(model, PeftModel):
+        raise AdapterError(f"The model is a PeftModel already. Call its {method}() to put another adapter on it.")
+
+
 def _with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     return replace(config, base_model_name_or_path=name) if name else replace(config)
@@ -362,8 +373,7 @@ def get_peft_model(
     """
     if mixed:
         raise NotAvailableError("mixed=True: models with adapters of several kinds are not available in lorafa.")
-    if isinstance(model, PeftModel):
-        raise AdapterError("The model is a PeftModel already. Call add_adapter() to put another adapter on it.")
+    _refuse_wrapped(model, "add_adapter")
     wrapped = PeftModel(model)
     config = _with_base_name(peft_config, model)
     if revision is not None:

@@ -227,7 +227,12 @@ CALLS: list[tuple[Callable[[PeftModel], Any], str]] = [
     (lambda m: m.merge_and_unload(adapter_names=["other"]), "The model has no adapter 'other'. It has: default."),
     (lambda m: lorafa.get_peft_model_state_dict(m, adapter_name="x"), "The model has no adapter 'x'. It has: default."),
     (lambda m: lorafa.set_peft_model_state_dict(m, {}, "x"), "The model has no adapter 'x'. It has: default."),
-    (lambda m: get_peft_model(m, config()), "The model is a PeftModel already. Call add_adapter() to put another"),
+    (lambda m: get_peft_model(m, config()), "The model is a PeftModel already. Call its add_adapter() to put another"),
+    (lambda m: PeftModel.from_pretrained(m, "x"), "The model is a PeftModel already. Call its load_adapter() to put"),
+    (
+        lambda m: get_peft_model(m.get_base_model(), config()),
+        "The model already has an adapter 'default'. Choose another",
+    ),
 ]
 
 

@@ -137,6 +137,15 @@ def mixtral() -> nn.Module:
     return transformers.MixtralForCausalLM(config)
 
 
+def qwen2_moe() -> nn.Module:
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=20, moe_intermediate_size=12,
+        shared_expert_intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_experts=3, num_experts_per_tok=2, experts_implementation="eager",
+    )  # fmt: skip
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
 def logits(model: nn.Module) -> Tensor:
     return model(input_ids=IDS).logits
 
@@ -344,6 +353,15 @@ CASES: dict[str, Case] = {
             "target_modules": ["q_proj"],
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             "r": 2,
+        },
+    ),
+    "qwen2_moe-experts": Case(
+        qwen2_moe,
+        logits,
+        {
+            "target_modules": ["v_proj", "shared_expert.up_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"],
+            "rank_pattern": {"experts.down_proj": 3},
         },
     ),
     "mixtral-router": Case(mixtral, logits, {"target_modules": [], "target_parameters": ["gate.weight"], "r": 2}),

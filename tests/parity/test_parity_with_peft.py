@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
@@ -66,7 +68,7 @@ def test_our_config_file_says_what_that_of_peft_says(case: Case, tmp_path) -> No
     assert targeted(case, ours) == targeted(case, theirs)  # "all-linear" may be spelled out in several ways
     for values in (ours, theirs):
         values["exclude_modules"] = sorted(values["exclude_modules"] or [])
-        values["target_parameters"] = values["target_parameters"] or None
+        values["target_parameters"] = sorted(values["target_parameters"] or [])
     different = {name for name in theirs if ours[name] != theirs[name]}
     assert different <= {"peft_version", "target_modules"}
 
@@ -78,6 +80,36 @@ def targeted(case: Case, config: dict[str, object]) -> list[str]:
 
 
 def test_gradients_of_every_trained_tensor_are_those_of_peft(case: Case) -> None:
+    check_gradients(case, 1e-6)
+
+
+SINGLE = ("linear-plain", "linear-everything", "linear-dora", "embedding", "conv2d", "transposed", "parameter-nested")
+
+
+@pytest.mark.parametrize("name", [*SINGLE, "llama-all_linear", "llama-dora", "gpt2-default", "mixtral-experts"])
+def test_gradients_in_float32_are_those_of_peft(name: str) -> None:
+    check_gradients(replace(CASES[name], dtype=torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear-plain", "linear-dora", "embedding", "conv2d", "transposed", "attention"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_on_a_half_precision_base_are_those_of_peft_but_for_rounding(name: str, dtype: torch.dtype) -> None:
+    case = replace(CASES[name], dtype=dtype)
+    ours, theirs = case.lorafa(), trained(case.peft())
+    with quiet():
+        lorafa.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    exact = replace(case, dtype=torch.float32)
+    reference = exact.lorafa(case.base().float())
+    with quiet():
+        state = {key: value.float() for key, value in peft.get_peft_model_state_dict(theirs).items()}
+        lorafa.set_peft_model_state_dict(reference, state)
+    wanted = output(exact, reference)
+    errors = [(output(case, model).float() - wanted).abs().max() for model in (ours, theirs)]
+    assert output(case, ours).dtype == dtype
+    assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def check_gradients(case: Case, tolerance: float) -> None:
     ours, theirs = case.lorafa(), trained(case.peft())
     with torch.no_grad():
         values = dict(theirs.named_parameters())
@@ -93,7 +125,9 @@ def test_gradients_of_every_trained_tensor_are_those_of_peft(case: Case) -> None
         if parameter.grad is not None:
             # PEFT applies the update of attention's out_proj twice and takes the gradient of one of the two.
             factor = 2 if ".out_proj.lora_" in name else 1
-            torch.testing.assert_close(parameter.grad, factor * wanted[name].grad, rtol=1e-6, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                parameter.grad, factor * wanted[name].grad, rtol=tolerance, atol=tolerance, msg=name
+            )
             compared += 1
     assert compared
 

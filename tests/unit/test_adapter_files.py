@@ -198,7 +198,8 @@ def test_a_loaded_adapter_waits_until_it_is_set(tmp_path: Path) -> None:
 def test_an_adapter_can_be_loaded_to_be_trained_beside_the_active_one(tmp_path: Path) -> None:
     adapted("lm_head").save_pretrained(tmp_path)
     model = adapted()
-    model.load_adapter(tmp_path, "b", is_trainable=True)
+    result = model.load_adapter(tmp_path, "b", is_trainable=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert model.active_adapters == ["default"]
     assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
 
