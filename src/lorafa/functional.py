@@ -83,11 +83,16 @@ def apply_mask_(x: Tensor, mask: Tensor) -> Tensor:
     return x
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype products are taken in: autocast's if it is on for x's device, else x's own."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast takes products of x in, or None where it is off."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype products are taken in: autocast's if it is on for x's device, else x's own."""
+    return autocast_dtype(x) or x.dtype
 
 
 def is_traced() -> bool:

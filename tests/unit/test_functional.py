@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lorafa import LoraConfig, get_peft_model
 from lorafa.functional import apply_mask, draw_seed, dropout_probability, keep_mask, low_rank_linear
 
 IN, OUT, RANK, SCALING = 7, 5, 3, 1.7
@@ -482,3 +483,11 @@ def test_compiles_without_a_graph_break(dropout: float) -> None:
     wanted = gradients(fused(again), again)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-10, atol=1e-10)
+
+
+def test_input_of_another_dtype_than_the_weight_is_refused_as_by_the_base_layer() -> None:
+    layer = get_peft_model(nn.Sequential(nn.Linear(8, 8)).bfloat16(), LoraConfig(target_modules=["0"], r=2))
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.randn(2, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(2, 8)).dtype is torch.bfloat16

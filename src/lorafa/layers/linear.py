@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorafa.functional import low_rank_linear
+from lorafa.functional import autocast_dtype, compute_dtype, low_rank_linear
 from lorafa.layers.base import LoraLayer
 
 
@@ -21,4 +21,7 @@ class LoraLinear(LoraLayer):
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         if hooked or "forward" in base.__dict__:  # somebody wants to see or change what passes through the base
             return None
-        return self.backend.dense(base)
+        dense = self.backend.dense(base)
+        if dense is not None and compute_dtype(x) not in (dense[0].dtype, autocast_dtype(x)):
+            return None  # the base layer says what is wrong with the dtypes
+        return dense
