@@ -85,16 +85,17 @@ def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path, variant: str, kind
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("variant", VARIANTS.names())
 def test_outputs_come_back_bit_for_bit_at_a_size_where_strides_choose_the_kernel(
-    tmp_path: Path, variant: str, dtype: torch.dtype
+    tmp_path: Path, variant: str, rank: int, dtype: torch.dtype
 ) -> None:
     def base() -> nn.Module:
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(96, 160), nn.Unflatten(1, (4, 40)), nn.Conv1d(4, 12, 3)).to(dtype)
 
     config = LoraConfig(
-        target_modules=["0", "2"], r=8, lora_alpha=12, use_rslora=True, init_lora_weights="pissa", **VARIANT[variant]
+        target_modules=["0", "2"], r=rank, lora_alpha=12, use_rslora=True, init_lora_weights="pissa", **VARIANT[variant]
     )
     model = get_peft_model(base(), config).eval()
     train(model)

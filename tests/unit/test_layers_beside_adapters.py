@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import close, train
+from adapter_toys import assert_unchanged, close, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from lorafa.errors import TargetError
 
 
 class Tied(nn.Module):
@@ -182,3 +184,46 @@ def test_deleting_an_adapter_takes_its_copies_and_rows_away() -> None:
     model.add_adapter("b", LoraConfig(**settings))
     model.delete_adapter("b")
     assert set(model.state_dict()) == before
+
+
+# ---- two ways of training one weight
+
+
+@pytest.mark.parametrize("first", [{"target_modules": ["embed"]}, {"modules_to_save": ["embed"]}], ids=str)
+def test_rows_of_a_table_that_another_adapter_trains_are_refused(first: dict[str, object]) -> None:
+    model = adapted(**first)
+    before = everything(model)
+    with pytest.raises(TargetError, match="'embed' is adapted or trained in full by another adapter already"):
+        model.add_adapter("b", LoraConfig(target_modules=["q_proj"], trainable_token_indices=ROWS))
+    assert_unchanged(before, model)
+
+
+def test_rows_of_a_table_whose_tied_head_is_adapted_are_refused() -> None:
+    text = "the output head shares the table of 'embed', .* Take it out of one of the two"
+    with pytest.raises(TargetError, match=text):
+        adapted(target_modules=["head"], trainable_token_indices=ROWS)
+    for first in ({"target_modules": ["head"]}, {"modules_to_save": ["head"]}):
+        model = adapted(**first)
+        with pytest.raises(TargetError, match=text):
+            model.add_adapter("b", LoraConfig(target_modules=["q_proj"], trainable_token_indices=ROWS))
+
+
+def test_rows_are_trained_beside_a_head_that_is_saved_in_full() -> None:
+    base = Tied()
+    with torch.no_grad():
+        original = base(X)
+        model = adapted(base, modules_to_save=["head"], trainable_token_indices=ROWS)
+        head = base.head.modules_to_save["default"]
+        close(model(X), head(torch.tanh(base.q_proj(base.embed(X)))))
+        expected = model(X)
+        with model.disable_adapter():
+            assert torch.equal(model(X), original)
+        close(copy.deepcopy(model).merge_and_unload()(X), expected)
+        assert torch.equal(model.unload()(X), original)
+
+
+def test_module_that_holds_an_adapted_layer_cannot_be_saved_in_full() -> None:
+    model = nn.Sequential(OrderedDict(block=nn.Sequential(nn.Linear(6, 6)), out=nn.Linear(6, 6)))
+    peft = get_peft_model(model, LoraConfig(target_modules=["block.0"], r=2))
+    with pytest.raises(TargetError, match="modules_to_save: 'block' carries an adapter already"):
+        peft.add_adapter("b", LoraConfig(target_modules=["out"], modules_to_save=["block"], r=2))

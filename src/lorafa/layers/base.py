@@ -155,8 +155,10 @@ class LoraLayer(nn.Module):
         """Take in an adapter that has been built; the names in ``parts`` are not checked here."""
         device = parts.A.device if parts.A.is_meta else self._device()
 
-        def placed(tensor: Tensor) -> Tensor:  # contiguous, so that a reloaded adapter has the same strides and bits
-            return tensor.to(device=device, dtype=parts.dtype).contiguous()
+        def placed(tensor: Tensor) -> Tensor:
+            # Strides decide over kernels and so over bits: those of a reloaded adapter, also along sizes of one.
+            tensor = tensor.to(device=device, dtype=parts.dtype).contiguous()
+            return tensor.view(-1).view(tensor.shape)
 
         self.r[name], self.lora_alpha[name], self.scaling[name] = parts.rank, parts.alpha, parts.scaling
         self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant == "dora"

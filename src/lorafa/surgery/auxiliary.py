@@ -14,7 +14,7 @@ from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
-from lorafa.surgery.walk import Parents, Place, places
+from lorafa.surgery.walk import Parents, Place, hosts, places
 
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -88,7 +88,7 @@ def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -
                 raise TargetError(message)
             warnings.warn(message, stacklevel=2)
         for place in hits:
-            if isinstance(place.module, (LoraLayer, TrainableTokensWrapper)):
+            if not isinstance(place.module, ModulesToSaveWrapper) and any(True for _ in hosts(place.module)):
                 raise TargetError(
                     f"modules_to_save: {place.name!r} carries an adapter already, so it cannot also be trained in "
                     "full. Take it out of one of the two."
@@ -147,7 +147,12 @@ def _token_rows(
                     f"trainable_token_indices: {outside[0]} is outside the {rows.shape[0]} rows of {name!r}. "
                     "Resize the embedding first if these tokens are new."
                 )
-            found.append((module, list(indices), _tied_head(model, base)))
+            if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+                raise TargetError(
+                    f"trainable_token_indices: {name!r} is adapted or trained in full by another adapter already, so "
+                    "its rows cannot be trained too. Use the same way for all adapters."
+                )
+            found.append((module, list(indices), _head_of(model, base, name, taken)))
     return found
 
 
@@ -163,12 +168,26 @@ def _input_embedding(model: nn.Module, everything: list[Place]) -> str:
     return name
 
 
+def _head_of(model: nn.Module, embedding: nn.Module, name: str, taken: dict[int, str]) -> nn.Module | None:
+    """The head whose weight is the table, unless it gets a copy of its own by modules_to_save."""
+    head = _tied_head(model, embedding)
+    if head is None or taken.get(id(head)) == "modules_to_save":
+        return None
+    if id(head) in taken or isinstance(head, (LoraLayer, ModulesToSaveWrapper)):
+        raise TargetError(
+            f"trainable_token_indices: the output head shares the table of {name!r}, so its rows are trained too, but "
+            "it is adapted or trained in full itself. Take it out of one of the two."
+        )
+    return head
+
+
 def _tied_head(model: nn.Module, embedding: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if head is None or head is embedding or isinstance(head, TrainableTokensWrapper):
         return None
-    return head if getattr(head, "weight", None) is embedding.weight else None
+    original = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
+    return head if getattr(original, "weight", None) is embedding.weight else None
 
 
 def _tokens_wrapper(
