@@ -111,6 +111,8 @@ class PeftModel(nn.Module):
         wrapped = cls(model)
         wrapped._take_in(stored, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), ignore_base_mismatch)
         wrapped.base_model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        if is_trainable and _is_checkpointed(model):
+            _let_inputs_require_grad(model)
         return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
@@ -321,6 +323,12 @@ class PeftModel(nn.Module):
         model.gradient_checkpointing_enable(*args, **kwargs)
         _let_inputs_require_grad(model)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The newer name of :meth:`gradient_checkpointing_enable` in transformers, which its Trainer calls."""
+        model: Any = self.get_base_model()
+        model.activation_checkpointing_enable(*args, **kwargs)
+        _let_inputs_require_grad(model)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -328,6 +336,10 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _let_inputs_require_grad(model: Any) -> None:
@@ -380,6 +392,6 @@ def get_peft_model(
         config.revision = revision
     wrapped.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
     wrapped.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if _is_checkpointed(model):
         _let_inputs_require_grad(model)
     return wrapped

@@ -122,11 +122,16 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
-def bert() -> nn.Module:
+def bert(kind: type[nn.Module] = transformers.BertForSequenceClassification, labels: int = 3) -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=3
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=labels,
     )
-    return transformers.BertForSequenceClassification(config)
+    return kind(config)
 
 
 def mixtral() -> nn.Module:
@@ -331,10 +336,24 @@ CASES: dict[str, Case] = {
     "llama-tied-embedding": Case(
         lambda: llama(tie_word_embeddings=True), logits, {"target_modules": ["embed_tokens"], "r": 4}
     ),
+    **{
+        f"llama-tied-{name}": Case(lambda: llama(tie_word_embeddings=True), logits, settings | {"r": 4})
+        for name, settings in {
+            "head": {"target_modules": ["lm_head", "v_proj"]},
+            "both_ends": {"target_modules": ["lm_head", "embed_tokens"]},
+            "saved_head": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+            "saved_embedding": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+            "all_linear": {"target_modules": "all-linear"},
+        }.items()
+    },
     "llama-tied-tokens": Case(
         lambda: llama(tie_word_embeddings=True),
         logits,
         {"target_modules": ["q_proj"], "trainable_token_indices": [3, 8]},
+    ),
+    "gpt2-embedding": Case(gpt2, logits, {"target_modules": ["wte", "c_proj"], "fan_in_fan_out": True}),
+    "gpt2-tokens": Case(
+        gpt2, logits, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "trainable_token_indices": [4, 9]}
     ),
     "gpt2-default": Case(gpt2, logits, {"fan_in_fan_out": True}),
     "gpt2-all_linear": Case(gpt2, logits, {"target_modules": "all-linear", "fan_in_fan_out": True}),
@@ -344,6 +363,20 @@ CASES: dict[str, Case] = {
     "t5-shared": Case(t5, seq2seq_logits, {"target_modules": ["shared", "q"]}),
     "bert-default": Case(bert, logits, {"task_type": "SEQ_CLS"}),
     "bert-all_linear": Case(bert, logits, {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),
+    "bert-token_classification": Case(
+        lambda: bert(transformers.BertForTokenClassification), logits, {"task_type": "TOKEN_CLS"}
+    ),
+    "bert-question_answering": Case(
+        lambda: bert(transformers.BertForQuestionAnswering, 2),
+        lambda m: m(input_ids=IDS).start_logits,
+        {"task_type": "QUESTION_ANS"},
+    ),
+    "bert-saved_layer": Case(bert, logits, {"target_modules": ["query"], "modules_to_save": ["encoder.layer.1"]}),
+    "bert-features": Case(
+        lambda: bert(transformers.BertModel),
+        lambda m: m(input_ids=IDS).last_hidden_state,
+        {"task_type": "FEATURE_EXTRACTION"},
+    ),
     "bert-bias": Case(bert, logits, {"target_modules": ["query", "dense"], "bias": "all"}),
     "mixtral-attention": Case(mixtral, logits, {"target_modules": ["q_proj", "v_proj"]}),
     "mixtral-experts": Case(

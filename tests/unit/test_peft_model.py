@@ -291,6 +291,21 @@ def test_the_model_answers_for_the_one_it_wraps() -> None:
         _ = model.nonsense
 
 
+def test_wrapped_modules_answer_for_the_ones_they_wrap() -> None:
+    class Words(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 6, padding_idx=0)
+
+    model = get_peft_model(Words(), config(modules_to_save=["head"], trainable_token_indices={"table": [1]}))
+    for twin in (model, copy.deepcopy(model)):
+        assert twin.get_base_model().head.in_features == 5
+        assert twin.get_base_model().table.padding_idx == 0
+        assert twin.get_base_model().table.num_embeddings == 5
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'nonsense'"):
+        _ = model.get_base_model().head.nonsense
+
+
 def test_configs_handed_in_are_copied_and_never_changed() -> None:
     mine = LoraConfig(target_modules="all-linear", task_type="SEQ_CLS", r=2)
     before = copy.deepcopy(mine)

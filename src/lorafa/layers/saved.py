@@ -73,3 +73,12 @@ class ModulesToSaveWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper does not have is asked of the module that runs now: ``in_features``, ``padding_idx`` ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "modules_to_save" not in self.__dict__.get("_modules", {}):  # not made yet, or being copied
+                raise
+            return getattr(self.current(), name)

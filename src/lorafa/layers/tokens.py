@@ -120,6 +120,15 @@ class TrainableTokensWrapper(nn.Module):
         rows = rows if scale is None else rows * scale
         return torch.where((chosen >= 0)[..., None], nn.functional.embedding(chosen.clamp_min(0), rows), y)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper does not have is asked of the wrapped module (``num_embeddings``, ``padding_idx`` ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "token_adapter" not in self.__dict__.get("_modules", {}):  # not made yet, or being copied
+                raise
+            return getattr(self.original_module, name)
+
     @torch.no_grad()
     def plain_layer(self, merge: bool) -> nn.Module:
         """The wrapped module, with the rows in force written into a new weight if ``merge``."""
