@@ -17,6 +17,10 @@ class LoraConv(LoraLayer):
 
     kind = "conv"
 
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.in_features = cast(Conv, base_layer).in_channels  # as PEFT counts them: without the taps
+
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         base = cast(Conv, self.get_base_layer())
         ones = (1,) * (A.dim() - 2)
