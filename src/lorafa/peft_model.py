@@ -178,8 +178,8 @@ class PeftModel(nn.Module):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         *,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
-        **_: Any,
     ) -> None:
         """Write adapters in PEFT's format: "default" into the folder itself, others into sub-folders of their name.
 
@@ -188,6 +188,8 @@ class PeftModel(nn.Module):
             save_embedding_layers: True adds the base weights of embedding and head (for a resized vocabulary), False
                 does not; "auto" adds them, as PEFT does, if "embed_tokens" or "lm_head" is a target.
             is_main_process: False writes nothing, for all ranks but one.
+            path_initial_model_for_weight_conversion: not needed here and not read: what PEFT makes of it, plain LoRA on
+                the pristine base, is what every file of lorafa holds.
             state_dict: take the tensors from this gathered state dict of the PeftModel.
 
         Raises:

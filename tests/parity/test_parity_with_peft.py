@@ -143,3 +143,18 @@ def test_state_dicts_of_one_adapter_go_both_ways(case: Case) -> None:
         trained(theirs, seed=5)
         lorafa.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
     torch.testing.assert_close(output(case, ours), output(case, theirs), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_files_of_attention_mean_the_same_to_both_libraries_though_peft_applies_out_proj_twice(tmp_path, start) -> None:
+    case = replace(CASES["attention"], ours={}, dtype=torch.float32)
+    ours, theirs = trained(replace(case, ours={"init_lora_weights": start}).lorafa()), trained(case.peft())
+    with quiet():
+        ours.save_pretrained(tmp_path / "ours")
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours_there = peft.PeftModel.from_pretrained(case.base(), tmp_path / "ours").eval()
+        ours_back = lorafa.PeftModel.from_pretrained(case.base(), tmp_path / "ours")
+        theirs_here = lorafa.PeftModel.from_pretrained(case.base(), tmp_path / "theirs")
+    torch.testing.assert_close(output(case, ours_there), output(case, ours), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(case, theirs_here), output(case, theirs), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output(case, ours_back), output(case, ours))

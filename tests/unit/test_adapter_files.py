@@ -169,6 +169,13 @@ def test_embeddings_in_a_file_replace_those_of_the_model_and_are_not_checked_aga
         PeftModel.from_pretrained(other, tmp_path)
 
 
+def test_saving_takes_no_setting_it_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_shard_sise'"):
+        adapted().save_pretrained(tmp_path / "new", max_shard_sise=3)
+    assert not (tmp_path / "new").exists()
+    adapted().save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion="not read")
+
+
 # ---- reading
 
 

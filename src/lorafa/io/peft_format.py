@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorafa.config import LoraConfig
 from lorafa.io.strict import Misfit, compare
+from lorafa.layers.attention import LoraAttention
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
@@ -140,6 +141,8 @@ def file_tensors(
         with_start: False gives A and B alone.
     """
     values = {entry.key: _value(entry, state_dict) for entry in entries(model, name, config, embeddings=embeddings)}
+    halved = _factors_applied_twice(model, name, config)
+    values |= {key: values[key] / 2 for key in halved}
     if not with_start:
         return values
     for path, layer, start in _starts(model, name):
@@ -150,7 +153,8 @@ def file_tensors(
         key_A, key_B = factor_keys(path, layer, name)
         A, B = layer.matrix_A(values[key_A]), layer.matrix_B(values[key_B])
         values[key_A] = layer.stored_A(torch.cat([A, start[0].to(A)], dim=-2))
-        values[key_B] = layer.stored_B(torch.cat([B, -start[1].to(B)], dim=-1))
+        B0 = start[1].to(B) / 2 if key_B in halved else start[1].to(B)
+        values[key_B] = layer.stored_B(torch.cat([B, -B0], dim=-1))
     return values
 
 
@@ -161,6 +165,21 @@ def _value(entry: Entry, state_dict: Mapping[str, Tensor] | None) -> Tensor:
         if key in state_dict:
             return state_dict[key].detach()
     return entry.tensor.detach()
+
+
+def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> list[str]:
+    """Keys of the B that PEFT multiplies in twice: those of nn.MultiheadAttention's out_proj.
+
+    An adapter that counts once here is stored with half of that B (exact in binary) and read with twice the B of a
+    file, so that a file means the same to both libraries.
+    """
+    if config.attention_out_proj_twice:
+        return []
+    return [
+        f"{path}.base_layer.out_proj.lora_B.weight"
+        for path, host in hosts(model)
+        if isinstance(host, LoraAttention) and name in host.adapters
+    ]
 
 
 def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple[Tensor, Tensor]]]:
@@ -201,6 +220,7 @@ def load_tensors(
 ) -> None:
     """Fill adapter ``name`` from the tensors of a file that fits (see :func:`misfit`)."""
     tensors = dict(tensors)
+    tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(model, name, config) if key in tensors}
     for path, layer, start in _starts(model, name):
         if not with_start:
             continue
