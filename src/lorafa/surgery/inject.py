@@ -193,8 +193,8 @@ def _check_fits(path: str, kind: str, base: nn.Module, rank: int, config: LoraCo
         )
     if kind == "embedding" and type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
         raise BackendError(
-            f"{path}: {type(base).__name__} has a forward of its own, so which rows it looks up cannot be known here, and "
-            "an adapter on it might be wrong. Leave it out with exclude_modules."
+            f"{path}: {type(base).__name__} has a forward of its own, so which rows it looks up cannot be known here, "
+            "and an adapter on it might be wrong. Leave it out with exclude_modules."
         )
     if config.lora_bias and kind in ("embedding", "experts"):
         raise ConfigError(f"{path}: lora_bias is not defined on {kind} layers.")

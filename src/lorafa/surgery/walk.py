@@ -56,7 +56,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without what wrappers hold for adapters: as long with a hundred adapters as with one."""
+    """``model.named_modules()`` without what wrappers hold for adapters: no longer with a hundred than with one."""
     seen: set[int] = set()
     stack = [("", model)]
     while stack:
