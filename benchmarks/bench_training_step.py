@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Contender, emit, interleave, median, timed, verdict
+from harness import THREADS, Contender, emit, interleave, median, timed, verdict
 
 NAME = "training_step"
 ROWS = 8
@@ -125,13 +125,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="word_problems", help="a jsonl of question/answer rows")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--only", choices=["lora", "dora"], help="one half of the benchmark")
     arguments = parser.parse_args()
     data = str(Path(arguments.data).resolve()) if Path(arguments.data).exists() else arguments.data
     if arguments.only != "dora":
-        lora(data, arguments.repeats)
+        lora(data, arguments.repeats, arguments.threads)
     if arguments.only != "lora":
-        dora(data, arguments.repeats)
+        dora(data, arguments.repeats, arguments.threads)
 
 
 def compare(one: Contender, other: Contender, repeats: int) -> dict[str, dict[str, float]]:
@@ -150,11 +151,11 @@ def compare(one: Contender, other: Contender, repeats: int) -> dict[str, dict[st
     return figures
 
 
-def lora(data: str, repeats: int) -> None:
+def lora(data: str, repeats: int, threads: int) -> None:
     """One pair at a time: all of them together do not fit into memory."""
 
     def contender(name: str, library: str, loss: str, **more: Any) -> Contender:
-        return Contender(name, Step, library=library, loss=loss, data=data, **more)
+        return Contender(name, Step, threads=threads, library=library, loss=loss, data=data, **more)
 
     f = compare(contender("lorafa", "lorafa", "chunked"), contender("peft", "peft", "model"), repeats)
     ours, peft = f["lorafa"], f["peft"]
@@ -174,9 +175,9 @@ def lora(data: str, repeats: int) -> None:
     frozen.close()
 
 
-def dora(data: str, repeats: int) -> None:
+def dora(data: str, repeats: int, threads: int) -> None:
     for dropout in (0.0, 0.05):
-        make = {"loss": "model", "data": data, "dropout": dropout}
+        make: dict[str, Any] = {"threads": threads, "loss": "model", "data": data, "dropout": dropout}
         peft = Contender("peft DoRA", Step, library="peft", dora=True, **make)
         ours = Contender("lorafa DoRA", Step, library="lorafa", dora=True, **make)
         plain = Contender("lorafa LoRA", Step, library="lorafa", **make)

@@ -22,16 +22,17 @@ import torch
 from lorafa.train.memory import keep_freed_memory
 
 THREADS = 2
+"""Of every contender, unless a benchmark says otherwise."""
 
 
 class Contender:
     """A process that builds something once and then runs its methods on request."""
 
-    def __init__(self, name: str, build: Callable[..., Any], **arguments: Any) -> None:
+    def __init__(self, name: str, build: Callable[..., Any], *, threads: int = THREADS, **arguments: Any) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, threads, build, arguments), daemon=True)
         self._process.start()
         theirs.close()
         self._receive()
@@ -60,9 +61,9 @@ class Contender:
             self._process.kill()
 
 
-def _serve(pipe: Connection, build: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+def _serve(pipe: Connection, threads: int, build: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     keep_freed_memory()
     try:
         served = build(**arguments)
