@@ -15,7 +15,7 @@ from lorafa.layers.attention import LoraAttention
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
-from lorafa.surgery.walk import hosts, places
+from lorafa.surgery.walk import base_parameters, hosts, places
 
 PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -77,9 +77,8 @@ def _live(key: str, name: str) -> str:
 
 def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Entry]:
     if config.bias == "all":
-        owned = {id(p) for _, host in hosts(model) for p in host.stored_parameters(name).values()}
-        for key, parameter in model.named_parameters():
-            if key.rpartition(".")[2] == "bias" and id(parameter) not in owned and ".lora_" not in key:
+        for key, parameter in base_parameters(model):
+            if key.rpartition(".")[2] == "bias":
                 yield Entry(key, key, parameter)
     elif config.bias == "lora_only":
         for path, host in hosts(model):

@@ -24,7 +24,7 @@ from lorafa.layers.experts import LoraExperts
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads
 from lorafa.surgery.targets import Target, find_targets, resolved_targets
-from lorafa.surgery.walk import Host, Parents, hosts, lora_layers, skeleton
+from lorafa.surgery.walk import Host, Parents, base_parameters, hosts, lora_layers
 from lorafa.variants import VARIANTS
 
 Stats = Mapping[str, Mapping[str, Tensor]]
@@ -246,6 +246,7 @@ class Undo:
 
     name: str
     requires_grad: list[tuple[nn.Parameter, bool]]
+    """Of the base's parameters; a plan changes no other adapter's."""
     replaced: list[tuple[nn.Module, str, nn.Module]]
     carriers: list[Host]
     """Wrappers that were there before and got the adapter."""
@@ -265,7 +266,8 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
     The adapter is attached inactive; :func:`lorafa.surgery.adapters.set_adapter` makes it count.
     """
     parents, before = Parents(model), [host for _, host in hosts(model)]
-    undo = Undo(planned.name, _flags(model), parents.history, before)
+    flags = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
+    undo = Undo(planned.name, flags, parents.history, before)
     if not before:
         model.requires_grad_(False)
     try:
@@ -278,12 +280,6 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
         undo()
         raise
     return undo
-
-
-def _flags(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
-    """The base's parameters and whether each requires a gradient; a plan changes no other adapter's."""
-    own = [p for _, module in skeleton(model) for p in module._parameters.values() if p is not None]
-    return [(parameter, parameter.requires_grad) for parameter in own]
 
 
 def _host_for(model: nn.Module, target: Target, parents: Parents) -> LoraLayer:
@@ -306,7 +302,7 @@ def _host_for(model: nn.Module, target: Target, parents: Parents) -> LoraLayer:
 def _train_biases(model: nn.Module, which: str) -> None:
     if which == "all":
         wrapped = {id(p) for _, host in hosts(model) if not isinstance(host, LoraLayer) for p in host.parameters()}
-        for name, parameter in model.named_parameters():
+        for name, parameter in base_parameters(model):
             if name.rpartition(".")[2] == "bias" and id(parameter) not in wrapped:
                 parameter.requires_grad_(True)
         return

@@ -76,6 +76,14 @@ def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         stack.extend((_join(path, name), child) for name, child in reversed(children))
 
 
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``model.named_parameters()`` without those of adapters, shared ones at each of their names."""
+    for path, module in skeleton(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield _join(path, name), parameter
+
+
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
     """Every wrapper of lorafa in the model with its path, each once, in the order of the model."""
     for path, module in skeleton(model):
