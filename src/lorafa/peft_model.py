@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,8 @@ from lorafa.io.card import write_card
 from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
 from lorafa.io.state import materialize
 from lorafa.storage import HubOptions
-from lorafa.surgery.adapters import disabled, require_adapters, require_unmerged
+from lorafa.surgery.adapters import disabled, require_adapters, require_nothing_merged, require_unmerged
+from lorafa.surgery.forward import ForwardOfTheWrapped
 from lorafa.surgery.inject import Options
 from lorafa.surgery.model import LoraModel
 from lorafa.surgery.status import (
@@ -31,35 +31,6 @@ from lorafa.surgery.status import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class _Bound:
-    """A forward method bound to a model, with the parameters of the forward of the model that one wraps."""
-
-    def __init__(self, function: Callable[..., Any], model: PeftModel) -> None:
-        self.__func__, self.__self__ = function, model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__func__(self.__self__, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:  # as bound methods do
-        if name in ("__func__", "__self__"):
-            raise AttributeError(name)
-        return getattr(self.__func__, name)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__self__.get_base_model().forward)
-
-
-class _Forward:
-    """Trainers choose the columns of a dataset by the parameters of forward, so those must be the wrapped model's."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __get__(self, model: PeftModel | None, owner: type | None = None) -> Callable[..., Any]:
-        return self.function if model is None else _Bound(self.function, model)
 
 
 class PeftModel(nn.Module):
@@ -104,7 +75,7 @@ class PeftModel(nn.Module):
             SourceError, CheckpointError, ConfigError, TargetError: the adapter cannot be found, read or used here;
                 the model is as it was.
         """
-        _refuse_wrapped(model, "load_adapter")
+        _check_can_wrap(model, "load_adapter")
         stored = read_adapter(
             model_id, subfolder=subfolder, config=config, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub
         )
@@ -305,7 +276,7 @@ class PeftModel(nn.Module):
 
     # ---- running
 
-    @_Forward
+    @ForwardOfTheWrapped
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """Arguments and result are the wrapped model's; ``labels`` is spelled out for trainers that look for it."""
         if "adapter_names" in kwargs:
@@ -350,9 +321,10 @@ def _let_inputs_require_grad(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-def _refuse_wrapped(model: nn.Module, method: str) -> None:
+def _check_can_wrap(model: nn.Module, method: str) -> None:
     if isinstance(model, PeftModel):
         raise AdapterError(f"The model is a PeftModel already. Call its {method}() to put another adapter on it.")
+    require_nothing_merged(model)
 
 
 def _with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -387,7 +359,7 @@ def get_peft_model(
     """
     if mixed:
         raise NotAvailableError("mixed=True: models with adapters of several kinds are not available in lorafa.")
-    _refuse_wrapped(model, "add_adapter")
+    _check_can_wrap(model, "add_adapter")
     wrapped = PeftModel(model)
     config = _with_base_name(peft_config, model)
     if revision is not None:

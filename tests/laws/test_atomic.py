@@ -23,6 +23,7 @@ from lorafa.errors import (
 )
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import auxiliary
+from lorafa.surgery.merge import merge_adapter
 
 
 class Everything(nn.Module):
@@ -216,6 +217,27 @@ def test_adapters_cannot_be_switched_or_deleted_while_one_is_merged() -> None:
         ("'default' is merged into '.*'. Call unmerge_adapter", lambda: model.delete_adapter("default")),
     ):
         assert_fails_and_changes_nothing(model, AdapterError, text, call)
+
+
+def test_active_adapter_is_not_deleted_where_a_merged_one_keeps_its_successor_from_being_activated() -> None:
+    model = adapted()
+    model.add_adapter("second", all_of_it())
+    model.merge_adapter(["second"])
+    text = "'second' is merged into the base weights. Call unmerge_adapter"
+    assert_fails_and_changes_nothing(model, AdapterError, text, lambda: model.delete_adapter("default"))
+    assert list(model.peft_config) == ["default", "second"]
+
+
+@pytest.mark.parametrize("add", [get_peft_model, lambda model, config, name: inject_adapter_in_model(config, model, name)])
+def test_adapter_is_not_added_as_the_active_one_while_another_is_merged(add: Callable[..., object]) -> None:
+    model = inject_adapter_in_model(all_of_it(), Everything(), "first")
+    merge_adapter(model)
+    text = "'first' is merged into the base weights. Call unmerge_adapter"
+    before = everything(model)
+    with pytest.raises(AdapterError, match=text):
+        add(model, all_of_it(), "second")
+    assert_unchanged(before, model)
+    assert list(model.peft_config) == ["first"]  # type: ignore[arg-type]
 
 
 def test_merge_that_fails_at_the_last_layer_merges_nothing() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from lorafa.errors import AdapterError, did_you_mean
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.inject import adapter_names
-from lorafa.surgery.walk import hosts
+from lorafa.surgery.walk import hosts, lora_layers
 
 
 def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
@@ -32,14 +32,19 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     """
     listed = [names] if isinstance(names, str) else list(names)
     require_adapters(model, listed)
-    merged = next((h.merged_adapters for _, h in hosts(model) if isinstance(h, LoraLayer) and h.merged_adapters), None)
+    require_nothing_merged(model)
+    for _, host in hosts(model):
+        host.set_adapter(listed, inference_mode)
+
+
+def require_nothing_merged(model: nn.Module) -> None:
+    """Raises AdapterError if some base weight holds an update: which adapters count cannot be changed then."""
+    merged = next((layer.merged_adapters for _, layer in lora_layers(model) if layer.merged_adapters), None)
     if merged:
         raise AdapterError(
             f"{', '.join(map(repr, merged))} {'is' if len(merged) == 1 else 'are'} merged into the base weights. "
             "Call unmerge_adapter() before activating other adapters."
         )
-    for _, host in hosts(model):
-        host.set_adapter(listed, inference_mode)
 
 
 def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -54,22 +59,27 @@ def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_gra
 
 def require_unmerged(model: nn.Module, name: str, before: str) -> None:
     """Raises AdapterError if some base weight holds the update of adapter ``name``."""
-    for path, host in hosts(model):
-        if isinstance(host, LoraLayer) and name in host.merged_adapters:
+    for path, layer in lora_layers(model):
+        if name in layer.merged_adapters:
             raise AdapterError(f"Adapter {name!r} is merged into {path!r}. Call unmerge_adapter() before {before}.")
 
 
-def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter and its parameters from every layer.
+def delete_adapter(model: nn.Module, name: str, successor: str | None = None) -> None:
+    """Remove an adapter and its parameters from every layer, and activate ``successor`` if there is one.
 
     Raises:
-        AdapterError: an unknown name, or the adapter is merged; nothing was changed.
+        AdapterError: an unknown name, the adapter is merged, or another one is and there is a successor; nothing was
+            changed.
     """
-    require_adapters(model, [name])
+    require_adapters(model, [name] if successor is None else [name, successor])
     require_unmerged(model, name, "deleting it")
+    if successor is not None:
+        require_nothing_merged(model)
     for _, host in hosts(model):
         if not isinstance(host, LoraLayer) or name in host.adapters:
             host.detach_adapter(name)
+    if successor is not None:
+        set_adapter(model, successor)
 
 
 def enable_adapters(model: nn.Module, enabled: bool) -> None:

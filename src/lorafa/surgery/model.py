@@ -88,12 +88,19 @@ class LoraModel(nn.Module):
         adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was the only active one, another (if any) becomes active."""
-        adapters.delete_adapter(self.model, adapter_name)
+        """Remove an adapter; if it was the only active one, another (if any) becomes active.
+
+        Raises:
+            AdapterError: an unknown name, the adapter is merged, or one is merged and another would become active;
+                nothing was changed.
+        """
+        rest = [name for name in self.peft_config if name != adapter_name]
+        successor = rest[0] if rest and set(self._active) <= {adapter_name} else None
+        adapters.delete_adapter(self.model, adapter_name, successor)
         del self.peft_config[adapter_name]
         self._active = [name for name in self._active if name != adapter_name]
-        if not self._active and self.peft_config:
-            self.set_adapter(next(iter(self.peft_config)))
+        if successor is not None:
+            self._active = [successor]
 
     def enable_adapter_layers(self) -> None:
         adapters.enable_adapters(self.model, True)
@@ -151,6 +158,7 @@ def inject_adapter_in_model(
 
     The configs are then at ``model.peft_config``. Raises as :func:`lorafa.get_peft_model`; nothing is changed then.
     """
+    adapters.require_nothing_merged(model)
     tuner = LoraModel(model)
     tuner.peft_config = getattr(model, "peft_config", {})
     tuner.inject_adapter(peft_config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
