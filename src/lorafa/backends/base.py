@@ -63,8 +63,8 @@ def replaced(layer: nn.Module, **parameters: Tensor | None) -> nn.Module:
     computed = [name for name in parameters if name not in layer._parameters]
     if computed:
         raise BackendError(
-            f"The {computed[0]} of this {type(layer).__name__} is computed from other parameters (weight norm or another "
-            "parametrization), so nothing can be merged into it. Remove the parametrization first."
+            f"The {computed[0]} of this {type(layer).__name__} is computed from other parameters (weight norm or "
+            "another parametrization), so nothing can be merged into it. Remove the parametrization first."
         )
     new = copy.copy(layer)
     new._parameters = dict(layer._parameters)
