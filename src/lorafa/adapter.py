@@ -7,6 +7,7 @@ mathematics; formulas use the view only.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype weights are computed in: float64 stays, everything else becomes float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
+    """The factor s on B A: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv:2312.03732)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 class Start(nn.Module):
@@ -69,9 +75,10 @@ class Adapter:
 
     @property
     def dropout(self) -> float:
-        """The probability in force: 0 in eval mode."""
+        """The probability in force: 0 in eval mode, and where it cannot act."""
         module = self.layer.lora_dropout[self.name]
-        return float(module.p) if self.layer.training and isinstance(module, nn.Dropout) else 0.0
+        acts = self.layer.training and self.layer.takes_dropout
+        return float(module.p) if acts and isinstance(module, nn.Dropout) else 0.0
 
     @property
     def bias(self) -> Tensor | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
 from lorafa.config_checks import START_CONFIGS, STARTS, check_config
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
@@ -220,7 +220,7 @@ class LoraConfig:
 
     def scaling(self, r: int, alpha: float) -> float:
         """Factor on B @ A of a layer with rank r: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv:2312.03732)."""
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        return scaling(r, alpha, self.use_rslora)
 
     @property
     def is_prompt_learning(self) -> bool:

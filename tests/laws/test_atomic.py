@@ -228,7 +228,7 @@ def test_active_adapter_is_not_deleted_where_a_merged_one_keeps_its_successor_fr
     assert list(model.peft_config) == ["default", "second"]
 
 
-@pytest.mark.parametrize("add", [get_peft_model, lambda model, config, name: inject_adapter_in_model(config, model, name)])
+@pytest.mark.parametrize("add", [get_peft_model, lambda model, *settings: inject_adapter_in_model(settings[0], model)])
 def test_adapter_is_not_added_as_the_active_one_while_another_is_merged(add: Callable[..., object]) -> None:
     model = inject_adapter_in_model(all_of_it(), Everything(), "first")
     merge_adapter(model)

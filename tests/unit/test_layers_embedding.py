@@ -102,9 +102,10 @@ def test_factors_are_stored_as_peft_stores_them() -> None:
     }
 
 
-def test_dropout_is_warned_of_because_indices_cannot_be_dropped() -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_is_warned_of_because_indices_cannot_be_dropped(use_dora: bool) -> None:
     with pytest.warns(UserWarning, match="layer: lora_dropout does not act on embedding layers"):
-        model = adapted(nn.Embedding(10, 6), lora_dropout=0.5)
+        model = adapted(nn.Embedding(10, 6), lora_dropout=0.5, use_dora=use_dora)
     x = torch.arange(10)
     assert torch.equal(model(x), model(x))
 

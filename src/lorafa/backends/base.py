@@ -41,6 +41,10 @@ class Backend(ABC):
         out, in_ = self.weight(layer).shape
         return int(out), int(in_)
 
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        """The dtype the weight is stored in; float32 where it is in no parameter of the layer."""
+        return next((p.dtype for p in layer.parameters(recurse=False) if p.dim() > 1), torch.float32)
+
     def dense(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) if layer(x) is linear(x, weight, bias) on ordinary tensors, else None."""
         return None

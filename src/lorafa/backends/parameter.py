@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend, replaced
@@ -33,6 +34,9 @@ class ParameterBackend(Backend):
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         out, in_ = self.weight(layer).shape[-2:]
         return int(out), int(in_)
+
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        return self.parameter(layer).dtype
 
     def bias(self, layer: nn.Module) -> Tensor | None:
         return None

@@ -18,6 +18,7 @@ class LoraAttention(LoraLayer):
     """Arguments and results are nn.MultiheadAttention's. Dropout cannot act: there is no adapter input."""
 
     kind = "attention"
+    takes_dropout = False
     _READ_BY_CALLERS = frozenset({
         "embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn",
         "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj",

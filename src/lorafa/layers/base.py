@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter, Start, working_dtype
+from lorafa.adapter import Adapter, Start, scaling, working_dtype
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.errors import AdapterError, BackendError
@@ -27,6 +27,8 @@ class LoraLayer(nn.Module):
     """
 
     kind: ClassVar[str]
+    takes_dropout: ClassVar[bool] = True
+    """Whether the adapter has an input of its own that ``lora_dropout`` can act on."""
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
 
@@ -253,8 +255,7 @@ class LoraLayer(nn.Module):
     # ---- scale
 
     def initial_scale(self, name: str) -> float:
-        r, alpha = self.r[name], self.lora_alpha[name]
-        return alpha / r**0.5 if self.use_rslora[name] else alpha / r
+        return scaling(self.r[name], self.lora_alpha[name], self.use_rslora[name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling to ``scale`` times alpha / r (or alpha / sqrt(r))."""

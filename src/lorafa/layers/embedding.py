@@ -11,6 +11,7 @@ class LoraEmbedding(LoraLayer):
     """x holds indices (...), the output is (..., dim). Dropout of indices is not defined and not done."""
 
     kind = "embedding"
+    takes_dropout = False
 
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         self.lora_embedding_A[name] = nn.Parameter(A)

@@ -25,6 +25,7 @@ class LoraExperts(LoraLayer):
     """A is stored as (E r, in), expert by expert; B as (out, r E), the expert running fastest (PEFT's layout)."""
 
     kind = "experts"
+    takes_dropout = False
 
     def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
         self.parameter_name = parameter_name

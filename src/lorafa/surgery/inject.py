@@ -149,7 +149,7 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
     scaling = config.scaling(target.rank, target.alpha)
     initializer = INITIALIZERS.get(initializer_name(config.init_lora_weights))
     spec = LayerSpec(path, backend.host, target.rank, scaling, seed, name)
-    weight = _weight_or_shape(backend, base, needed=initializer.reads_weight or variant.name == "dora", spec=spec)
+    weight = _weight_or_shape(backend, base, needed=initializer.reads_weight or variant.reads_weight)
     if options.low_cpu_mem_usage and initializer.reads_weight and not options.from_file:
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} computes its start from the weight, but "
@@ -203,23 +203,20 @@ def _check_fits(path: str, kind: str, base: nn.Module, rank: int, config: LoraCo
             f"{path}: lora_dropout={config.lora_dropout} cannot act on a bare parameter, which has no input of its "
             "own. Set lora_dropout=0."
         )
-    if config.lora_dropout and kind in ("attention", "embedding"):
+    if config.lora_dropout and not LAYERS.get(kind).takes_dropout:
         warnings.warn(
             f"{path}: lora_dropout does not act on {kind} layers: the update has no input to drop there.", stacklevel=2
         )
 
 
-def _weight_or_shape(backend: Backend, base: nn.Module, *, needed: bool, spec: LayerSpec) -> Tensor:
-    if needed or backend.host in ("experts", "attention"):
+def _weight_or_shape(backend: Backend, base: nn.Module, *, needed: bool) -> Tensor:
+    if needed or backend.host == "experts":  # whose number is in no shape (out, in)
         return backend.weight(base).detach()
     return torch.empty(backend.shape(base), device="meta")
 
 
 def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch.dtype:
-    if isinstance(backend, ParameterBackend):
-        dtype = backend.parameter(base).dtype
-    else:
-        dtype = next((p.dtype for p in base.parameters(recurse=False) if p.dim() > 1), torch.float32)
+    dtype = backend.dtype(base)
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return torch.float32
     return torch.float32 if options.autocast_adapter_dtype and dtype.itemsize == 2 else dtype

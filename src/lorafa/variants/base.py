@@ -27,6 +27,8 @@ class Variant(ABC):
     """Name of an extra parameter in the formulas -> its PEFT name on the layer and in files."""
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "experts"})
     """Kinds of layer the formula is defined on."""
+    reads_weight: ClassVar[bool] = False
+    """Whether ``initial_extras`` reads the base weight's values; if not it may get a tensor on the meta device."""
     plain: ClassVar[bool] = False
     """Whether the update is exactly s B A, so that any reader of LoRA files can use it."""
 

@@ -36,6 +36,7 @@ class DoRA(Variant):
     name = "dora"
     extras: ClassVar[Mapping[str, str]] = {"magnitude": "lora_magnitude_vector"}
     hosts = frozenset({"linear", "embedding", "conv"})
+    reads_weight = True
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
         return {"magnitude": row_norms(weight, A, B, scaling)}
