@@ -62,14 +62,6 @@ class Adapter:
         return self.layer.factor_B(self.name)
 
     @property
-    def rank(self) -> int:
-        return self.layer.r[self.name]
-
-    @property
-    def alpha(self) -> float:
-        return self.layer.lora_alpha[self.name]
-
-    @property
     def scaling(self) -> float:
         return self.layer.scaling[self.name]
 
@@ -94,10 +86,6 @@ class Adapter:
         holder = getattr(self.layer, self.variant.extras[kind])[self.name]
         weight: Tensor = holder.weight
         return weight
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters as stored, by their names in a file: ``lora_A.weight``, ``lora_magnitude_vector`` ..."""
-        return self.layer.stored_parameters(self.name)
 
     def product(self) -> Tensor:
         """s B A, (out, in), in float32 (float64 where the factors are)."""

@@ -69,6 +69,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error text without its full stop; the kind of error where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+
+
 def shorten(items: Iterable[str], limit: int = 5) -> str:
     """Join the first ``limit`` items with commas and say how many more there are."""
     listed = list(items)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lorafa.errors import CheckpointError, SourceError, shorten
+from lorafa.errors import CheckpointError, SourceError, first_line, shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -184,7 +184,7 @@ def _on_hub(repo: str, filenames: Sequence[str], subfolder: str | None, hub: Hub
             return Path(hf_hub_download(repo, filename, subfolder=subfolder, **hub))
         except LocalEntryNotFoundError as error:  # it is an EntryNotFoundError too: not cached, and no connection
             raise SourceError(
-                f"{start}the Hub could not be reached for {filename} ({_first_line(error)}). Check the path and the "
+                f"{start}the Hub could not be reached for {filename} ({first_line(error)}). Check the path and the "
                 "connection, or download the repository elsewhere and name its folder."
             ) from error
         except EntryNotFoundError:
@@ -202,16 +202,12 @@ def _on_hub(repo: str, filenames: Sequence[str], subfolder: str | None, hub: Hub
                 f"{start}the Hub has no such repository. Check the name; a private one needs token=."
             ) from error
         except HFValidationError as error:
-            raise SourceError(f"{start}it cannot be the name of a Hub repository: {_first_line(error)}") from error
+            raise SourceError(f"{start}it cannot be the name of a Hub repository: {first_line(error)}") from error
         except (OSError, ConnectionError) as error:
             raise SourceError(
-                f"{start}the Hub gave no {filename}: {_first_line(error)}. Try again, or use a folder."
+                f"{start}the Hub gave no {filename}: {first_line(error)}. Try again, or use a folder."
             ) from error
     place = f"{repo}/{subfolder}" if subfolder else repo
     raise SourceError(
         f"The Hub repository {place!r} has no {' or '.join(filenames)}. Is it an adapter? Check the subfolder."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -241,7 +241,6 @@ def test_values_that_are_not_finite_are_refused_by_name_unless_they_are_asked_fo
     text = r"not finite \(NaN or infinity\) in 1 of 4 tensors: b\.lora_A\.weight\. The training it comes from diverged"
     with pytest.raises(CheckpointError, match=text):
         read_tensors(path)
-    assert len(read_tensors(path, allow_non_finite=True)[0]) == 4
 
 
 def test_a_pickle_is_refused_with_the_reason_and_read_as_tensors_only_when_asked_for(tmp_path):

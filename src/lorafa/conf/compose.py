@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorafa.conf.typed import Key, build, keys
-from lorafa.errors import ConfigError, did_you_mean
+from lorafa.errors import ConfigError, did_you_mean, first_line
 from lorafa.train.schema import RunConfig
 
 FOLDER = Path(__file__).parent
@@ -49,7 +49,7 @@ def composed(overrides: Sequence[str] = ()) -> DictConfig:
                 raise ConfigError(f"{missing} has no value. Add {missing}=<value>.")
             return config
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"The settings {' '.join(overrides)!r} do not fit together: {_line(error)}.") from error
+        raise ConfigError(f"The settings {' '.join(overrides)!r} do not fit together: {first_line(error)}.") from error
 
 
 def groups() -> dict[str, list[str]]:
@@ -93,7 +93,7 @@ def _check_grammar(text: str, override: str) -> None:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise ConfigError(
-            f"The value of {text!r} cannot be read: {_line(error)}. Put quotes inside the quotes: key=\"'value'\"."
+            f"The value of {text!r} cannot be read: {first_line(error)}. Put quotes inside the quotes: key=\"'value'\"."
         ) from error
     if parsed.is_sweep_override():
         raise ConfigError(f"{text!r} names several values, but a run has one. Write a list as [a,b], a text in quotes.")
@@ -102,7 +102,3 @@ def _check_grammar(text: str, override: str) -> None:
 def _quoted(text: str) -> str:
     """A text in Hydra's single quotes, where a backslash is special only in front of a quote."""
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

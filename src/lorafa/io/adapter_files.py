@@ -75,7 +75,6 @@ def save_adapter(
     config: LoraConfig,
     directory: str | Path,
     *,
-    prefix: str = PREFIX,
     state_dict: Mapping[str, Tensor] | None = None,
     embeddings: bool = False,
 ) -> Path:
@@ -97,7 +96,7 @@ def save_adapter(
         original = config.to_dict()
         side["start"] = {key: original[key] for key in _CHANGED}
     with _staged(folder) as stage:
-        write_tensors(stage / WEIGHTS_NAME, {prefix + key: value for key, value in tensors.items()}, to_metadata(side))
+        write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
         write_json(stage / CONFIG_NAME, written.to_dict())
         write_json(stage / SIDE_NAME, side)
     return folder

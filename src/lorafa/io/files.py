@@ -14,23 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafa.config import CONFIG_NAME
-from lorafa.errors import CheckpointError, shorten
-from lorafa.storage import HubOptions, locate, read_json, write_json, written_whole
+from lorafa.errors import CheckpointError, first_line, shorten
+from lorafa.storage import HubOptions, locate, written_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-__all__ = [
-    "CONFIG_NAME",
-    "PICKLE_NAME",
-    "WEIGHTS_NAME",
-    "AdapterFiles",
-    "find_adapter_files",
-    "read_json",
-    "read_tensors",
-    "write_json",
-    "write_tensors",
-]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -96,14 +84,11 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def read_tensors(
-    path: str | Path, *, allow_pickle: bool = False, allow_non_finite: bool = False
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, on the CPU, and the texts of its header.
 
     Args:
         allow_pickle: read ``.bin`` and the like too, with torch's restricted unpickler.
-        allow_non_finite: accept NaN and infinity.
 
     Raises:
         CheckpointError: the file is missing, damaged, a pickle, or holds values that are not finite.
@@ -114,7 +99,7 @@ def read_tensors(
         tensors = _read_pickle(path, allow_pickle)
     else:
         tensors, metadata = _read_safetensors(path)
-    broken = [] if allow_non_finite else [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise CheckpointError(
             f"{path} holds values that are not finite (NaN or infinity) in {len(broken)} of {len(tensors)} tensors: "
@@ -173,9 +158,8 @@ def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path} could not be read: {reason}. It is damaged, or holds more than tensors: fetch it again."
+            f"{path} could not be read: {first_line(error)}. It is damaged, or holds more than tensors: fetch it again."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path} does not hold a dict of tensors. Is it the right file?")

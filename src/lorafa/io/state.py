@@ -19,17 +19,18 @@ from lorafa.io.peft_format import (
     without_prefix,
 )
 from lorafa.surgery.adapters import require_adapters, require_unmerged
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.walk import lora_layers, user_model
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Any], str]:
     """The user's model, its configs, and the prefix its keys have in a file."""
     configs = getattr(model, "peft_config", None)
     if not configs:
-        raise AdapterError(f"This {type(model).__name__} carries no adapter of lorafa.")
-    base = getattr(model, "base_model", None)
-    inner = getattr(base, "model", None) if hasattr(base, "peft_config") else None
-    return (inner, configs, PREFIX) if isinstance(inner, nn.Module) else (model, configs, "")
+        raise AdapterError(
+            f"This {type(model).__name__} carries no adapter of lorafa. Call get_peft_model or inject_adapter_in_model."
+        )
+    inner = user_model(model)
+    return inner, configs, "" if inner is model else PREFIX
 
 
 def get_peft_model_state_dict(

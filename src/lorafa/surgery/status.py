@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
-from lorafa.surgery.walk import Host, hosts
+from lorafa.surgery.walk import Host, hosts, user_model
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]
@@ -71,15 +71,9 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
     Names are paths in the ``base_model`` of a PeftModel, as in PEFT, or in an injected model.
     """
-    inner = _user_model(model)
+    inner = user_model(model)
     prefix = "" if inner is model else "model."
     return [_status(prefix + path, host) for path, host in hosts(inner)]
-
-
-def _user_model(model: nn.Module) -> nn.Module:
-    base = getattr(model, "base_model", None)
-    inner = getattr(base, "model", None) if isinstance(getattr(base, "peft_config", None), dict) else None
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _status(path: str, host: Host) -> LayerStatus:
@@ -135,12 +129,12 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     layers = get_layer_status(model)
     trainable, total = count_parameters(model)
     names = sorted({name for layer in layers for name in layer.available_adapters})
-    user_model = _user_model(model)
+    inner = user_model(model)
     flags = {n: [layer.requires_grad[n] for layer in layers if n in layer.requires_grad] for n in names}
     quantized = [layer.quantization_backend for layer in layers]
     return ModelStatus(
-        base_model_type=type(user_model).__name__,
-        adapter_model_type="LoraModel" if user_model is not model else "None",
+        base_model_type=type(inner).__name__,
+        adapter_model_type="LoraModel" if inner is not model else "None",
         peft_types=dict.fromkeys(getattr(model, "peft_config", names), "LORA"),
         trainable_params=trainable,
         total_params=total,

@@ -16,6 +16,13 @@ Host = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
 HOSTS = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 
 
+def user_model(model: nn.Module) -> nn.Module:
+    """The user's model in a PeftModel; any other model itself."""
+    base = getattr(model, "base_model", None)
+    inner = getattr(base, "model", None) if isinstance(getattr(base, "peft_config", None), dict) else None
+    return inner if isinstance(inner, nn.Module) else model
+
+
 @dataclass(frozen=True)
 class Place:
     """A module and where it sits."""

@@ -9,8 +9,7 @@ logits are still there. What stays for the backward pass is one (supervised toke
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorafa.errors import BackendError, DataError
+from lorafa.evals.generation import evaluating
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on, as in transformers and `torch.nn.functional.cross_entropy`."""
@@ -152,7 +152,7 @@ def supports_chunked_loss(model: nn.Module) -> str | None:
     labels = tokens.masked_fill((tokens == 3) | (mask == 0), IGNORE_INDEX)
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model):
             own = model(**batch).loss
             ours = supervised_loss(model, batch)
     except Exception as error:  # any architecture may fail in its own way: the reason goes to the caller
@@ -290,15 +290,3 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if grad is None else (grad * grad_output).to(ctx.dtype) for grad in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside the block, each in its own mode again after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
