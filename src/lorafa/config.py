@@ -120,7 +120,7 @@ class LoraConfig:
     lora_dropout: float = 0.0
     """Probability of zeroing an input feature of A, in [0, 1)."""
     fan_in_fan_out: bool = False
-    """The weight is stored as (in, out), as in GPT-2's Conv1D."""
+    """The weight is stored as (in, out), as in GPT-2's Conv1D. For PEFT's files only: here a layer's type says it."""
     bias: str = "none"
     """Base biases to train: "none", "all", or "lora_only" for those of adapted layers."""
     use_rslora: bool = False
@@ -318,6 +318,8 @@ def unavailable(config: LoraConfig, *, trained: bool = False) -> list[str]:
     if isinstance(start, str) and not (trained and start in _STARTS_OVER_ONCE_TRAINED):
         feature = _LATER_STARTS.get(start) or ("PiSSA by fast SVD" if start.startswith("pissa_niter_") else None)
         asked += [f"{feature} (init_lora_weights={start!r})"] if feature else []
+    if config.runtime_config.ephemeral_gpu_offload:
+        asked.append("Computing DoRA's start on the GPU (runtime_config.ephemeral_gpu_offload=True)")
     return asked
 
 

@@ -116,6 +116,10 @@ def test_settings_may_stand_around_options() -> None:
     assert args.overrides == ["peft.r=4", "optim.lr=1"]
 
 
+def test_command_is_recorded_as_it_was_given_also_by_a_script_that_calls_main() -> None:
+    assert cli.parse(["train", "--dry-run", "peft.r=4"]).command == ["lorafa", "train", "--dry-run", "peft.r=4"]
+
+
 def test_a_wrong_setting_of_the_adapter_leaves_no_run_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,6 +220,7 @@ LATER: list[tuple[dict[str, object], str]] = [
     ({"megatron_config": {"x": 1}}, "megatron_config"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ({"ensure_weight_tying": True}, "ensure_weight_tying"),
+    ({"runtime_config": {"ephemeral_gpu_offload": True}}, "ephemeral_gpu_offload"),
 ]
 
 

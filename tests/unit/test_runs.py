@@ -86,8 +86,9 @@ def test_a_line_cut_off_by_a_crash_does_not_hide_the_others(run: RunDirectory) -
     assert run.metrics() == [{"step": 1, "loss": 2.0}]
 
 
-def test_a_damaged_line_is_reported_with_its_number(run: RunDirectory) -> None:
-    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"step" 2}\n')
+@pytest.mark.parametrize("rest", ['{"step" 2}\n', '{"step": 2\n{"step": 3}\n'])
+def test_a_damaged_line_is_reported_with_its_number(run: RunDirectory, rest: str) -> None:
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n' + rest)
     with pytest.raises(CheckpointError, match=r"Line 2 of .*metrics.jsonl is not json"):
         run.metrics()
 

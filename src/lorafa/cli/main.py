@@ -50,7 +50,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         made = command.add_parser(commands)
         made.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
         made.set_defaults(run=command.run)
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args, rest = parser.parse_known_args(words)
+    args.command = ["lorafa", *words]
     stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
     if stray:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -65,11 +64,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.runs.experiment import resume_run, start_run
     from lorafa.runs.record import RunDirectory
 
-    command = ["lorafa", *sys.argv[1:]]
     if config.train.resume:
-        path = resume_run(config.train.resume, console, command)
+        path = resume_run(config.train.resume, console, args.command)
     else:
-        path = start_run(config, console, command)
+        path = start_run(config, console, args.command)
     console.print(result_tables(RunDirectory(path)))
     console.print(f"Adapter: {path / 'adapter'}\nReport:  {write_report(path)}", highlight=False, soft_wrap=True)
     return 0

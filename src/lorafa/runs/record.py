@@ -99,13 +99,14 @@ class RunDirectory:
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a last line that a crash cut off is left out."""
         file = self.path / METRICS
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         rows = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else [], 1):
+        for number, line in enumerate(lines, 1):
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                if not line.endswith("}"):
-                    continue
+                if number == len(lines) and not line.endswith("}"):
+                    break
                 raise CheckpointError(f"Line {number} of {file} is not json: {error}. Remove the line.") from error
         return rows
 

@@ -104,7 +104,7 @@ class InitConfig:
     """Where A and B start."""
 
     mode: str = "default"
-    """Start: default (A random, B zero), random (both random), gaussian, orthogonal, pissa, pissa_niter_<n>."""
+    """Start: default (A random, B zero), random (both random), gaussian, orthogonal, pissa."""
 
 
 @dataclass(frozen=True, kw_only=True)
