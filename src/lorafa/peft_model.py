@@ -169,7 +169,9 @@ class PeftModel(nn.Module):
             CheckpointError: a file could not be written; what was there before is as it was.
         """
         if not safe_serialization:
-            raise NotAvailableError("lorafa writes safetensors only; a pickle can run code when it is loaded.")
+            raise NotAvailableError(
+                "lorafa writes safetensors only; a pickle can run code when loaded. Drop safe_serialization=False."
+            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         require_adapters(self.get_base_model(), names)
         if not is_main_process:
@@ -279,15 +281,13 @@ class PeftModel(nn.Module):
     @ForwardOfTheWrapped
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """Arguments and result are the wrapped model's; ``labels`` is spelled out for trainers that look for it."""
-        if "adapter_names" in kwargs:
-            raise NotAvailableError("adapter_names: batches that mix adapters are not available yet in lorafa.")
+        _refuse_mixed_batch(kwargs)
         if labels is not None:
             kwargs["labels"] = labels
         return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        if "adapter_names" in kwargs:
-            raise NotAvailableError("adapter_names: batches that mix adapters are not available yet in lorafa.")
+        _refuse_mixed_batch(kwargs)
         return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -319,6 +319,14 @@ def _let_inputs_require_grad(model: Any) -> None:
     """Reentrant checkpointing recomputes only what depends on an input that requires a gradient."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
+
+
+def _refuse_mixed_batch(arguments: Mapping[str, Any]) -> None:
+    if "adapter_names" in arguments:
+        raise NotAvailableError(
+            "adapter_names: batches that mix adapters are not available yet in lorafa. Run one batch an adapter, with "
+            "set_adapter before it."
+        )
 
 
 def _check_can_wrap(model: nn.Module, method: str) -> None:
@@ -358,7 +366,9 @@ def get_peft_model(
     After any of them the model is bit-identical to what it was.
     """
     if mixed:
-        raise NotAvailableError("mixed=True: models with adapters of several kinds are not available in lorafa.")
+        raise NotAvailableError(
+            "mixed=True: models with adapters of several kinds are not available in lorafa. Drop mixed=True."
+        )
     _check_can_wrap(model, "add_adapter")
     wrapped = PeftModel(model)
     config = _with_base_name(peft_config, model)

@@ -205,7 +205,7 @@ def test_lora_bias_cannot_be_merged_where_there_is_no_bias_and_nothing_is() -> N
     model = get_peft_model(model, LoraConfig(target_modules=["0", "1"], r=2, lora_bias=True))
     train(model)
     before = everything(model)
-    with pytest.raises(BackendError, match="lora_bias cannot be merged into a Linear without a bias; nothing was"):
+    with pytest.raises(BackendError, match=r"merged into a Linear without a bias; .* with lora_bias=False"):
         model.merge_adapter()
     assert_unchanged(before, model)
 

@@ -31,7 +31,7 @@ NO_LAYER = [
         "target_modules: 'q_proj' matches nothing in the model. It is in none of the layers that layers_to_transform=",
     ),
     ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"}, "'q_proj' matches nothing"),
-    ({"target_modules": []}, "The config names no layer at all: target_modules and target_parameters are both empty."),
+    ({"target_modules": []}, "both empty. Set target_modules='all-linear', or name layers"),
     (
         {"target_modules": ["q_proj"], "exclude_modules": ".*"},
         "exclude_modules='.*' takes away every layer that target_modules names. Narrow it.",
@@ -89,7 +89,10 @@ WRONG_LAYER = [
 ]
 CONTRADICTIONS = [
     ({"target_modules": ["conv"], "r": 3}, "layers.0.conv: rank 3 is not divisible by the convolution's groups=2."),
-    ({"target_modules": ["embed"], "lora_bias": True}, "embed: lora_bias is not defined on embedding layers."),
+    (
+        {"target_modules": ["embed"], "lora_bias": True},
+        "lora_bias is not defined on embedding layers. Exclude it, or set lora_bias=False.",
+    ),
     (
         {"target_modules": [], "target_parameters": ["experts.up"], "lora_dropout": 0.1},
         "layers.0.experts.up: lora_dropout=0.1 cannot act on a bare parameter, which has no input of its own. Set lora",
@@ -254,15 +257,21 @@ def test_a_second_adapter_that_trains_biases() -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda m: get_peft_model(Model(), config(), mixed=True), "mixed=True: models with adapters of several kinds"),
+        (
+            lambda m: get_peft_model(Model(), config(), mixed=True),
+            "adapters of several kinds are not available in lorafa. Drop mixed=True.",
+        ),
         (
             lambda m: m(torch.zeros(1, 2).long(), adapter_names=["a"]),
             "adapter_names: batches that mix adapters are not",
         ),
-        (lambda m: m.generate(adapter_names=["a"]), "adapter_names: batches that mix adapters are not available yet"),
+        (
+            lambda m: m.generate(adapter_names=["a"]),
+            "not available yet in lorafa. Run one batch an adapter, with set_adapter",
+        ),
         (
             lambda m: m.save_pretrained("x", safe_serialization=False),
-            "lorafa writes safetensors only; a pickle can run",
+            "a pickle can run code when loaded. Drop safe_serialization=False.",
         ),
     ],
 )
@@ -280,7 +289,7 @@ def test_a_model_without_adapters_has_no_state_of_one() -> None:
 def test_a_model_is_unloaded_once() -> None:
     model = train_model()
     model.unload()
-    with pytest.raises(AdapterError, match="The adapters were taken off this model already"):
+    with pytest.raises(AdapterError, match=r"taken off this model already\. Call get_peft_model on it"):
         model.merge_and_unload()
 
 

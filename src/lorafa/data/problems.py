@@ -108,7 +108,10 @@ def _assigned(source: str, name: str) -> list[int]:
         if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == [name]:
             values: list[int] = ast.literal_eval(node.value)
             return values
-    raise SourceError(f"The wheel {WHEEL.requirement} does not list {name}; it is not the expected version.")
+    raise SourceError(
+        f"The wheel {WHEEL.requirement} does not list {name}; it is not the expected version. "
+        "Delete it from the cache and run again."
+    )
 
 
 def _distinct(templates: list[Template], seed: int, wanted: int) -> Iterator[Record]:

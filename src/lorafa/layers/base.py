@@ -106,7 +106,9 @@ class LoraLayer(nn.Module):
     def backend(self) -> Backend:
         backend = backend_of(self.get_base_layer())
         if backend is None:
-            raise BackendError(f"No back end knows {type(self.get_base_layer()).__name__}.")
+            raise BackendError(
+                f"No back end knows {type(self.get_base_layer()).__name__}. Add its line to lorafa.backends.BACKENDS."
+            )
         return backend
 
     def get_base_layer(self) -> nn.Module:
@@ -295,7 +297,8 @@ class LoraLayer(nn.Module):
         bias = backend.bias(pristine)
         if bias is None:
             raise BackendError(
-                f"lora_bias cannot be merged into a {type(pristine).__name__} without a bias; nothing was merged."
+                f"lora_bias cannot be merged into a {type(pristine).__name__} without a bias; nothing was merged. Keep "
+                "the adapter unmerged, or train one with lora_bias=False."
             )
         return backend.with_weight(pristine, weight, (bias.to(change.dtype) + change).to(bias.dtype))
 

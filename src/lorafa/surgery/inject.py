@@ -159,7 +159,8 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
     missing = [statistic for statistic in initializer.needs if statistic not in layer_stats]
     if missing:
         raise CalibrationError(
-            f"init_lora_weights={config.init_lora_weights!r} needs {', '.join(missing)} of {path!r}; none was given."
+            f"init_lora_weights={config.init_lora_weights!r} needs {', '.join(missing)} of {path!r}; none was given. "
+            "Collect these statistics and pass them as stats=."
         )
     filled_later = options.from_file and (not initializer.reads_weight or options.file_has_starts)
     if filled_later or options.low_cpu_mem_usage:
@@ -197,7 +198,7 @@ def _check_fits(path: str, kind: str, base: nn.Module, rank: int, config: LoraCo
             "and an adapter on it might be wrong. Leave it out with exclude_modules."
         )
     if config.lora_bias and kind in ("embedding", "experts"):
-        raise ConfigError(f"{path}: lora_bias is not defined on {kind} layers.")
+        raise ConfigError(f"{path}: lora_bias is not defined on {kind} layers. Exclude it, or set lora_bias=False.")
     if config.lora_dropout and kind == "experts":
         raise ConfigError(
             f"{path}: lora_dropout={config.lora_dropout} cannot act on a bare parameter, which has no input of its "

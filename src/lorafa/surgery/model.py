@@ -130,7 +130,9 @@ class LoraModel(nn.Module):
 
     def _unload(self, *, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
         if not self.peft_config:
-            raise AdapterError("The adapters were taken off this model already.")
+            raise AdapterError(
+                "The adapters were taken off this model already. Call get_peft_model on it to put a new one on."
+            )
         model = unload(self.model, merge=merge, adapter_names=adapter_names)
         self.peft_config, self._active = {}, []
         return model

@@ -56,7 +56,10 @@ def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False)
             f"exclude_modules={config.exclude_modules!r} takes away every layer that target_modules names. Narrow it."
         )
     if not targets:
-        raise TargetError("The config names no layer at all: target_modules and target_parameters are both empty.")
+        raise TargetError(
+            "The config names no layer at all: target_modules and target_parameters are both empty. "
+            "Set target_modules='all-linear', or name layers in one of them."
+        )
     return targets
 
 
@@ -170,7 +173,10 @@ def _modules(model: nn.Module, everything: list[Place], config: LoraConfig, patt
         found = _all_linear(model, everything, config)
         found = [p for p in found if not patterns.matches("exclude_modules", config.exclude_modules, p.name)]
         if not found:
-            raise TargetError("target_modules='all-linear' finds no linear layer in the model.")
+            raise TargetError(
+                "target_modules='all-linear' finds no linear layer in the model that is not excluded. Name the layers "
+                "to adapt, or narrow exclude_modules."
+            )
     else:
         found = [place for place in everything if _is_wanted(place.name, wanted, config, patterns)]
     attention = [p.name for p in everything if isinstance(p.module, nn.MultiheadAttention)]
