@@ -10,14 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from parity_models import Convolution, Linears, Lookup, Transposed, on
 from parity_toys import (
     CASES,
     Case,
-    Convolution,
-    Linears,
-    Lookup,
-    Transposed,
-    on,
     output,
     quiet,
     stored,

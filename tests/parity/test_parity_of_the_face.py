@@ -10,7 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity_toys import CASES, llama, logits, quiet, trained
+from parity_models import llama, logits
+from parity_toys import CASES, quiet, trained
 from torch import nn
 
 import lorafa

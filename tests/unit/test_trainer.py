@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import datasets
 import peft
@@ -18,89 +17,25 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trainer_toys import (
+    CONFIG,
+    VOCAB,
+    Do,
+    Killed,
+    adapted_model,
+    assert_equal_bits,
+    kill_after,
+    log_of,
+    samples,
+    trainer_for,
+    weights,
+)
 
 import lorafa
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
-from lorafa.errors import CheckpointError, ConfigError, DataError, TrainingError
+from lorafa.errors import CheckpointError, ConfigError, TrainingError
 from lorafa.train.checkpoints import last_checkpoint
-from lorafa.train.sampling import LengthSampler, lengths_of
-from lorafa.train.trainer import LoraTrainer
-
-VOCAB, SAMPLES = 53, 10
-TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime", "train_loss"}
-TIMES |= {"eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time", "total_flos"}
-CONFIG = hf.LlamaConfig(
-    vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, head_dim=4
-)
-
-
-def adapted_model(dropout: float = 0.0, library: ModuleType = lorafa, **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    config = library.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, **changes)
-    return library.get_peft_model(hf.LlamaForCausalLM(CONFIG), config)
-
-
-def samples(count: int = SAMPLES, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Samples of 4 to 12 tokens whose first two are a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(4, 13, (count,), generator=generator).tolist()
-    ids = [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
-    return [{"input_ids": row, "labels": [-100, -100, *row[2:]]} for row in ids]
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, value: int) -> Tensor:
-        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
-
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
-    return {"input_ids": padded("input_ids", 0), "attention_mask": mask, "labels": padded("labels", -100)}
-
-
-def trainer_for(
-    folder: Path, model: nn.Module | None = None, own: dict[str, Any] | None = None, **args: Any
-) -> LoraTrainer:
-    """A trainer of a small model on CPU; ``own`` are settings of the trainer, ``args`` of TrainingArguments."""
-    settings = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_steps": 8, "logging_steps": 3} | args
-    arguments = hf.TrainingArguments(
-        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, seed=5, **{"save_strategy": "no", **settings}
-    )
-    data = {"train_dataset": samples(), "eval_dataset": samples(5, seed=1), "data_collator": collate}
-    return LoraTrainer(adapted_model() if model is None else model, arguments, **(data | (own or {})))
-
-
-class Do(hf.TrainerCallback):
-    """Call a function at one event of the training loop."""
-
-    def __init__(self, event: str, action: Any) -> None:
-        setattr(self, event, lambda args, state, control, **kwargs: action(state))
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_after(step: int) -> Do:
-    def kill(state: hf.TrainerState) -> None:
-        if state.global_step == step:
-            raise Killed
-
-    return Do("on_step_end", kill)
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def log_of(trainer: LoraTrainer) -> list[dict[str, float]]:
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in trainer.state.log_history]
-
-
-def assert_equal_bits(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
 
 # ---- resume ----
 
@@ -321,35 +256,6 @@ def test_columns_the_base_model_does_not_know_are_dropped(tmp_path: Path) -> Non
     trainer = trainer_for(tmp_path, own={"train_dataset": rows}, max_steps=1)
     assert set(next(iter(trainer.get_train_dataloader()))) == {"input_ids", "attention_mask", "labels"}
     trainer.train()
-
-
-def test_grouped_batches_have_like_lengths_and_the_longest_comes_first() -> None:
-    lengths = torch.randint(1, 500, (203,), generator=torch.Generator().manual_seed(0)).tolist()
-    order = list(LengthSampler(lengths, batch_size=4, seed=0))
-    assert sorted(order) == list(range(203))
-    batches = [[lengths[i] for i in order[start : start + 4]] for start in range(0, 203, 4)]
-    assert max(batches[0]) == max(lengths)
-    padded, real = sum(len(batch) * max(batch) for batch in batches), sum(lengths)
-    assert padded < 1.1 * real < sum(4 * max(lengths[i : i + 4]) for i in range(0, 203, 4)) / 1.3
-
-
-def test_order_depends_on_seed_and_epoch_alone() -> None:
-    sampler = LengthSampler(list(range(1, 41)), batch_size=4, seed=0)
-    first = list(sampler)
-    torch.manual_seed(99)
-    assert list(sampler) == first
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-    assert list(LengthSampler(sampler.lengths, 4, seed=1)) == list(sampler)
-
-
-def test_fewer_samples_than_a_batch_are_all_there() -> None:
-    assert sorted(LengthSampler([3, 1, 2], batch_size=8, seed=0)) == [0, 1, 2]
-
-
-def test_samples_without_tokens_cannot_be_grouped() -> None:
-    with pytest.raises(DataError, match=r"sample 1 is a dict without.*train_sampling_strategy='random'"):
-        lengths_of([{"input_ids": [1]}, {"text": "?"}])
 
 
 def test_encoded_samples_of_this_package_are_trained_on_grouped_by_length(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""Whole transformers models saved, merged, resized and unloaded: tied weights stay tied where they can."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers_toys import IDS, adapted, llama, logits, loss_and_gradients, t5
+
+import lorafa
+from lorafa import PeftModel
+
+transformers = pytest.importorskip("transformers")
+
+
+def test_a_merged_model_is_saved_and_loaded_by_transformers(tmp_path: Path) -> None:
+    merged = adapted().merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(merged))
+    assert loaded.state_dict().keys() == llama().state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["embedding", "head", "copied head", "copied embedding"],
+)
+def test_merging_one_end_of_tied_weights_unties_them_and_keeps_the_outputs(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = adapted(llama(tie_word_embeddings=True), **settings)
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="config.tie_word_embeddings was set to False"):
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(merged))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [2, 5]},
+    ],
+    ids=["untouched", "both ends copied", "token rows"],
+)
+def test_tied_weights_that_change_together_stay_tied(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = adapted(llama(tie_word_embeddings=True), **settings)
+    expected = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is True
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(merged))
+
+
+def test_copies_of_tied_weights_are_trained_as_one() -> None:
+    model = adapted(
+        llama(tie_word_embeddings=True), target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    inner = model.get_base_model()
+    ends = [inner.model.embed_tokens.modules_to_save["default"], inner.lm_head.modules_to_save["default"]]
+    assert ends[0].weight is ends[1].weight
+    loss_and_gradients(model.train())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert torch.equal(ends[0].weight, ends[1].weight)
+    assert not torch.equal(ends[0].weight, inner.model.embed_tokens.original_module.weight)
+
+
+def test_the_embeddings_of_t5_are_adapted_in_encoder_and_decoder(tmp_path: Path) -> None:
+    model = adapted(t5(), target_modules=["embed_tokens"]).eval()
+    assert len(model.get_layer_status()) == 2
+    with torch.no_grad():
+        expected = model(input_ids=IDS, decoder_input_ids=IDS).logits
+    with warnings.catch_warnings(action="ignore"):
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        results = [m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (merged, loaded)]
+    torch.testing.assert_close(results[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unloading_a_transformer_gives_the_pristine_model_back() -> None:
+    base = llama(tie_word_embeddings=True)
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    kinds = [type(module) for module in base.modules()]
+    model = adapted(base, target_modules=["q_proj", "embed_tokens"], trainable_token_indices=None)
+    model.merge_adapter()
+    plain = model.unload()
+    assert plain is base
+    assert [type(module) for module in plain.modules()] == kinds
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+
+
+def test_an_adapter_with_new_rows_is_loaded_on_a_resized_model(tmp_path: Path) -> None:
+    base = llama()
+    with warnings.catch_warnings(action="ignore"):
+        base.resize_token_embeddings(36)
+    model = adapted(base, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path)
+    other = llama()
+    with warnings.catch_warnings(action="ignore"):
+        torch.manual_seed(9)
+        other.resize_token_embeddings(36)  # new rows at random, other ones than before
+    assert not torch.equal(other.model.embed_tokens.weight, llama().model.embed_tokens.weight[:36])
+    loaded = PeftModel.from_pretrained(other, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_adapter_for_a_resized_model_says_so_on_the_old_one(tmp_path: Path) -> None:
+    base = llama()
+    with warnings.catch_warnings(action="ignore"):
+        base.resize_token_embeddings(36)
+    adapted(base, target_modules=["embed_tokens"]).save_pretrained(tmp_path)
+    with pytest.raises(lorafa.errors.CheckpointError, match=r"Call model.resize_token_embeddings\(36\) before loading"):
+        PeftModel.from_pretrained(llama(), tmp_path)
