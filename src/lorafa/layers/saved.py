@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from lorafa.layers.wrapper import Wrapper
 
-class ModulesToSaveWrapper(nn.Module):
+
+class ModulesToSaveWrapper(Wrapper):
     """Runs the copy of the active adapter, or the original module if that adapter has none or adapters are off."""
 
+    _own = "modules_to_save"
+
     def __init__(self, original_module: nn.Module) -> None:
-        super().__init__()
+        super().__init__(original_module)
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
-        self.training = self.modules_to_save.training = original_module.training
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
+        self.modules_to_save.training = self.training
 
     def attach(self, name: str) -> None:
         """Give adapter ``name`` a trainable copy of the original module."""
@@ -38,21 +40,11 @@ class ModulesToSaveWrapper(nn.Module):
         """What a file holds of this module: parameters and persistent buffers."""
         return dict(self.modules_to_save[name].state_dict(keep_vars=True)) if name in self.modules_to_save else {}
 
-    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
-        self._active_adapter = [names] if isinstance(names, str) else list(names)
-        for name in self.modules_to_save:
-            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+    def held(self) -> Iterable[str]:
+        return self.modules_to_save
 
-    def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
-        for parameter in self.stored_parameters(name).values():
-            parameter.requires_grad_(requires_grad)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self._disable_adapters = not enabled
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active_adapter)
+    def answering(self) -> nn.Module:
+        return self.current()
 
     def current(self) -> nn.Module:
         """The module that runs now."""
@@ -73,12 +65,3 @@ class ModulesToSaveWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.current()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the wrapper does not have is asked of the module that runs now: ``in_features``, ``padding_idx`` ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "modules_to_save" not in self.__dict__.get("_modules", {}):  # not made yet, or being copied
-                raise
-            return getattr(self.current(), name)

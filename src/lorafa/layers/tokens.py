@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import replaced
+from lorafa.layers.wrapper import Wrapper
 
 
 class TokenAdapter(nn.Module):
@@ -23,16 +24,15 @@ class TokenAdapter(nn.Module):
         )
 
 
-class TrainableTokensWrapper(nn.Module):
+class TrainableTokensWrapper(Wrapper):
     """An embedding (x: indices) or a head (x: (..., dim)) whose chosen rows are those of the active adapter."""
 
+    _own = "token_adapter"
+
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
-        super().__init__()
-        self.training = base_layer.training
+        super().__init__(base_layer)
         self.token_adapter: TokenAdapter = TokenAdapter(base_layer, None if tied_to is None else tied_to.token_adapter)
         self.is_tied = tied_to is not None
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
 
     @property
     def original_module(self) -> nn.Module:
@@ -56,21 +56,11 @@ class TrainableTokensWrapper(nn.Module):
         rows = self.token_adapter.trainable_tokens_delta
         return {"token_adapter.trainable_tokens_delta": rows[name]} if name in rows and not self.is_tied else {}
 
-    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
-        self._active_adapter = [names] if isinstance(names, str) else list(names)
-        for name in self.token_adapter.trainable_tokens_delta:
-            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+    def held(self) -> Iterable[str]:
+        return self.token_adapter.trainable_tokens_delta
 
-    def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
-        for parameter in self.stored_parameters(name).values():
-            parameter.requires_grad_(requires_grad)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self._disable_adapters = not enabled
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active_adapter)
+    def answering(self) -> nn.Module:
+        return self.original_module
 
     def _table(self) -> Tensor:
         table: Tensor = self.original_module.weight  # type: ignore[assignment]
@@ -119,15 +109,6 @@ class TrainableTokensWrapper(nn.Module):
         scale = getattr(self.original_module, "embed_scale", None)
         rows = rows if scale is None else rows * scale
         return torch.where((chosen >= 0)[..., None], nn.functional.embedding(chosen.clamp_min(0), rows), y)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the wrapper does not have is asked of the wrapped module (``num_embeddings``, ``padding_idx`` ...)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "token_adapter" not in self.__dict__.get("_modules", {}):  # not made yet, or being copied
-                raise
-            return getattr(self.original_module, name)
 
     @torch.no_grad()
     def plain_layer(self, merge: bool) -> nn.Module:

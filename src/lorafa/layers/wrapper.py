@@ -1,0 +1,59 @@
+"""What wrappers of modules trained beside the factors have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Wrapper(nn.Module):
+    """Stands in the place of a module of the model; which adapters count and train is switched as in LoraLayer."""
+
+    _own: ClassVar[str]
+    """The child that holds what adapters have; until it is there the wrapper answers for nobody."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.training = wrapped.training
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    @abstractmethod
+    def held(self) -> Iterable[str]:
+        """The adapters that have something here."""
+
+    @abstractmethod
+    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter under their names in a file, relative to the wrapper; empty if it has none."""
+
+    @abstractmethod
+    def answering(self) -> nn.Module:
+        """The module that is asked for what the wrapper does not have: ``in_features``, ``padding_idx`` ..."""
+
+    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters count, and train (unless ``inference_mode``)."""
+        self._active_adapter = [names] if isinstance(names, str) else list(names)
+        for name in self.held():
+            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+
+    def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
+        for parameter in self.stored_parameters(name).values():
+            parameter.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active_adapter)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self._own not in self.__dict__.get("_modules", {}):  # not made yet, or being copied
+                raise
+            return getattr(self.answering(), name)
