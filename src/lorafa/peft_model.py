@@ -66,7 +66,13 @@ class PeftModel(nn.Module):
         Args:
             model: the base model; changed in place.
             model_id: folder or Hub repository that holds the adapter.
+            adapter_name: what it is called from now on.
             is_trainable: train the adapter on; otherwise it is frozen and the model in eval mode.
+            config: use this one instead of the stored one.
+            autocast_adapter_dtype: keep the adapter in float32 where the base is float16 or bfloat16.
+            low_cpu_mem_usage: make the factors on the meta device before they are filled.
+            key_mapping: regular expression -> replacement, applied to every key of the file in turn.
+            subfolder: where in the folder or repository the adapter is.
             ignore_base_mismatch: load even if the base weights are not those the adapter was made for.
             allow_pickle: also read a ``.bin`` file.
             hub: revision, token, cache_dir, local_files_only, force_download, endpoint.
@@ -103,7 +109,7 @@ class PeftModel(nn.Module):
         """Load a saved adapter beside the others; it does not count until :meth:`set_adapter`.
 
         An adapter of that name that is already there is filled from the file, as resuming a run needs it; the file's
-        rank and layers must then be those it has.
+        rank and layers must then be those it has. The arguments are those of :meth:`from_pretrained`.
 
         Returns:
             ``missing_keys`` and ``unexpected_keys``, both empty: a file that does not fit is refused.
@@ -166,7 +172,8 @@ class PeftModel(nn.Module):
         Raises:
             NotAvailableError: ``safe_serialization=False``; pickles are not written.
             AdapterError: an unknown adapter name.
-            CheckpointError: a file could not be written; what was there before is as it was.
+            CheckpointError: ``state_dict`` lacks a tensor, or a file could not be written; what was there before is as
+                it was.
         """
         if not safe_serialization:
             raise NotAvailableError(

@@ -132,6 +132,14 @@ def test_a_gathered_state_dict_takes_the_place_of_the_models_own(tmp_path: Path)
     assert all(torch.equal(value, own[key] + 1) for key, value in saved.items())
 
 
+def test_a_gathered_state_dict_that_lacks_a_tensor_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    model = adapted()
+    gathered = {key: value for key, value in model.state_dict().items() if "lora_B" not in key}
+    with pytest.raises(CheckpointError, match=r"state_dict lacks 1 of the 2 .*lora_B.*Gather the whole state dict"):
+        model.save_pretrained(tmp_path, state_dict=gathered)
+    assert list(tmp_path.iterdir()) == []
+
+
 PREFIX = "base_model.model."
 
 

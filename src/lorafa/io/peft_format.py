@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.config import LoraConfig
+from lorafa.errors import CheckpointError, shorten
 from lorafa.io.strict import Misfit, compare
 from lorafa.layers.attention import LoraAttention
 from lorafa.layers.base import LoraLayer
@@ -138,8 +139,12 @@ def file_tensors(
     Args:
         state_dict: take values from here by their live names (a gathered state dict) instead of from the model.
         with_start: False gives A and B alone.
+
+    Raises:
+        CheckpointError: ``state_dict`` lacks a tensor of the adapter.
     """
-    values = {entry.key: _value(entry, state_dict) for entry in entries(model, name, config, embeddings=embeddings)}
+    found = list(entries(model, name, config, embeddings=embeddings))
+    values = {e.key: e.tensor.detach() for e in found} if state_dict is None else _gathered(found, state_dict, name)
     halved = _factors_applied_twice(model, name, config)
     values |= {key: values[key] / 2 for key in halved}
     if not with_start:
@@ -157,13 +162,16 @@ def file_tensors(
     return values
 
 
-def _value(entry: Entry, state_dict: Mapping[str, Tensor] | None) -> Tensor:
-    if state_dict is None:
-        return entry.tensor.detach()
-    for key in (PREFIX + entry.live, entry.live):
-        if key in state_dict:
-            return state_dict[key].detach()
-    return entry.tensor.detach()
+def _gathered(found: list[Entry], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The values of the entries by their names in a file; what the model itself holds may be a part only."""
+    keys = {e.key: next((k for k in (PREFIX + e.live, e.live) if k in state_dict), None) for e in found}
+    missing = [e.live for e in found if keys[e.key] is None]
+    if missing:
+        raise CheckpointError(
+            f"state_dict lacks {len(missing)} of the {len(found)} tensors of adapter {name!r}: {shorten(missing)}. "
+            "Gather the whole state dict of the model, frozen adapters included."
+        )
+    return {own: state_dict[key].detach() for own, key in keys.items() if key is not None}
 
 
 def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> list[str]:

@@ -49,6 +49,7 @@ def get_peft_model_state_dict(
 
     Raises:
         AdapterError: no such adapter.
+        CheckpointError: ``state_dict`` lacks a tensor of the adapter.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
@@ -71,6 +72,7 @@ def set_peft_model_state_dict(
 
     Args:
         ignore_mismatched_sizes: leave tensors of another shape as they are in the model.
+        low_cpu_mem_usage: PEFT's; an adapter made on the meta device gets its memory here in any case.
 
     Returns:
         ``missing_keys`` and ``unexpected_keys``, both empty.
