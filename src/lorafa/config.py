@@ -284,11 +284,7 @@ class LoraConfig:
             CheckpointError: the file is no json.
             ConfigError: the file's content is not allowed; see :meth:`from_dict`.
         """
-        path = locate(pretrained_model_name_or_path, [CONFIG_NAME], subfolder=subfolder, **hub)
-        try:
-            return cls.from_dict(read_json(path))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return read_config(locate(pretrained_model_name_or_path, [CONFIG_NAME], subfolder=subfolder, **hub))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into a folder, whole or not at all.
@@ -297,6 +293,14 @@ class LoraConfig:
             CheckpointError: the folder cannot be written to.
         """
         write_json(make_folder(save_directory) / CONFIG_NAME, self.to_dict())
+
+
+def read_config(path: Path) -> LoraConfig:
+    """The config in a file; errors name the file, otherwise they are those of :meth:`LoraConfig.from_dict`."""
+    try:
+        return LoraConfig.from_dict(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _is_empty(value: object) -> bool:

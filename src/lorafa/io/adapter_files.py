@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lorafa.config import CONFIG_NAME, LoraConfig
-from lorafa.errors import CheckpointError, ConfigError
+from lorafa.config import CONFIG_NAME, LoraConfig, read_config
+from lorafa.errors import CheckpointError
 from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, write_tensors
 from lorafa.io.fingerprint import check_base, fingerprint, from_metadata, to_metadata
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
 from lorafa.layers.base import LoraLayer
-from lorafa.storage import HubOptions, make_folder, read_json, write_json
+from lorafa.storage import HubOptions, make_folder, write_json
 from lorafa.surgery.walk import lora_layers, places
 from lorafa.version import VERSION
 
@@ -144,10 +144,7 @@ def read_adapter(
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
     if config is None:
-        try:
-            config = LoraConfig.from_dict(read_json(files.config))
-        except ConfigError as error:
-            raise ConfigError(f"{files.config}: {error}") from error
+        config = read_config(files.config)
         if "start" in side:
             config = replace(config, **{key: side["start"][key] for key in _CHANGED})
     return StoredAdapter(files.weights, config, without_prefix(tensors), side.get("base", {}), "start" in side)
