@@ -28,6 +28,22 @@ def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A block in which products of ``tensor`` keep its dtype: weights are never computed in autocast's."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def update_factors(A: Tensor, B: Tensor, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Factors of B A - B0 A0 for a start (A0, B0): those of (B - B0) A + B0 (A - A0), of rank 2 r.
+
+    Exactly zero as long as A and B are at their start, and nothing cancels when they have left it.
+    """
+    if start is None:
+        return A, B
+    A0, B0 = start
+    return torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
+
+
 class Start(nn.Module):
     """A0 and B0: the part of s B A that was there at step 0 and must not count (frozen, moves with the model)."""
 
@@ -87,31 +103,30 @@ class Adapter:
         weight: Tensor = holder.weight
         return weight
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the whole update; of rank 2 r where a frozen start is subtracted."""
+        return update_factors(self.A, self.B, None if self.start is None else (self.start.A, self.start.B))
+
     def product(self) -> Tensor:
-        """s B A, (out, in), in float32 (float64 where the factors are)."""
-        return self._scaled(self.B, self.A)
-
-    def start_product(self) -> Tensor | None:
-        """s B0 A0, or None."""
-        start = self.start
-        return None if start is None else self._scaled(start.B, start.A)
-
-    def _scaled(self, B: Tensor, A: Tensor) -> Tensor:
+        """The low-rank update s (B A - B0 A0), (out, in), in float32 (float64 where the factors are)."""
+        A, B = self.factors
         dtype = working_dtype(A.dtype)
-        return self.scaling * (B.to(dtype) @ A.to(dtype))
+        with full_precision(A):
+            return self.scaling * (B.to(dtype) @ A.to(dtype))
+
+    def change(self, x: Tensor) -> Tensor:
+        """s (B A - B0 A0) x, in the layout of the layer's output."""
+        return self.layer.low_rank(x, *self.factors, self.scaling)
+
+    def start_of(self, x: Tensor) -> Tensor | None:
+        """s B0 A0 x, or None: what dropout on the adapter's input must not touch, because it belongs to the base."""
+        return None if self.start is None else self.layer.low_rank(x, self.start.A, self.start.B, self.scaling)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """The change of the weight, (out, in), given the base weight (out, in); differentiable in A, B and extras."""
-        weight = weight.to(working_dtype(weight.dtype))
-        removed = self.start_product()
-        if removed is None:
-            return self.variant.delta_weight(self, weight)
-        return self.variant.delta_weight(self, weight - removed) - removed
+        return self.variant.delta_weight(self, weight.to(working_dtype(weight.dtype)))
 
     def delta_output(self, x: Tensor, y: Tensor) -> Tensor:
         """The change of the layer's output, given its input x and the base layer's output y."""
-        start = self.start
-        if start is None:
-            return self.variant.delta_output(self, x, y)
-        removed = self.layer.low_rank(x, start.A, start.B, self.scaling)
-        return self.variant.delta_output(self, x, y - removed) - removed
+        return self.variant.delta_output(self, x, y)

@@ -11,6 +11,7 @@ Under torch.compile and torch.func the same formula is taken in plain operations
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -104,6 +105,17 @@ def is_traced() -> bool:
     )
 
 
+def _times(y: Tensor, gain: Tensor) -> Tensor:
+    """y * gain, rounded once: gains lie near 1, where a half-precision gain would be off by as much as it changes y."""
+    return torch.addcmul(y, y, (gain - 1).to(y.dtype))
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """The dtype of every product is decided in forward; autocast would decide again, in backward otherwise."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 class _LowRankLinear(torch.autograd.Function):
     """x (..., in), weight (out, in) or None, bias (out,) or None, gain (out,) or None, A (r, in), B (out, r)."""
 
@@ -119,8 +131,8 @@ class _LowRankLinear(torch.autograd.Function):
         scaling: float,
         p: float,
         seed: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        dtype = compute_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropped, scale = rows, scaling
         if p:
@@ -137,7 +149,7 @@ class _LowRankLinear(torch.autograd.Function):
             y.addmm_(z, B.to(dtype).T)
         before_gain = None
         if gain is not None:
-            before_gain, y = y, y * gain.to(dtype)
+            before_gain, y = y, _times(y, gain)
             if bias is not None:
                 y.add_(bias.to(dtype))
 
@@ -159,49 +171,54 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gain, A, B, z, before_gain = ctx.saved_tensors
-        dtype, scale, p = ctx.dtype, ctx.scale, ctx.p
-        x_dtype, bias_dtype = ctx.dtypes
-        need_x, need_weight, need_bias, need_gain, need_A, need_B = ctx.needs_input_grad[:6]
-        grad = grad.reshape(-1, B.shape[0]).to(dtype)
-        grad_bias = grad.sum(0).to(bias_dtype) if need_bias else None
-        grad_gain = (grad * before_gain).sum(0, dtype=gain.dtype) if need_gain else None
-        if gain is not None:
-            grad = grad * gain.to(dtype)
+        with _without_autocast(grad):
+            return _gradients(ctx, grad)
 
-        grad_z = None
-        if need_x or need_A:
-            grad_z = grad @ B.to(dtype)
-            if scale != 1:
-                grad_z.mul_(scale)
-        rows = None if x is None else x.reshape(-1, ctx.shape[-1]).to(dtype)
-        mask = None
-        if p and (need_x or need_A):
-            mask = keep_mask(torch.Size((grad.shape[0], ctx.shape[-1])), p, ctx.seed, grad.device)
 
-        grad_x = grad_weight = grad_A = grad_B = None
-        if need_x:
-            low_A = A.to(dtype)
-            if weight is None:
-                grad_x = grad_z @ low_A
-                grad_x = grad_x if mask is None else apply_mask_(grad_x, mask)
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, gain, A, B, z, before_gain = ctx.saved_tensors
+    dtype, scale, p = ctx.dtype, ctx.scale, ctx.p
+    x_dtype, bias_dtype = ctx.dtypes
+    need_x, need_weight, need_bias, need_gain, need_A, need_B = ctx.needs_input_grad[:6]
+    grad = grad.reshape(-1, B.shape[0]).to(dtype)
+    grad_bias = grad.sum(0).to(bias_dtype) if need_bias else None
+    grad_gain = (grad * before_gain).sum(0, dtype=gain.dtype) if need_gain else None
+    if gain is not None:
+        grad = _times(grad, gain)
+
+    grad_z = None
+    if need_x or need_A:
+        grad_z = grad @ B.to(dtype)
+        if scale != 1:
+            grad_z.mul_(scale)
+    rows = None if x is None else x.reshape(-1, ctx.shape[-1]).to(dtype)
+    mask = None
+    if p and (need_x or need_A):
+        mask = keep_mask(torch.Size((grad.shape[0], ctx.shape[-1])), p, ctx.seed, grad.device)
+
+    grad_x = grad_weight = grad_A = grad_B = None
+    if need_x:
+        low_A = A.to(dtype)
+        if weight is None:
+            grad_x = grad_z @ low_A
+            grad_x = grad_x if mask is None else apply_mask_(grad_x, mask)
+        else:
+            grad_x = grad @ weight.to(dtype)
+            if mask is None:
+                grad_x.addmm_(grad_z, low_A)
             else:
-                grad_x = grad @ weight.to(dtype)
-                if mask is None:
-                    grad_x.addmm_(grad_z, low_A)
-                else:
-                    grad_x.add_(apply_mask_(grad_z @ low_A, mask))
-            grad_x = grad_x.view(ctx.shape).to(x_dtype)
-        if need_A:
-            assert rows is not None
-            assert grad_z is not None
-            grad_A = (grad_z.T @ (rows if mask is None else apply_mask(rows, mask))).to(A.dtype)
-        if need_B:
-            grad_B = (grad.T @ z).to(B.dtype)
-        if need_weight:
-            assert rows is not None
-            grad_weight = (grad.T @ rows).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None
+                grad_x.add_(apply_mask_(grad_z @ low_A, mask))
+        grad_x = grad_x.view(ctx.shape).to(x_dtype)
+    if need_A:
+        assert rows is not None
+        assert grad_z is not None
+        grad_A = (grad_z.T @ (rows if mask is None else apply_mask(rows, mask))).to(A.dtype)
+    if need_B:
+        grad_B = (grad.T @ z).to(B.dtype)
+    if need_weight:
+        assert rows is not None
+        grad_weight = (grad.T @ rows).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None
 
 
 def _in_plain_operations(
@@ -221,7 +238,7 @@ def _in_plain_operations(
     if weight is not None:
         y = nn.functional.linear(x, weight.to(dtype)) + y
     if gain is not None:
-        y = y * gain.to(dtype)
+        y = _times(y, gain)
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -256,6 +273,9 @@ def low_rank_linear(
     """
     if is_traced():
         return _in_plain_operations(x, weight, bias, gain, A, B, scaling, dropout)
-    seed = draw_seed() if dropout else 0
-    y: Tensor = _LowRankLinear.apply(x, weight, bias, gain, A, B, scaling, dropout, seed)  # type: ignore[no-untyped-call]
+    seed, dtype = draw_seed() if dropout else 0, compute_dtype(x)
+    with _without_autocast(x):
+        y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, gain, A, B, scaling, dropout, seed, dtype
+        )
     return y

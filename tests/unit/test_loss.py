@@ -371,3 +371,12 @@ def test_padding_that_could_matter_keeps_its_mask(damage: str) -> None:
     else:
         batch["labels"] = batch["input_ids"].clone()
     assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch))
+
+
+def test_positions_of_packed_rows_keep_the_mask() -> None:
+    """transformers looks for packed sequences in position_ids only where there is no mask."""
+    model = causal_lm()
+    ids = batch_of(rows=1)["input_ids"]
+    positions = torch.arange(TOKENS).remainder(TOKENS // 2).unsqueeze(0)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "position_ids": positions}
+    assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch))

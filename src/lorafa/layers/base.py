@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter, Start, scaling, working_dtype
+from lorafa.adapter import Adapter, Start, full_precision, scaling, working_dtype
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.errors import AdapterError, BackendError
@@ -322,10 +322,11 @@ class LoraLayer(nn.Module):
         """Weight (and bias) with the counting updates added, with gradients, under the names a module knows them by."""
         adapters, layer = self.counting(), self.get_base_layer()
         weight = self.base_weight()
-        if len(adapters) == 1 and adapters[0].variant.plain and adapters[0].start is None:  # no float32 copy of W
-            A, B = adapters[0].A.to(weight.dtype), adapters[0].B.to(weight.dtype)
+        if len(adapters) == 1 and adapters[0].variant.plain:  # no float32 copy of W
+            A, B = (factor.to(weight.dtype) for factor in adapters[0].factors)
             product = torch.baddbmm if weight.dim() == 3 else torch.addmm
-            updated = product(weight, B, A, alpha=adapters[0].scaling)
+            with full_precision(weight):
+                updated = product(weight, B, A, alpha=adapters[0].scaling)
         else:
             updated = weight.to(working_dtype(weight.dtype))
             for adapter in adapters:

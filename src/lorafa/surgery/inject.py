@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import working_dtype
+from lorafa.adapter import update_factors
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
@@ -177,8 +177,8 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
     if filled_later or options.low_cpu_mem_usage:
         extras = {kind: torch.empty(weight.shape[0], device=A.device) for kind in variant.extras}
     else:
-        seen = weight if start is None else weight.to(working_dtype(dtype)) - scaling * (start[1] @ start[0])
-        extras = variant.initial_extras(seen, A.to(seen.device), B.to(seen.device), scaling)
+        whole_A, whole_B = update_factors(A, B, start)
+        extras = variant.initial_extras(weight, whole_A.to(weight.device), whole_B.to(weight.device), scaling)
     bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
     return AdapterParts(
         A, B, target.rank, target.alpha, scaling, variant.name, dtype, bias, config.lora_dropout, config.use_rslora,

@@ -113,7 +113,7 @@ def supervised_nll(model: nn.Module, batch: Mapping[str, Any], chunk_tokens: int
     if labels is None and shifted is None:
         raise DataError(f"A batch for the supervised loss needs 'labels', found only: {', '.join(sorted(batch))}.")
     targets = _next_labels(labels) if shifted is None else shifted
-    if _padding_is_behind(inputs.get("attention_mask"), targets):
+    if inputs.keys() <= {"input_ids", "attention_mask"} and _padding_is_behind(inputs.get("attention_mask"), targets):
         del inputs["attention_mask"]
     if "use_cache" in inspect.signature(parts.body.forward).parameters:
         inputs["use_cache"] = False
@@ -172,7 +172,7 @@ def _parts(model: nn.Module) -> CausalParts | str:
         return f"{name} is not a transformers model"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder model, whose labels are not shifted"
-    if getattr(config, "output_router_logits", False):
+    if any(getattr(part, "output_router_logits", False) for part in (config, config.get_text_config())):
         return f"{name} adds a router loss (output_router_logits=True)"
     body, head = base.base_model, base.get_output_embeddings()
     if head is None or body is base:

@@ -33,7 +33,7 @@ class Variant(ABC):
     """Whether the update is exactly s B A, so that any reader of LoRA files can use it."""
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
-        """Start values of the extras; ``weight`` (out, in) is the base the formula sees: W, or W - s B0 A0."""
+        """Start values of the extras, given the base weight (out, in) and the factors of the whole update."""
         return {}
 
     @abstractmethod

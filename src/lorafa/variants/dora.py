@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafa.adapter import Adapter, working_dtype
+from lorafa.adapter import Adapter, full_precision, working_dtype
 from lorafa.functional import low_rank_linear
 from lorafa.variants.base import Variant
 
@@ -23,8 +23,9 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """
     dtype = working_dtype(weight.dtype)
     W, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
-    cross = ((W @ A.T) * B).sum(dim=1)
-    square = ((B @ (A @ A.T)) * B).sum(dim=1)
+    with full_precision(W):
+        cross = ((W @ A.T) * B).sum(dim=1)
+        square = ((B @ (A @ A.T)) * B).sum(dim=1)
     own = torch.linalg.vector_norm(W, dim=1).square()
     squares: Tensor = own + 2 * scaling * cross + scaling**2 * square
     return squares.clamp_min(_TINY).sqrt()
@@ -42,40 +43,34 @@ class DoRA(Variant):
         return {"magnitude": row_norms(weight, A, B, scaling)}
 
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:
-        updated = weight + adapter.product()
-        magnitude = adapter.extra("magnitude").to(updated.dtype).flatten()
-        norms = row_norms(weight, adapter.A.detach(), adapter.B.detach(), adapter.scaling)
-        return (magnitude / norms)[:, None] * updated - weight
+        gain = self._gain(adapter, weight).to(weight.dtype)
+        return gain[:, None] * (weight + adapter.product()) - weight
 
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
         layer, p = adapter.layer, adapter.dropout
-        if p:  # base and change see the same dropped input, as in the authors' code
-            x = torch.nn.functional.dropout(x, p)
+        base_part: Tensor | None = None
+        if p:  # base and change see the same dropped input, as in the authors' code; a start is part of the base
+            dropped = torch.nn.functional.dropout(x, p)
+            base_part, x = adapter.start_of(dropped - x), dropped
             y = layer.base_output(x)
-            removed = adapter.start
-            if removed is not None:
-                y = y - layer.low_rank(x, removed.A, removed.B, adapter.scaling)
-        change = layer.low_rank(x, adapter.A, adapter.B, adapter.scaling)
-        bias = layer.base_bias()
+        change, bias = adapter.change(x), layer.base_bias()
         without_bias = y if bias is None else y - layer.per_output(bias).to(y.dtype)
-        gain = layer.per_output(self._gain(adapter)).to(y.dtype)
-        return (gain - 1) * without_bias + gain * change
+        gain = layer.per_output(self._gain(adapter, layer.base_weight()))
+        delta = torch.addcmul(change, without_bias + change, (gain - 1).to(y.dtype))
+        return delta if base_part is None else delta + base_part
 
     def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
         dense = adapter.layer.dense_weight(x)
-        if dense is None or adapter.dropout or adapter.start is not None:
+        if dense is None or adapter.dropout:
             return None
         weight, bias = dense
-        return low_rank_linear(
-            x, adapter.A, adapter.B, adapter.scaling, weight=weight, bias=bias, gain=self._gain(adapter)
-        )
+        gain = self._gain(adapter, adapter.layer.base_weight())
+        return low_rank_linear(x, *adapter.factors, adapter.scaling, weight=weight, bias=bias, gain=gain)
 
-    def _gain(self, adapter: Adapter) -> Tensor:
-        """m / ||W + s B A||, (out,), with a gradient for m alone."""
-        with torch.no_grad():
-            weight = adapter.layer.base_weight()
-            removed = adapter.start_product()
-            if removed is not None:
-                weight = weight.to(removed.dtype) - removed
-            norms = row_norms(weight, adapter.A, adapter.B, adapter.scaling)
-        return adapter.extra("magnitude").flatten() / norms
+    def _gain(self, adapter: Adapter, weight: Tensor) -> Tensor:
+        """m / ||W + s B A||, (out,), in float32 or float64, with a gradient for m alone."""
+        magnitude = adapter.extra("magnitude").flatten()
+        with torch.no_grad():  # rounded as m is: the quotient is 1 at step 0 whatever m is stored in
+            norms = row_norms(weight, *adapter.factors, adapter.scaling).to(magnitude.dtype)
+        dtype = working_dtype(magnitude.dtype)
+        return magnitude.to(dtype) / norms.to(dtype)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import cast
+
+from torch import Tensor, nn
 
 from lorafa.adapter import Adapter
 from lorafa.functional import low_rank_linear
@@ -20,7 +21,13 @@ class LoRA(Variant):
         return adapter.product()
 
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
-        change = adapter.layer.low_rank(x, adapter.A, adapter.B, adapter.scaling, adapter.dropout)
+        p = adapter.dropout
+        if p and adapter.start is not None:
+            dropped = nn.functional.dropout(x, p)
+            # s B A drop(x) - s B0 A0 x: the start belongs to the base, which sees x without dropout
+            change = adapter.change(dropped) + cast(Tensor, adapter.start_of(dropped - x))
+        else:
+            change = adapter.layer.low_rank(x, *adapter.factors, adapter.scaling, p)
         if adapter.bias is None:
             return change
         return change + adapter.layer.per_output(adapter.scaling * adapter.bias).to(change.dtype)
@@ -30,14 +37,10 @@ class LoRA(Variant):
         if dense is None:
             return None
         weight, bias = dense
-        A, B, p = adapter.A, adapter.B, adapter.dropout
-        start = adapter.start
-        if start is not None:
-            if p:  # the frozen start belongs to the base, which sees x without dropout
-                return None
-            # B A - B0 A0 = (B - B0) A + B0 (A - A0): exactly zero at step 0, and nothing cancels later
-            A, B = torch.cat([A, A - start.A]), torch.cat([B - start.B, start.B], dim=1)
+        p = adapter.dropout
+        if p and adapter.start is not None:
+            return None
         if adapter.bias is not None:
             change = adapter.scaling * adapter.bias
             bias = change if bias is None else bias + change
-        return low_rank_linear(x, A, B, adapter.scaling, weight=weight, bias=bias, dropout=p)
+        return low_rank_linear(x, *adapter.factors, adapter.scaling, weight=weight, bias=bias, dropout=p)
