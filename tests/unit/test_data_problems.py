@@ -156,3 +156,25 @@ def test_what_is_fetched_is_kept_and_used_again(tmp_path, monkeypatch):
         load_word_problems(train_size=1, eval_size=0, seed=0, cache_dir=tmp_path / "new")
     assert fetched == ["reasoning-gym==0.1.25"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["reasoning-gym-0.1.25.whl"]
+
+
+def test_few_templates_are_those_with_the_shortest_text_in_their_order():
+    def kind(words):
+        def template(rng, difficulty=1.0):
+            worked = "so " * words + "it is 3.\n#### 3"
+            return {"question": "How many?", "answer": "3", "metadata": {"answer_cot": worked}}
+
+        return template
+
+    long, short, middle = kind(50), kind(1), kind(9)
+    assert problems.shortest([long, middle, short], 2) == [middle, short]
+
+
+def test_more_templates_than_there_are_is_an_error(cache):
+    with pytest.raises(DataError, match=r"data\.templates: there are \d+ kinds of problem, found 1000\. Ask for fewer"):
+        load_word_problems(train_size=4, eval_size=1, seed=0, templates=1000, cache_dir=cache)
+
+
+def test_templates_of_other_data_are_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"data\.templates counts kinds of generated problems"):
+        load_records(str(tmp_path / "rows.jsonl"), train_size=1, eval_size=1, seed=0, templates=3)

@@ -11,6 +11,7 @@ import ast
 import builtins
 import os
 import re
+import statistics
 import tempfile
 import types
 import zipfile
@@ -44,19 +45,27 @@ _PLAIN = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/"
 Template = Callable[[Random, float], dict[str, Any]]
 
 
-def load_word_problems(*, train_size: int, eval_size: int, seed: int, cache_dir: Path | None = None) -> Records:
+def load_word_problems(
+    *, train_size: int, eval_size: int, seed: int, templates: int | None = None, cache_dir: Path | None = None
+) -> Records:
     """Make ``eval_size`` held-out and ``train_size`` training problems; the same arguments give the same problems.
 
     No question text occurs twice, within or across the two lists. Both draw on the same templates with fresh names and
     numbers, so the held-out score measures new problems of known kinds, not new kinds. The held-out problems depend on
     ``seed`` and ``eval_size`` alone: runs with other ``train_size`` are scored on the same questions.
 
+    Args:
+        templates: use only this many kinds of problem, those with the shortest text; None uses all.
+
     Raises:
         SourceError: the templates could not be fetched.
         DataError: the templates cannot make that many different problems.
     """
     wanted = eval_size + train_size
-    records = list(islice(_distinct(load_templates(fetch_wheel(cache_dir)), seed, wanted), wanted))
+    kinds = load_templates(fetch_wheel(cache_dir))
+    if templates is not None:
+        kinds = shortest(kinds, templates)
+    records = list(islice(_distinct(kinds, seed, wanted), wanted))
     return Records(records[eval_size:], records[:eval_size], f"word_problems (gsm_symbolic of {WHEEL.requirement})")
 
 
@@ -88,6 +97,24 @@ def load_templates(wheel: Path) -> list[Template]:
         raise SourceError(f"The cached {wheel} cannot be read: {error}. Delete it and run again.") from error
     found = {name: function for half in halves for name, function in vars(half).items()}
     return [found[f"generate_{number}"] for number in _assigned(listing, "tasks_ok")]
+
+
+def shortest(templates: list[Template], count: int) -> list[Template]:
+    """The ``count`` templates with the shortest question and answer (median of a few fixed draws), in their order.
+
+    Raises:
+        DataError: there are not that many.
+    """
+    if not 0 < count <= len(templates):
+        raise DataError(f"data.templates: there are {len(templates)} kinds of problem, found {count}. Ask for fewer.")
+    by_length = sorted(range(len(templates)), key=lambda index: _usual_length(templates[index]))
+    return [templates[index] for index in sorted(by_length[:count])]
+
+
+def _usual_length(template: Template) -> float:
+    made = [make_record(template(Random(f"length/{draw}"), 1.0)) for draw in range(9)]
+    lengths = [sum(len(message.content) for message in record.messages) for record in made if record is not None]
+    return statistics.median(lengths) if lengths else float("inf")
 
 
 def _run(archive: zipfile.ZipFile, path: str, known: dict[str, types.ModuleType]) -> types.ModuleType:

@@ -33,6 +33,7 @@ def load_records(
     subset: str | None = None,
     split: str = "train",
     revision: str | None = None,
+    templates: int | None = None,
     cache_dir: Path | None = None,
 ) -> Records:
     """Load ``eval_size`` held-out rows and ``train_size`` training rows (None: all that are left).
@@ -43,6 +44,7 @@ def load_records(
             ``train_size``.
         prompt_column, completion_column: the two columns to use; default: the first of ``ACCEPTED`` that is there.
         subset, split, revision: of a Hub dataset.
+        templates: how many kinds of ``word_problems`` to use, the shortest ones; None all.
         cache_dir: where the templates of ``word_problems`` are kept.
 
     Training rows whose question is also held out are left out and counted in ``Records.repeated``. ``Record.answer``
@@ -60,7 +62,11 @@ def load_records(
     if name == WORD_PROBLEMS:
         if train_size is None:
             raise DataError("word_problems are generated, there is no end to them: give data.train_size a number.")
-        return load_word_problems(train_size=train_size, eval_size=eval_size, seed=seed, cache_dir=cache_dir)
+        return load_word_problems(
+            train_size=train_size, eval_size=eval_size, seed=seed, templates=templates, cache_dir=cache_dir
+        )
+    if templates is not None:
+        raise DataError(f"data.templates counts kinds of generated problems; {name!r} has none. Leave it out.")
     path = Path(name).expanduser()
     if path.suffix in (".jsonl", ".json"):
         rows = read_rows(path)

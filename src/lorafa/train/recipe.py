@@ -190,6 +190,7 @@ def read_records(data: DataConfig) -> Records:
         subset=data.subset,
         split=data.split,
         revision=data.revision,
+        templates=data.templates,
         cache_dir=Path(data.cache_dir) if data.cache_dir else None,
     )
 

@@ -52,12 +52,16 @@ class DataConfig:
     """Split of a Hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
+    templates: int | None = None
+    """Kinds of word_problems to use, those with the shortest text; null uses all."""
     cache_dir: str | None = None
     """Folder for what word_problems are made from; null takes the user's cache."""
 
     def __post_init__(self) -> None:
         if self.train_size is not None:
             check_int("data.train_size", self.train_size, at_least=1)
+        if self.templates is not None:
+            check_int("data.templates", self.templates, at_least=1)
         check_int("data.eval_size", self.eval_size, at_least=1)
         check_int("data.max_length", self.max_length, at_least=2)
         check_int("data.seed", self.seed, at_least=0)
