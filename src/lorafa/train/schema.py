@@ -199,7 +199,7 @@ class EvalConfig:
     """How the model is measured before and after."""
 
     size: int | None = None
-    """Held-out records answered by generation: null all of them, 0 none. The answer loss is taken over all."""
+    """Held-out records answered by generation, at most: null all of them, 0 none. The answer loss is taken over all."""
     batch_size: int = 16
     """Prompts answered at a time."""
     max_new_tokens: int = 256
@@ -231,8 +231,3 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
-        if self.eval.size is not None and self.eval.size > self.data.eval_size:
-            raise ConfigError(
-                f"eval.size={self.eval.size} records cannot be taken from data.eval_size={self.data.eval_size} "
-                "held-out ones. Raise data.eval_size or lower eval.size."
-            )
