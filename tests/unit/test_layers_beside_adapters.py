@@ -113,6 +113,16 @@ def test_rows_are_switched_off_switched_over_merged_and_taken_off() -> None:
         assert torch.equal(model.unload()(X), original)
 
 
+def test_named_adapters_are_folded_in_with_their_rows_whichever_is_active() -> None:
+    model = adapted(trainable_token_indices=ROWS)
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=[1, 3]))
+    model.set_adapter("second")
+    train(model)
+    expected = model(X)
+    model.set_adapter("default")
+    close(model.merge_and_unload(adapter_names=["second"])(X), expected)
+
+
 def test_rows_go_through_a_state_dict() -> None:
     torch.manual_seed(4)
     model = adapted(trainable_token_indices=ROWS)

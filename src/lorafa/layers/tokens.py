@@ -67,12 +67,14 @@ class TrainableTokensWrapper(Wrapper):
         return table
 
     def _current(self) -> tuple[list[int], Tensor] | None:
-        """Indices and rows (tokens, dim) in force; with several adapters the later ones win."""
-        if self._disable_adapters:
-            return None
+        """Indices and rows (tokens, dim) in force."""
+        return None if self._disable_adapters else self._rows(self._active_adapter)
+
+    def _rows(self, names: Sequence[str]) -> tuple[list[int], Tensor] | None:
+        """Indices and rows (tokens, dim) of these adapters; of several the later ones win."""
         chosen: dict[int, Tensor] = {}
         adapter = self.token_adapter
-        names = [name for name in self._active_adapter if name in adapter.trainable_tokens_delta]
+        names = [name for name in names if name in adapter.trainable_tokens_delta]
         if len(names) == 1:
             return adapter.token_indices[names[0]], adapter.trainable_tokens_delta[names[0]]
         for name in names:
@@ -82,11 +84,13 @@ class TrainableTokensWrapper(Wrapper):
     @property
     def weight(self) -> Tensor:
         """The whole table with the rows in force."""
-        current = self._current()
-        if current is None:
+        return self._table_with(self._current())
+
+    def _table_with(self, rows: tuple[list[int], Tensor] | None) -> Tensor:
+        if rows is None:
             return self._table()
-        index = torch.tensor(current[0], device=self._table().device)
-        return self._table().index_copy(0, index, current[1].to(self._table().dtype))
+        index = torch.tensor(rows[0], device=self._table().device)
+        return self._table().index_copy(0, index, rows[1].to(self._table().dtype))
 
     @property
     def bias(self) -> Tensor | None:
@@ -111,6 +115,6 @@ class TrainableTokensWrapper(Wrapper):
         return torch.where((chosen >= 0)[..., None], nn.functional.embedding(chosen.clamp_min(0), rows), y)
 
     @torch.no_grad()
-    def plain_layer(self, merge: bool) -> nn.Module:
-        """The wrapped module, with the rows in force written into a new weight if ``merge``."""
-        return replaced(self.original_module, weight=self.weight) if merge else self.original_module
+    def plain_layer(self, names: Sequence[str]) -> nn.Module:
+        """The wrapped module, with the rows of these adapters, if any, written into a new weight."""
+        return replaced(self.original_module, weight=self._table_with(self._rows(names)))

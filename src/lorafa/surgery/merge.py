@@ -42,7 +42,7 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     """Take every wrapper of lorafa off the model, with the updates folded in if ``merge``, and return it.
 
     Without ``merge`` every weight is the pristine one, bit for bit. ``adapter_names`` (default: the active ones) are
-    the adapters to fold in; the same names choose among copies of ``modules_to_save``.
+    the adapters to fold in; the same names choose among copies of ``modules_to_save`` and trained rows.
 
     Raises:
         AdapterError, BackendError: as :func:`merge_adapter`; the model is as it was.
@@ -63,13 +63,13 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
 def _plain(host: nn.Module, merge: bool, names: Sequence[str] | None) -> nn.Module:
     if isinstance(host, LoraLayer):
         return host.base_layer
-    if isinstance(host, ModulesToSaveWrapper):
-        if not merge:
-            return host.original_module
-        chosen = host.active_adapters if names is None else list(names)
-        return next((host.modules_to_save[n] for n in chosen if n in host.modules_to_save), host.original_module)
-    assert isinstance(host, TrainableTokensWrapper)
-    return host.plain_layer(merge)
+    assert isinstance(host, ModulesToSaveWrapper | TrainableTokensWrapper)
+    if not merge:
+        return host.original_module
+    chosen = host.active_adapters if names is None else list(names)
+    if isinstance(host, TrainableTokensWrapper):
+        return host.plain_layer(chosen)
+    return next((host.modules_to_save[n] for n in chosen if n in host.modules_to_save), host.original_module)
 
 
 def _says_tied(model: nn.Module) -> bool:
