@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from adapter_toys import close, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
-from lorafa.errors import BackendError, TargetError
+from lorafa.errors import BackendError, ConfigError, TargetError
 
 DIM, HEADS = 8, 2
 
@@ -134,6 +134,15 @@ def test_merge_unload_and_disable(start: bool | str) -> None:
         assert torch.equal(plain(x, x, x)[0], base)
 
 
+def test_output_projection_that_is_adapted_twice_stays_so_when_its_scale_is_set() -> None:
+    inner = adapted({"attention_out_proj_twice": True}).get_base_model().attention.base_layer.out_proj
+    assert inner.scaling == {"default": 3.0}
+    inner.set_scale("default", 0.5)
+    assert inner.scaling == {"default": 1.5}
+    inner.unscale_layer()
+    assert inner.scaling == {"default": 3.0}
+
+
 def test_lora_bias_moves_both_biases() -> None:
     x, model = sequence(), adapted({"lora_bias": True})
     host = model.get_base_model().attention
@@ -143,6 +152,11 @@ def test_lora_bias_moves_both_biases() -> None:
         twin.out_proj.bias.add_(1.5 * host.base_layer.out_proj.lora_B["default"].bias)
     close(model(x, x, x)[0], twin(x, x, x)[0])
     close(model.merge_and_unload()(x, x, x)[0], twin(x, x, x)[0])
+
+
+def test_lora_bias_where_there_is_no_bias_to_add_it_to_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"attention: lora_bias has nothing to act on in .*bias=False.* Exclude it"):
+        adapted({"lora_bias": True}, bias=False)
 
 
 def test_two_adapters_add_up() -> None:

@@ -94,6 +94,12 @@ def test_what_needs_the_weight_refuses_groups(method: str) -> None:
         adapted(nn.Conv1d(4, 8, 3, groups=2), **METHODS[method])
 
 
+def test_orthogonal_start_refuses_groups() -> None:
+    """Of a grouped B only the slice of its group counts, so that B A would not be zero."""
+    with pytest.raises(ConfigError, match=r"layer: init_lora_weights='orthogonal' .* groups=2, .* another start"):
+        adapted(nn.Conv1d(4, 8, 3, groups=2), init_lora_weights="orthogonal")
+
+
 def test_rank_must_be_a_multiple_of_the_groups() -> None:
     with pytest.raises(ConfigError, match=r"layer: rank 3 is not divisible by the convolution's groups=2"):
         adapted(nn.Conv1d(4, 8, 3, groups=2), r=3)

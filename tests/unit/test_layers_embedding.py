@@ -113,3 +113,8 @@ def test_dropout_is_warned_of_because_indices_cannot_be_dropped(use_dora: bool) 
 def test_half_precision_table_gives_half_precision_rows() -> None:
     model = adapted(nn.Embedding(10, 6, dtype=torch.bfloat16))
     assert model(torch.arange(10)).dtype is torch.bfloat16
+
+
+def test_table_that_lookups_renormalise_is_refused() -> None:
+    with pytest.raises(BackendError, match=r"layer: .*max_norm=1.0 .*renormalise.*exclude_modules"):
+        adapted(nn.Embedding(10, 6, max_norm=1.0))

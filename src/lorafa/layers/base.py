@@ -39,6 +39,7 @@ class LoraLayer(nn.Module):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.times: dict[str, int] = {}
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
@@ -164,7 +165,8 @@ class LoraLayer(nn.Module):
             tensor = tensor.to(device=device, dtype=parts.dtype).contiguous()
             return tensor.view(-1).view(tensor.shape)
 
-        self.r[name], self.lora_alpha[name], self.scaling[name] = parts.rank, parts.alpha, parts.scaling
+        self.r[name], self.lora_alpha[name], self.times[name] = parts.rank, parts.alpha, parts.times
+        self.scaling[name] = parts.times * parts.scaling
         self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant == "dora"
         self.lora_bias[name] = parts.bias is not None
         self.lora_dropout[name] = nn.Dropout(parts.dropout) if parts.dropout else nn.Identity()
@@ -198,9 +200,9 @@ class LoraLayer(nn.Module):
         if name in self.merged_adapters:
             raise AdapterError(f"Adapter {name!r} is merged. Call unmerge_adapter() before deleting it.")
         holders: tuple[Any, ...] = (
-            self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias, self.lora_dropout,
-            self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B, self.lora_magnitude_vector,
-            self.lora_start, self.adapters,
+            self.r, self.lora_alpha, self.scaling, self.times, self.use_rslora, self.use_dora, self.lora_bias,
+            self.lora_dropout, self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B,
+            self.lora_magnitude_vector, self.lora_start, self.adapters,
         )  # fmt: skip
         for holder in holders:
             if name in holder:
@@ -257,7 +259,7 @@ class LoraLayer(nn.Module):
     # ---- scale
 
     def initial_scale(self, name: str) -> float:
-        return scaling(self.r[name], self.lora_alpha[name], self.use_rslora[name])
+        return self.times[name] * scaling(self.r[name], self.lora_alpha[name], self.use_rslora[name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling to ``scale`` times alpha / r (or alpha / sqrt(r))."""

@@ -162,16 +162,21 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
             f"init_lora_weights={config.init_lora_weights!r} needs {', '.join(missing)} of {path!r}; none was given. "
             "Collect these statistics and pass them as stats=."
         )
+    groups = cast(nn.Conv1d, base).groups if backend.host == "conv" else 1
     filled_later = options.from_file and (not initializer.reads_weight or options.file_has_starts)
     if filled_later or options.low_cpu_mem_usage:
         device = "meta" if options.low_cpu_mem_usage else None
         A_shape, B_shape = factor_shapes(weight, target.rank)
         A0, B0 = torch.empty(A_shape, device=device), torch.empty(B_shape, device=device)
         result = InitResult(A0, B0, subtract_from_base=options.file_has_starts)
+    elif groups > 1 and config.init_lora_weights == "orthogonal":
+        raise ConfigError(
+            f"{path}: init_lora_weights='orthogonal' does not start at zero on a convolution with groups={groups}, "
+            "whose B is cut to the ranks of its group. Choose another start, or exclude the layer."
+        )
     else:
         result = initializer(weight, layer_stats, spec)
     dtype = _adapter_dtype(base, backend, options)
-    groups = cast(nn.Conv1d, base).groups if backend.host == "conv" else 1
     A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)  # a grouped B sees its own group only
     start = (A.clone(), B.clone()) if result.subtract_from_base else None
     if filled_later or options.low_cpu_mem_usage:
@@ -196,6 +201,16 @@ def _check_fits(path: str, kind: str, base: nn.Module, rank: int, config: LoraCo
         raise BackendError(
             f"{path}: {type(base).__name__} has a forward of its own, so which rows it looks up cannot be known here, "
             "and an adapter on it might be wrong. Leave it out with exclude_modules."
+        )
+    if kind == "embedding" and getattr(base, "max_norm", None) is not None:
+        raise BackendError(
+            f"{path}: max_norm={base.max_norm} makes every lookup renormalise the rows it reads in the table itself, "
+            "so an update beside the table is not one of the table. Leave it out with exclude_modules."
+        )
+    if config.lora_bias and kind == "attention" and cast(nn.MultiheadAttention, base).in_proj_bias is None:
+        raise ConfigError(
+            f"{path}: lora_bias has nothing to act on in nn.MultiheadAttention(bias=False). Exclude it, or set "
+            "lora_bias=False."
         )
     if config.lora_bias and kind in ("embedding", "experts"):
         raise ConfigError(f"{path}: lora_bias is not defined on {kind} layers. Exclude it, or set lora_bias=False.")
@@ -234,7 +249,7 @@ def _out_proj(target: Target, config: LoraConfig, name: str, seed: int, options:
     )
     parts = _build(inner, config, name, seed, options, stats)
     if config.attention_out_proj_twice:
-        parts = replace(parts, scaling=2 * parts.scaling)
+        parts = replace(parts, times=2)
     return PlannedLayer(inner, parts)
 
 
