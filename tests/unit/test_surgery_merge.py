@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa.errors import AdapterError
 
 
 class Tied(nn.Module):
@@ -153,6 +154,29 @@ def test_merging_a_half_precision_weight_ten_times_rounds_it_no_more_than_once()
     delta = layer.scaling["default"] * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
     merged = model.merge_and_unload()
     assert torch.equal(merged[0].weight, (weight.float() + delta).bfloat16())
+
+
+@pytest.mark.parametrize(("kind", "part"), [("layer", "weight"), ("layer", "bias"), ("parameter", "weight")])
+def test_an_update_that_is_finite_only_until_it_is_rounded_to_float16_is_refused(kind: str, part: str) -> None:
+    target: dict[str, Any] = {"target_modules": ["0"]}
+    if kind == "parameter":
+        target = {"target_modules": [], "target_parameters": ["0.weight"]}
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)).half(), LoraConfig(r=2, lora_alpha=2, lora_bias=part == "bias", **target)
+    )
+    layer = model.get_base_model()[0]
+    with torch.no_grad():  # 9e4 is beyond the largest float16, 65504
+        if part == "bias":
+            layer.lora_B["default"].bias.fill_(9e4)
+        else:
+            layer.lora_A["default"].weight.fill_(300.0)
+            layer.lora_B["default"].weight.fill_(150.0)
+    before = everything(model)
+    with pytest.raises(
+        AdapterError, match=r"Merging 'default' gives inf or nan in a Linear once rounded to its dtype; nothing was"
+    ):
+        model.merge_adapter()
+    assert_unchanged(before, model)
 
 
 def test_saving_while_merged_saves_the_factors_as_they_are(tmp_path: Any) -> None:

@@ -79,6 +79,13 @@ def replaced(layer: nn.Module, **parameters: Tensor | None) -> nn.Module:
     return new
 
 
+def is_finite(new: nn.Module, old: nn.Module) -> bool:
+    """Whether ``new`` holds no inf and no nan in what it does not share with ``old``: rounding to float16 makes inf."""
+    shared = {id(tensor) for tensor in (*old._parameters.values(), *old._buffers.values())}
+    own = [t for t in (*new.parameters(recurse=False), *new.buffers(recurse=False)) if id(t) not in shared]
+    return all(bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all()) for t in own)
+
+
 def is_plain(tensor: Tensor | None) -> bool:
     """Whether a tensor is an ordinary one: no DTensor, no quantized subclass."""
     return tensor is None or type(tensor) in (Tensor, nn.Parameter, torch.nn.Buffer)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Start, full_precision, scaling, working_dtype
 from lorafa.backends import backend_of
-from lorafa.backends.base import Backend
+from lorafa.backends.base import Backend, is_finite
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.parts import AdapterParts, Weight, linear_holder
 from lorafa.variants import VARIANTS
@@ -293,16 +293,24 @@ class LoraLayer(nn.Module):
         pristine = self._pristine[0] if self._pristine else self.get_base_layer()
         backend = self.backend
         weight = self.merged_weight(backend.weight(pristine), names)
-        change = self._bias_change([self.adapters[name] for name in names])
-        if change is None:
-            return backend.with_weight(pristine, weight)
-        bias = backend.bias(pristine)
-        if bias is None:
+        change, bias = self._bias_change([self.adapters[name] for name in names]), backend.bias(pristine)
+        if change is not None and bias is None:
             raise BackendError(
                 f"lora_bias cannot be merged into a {type(pristine).__name__} without a bias; nothing was merged. Keep "
                 "the adapter unmerged, or train one with lora_bias=False."
             )
-        return backend.with_weight(pristine, weight, (bias.to(change.dtype) + change).to(bias.dtype))
+        changed = None if change is None or bias is None else (bias.to(change.dtype) + change).to(bias.dtype)
+        return self.checked(backend.with_weight(pristine, weight, changed), names)
+
+    def checked(self, merged: nn.Module, names: Sequence[str]) -> nn.Module:
+        """``merged``, if what was finite before it was rounded to the dtype of the layer still is."""
+        if not is_finite(merged, self.get_base_layer()):
+            raise AdapterError(
+                f"Merging {', '.join(map(repr, names))} gives inf or nan in a {type(merged).__name__} once rounded to "
+                "its dtype; nothing was merged. The adapter was probably trained to divergence, or the model needs a "
+                "dtype of wider range: bfloat16 or float32."
+            )
+        return merged
 
     def merged_weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         """``weight`` (out, in) plus the updates of ``names``, in float32 or float64, checked to be finite."""

@@ -77,7 +77,8 @@ class LoraExperts(LoraLayer):
 
     @torch.no_grad()
     def merged_base(self, names: Sequence[str]) -> nn.Module:
-        return self.backend.with_weight(self.get_base_layer(), self.merged_weight(self.base_weight(), names))
+        weight = self.merged_weight(self.base_weight(), names)
+        return self.checked(self.backend.with_weight(self.get_base_layer(), weight), names)
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         parameters = self.get_base_layer()._parameters
