@@ -150,6 +150,26 @@ def test_pissa_is_computed_in_float32_from_a_half_precision_weight() -> None:
     torch.testing.assert_close((result.A @ result.A.T).diagonal().double() * 1.5, sigma, rtol=1e-5, atol=1e-5)
 
 
+def of_rank(rank: int) -> Tensor:
+    """A random (48, 32) matrix of that rank, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(48, rank, generator=generator) @ torch.randn(rank, 32, generator=generator)
+
+
+POOR = {"zeros": torch.zeros(48, 32), "rank 3": of_rank(3), "experts": torch.stack([of_rank(8), of_rank(3)])}
+
+
+@pytest.mark.parametrize("weight", POOR.values(), ids=POOR)
+def test_pissa_of_a_weight_without_enough_singular_values_is_refused(weight: Tensor) -> None:
+    """sigma = 0 makes a row of A and a column of B zero, and then the gradients of both."""
+    found = 0 if not weight.any() else 3
+    text = rf"q_proj: .*'pissa' needs 4 non-zero singular values.*has {found}.*exclude_modules"
+    with pytest.raises(ConfigError, match=text):
+        start("pissa", weight, 4, kind="experts" if weight.dim() == 3 else "linear")
+    if found:
+        start("pissa", weight, 3, kind="experts" if weight.dim() == 3 else "linear")
+
+
 @pytest.mark.parametrize("rank", [33, 100])
 def test_rank_beyond_the_singular_vectors_is_refused(rank: int) -> None:
     text = rf"q_proj: rank {rank} is larger than min\(out, in\) = 32 of its weight \(48, 32\).* exclude_modules"
