@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,31 @@ def test_a_gathered_state_dict_that_lacks_a_tensor_is_refused_and_nothing_is_wri
     with pytest.raises(CheckpointError, match=r"state_dict lacks 1 of the 2 .*lora_B.*Gather the whole state dict"):
         model.save_pretrained(tmp_path, state_dict=gathered)
     assert list(tmp_path.iterdir()) == []
+
+
+MERGED: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens"], "init_lora_weights": False},
+    "table as a parameter": {
+        "target_modules": [],
+        "target_parameters": ["embed_tokens.weight"],
+        "init_lora_weights": False,
+    },
+    "biases of adapted layers": {"target_modules": ["body"], "bias": "lora_only", "lora_bias": True},
+    "all biases": {"target_modules": ["body"], "bias": "all", "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("way", ["from the model", "gathered", "gathered while disabled"])
+@pytest.mark.parametrize("case", MERGED)
+def test_what_is_saved_while_merged_is_the_adapter_of_the_pristine_base(tmp_path: Path, case: str, way: str) -> None:
+    model = get_peft_model(Model(), LoraConfig(r=2, **MERGED[case]))
+    train(model)
+    expected = run(model.eval())
+    model.merge_adapter()
+    with model.disable_adapter() if "disabled" in way else nullcontext():
+        state = None if way == "from the model" else model.state_dict()
+        model.save_pretrained(tmp_path, state_dict=state, save_embedding_layers=True)
+    assert torch.equal(run(PeftModel.from_pretrained(Model(), tmp_path)), expected)
 
 
 PREFIX = "base_model.model."

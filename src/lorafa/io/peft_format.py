@@ -14,9 +14,10 @@ from lorafa.errors import CheckpointError, shorten
 from lorafa.io.strict import Misfit, compare
 from lorafa.layers.attention import LoraAttention
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.experts import LoraExperts
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
-from lorafa.surgery.walk import base_parameters, hosts, places
+from lorafa.surgery.walk import base_parameters, hosts, lora_layers, places
 
 PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -40,8 +41,9 @@ class Entry:
 
     key: str
     """Name in the file, without prefix: ``layers.0.q_proj.lora_A.weight``."""
-    live: str
-    """Name in the model's state dict: ``layers.0.q_proj.lora_A.default.weight``."""
+    live: str | None
+    """Name in the model's state dict: ``layers.0.q_proj.lora_A.default.weight``. None for what a merged weight or bias
+    stands in for: a state dict has the merged one."""
     tensor: Tensor
 
 
@@ -76,32 +78,54 @@ def _live(key: str, name: str) -> str:
     return f"{holder}.{name}.{leaf}" if dot and leaf in ("weight", "bias") else f"{key}.{name}"
 
 
+def _pristine(model: nn.Module) -> dict[int, Tensor]:
+    """Identity of a merged weight or bias -> the one it stands in for, which is what belongs with an adapter."""
+    found: dict[int, Tensor] = {}
+    for _, layer in lora_layers(model):
+        for kept in layer._pristine:
+            merged = dict(layer.base_layer.named_parameters(recurse=False))
+            found |= {id(merged[k]): p for k, p in kept.named_parameters(recurse=False) if merged.get(k, p) is not p}
+        if isinstance(layer, LoraExperts) and layer._kept:
+            found[id(layer.weight)] = layer._kept[0]
+    return found
+
+
+def _base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Entry:
+    return Entry(key, None, pristine[id(tensor)]) if id(tensor) in pristine else Entry(key, key, tensor)
+
+
 def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Entry]:
+    pristine = _pristine(model)
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
-                yield Entry(key, key, parameter)
+                yield _base_entry(key, parameter, pristine)
     elif config.bias == "lora_only":
         for path, host in hosts(model):
             if isinstance(host, LoraLayer) and name in host.adapters:
                 for key, parameter in host.base_layer.named_parameters(recurse=False):
                     if key == "bias":
-                        yield Entry(f"{path}.base_layer.{key}", f"{path}.base_layer.{key}", parameter)
+                        yield _base_entry(f"{path}.base_layer.{key}", parameter, pristine)
 
 
 def _embeddings(model: nn.Module, *, adapted_only: bool = False) -> Iterator[Entry]:
     """Base weights of input embedding and output head; whole copies (``modules_to_save``) are in the file anyway."""
     modules = [getattr(model, getter)() for getter in _EMBEDDING_GETTERS if callable(getattr(model, getter, None))]
+    pristine = _pristine(model)
     for path, module in model.named_modules():
         if not any(module is embedding for embedding in modules) or isinstance(module, ModulesToSaveWrapper):
             continue
         if isinstance(module, LoraLayer):
-            yield Entry(f"{path}.base_layer.weight", f"{path}.base_layer.weight", module.weight)
+            yield _base_entry(f"{path}.base_layer.weight", _weight(module.base_layer), pristine)
         elif isinstance(module, TrainableTokensWrapper):
-            key = f"{path}.token_adapter.base_layer.weight"
-            yield Entry(key, key, module.original_module.weight)  # type: ignore[arg-type]
+            yield _base_entry(f"{path}.token_adapter.base_layer.weight", _weight(module.original_module), pristine)
         elif not adapted_only:
-            yield Entry(f"{path}.weight", f"{path}.weight", module.weight)  # type: ignore[arg-type]
+            yield _base_entry(f"{path}.weight", _weight(module), pristine)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight
 
 
 def keeps_embeddings(config: LoraConfig, model: nn.Module, wanted: str | bool) -> bool:
@@ -164,14 +188,20 @@ def file_tensors(
 
 def _gathered(found: list[Entry], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The values of the entries by their names in a file; what the model itself holds may be a part only."""
-    keys = {e.key: next((k for k in (PREFIX + e.live, e.live) if k in state_dict), None) for e in found}
-    missing = [e.live for e in found if keys[e.key] is None]
+    values, missing = {}, []
+    for entry in found:
+        if entry.live is None:
+            values[entry.key] = entry.tensor.detach()
+        elif key := next((key for key in (PREFIX + entry.live, entry.live) if key in state_dict), None):
+            values[entry.key] = state_dict[key].detach()
+        else:
+            missing.append(entry.live)
     if missing:
         raise CheckpointError(
             f"state_dict lacks {len(missing)} of the {len(found)} tensors of adapter {name!r}: {shorten(missing)}. "
             "Gather the whole state dict of the model, frozen adapters included."
         )
-    return {own: state_dict[key].detach() for own, key in keys.items() if key is not None}
+    return values
 
 
 def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> list[str]:
