@@ -195,6 +195,7 @@ def test_layer_answers_as_pefts_does() -> None:
     assert layer.weight is layer.get_base_layer().weight
     assert layer.bias is layer.get_base_layer().bias
     assert layer.active_adapters == ["default"]
+    assert layer.active_adapter == ["default"]
     assert not layer.merged
     assert not layer.disable_adapters
     assert repr(layer).startswith("LoraLinear(\n  default: r=4, scaling=1.5\n")

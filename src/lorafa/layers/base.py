@@ -230,8 +230,8 @@ class LoraLayer(nn.Module):
         return list(self._active_adapter)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        return self._active_adapter[0] if len(self._active_adapter) == 1 else list(self._active_adapter)
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
 
     def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, and train (unless ``inference_mode``)."""
