@@ -55,6 +55,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         *,
+        torch_device: str | None = None,
+        ephemeral_gpu_offload: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         subfolder: str | None = None,
         allow_pickle: bool = False,
@@ -71,6 +73,7 @@ class PeftModel(nn.Module):
             config: use this one instead of the stored one.
             autocast_adapter_dtype: keep the adapter in float32 where the base is float16 or bfloat16.
             low_cpu_mem_usage: make the factors on the meta device before they are filled.
+            torch_device: not read, nor is ``ephemeral_gpu_offload``: an adapter goes to the device of its layer.
             key_mapping: regular expression -> replacement, applied to every key of the file in turn.
             subfolder: where in the folder or repository the adapter is.
             ignore_base_mismatch: load even if the base weights are not those the adapter was made for.
@@ -100,6 +103,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         *,
+        torch_device: str | None = None,
+        ephemeral_gpu_offload: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         subfolder: str | None = None,
         allow_pickle: bool = False,

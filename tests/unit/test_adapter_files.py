@@ -272,6 +272,16 @@ def test_filling_a_merged_adapter_does_not_leave_the_old_update_in_the_weights(t
     assert_unchanged(before, model)
 
 
+def test_an_adapter_goes_to_the_device_of_its_layer_whatever_device_is_named(tmp_path: Path) -> None:
+    saved = adapted()
+    saved.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(Model(), tmp_path, torch_device="meta", ephemeral_gpu_offload=True)
+    model.load_adapter(tmp_path, "b", torch_device="meta", ephemeral_gpu_offload=True)
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        assert torch.equal(run(model), run(saved))
+
+
 def test_low_memory_loading_gives_the_same_bits(tmp_path: Path) -> None:
     saved = adapted("body", "lm_head", "embed_tokens", use_dora=True)
     saved.save_pretrained(tmp_path)
