@@ -110,14 +110,14 @@ class Step:
 
 
 def agree(one: Contender, other: Contender) -> None:
-    """Refuse to time wrong answers."""
+    """Refuse to time wrong answers; in bfloat16, so up to rounding (tests/parity compares in float32 to 1e-6)."""
     (loss, grads), (other_loss, other_grads) = one("check"), other("check")
     pairs = [(a.flatten().double(), b.flatten().double()) for a, b in zip(grads, other_grads, strict=True)]
     error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
     cosine = min(float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs)
     emit(benchmark=NAME, check=f"{one.name} = {other.name}", loss=loss, other_loss=other_loss,
          gradient_error=round(error, 4), gradient_cosine=round(cosine, 5))  # fmt: skip
-    if abs(loss - other_loss) > 0.01 * abs(other_loss) or cosine < 0.99:
+    if abs(loss - other_loss) > 0.01 * abs(other_loss) or cosine < 0.98:
         raise SystemExit(f"{one.name} and {other.name} disagree: nothing was timed.")
 
 
