@@ -40,7 +40,7 @@ def test_of_two_values_the_later_one_counts() -> None:
 
 
 @pytest.mark.parametrize("group", ["model", "data"])
-@pytest.mark.parametrize("name", ["owner/name", "/tmp/a b/it's (1).jsonl", "back\\slash\\", "a=b", "x'\\'y"])
+@pytest.mark.parametrize("name", ["owner/name", "/data/a b/it's (1).jsonl", "back\\slash\\", "a=b", "x'\\'y"])
 def test_model_and_data_take_any_name_literally(group: str, name: str) -> None:
     assert getattr(compose([f"{group}={name}"]), group).name == name
 
