@@ -109,7 +109,7 @@ class Step:
         return sum(storages.values())
 
 
-def agree(one: Contender, other: Contender) -> None:
+def agree(one: Contender, other: Contender, cosine_at_least: float = 0.99) -> None:
     """Refuse to time wrong answers; in bfloat16, so up to rounding (tests/parity compares in float32 to 1e-6)."""
     (loss, grads), (other_loss, other_grads) = one("check"), other("check")
     pairs = [(a.flatten().double(), b.flatten().double()) for a, b in zip(grads, other_grads, strict=True)]
@@ -117,7 +117,7 @@ def agree(one: Contender, other: Contender) -> None:
     cosine = min(float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs)
     emit(benchmark=NAME, check=f"{one.name} = {other.name}", loss=loss, other_loss=other_loss,
          gradient_error=round(error, 4), gradient_cosine=round(cosine, 5))  # fmt: skip
-    if abs(loss - other_loss) > 0.01 * abs(other_loss) or cosine < 0.98:
+    if abs(loss - other_loss) > 0.01 * abs(other_loss) or cosine < cosine_at_least:
         raise SystemExit(f"{one.name} and {other.name} disagree: nothing was timed.")
 
 
@@ -181,7 +181,7 @@ def dora(data: str, repeats: int, threads: int) -> None:
         peft = Contender("peft DoRA", Step, library="peft", dora=True, **make)
         ours = Contender("lorafa DoRA", Step, library="lorafa", dora=True, **make)
         plain = Contender("lorafa LoRA", Step, library="lorafa", **make)
-        agree(ours, peft)
+        agree(ours, peft, cosine_at_least=0.98)  # its gain adds a rounding a layer, on both sides
         size = {c.name: c("saved_bytes") for c in (peft, ours)}
         taken = {name: median(v) for name, v in interleave([peft, ours, plain], "step", repeats).items()}
         for c in (peft, ours, plain):

@@ -215,3 +215,10 @@ def test_output_projection_alone_is_refused() -> None:
 def test_dropout_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="attention: lora_dropout does not act on attention layers"):
         adapted({"lora_dropout": 0.1})
+
+
+def test_asking_for_a_product_with_the_input_says_that_the_update_is_in_the_weight() -> None:
+    model = get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), LoraConfig(target_modules=["0"], r=2))
+    layer = model.base_model.model[0]
+    with pytest.raises(BackendError, match=r"LoraAttention adds its update to the weight .* exclude the layer"):
+        layer.low_rank(torch.ones(1, 8), torch.ones(2, 8), torch.ones(24, 2), 1.0)

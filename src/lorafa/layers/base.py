@@ -90,8 +90,15 @@ class LoraLayer(nn.Module):
         return self.lora_B[name].bias if self.lora_bias[name] else None  # type: ignore[return-value]
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
-        """s B A drop(x) for the layer's input x, in the layout of its output."""
-        raise NotImplementedError(type(self).__name__)
+        """s B A drop(x) for the layer's input x, in the layout of its output.
+
+        Raises:
+            BackendError: the layer adds its update to the weight, so there is no product with an input.
+        """
+        raise BackendError(
+            f"{type(self).__name__} adds its update to the weight for the length of a forward pass and has no low-rank "
+            "product with an input. Use a variant that is defined on such layers, or exclude the layer."
+        )
 
     def per_output(self, vector: Tensor) -> Tensor:
         """A vector over output features, (out,), shaped to broadcast against the layer's output."""
