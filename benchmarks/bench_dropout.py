@@ -1,4 +1,4 @@
-"""What does dropout on a layer's input cost beside the layer's product, drawn by torch and drawn from words?
+"""What does dropout on a layer's input cost beside the layer's product, drawn by torch and made from tables?
 
     python benchmarks/bench_dropout.py
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from harness import emit, median, timed
 
-from lorafa.functional import apply_mask, keep_mask
+from lorafa.functional import dropped_into, keep_mask
 from lorafa.train.memory import keep_freed_memory
 
 NAME = "dropout"
@@ -26,9 +26,9 @@ def main() -> None:
         "product x W^T": lambda: x @ weight.T,
         "torch dropout": lambda: torch.nn.functional.dropout(x, P),
         "bernoulli_ of torch": lambda: torch.empty(ROWS, COLUMNS, dtype=torch.bool).bernoulli_(1 - P),
-        "keep_mask and apply_mask": lambda: apply_mask(x, keep_mask(x.shape, P, 1, x.device)),
+        "keep_mask and dropped_into": lambda: dropped_into(keep_mask(*x.shape, P, 1, x.device), x),
     }
-    for name in ("torch dropout", "keep_mask and apply_mask"):
+    for name in ("torch dropout", "keep_mask and dropped_into"):
         rate = (cases[name]() == 0).double().mean().item()
         assert abs(rate - P) < 2e-3, f"{name} drops {rate}"
     for name, run in cases.items():

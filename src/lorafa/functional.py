@@ -3,8 +3,8 @@
     y = gain * (x W^T + s drop(x) A^T B^T) + bias            gain is 1 for LoRA, m / ||W + s B A|| for DoRA
 
 What it keeps for backward, for T rows of x: x itself (as it came, never a copy in another dtype, and only if A or W is
-trained), the (T, r) product, and with a gain the (T, out) output before it. No dropout mask is kept: it is a hash of
-(seed, position), drawn again in backward, equal on every device.
+trained), the (T, r) product, and with a gain the (T, out) output before it. No dropout mask is kept: it is drawn again
+in backward from its seed.
 
 Under torch.compile and torch.func the same formula is taken in plain operations, which those differentiate.
 """
@@ -19,18 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _SIGNED_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_STEPS = 2**16  # resolution of the dropout probability
-
-
-def _signed(value: int) -> int:
-    """The 64-bit pattern ``value`` as the int64 that holds it."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-_WEYL = _signed(0x9E3779B97F4A7C15)
-_MIX1 = _signed(0xBF58476D1CE4E5B9)
-_MIX2 = _signed(0x94D049BB133111EB)
-_ROUNDS = ((15, 0x21F0AAAD), (16, 0x735A2D97), (17, 0x2C1B3C6D))  # shift, odd factor
+_STEPS = 2**15  # resolution of the dropout probability: the odd 16-bit words
+_LANES = 4  # 16-bit words in an int64
+_ROWS_A_BLOCK = 64  # rows that share one word a column in the mask
 
 
 def draw_seed() -> int:
@@ -38,50 +29,39 @@ def draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
 
 
-def _split_mix(count: int, seed: int, device: torch.device) -> Tensor:
-    """``count`` int64 words of SplitMix64 (Steele et al. 2014, doi:10.1145/2714064.2660195) at counters 0..count-1."""
-    h = torch.arange(count, dtype=torch.int64, device=device).mul_(_WEYL).add_(seed)
-    h.bitwise_xor_((h >> 30).bitwise_and_(2**34 - 1)).mul_(_MIX1)  # >> is arithmetic: mask off the copied sign bits
-    h.bitwise_xor_((h >> 27).bitwise_and_(2**37 - 1)).mul_(_MIX2)
-    return h.bitwise_xor_((h >> 31).bitwise_and_(2**33 - 1))
-
-
 def dropout_probability(p: float) -> float:
-    """The probability that is used for ``p``: the nearest multiple of 2^-16 that is neither 0 nor 1."""
+    """The probability that is used for ``p``: the nearest multiple of 2^-15 that is neither 0 nor 1."""
     return min(max(round(p * _STEPS), 1), _STEPS - 1) / _STEPS
 
 
-def keep_mask(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor:
-    """int16 of ``shape``: all bits set where an element is kept, 0 where it is dropped (probability ``p``).
+def keep_mask(rows: int, columns: int, p: float, seed: int, device: torch.device) -> Tensor:
+    """int16 (rows, columns): 1 where an element is kept, 0 where it is dropped (probability ``p``).
 
-    A random word a row plus a random word a pair of columns, stirred in three rounds of 32-bit multiply and shift, give
-    16 bits an element: a third of the time of a 64-bit hash an element, and a sixteenth of torch's dropout on a CPU.
+    Tabulation hashing (Patrascu and Thorup 2012, doi:10.1145/2220357.2220361): every column has a random odd 16-bit
+    word for each block of rows and one for each place in a block, and an element's word is their product. Odd words are
+    a group under multiplication, so any three elements are independent, elements of different columns always; and a
+    product costs one pass where a hash of the position costs ten.
     """
-    columns = shape[-1]
-    rows, words = shape[:-1].numel(), (columns + 1) // 2
-    axes = _split_mix(rows + words, seed, device).to(torch.int32)
-    h = axes[:rows, None] + axes[None, rows:]
-    shifted = torch.empty_like(h)
-    for bits, factor in _ROUNDS:
-        torch.bitwise_right_shift(h, bits, out=shifted)
-        h.mul_(factor).bitwise_xor_(shifted)
-    lanes = h.view(torch.int16)
-    threshold = round(dropout_probability(p) * _STEPS) - _STEPS // 2
-    torch.ge(lanes, threshold, out=lanes)
-    return lanes.neg_()[:, :columns].reshape(shape)
+    places = min(rows, _ROWS_A_BLOCK)
+    blocks = -(-rows // _ROWS_A_BLOCK)
+    lanes = (blocks + places) * columns
+    words = torch.empty(-(-lanes // _LANES), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
+    words = words.view(torch.int16)[:lanes].bitwise_or_(1).view(blocks + places, columns)
+    kept = (words[:blocks, None] * words[None, blocks:]).view(-1, columns)[:rows]
+    return torch.ge(kept, 2 * round(dropout_probability(p) * _STEPS) - _STEPS, out=kept)
 
 
-def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask is set, 0 elsewhere; works on the bits, so it is exact and as fast as a copy."""
+def drop_(x: Tensor, mask: Tensor) -> None:
+    """Zero x, of the mask's shape, where the mask is 0. Works on the bits, so it is exact for inf and nan too."""
     bits = _SIGNED_BITS[x.element_size()]
-    return x.view(bits).bitwise_and(mask.to(bits)).view(x.dtype)
+    x.view(bits).mul_(mask.to(bits))
 
 
-def apply_mask_(x: Tensor, mask: Tensor) -> Tensor:
-    """:func:`apply_mask` in place."""
+def dropped_into(mask: Tensor, x: Tensor) -> Tensor:
+    """A copy of x that is 0 where the mask is; takes the mask's memory where an element has its size."""
     bits = _SIGNED_BITS[x.element_size()]
-    x.view(bits).bitwise_and_(mask.to(bits))
-    return x
+    return mask.to(bits).mul_(x.view(bits)).view(x.dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -136,11 +116,9 @@ class _LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropped, scale = rows, scaling
         if p:
-            dropped = apply_mask(rows, keep_mask(rows.shape, p, seed, x.device))
+            dropped = dropped_into(keep_mask(rows.shape[0], rows.shape[1], p, seed, x.device), rows)
             scale = scaling / (1 - dropout_probability(p))
-        z = dropped @ A.to(dtype).T
-        if scale != 1:
-            z.mul_(scale)
+        z = dropped @ (A * scale).to(dtype).T
         inner_bias = bias if bias is None or gain is not None else bias.to(dtype)
         if weight is None:
             y = nn.functional.linear(z, B.to(dtype), None if gain is not None else inner_bias)
@@ -186,37 +164,25 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if gain is not None:
         grad = _times(grad, gain)
 
-    grad_z = None
-    if need_x or need_A:
-        grad_z = grad @ B.to(dtype)
-        if scale != 1:
-            grad_z.mul_(scale)
-    rows = None if x is None else x.reshape(-1, ctx.shape[-1]).to(dtype)
-    mask = None
-    if p and (need_x or need_A):
-        mask = keep_mask(torch.Size((grad.shape[0], ctx.shape[-1])), p, ctx.seed, grad.device)
-
     grad_x = grad_weight = grad_A = grad_B = None
-    if need_x:
-        low_A = A.to(dtype)
-        if weight is None:
-            grad_x = grad_z @ low_A
-            grad_x = grad_x if mask is None else apply_mask_(grad_x, mask)
-        else:
-            grad_x = grad @ weight.to(dtype)
-            if mask is None:
-                grad_x.addmm_(grad_z, low_A)
-            else:
-                grad_x.add_(apply_mask_(grad_z @ low_A, mask))
-        grad_x = grad_x.view(ctx.shape).to(x_dtype)
-    if need_A:
-        assert rows is not None
-        assert grad_z is not None
-        grad_A = (grad_z.T @ (rows if mask is None else apply_mask(rows, mask))).to(A.dtype)
+    rows = dropped = None if x is None else x.reshape(-1, ctx.shape[-1]).to(dtype)
+    if need_x or need_A:
+        grad_z = grad @ (B * scale).to(dtype)
+        through_A = grad_z @ A.to(dtype) if need_x else None
+        if p:
+            mask = keep_mask(grad.shape[0], ctx.shape[-1], p, ctx.seed, grad.device)
+            if through_A is not None:
+                drop_(through_A, mask)
+            if need_A and rows is not None:
+                dropped = dropped_into(mask, rows)
+        if through_A is not None:  # the large product adds to the thin one: no pass over memory for the sum
+            grad_x = through_A if weight is None else through_A.addmm_(grad, weight.to(dtype))
+            grad_x = grad_x.view(ctx.shape).to(x_dtype)
+        if need_A and dropped is not None:
+            grad_A = (grad_z.T @ dropped).to(A.dtype)
     if need_B:
-        grad_B = (grad.T @ z).to(B.dtype)
-    if need_weight:
-        assert rows is not None
+        grad_B = (z.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format)
+    if need_weight and rows is not None:
         grad_weight = (grad.T @ rows).to(weight.dtype)
     return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None
 

@@ -140,18 +140,18 @@ def test_weight_and_factors_that_are_not_contiguous() -> None:
 def explicit_mask(shape: tuple[int, ...], p: float, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """The mask low_rank_linear draws after manual_seed(seed): 0 or 1 / (1 - p)."""
     torch.manual_seed(seed)
-    size = torch.Size((torch.Size(shape[:-1]).numel(), shape[-1]))
-    keep = keep_mask(size, p, draw_seed(), torch.device("cpu")) != 0
+    rows = torch.Size(shape[:-1]).numel()
+    keep = keep_mask(rows, shape[-1], p, draw_seed(), torch.device("cpu")) != 0
     return keep.view(shape).to(dtype) / (1 - dropout_probability(p))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_dropout_is_the_formula_with_an_explicit_mask_in_forward_and_backward(p: float) -> None:
-    mask = explicit_mask((6, IN), p, seed=4)
+    mask = explicit_mask((6, IN), p, seed=6)
     assert 0 < (mask == 0).sum() < mask.numel()
 
     def run(values: dict[str, Tensor]) -> Tensor:
-        torch.manual_seed(4)
+        torch.manual_seed(6)
         return fused(values, p)
 
     for needed in SUBSETS:
