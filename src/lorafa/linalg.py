@@ -22,3 +22,22 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(matrix.detach().to(dtype), full_matrices=False)
     U, Vh = fix_signs(U[..., :rank], Vh[..., :rank, :])
     return U, S[..., :rank], Vh
+
+
+def gram_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """L with L L^T = M M^T for M (..., r, n) of full row rank, and the share of M M^T that is left in its last rows.
+
+    Returns:
+        L (..., r, r), lower triangular, in float64, and (...,) the smallest pivot of L over the largest: 0 where the
+        rows of M are dependent up to float64's rounding.
+    """
+    rows = matrix.detach().double()
+    L, info = torch.linalg.cholesky_ex(rows @ rows.mT)
+    pivots = L.diagonal(dim1=-2, dim2=-1)
+    ratio = pivots.amin(-1) / pivots.amax(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    return L, torch.where((info == 0) & ratio.isfinite(), ratio, 0.0)
+
+
+def spd_inverse(L: Tensor) -> Tensor:
+    """(L L^T)^-1 of a lower triangular L (..., r, r), in its dtype."""
+    return torch.cholesky_inverse(L)

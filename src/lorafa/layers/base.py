@@ -43,6 +43,7 @@ class LoraLayer(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
+        self.frozen_A: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -175,7 +176,7 @@ class LoraLayer(nn.Module):
         self.r[name], self.lora_alpha[name], self.times[name] = parts.rank, parts.alpha, parts.times
         self.scaling[name] = parts.times * parts.scaling
         self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant == "dora"
-        self.lora_bias[name] = parts.bias is not None
+        self.lora_bias[name], self.frozen_A[name] = parts.bias is not None, parts.freeze_A
         self.lora_dropout[name] = nn.Dropout(parts.dropout) if parts.dropout else nn.Identity()
         bias = None if parts.bias is None else placed(parts.bias)
         self.hold_factors(name, placed(self.stored_A(parts.A)), placed(self.stored_B(parts.B)), bias)
@@ -208,7 +209,7 @@ class LoraLayer(nn.Module):
             raise AdapterError(f"Adapter {name!r} is merged. Call unmerge_adapter() before deleting it.")
         holders: tuple[Any, ...] = (
             self.r, self.lora_alpha, self.scaling, self.times, self.use_rslora, self.use_dora, self.lora_bias,
-            self.lora_dropout, self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B,
+            self.frozen_A, self.lora_dropout, self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B,
             self.lora_magnitude_vector, self.lora_start, self.adapters,
         )  # fmt: skip
         for holder in holders:
@@ -247,8 +248,9 @@ class LoraLayer(nn.Module):
             self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
 
     def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
-        for parameter in self.stored_parameters(name).values():
-            parameter.requires_grad_(requires_grad)
+        for key, parameter in self.stored_parameters(name).items():
+            frozen = self.frozen_A[name] and key in ("lora_A.weight", "lora_embedding_A")
+            parameter.requires_grad_(requires_grad and not frozen)
 
     @property
     def disable_adapters(self) -> bool:

@@ -1,0 +1,151 @@
+"""The pairs (A, B) an optimizer works on: found through the layers that own them, and stacked where shapes agree.
+
+A parameter's name and its place among ``model.parameters()`` say nothing here: adapters of several names, magnitudes,
+biases and modules whose path contains "lora" stand between the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lorafa.adapter import Adapter, working_dtype
+from lorafa.errors import AdapterError, BackendError
+from lorafa.layers.base import LoraLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The two factors of one adapter on one layer."""
+
+    path: str
+    """Dotted name of the layer, for messages."""
+    layer: LoraLayer
+    name: str
+    """Name of the adapter."""
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.layer.adapters[self.name]
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.name]
+
+    @cached_property
+    def A(self) -> nn.Parameter:
+        """The parameter, in the layout it is stored in."""
+        return self._stored("A")
+
+    @cached_property
+    def B(self) -> nn.Parameter:
+        return self._stored("B")
+
+    def _stored(self, factor: str) -> nn.Parameter:
+        holder = getattr(self.layer, f"lora_{factor}")
+        if self.name in holder:
+            return holder[self.name].weight  # type: ignore[no-any-return]
+        return getattr(self.layer, f"lora_embedding_{factor}")[self.name]  # type: ignore[no-any-return]
+
+    def matrices_A(self, stored: Tensor) -> Tensor:
+        """A, or something of its shape such as its gradient, as (E, r, in); E is 1 but for experts."""
+        matrix = self.layer.matrix_A(stored)
+        return matrix if matrix.dim() == 3 else matrix[None]
+
+    def matrices_B(self, stored: Tensor) -> Tensor:
+        """B, or something of its shape, as (E, out, r)."""
+        matrix = self.layer.matrix_B(stored)
+        return matrix if matrix.dim() == 3 else matrix[None]
+
+    def stored_A(self, matrices: Tensor) -> Tensor:
+        """The inverse of :meth:`matrices_A`."""
+        return self.layer.stored_A(matrices if self._is_stack else matrices[0]).view(self.A.shape)
+
+    def stored_B(self, matrices: Tensor) -> Tensor:
+        return self.layer.stored_B(matrices if self._is_stack else matrices[0]).view(self.B.shape)
+
+    @cached_property
+    def _is_stack(self) -> bool:
+        return self.layer.matrix_A(self.A).dim() == 3
+
+    def check_active(self) -> None:
+        """Raise if this adapter no longer counts on its layer: its gradient would be missing, or another's."""
+        if self.name not in self.layer._active_adapter or self.name not in self.layer.adapters:
+            raise AdapterError(
+                f"{self.path}: the optimizer was made for adapter {self.name!r}, active now: "
+                f"{', '.join(map(repr, self.layer._active_adapter)) or 'none'}. Call set_adapter({self.name!r}), or "
+                "make a new optimizer. Nothing was changed."
+            )
+
+
+def pairs_of(model: nn.Module) -> list[Pair]:
+    """The factors of every active adapter, in the order of the layers; a layer that is used twice counts once.
+
+    Args:
+        model: a PeftModel, any model with adapters injected, or a wrapper around one (DDP, torch.compile).
+
+    Raises:
+        AdapterError: no layer has an active adapter, or a factor holds nan or inf.
+        BackendError: a factor is spread over processes, or is not a floating-point tensor of its full shape.
+    """
+    pairs = [
+        Pair(path, layer, name)
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+        for name in layer.active_adapters
+        if name in layer.adapters
+    ]
+    if not pairs:
+        raise AdapterError(
+            f"{type(model).__name__} has no layer with an active adapter. Wrap it first: "
+            "model = get_peft_model(model, LoraConfig(...)), or call set_adapter(name)."
+        )
+    for pair in pairs:
+        _check(pair)
+    return pairs
+
+
+def _check(pair: Pair) -> None:
+    rank = pair.layer.r[pair.name]
+    for factor, tensor in (("A", pair.A), ("B", pair.B)):
+        where = f"{pair.path}, adapter {pair.name!r}: {factor}"
+        if isinstance(tensor, DTensor) or tensor.dim() < 2 or tensor.numel() == 0:
+            raise BackendError(
+                f"{where} is a shard of a factor ({type(tensor).__name__}, shape {tuple(tensor.shape)}). This "
+                "optimizer needs whole factors: leave the adapters unsharded, or use a stock optimizer on them."
+            )
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise BackendError(
+                f"{where} is stored as {tensor.dtype}. This optimizer needs float64, float32, bfloat16 or float16."
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{where} (rank {rank}) holds nan or inf; nothing was changed. The adapter was probably trained to "
+                "divergence: start it anew, or load an earlier checkpoint."
+            )
+
+
+def trained_apart_from(model: nn.Module, pairs: Iterable[Pair]) -> list[nn.Parameter]:
+    """What is trained besides the factors of ``pairs``: magnitudes, biases, modules_to_save, token rows."""
+    factors = {id(parameter) for pair in pairs for parameter in (pair.A, pair.B)}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+
+
+def by_shape(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """Pairs whose factors can be stacked: equal shapes as matrices, dtype and device."""
+    groups: dict[tuple[object, ...], list[Pair]] = {}
+    for pair in pairs:
+        A, B = pair.matrices_A(pair.A), pair.matrices_B(pair.B)
+        groups.setdefault((A.shape[1:], B.shape[1:], A.dtype, B.dtype, B.device), []).append(pair)
+    return list(groups.values())
+
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """(E_i, m, r) tensors one below the other, in float32 (float64 stays)."""
+    joined = torch.cat(list(matrices))
+    return joined.to(working_dtype(joined.dtype))
