@@ -62,6 +62,11 @@ class Step:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
             if freeze_A and "lora_A" in name:
                 parameter.requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            path, found, _ = name.partition(".lora_magnitude_vector")
+            if found:  # PEFT rounds them to bfloat16 when it makes them
+                weight = self.model.get_submodule(path).get_base_layer().weight
+                parameter.data = weight.float().norm(dim=1).view(parameter.shape)
 
     def factors(self) -> dict[str, torch.nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if "lora_A" in n or "lora_B" in n}
