@@ -189,14 +189,20 @@ def create_lorafa_optimizer(
     for pair in pairs:
         pair.layer.frozen_A[pair.name] = True
         pair.A.requires_grad_(False)
-    rest = [
+    rest: list[dict[str, Any]] = [
         {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
     ]
     if algorithm == "exact":
         groups = [{"params": [pair.B for pair in pairs]}, *rest]
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
-        return LoraFAOptimizer([g for g in groups if g["params"]], pairs=pairs, **settings)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+        }
+        return LoraFAOptimizer([g for g in groups if g["params"]], pairs=pairs, **settings)
     for pair, L in zip(pairs, factors, strict=True):
         fold_(pair, L)
     of_scaling: dict[float, list[nn.Parameter]] = {}
