@@ -188,20 +188,21 @@ def lora(data: str, repeats: int, threads: int) -> None:
 def dora(data: str, repeats: int, threads: int) -> None:
     for dropout in (0.0, 0.05):
         make: dict[str, Any] = {"threads": threads, "loss": "model", "data": data, "dropout": dropout}
-        peft = Contender("peft DoRA", Step, library="peft", dora=True, **make)
-        ours = Contender("lorafa DoRA", Step, library="lorafa", dora=True, **make)
-        plain = Contender("lorafa LoRA", Step, library="lorafa", **make)
-        agree(ours, peft)
-        size = {c.name: c("saved_bytes") for c in (peft, ours)}
-        taken = {name: median(v) for name, v in interleave([peft, ours, plain], "step", repeats).items()}
-        for c in (peft, ours, plain):
-            emit(benchmark=NAME, case=c.name, dropout=dropout, saved_mib=round(size.get(c.name, 0) / 2**20, 1),
-                 seconds=round(taken[c.name], 3))  # fmt: skip
-        verdict(NAME, "DoRA saved bytes / PEFT's DoRA", size[ours.name] / size[peft.name], 0.50, dropout=dropout)
-        verdict(NAME, "DoRA time / our LoRA", taken[ours.name] / taken[plain.name], 1.15, dropout=dropout)
-        verdict(NAME, "DoRA time / PEFT's DoRA", taken[ours.name] / taken[peft.name], 1.0, dropout=dropout)
-        for c in (peft, ours, plain):
-            c.close()
+
+        def ours(make: dict[str, Any] = make) -> Contender:
+            return Contender("lorafa DoRA", Step, library="lorafa", dora=True, **make)
+
+        f = compare(ours(), Contender("peft DoRA", Step, library="peft", dora=True, **make), repeats)
+        one, other = f["lorafa DoRA"], f["peft DoRA"]
+        size, time = one["saved_mib"] / other["saved_mib"], one["seconds"] / other["seconds"]
+        verdict(NAME, "DoRA saved bytes / PEFT's DoRA", size, 0.50, dropout=dropout)
+        verdict(NAME, "DoRA time / PEFT's DoRA", time, 1.0, dropout=dropout)
+        both = [ours(), Contender("lorafa LoRA", Step, library="lorafa", **make)]
+        taken = {name: median(values) for name, values in interleave(both, "step", repeats).items()}
+        time = taken["lorafa DoRA"] / taken["lorafa LoRA"]
+        verdict(NAME, "DoRA time / our LoRA", time, 1.15, dropout=dropout, seconds=taken)
+        for contender in both:
+            contender.close()
 
 
 if __name__ == "__main__":
