@@ -41,3 +41,37 @@ def gram_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def spd_inverse(L: Tensor) -> Tensor:
     """(L L^T)^-1 of a lower triangular L (..., r, r), in its dtype."""
     return torch.cholesky_inverse(L)
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """In float64, where the device has it: for r x r matrices, which cost nothing."""
+    return matrix if matrix.device.type == "mps" else matrix.double()
+
+
+def damped_inverse(gram: Tensor, damping: float, *, relative: bool) -> Tensor:
+    """(M + d I)^-1 of positive semidefinite M (..., r, r), in its dtype.
+
+    d is ``damping``, or with ``relative`` ``damping`` times the mean eigenvalue of M. Where M is 0 and nothing damps
+    it, the inverse is that of a matrix of size 1e-30: what it is applied to is 0 there too.
+    """
+    M = wide(gram)
+    rank = M.shape[-1]
+    scale = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] if relative else torch.ones_like(M[..., :1, :1])
+    tiny = torch.finfo(M.dtype).eps * M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30
+    eye = torch.eye(rank, dtype=M.dtype, device=M.device)
+    return spd_inverse(torch.linalg.cholesky(M + (damping * scale + tiny) * eye)).to(gram.dtype)
+
+
+def spd_eigh(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., r), rising, and eigenvectors (..., r, r) of M + d I, M positive semidefinite, in float64.
+
+    d is ``damping`` times the mean eigenvalue. What rounding made negative is set to the rounding of the largest.
+    """
+    values, vectors = torch.linalg.eigh(wide(gram))
+    rounding = torch.finfo(gram.dtype).eps * values[..., -1:].clamp(min=0)
+    return values.clamp(min=0).maximum(rounding) + damping * values.mean(-1, keepdim=True).clamp(min=0), vectors
+
+
+def sylvester(p: Tensor, P: Tensor, q: Tensor, Q: Tensor, right: Tensor) -> Tensor:
+    """X of  S X + X T = right  for S = P diag(p) P^T and T = Q diag(q) Q^T, both positive definite, (..., r, r)."""
+    return P @ ((P.mT @ right @ Q) / (p[..., :, None] + q[..., None, :])) @ Q.mT

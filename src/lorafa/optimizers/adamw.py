@@ -8,7 +8,7 @@ no correction at all is the limit of large t.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,14 @@ def moments(state: dict[str, Any], like: Tensor) -> None:
         state[key] = torch.zeros_like(like, dtype=working_dtype(like.dtype), memory_format=torch.preserve_format)
 
 
+def by_device_and_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters one call of :func:`adamw_` can take together."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    return list(groups.values())
+
+
 @torch.no_grad()
 def adamw_(
     params: Sequence[Tensor],
@@ -43,7 +51,7 @@ def adamw_(
     eps_corrected: bool = True,
     decay_last: bool = False,
 ) -> None:
-    """One step on parameters that are at the same step.
+    """One step on parameters of one device and dtype that are at the same step.
 
     Args:
         params: any floating dtype; half precision is updated in float32 and rounded once.

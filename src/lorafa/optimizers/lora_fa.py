@@ -25,7 +25,7 @@ from lorafa.errors import AdapterError, ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import adamw_, moments
 from lorafa.optimizers.checked import check_state_shapes
-from lorafa.optimizers.pairs import Pair, pairs_of, trained_apart_from
+from lorafa.optimizers.pairs import Pair, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
 
 ALGORITHMS = ("exact", "fold")
@@ -185,14 +185,10 @@ def create_lorafa_optimizer(
                 f"{pair.path}: adapter {pair.name!r} is merged, so it gets no gradient. Call unmerge_adapter() first."
             )
     factors = [row_factors(pair) for pair in pairs]
-    others = trained_apart_from(model, pairs)
+    rest = other_groups(model, pairs, weight_decay)
     for pair in pairs:
         pair.layer.frozen_A[pair.name] = True
         pair.A.requires_grad_(False)
-    rest: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
-    ]
     if algorithm == "exact":
         groups = [{"params": [pair.B for pair in pairs]}, *rest]
         settings: dict[str, Any] = {

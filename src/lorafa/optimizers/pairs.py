@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +131,28 @@ def _check(pair: Pair) -> None:
             )
 
 
-def trained_apart_from(model: nn.Module, pairs: Iterable[Pair]) -> list[nn.Parameter]:
-    """What is trained besides the factors of ``pairs``: magnitudes, biases, modules_to_save, token rows."""
+def other_groups(model: nn.Module, pairs: Iterable[Pair], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of what is trained besides the factors of ``pairs``: matrices, and vectors, which are not decayed.
+
+    These are magnitudes, biases, modules_to_save, token rows. A group may be empty.
+    """
     factors = {id(parameter) for pair in pairs for parameter in (pair.A, pair.B)}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+    return [
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def check_both_trained(pairs: Iterable[Pair], method: str) -> None:
+    """Raise where A or B is frozen."""
+    for pair in pairs:
+        for factor, parameter in (("A", pair.A), ("B", pair.B)):
+            if not parameter.requires_grad:
+                raise AdapterError(
+                    f"{pair.path}, adapter {pair.name!r}: {factor} is frozen, but {method} moves A and B together. Use "
+                    "create_lorafa_optimizer for adapters with a frozen A."
+                )
 
 
 def by_shape(pairs: Iterable[Pair]) -> list[list[Pair]]:

@@ -1,0 +1,67 @@
+"""LoRA+: B learns faster than A (Hayou et al. 2024, arXiv:2402.12354)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lorafa.checks import check_number
+from lorafa.optimizers.checked import check_state_shapes
+from lorafa.optimizers.pairs import other_groups, pairs_of
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: Callable[..., Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_lr_embedding: float = 1e-6,
+    loraplus_weight_decay: float | None = None,
+    fast_vectors: bool = False,
+    **kwargs: Any,
+) -> Optimizer:
+    """An optimizer whose learning rate is ``lr`` for A and ``loraplus_lr_ratio * lr`` for B.
+
+    Everything else that is trained learns at ``lr``; vectors are not decayed.
+
+    Args:
+        model: a model with adapters.
+        optimizer_cls: any class of torch optimizers.
+        lr: learning rate of A.
+        loraplus_lr_ratio: lambda, >= 1 in the paper, which advises 16.
+        loraplus_lr_embedding: learning rate of both factors on embeddings.
+        loraplus_weight_decay: decoupled weight decay of matrices; None takes ``weight_decay`` of ``kwargs``, or 0.
+        fast_vectors: give biases and magnitudes B's rate, as PEFT does; the paper speaks of B only.
+        **kwargs: passed to ``optimizer_cls``.
+
+    Raises:
+        ConfigError: a number is out of range.
+        AdapterError: there are no adapters.
+    """
+    check_number("lr", lr, "a number >= 0", 0, closed="[")
+    check_number("loraplus_lr_ratio", loraplus_lr_ratio, "a number > 0", 0)
+    check_number("loraplus_lr_embedding", loraplus_lr_embedding, "a number >= 0", 0, closed="[")
+    decay = kwargs.pop("weight_decay", 0.0)
+    decay = decay if loraplus_weight_decay is None else loraplus_weight_decay
+    check_number("weight_decay", decay, "a number >= 0", 0, closed="[")
+    pairs = pairs_of(model)
+    fast = lr * loraplus_lr_ratio
+    on_embeddings = [pair for pair in pairs if pair.layer.kind == "embedding"]
+    elsewhere = [pair for pair in pairs if pair.layer.kind != "embedding"]
+    matrices, vectors = other_groups(model, pairs, decay)
+    groups: list[dict[str, Any]] = [
+        {"params": [pair.A for pair in elsewhere], "lr": lr, "weight_decay": decay},
+        {"params": [f for p in on_embeddings for f in (p.A, p.B)], "lr": loraplus_lr_embedding, "weight_decay": decay},
+        {"params": [pair.B for pair in elsewhere], "lr": fast, "weight_decay": decay},
+        {**matrices, "lr": lr},
+        {**vectors, "lr": fast if fast_vectors else lr},
+    ]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    optimizer = optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
+    optimizer.register_load_state_dict_pre_hook(check_state_shapes)
+    return optimizer

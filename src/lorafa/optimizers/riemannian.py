@@ -1,0 +1,148 @@
+"""Riemannian preconditioning (Zhang and Pilanci 2024, arXiv:2402.02347), and LoRA-One's form of it (arXiv:2502.01235).
+
+    g_A <- (B^T B + d I)^-1 g_A,        g_B <- g_B (A A^T + d I)^-1
+
+With d -> 0 a step of gradient descent on them does not depend on the basis A and B are written in: to first order it
+moves the weight by -lr s^2 (P_B G + G P_A).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorafa.checks import check_choice, check_number
+from lorafa.linalg import damped_inverse
+from lorafa.optimizers.adamw import adamw_, by_device_and_dtype, moments
+from lorafa.optimizers.checked import check_state_shapes
+from lorafa.optimizers.pairs import Pair, by_shape, check_both_trained, other_groups, pairs_of
+from lorafa.optimizers.preconditioned import precondition, split, with_gradients
+
+
+def create_riemannian_optimizer(
+    model: nn.Module,
+    optimizer_cls: Callable[..., Optimizer],
+    *,
+    lr: float,
+    reg: float = 1e-2,
+    damping: str = "relative",
+    **kwargs: Any,
+) -> Optimizer:
+    """A stock optimizer that steps on preconditioned gradients of A and B; both from the factors before the step.
+
+    Args:
+        model: a model with adapters of which A and B are trained.
+        optimizer_cls: any class of torch optimizers whose step takes no closure.
+        lr: learning rate.
+        reg: how much is added to the diagonals.
+        damping: ``"relative"``: ``reg`` times the mean eigenvalue, the same for factors of any size;
+            ``"absolute"``: ``reg`` itself, as PEFT and the authors do.
+        **kwargs: passed to ``optimizer_cls``. ``weight_decay`` spares vectors.
+
+    Raises:
+        ConfigError: an argument is out of range, or the optimizer needs a closure.
+        AdapterError: there are no adapters, or a factor is frozen.
+    """
+    check_number("lr", lr, "a number >= 0", 0, closed="[")
+    check_number("reg", reg, "a number >= 0", 0, closed="[")
+    check_choice("damping", damping, ("relative", "absolute"))
+    pairs = pairs_of(model)
+    check_both_trained(pairs, "Riemannian preconditioning")
+    relative = damping == "relative"
+
+    def transform(A: Tensor, B: Tensor, gradient_A: Tensor, gradient_B: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        left = damped_inverse(B.mT @ B, reg, relative=relative)
+        right = damped_inverse(A @ A.mT, reg, relative=relative)
+        return left @ gradient_A, gradient_B @ right
+
+    decay = kwargs.get("weight_decay", 0.0)
+    groups = [{"params": [f for pair in pairs for f in (pair.A, pair.B)]}, *other_groups(model, pairs, decay)]
+    optimizer = optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
+    return precondition(optimizer, pairs, transform)
+
+
+class PreconditionedAdamW(Optimizer):
+    """LoRA-One's AdamW (``prec_reg``): A moves first, B is preconditioned with the new A, nothing corrects the bias.
+
+    Args:
+        params: parameter groups.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to sqrt(v).
+        weight_decay: decoupled decay, before the step.
+        prec_reg: added to the diagonals of B^T B and A A^T.
+        pairs: the pairs among ``params``.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+                 prec_reg: float, pairs: list[Pair]) -> None:  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.pairs, self.prec_reg = pairs, prec_reg
+        self._batches = by_shape(pairs)
+        self.register_load_state_dict_pre_hook(check_state_shapes)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; ``closure`` computes the loss and its gradients again, and the loss is returned."""
+        for pair in self.pairs:
+            pair.check_active()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        live = [[p for p in batch if p.A.grad is not None and p.B.grad is not None] for batch in self._batches]
+        live = [batch for batch in live if batch]
+        gradients: dict[Tensor, Tensor] = {}
+        for batch in live:
+            _, B, gradient_A, gradient_B, _ = with_gradients(batch)
+            for_A = damped_inverse(B.mT @ B, self.prec_reg, relative=False) @ gradient_A
+            gradients |= {pair.A: gradient for pair, gradient, _ in split(batch, for_A, gradient_B)}
+        self._move(gradients)
+        gradients = {}
+        for batch in live:
+            A, _, gradient_A, gradient_B, _ = with_gradients(batch)
+            for_B = gradient_B @ damped_inverse(A @ A.mT, self.prec_reg, relative=False)
+            gradients |= {pair.B: gradient for pair, _, gradient in split(batch, gradient_A, for_B)}
+        factors = {parameter for pair in self.pairs for parameter in (pair.A, pair.B)}
+        others = [p for group in self.param_groups for p in group["params"] if p not in factors]
+        self._move(gradients | {p: p.grad for p in others if p.grad is not None})
+        return loss
+
+    def _move(self, gradients: dict[Tensor, Tensor]) -> None:
+        for group in self.param_groups:
+            moving = [p for p in group["params"] if p in gradients]
+            for parameter in moving:
+                if not self.state[parameter]:
+                    moments(self.state[parameter], parameter)
+            for alike in by_device_and_dtype(moving):
+                adamw_(alike, [gradients[p] for p in alike], [self.state[p] for p in alike], step=1, lr=group["lr"],
+                       betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                       correct_bias=False)  # fmt: skip
+
+
+def create_preconditioned_adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    prec_reg: float = 1e-6,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> PreconditionedAdamW:
+    """The optimizer LoRA-One's experiments call ``prec_reg``; see `PreconditionedAdamW` for the arguments.
+
+    Raises:
+        ConfigError: a number is out of range.
+        AdapterError: there are no adapters, or a factor is frozen.
+    """
+    check_number("lr", lr, "a number >= 0", 0, closed="[")
+    check_number("prec_reg", prec_reg, "a number > 0", 0)
+    pairs = pairs_of(model)
+    check_both_trained(pairs, "LoRA-One's preconditioned AdamW")
+    groups = [{"params": [f for pair in pairs for f in (pair.A, pair.B)]}, *other_groups(model, pairs, weight_decay)]
+    groups = [group for group in groups if group["params"]]
+    return PreconditionedAdamW(groups, lr, betas, eps, weight_decay, prec_reg, pairs)
