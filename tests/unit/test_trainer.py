@@ -36,6 +36,7 @@ from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import CheckpointError, ConfigError, TrainingError
 from lorafa.train.checkpoints import last_checkpoint
+from lorafa.train.trainer import check_gradients
 
 # ---- resume ----
 
@@ -296,6 +297,30 @@ def test_training_stops_and_names_the_layers_that_get_no_gradient(tmp_path: Path
         trainer.train()
     model = zero(adapted_model(), "layers.1.self_attn.q_proj")
     trainer_for(tmp_path, model, own={"check_gradients": False}, max_steps=1).train()
+
+
+class Experts(nn.Module):
+    """y = down up x; ``idle`` is in no product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.idle = (nn.Parameter(torch.eye(4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.up.T @ self.down.T
+
+
+@pytest.mark.parametrize("library", [lorafa, peft], ids=["lorafa", "peft"])
+def test_adapted_parameters_that_get_no_gradient_are_named(library: ModuleType) -> None:
+    """Adapters on parameters of one module sit in each other; each answers for itself."""
+    parameters = ["experts.up", "experts.idle", "experts.down"]
+    config = library.LoraConfig(r=2, target_modules=["head"], target_parameters=parameters)
+    model = nn.Sequential()
+    model.experts, model.head = Experts(), nn.Linear(4, 3)
+    adapted = library.get_peft_model(model, config)
+    adapted(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(TrainingError, match=r"1 of 4 adapted layers got no gradient: experts\.idle\."):
+        check_gradients(adapted)
 
 
 def spoil(model: nn.Module, step: int, event: str) -> Do:

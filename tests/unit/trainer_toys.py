@@ -21,10 +21,13 @@ CONFIG = hf.LlamaConfig(
 )
 
 
-def adapted_model(dropout: float = 0.0, library: ModuleType = lorafa, **changes: Any) -> nn.Module:
+def adapted_model(
+    dropout: float = 0.0, library: ModuleType = lorafa, base: dict[str, Any] | None = None, **changes: Any
+) -> nn.Module:
+    """``base`` changes the model's config, ``changes`` the adapter's."""
     torch.manual_seed(0)
     config = library.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, **changes)
-    return library.get_peft_model(hf.LlamaForCausalLM(CONFIG), config)
+    return library.get_peft_model(hf.LlamaForCausalLM(hf.LlamaConfig(**(CONFIG.to_dict() | (base or {})))), config)
 
 
 def samples(count: int = SAMPLES, seed: int = 0) -> list[dict[str, list[int]]]:

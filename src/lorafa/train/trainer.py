@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lorafa.errors import CheckpointError, ConfigError, TrainingError, shorten
-from lorafa.train.checkpoints import last_checkpoint, missing_files
+from lorafa.errors import TrainingError, shorten
+from lorafa.train.adapter_checkpoints import AdapterCheckpoints
+from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.loss import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
 from lorafa.train.sampling import LengthSampler, lengths_of
 
 DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
+class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
     """`transformers.Trainer` for a causal language model with adapters.
 
     What it adds: the loss is computed at supervised positions only (`lorafa.train.loss`) and announced when it cannot
@@ -54,17 +55,8 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
         check_gradients: bool = True,
         **settings: Any,
     ) -> None:
-        if not (hasattr(model, "get_base_model") and hasattr(model, "load_adapter")):
-            raise ConfigError(
-                f"LoraTrainer trains adapters, found a plain {type(model).__name__}. "
-                "Wrap it first: model = get_peft_model(model, LoraConfig(...))."
-            )
         super().__init__(model, args, **settings)
-        # transformers looks through PEFT's wrapper only; these are the answers for the model inside ours.
-        if args.label_names is None:
-            self.label_names = ["labels"]
-        self.can_return_loss = False
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # as the chunked loss does
         self.chunk_tokens = chunk_tokens
         self.check_gradients = check_gradients
         self.own_loss_reason = self._own_loss_reason() if chunked_loss else "chunked_loss=False"
@@ -190,20 +182,6 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; ``resume_from_checkpoint=True`` continues from the newest complete checkpoint of ``output_dir``.
-
-        Raises:
-            CheckpointError: there is no complete checkpoint to resume from, or it does not fit the model.
-            TrainingError: the loss is not finite, or an adapter gets no gradient.
-        """
-        if resume_from_checkpoint is True:
-            newest = last_checkpoint(self.args.output_dir)
-            if newest is None:
-                raise CheckpointError(f"There is no complete checkpoint to resume from in {self.args.output_dir}.")
-            resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # A checkpoint in the middle of a logging interval would lose the first half of its mean: end it here.
         if self.control.should_save or self.control.should_evaluate:
@@ -216,33 +194,6 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
             self._stop(f"After step {self.state.global_step} {len(bad)} weights are not finite: {shorten(bad)}.")
         super()._save_checkpoint(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
-            self.model.save_pretrained(folder, state_dict=state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if missing := missing_files(folder):
-            newest = last_checkpoint(folder.parent)
-            raise CheckpointError(
-                f"{folder} is no complete checkpoint: {', '.join(missing)} missing or damaged, so the training could "
-                f"not continue as it was. The newest complete checkpoint beside it: {newest or 'none'}."
-            )
-        self._load_adapters(folder)
-
-    def _load_best_model(self) -> None:
-        self._load_adapters(Path(self.state.best_model_checkpoint))
-
-    def _load_adapters(self, folder: Path) -> None:
-        """Load every adapter of the model from where ``save_pretrained`` puts it; trained ones stay trainable."""
-        active = self.model.active_adapters
-        for name in self.model.peft_config:
-            place = folder if name == "default" else folder / name
-            self.model.load_adapter(str(place), name, is_trainable=name in active)
-
     def _stop(self, what: str) -> None:
         newest = last_checkpoint(self.args.output_dir)
         raise TrainingError(
@@ -253,23 +204,35 @@ class LoraTrainer(transformers.Trainer):  # type: ignore[misc]
 
 def check_gradients(model: nn.Module) -> None:
     """Raise TrainingError naming the adapted layers whose trainable weights have no gradient, or only zeros."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    base: Any = model.get_base_model()  # type: ignore[operator]
-    layers = [(name, base.get_submodule(name)) for name in model.targeted_module_names]  # type: ignore[union-attr]
-    silent = [name for name, layer in layers if not _has_gradient(list(layer.parameters()))]
-    if not parameters or not any(p.grad is not None and p.grad.any() for p in parameters):
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable or _is_silent(trainable):
         raise TrainingError(
-            f"None of the {len(parameters)} trainable weights got a gradient: nothing would be learnt. "
+            f"None of the {len(trainable)} trainable weights got a gradient: nothing would be learnt. "
             "Check that an adapter is active and trainable, and that the model is not under torch.no_grad."
         )
+    adapters = list(_adapters(model))
+    silent = [name for name, parameters in adapters if _is_silent(parameters)]
     if silent:
         raise TrainingError(
-            f"{len(silent)} of {len(layers)} adapted layers got no gradient: {shorten(silent)}. The loss does not "
-            "depend on them: leave them out of target_modules, or pass check_gradients=False if that is right."
+            f"{len(silent)} of {len(adapters)} adapted layers got no gradient: {shorten(silent)}. The loss does not "
+            "depend on them: leave them out of target_modules or target_parameters, or pass check_gradients=False if "
+            "that is right."
         )
 
 
-def _has_gradient(parameters: list[nn.Parameter]) -> bool:
-    """False if there are trainable parameters and all their gradients are zero or missing."""
+def _adapters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """Name and adapter weights of every adapted layer and parameter, of lorafa's layers and of PEFT's."""
+    base: nn.Module = model.get_base_model()  # type: ignore[operator]
+    for path, layer in base.named_modules():
+        if "lora_A" not in getattr(layer, "adapter_layer_names", ()):
+            continue
+        parts = [child for key, child in layer.named_children() if key != "base_layer"]
+        name = ".".join(part for part in path.split(".") if part != "base_layer")
+        parameter = getattr(layer, "parameter_name", None)
+        yield f"{name}.{parameter}" if parameter else name, [p for part in parts for p in part.parameters()]
+
+
+def _is_silent(parameters: list[nn.Parameter]) -> bool:
+    """Whether there are trainable parameters and all their gradients are zero or missing."""
     trainable = [p for p in parameters if p.requires_grad]
-    return not trainable or any(p.grad is not None and bool(p.grad.any()) for p in trainable)
+    return bool(trainable) and not any(p.grad is not None and bool(p.grad.any()) for p in trainable)

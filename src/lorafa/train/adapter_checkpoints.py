@@ -1,0 +1,102 @@
+"""AdapterCheckpoints: makes any trainer built on `transformers.Trainer` save, resume and reload adapters alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from lorafa.errors import CheckpointError, ConfigError
+from lorafa.peft_model import PeftModel
+from lorafa.train.checkpoints import last_checkpoint, missing_files
+
+
+class AdapterCheckpoints:
+    """Put it before a trainer: ``class MyTrainer(AdapterCheckpoints, SFTTrainer): ...``.
+
+    `transformers.Trainer` and what is built on it recognise PEFT's own class only. With this in front of them they see
+    the transformers model inside a `lorafa.PeftModel` when they look at what they were given, train the PeftModel, and
+
+    * write ``adapter_config.json`` and ``adapter_model.safetensors`` of every adapter into a checkpoint ("default" into
+      the folder itself, others into sub-folders), with nothing of the base, so that `PeftModel.from_pretrained` reads
+      it;
+    * resume from it, several adapters and ``modules_to_save`` included, and only if it is complete;
+    * load the best one at the end (``load_best_model_at_end``).
+
+    PEFT's model may be given too. Resuming under FSDP and DeepSpeed is not supported.
+
+    Raises:
+        ConfigError: the model has no adapters, or a class names its trainer before this one.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    processing_class: Any
+    data_collator: Any
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        order = cls.__mro__
+        if transformers.Trainer in order[: order.index(AdapterCheckpoints)]:
+            raise ConfigError(
+                f"{cls.__name__} names its trainer before AdapterCheckpoints, which then changes nothing. "
+                f"Name it first: class {cls.__name__}(AdapterCheckpoints, ...)."
+            )
+
+    def __init__(self, model: Any = None, *args: Any, **settings: Any) -> None:
+        wraps = isinstance(model, PeftModel)
+        super().__init__(model.get_base_model() if wraps else model, *args, **settings)  # type: ignore[call-arg]
+        if wraps:
+            self.model = self.model_wrapped = model
+        if not (hasattr(self.model, "get_base_model") and hasattr(self.model, "load_adapter")):
+            raise ConfigError(
+                f"{type(self).__name__} trains adapters, found a plain {type(self.model).__name__}. "
+                "Wrap it first: model = get_peft_model(model, LoraConfig(...))."
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` continues from the newest complete checkpoint of ``output_dir``.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint to resume from, or it does not fit the model.
+        """
+        if resume_from_checkpoint is True:
+            newest = last_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise CheckpointError(f"There is no complete checkpoint to resume from in {self.args.output_dir}.")
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if missing := missing_files(folder):
+            newest = last_checkpoint(folder.parent)
+            raise CheckpointError(
+                f"{folder} is no complete checkpoint: {', '.join(missing)} missing or damaged, so the training could "
+                f"not continue as it was. The newest complete checkpoint beside it: {newest or 'none'}."
+            )
+        self._load_adapters(folder)
+
+    def _load_best_model(self) -> None:
+        self._load_adapters(Path(self.state.best_model_checkpoint))
+
+    def _load_adapters(self, folder: Path) -> None:
+        """Load every adapter of the model from where ``save_pretrained`` puts it; trained ones stay trainable."""
+        active = self.model.active_adapters
+        for name in self.model.peft_config:
+            place = folder if name == "default" else folder / name
+            self.model.load_adapter(str(place), name, is_trainable=name in active)
