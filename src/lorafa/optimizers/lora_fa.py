@@ -100,7 +100,7 @@ class LoraFAOptimizer(Optimizer):
                 loss = closure()
         projected = self.row_space.gradients()
         for group in self.param_groups:
-            batches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+            batches: dict[tuple[Any, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -109,14 +109,12 @@ class LoraFAOptimizer(Optimizer):
                     state["step"] = 0
                     moments(state, parameter)
                 state["step"] += 1
-                grad = projected.get(parameter, parameter.grad)
-                key = (state["step"], parameter.device, parameter.dtype)
-                batches.setdefault(key, []).append((parameter, grad))
+                batches.setdefault((state["step"], parameter.device, parameter.dtype), []).append(parameter)
             for (step, *_), batch in batches.items():
                 adamw_(
-                    [parameter for parameter, _ in batch],
-                    [grad for _, grad in batch],
-                    [self.state[parameter] for parameter, _ in batch],
+                    batch,
+                    [projected.get(parameter, parameter.grad) for parameter in batch],
+                    [self.state[parameter] for parameter in batch],
                     step=step,
                     lr=group["lr"],
                     betas=group["betas"],

@@ -97,13 +97,15 @@ class _Batch:
         self.pairs = list(pairs)
         self._parameters = [pair.B for pair in pairs]
         self._plain = all(pair.matrices_B(pair.B).shape[0] == 1 and pair.B.dim() == 2 for pair in pairs)
+        self._As = [pair.A for pair in pairs]
         self._seen: list[tuple[int, int, float]] = [(-1, -1, math.nan)] * len(pairs)
         self._inverses: list[Tensor] = [torch.empty(0)] * len(pairs)
         self._stack = torch.empty(0)
         self._refresh()
 
     def _refresh(self) -> None:
-        now = [(pair.A.data_ptr(), pair.A._version, pair.scaling) for pair in self.pairs]
+        scalings = [pair.layer.scaling[pair.name] for pair in self.pairs]
+        now = [(A.data_ptr(), A._version, s) for A, s in zip(self._As, scalings, strict=True)]
         if now == self._seen and self._stack.device == self._parameters[0].device:
             return
         for index, pair in enumerate(self.pairs):
@@ -117,14 +119,12 @@ class _Batch:
         self._refresh()
         grads = [parameter.grad for parameter in self._parameters]
         present = [index for index, grad in enumerate(grads) if grad is not None]
-        if not present:
-            return
         inverses = self._stack
-        if self._plain:
+        if self._plain and present:
             if len(present) < len(grads):
                 inverses = inverses[present]
-            matrices = torch.stack([grads[index] for index in present])  # type: ignore[misc]
-            projected = torch.bmm(matrices.to(inverses.dtype), inverses).unbind()
+            matrices = torch.stack([grad for grad in grads if grad is not None]).to(inverses.dtype)
+            projected = torch.bmm(matrices, inverses).unbind()
             into.update(zip((self._parameters[index] for index in present), projected, strict=True))
             return
         starts = [0]
