@@ -13,13 +13,19 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.backends import BACKENDS
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
+from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.walk import lora_layers
+from lorafa.variants import VARIANTS
 
 OUT, IN = 24, 8
 """Of every layer here: nn.MultiheadAttention needs out = 3 in, and in must be even for a kernel of two taps."""
 PARAMETERS = ("matrix parameter", "experts (E, out, in)", "experts (E, in, out)")
 KINDS = (*BACKENDS.names(), *PARAMETERS)
+VARIANT: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}}
+"""The settings that ask for each variant."""
+STARTS: list[bool | str] = [find_start(name).value for name in INITIALIZERS.names() if name != "random"]  # type: ignore[union-attr]
+"""Every start that computes the function of the base at step 0."""
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Tolerance of a comparison of a few dozen terms of size 1, by dtype."""
 
@@ -99,6 +105,10 @@ def adapted(
     if trained:
         train(model)
     return model
+
+
+DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
+"""(variant, kind of layer) where the formula is defined."""
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
-from lorafa.config_checks import START_CONFIGS, STARTS, check_config
+from lorafa.config_checks import START_SETTINGS, check_config, settings_field
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
+from lorafa.initializers import NOT_YET, find_start
 from lorafa.method_configs import (
     ArrowConfig,
     BdLoraConfig,
@@ -27,6 +28,7 @@ from lorafa.method_configs import (
     from_nested,
 )
 from lorafa.storage import HubOptions, locate, make_folder, read_json, write_json
+from lorafa.variants import switches
 from lorafa.version import VERSION
 
 if TYPE_CHECKING:
@@ -43,9 +45,10 @@ _NESTED: dict[str, type[Any]] = {
     "arrow_config": ArrowConfig,
     "use_bdlora": BdLoraConfig,
 }
-_LORAFA_ONLY = ("init_seed", "attention_out_proj_twice")
+_LORAFA_ONLY = ("init_seed", "attention_out_proj_twice", "init_config")
 
-# What this version does not have yet: the fields that ask for it, and its name.
+# What this version does not have yet: the fields that ask for it, and its name. A line is deleted when its field is
+# read; a variant's when the variant declares the field as its switch.
 _LATER_FIELDS = {
     "use_qalora": "QA-LoRA",
     "alora_invocation_tokens": "Activated LoRA (aLoRA)",
@@ -57,14 +60,6 @@ _LATER_FIELDS = {
     "megatron_config": "LoRA on Megatron's parallel layers",
     "layer_replication": "Layer replication",
     "ensure_weight_tying": "Tying the adapters of tied weights",
-}
-_LATER_STARTS = {
-    "eva": "EVA",
-    "olora": "OLoRA",
-    "corda": "CorDA",
-    "loftq": "LoftQ",
-    "lora_ga": "LoRA-GA",
-    "mica": "MiCA",
 }
 # After training these starts are plain LoRA on the original base: a file made with them can be used without the start.
 _STARTS_OVER_ONCE_TRAINED = ("eva",)
@@ -128,7 +123,7 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     """Modules to train in full and save with the adapter."""
     init_lora_weights: bool | str = True
-    """Where A and B start: True (Kaiming A, B = 0), False (both random), or a name from ``STARTS``."""
+    """Where A and B start: True (Kaiming A, B = 0), False (both random), or a name of lorafa.initializers."""
     layers_to_transform: list[int] | int | None = None
     """Adapt only the layers with these indices."""
     layers_pattern: list[str] | str | None = None
@@ -170,6 +165,8 @@ class LoraConfig:
     """Seed of the random starts; None: torch.initial_seed() when the adapter is made. Not in PEFT."""
     attention_out_proj_twice: bool = False
     """Apply the update of nn.MultiheadAttention's out_proj twice, as PEFT does. Not in PEFT."""
+    init_config: Any = None
+    """Settings of a start for which PEFT has no field, as a dict or as the start's own class. Not in PEFT."""
 
     def __post_init__(self) -> None:
         self._take_copies()
@@ -199,14 +196,28 @@ class LoraConfig:
         self.runtime_config = runtime or LoraRuntimeConfig()
         loftq = from_nested(LoftQConfig, self.loftq_config or None, "loftq_config")
         self.loftq_config = asdict(loftq) if loftq else {}
-        start = self.init_lora_weights
-        if isinstance(start, str) and start.lower() in STARTS:
-            self.init_lora_weights = start.lower()
-        settings = START_CONFIGS.get(str(self.init_lora_weights))
-        if settings in _NESTED and getattr(self, settings) is None:  # all starts but LoftQ have default settings
-            setattr(self, settings, _NESTED[settings]())
+        self._take_start()
         if self.layer_replication is not None:
             self.layer_replication = index_ranges("layer_replication", self.layer_replication)
+
+    def _take_start(self) -> None:
+        """Bring the start to its one form and fill in its default settings, which all but LoftQ have."""
+        start = find_start(self.init_lora_weights)
+        if start is None:
+            return
+        self.init_lora_weights = start.value
+        field_name = settings_field(start)
+        own = start.initializer.settings if start.initializer and field_name == "init_config" else None
+        kind = own or _NESTED.get(field_name or "")
+        if field_name is not None and kind is not None:
+            given = copy.deepcopy(from_nested(kind, getattr(self, field_name), field_name))
+            setattr(self, field_name, kind() if given is None else given)
+
+    def start_settings(self) -> Any:
+        """The settings of the start as its initializer reads them: an object of its class of settings, or None."""
+        field_name = settings_field(find_start(self.init_lora_weights))
+        value = None if field_name is None else getattr(self, field_name)
+        return from_nested(LoftQConfig, value, field_name) if field_name == "loftq_config" else value
 
     def check(self) -> None:
         """Check every field again, for a config whose attributes were set after it was made.
@@ -262,9 +273,9 @@ class LoraConfig:
                 "if you are sure that it changes nothing."
             )
         given = {key: value for key, value in values.items() if key in known and key != "runtime_config"}
-        for start, name in START_CONFIGS.items():
-            # The start of a trained adapter is history: files converted to plain LoRA still carry its settings.
-            if str(given.get("init_lora_weights", True)).lower() != start:
+        own = settings_field(find_start(given.get("init_lora_weights", True)))
+        for name in START_SETTINGS:
+            if name != own:  # the start of a trained adapter is history: files converted to plain LoRA still carry it
                 given.pop(name, None)
         return cls(**given)
 
@@ -313,15 +324,15 @@ def unavailable(config: LoraConfig, *, trained: bool = False) -> list[str]:
     Args:
         trained: the config comes with trained weights; then a start that leaves plain LoRA behind counts as done.
     """
-    start = config.init_lora_weights
+    built = switches()
     asked = [
         f"{feature} ({name}={getattr(config, name)!r})"
         for name, feature in _LATER_FIELDS.items()
-        if getattr(config, name)
+        if getattr(config, name) and name not in built
     ]
-    if isinstance(start, str) and not (trained and start in _STARTS_OVER_ONCE_TRAINED):
-        feature = _LATER_STARTS.get(start) or ("PiSSA by fast SVD" if start.startswith("pissa_niter_") else None)
-        asked += [f"{feature} (init_lora_weights={start!r})"] if feature else []
+    start = find_start(config.init_lora_weights)
+    if start is not None and start.initializer is None and not (trained and start.name in _STARTS_OVER_ONCE_TRAINED):
+        asked.append(f"{NOT_YET[start.name]} (init_lora_weights={start.value!r})")
     if config.runtime_config.ephemeral_gpu_offload:
         asked.append("Computing DoRA's start on the GPU (runtime_config.ephemeral_gpu_offload=True)")
     return asked

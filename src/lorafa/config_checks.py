@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from lorafa.checks import (
@@ -18,15 +17,16 @@ from lorafa.checks import (
     names,
 )
 from lorafa.errors import ConfigError, did_you_mean
+from lorafa.initializers import Start, find_start, start_values
+from lorafa.method_configs import from_nested
+from lorafa.variants import variant_of
 
 if TYPE_CHECKING:
     from lorafa.config import LoraConfig
 
 BIASES = ("none", "all", "lora_only")
-STARTS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
-"""The named starts; "pissa_niter_N" with a number N is one too."""
-START_CONFIGS = {"loftq": "loftq_config", "eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
-"""Start -> the nested config only it reads."""
+START_SETTINGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_config")
+"""The nested configs of starts: PEFT's, each called after its start, and the one for all others."""
 FLAGS = (
     "inference_mode",
     "fan_in_fan_out",
@@ -39,6 +39,15 @@ FLAGS = (
 )
 
 
+def settings_field(start: Start | None) -> str | None:
+    """The field of LoraConfig with the settings of a start, None where it has none."""
+    if start is None:
+        return None
+    if f"{start.name}_config" in START_SETTINGS:
+        return f"{start.name}_config"
+    return "init_config" if start.initializer and start.initializer.settings else None
+
+
 def check_config(config: LoraConfig) -> None:
     """Raises ConfigError for the first value that is not allowed."""
     _check_fields(config)
@@ -46,8 +55,10 @@ def check_config(config: LoraConfig) -> None:
     _check_start(config)
     if config.use_dora and config.megatron_config:
         raise ConfigError("use_dora does not work on Megatron's layers. Drop megatron_config or set use_dora=False.")
-    if config.lora_bias and config.use_dora:
-        raise ConfigError("lora_bias=True does not work with use_dora=True. Drop one of the two.")
+    variant = variant_of(config)
+    if config.lora_bias and not variant.takes_bias:
+        switch = f"{variant.switch}={getattr(config, str(variant.switch))!r}"
+        raise ConfigError(f"lora_bias=True does not work with {switch}. Drop one of the two.")
 
 
 def _check_fields(config: LoraConfig) -> None:
@@ -112,28 +123,36 @@ def _check_layers(config: LoraConfig) -> None:
 
 
 def _check_start(config: LoraConfig) -> None:
-    start = config.init_lora_weights
-    if not isinstance(start, bool) and start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", str(start)):
+    value = config.init_lora_weights
+    start = find_start(value)
+    if start is None:
+        known = start_values()
         raise ConfigError(
-            f"init_lora_weights has no value {start!r}.{did_you_mean(str(start), STARTS)} Pass True, False, "
-            f"{', '.join(repr(name) for name in STARTS)} or 'pissa_niter_N' with a number N."
+            f"init_lora_weights has no value {value!r}.{did_you_mean(str(value), map(str, known))} Pass "
+            f"{', '.join(map(repr, known))}; where there is an N put a number."
         )
-    for owner, name in START_CONFIGS.items():
-        if getattr(config, name) and start != owner:
-            raise ConfigError(
-                f"{name} is set but would be ignored: init_lora_weights is {start!r}. "
-                f"Set init_lora_weights={owner!r} or drop {name}."
-            )
-    if start == "loftq" and not config.loftq_config:
-        raise ConfigError("init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).")
-    if config.lora_bias and not isinstance(start, bool):
+    _check_settings(config, start)
+    if config.lora_bias and not isinstance(start.value, bool):
         raise ConfigError(
-            f"lora_bias=True works with init_lora_weights=True or False, found {start!r}. Drop one of the two."
+            f"lora_bias=True works with init_lora_weights=True or False, found {value!r}. Drop one of the two."
         )
+    check_rank = start.initializer.check_rank if start.initializer else None
     ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
-    for name, rank in ranks.items() if start == "orthogonal" else ():
-        if rank % 2:
+    for name, rank in ranks.items():
+        if check_rank is not None:
+            check_rank(rank, f"{name}={rank}")
+
+
+def _check_settings(config: LoraConfig, start: Start) -> None:
+    own = settings_field(start)
+    for name in START_SETTINGS:
+        if getattr(config, name) and name != own:
+            owner = name.removesuffix("_config")
+            instead = f"Set init_lora_weights={owner!r} or drop" if owner != "init" else "Drop"
             raise ConfigError(
-                f"init_lora_weights='orthogonal' shares the rows of one orthogonal matrix between A and B and needs "
-                f"an even rank, found {name}={rank}. Use {rank + 1} or another start."
+                f"{name} is set but would be ignored: init_lora_weights is {start.value!r}. {instead} {name}."
             )
+    if own == "loftq_config" and not config.loftq_config:
+        raise ConfigError("init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).")
+    if own == "init_config" and start.initializer and start.initializer.settings:
+        from_nested(start.initializer.settings, config.init_config, "init_config")

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapter_toys import (
+    DEFINED,
     KINDS,
+    STARTS,
+    VARIANT,
     Single,
     assert_unchanged,
-    backend_for,
     base_layer,
     config_for,
     everything,
@@ -29,13 +31,8 @@ from lorafa import (
     set_peft_model_state_dict,
 )
 from lorafa.errors import CheckpointError
-from lorafa.initializers import INITIALIZERS
 from lorafa.variants import VARIANTS
 
-VARIANT = {"lora": {}, "dora": {"use_dora": True}}
-STARTS = {"kaiming": True, "random": False}
-"""Names in the registry that are written differently in a config."""
-DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
 LINEAR = "torch.nn.modules.linear.Linear"
 
 
@@ -59,7 +56,7 @@ def assert_same_adapter(one: PeftModel, other: PeftModel, name: str = "default",
         assert torch.equal(first[key], second[key]), key
 
 
-@pytest.mark.parametrize("start", [STARTS.get(name, name) for name in INITIALIZERS.names()])
+@pytest.mark.parametrize("start", [*STARTS, False])
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
 def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path, variant: str, kind: str, start: bool | str) -> None:
     settings = VARIANT[variant] | {"init_lora_weights": start}

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from adapter_toys import (
+    DEFINED,
     KINDS,
+    VARIANT,
     Single,
     adapted,
     assert_unchanged,
@@ -26,10 +28,7 @@ from adapter_toys import (
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import AdapterError, BackendError
 from lorafa.surgery.walk import lora_layers
-from lorafa.variants import VARIANTS
 
-VARIANT = {"lora": {}, "dora": {"use_dora": True}}
-DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
 EXACT = [(v, k) for v, k in DEFINED if "nf4" not in k]
 """NF4 rounds to 4 bits again when merged: no output law there."""
 LINEAR = "torch.nn.modules.linear.Linear"

@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from adapter_toys import KINDS, Single, backend_for, base_layer, config_for, input_for, only_layer, train
+from adapter_toys import (
+    DEFINED,
+    KINDS,
+    STARTS,
+    VARIANT,
+    Single,
+    base_layer,
+    config_for,
+    input_for,
+    only_layer,
+    train,
+)
 from lorafa import LoraConfig, PeftModel, get_peft_model
-from lorafa.initializers import INITIALIZERS, initializer_name
-from lorafa.variants import VARIANTS
 
-VARIANT = {"lora": {}, "dora": {"use_dora": True}}
-STARTS = [True, *(name for name in INITIALIZERS.names() if name not in ("kaiming", "random"))]
-DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
 LINEAR = "torch.nn.modules.linear.Linear"
 
 
@@ -21,10 +27,6 @@ def fresh(kind: str, dtype: torch.dtype, **settings: object) -> tuple[nn.Module,
     """A base model, and the same one (the same layer object) with a fresh adapter."""
     layer = base_layer(kind, dtype=dtype)
     return Single(layer), get_peft_model(Single(layer), config_for(kind, **settings))
-
-
-def test_every_start_is_under_the_laws() -> None:
-    assert {initializer_name(start) for start in STARTS} | {"random"} == set(INITIALIZERS.names())
 
 
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)

@@ -6,22 +6,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import KINDS, adapted, backend_for, base_layer, close, config_for, input_for, only_layer
+from adapter_toys import (
+    DEFINED,
+    KINDS,
+    VARIANT,
+    adapted,
+    backend_for,
+    base_layer,
+    close,
+    config_for,
+    input_for,
+    only_layer,
+)
 from lorafa import get_peft_model
 from lorafa.errors import ConfigError
 from lorafa.layers import LAYERS
 from lorafa.variants import VARIANTS
 
-CONFIG = {"lora": {}, "dora": {"use_dora": True}}
-"""The settings that choose each variant: a new variant needs its line here."""
-
-
-DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
 UNDEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if (v, k) not in DEFINED]
 
 
 def made(variant: str, kind: str, **settings: object) -> nn.Module:
-    return adapted(kind, **CONFIG[variant], **settings)
+    return adapted(kind, **VARIANT[variant], **settings)
 
 
 def run_with_weight(kind: str, layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -37,7 +43,7 @@ def run_with_weight(kind: str, layer: nn.Module, weight: Tensor, bias: Tensor | 
 
 
 def test_every_variant_is_under_the_laws() -> None:
-    assert set(CONFIG) == set(VARIANTS.names())
+    assert set(VARIANT) == set(VARIANTS.names())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -83,7 +89,7 @@ def test_variant_refuses_a_kind_of_layer_it_is_not_defined_on(variant: str, kind
     model = nn.Module()
     model.layer = base_layer(kind)
     with pytest.raises(ConfigError, match=f"{variant} is not defined on {backend_for(kind).host} layers"):
-        get_peft_model(model, config_for(kind, **CONFIG[variant]))
+        get_peft_model(model, config_for(kind, **VARIANT[variant]))
 
 
 def test_hosts_of_every_variant_are_kinds_of_layer() -> None:

@@ -66,7 +66,11 @@ def test_lora_config_has_the_fields_of_peft_in_the_same_order_with_the_same_defa
     peft = pytest.importorskip("peft")
     theirs, ours = defaults_of(peft.LoraConfig), defaults_of(LoraConfig)
     assert ours[: len(theirs)] == theirs
-    assert ours[len(theirs) :] == [("init_seed", None, True), ("attention_out_proj_twice", False, True)]
+    assert ours[len(theirs) :] == [
+        ("init_seed", None, True),
+        ("attention_out_proj_twice", False, True),
+        ("init_config", None, True),
+    ]
 
 
 @pytest.mark.parametrize("name", NESTED)

@@ -116,7 +116,9 @@ def test_orthogonal_factors_are_non_zero_and_their_product_is_zero(weight: Tenso
 
 
 def test_orthogonal_needs_an_even_rank() -> None:
-    with pytest.raises(ConfigError, match="q_proj: init_lora_weights='orthogonal' needs an even rank, found r=3"):
+    with pytest.raises(
+        ConfigError, match=r"init_lora_weights='orthogonal' .* even rank, found r=3 of layers.0.q_proj. Use 4"
+    ):
         start("orthogonal", WEIGHT, 3)
 
 

@@ -1,4 +1,10 @@
-"""Where A and B start, by the names ``init_lora_weights`` uses (True is "kaiming", False is "random")."""
+"""Where A and B start: the values of ``init_lora_weights`` and what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from lorafa.initializers.base import Initializer
 from lorafa.registry import Registry
@@ -13,10 +19,67 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "pissa": "lorafa.initializers.pissa:pissa",
     },
 )
+NOT_YET: Mapping[str, str] = {
+    "corda": "CorDA",
+    "eva": "EVA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+    "mica": "MiCA",
+    "olora": "OLoRA",
+    "pissa_niter_N": "PiSSA by fast SVD",
+}
+"""Known starts that have no initializer yet -> their names. A line is deleted when its start enters the table above."""
 
 
-def initializer_name(init_lora_weights: bool | str) -> str:
-    """The registry's name for a value of ``init_lora_weights``."""
-    if isinstance(init_lora_weights, bool):
-        return "kaiming" if init_lora_weights else "random"
-    return init_lora_weights.lower()
+@dataclass(frozen=True)
+class Start:
+    """What a value of ``init_lora_weights`` means."""
+
+    name: str
+    """Its line in INITIALIZERS or NOT_YET."""
+    value: bool | str
+    """The value in its one form: lower case, or True or False where that means the same."""
+    number: int | None = None
+    """The number in the value: 4 for "pissa_niter_4"."""
+
+    @property
+    def initializer(self) -> Initializer | None:
+        """None for a start of NOT_YET."""
+        return INITIALIZERS.get(self.name) if self.name in INITIALIZERS else None
+
+
+def find_start(value: object) -> Start | None:
+    """The start that a value of ``init_lora_weights`` means, written in any case of letters; None if there is none."""
+    if not isinstance(value, (bool, str)):
+        return None
+    for spelling, name in _spellings():
+        fits, number = _match(value, spelling)
+        if fits:
+            found = Start(name, value.lower() if isinstance(value, str) else value, number)
+            also = found.initializer.also if found.initializer else ()
+            return next((Start(name, switch) for switch in also if isinstance(switch, bool)), found)
+    return None
+
+
+def start_values() -> list[bool | str]:
+    """Every value ``init_lora_weights`` can have, True and False first."""
+    values = {spelling for spelling, _ in _spellings()}
+    return sorted(values, key=lambda value: (isinstance(value, str), value is False, str(value)))
+
+
+def _spellings() -> Iterator[tuple[bool | str, str]]:
+    """(value, line in a table); names before what initializers declare, so that a name is found without an import."""
+    for name in (*INITIALIZERS.names(), *NOT_YET):
+        yield name, name
+    for name in INITIALIZERS.names():
+        yield from ((value, name) for value in INITIALIZERS.get(name).also)
+
+
+def _match(value: bool | str, spelling: bool | str) -> tuple[bool, int | None]:
+    """Whether the value is meant by the spelling, and the number it has in place of a final N."""
+    if isinstance(value, bool) or isinstance(spelling, bool):
+        return value is spelling, None
+    if not spelling.endswith("_N"):
+        return value.lower() == spelling.lower(), None
+    match = re.fullmatch(re.escape(spelling[:-1]) + r"(\d+)", value, flags=re.IGNORECASE)
+    return match is not None, int(match[1]) if match else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ class LayerSpec:
     seed: int
     key: str = ""
     """Tells apart what would otherwise start alike: the adapter's name."""
+    groups: int = 1
+    """Of a convolution. With more than one, B is cut to the ranks of its group: (out, rank / groups)."""
+    settings: Any = None
+    """The start's nested config (EvaConfig ...), or its part of ``init_config``; None for a start without settings."""
+    number: int | None = None
+    """The number in the start's name, 4 for "pissa_niter_4"."""
 
     def generator(self) -> torch.Generator:
         """A random source that depends on (seed, key, path) alone, not on order, device or the other layers."""
@@ -50,6 +56,13 @@ class Initializer(Protocol):
     """Statistics of the layer it reads."""
     reads_weight: bool
     """Whether it reads the base weight's values; if not it is handed a tensor of the right shape on the meta device."""
+    also: tuple[bool | str, ...]
+    """Other values of ``init_lora_weights`` that mean it; a number may stand in place of the N in "..._N"."""
+    settings: type | None
+    """A dataclass of its settings, all with defaults, given as ``LoraConfig(init_config=...)``. None: it has none, or
+    PEFT's LoraConfig has a field for them ("eva" finds an EvaConfig)."""
+    check_rank: Callable[[int, str], None] | None
+    """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
 
     def __call__(self, weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult: ...
 
@@ -57,13 +70,26 @@ class Initializer(Protocol):
 Function = Callable[[Tensor, Mapping[str, Tensor], LayerSpec], InitResult]
 
 
-def initializer(*, needs: tuple[str, ...] = (), reads_weight: bool = False) -> Callable[[Function], Initializer]:
-    """Mark a function as an initializer and declare what it reads; only that is collected and dequantized for it."""
+def initializer(
+    *,
+    needs: tuple[str, ...] = (),
+    reads_weight: bool = False,
+    also: tuple[bool | str, ...] = (),
+    settings: type | None = None,
+    check_rank: Callable[[int, str], None] | None = None,
+) -> Callable[[Function], Initializer]:
+    """Mark a function as an initializer and declare what goes with it; see :class:`Initializer`.
+
+    Only the statistics and weights declared here are collected and dequantized for it.
+    """
 
     def mark(function: Function) -> Initializer:
         marked = cast(Initializer, function)
         marked.needs = needs
         marked.reads_weight = reads_weight
+        marked.also = also
+        marked.settings = settings
+        marked.check_rank = check_rank
         return marked
 
     return mark

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
 
 
-@initializer()
+@initializer(also=(True,))
 def kaiming(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """For an embedding A = 0 and B ~ N(0, 1): a row of A is met only when its token is, B always."""
     A_shape, B_shape = factor_shapes(weight, spec.rank)

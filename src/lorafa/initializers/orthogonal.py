@@ -15,11 +15,25 @@ from lorafa.errors import ConfigError
 from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
 
 
-@initializer()
-def orthogonal(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+def check_even(rank: int, found: str) -> None:
     """Raises ConfigError for an odd rank: the rows of Q are split in two halves."""
-    if spec.rank % 2:
-        raise ConfigError(f"{spec.name}: init_lora_weights='orthogonal' needs an even rank, found r={spec.rank}.")
+    if rank % 2:
+        raise ConfigError(
+            "init_lora_weights='orthogonal' shares the rows of one orthogonal matrix between A and B and needs an even "
+            f"rank, found {found}. Use {rank + 1} or another start."
+        )
+
+
+@initializer(check_rank=check_even)
+def orthogonal(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """Raises ConfigError for an odd rank, and for a grouped convolution, whose B would be cut apart."""
+    check_even(spec.rank, f"r={spec.rank} of {spec.name}")
+    if spec.groups > 1:
+        raise ConfigError(
+            f"{spec.name}: init_lora_weights='orthogonal' does not start at zero on a convolution with "
+            f"groups={spec.groups}, whose B is cut to the ranks of its group. Choose another start, or exclude the "
+            "layer."
+        )
     A_shape, B_shape = factor_shapes(weight, spec.rank)
     generator, half = spec.generator(), spec.rank // 2
     experts = A_shape[:-2]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SIDE_NAME = "lorafa.json"
-_CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+_CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "init_config")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def save_adapter(
     side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model)}
     if has_start(model, name):
         original = config.to_dict()
-        side["start"] = {key: original[key] for key in _CHANGED}
+        side["start"] = {key: original[key] for key in _CHANGED if key in original}
     with _staged(folder) as stage:
         write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
         write_json(stage / CONFIG_NAME, written.to_dict())
@@ -146,7 +146,7 @@ def read_adapter(
     if config is None:
         config = read_config(files.config)
         if "start" in side:
-            config = replace(config, **{key: side["start"][key] for key in _CHANGED})
+            config = replace(config, **{key: side["start"][key] for key in _CHANGED if key in side["start"]})
     return StoredAdapter(files.weights, config, without_prefix(tensors), side.get("base", {}), "start" in side)
 
 

@@ -23,6 +23,9 @@ PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _EMBEDDING_GETTERS = ("get_input_embeddings", "get_output_embeddings")
 START_A, START_B = "lora_start.A", "lora_start.B"
+_STARTS_OF_PEFT = (
+    *(True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica"),
+)
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,7 +239,13 @@ def factor_keys(path: str, layer: LoraLayer, name: str) -> tuple[str, str]:
 
 
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
-    """The config that goes with :func:`file_tensors`: rank and alpha grow where a start was stacked onto A and B."""
+    """The config that goes with :func:`file_tensors`: rank and alpha grow where a start was stacked onto A and B.
+
+    A start that PEFT does not know is history and written as True.
+    """
+    start = config.init_lora_weights
+    if start not in _STARTS_OF_PEFT and not str(start).startswith("pissa_niter_"):
+        config = replace(config, init_lora_weights=True, init_config=None)
     plain = all(layer.adapters[name].variant.plain for _, layer, _ in _starts(model, name))
     if not has_start(model, name) or not plain:
         return config
@@ -248,6 +257,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         rank_pattern={key: value * 2 for key, value in config.rank_pattern.items()},
         alpha_pattern={key: value * factor for key, value in config.alpha_pattern.items()},
         init_lora_weights=True,
+        init_config=None,
     )
 
 

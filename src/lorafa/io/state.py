@@ -104,10 +104,11 @@ def materialize(model: nn.Module, name: str) -> None:
         if name not in layer.adapters or not layer.adapters[name].A.is_meta:
             continue
         device = layer._device()
-        for holder in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.lora_start):
-            if name in holder:
+        for holder in layer.holders():
+            if name not in holder:
+                continue
+            if isinstance(holder, nn.ModuleDict):
                 holder[name].to_empty(device=device)
-        for table in (layer.lora_embedding_A, layer.lora_embedding_B):
-            if name in table:
-                trains = table[name].requires_grad
-                table[name] = nn.Parameter(torch.empty_like(table[name], device=device), requires_grad=trains)
+            else:
+                trains = holder[name].requires_grad
+                holder[name] = nn.Parameter(torch.empty_like(holder[name], device=device), requires_grad=trains)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.in_weight import updated_tensors
 
 
 class LoraAttention(LoraLayer):
@@ -32,8 +33,8 @@ class LoraAttention(LoraLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.counting():
             return self.running_base()(*args, **kwargs)
-        tensors = self.updated_tensors("in_proj_weight", "in_proj_bias")
+        tensors = updated_tensors(self, "in_proj_weight", "in_proj_bias")
         out_proj: nn.Module = self.base_layer.out_proj  # type: ignore[assignment]
         if isinstance(out_proj, LoraLayer) and out_proj.counting():
-            tensors |= out_proj.updated_tensors("out_proj.base_layer.weight", "out_proj.base_layer.bias")
+            tensors |= updated_tensors(out_proj, "out_proj.base_layer.weight", "out_proj.base_layer.bias")
         return functional_call(self.base_layer, tensors, args, kwargs)

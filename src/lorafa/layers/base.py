@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter, Start, full_precision, scaling, working_dtype
+from lorafa.adapter import Adapter, Start, scaling, working_dtype
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend, is_finite
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.parts import AdapterParts, Weight, linear_holder
-from lorafa.variants import VARIANTS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -175,23 +174,31 @@ class LoraLayer(nn.Module):
 
         self.r[name], self.lora_alpha[name], self.times[name] = parts.rank, parts.alpha, parts.times
         self.scaling[name] = parts.times * parts.scaling
-        self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant == "dora"
+        self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant.name == "dora"
         self.lora_bias[name], self.frozen_A[name] = parts.bias is not None, parts.freeze_A
         self.lora_dropout[name] = nn.Dropout(parts.dropout) if parts.dropout else nn.Identity()
         bias = None if parts.bias is None else placed(parts.bias)
         self.hold_factors(name, placed(self.stored_A(parts.A)), placed(self.stored_B(parts.B)), bias)
-        variant = VARIANTS.get(parts.variant)()
         for kind, value in parts.extras.items():
-            holder = getattr(self, variant.extras[kind])
-            holder[name] = Weight(self.store_extra(placed(value)))
+            self._holder(parts.variant.extras[kind])[name] = Weight(self.store_extra(placed(value)))
         if parts.start is not None:
             self.lora_start[name] = Start(*(placed(factor) for factor in parts.start))
-        self.adapters[name] = Adapter(self, name, variant)
-        for child, holder in self.named_children():  # not self.train(): what is inside the base keeps its modes
-            if child != "base_layer":
-                holder.training = self.training
-                if isinstance(holder, nn.ModuleDict) and name in holder:
-                    holder[name].train(self.training)
+        self.adapters[name] = Adapter(self, name, parts.variant)
+        for holder in self.holders():  # not self.train(): what is inside the base keeps its modes
+            holder.training = self.training
+            if isinstance(holder, nn.ModuleDict) and name in holder:
+                holder[name].train(self.training)
+
+    def holders(self) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
+        """What has modules or parameters by the name of their adapter."""
+        return (child for name, child in self._modules.items() if name != "base_layer")  # type: ignore[misc]
+
+    def _holder(self, kind: str) -> nn.ModuleDict:
+        """The holder called ``kind``, made when the first variant needs it."""
+        if kind not in self._modules:
+            self.add_module(kind, nn.ModuleDict())
+        holder: nn.ModuleDict = self._modules[kind]  # type: ignore[assignment]
+        return holder
 
     def store_extra(self, value: Tensor) -> Tensor:
         """A vector over output features in the shape PEFT stores it in."""
@@ -209,8 +216,7 @@ class LoraLayer(nn.Module):
             raise AdapterError(f"Adapter {name!r} is merged. Call unmerge_adapter() before deleting it.")
         holders: tuple[Any, ...] = (
             self.r, self.lora_alpha, self.scaling, self.times, self.use_rslora, self.use_dora, self.lora_bias,
-            self.frozen_A, self.lora_dropout, self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B,
-            self.lora_magnitude_vector, self.lora_start, self.adapters,
+            self.frozen_A, self.adapters, *self.holders(),
         )  # fmt: skip
         for holder in holders:
             if name in holder:
@@ -302,7 +308,7 @@ class LoraLayer(nn.Module):
         pristine = self._pristine[0] if self._pristine else self.get_base_layer()
         backend = self.backend
         weight = self.merged_weight(backend.weight(pristine), names)
-        change, bias = self._bias_change([self.adapters[name] for name in names]), backend.bias(pristine)
+        change, bias = self.bias_change([self.adapters[name] for name in names]), backend.bias(pristine)
         if change is not None and bias is None:
             raise BackendError(
                 f"lora_bias cannot be merged into a {type(pristine).__name__} without a bias; nothing was merged. Keep "
@@ -328,28 +334,9 @@ class LoraLayer(nn.Module):
             total = total + self.adapters[name].delta_weight(weight)
         return total
 
-    def _bias_change(self, adapters: Sequence[Adapter]) -> Tensor | None:
+    def bias_change(self, adapters: Sequence[Adapter]) -> Tensor | None:
         changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
         return torch.stack(changes).sum(0) if changes else None
-
-    def updated_tensors(self, weight_name: str, bias_name: str | None = None) -> dict[str, Tensor]:
-        """Weight (and bias) with the counting updates added, with gradients, under the names a module knows them by."""
-        adapters, layer = self.counting(), self.get_base_layer()
-        weight = self.base_weight()
-        if len(adapters) == 1 and adapters[0].variant.plain:  # no float32 copy of W
-            A, B = (factor.to(weight.dtype) for factor in adapters[0].factors)
-            product = torch.baddbmm if weight.dim() == 3 else torch.addmm
-            with full_precision(weight):
-                updated = product(weight, B, A, alpha=adapters[0].scaling)
-        else:
-            updated = weight.to(working_dtype(weight.dtype))
-            for adapter in adapters:
-                updated = updated + adapter.delta_weight(weight)
-        tensors = {weight_name: self.backend.to_layout(layer, updated)}
-        change, bias = self._bias_change(adapters), self.backend.bias(layer)
-        if bias_name is not None and change is not None and bias is not None:
-            tensors[bias_name] = (bias.to(change.dtype) + change).to(bias.dtype)
-        return tensors
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         """Let ``base`` stand in for the base layer; the pristine one is kept for :meth:`unmerge`."""

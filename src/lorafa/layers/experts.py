@@ -16,6 +16,7 @@ from torch.func import functional_call
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.in_weight import updated_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,4 +108,4 @@ class LoraExperts(LoraLayer):
             return functional_call(self.base_layer, {name: self._kept[0]}, args, kwargs)
         if not self.counting():
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, self.updated_tensors(name), args, kwargs)
+        return functional_call(self.base_layer, updated_tensors(self, name), args, kwargs)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorafa.variants.base import Variant
+
 
 @dataclass(frozen=True)
 class AdapterParts:
@@ -19,7 +21,7 @@ class AdapterParts:
     rank: int
     alpha: float
     scaling: float
-    variant: str
+    variant: Variant
     dtype: torch.dtype
     bias: Tensor | None = None
     """(out,), the bias of B."""

@@ -16,7 +16,7 @@ from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig, require_available
 from lorafa.errors import AdapterError, BackendError, CalibrationError, ConfigError
-from lorafa.initializers import INITIALIZERS, initializer_name
+from lorafa.initializers import INITIALIZERS, Start, find_start
 from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
@@ -25,7 +25,7 @@ from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads
 from lorafa.surgery.targets import Target, find_targets, resolved_targets
 from lorafa.surgery.walk import Host, Parents, base_parameters, hosts, lora_layers
-from lorafa.variants import VARIANTS
+from lorafa.variants import variant_of
 
 Stats = Mapping[str, Mapping[str, Tensor]]
 
@@ -140,15 +140,19 @@ def _base(target: Target) -> nn.Module:
 def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Options, stats: Stats) -> AdapterParts:
     backend, base = _backend(target), _base(target)
     path = target.name if target.parameter is None else f"{target.name}.{target.parameter}"
-    variant = VARIANTS.get("dora" if config.use_dora else "lora")()
+    variant = variant_of(config).of(config)
     if backend.host not in variant.hosts:
         raise ConfigError(
             f"{path}: {variant.name} is not defined on {backend.host} layers. Exclude it, or use plain LoRA."
         )
     _check_fits(path, backend.host, base, target.rank, config)
     scaling = config.scaling(target.rank, target.alpha)
-    initializer = INITIALIZERS.get(initializer_name(config.init_lora_weights))
-    spec = LayerSpec(path, backend.host, target.rank, scaling, seed, name)
+    start_of = cast(Start, find_start(config.init_lora_weights))  # config.check() has found it
+    initializer = INITIALIZERS.get(start_of.name)
+    groups = cast(nn.Conv1d, base).groups if backend.host == "conv" else 1
+    spec = LayerSpec(
+        path, backend.host, target.rank, scaling, seed, name, groups, config.start_settings(), start_of.number
+    )
     weight = _weight_or_shape(backend, base, needed=initializer.reads_weight or variant.reads_weight)
     if options.low_cpu_mem_usage and initializer.reads_weight and not options.from_file:
         raise ConfigError(
@@ -162,31 +166,26 @@ def _build(target: Target, config: LoraConfig, name: str, seed: int, options: Op
             f"init_lora_weights={config.init_lora_weights!r} needs {', '.join(missing)} of {path!r}; none was given. "
             "Collect these statistics and pass them as stats=."
         )
-    groups = cast(nn.Conv1d, base).groups if backend.host == "conv" else 1
     filled_later = options.from_file and (not initializer.reads_weight or options.file_has_starts)
     if filled_later or options.low_cpu_mem_usage:
         device = "meta" if options.low_cpu_mem_usage else None
         A_shape, B_shape = factor_shapes(weight, target.rank)
         A0, B0 = torch.empty(A_shape, device=device), torch.empty(B_shape, device=device)
         result = InitResult(A0, B0, subtract_from_base=options.file_has_starts)
-    elif groups > 1 and config.init_lora_weights == "orthogonal":
-        raise ConfigError(
-            f"{path}: init_lora_weights='orthogonal' does not start at zero on a convolution with groups={groups}, "
-            "whose B is cut to the ranks of its group. Choose another start, or exclude the layer."
-        )
     else:
         result = initializer(weight, layer_stats, spec)
     dtype = _adapter_dtype(base, backend, options)
     A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)  # a grouped B sees its own group only
     start = (A.clone(), B.clone()) if result.subtract_from_base else None
     if filled_later or options.low_cpu_mem_usage:
-        extras = {kind: torch.empty(weight.shape[0], device=A.device) for kind in variant.extras}
+        shapes = variant.extra_shapes(weight, target.rank)
+        extras = {kind: torch.empty(shape, device=A.device) for kind, shape in shapes.items()}
     else:
         whole_A, whole_B = update_factors(A, B, start)
-        extras = variant.initial_extras(weight, whole_A.to(weight.device), whole_B.to(weight.device), scaling)
+        extras = variant.initial_extras(weight, whole_A.to(weight.device), whole_B.to(weight.device), spec)
     bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
     return AdapterParts(
-        A, B, target.rank, target.alpha, scaling, variant.name, dtype, bias, config.lora_dropout, config.use_rslora,
+        A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
         start, extras,
     )  # fmt: skip
 

@@ -11,18 +11,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from lorafa.adapter import Adapter
+from lorafa.initializers.base import LayerSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Variant(ABC):
-    """Stateless; parameters live on the layer and are read through the adapter."""
+    """Holds no tensors; parameters live on the layer and are read through the adapter."""
 
     name: ClassVar[str]
     """Its line in the registry."""
+    switch: ClassVar[str | None] = None
+    """The field of LoraConfig that asks for it where it is set; None for plain LoRA."""
     extras: ClassVar[Mapping[str, str]] = {}
     """Name of an extra parameter in the formulas -> its PEFT name on the layer and in files."""
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "experts"})
@@ -31,10 +37,21 @@ class Variant(ABC):
     """Whether ``initial_extras`` reads the base weight's values; if not it may get a tensor on the meta device."""
     plain: ClassVar[bool] = False
     """Whether the update is exactly s B A, so that any reader of LoRA files can use it."""
+    takes_bias: ClassVar[bool] = False
+    """Whether the formula has a place for a bias of B (``lora_bias``)."""
 
-    def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """The variant with the settings a LoraConfig has for it; one object serves all layers of an adapter."""
+        return cls()
+
+    def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         """Start values of the extras, given the base weight (out, in) and the factors of the whole update."""
         return {}
+
+    def extra_shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the extras; one number an output unless a variant says otherwise. ``weight`` has no values."""
+        return dict.fromkeys(self.extras, (weight.shape[-2],))
 
     @abstractmethod
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorafa.adapter import Adapter, full_precision, working_dtype
 from lorafa.functional import low_rank_linear
+from lorafa.initializers.base import LayerSpec
 from lorafa.variants.base import Variant
 
 _TINY = 1e-30  # of a squared norm in float32: an all-zero row keeps a finite gain
@@ -35,12 +36,13 @@ class DoRA(Variant):
     """The norm is a constant in backward (section 4.3 of the paper); the magnitude m, (out,), is trained."""
 
     name = "dora"
+    switch = "use_dora"
     extras: ClassVar[Mapping[str, str]] = {"magnitude": "lora_magnitude_vector"}
     hosts = frozenset({"linear", "embedding", "conv"})
     reads_weight = True
 
-    def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
-        return {"magnitude": row_norms(weight, A, B, scaling)}
+    def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        return {"magnitude": row_norms(weight, A, B, spec.scaling)}
 
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:
         gain = self._gain(adapter, weight).to(weight.dtype)
