@@ -15,6 +15,12 @@ from lorafa.method_configs import (
     MontecloraConfig,
     VeloraConfig,
 )
+from lorafa.optimizers import (
+    LoraFAOptimizer,
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.surgery.model import LoraModel, inject_adapter_in_model
 from lorafa.surgery.status import get_layer_status, get_model_status
@@ -29,6 +35,7 @@ __all__ = [
     "LoftQConfig",
     "LoraConfig",
     "LoraError",
+    "LoraFAOptimizer",
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
@@ -38,6 +45,9 @@ __all__ = [
     "TaskType",
     "VeloraConfig",
     "__version__",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",

@@ -246,3 +246,10 @@ def test_what_does_not_fit_leaves_no_run_directory(
     assert main(["train", *settings(workplace, run), setting]) == status
     assert message in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_the_heldout_loss_is_measured_on_the_way(workplace: Path, tmp_path: Path) -> None:
+    own = [text for text in settings(workplace, tmp_path / "run") if "checkpoint" not in text]
+    more = ["train.eval_every=5", "train.eval_size=2", "optim=lora_fa", "optim.algorithm=fold", "eval.size=0"]
+    assert main(["train", *own, *more]) == 0
+    assert [row["step"] for row in metrics(tmp_path / "run") if "eval_loss" in row][:2] == [5, 10]

@@ -93,7 +93,7 @@ def test_a_config_is_frozen() -> None:
         ("peft.use_dora=1", r"peft.use_dora must be true or false, found 1 \(int\)"),
         ("peft.target_modules=[1]", r"must be a text or a list \[a, b\] of texts, found \[1\]"),
         ("peft.rank_pattern={q:x}", r"must be a mapping \{name: value\} of integers"),
-        ("optim.name=adam", r"must be one of adamw, adafactor, sgd, found 'adam' \(str\). Did you mean 'adamw'\?"),
+        ("optim.name=adam", r"must be one of adamw, .*, found 'adam' \(str\). Did you mean 'adamw'\?"),
         ("optim.betas=[0.9]", r"optim.betas must be a list of 2 numbers, found \[0.9\]"),
         ("optim.betas=[0.9,1]", r"optim.betas must be two numbers in \[0, 1\), found 1.0"),
         ("optim.lr=0", "optim.lr must be a number > 0, found 0.0"),

@@ -100,7 +100,7 @@ class LoraFAOptimizer(Optimizer):
                 loss = closure()
         projected = self.row_space.gradients()
         for group in self.param_groups:
-            batches: dict[tuple[Any, ...], list[Tensor]] = {}
+            batches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -109,12 +109,14 @@ class LoraFAOptimizer(Optimizer):
                     state["step"] = 0
                     moments(state, parameter)
                 state["step"] += 1
-                batches.setdefault((state["step"], parameter.device, parameter.dtype), []).append(parameter)
+                batches.setdefault((state["step"], parameter.device, parameter.dtype), []).append(
+                    (parameter, projected.get(parameter, parameter.grad))
+                )
             for (step, *_), batch in batches.items():
                 adamw_(
-                    batch,
-                    [projected.get(parameter, parameter.grad) for parameter in batch],
-                    [self.state[parameter] for parameter in batch],
+                    [parameter for parameter, _ in batch],
+                    [gradient for _, gradient in batch],
+                    [self.state[parameter] for parameter, _ in batch],
                     step=step,
                     lr=group["lr"],
                     betas=group["betas"],

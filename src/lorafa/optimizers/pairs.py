@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorafa.adapter import Adapter, working_dtype
 from lorafa.errors import AdapterError, BackendError
@@ -115,7 +114,7 @@ def _check(pair: Pair) -> None:
     rank = pair.layer.r[pair.name]
     for factor, tensor in (("A", pair.A), ("B", pair.B)):
         where = f"{pair.path}, adapter {pair.name!r}: {factor}"
-        if isinstance(tensor, DTensor) or tensor.dim() < 2 or tensor.numel() == 0:
+        if hasattr(tensor, "device_mesh") or tensor.dim() < 2 or tensor.numel() == 0:
             raise BackendError(
                 f"{where} is a shard of a factor ({type(tensor).__name__}, shape {tuple(tensor.shape)}). This "
                 "optimizer needs whole factors: leave the adapters unsharded, or use a stock optimizer on them."

@@ -24,13 +24,13 @@ from lorafa.evals.gsm8k import EvalResult, evaluate
 from lorafa.evals.perplexity import answer_loss
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.train.coverage import coverage, coverage_table
+from lorafa.train.optimizers import STOCK, pair_optimizer
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.schema import DataConfig, RunConfig
 from lorafa.train.trainer import LoraTrainer
 
 STARTS: Mapping[str, bool | str] = {"default": True, "random": False}
 """Names of starts that LoraConfig spells otherwise."""
-OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 SHOWN_SAMPLES = 6
 """Held-out questions whose answers, before and after, are kept in the result."""
@@ -204,10 +204,10 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         options["save_total_limit"] = train.keep_checkpoints
     if train.gradient_checkpointing:
         options["gradient_checkpointing"] = True
+    if train.keep_best or train.eval_every:
+        options |= {"eval_strategy": "steps", "eval_steps": train.eval_every or train.checkpoint_every}
     if train.keep_best:
         options |= {
-            "eval_strategy": "steps",
-            "eval_steps": train.checkpoint_every,
             "load_best_model_at_end": True,
             "metric_for_best_model": "loss",
             "greater_is_better": False,
@@ -221,7 +221,7 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         gradient_accumulation_steps=train.accumulation,
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         seed=train.seed,
-        optim=OPTIMIZERS[optim.name],
+        optim=STOCK.get(optim.name, STOCK["adamw"]),
         learning_rate=optim.lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.betas[0],
@@ -245,14 +245,16 @@ def _fit(
     prepared: Prepared, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
 ) -> int:
     """Train and return the number of optimizer steps done in all parts of the training together."""
+    measured = config.train.keep_best or config.train.eval_every
     trainer = LoraTrainer(
         prepared.model,
         training_arguments(config, output_dir),
         chunked_loss=config.train.chunked_loss,
         train_dataset=prepared.train.samples,
-        eval_dataset=prepared.heldout.samples if config.train.keep_best else None,
+        eval_dataset=prepared.heldout.samples[: config.train.eval_size] if measured else None,
         data_collator=prepared.collator,
         callbacks=[callback],
+        optimizers=(pair_optimizer(prepared.model, config.optim), None),
     )
     trainer.remove_callback(PrinterCallback)  # the bar and the record say it
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -111,11 +111,25 @@ class InitConfig:
     """Start: default (A random, B zero), random (both random), gaussian, orthogonal, pissa."""
 
 
+OPTIONS_OF_ONE = {
+    "algorithm": "lora_fa",
+    "lr_ratio": "lora_plus",
+    "reg": "riemannian",
+    "damping": "riemannian",
+    "prec_reg": "preconditioned",
+    "form": "lora_pro",
+    "X": "lora_pro",
+}
+"""Settings of one optimizer alone -> its name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    name: Literal["adamw", "adafactor", "sgd", "lora_fa", "lora_plus", "riemannian", "preconditioned", "lora_pro"] = (
+        "adamw"
+    )
     """Optimizer."""
     lr: float = 2e-4
     """Highest learning rate."""
@@ -131,8 +145,29 @@ class OptimConfig:
     """Course of the learning rate after the warm-up."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are shortened to it; 0 leaves them alone."""
+    algorithm: Literal["exact", "fold"] = "exact"
+    """lora_fa: project B's gradient (exact), or make the rows of A orthonormal once (fold)."""
+    lr_ratio: float = 16.0
+    """lora_plus: learning rate of B over that of A."""
+    reg: float = 1e-2
+    """riemannian: what is added to the diagonals of the two Gram matrices."""
+    damping: Literal["relative", "absolute"] = "relative"
+    """riemannian: reg in units of the mean eigenvalue, or as it is."""
+    prec_reg: float = 1e-6
+    """preconditioned: what LoRA-One adds to the diagonals."""
+    form: Literal["adamw", "sgd", "full"] = "adamw"
+    """lora_pro: moments of A and B, none, or of the whole weight (8 bytes a weight)."""
+    X: Literal["zero", "sylvester", "symmetric"] = "sylvester"
+    """lora_pro: how A and B share what both can reach."""
 
     def __post_init__(self) -> None:
+        for option, owner in OPTIONS_OF_ONE.items():
+            default = type(self).__dataclass_fields__[option].default
+            if self.name != owner and getattr(self, option) != default:
+                raise ConfigError(
+                    f"optim.{option} belongs to optim={owner}, found optim={self.name}. Choose optim={owner}, or leave "
+                    f"optim.{option} out."
+                )
         check_number("optim.lr", self.lr, "a number > 0", 0)
         check_number("optim.weight_decay", self.weight_decay, "a number >= 0", 0, closed="[")
         for beta in self.betas:
@@ -140,6 +175,9 @@ class OptimConfig:
         check_number("optim.eps", self.eps, "a number > 0", 0)
         check_number("optim.warmup", self.warmup, "a number >= 0", 0, closed="[")
         check_number("optim.max_grad_norm", self.max_grad_norm, "a number >= 0", 0, closed="[")
+        check_number("optim.lr_ratio", self.lr_ratio, "a number > 0", 0)
+        check_number("optim.reg", self.reg, "a number >= 0", 0, closed="[")
+        check_number("optim.prec_reg", self.prec_reg, "a number > 0", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +206,10 @@ class TrainConfig:
     """Steps between two checkpoints; 0 writes none."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
+    eval_every: int = 0
+    """Steps between two measurements of the held-out loss during training; 0 measures before and after only."""
+    eval_size: int | None = None
+    """Held-out samples of such a measurement; null takes all."""
     keep_best: bool = False
     """Measure the held-out loss at every checkpoint and end with the best one."""
     resume: str | None = None
@@ -185,8 +227,15 @@ class TrainConfig:
             check_number("train.epochs", self.epochs, "a number > 0", 0)
         for name in ("batch_size", "accumulation", "log_every", "keep_checkpoints"):
             check_int(f"train.{name}", getattr(self, name), at_least=1)
-        for name in ("seed", "checkpoint_every"):
+        for name in ("seed", "checkpoint_every", "eval_every"):
             check_int(f"train.{name}", getattr(self, name), at_least=0)
+        if self.eval_size is not None:
+            check_int("train.eval_size", self.eval_size, at_least=1)
+        if self.keep_best and self.eval_every not in (0, self.checkpoint_every):
+            raise ConfigError(
+                f"train.keep_best measures at every checkpoint (train.checkpoint_every={self.checkpoint_every}), found "
+                f"train.eval_every={self.eval_every}. Leave train.eval_every out."
+            )
         if self.keep_best and not self.checkpoint_every:
             raise ConfigError(
                 "train.keep_best chooses among checkpoints, but train.checkpoint_every is 0. "
