@@ -18,8 +18,8 @@ from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
 from lorafa.io.state import materialize
 from lorafa.storage import HubOptions
 from lorafa.surgery.adapters import disabled, require_adapters, require_nothing_merged, require_unmerged
+from lorafa.surgery.build import Options
 from lorafa.surgery.forward import ForwardOfTheWrapped
-from lorafa.surgery.inject import Options
 from lorafa.surgery.model import LoraModel
 from lorafa.surgery.status import (
     LayerStatus,

@@ -18,7 +18,8 @@ from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS, NOT_YET, find_start
 from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
 from lorafa.registry import Registry
-from lorafa.surgery.inject import apply, plan
+from lorafa.surgery.inject import apply
+from lorafa.surgery.plan import plan
 from lorafa.variants import VARIANTS, switches
 from lorafa.variants.base import Variant
 

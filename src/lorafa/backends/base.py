@@ -21,6 +21,8 @@ class Backend(ABC):
 
     host: ClassVar[str]
     """The kind of layer that carries the adapters: a name in lorafa.layers.LAYERS."""
+    fan_in_fan_out: ClassVar[bool | None] = None
+    """What PEFT wants this setting to be for such a layer; None: it does not ask."""
 
     @abstractmethod
     def weight(self, layer: nn.Module) -> Tensor:
@@ -40,6 +42,10 @@ class Backend(ABC):
         """(out, in), without touching a quantized weight."""
         out, in_ = self.weight(layer).shape
         return int(out), int(in_)
+
+    def full_shape(self, layer: nn.Module) -> tuple[int, ...]:
+        """Shape of :meth:`weight`: (out, in), or (E, out, in) for a stack of experts."""
+        return self.shape(layer)
 
     def dtype(self, layer: nn.Module) -> torch.dtype:
         """The dtype the weight is stored in; float32 where it is in no parameter of the layer."""

@@ -11,6 +11,7 @@ from lorafa.backends.base import Backend, is_plain, replaced
 
 class Conv1DBackend(Backend):
     host = "linear"
+    fan_in_fan_out = True
 
     def weight(self, layer: nn.Module) -> Tensor:
         weight: Tensor = layer.weight  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from lorafa.backends.base import Backend, is_plain, replaced
 
 class DenseBackend(Backend):
     host = "linear"
+    fan_in_fan_out = False
 
     def weight(self, layer: nn.Module) -> Tensor:
         return cast(nn.Linear, layer).weight

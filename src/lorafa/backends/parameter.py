@@ -35,6 +35,9 @@ class ParameterBackend(Backend):
         out, in_ = self.weight(layer).shape[-2:]
         return int(out), int(in_)
 
+    def full_shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return tuple(self.weight(layer).shape)
+
     def dtype(self, layer: nn.Module) -> torch.dtype:
         return self.parameter(layer).dtype
 

@@ -6,13 +6,17 @@ of a forward pass. Both projections carry an adapter; that of out_proj sits insi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.func import functional_call
 
+from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.in_weight import updated_tensors
+from lorafa.layers.weights import updated_tensors
+
+if TYPE_CHECKING:
+    from lorafa.config import LoraConfig
 
 
 class LoraAttention(LoraLayer):
@@ -20,12 +24,22 @@ class LoraAttention(LoraLayer):
 
     kind = "attention"
     takes_dropout = False
+    inner_layers = ("out_proj",)
     _READ_BY_CALLERS = frozenset({
         "embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn",
         "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj",
     })  # fmt: skip
     _qkv_same_embed_dim = False
     """Not as in the base layer: where it is True, nn.TransformerEncoderLayer reads the weights and never calls this."""
+
+    @classmethod
+    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
+        if config.lora_bias and cast(nn.MultiheadAttention, base).in_proj_bias is None:
+            raise ConfigError(
+                f"{name}: lora_bias has nothing to act on in nn.MultiheadAttention(bias=False). Exclude it, or set "
+                "lora_bias=False."
+            )
+        super().check(name, base, rank, config)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base_layer, name) if name in self._READ_BY_CALLERS else super().__getattr__(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Start, scaling, working_dtype
 from lorafa.backends import backend_of
-from lorafa.backends.base import Backend, is_finite
-from lorafa.errors import AdapterError, BackendError
+from lorafa.backends.base import Backend
+from lorafa.errors import AdapterError, BackendError, ConfigError
 from lorafa.layers.parts import AdapterParts, Weight, linear_holder
+from lorafa.layers.weights import require_finite, updated_bias
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from lorafa.config import LoraConfig
 
 
 class LoraLayer(nn.Module):
@@ -28,6 +32,10 @@ class LoraLayer(nn.Module):
     kind: ClassVar[str]
     takes_dropout: ClassVar[bool] = True
     """Whether the adapter has an input of its own that ``lora_dropout`` can act on."""
+    takes_bias: ClassVar[bool] = True
+    """Whether B can have a bias (``lora_bias``)."""
+    inner_layers: ClassVar[tuple[str, ...]] = ()
+    """Children of the base layer that get an adapter of their own whenever it gets one."""
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
 
@@ -58,6 +66,29 @@ class LoraLayer(nn.Module):
         self.out_features, self.in_features = self.backend.shape(self.get_base_layer())
 
     # ---- what a kind of layer must say
+
+    @classmethod
+    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
+        """Refuse, or warn of, what does not go with this kind of layer; ``name`` is the layer's, for the message.
+
+        Raises:
+            ConfigError: a rank or setting cannot be carried out on such a layer.
+            BackendError: nothing can be, on this very layer.
+        """
+        if config.lora_bias and not cls.takes_bias:
+            raise ConfigError(
+                f"{name}: lora_bias is not defined on {cls.kind} layers. Exclude it, or set lora_bias=False."
+            )
+        if config.lora_dropout and not cls.takes_dropout:
+            warnings.warn(
+                f"{name}: lora_dropout does not act on {cls.kind} layers: the update has no input to drop there.",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def groups(cls, base: nn.Module) -> int:
+        """How many groups of outputs see only their share of the ranks: B has r / groups columns."""
+        return 1
 
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         """Make parameters of factors that are in the stored layout."""
@@ -125,6 +156,11 @@ class LoraLayer(nn.Module):
             base = base.base_layer
         return base
 
+    @property
+    def pristine(self) -> nn.Module:
+        """The base layer with the weight nothing was merged into."""
+        return self._pristine[0] if self._pristine else self.get_base_layer()
+
     def running_base(self) -> nn.Module:
         """The base layer that runs when no adapter counts: while adapters are disabled the pristine one."""
         return self._pristine[0] if self._disable_adapters and self._pristine else self.base_layer
@@ -134,7 +170,7 @@ class LoraLayer(nn.Module):
 
     def base_weight(self) -> Tensor:
         """The pristine weight, (out, in), dequantized where it is quantized."""
-        return self.backend.weight(self._pristine[0] if self._pristine else self.get_base_layer())
+        return self.backend.weight(self.pristine)
 
     def base_bias(self) -> Tensor | None:
         return self.backend.bias(self.get_base_layer())
@@ -298,45 +334,18 @@ class LoraLayer(nn.Module):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight, in the layout and dtype of the base layer's own weight."""
-        pristine = self._pristine[0] if self._pristine else self.get_base_layer()
-        delta = self.adapters[adapter].delta_weight(self.backend.weight(pristine))
-        return self.backend.to_layout(pristine, delta)
+        return self.backend.to_layout(self.pristine, self.adapters[adapter].delta_weight(self.base_weight()))
 
     @torch.no_grad()
     def merged_base(self, names: Sequence[str]) -> nn.Module:
         """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
-        pristine = self._pristine[0] if self._pristine else self.get_base_layer()
-        backend = self.backend
-        weight = self.merged_weight(backend.weight(pristine), names)
-        change, bias = self.bias_change([self.adapters[name] for name in names]), backend.bias(pristine)
-        if change is not None and bias is None:
-            raise BackendError(
-                f"lora_bias cannot be merged into a {type(pristine).__name__} without a bias; nothing was merged. Keep "
-                "the adapter unmerged, or train one with lora_bias=False."
-            )
-        changed = None if change is None or bias is None else (bias.to(change.dtype) + change).to(bias.dtype)
-        return self.checked(backend.with_weight(pristine, weight, changed), names)
-
-    def checked(self, merged: nn.Module, names: Sequence[str]) -> nn.Module:
-        """``merged``, if all of it is finite in the dtype of the layer."""
-        if not is_finite(merged, self.get_base_layer()):
-            raise AdapterError(
-                f"Merging {', '.join(map(repr, names))} gives inf or nan in a {type(merged).__name__} once rounded to "
-                "its dtype; nothing was merged. The adapter was probably trained to divergence, or the model needs a "
-                "dtype of wider range: bfloat16 or float32."
-            )
-        return merged
-
-    def merged_weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
-        """``weight`` (out, in) plus the updates of ``names``, in float32 or float64."""
+        weight, adapters = self.base_weight(), [self.adapters[name] for name in names]
         total = weight.to(working_dtype(weight.dtype))
-        for name in names:
-            total = total + self.adapters[name].delta_weight(weight)
-        return total
-
-    def bias_change(self, adapters: Sequence[Adapter]) -> Tensor | None:
-        changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
-        return torch.stack(changes).sum(0) if changes else None
+        for adapter in adapters:
+            total = total + adapter.delta_weight(weight)
+        merged = self.backend.with_weight(self.pristine, total, updated_bias(self, adapters))
+        require_finite(merged, self.get_base_layer(), names)
+        return merged
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         """Let ``base`` stand in for the base layer; the pristine one is kept for :meth:`unmerge`."""

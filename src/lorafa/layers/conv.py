@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
+
+if TYPE_CHECKING:
+    from lorafa.config import LoraConfig
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -20,6 +24,19 @@ class LoraConv(LoraLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.in_features = cast(Conv, base_layer).in_channels  # as PEFT counts them: without the taps
+
+    @classmethod
+    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
+        if rank % cls.groups(base):
+            raise ConfigError(
+                f"{name}: rank {rank} is not divisible by the convolution's groups={cls.groups(base)}. "
+                "Choose another rank (rank_pattern), or exclude the layer."
+            )
+        super().check(name, base, rank, config)
+
+    @classmethod
+    def groups(cls, base: nn.Module) -> int:
+        return cast(Conv, base).groups
 
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         base = cast(Conv, self.get_base_layer())

@@ -15,11 +15,14 @@ from torch.func import functional_call
 
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
+from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.in_weight import updated_tensors
+from lorafa.layers.weights import updated_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from lorafa.config import LoraConfig
 
 
 class LoraExperts(LoraLayer):
@@ -27,12 +30,22 @@ class LoraExperts(LoraLayer):
 
     kind = "experts"
     takes_dropout = False
+    takes_bias = False
 
     def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
         self.parameter_name = parameter_name
         super().__init__(base_layer)
         self._kept: tuple[nn.Parameter, ...] = ()  # the pristine parameter while a merged one stands in its place
         self.num_experts = self._parameter().shape[0] if self._parameter().dim() == 3 else 1
+
+    @classmethod
+    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
+        if config.lora_dropout:
+            raise ConfigError(
+                f"{name}: lora_dropout={config.lora_dropout} cannot act on a bare parameter, which has no input of its "
+                "own. Set lora_dropout=0."
+            )
+        super().check(name, base, rank, config)
 
     def _parameter(self) -> Tensor:
         return ParameterBackend(self.parameter_name).parameter(self.get_base_layer())
@@ -71,15 +84,6 @@ class LoraExperts(LoraLayer):
     def base_weight(self) -> Tensor:
         stored = self._kept[0] if self._kept else self._parameter()
         return ParameterBackend(self.parameter_name).to_matrix(self.get_base_layer(), stored)
-
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        return self.backend.to_layout(self.get_base_layer(), self.adapters[adapter].delta_weight(self.base_weight()))
-
-    @torch.no_grad()
-    def merged_base(self, names: Sequence[str]) -> nn.Module:
-        weight = self.merged_weight(self.base_weight(), names)
-        return self.checked(self.backend.with_weight(self.get_base_layer(), weight), names)
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         parameters = self.get_base_layer()._parameters

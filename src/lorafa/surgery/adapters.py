@@ -9,8 +9,7 @@ from torch import nn
 
 from lorafa.errors import AdapterError, did_you_mean
 from lorafa.layers.base import LoraLayer
-from lorafa.surgery.inject import adapter_names
-from lorafa.surgery.walk import hosts, lora_layers
+from lorafa.surgery.walk import adapter_names, hosts, lora_layers
 
 
 def require_adapters(model: nn.Module, names: Sequence[str]) -> None:

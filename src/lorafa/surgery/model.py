@@ -11,8 +11,10 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import adapters
-from lorafa.surgery.inject import Options, Plan, apply, plan
+from lorafa.surgery.build import Options
+from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
+from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.walk import hosts, lora_layers
 
 

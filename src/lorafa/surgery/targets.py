@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafa.backends import backend_of
+from lorafa.backends.base import Backend
+from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig
 from lorafa.errors import TargetError, did_you_mean, shorten
 from lorafa.layers.base import LoraLayer
@@ -33,6 +35,35 @@ class Target:
     parameter: str | None
     rank: int
     alpha: float
+
+    @property
+    def full_name(self) -> str:
+        return self.name if self.parameter is None else f"{self.name}.{self.parameter}"
+
+    @property
+    def base(self) -> nn.Module:
+        """The module without wrappers."""
+        return self.module.get_base_layer() if isinstance(self.module, LoraLayer) else self.module
+
+    @property
+    def backend(self) -> Backend:
+        backend = backend_of(self.base) if self.parameter is None else ParameterBackend(self.parameter)
+        assert backend is not None  # find_targets has checked
+        return backend
+
+    @property
+    def wrapper(self) -> LoraLayer | None:
+        """The layer that carries adapters of this very target already."""
+        layer = self.module
+        while isinstance(layer, LoraExperts):  # those of a module's parameters are nested
+            if layer.parameter_name == self.parameter:
+                return layer
+            layer = layer.base_layer
+        return layer if isinstance(layer, LoraLayer) else None
+
+    def weight(self) -> Tensor:
+        """The pristine weight, (out, in) or (E, out, in)."""
+        return self.backend.weight(self.base) if self.wrapper is None else self.wrapper.base_weight()
 
 
 def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> list[Target]:

@@ -105,6 +105,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield path, module
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """Every adapter some layer of the model carries, in order of appearance."""
+    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.adapters))
+
+
 class Parents:
     """Where every module of a model sits, so that one can be put in another's place without a search."""
 

@@ -1,0 +1,132 @@
+"""Build the adapter of one layer: check that everything goes with the layer, then make its factors and extras."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.adapter import update_factors
+from lorafa.backends.base import Backend
+from lorafa.config import LoraConfig
+from lorafa.errors import CalibrationError, ConfigError
+from lorafa.initializers import INITIALIZERS, find_start
+from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes
+from lorafa.layers import LAYERS
+from lorafa.layers.parts import AdapterParts
+from lorafa.surgery.targets import Target
+from lorafa.variants import variant_of
+
+Stats = Mapping[str, Mapping[str, Tensor]]
+"""Full name of a target -> name of a statistic -> its value: what data-aware starts read."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How adapters are made, apart from what the config says."""
+
+    autocast_adapter_dtype: bool = True
+    """Keep adapters in float32 where the base is float16 or bfloat16."""
+    low_cpu_mem_usage: bool = False
+    """Make the factors on the meta device, to be filled from a file."""
+    from_file: bool = False
+    """The config comes with a file that will fill every tensor: patterns may match nothing, starts are not drawn."""
+    file_has_starts: bool = False
+    """The file also holds the frozen starts A0 and B0, so none is computed."""
+
+
+class Builder:
+    """Builds the adapter ``name`` layer by layer; no model is touched."""
+
+    def __init__(self, config: LoraConfig, name: str, options: Options, stats: Stats) -> None:
+        """Take a config that has been checked.
+
+        Raises:
+            ConfigError: the start is computed from the weight, and ``low_cpu_mem_usage`` computes none.
+        """
+        self.config, self.name, self.options, self.stats = config, name, options, stats
+        self.seed = torch.initial_seed() if config.init_seed is None else config.init_seed
+        self.variant = variant_of(config).of(config)
+        start = find_start(config.init_lora_weights)
+        assert start is not None  # config.check() has found it
+        self.initializer, self.number = INITIALIZERS.get(start.name), start.number
+        self.settings = config.start_settings()
+        reads_weight = self.initializer.reads_weight
+        if options.low_cpu_mem_usage and reads_weight and not options.from_file:
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r} computes its start from the weight, but "
+                "low_cpu_mem_usage=True computes none. Drop one of the two."
+            )
+        file_fills_all = options.from_file and (not reads_weight or options.file_has_starts)
+        self.filled_later = file_fills_all or options.low_cpu_mem_usage
+
+    def build(self, target: Target) -> AdapterParts:
+        """The adapter of one target.
+
+        Raises:
+            ConfigError, BackendError: rank, variant, start or another setting does not go with the layer.
+            CalibrationError: the start needs statistics that were not given.
+        """
+        config, variant, kind = self.config, self.variant, target.backend.host
+        if kind not in variant.hosts:
+            raise ConfigError(
+                f"{target.full_name}: {variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA."
+            )
+        layer_class = LAYERS.get(kind)
+        layer_class.check(target.full_name, target.base, target.rank, config)
+        scaling, groups = config.scaling(target.rank, target.alpha), layer_class.groups(target.base)
+        spec = LayerSpec(
+            target.full_name, kind, target.rank, scaling, self.seed, self.name, groups, self.settings, self.number
+        )
+        weight = self._weight(target)
+        result = self._empty(weight, spec) if self.filled_later else self._start(weight, spec)
+        dtype = _adapter_dtype(target.base, target.backend, self.options)
+        A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)
+        start = (A.clone(), B.clone()) if result.subtract_from_base else None
+        extras = self._empty_extras(weight, A) if self.filled_later else self._extras(weight, A, B, start, spec)
+        bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
+        return AdapterParts(
+            A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
+            start, extras,
+        )  # fmt: skip
+
+    def _weight(self, target: Target) -> Tensor:
+        """The pristine weight where something reads it, else a tensor of its shape without values."""
+        if self.initializer.reads_weight or self.variant.reads_weight:
+            return target.weight().detach()
+        return torch.empty(target.backend.full_shape(target.base), device="meta")
+
+    def _start(self, weight: Tensor, spec: LayerSpec) -> InitResult:
+        stats = self.stats.get(spec.name, {})
+        missing = [statistic for statistic in self.initializer.needs if statistic not in stats]
+        if missing:
+            raise CalibrationError(
+                f"init_lora_weights={self.config.init_lora_weights!r} needs {', '.join(missing)} of {spec.name!r}; "
+                "none was given. Collect these statistics and pass them as stats=."
+            )
+        return self.initializer(weight, stats, spec)
+
+    def _empty(self, weight: Tensor, spec: LayerSpec) -> InitResult:
+        device = "meta" if self.options.low_cpu_mem_usage else None
+        A_shape, B_shape = factor_shapes(weight, spec.rank)
+        A, B = torch.empty(A_shape, device=device), torch.empty(B_shape, device=device)
+        return InitResult(A, B, subtract_from_base=self.options.file_has_starts)
+
+    def _extras(
+        self, weight: Tensor, A: Tensor, B: Tensor, start: tuple[Tensor, Tensor] | None, spec: LayerSpec
+    ) -> dict[str, Tensor]:
+        whole_A, whole_B = update_factors(A, B, start)
+        return self.variant.initial_extras(weight, whole_A.to(weight.device), whole_B.to(weight.device), spec)
+
+    def _empty_extras(self, weight: Tensor, A: Tensor) -> dict[str, Tensor]:
+        shapes = self.variant.extra_shapes(weight, A.shape[-2])
+        return {kind: torch.empty(shape, device=A.device) for kind, shape in shapes.items()}
+
+
+def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch.dtype:
+    dtype = backend.dtype(base)
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        return torch.float32
+    return torch.float32 if options.autocast_adapter_dtype and dtype.itemsize == 2 else dtype
