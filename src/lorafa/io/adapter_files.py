@@ -63,8 +63,7 @@ def _fingerprinted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 def _readable(module: nn.Module) -> Tensor | None:
     """The dense weight of a layer as it is stored, or None."""
-    while isinstance(module, LoraLayer):
-        module = module._pristine[0] if module._pristine else module.base_layer
+    module = module.pristine if isinstance(module, LoraLayer) else module
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
 

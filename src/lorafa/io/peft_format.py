@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
 from lorafa.io.strict import Misfit, compare
-from lorafa.layers.attention import LoraAttention
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
+from lorafa.layers.parts import Stored
 from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.layers.tokens import TrainableTokensWrapper
-from lorafa.surgery.walk import base_parameters, hosts, lora_layers, places
+from lorafa.surgery.walk import HOSTS, base_parameters, hosts, lora_layers, places
 
 PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -38,20 +37,8 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if key not in copies}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file and where it lives in the model."""
-
-    key: str
-    """Name in the file, without prefix: ``layers.0.q_proj.lora_A.weight``."""
-    live: str | None
-    """Name in the model's state dict: ``layers.0.q_proj.lora_A.default.weight``. None for what a merged weight or bias
-    stands in for: a state dict has the merged one."""
-    tensor: Tensor
-
-
-def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool = False) -> Iterator[Entry]:
-    """Every tensor of adapter ``name`` as it is stored, frozen starts apart (see :func:`file_tensors`).
+def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool = False) -> Iterator[Stored]:
+    """Every tensor of adapter ``name`` as it is stored, by its names from the model, frozen starts apart.
 
     Args:
         model: the user's model, wrapped layers in it.
@@ -60,25 +47,10 @@ def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool
             config targets embeddings by their usual names, only of those that are adapted, as in PEFT.
     """
     for path, host in hosts(model):
-        if isinstance(host, ModulesToSaveWrapper):
-            for key, tensor in host.stored_tensors(name).items():
-                yield Entry(f"{path}.{key}", f"{path}.modules_to_save.{name}.{key}", tensor)
-            continue
-        if isinstance(host, LoraLayer) and name not in host.adapters:
-            continue
-        for key, parameter in host.stored_parameters(name).items():
-            yield Entry(f"{path}.{key}", f"{path}.{_live(key, name)}", parameter)
+        yield from (entry.at(path) for entry in host.stored(name))
     yield from _biases(model, name, config)
     if embeddings:
         yield from _embeddings(model, adapted_only=keeps_embeddings(config, model, "auto"))
-
-
-def _live(key: str, name: str) -> str:
-    """lora_A.weight -> lora_A.default.weight, lora_magnitude_vector -> lora_magnitude_vector.default.weight."""
-    if key == "lora_magnitude_vector":
-        return f"{key}.{name}.weight"
-    holder, dot, leaf = key.rpartition(".")
-    return f"{holder}.{name}.{leaf}" if dot and leaf in ("weight", "bias") else f"{key}.{name}"
 
 
 def _pristine(model: nn.Module) -> dict[int, Tensor]:
@@ -93,35 +65,37 @@ def _pristine(model: nn.Module) -> dict[int, Tensor]:
     return found
 
 
-def _base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Entry:
-    return Entry(key, None, pristine[id(tensor)]) if id(tensor) in pristine else Entry(key, key, tensor)
+def _base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Stored:
+    return Stored(key, None, pristine[id(tensor)]) if id(tensor) in pristine else Stored(key, key, tensor)
 
 
-def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Entry]:
+def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Stored]:
     pristine = _pristine(model)
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
                 yield _base_entry(key, parameter, pristine)
     elif config.bias == "lora_only":
-        for path, host in hosts(model):
-            if isinstance(host, LoraLayer) and name in host.adapters:
-                for key, parameter in host.base_layer.named_parameters(recurse=False):
-                    if key == "bias":
-                        yield _base_entry(f"{path}.base_layer.{key}", parameter, pristine)
+        for path, layer in _adapted(model, name):
+            bias = layer.base_layer._parameters.get("bias")
+            if bias is not None:
+                yield _base_entry(f"{path}.base_layer.bias", bias, pristine)
 
 
-def _embeddings(model: nn.Module, *, adapted_only: bool = False) -> Iterator[Entry]:
+def _adapted(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
+    return ((path, layer) for path, layer in lora_layers(model) if name in layer.adapters)
+
+
+def _embeddings(model: nn.Module, *, adapted_only: bool = False) -> Iterator[Stored]:
     """Base weights of input embedding and output head; whole copies (``modules_to_save``) are in the file anyway."""
     modules = [getattr(model, getter)() for getter in _EMBEDDING_GETTERS if callable(getattr(model, getter, None))]
     pristine = _pristine(model)
     for path, module in model.named_modules():
         if not any(module is embedding for embedding in modules) or isinstance(module, ModulesToSaveWrapper):
             continue
-        if isinstance(module, LoraLayer):
-            yield _base_entry(f"{path}.base_layer.weight", _weight(module.base_layer), pristine)
-        elif isinstance(module, TrainableTokensWrapper):
-            yield _base_entry(f"{path}.token_adapter.base_layer.weight", _weight(module.original_module), pristine)
+        if isinstance(module, HOSTS):
+            inner = module.get_submodule(module.wrapped_path)
+            yield _base_entry(f"{path}.{module.wrapped_path}.weight", _weight(inner), pristine)
         elif not adapted_only:
             yield _base_entry(f"{path}.weight", _weight(module), pristine)
 
@@ -146,7 +120,7 @@ def keeps_embeddings(config: LoraConfig, model: nn.Module, wanted: str | bool) -
 
 def has_start(model: nn.Module, name: str) -> bool:
     """Whether adapter ``name`` subtracts a frozen start from its update."""
-    return any(isinstance(host, LoraLayer) and name in host.lora_start for _, host in hosts(model))
+    return any(name in layer.lora_start for _, layer in lora_layers(model))
 
 
 def file_tensors(
@@ -174,14 +148,12 @@ def file_tensors(
     values = {e.key: e.tensor.detach() for e in found} if state_dict is None else _gathered(found, state_dict, name)
     halved = _factors_applied_twice(model, name, config)
     values |= {key: values[key] / 2 for key in halved}
-    if not with_start:
-        return values
-    for path, layer, start in _starts(model, name):
+    for path, layer, start in _starts(model, name) if with_start else ():
         A0, B0 = layer.stored_A(start[0]), layer.stored_B(start[1])
         if not layer.adapters[name].variant.plain:
             values |= {f"{path}.{START_A}": A0, f"{path}.{START_B}": B0}
             continue
-        key_A, key_B = factor_keys(path, layer, name)
+        key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
         A, B = layer.matrix_A(values[key_A]), layer.matrix_B(values[key_B])
         values[key_A] = layer.stored_A(torch.cat([A, start[0].to(A)], dim=-2))
         B0 = start[1].to(B) / 2 if key_B in halved else start[1].to(B)
@@ -189,7 +161,7 @@ def file_tensors(
     return values
 
 
-def _gathered(found: list[Entry], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def _gathered(found: list[Stored], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The values of the entries by their names in a file; what the model itself holds may be a part only."""
     values, missing = {}, []
     for entry in found:
@@ -208,7 +180,7 @@ def _gathered(found: list[Entry], state_dict: Mapping[str, Tensor], name: str) -
 
 
 def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> list[str]:
-    """Keys of the B that PEFT multiplies in twice: those of nn.MultiheadAttention's out_proj.
+    """Keys of the B that PEFT multiplies in twice: those of inner layers, nn.MultiheadAttention's out_proj.
 
     An adapter that counts once here is stored with half of that B (exact in binary) and read with twice the B of a
     file, so that a file means the same to both libraries.
@@ -216,26 +188,17 @@ def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> l
     if config.attention_out_proj_twice:
         return []
     return [
-        f"{path}.base_layer.out_proj.lora_B.weight"
-        for path, host in hosts(model)
-        if isinstance(host, LoraAttention) and name in host.adapters
+        f"{path}.base_layer.{child}.{LoraLayer.factor_names[1]}"
+        for path, layer in _adapted(model, name)
+        for child in layer.inner_layers
     ]
 
 
 def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple[Tensor, Tensor]]]:
-    for path, host in hosts(model):
-        if isinstance(host, LoraLayer) and name in host.adapters:
-            start = host.adapters[name].start
-            if start is not None:
-                yield path, host, (start.A, start.B)
-
-
-def factor_keys(path: str, layer: LoraLayer, name: str) -> tuple[str, str]:
-    """The keys A and B have in a file."""
-    kinds = [key for key in layer.stored_parameters(name) if not key.endswith("bias")]
-    A = next(key for key in kinds if key.startswith(("lora_A", "lora_embedding_A")))
-    B = next(key for key in kinds if key.startswith(("lora_B", "lora_embedding_B")))
-    return f"{path}.{A}", f"{path}.{B}"
+    for path, layer in _adapted(model, name):
+        start = layer.adapters[name].start
+        if start is not None:
+            yield path, layer, (start.A, start.B)
 
 
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
@@ -272,7 +235,7 @@ def load_tensors(
         if not with_start:
             continue
         if layer.adapters[name].variant.plain:
-            key_A, key_B = factor_keys(path, layer, name)
+            key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
             A, B = layer.matrix_A(tensors[key_A]), layer.matrix_B(tensors[key_B])
             rank = start[0].shape[-2]
             tensors[key_A], tensors[key_B] = layer.stored_A(A[..., :rank, :]), layer.stored_B(B[..., :, :rank])

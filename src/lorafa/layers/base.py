@@ -13,7 +13,7 @@ from lorafa.adapter import Adapter, Start, scaling, working_dtype
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.errors import AdapterError, BackendError, ConfigError
-from lorafa.layers.parts import AdapterParts, Weight, linear_holder
+from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
 from lorafa.layers.weights import require_finite, updated_bias
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ class LoraLayer(nn.Module):
     """
 
     kind: ClassVar[str]
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    """What A and B are called in a file."""
+    wrapped_path: ClassVar[str] = "base_layer"
+    """Where the module sits whose place the layer takes."""
     takes_dropout: ClassVar[bool] = True
     """Whether the adapter has an input of its own that ``lora_dropout`` can act on."""
     takes_bias: ClassVar[bool] = True
@@ -259,21 +263,22 @@ class LoraLayer(nn.Module):
                 del holder[name]
         self._active_adapter = [active for active in self._active_adapter if active != name]
 
+    def stored(self, name: str) -> Iterator[Stored]:
+        """What a file holds of an adapter; nothing if it is not on this layer, or belongs to another one."""
+        for key in self.factor_names:
+            holder = key.partition(".")[0]
+            if name in getattr(self, holder):
+                yield from held_by(holder, name, getattr(self, holder)[name])
+        for holder in self.adapters[name].variant.extras.values() if name in self.adapters else ():
+            yield Stored(holder, f"{holder}.{name}.weight", getattr(self, holder)[name].weight)
+
     def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of an adapter under their names in a file, relative to the layer."""
-        found: dict[str, nn.Parameter] = {}
-        for holder in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-            container = getattr(self, holder)
-            if name not in container:
-                continue
-            entry = container[name]
-            if isinstance(entry, nn.Parameter):
-                found[holder] = entry
-            else:
-                found |= {f"{holder}.{key}": value for key, value in entry.named_parameters()}
-        adapter = self.adapters[name]
-        found |= {holder: getattr(self, holder)[name].weight for holder in adapter.variant.extras.values()}
-        return found
+        """The parameters of an adapter by their names in a file."""
+        return {e.key: e.tensor for e in self.stored(name)}  # type: ignore[misc]
+
+    def plain(self, names: Sequence[str]) -> nn.Module:
+        """The module without the wrapper, merged as it is."""
+        return self.base_layer
 
     @property
     def active_adapters(self) -> list[str]:
@@ -291,7 +296,7 @@ class LoraLayer(nn.Module):
 
     def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
         for key, parameter in self.stored_parameters(name).items():
-            frozen = self.frozen_A[name] and key in ("lora_A.weight", "lora_embedding_A")
+            frozen = self.frozen_A[name] and key == self.factor_names[0]
             parameter.requires_grad_(requires_grad and not frozen)
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,31 @@ class AdapterParts:
     """Whether only B is trained (LoRA-FA)."""
     times: int = 1
     """How often the update is applied: its scaling is this many times ``scaling``."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of an adapter; names are relative to the layer, or to the model where that is said."""
+
+    key: str
+    """Name in a file, without the adapter's: ``lora_A.weight``."""
+    live: str | None
+    """Name in the state dict: ``lora_A.default.weight``. None for what a merged weight or bias stands in for: a state
+    dict has the merged one."""
+    tensor: Tensor
+
+    def at(self, path: str) -> Stored:
+        """The same, named from further out."""
+        return replace(self, key=f"{path}.{self.key}", live=None if self.live is None else f"{path}.{self.live}")
+
+
+def held_by(holder: str, name: str, held: nn.Module | nn.Parameter) -> Iterator[Stored]:
+    """The parameters of what ``holder`` has for adapter ``name``, a module or a single parameter."""
+    if isinstance(held, nn.Parameter):
+        yield Stored(holder, f"{holder}.{name}", held)
+    else:
+        for key, parameter in held.named_parameters():
+            yield Stored(f"{holder}.{key}", f"{holder}.{name}.{key}", parameter)
 
 
 class Weight(nn.Module):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from lorafa.layers.parts import Stored
 from lorafa.layers.wrapper import Wrapper
 
 
@@ -15,6 +16,7 @@ class ModulesToSaveWrapper(Wrapper):
     """Runs the copy of the active adapter, or the original module if that adapter has none or adapters are off."""
 
     _own = "modules_to_save"
+    wrapped_path = "original_module"
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__(original_module)
@@ -33,12 +35,14 @@ class ModulesToSaveWrapper(Wrapper):
             del self.modules_to_save[name]
         self._active_adapter = [active for active in self._active_adapter if active != name]
 
-    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        return dict(self.modules_to_save[name].named_parameters()) if name in self.modules_to_save else {}
+    def stored(self, name: str) -> Iterator[Stored]:
+        """Parameters and persistent buffers of the copy."""
+        copied = self.modules_to_save[name].state_dict(keep_vars=True) if name in self.modules_to_save else {}
+        return (Stored(key, f"modules_to_save.{name}.{key}", tensor) for key, tensor in copied.items())
 
-    def stored_tensors(self, name: str) -> dict[str, Tensor]:
-        """What a file holds of this module: parameters and persistent buffers."""
-        return dict(self.modules_to_save[name].state_dict(keep_vars=True)) if name in self.modules_to_save else {}
+    def plain(self, names: Sequence[str]) -> nn.Module:
+        """The copy of the first of them that has one, else the original."""
+        return next((self.modules_to_save[n] for n in names if n in self.modules_to_save), self.original_module)
 
     def held(self) -> Iterable[str]:
         return self.modules_to_save

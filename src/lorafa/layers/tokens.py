@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import replaced
+from lorafa.layers.parts import Stored
 from lorafa.layers.wrapper import Wrapper
 
 
@@ -28,6 +29,7 @@ class TrainableTokensWrapper(Wrapper):
     """An embedding (x: indices) or a head (x: (..., dim)) whose chosen rows are those of the active adapter."""
 
     _own = "token_adapter"
+    wrapped_path = "token_adapter.base_layer"
 
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(base_layer)
@@ -52,9 +54,10 @@ class TrainableTokensWrapper(Wrapper):
             del self.token_adapter.token_indices[name]
         self._active_adapter = [active for active in self._active_adapter if active != name]
 
-    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        rows = self.token_adapter.trainable_tokens_delta
-        return {"token_adapter.trainable_tokens_delta": rows[name]} if name in rows and not self.is_tied else {}
+    def stored(self, name: str) -> Iterator[Stored]:
+        rows, key = self.token_adapter.trainable_tokens_delta, "token_adapter.trainable_tokens_delta"
+        if name in rows and not self.is_tied:
+            yield Stored(key, f"{key}.{name}", rows[name])
 
     def held(self) -> Iterable[str]:
         return self.token_adapter.trainable_tokens_delta
@@ -115,6 +118,7 @@ class TrainableTokensWrapper(Wrapper):
         return torch.where((chosen >= 0)[..., None], nn.functional.embedding(chosen.clamp_min(0), rows), y)
 
     @torch.no_grad()
-    def plain_layer(self, names: Sequence[str]) -> nn.Module:
-        """The wrapped module, with the rows of these adapters, if any, written into a new weight."""
-        return replaced(self.original_module, weight=self._table_with(self._rows(names)))
+    def plain(self, names: Sequence[str]) -> nn.Module:
+        """The wrapped module, or one like it with the rows of these adapters in a new weight."""
+        rows = self._rows(names)
+        return self.original_module if rows is None else replaced(self.original_module, weight=self._table_with(rows))

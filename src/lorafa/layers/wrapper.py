@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
+
+from lorafa.layers.parts import Stored
 
 
 class Wrapper(nn.Module):
@@ -14,6 +16,8 @@ class Wrapper(nn.Module):
 
     _own: ClassVar[str]
     """The child that holds what adapters have; until it is there the wrapper answers for nobody."""
+    wrapped_path: ClassVar[str]
+    """Where the module sits whose place it takes."""
 
     def __init__(self, wrapped: nn.Module) -> None:
         super().__init__()
@@ -26,8 +30,12 @@ class Wrapper(nn.Module):
         """The adapters that have something here."""
 
     @abstractmethod
-    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of an adapter under their names in a file, relative to the wrapper; empty if it has none."""
+    def stored(self, name: str) -> Iterator[Stored]:
+        """What a file holds of an adapter; nothing if it has nothing here."""
+
+    @abstractmethod
+    def plain(self, names: Sequence[str]) -> nn.Module:
+        """The module without the wrapper, as these adapters have it."""
 
     @abstractmethod
     def answering(self) -> nn.Module:
@@ -42,6 +50,10 @@ class Wrapper(nn.Module):
     def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
         for parameter in self.stored_parameters(name).values():
             parameter.requires_grad_(requires_grad)
+
+    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter by their names in a file."""
+        return {e.key: e.tensor for e in self.stored(name) if isinstance(e.tensor, nn.Parameter)}
 
     def enable_adapters(self, enabled: bool) -> None:
         self._disable_adapters = not enabled

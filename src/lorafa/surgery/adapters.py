@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorafa.errors import AdapterError, did_you_mean
-from lorafa.layers.base import LoraLayer
 from lorafa.surgery.walk import adapter_names, hosts, lora_layers
 
 
@@ -52,8 +51,7 @@ def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_gra
     require_adapters(model, listed)
     for _, host in hosts(model):
         for name in listed:
-            if not isinstance(host, LoraLayer) or name in host.adapters:
-                host.set_requires_grad(name, requires_grad)
+            host.set_requires_grad(name, requires_grad)
 
 
 def require_unmerged(model: nn.Module, name: str, before: str) -> None:
@@ -75,8 +73,7 @@ def delete_adapter(model: nn.Module, name: str, successor: str | None = None) ->
     if successor is not None:
         require_nothing_merged(model)
     for _, host in hosts(model):
-        if not isinstance(host, LoraLayer) or name in host.adapters:
-            host.detach_adapter(name)
+        host.detach_adapter(name)
     if successor is not None:
         set_adapter(model, successor)
 

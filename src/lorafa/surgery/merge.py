@@ -7,9 +7,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lorafa.layers.base import LoraLayer
-from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.layers.tokens import TrainableTokensWrapper
 from lorafa.surgery.adapters import require_adapters
 from lorafa.surgery.walk import Parents, hosts, lora_layers
 
@@ -54,22 +51,11 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
         unmerge_adapter(model)
     parents = Parents(model)
     for _, host in reversed(list(hosts(model))):  # inner wrappers first
-        parents.replace(host, _plain(host, merge, adapter_names))
+        chosen = host.active_adapters if adapter_names is None else list(adapter_names)
+        parents.replace(host, host.plain(chosen if merge else []))
     if merge:
         _loosen(model, ties)
     return model
-
-
-def _plain(host: nn.Module, merge: bool, names: Sequence[str] | None) -> nn.Module:
-    if isinstance(host, LoraLayer):
-        return host.base_layer
-    assert isinstance(host, ModulesToSaveWrapper | TrainableTokensWrapper)
-    if not merge:
-        return host.original_module
-    chosen = host.active_adapters if names is None else list(names)
-    if isinstance(host, TrainableTokensWrapper):
-        return host.plain_layer(chosen)
-    return next((host.modules_to_save[n] for n in chosen if n in host.modules_to_save), host.original_module)
 
 
 def _says_tied(model: nn.Module) -> bool:

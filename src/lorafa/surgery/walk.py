@@ -13,6 +13,8 @@ from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
 
 Host = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
+"""A wrapper of lorafa. All have ``wrapped_path``, ``stored``, ``set_adapter``, ``set_requires_grad``,
+``enable_adapters``, ``detach_adapter`` and ``plain``; an adapter that has nothing there is nothing to them."""
 HOSTS = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 
 
@@ -72,12 +74,8 @@ def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        if isinstance(module, LoraLayer):
-            children = [("base_layer", module.base_layer)]
-        elif isinstance(module, ModulesToSaveWrapper):
-            children = [("original_module", module.original_module)]
-        elif isinstance(module, TrainableTokensWrapper):
-            children = [("token_adapter.base_layer", module.original_module)]
+        if isinstance(module, HOSTS):
+            children = [(module.wrapped_path, module.get_submodule(module.wrapped_path))]
         else:
             children = list(_children(module))
         stack.extend((_join(path, name), child) for name, child in reversed(children))
