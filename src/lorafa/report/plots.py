@@ -31,7 +31,7 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def running_mean(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
@@ -43,7 +43,7 @@ def running_mean(values: Sequence[float], weight: float = SMOOTHING) -> list[flo
     return means
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The drawing without the XML head, text kept as text; equal drawings give equal text."""
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lorafa"}):

@@ -103,7 +103,7 @@ def train(
     earlier = run.result()
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
     before = earlier.get("before")
-    if before is None:
+    if before is None and config.eval.before:
         with _timed(seconds, "evaluate before"), model.disable_adapter():
             before = measure(prepared, config, console, "Before")
         run.update_result(before=before, seconds=seconds)
@@ -116,7 +116,8 @@ def train(
     run.update_result(steps=steps, adapter=run.adapter.name, seconds=seconds)
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
-    samples = _side_by_side(before.pop("answers"), after.pop("answers"))
+    answers = after.pop("answers")
+    samples = _side_by_side(before.pop("answers"), answers) if before else []
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
 
 

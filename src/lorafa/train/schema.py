@@ -249,6 +249,8 @@ class EvalConfig:
 
     size: int | None = None
     """Held-out records answered by generation, at most: null all of them, 0 none. The answer loss is taken over all."""
+    before: bool = True
+    """Measure before training too."""
     batch_size: int = 16
     """Prompts answered at a time."""
     max_new_tokens: int = 256

@@ -1,0 +1,132 @@
+"""A comparison as a table for the terminal and the docs, and as one HTML page with its curves."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from lorafa.errors import ConfigError
+from lorafa.report.plots import svg
+from lorafa.runs.comparison import RESULT
+from lorafa.runs.record import RunDirectory
+from lorafa.storage import read_json, written_whole
+
+HEADINGS = (
+    "method",
+    "learning rate",
+    "seeds",
+    "held-out loss",
+    "difference",
+    "steps to baseline",
+    "s / step",
+    "trained",
+)
+PAGE = "comparison.html"
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a comparison's folder.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not (folder / RESULT).is_file():
+        raise ConfigError(f"{str(folder)!r} holds no {RESULT}. Give a folder that `lorafa compare` wrote.")
+    rows: list[dict[str, Any]] = read_json(folder / RESULT)["methods"]
+    return rows
+
+
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """One row as text, in the order of ``HEADINGS``."""
+    steps = row["steps_to_baseline"]
+    return (
+        row["method"], f"{row['lr']:.3g}", str(row["seeds"]), _interval(row["loss"]),
+        "-" if not row["difference"] else _interval(row["difference"], sign="+"),
+        "-" if steps is None else f"{steps:.0f}", f"{row['seconds_a_step']:.2f}", f"{row['trainable']:,}",
+    )  # fmt: skip
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table in markdown."""
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *(cells(row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_comparison(folder: str | Path) -> Path:
+    """Write ``comparison.html`` into the folder and return its path.
+
+    Raises:
+        ConfigError: not the folder of a comparison.
+    """
+    folder = Path(folder)
+    rows = read_rows(folder)
+    templates = Environment(
+        loader=PackageLoader("lorafa", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    text = templates.get_template("comparison.html").render(
+        title=folder.resolve().name,
+        headings=HEADINGS,
+        rows=[cells(row) for row in rows],
+        curves=_curves(folder, rows),
+        rates=_rates(folder, rows),
+    )
+    path = folder / PAGE
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _interval(values: Mapping[str, Any], sign: str = "") -> str:
+    half = values["half_width"]
+    return f"{values['mean']:{sign}.4f}" + ("" if half is None else f" +- {half:.4f}")
+
+
+def _runs(folder: Path, method: str) -> dict[tuple[float, int], RunDirectory]:
+    """The finished runs of a method by (learning rate, seed)."""
+    runs = [RunDirectory(path.parent) for path in sorted((folder / method).glob("*/config.yaml"))]
+    done = [run for run in runs if run.result().get("status") == "finished" and "unfinished" not in run.path.name]
+    return {(config.optim.lr, config.train.seed): run for run in done for config in (run.config(),)}
+
+
+def _curves(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out loss by step at each method's rate, mean over seeds."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        by_step: dict[int, list[float]] = {}
+        for (rate, _), run in _runs(folder, row["method"]).items():
+            if rate == row["lr"]:
+                for line in run.metrics():
+                    if "eval_loss" in line:
+                        by_step.setdefault(line["step"], []).append(line["eval_loss"])
+        if by_step:
+            steps = sorted(by_step)
+            axes.plot(steps, [statistics.mean(by_step[step]) for step in steps], marker=".", label=row["method"])
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss, nats per answer token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return svg(figure)
+
+
+def _rates(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Final held-out loss by learning rate, first seed: how each rate was chosen."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        runs = _runs(folder, row["method"])
+        first = min((seed for _, seed in runs), default=0)
+        points = sorted((rate, run.result()["after"]["loss"]) for (rate, seed), run in runs.items() if seed == first)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=row["method"])
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("held-out loss after training")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return svg(figure)

@@ -1,0 +1,217 @@
+"""Methods side by side: a learning rate for each, several seeds, means with their intervals.
+
+A comparison is a yaml file:
+
+    baseline: lora                      the method the others are measured against
+    seeds: [0, 1, 2]                    the first one chooses the learning rates
+    settings: [train.steps=100]         of every run, as on the command line
+    methods:
+      lora: {settings: [optim=adamw], rates: [1.0e-3, 2.0e-3]}
+
+Every (method, rate, seed) is a run directory of its own, so a comparison that was cut short goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from lorafa.conf.compose import compose
+from lorafa.conf.typed import plain
+from lorafa.errors import ConfigError, first_line
+from lorafa.runs.experiment import start_run
+from lorafa.runs.record import RunDirectory
+from lorafa.storage import write_json
+
+RESULT = "comparison.json"
+MORE_RATES = 2
+"""How often the grid grows by one rate beyond its end when the best one lies there."""
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    settings: tuple[str, ...]
+    rates: tuple[float, ...]
+    """Learning rates to try with the first seed, rising."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison as its file says it."""
+
+    methods: tuple[Method, ...]
+    baseline: str
+    seeds: tuple[int, ...]
+    settings: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: str | Path, extra: Sequence[str] = ()) -> Plan:
+        """The plan in a yaml file; the settings of every run are composed here: a mistake shows before the first run.
+
+        Args:
+            extra: settings of every run that come last.
+
+        Raises:
+            ConfigError: the file is not readable as a plan, or a setting is wrong.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read as a comparison: {first_line(error)}.") from error
+        keys = {"methods", "baseline", "seeds", "settings"}
+        if not isinstance(values, Mapping) or set(values) != keys or not isinstance(values["methods"], Mapping):
+            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+            raise ConfigError(f"{path} must hold {', '.join(sorted(keys))}, found {found}.")
+        methods = []
+        for name, method in values["methods"].items():
+            rates = method.get("rates") if isinstance(method, Mapping) else None
+            fits = isinstance(rates, list) and rates and all(isinstance(r, float) and r > 0 for r in rates)
+            if not fits or set(method) != {"settings", "rates"} or sorted(rates or []) != rates:
+                raise ConfigError(
+                    f"{path}: {name} must hold settings and rates (numbers > 0, rising), found {method!r}."
+                )
+            methods.append(Method(str(name), tuple(method["settings"]), tuple(rates)))
+        plan = cls(tuple(methods), str(values["baseline"]), tuple(values["seeds"]), tuple(values["settings"]))
+        if plan.baseline not in values["methods"]:
+            raise ConfigError(f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}.")
+        for each in plan.methods:
+            for rate in each.rates:
+                compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])
+        return plan
+
+    def overrides(self, method: Method, rate: float, seed: int) -> list[str]:
+        return [*self.settings, *method.settings, f"optim.lr={rate!r}", f"train.seed={seed}"]
+
+
+def compare(
+    plan: Plan,
+    folder: Path,
+    console: Console,
+    extra: Sequence[str] = (),
+    start: Callable[..., Path] = start_run,
+) -> list[dict[str, Any]]:
+    """Run what is not finished yet and return one row a method; rewritten to comparison.json after every run.
+
+    Args:
+        folder: holds one run directory a point, and the result.
+        extra: settings of every run that come last (data, threads).
+        start: starts one run.
+
+    Raises:
+        ConfigError: a finished run in ``folder`` had other settings.
+        LoraError: a run failed.
+    """
+    best: dict[str, float] = {}
+
+    def run(method: Method, rate: float, seed: int) -> RunDirectory:
+        path = folder / method.name / f"lr-{rate:.4g}-seed-{seed}"
+        config = compose([*plan.overrides(method, rate, seed), *extra, f"run_dir={path}"])
+        if (path / "config.yaml").is_file():
+            earlier = RunDirectory.open(path)
+            if earlier.result().get("status") == "finished":
+                _check_same(plain(config), plain(earlier.config()), path)
+                return earlier
+            number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
+            path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
+        console.rule(f"{method.name}, learning rate {rate:.4g}, seed {seed}")
+        return RunDirectory(start(config, console, ["lorafa", "compare"]))
+
+    for method in plan.methods:
+        best[method.name] = _best_rate(method, lambda m, r: _loss(run(m, r, plan.seeds[0])))
+        write_json(folder / RESULT, {"methods": rows(plan, folder, best)})
+    for seed in plan.seeds[1:]:
+        for method in plan.methods:
+            run(method, best[method.name], seed)
+            write_json(folder / RESULT, {"methods": rows(plan, folder, best)})
+    return rows(plan, folder, best)
+
+
+def _best_rate(method: Method, loss: Callable[[Method, float], float]) -> float:
+    """The rate with the lowest loss; the grid grows where that is at one of its ends."""
+    rates = list(method.rates)
+    losses = {rate: loss(method, rate) for rate in rates}
+    for _ in range(MORE_RATES):
+        best = min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+        if len(rates) > 1 and best == max(rates):
+            rates.append(best * rates[-1] / rates[-2])
+        elif len(rates) > 1 and best == min(rates):
+            rates.insert(0, best * rates[0] / rates[1])
+        else:
+            break
+        losses |= {rate: loss(method, rate) for rate in rates if rate not in losses}
+        rates.sort()
+    return min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+
+
+def rows(plan: Plan, folder: Path, best: Mapping[str, float]) -> list[dict[str, Any]]:
+    """One row a method whose rate is chosen: held-out loss with its 95 % interval, difference from the baseline seed by
+    seed, steps to the baseline's final loss, seconds a step."""
+    found: dict[str, list[RunDirectory]] = {}
+    for method in plan.methods:
+        paths = [folder / method.name / f"lr-{best.get(method.name, 0):.4g}-seed-{seed}" for seed in plan.seeds]
+        runs = [RunDirectory(path) for path in paths]
+        found[method.name] = [run for run in runs if run.result().get("status") == "finished"]
+    losses = {name: [_loss(run) for run in runs] for name, runs in found.items()}
+    goal = statistics.mean(losses[plan.baseline]) if losses.get(plan.baseline) else None
+    table = []
+    for name, runs in found.items():
+        if not runs:
+            continue
+        differences = [a - b for a, b in zip(losses[name], losses[plan.baseline], strict=False)]
+        steps = [] if goal is None else [steps_to(run.metrics(), goal) for run in runs]
+        reached = [step for step in steps if step is not None]
+        last = [run.metrics()[-1] for run in runs]
+        table.append({
+            "method": name,
+            "lr": best[name],
+            "seeds": len(runs),
+            "loss": interval(losses[name]),
+            "difference": interval(differences) if name != plan.baseline else None,
+            "steps_to_baseline": statistics.mean(reached) if steps and len(reached) == len(steps) else None,
+            "seconds_a_step": statistics.mean(row["seconds"] / row["step"] for row in last),
+            "trainable": runs[0].result()["parameters"]["trainable"],
+        })  # fmt: skip
+    return table
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and half the width of its 95 % interval (Student's t); None with a single value."""
+    half = None
+    if len(values) > 1:
+        half = T_95[min(len(values) - 2, len(T_95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.mean(values), "half_width": half, "values": list(values)} if values else {}
+
+
+def steps_to(metrics: Sequence[Mapping[str, Any]], goal: float) -> float | None:
+    """The step at which the held-out loss first reaches ``goal``, between two measurements by a straight line."""
+    curve = [(float(row["step"]), float(row["eval_loss"])) for row in metrics if "eval_loss" in row]
+    last_step, last_loss = 0.0, math.inf
+    for step, loss in curve:
+        if loss <= goal:
+            share = 1.0 if math.isinf(last_loss) else (last_loss - goal) / (last_loss - loss)
+            return last_step + (step - last_step) * share
+        last_step, last_loss = step, loss
+    return None
+
+
+def _loss(run: RunDirectory) -> float:
+    return float(run.result()["after"]["loss"])
+
+
+def _check_same(now: Mapping[str, Any], then: Mapping[str, Any], path: Path) -> None:
+    different = [group for group in now if group not in ("threads", "run_dir") and now[group] != then.get(group)]
+    if different:
+        raise ConfigError(
+            f"{path} is finished, but with other settings ({', '.join(different)}) than this comparison's. "
+            "Give another folder."
+        )

@@ -1,0 +1,152 @@
+"""Comparisons: which runs are made, how rates are chosen, and what the table says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from lorafa.cli.main import main
+from lorafa.conf.typed import plain
+from lorafa.errors import ConfigError
+from lorafa.report.comparison import HEADINGS, markdown, write_comparison
+from lorafa.runs.comparison import Plan, compare, interval, steps_to
+from lorafa.train.schema import RunConfig
+
+PLAN: dict[str, Any] = {
+    "baseline": "lora",
+    "seeds": [0, 1, 2],
+    "settings": ["train.steps=20"],
+    "methods": {
+        "lora": {"settings": ["optim=adamw"], "rates": [1e-3, 2e-3, 4e-3]},
+        "fa": {"settings": ["optim=lora_fa"], "rates": [1e-3, 2e-3]},
+    },
+}
+
+
+def plan_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(PLAN | changes))
+    return path
+
+
+class Fake:
+    """Runs whose final loss is the squared distance of log2(rate) from the method's best rate, plus the seed."""
+
+    def __init__(self, best: dict[str, float], fail_after: int = 10**6) -> None:
+        self.best, self.fail_after = best, fail_after
+        self.started: list[str] = []
+
+    def __call__(self, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+        path = Path(str(config.run_dir))
+        path.mkdir(parents=True)
+        (path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+        if len(self.started) == self.fail_after:
+            raise KeyboardInterrupt
+        self.started.append(f"{path.parent.name}/{path.name}")
+        loss = math.log2(config.optim.lr / self.best[config.optim.name]) ** 2 + 0.1 * config.train.seed
+        curve = [{"step": s, "eval_loss": loss + 1 - s / 20, "seconds": 0.5 * s} for s in (10, 20)]
+        (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, curve)))
+        result = {"status": "finished", "after": {"loss": loss}, "parameters": {"trainable": 7, "all": 9}}
+        (path / "result.json").write_text(json.dumps(result))
+        return path
+
+
+def run(folder: Path, fake: Fake, **changes: Any) -> dict[str, dict[str, Any]]:
+    console = Console(quiet=True)
+    return {row["method"]: row for row in compare(Plan.read(plan_file(folder, **changes)), folder, console, start=fake)}
+
+
+def test_the_first_seed_chooses_the_rate_and_the_others_run_at_it(tmp_path: Path) -> None:
+    fake = Fake({"adamw": 2e-3, "lora_fa": 1e-3})
+    rows = run(tmp_path, fake)
+    assert rows["lora"]["lr"] == 2e-3
+    assert rows["lora"]["loss"]["values"] == pytest.approx([0.0, 0.1, 0.2])
+    assert sum("seed-1" in name for name in fake.started) == 2
+    assert rows["lora"]["difference"] is None
+    assert rows["fa"]["difference"]["mean"] == pytest.approx(0.0)
+
+
+def test_the_grid_grows_where_the_best_rate_is_at_its_end(tmp_path: Path) -> None:
+    rows = run(tmp_path, Fake({"adamw": 16e-3, "lora_fa": 0.5e-3}))
+    assert rows["lora"]["lr"] == pytest.approx(16e-3)
+    assert rows["fa"]["lr"] == pytest.approx(0.5e-3)
+
+
+def test_what_is_finished_is_not_run_again_and_what_broke_off_is_kept_beside(tmp_path: Path) -> None:
+    best = {"adamw": 2e-3, "lora_fa": 1e-3}
+    first = Fake(best, fail_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, first)
+    second = Fake(best)
+    run(tmp_path, second)
+    assert not set(first.started) & set(second.started)
+    assert len(list(tmp_path.glob("*/*.unfinished-1"))) == 1
+    third = Fake(best)
+    assert run(tmp_path, third)["lora"]["seeds"] == 3
+    assert third.started == []
+
+
+def test_runs_with_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
+    best = {"adamw": 2e-3, "lora_fa": 1e-3}
+    run(tmp_path, Fake(best))
+    with pytest.raises(ConfigError, match=r"finished, but with other settings \(peft\).*another folder"):
+        run(tmp_path, Fake(best), settings=["train.steps=20", "peft.r=4"])
+
+
+def test_an_interval_is_students() -> None:
+    found = interval([1.0, 2.0, 3.0])
+    assert found["mean"] == 2.0
+    assert found["half_width"] == pytest.approx(4.303 * 1.0 / 3**0.5, rel=1e-3)
+    assert interval([1.0])["half_width"] is None
+
+
+def test_the_step_a_loss_is_reached_at_lies_between_two_measurements() -> None:
+    curve = [{"step": 10, "eval_loss": 3.0}, {"step": 20, "loss": 9.0}, {"step": 30, "eval_loss": 1.0}]
+    assert steps_to(curve, 2.0) == pytest.approx(20.0)
+    assert steps_to(curve, 5.0) == 10.0
+    assert steps_to(curve, 0.5) is None
+
+
+def test_the_page_and_the_table_name_every_method(tmp_path: Path) -> None:
+    rows = run(tmp_path, Fake({"adamw": 2e-3, "lora_fa": 1e-3}))
+    page = write_comparison(tmp_path).read_text()
+    table = markdown(list(rows.values()))
+    for name in ("lora", "fa", *HEADINGS):
+        assert name in page
+        assert name in table
+    assert page.count("<svg") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"baseline": "dora"}, r"baseline 'dora' is none of fa, lora"),
+        ({"methods": {"lora": {"settings": [], "rates": []}}}, r"lora must hold settings and rates"),
+        ({"methods": {"lora": {"settings": [], "rates": [2e-3, 1e-3]}}}, r"numbers > 0, rising"),
+        ({"more": 1}, r"must hold baseline, methods, seeds, settings, found"),
+        ({"settings": ["peft.rank=3"]}, r"peft.rank"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_before_the_first_run(
+    changes: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        Plan.read(plan_file(tmp_path, **changes))
+
+
+def test_the_command_says_what_is_wrong_and_leaves_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(tmp_path / "none.yaml"), str(tmp_path / "runs")]) == 2
+    assert "cannot be read as a comparison" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_plan(path: Path) -> None:
+    assert Plan.read(path).methods
