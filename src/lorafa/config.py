@@ -59,7 +59,6 @@ _LATER_FIELDS = {
     "arrow_config": "Arrow routing",
     "megatron_config": "LoRA on Megatron's parallel layers",
     "layer_replication": "Layer replication",
-    "ensure_weight_tying": "Tying the adapters of tied weights",
 }
 # After training these starts are plain LoRA on the original base: a file made with them can be used without the start.
 _STARTS_OVER_ONCE_TRAINED = ("eva",)
@@ -160,7 +159,8 @@ class LoraConfig:
     arrow_config: ArrowConfig | None = None
     kasa_config: KasaConfig | None = None
     ensure_weight_tying: bool = False
-    """Give tied layers tied adapters."""
+    """Give all modules that share the weight of a target, of a module in ``modules_to_save`` or of a table of
+    ``trainable_token_indices`` (embedding and output head) one adapter, copy or set of rows, trained as one."""
     init_seed: int | None = None
     """Seed of the random starts; None: torch.initial_seed() when the adapter is made. Not in PEFT."""
     attention_out_proj_twice: bool = False

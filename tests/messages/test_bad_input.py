@@ -120,7 +120,6 @@ LATER = {
     "Arrow": {"arrow_config": {}},
     "Megatron": {"megatron_config": {"a": 1}},
     "replication": {"layer_replication": [(0, 1)]},
-    "tied": {"ensure_weight_tying": True},
     "EVA": {"init_lora_weights": "eva"},
     "OLoRA": {"init_lora_weights": "olora"},
     "CorDA": {"init_lora_weights": "corda"},

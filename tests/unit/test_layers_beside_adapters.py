@@ -209,7 +209,7 @@ def test_rows_of_a_table_that_another_adapter_trains_are_refused(first: dict[str
 
 
 def test_rows_of_a_table_whose_tied_head_is_adapted_are_refused() -> None:
-    text = "the output head shares the table of 'embed', .* Take it out of one of the two"
+    text = "'head' shares the table of 'embed', .* Take it out of one of the two"
     with pytest.raises(TargetError, match=text):
         adapted(target_modules=["head"], trainable_token_indices=ROWS)
     for first in ({"target_modules": ["head"]}, {"modules_to_save": ["head"]}):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
 from lorafa.io.strict import Misfit, compare
+from lorafa.io.ties import check_ties, tied_tensors
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.parts import Stored
@@ -158,7 +159,7 @@ def file_tensors(
         values[key_A] = layer.stored_A(torch.cat([A, start[0].to(A)], dim=-2))
         B0 = start[1].to(B) / 2 if key_B in halved else start[1].to(B)
         values[key_B] = layer.stored_B(torch.cat([B, -B0], dim=-1))
-    return values
+    return values | tied_tensors(model, name, values)
 
 
 def _gathered(found: list[Stored], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -196,7 +197,7 @@ def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> l
 
 def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple[Tensor, Tensor]]]:
     for path, layer in _adapted(model, name):
-        start = layer.adapters[name].start
+        start = layer.adapters[name].start if name in layer.lora_start else None  # a tied one's is another layer's
         if start is not None:
             yield path, layer, (start.A, start.B)
 
@@ -228,7 +229,12 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
 def load_tensors(
     model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
 ) -> None:
-    """Fill adapter ``name`` from the tensors of a file that fits (see :func:`misfit`)."""
+    """Fill adapter ``name`` from the tensors of a file that fits (see :func:`misfit`).
+
+    Raises:
+        CheckpointError: they differ for what is one parameter here; nothing was changed.
+    """
+    check_ties(model, name, tensors)
     tensors = dict(tensors)
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(model, name, config) if key in tensors}
     for path, layer, start in _starts(model, name):

@@ -98,7 +98,7 @@ def pairs_of(model: nn.Module) -> list[Pair]:
         for path, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
         for name in layer.active_adapters
-        if name in layer.adapters
+        if name in layer.adapters and layer.stored_parameters(name)  # what is tied belongs to another layer
     ]
     if not pairs:
         raise AdapterError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from torch import nn
 
@@ -14,6 +15,8 @@ from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
+from lorafa.surgery.targets import find_targets, resolved_targets
+from lorafa.surgery.ties import tied_groups
 from lorafa.surgery.walk import Parents, Place, hosts, places
 
 _HEADS = {
@@ -22,25 +25,30 @@ _HEADS = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
+Rows = tuple[nn.Module, list[int], list[nn.Module]]
+"""An embedding, indices of its rows, and the modules that share its weight and follow it."""
+
 
 @dataclass(frozen=True)
 class AuxiliaryPlan:
     """Modules to copy and embedding rows to train; nothing has been changed yet."""
 
     saved: list[nn.Module] = field(default_factory=list)
-    tokens: list[tuple[nn.Module, list[int], nn.Module | None]] = field(default_factory=list)
-    """(embedding, row indices, the head that shares its weight or None)."""
+    tokens: list[Rows] = field(default_factory=list)
+    keep_ties: bool = True
+    """Whether copies of modules that share a weight share theirs."""
 
     def apply(self, name: str, parents: Parents) -> None:
         wrappers = [_saved_wrapper(module, parents) for module in self.saved]
         for wrapper in wrappers:
             wrapper.attach(name)
-        _keep_ties(wrappers, name)
-        for embedding, indices, head in self.tokens:
+        if self.keep_ties:
+            _keep_ties(wrappers, name)
+        for embedding, indices, followers in self.tokens:
             rows = _tokens_wrapper(embedding, None, parents)
             rows.attach(name, indices)
-            if head is not None:
-                _tokens_wrapper(head, rows, parents)
+            for follower in followers:
+                _tokens_wrapper(follower, rows, parents)
 
 
 def with_heads(config: LoraConfig) -> LoraConfig:
@@ -48,6 +56,64 @@ def with_heads(config: LoraConfig) -> LoraConfig:
     given = config.modules_to_save or []
     heads = [name for name in _heads(config) if name not in given]
     return replace(config, modules_to_save=[*given, *heads] or config.modules_to_save)
+
+
+def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> LoraConfig:
+    """A copy of a config with ``ensure_weight_tying`` that names all modules that share a weight, if it names one.
+
+    Modules that ``modules_to_save`` names all of are tied in any case, so for them it is set; not where the config
+    comes with a file (``lenient``), which may hold copies that were trained apart.
+
+    Raises:
+        ConfigError: of modules that share a weight, one is to be trained in full and one to get an adapter.
+        TargetError: as :func:`lorafa.surgery.targets.find_targets`.
+    """
+    everything = [place for place in places(model) if place.name]
+    groups = tied_groups(everything)
+    saved = {id(p.module) for name in config.modules_to_save or () for p in _called(everything, name)}
+    if not config.ensure_weight_tying:
+        tied = len(groups) == 1 and all(id(place.module) in saved for place in groups[0])
+        return replace(config, ensure_weight_tying=True) if tied and not lenient else config
+    targets = find_targets(model, config, lenient=lenient)
+    adapted = {id(target.module) for target in targets}
+    to_save, to_adapt = (_other_ends(groups, ids) for ids in (saved, adapted))
+    both = to_save.keys() & to_adapt.keys()
+    if both:
+        raise ConfigError(
+            f"ensure_weight_tying: {' and '.join(map(repr, both.pop()))} share one weight, but one is trained in full "
+            "(modules_to_save) and one gets an adapter (target_modules). Name them in one of the two, or set "
+            "ensure_weight_tying=False."
+        )
+    if not (to_save or to_adapt or config.trainable_token_indices):
+        warnings.warn(
+            "ensure_weight_tying=True has nothing to tie: no module that target_modules or modules_to_save names "
+            "shares its weight with another one.",
+            stacklevel=2,
+        )
+    saved_names = [*(config.modules_to_save or ()), *chain(*to_save.values())]
+    target_names = list(chain(*to_adapt.values()))
+    return replace(
+        config,
+        modules_to_save=saved_names or config.modules_to_save,
+        target_modules=_with_names(resolved_targets(model, config, targets), target_names)
+        if target_names
+        else config.target_modules,
+    )
+
+
+def _other_ends(groups: Iterable[list[Place]], chosen: Container[int]) -> dict[tuple[str, ...], list[str]]:
+    """Names of the groups of which a module is chosen -> names of their modules that are not."""
+    return {
+        tuple(place.name for place in group): [place.name for place in group if id(place.module) not in chosen]
+        for group in groups
+        if any(id(place.module) in chosen for place in group)
+    }
+
+
+def _with_names(targets: set[str] | str | None, names: list[str]) -> set[str] | str | None:
+    if isinstance(targets, str):  # one regular expression for the whole name
+        return "|".join((f"(?:{targets})", *map(re.escape, names)))
+    return targets if targets is None else targets | {*names}
 
 
 def _heads(config: LoraConfig) -> tuple[str, ...]:
@@ -70,14 +136,14 @@ def plan_auxiliary(
     everything = [place for place in places(model) if place.name]
     saved = _saved_modules(everything, config, lenient)
     taken = {id(module): "an adapter" for module in adapted} | {id(module): "modules_to_save" for module in saved}
-    return AuxiliaryPlan(saved, _token_rows(model, everything, config, taken))
+    rows = _with_followers(_token_rows(model, everything, config, taken), tied_groups(everything), config, taken)
+    return AuxiliaryPlan(saved, rows, keep_ties=config.ensure_weight_tying or not lenient)
 
 
 def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     for name in config.modules_to_save or ():
-        hits = [p for p in everything if p.name == name or p.name.endswith(f".{name}")]
-        hits = hits or [p for p in everything if re.fullmatch(rf"(.*\.)?{name}", p.name)]
+        hits = _called(everything, name)
         if not hits and name not in _heads(config):  # of the usual names of heads a model has one
             leaves = sorted({p.name.rpartition(".")[2] for p in everything})
             message = (
@@ -95,6 +161,12 @@ def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -
                 )
             found[id(place.module)] = place.module
     return list(found.values())
+
+
+def _called(everything: Iterable[Place], name: str) -> list[Place]:
+    """Places whose name is, or ends in a dot and, ``name``; if there is none, those it is a regular expression for."""
+    hits = [p for p in everything if p.name == name or p.name.endswith(f".{name}")]
+    return hits or [p for p in everything if re.fullmatch(rf"(.*\.)?{name}", p.name)]
 
 
 def _saved_wrapper(module: nn.Module, parents: Parents) -> ModulesToSaveWrapper:
@@ -118,12 +190,12 @@ def _keep_ties(wrappers: Iterable[ModulesToSaveWrapper], name: str) -> None:
 
 def _token_rows(
     model: nn.Module, everything: list[Place], config: LoraConfig, taken: dict[int, str]
-) -> list[tuple[nn.Module, list[int], nn.Module | None]]:
+) -> list[tuple[Place, list[int]]]:
     wanted = config.trainable_token_indices
     if not wanted:
         return []
     by_name = wanted if isinstance(wanted, dict) else {_input_embedding(model, everything): wanted}
-    found: list[tuple[nn.Module, list[int], nn.Module | None]] = []
+    found: list[tuple[Place, list[int]]] = []
     for name, indices in by_name.items():
         hits = [p for p in everything if p.name == name or p.name.endswith(f".{name}")]
         if not hits:
@@ -132,7 +204,8 @@ def _token_rows(
                 f"trainable_token_indices: {name!r} matches no module.{did_you_mean(name, leaves)} "
                 f"The last names of the model's modules are: {shorten(leaves, 12)}."
             )
-        for module in {id(p.module): p.module for p in hits}.values():
+        for place in {id(p.module): p for p in reversed(hits)}.values():
+            module = place.module
             if id(module) in taken:
                 raise TargetError(
                     f"trainable_token_indices: {name!r} is also trained by {taken[id(module)]}. Take it out of one."
@@ -152,8 +225,64 @@ def _token_rows(
                     f"trainable_token_indices: {name!r} is adapted or trained in full by another adapter already, so "
                     "its rows cannot be trained too. Use the same way for all adapters."
                 )
-            found.append((module, list(indices), _head_of(model, base, name, taken)))
+            found.append((place, list(indices)))
     return found
+
+
+def _with_followers(
+    named: list[tuple[Place, list[int]]], groups: list[list[Place]], config: LoraConfig, taken: dict[int, str]
+) -> list[Rows]:
+    """The rows of each table that is named, followed by the modules that share it unless they have rows of their own.
+
+    Raises:
+        TargetError: a module that would follow is adapted or trained in full.
+        ConfigError: one would not follow, and ``ensure_weight_tying`` asks for one table.
+    """
+    rows = {id(place.module): indices for place, indices in named}
+    followers: dict[int, list[nn.Module]] = {}
+    for group in groups:
+        owner, *others = group
+        if config.ensure_weight_tying:
+            _check_one_table(group, rows)
+        if id(owner.module) in rows:
+            followers[id(owner.module)] = [p.module for p in others if _follows(p, owner, rows, taken)]
+    following = {id(module) for modules in followers.values() for module in modules}
+    found: list[Rows] = []
+    for place, indices in named:
+        if id(place.module) in following:
+            continue
+        if isinstance(place.module, TrainableTokensWrapper) and place.module.is_tied:
+            raise TargetError(
+                f"trainable_token_indices: {place.name!r} follows the rows of another module for the adapters that are "
+                "there, so it cannot have rows of its own now. Name the same rows of both."
+            )
+        found.append((place.module, indices, followers.get(id(place.module), [])))
+    return found
+
+
+def _check_one_table(group: list[Place], rows: dict[int, list[int]]) -> None:
+    own = {place.name: rows[id(place.module)] for place in group if id(place.module) in rows}
+    if own and any(indices != own.get(group[0].name) for indices in own.values()):
+        raise ConfigError(
+            f"ensure_weight_tying: {' and '.join(repr(place.name) for place in group)} share one table, but "
+            f"trainable_token_indices names rows of {own}. Name those of {group[0].name!r}, which the others follow, "
+            "or set ensure_weight_tying=False."
+        )
+
+
+def _follows(place: Place, owner: Place, rows: dict[int, list[int]], taken: dict[int, str]) -> bool:
+    """Whether a module trains the rows of the module whose table it shares."""
+    module, indices = place.module, rows[id(owner.module)]
+    if taken.get(id(module)) == "modules_to_save" or rows.get(id(module), indices) != indices:
+        return False
+    apart = isinstance(module, TrainableTokensWrapper) and not module.is_tied
+    if apart or id(module) in taken or isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        raise TargetError(
+            f"trainable_token_indices: {place.name!r} shares the table of {owner.name!r}, so its rows are trained too, "
+            f"but {'it has rows of its own' if apart else 'it is adapted or trained in full itself'}. Take it out of "
+            "one of the two."
+        )
+    return True
 
 
 def _input_embedding(model: nn.Module, everything: list[Place]) -> str:
@@ -166,28 +295,6 @@ def _input_embedding(model: nn.Module, everything: list[Place]) -> str:
             "Name it: trainable_token_indices={'embed_tokens': [...]}."
         )
     return name
-
-
-def _head_of(model: nn.Module, embedding: nn.Module, name: str, taken: dict[int, str]) -> nn.Module | None:
-    """The head whose weight is the table, unless it gets a copy of its own by modules_to_save."""
-    head = _tied_head(model, embedding)
-    if head is None or taken.get(id(head)) == "modules_to_save":
-        return None
-    if id(head) in taken or isinstance(head, (LoraLayer, ModulesToSaveWrapper)):
-        raise TargetError(
-            f"trainable_token_indices: the output head shares the table of {name!r}, so its rows are trained too, but "
-            "it is adapted or trained in full itself. Take it out of one of the two."
-        )
-    return head
-
-
-def _tied_head(model: nn.Module, embedding: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if head is None or head is embedding or isinstance(head, TrainableTokensWrapper):
-        return None
-    original = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
-    return head if getattr(original, "weight", None) is embedding.weight else None
 
 
 def _tokens_wrapper(

@@ -9,6 +9,7 @@ from torch import nn
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
+from lorafa.layers.tied import attach_tied
 from lorafa.surgery.plan import Plan
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Host, Parents, base_parameters, hosts, lora_layers
@@ -45,8 +46,13 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
     if not before:
         model.requires_grad_(False)
     try:
+        carriers: dict[Target, LoraLayer] = {}
         for layer in planned.layers:
-            _host_for(model, layer.target, parents).attach(planned.name, layer.parts)
+            carriers[layer.target] = _host_for(model, layer.target, parents)
+            carriers[layer.target].attach(planned.name, layer.parts)
+        for tie in planned.ties:
+            tied = _host_for(model, tie.target, parents)
+            attach_tied(tied, carriers[tie.owner], planned.name, transposed=tie.transposed)
         planned.auxiliary.apply(planned.name, parents)
         if planned.config.bias != "none":
             _train_biases(model, planned.config.bias)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lorafa.surgery.adapters import require_adapters
+from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import Parents, hosts, lora_layers
 
 
@@ -25,6 +26,7 @@ def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) 
         require_adapters(model, adapter_names)
     layers = [(layer, layer.mergeable(adapter_names)) for _, layer in lora_layers(model)]
     merged = [(layer, layer.merged_base(names), names) for layer, names in layers if names != layer.merged_adapters]
+    share_merged(merged)
     for layer, base, names in merged:
         layer.put_merged(base, names)
 

@@ -12,10 +12,11 @@ from lorafa.config import LoraConfig, require_available
 from lorafa.errors import AdapterError
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
-from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads
+from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_tied_ends
 from lorafa.surgery.build import Builder, Options, Stats
 from lorafa.surgery.targets import Target, find_targets, resolved_targets
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.ties import Tie, find_ties
+from lorafa.surgery.walk import lora_layers, places
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Plan:
     targets: list[Target]
     layers: list[PlannedLayer]
     """One a target, followed by those of its inner layers: the output projection of nn.MultiheadAttention."""
+    ties: list[Tie]
+    """Targets that have no layer of their own here: they count another target's adapter."""
     auxiliary: AuxiliaryPlan
 
 
@@ -53,13 +56,15 @@ def plan(
     config.check()
     require_available(config, trained=options.from_file)
     check_adapter_name(model, name)
-    config = with_heads(config)
+    config = with_tied_ends(model, with_heads(config), lenient=options.from_file)
     targets = find_targets(model, config, lenient=options.from_file)
     config = replace(_with_layout(config, targets), target_modules=resolved_targets(model, config, targets))
     auxiliary = plan_auxiliary(model, config, [target.module for target in targets], lenient=options.from_file)
+    ties = find_ties(list(places(model)), config, targets)
+    tied = {tie.target for tie in ties}
     builder = Builder(config, name, options, stats or {})
-    layers = [layer for target in targets for layer in _layers(target, builder)]
-    return Plan(name, config, targets, layers, auxiliary)
+    layers = [layer for target in targets if target not in tied for layer in _layers(target, builder)]
+    return Plan(name, config, targets, layers, ties, auxiliary)
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:

@@ -87,7 +87,10 @@ def _status(path: str, host: Host) -> LayerStatus:
 
 
 def _layer_status(path: str, layer: LoraLayer) -> LayerStatus:
-    parameters = {name: list(layer.stored_parameters(name).values()) for name in layer.adapters}
+    parameters: dict[str, list[Tensor]] = {
+        name: [*layer.stored_parameters(name).values()] or [adapter.A, adapter.B]  # a tied one's are another layer's
+        for name, adapter in layer.adapters.items()
+    }
     base = layer.get_base_layer()
     dense = getattr(base, "weight", None) is not None or layer.kind in ("attention", "experts")
     return LayerStatus(

@@ -1,0 +1,62 @@
+"""Tied adapters in files: PEFT writes both ends, so both are written, and compared when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.errors import CheckpointError
+from lorafa.layers.saved import ModulesToSaveWrapper
+from lorafa.layers.tied import TiedAdapter
+from lorafa.surgery.walk import hosts, lora_layers
+
+
+def tied_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors of layers whose adapter ``name`` is another layer's, by key, out of those of the owner."""
+    return {
+        key: _turned(tensors[source], transposed).clone(memory_format=torch.contiguous_format)
+        for key, source, transposed in _tied_factors(model, name)
+    }
+
+
+def check_ties(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a file has different values for what is one parameter of adapter ``name`` here."""
+    for key, source, transposed in (*_tied_factors(model, name), *_tied_copies(model, name)):
+        if key in tensors and source in tensors:
+            one, other = tensors[key], _turned(tensors[source], transposed)
+            if one.shape == other.shape and not torch.equal(one, other):
+                raise CheckpointError(
+                    f"The tensors {source!r} and {key!r} have different values, but the model ties them "
+                    "(ensure_weight_tying). Nothing was loaded. They were trained apart: load them by a config with "
+                    "ensure_weight_tying=False (PeftModel.from_pretrained(..., config=...))."
+                )
+
+
+def _turned(tensor: Tensor, transposed: bool) -> Tensor:
+    return tensor.T if transposed else tensor
+
+
+def _tied_factors(model: nn.Module, name: str) -> Iterator[tuple[str, str, bool]]:
+    """(key, key of the owner's factor, whether it is that one's transpose)."""
+    layers = list(lora_layers(model))
+    paths = {id(layer): path for path, layer in layers}
+    for path, layer in layers:
+        adapter = layer.adapters.get(name)
+        if isinstance(adapter, TiedAdapter):
+            A, B = adapter.owner.factor_names
+            own = (B, A) if adapter.transposed else (A, B)
+            for key, source in zip(layer.factor_names, own, strict=True):
+                yield f"{path}.{key}", f"{paths[id(adapter.owner)]}.{source}", adapter.transposed
+
+
+def _tied_copies(model: nn.Module, name: str) -> Iterator[tuple[str, str, bool]]:
+    """The same for copies of modules (``modules_to_save``) that share a parameter."""
+    first: dict[int, str] = {}
+    for path, host in hosts(model):
+        if isinstance(host, ModulesToSaveWrapper):
+            for key, parameter in host.stored_parameters(name).items():
+                source = first.setdefault(id(parameter), f"{path}.{key}")
+                if source != f"{path}.{key}":
+                    yield f"{path}.{key}", source, False

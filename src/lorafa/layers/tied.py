@@ -1,0 +1,60 @@
+"""TiedAdapter: an adapter whose factors another layer owns, because the two layers share one weight."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor
+
+from lorafa.adapter import Adapter, Start
+from lorafa.layers.base import LoraLayer
+
+_NUMBERS = ("r", "lora_alpha", "scaling", "times", "use_rslora", "use_dora", "lora_bias", "frozen_A")
+
+
+class TiedAdapter(Adapter):
+    """The update of ``owner``'s weight as that of ``layer``'s, which is the same parameter.
+
+    An embedding sees a table as W (dim, vocabulary), the output head as W^T: the update s B A of the one is the update
+    s A^T B^T of the other. The parameters are in the model once, under the owner's name, and get both gradients.
+    """
+
+    __slots__ = ("owner", "transposed")
+
+    def __init__(self, layer: LoraLayer, owner: LoraLayer, name: str, *, transposed: bool) -> None:
+        super().__init__(layer, name, owner.adapters[name].variant)
+        self.owner = owner
+        self.transposed = transposed
+
+    @property
+    def A(self) -> Tensor:
+        own = self.owner.adapters[self.name]
+        return own.B.T if self.transposed else own.A
+
+    @property
+    def B(self) -> Tensor:
+        own = self.owner.adapters[self.name]
+        return own.A.T if self.transposed else own.B
+
+    @property
+    def start(self) -> Start | None:
+        own = self.owner.adapters[self.name].start
+        return own if own is None or not self.transposed else Start(own.B.T, own.A.T)
+
+
+def attach_tied(layer: LoraLayer, owner: LoraLayer, name: str, *, transposed: bool) -> None:
+    """Let ``layer`` count adapter ``name`` of ``owner`` as its own, with the same scaling and dropout."""
+    for table in _NUMBERS:
+        getattr(layer, table)[name] = getattr(owner, table)[name]
+    layer.lora_dropout[name] = copy.deepcopy(owner.lora_dropout[name])
+    layer.adapters[name] = TiedAdapter(layer, owner, name, transposed=transposed)
+
+
+def owner_of(layer: LoraLayer, names: list[str]) -> LoraLayer | None:
+    """The layer that owns all these adapters of ``layer`` and scales them alike, or None."""
+    adapters = [layer.adapters[name] for name in names]
+    owners = {id(adapter.owner): adapter.owner for adapter in adapters if isinstance(adapter, TiedAdapter)}
+    if len(owners) != 1 or not all(isinstance(adapter, TiedAdapter) for adapter in adapters):
+        return None
+    owner = next(iter(owners.values()))
+    return owner if all(owner.scaling[name] == layer.scaling[name] for name in names) else None
