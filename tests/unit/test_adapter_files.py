@@ -84,6 +84,15 @@ def test_all_processes_but_one_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_what_cannot_be_saved_leaves_no_folder_behind(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"state_dict lacks 2 of the 2 tensors of adapter 'default'"):
+        adapted().save_pretrained(tmp_path / "new", state_dict={})
+    empty = get_peft_model(Model(), LoraConfig(target_modules=["body"], r=2), low_cpu_mem_usage=True)
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors was not written: .* have no values"):
+        empty.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_readme_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     adapted().save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorafa.config import CONFIG_NAME, LoraConfig, read_config
 from lorafa.errors import CheckpointError
-from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, write_tensors
+from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, require_values, write_tensors
 from lorafa.io.fingerprint import check_base, fingerprint, from_metadata, to_metadata
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
 from lorafa.layers.base import LoraLayer
@@ -80,9 +80,10 @@ def save_adapter(
     """Write one adapter into ``directory``, each file whole or not at all, and return the directory.
 
     Raises:
-        CheckpointError: a file could not be written; what was there before is as it was.
+        CheckpointError: a tensor is missing or has no values, or a file could not be written; what was there before is
+            as it was.
     """
-    folder = make_folder(directory)
+    folder = Path(directory)
     tensors = file_tensors(model, name, config, state_dict=state_dict, embeddings=embeddings)
     written = replace(file_config(model, name, config), inference_mode=True)
     if written.task_type is None:
@@ -94,7 +95,8 @@ def save_adapter(
     if has_start(model, name):
         original = config.to_dict()
         side["start"] = {key: original[key] for key in _CHANGED if key in original}
-    with _staged(folder) as stage:
+    require_values(folder / WEIGHTS_NAME, tensors)
+    with _staged(make_folder(folder)) as stage:
         write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
         write_json(stage / CONFIG_NAME, written.to_dict())
         write_json(stage / SIDE_NAME, side)

@@ -59,17 +59,22 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     Raises:
         CheckpointError: a tensor has no values (device meta), or the file cannot be written.
     """
+    require_values(path, tensors)
+    with written_whole(path) as temporary:
+        try:
+            save_file(_separate(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # its way to pass on what the system said
+            raise OSError(str(error)) from error
+
+
+def require_values(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a tensor to be written to ``path`` has no values (device meta)."""
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(
             f"{path} was not written: {shorten(empty)} {'has' if len(empty) == 1 else 'have'} no values (device "
             "'meta'). Load the weights first."
         )
-    with written_whole(path) as temporary:
-        try:
-            save_file(_separate(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # its way to pass on what the system said
-            raise OSError(str(error)) from error
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from lorafa.errors import CheckpointError
+from lorafa.variants import VARIANTS
 
 Shape = tuple[int, ...]
 LIMIT = 8
 """Lines shown of each kind."""
 
-# Tensors that belong to one setting: where only one side has them, the setting differs.
+# Tensors that belong to one setting: where only one side has them, the setting differs. Variants add their own.
 _SETTING_OF_KEY = {
-    "lora_magnitude_vector": "use_dora",
     "lora_B.bias": "lora_bias",
     "lora_diag": "kasa_config",
     "token_adapter.trainable_tokens_delta": "trainable_token_indices",
@@ -191,7 +191,9 @@ def _nothing_in_common(misfit: Misfit) -> str | None:
 
 def _other_settings(misfit: Misfit) -> list[str]:
     causes = []
-    for part, setting in _SETTING_OF_KEY.items():
+    variants = [VARIANTS.get(name) for name in VARIANTS.names()]
+    extras = {holder: str(variant.switch) for variant in variants for holder in variant.extras.values()}
+    for part, setting in (_SETTING_OF_KEY | extras).items():
         for keys, owner, other in ((misfit.unexpected, "file", "model"), (misfit.missing, "model", "file")):
             opposite = misfit.want if owner == "file" else misfit.have
             if any(part in key for key in keys) and not any(part in key for key in opposite):
