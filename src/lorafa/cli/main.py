@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lorafa.cli import report, train
+from lorafa.cli import compare, params, report, train
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
 from lorafa.version import VERSION
 
-COMMANDS = (train, report)
+COMMANDS = (train, report, compare, params)
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130

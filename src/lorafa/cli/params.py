@@ -1,0 +1,178 @@
+"""`lorafa params`: what an adapter costs, from the model's config alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorafa.data.shapes import SHAPES
+from lorafa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorafa.train.accounting import AdapterCost
+    from lorafa.train.schema import RunConfig
+
+DESCRIPTION = """\
+Count what an adapter costs: parameters by kind of layer, the file, gradients and optimizer state.
+
+Builds the model from its config on the meta device, so no weight is fetched, loaded or allocated, whatever the model's
+size. Counts twice: with A and B trained, and with A frozen (LoRA-FA). Takes the settings of `lorafa train` in the
+groups model, peft, init and optim. Activations are not counted: they depend on the batch."""
+
+EXAMPLES = """\
+examples:
+  lorafa params                                                the default run's adapter
+  lorafa params model=opt-125m peft.r=16 peft.target_modules=[q_proj,v_proj]
+  lorafa params model=llama-3-70b peft.r=64 optim=adafactor    70 billion parameters, in seconds
+  lorafa params model=path/to/model 'peft.rank_pattern={{down_proj:32}}'
+  lorafa params model=opt-1.3b --json                          the same numbers for programs
+
+models known by name: {shapes}
+(any other model= is a folder with a config.json, or a Hub id, of which only the config is fetched)
+
+exit status: 0 done, 1 the model's config cannot be had or used, 2 wrong arguments or settings"""
+
+READ = ("model", "peft", "init", "optim")
+"""Groups of settings that decide what is counted."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "params",
+        help="count an adapter's parameters and memory from the model's config alone",
+        description=DESCRIPTION,
+        epilog=EXAMPLES.format(shapes=", ".join(SHAPES)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="a setting of `lorafa train`")
+    return parser
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from lorafa.conf.compose import compose  # Hydra and transformers load only when a command runs
+    from lorafa.data.models import DTYPES
+    from lorafa.data.shapes import shape_model
+
+    config = compose(args.overrides)
+    _refuse_what_is_not_read(args.overrides)
+    cache = Path(config.model.cache_dir) if config.model.cache_dir else None
+    dtype = DTYPES.get(config.model.dtype)
+    model = shape_model(config.model.name, dtype, cache_dir=cache, revision=config.model.revision)
+    costs, notes = adapter_costs(model, config), _notes(model, config)
+    if args.json:
+        console.print_json(data={"model": config.model.name, "costs": _plain(costs), "notes": notes})
+        return 0
+    console.print(kinds_table(next(iter(costs.values()))))
+    console.print(costs_table(costs))
+    for note in notes:
+        console.print(note, highlight=False)
+    return 0
+
+
+def adapter_costs(model: nn.Module, config: RunConfig) -> dict[str, AdapterCost]:
+    """Heading -> cost: with A and B trained by the optimizer of the settings, and with A frozen."""
+    from lorafa.train.accounting import adapter_cost
+    from lorafa.train.recipe import lora_config
+    from lorafa.train.schema import OptimConfig
+
+    adapter = lora_config(config)
+    as_set = adapter_cost(model, adapter, config.optim)
+    if not as_set.trains_A:
+        return {f"A frozen, {config.optim.name}": as_set}
+    frozen = adapter_cost(model, adapter, OptimConfig(name="lora_fa"))
+    return {f"A and B trained, {config.optim.name}": as_set, "A frozen, lora_fa": frozen}
+
+
+def kinds_table(cost: AdapterCost) -> Table:
+    """One row a kind of adapted layer, one for what is trained beside them, and the sums."""
+    table = Table(title="What is added", title_justify="left")
+    table.add_column("module")
+    for heading in ("layers", "rank", "base", "A", "B", "extras"):
+        table.add_column(heading, justify="right", overflow="fold")  # a number is never cut short
+    for kind in cost.kinds:
+        ranks = ", ".join(map(str, kind.ranks))
+        table.add_row(kind.name, str(kind.modules), ranks, *_counts(kind.base, kind.A, kind.B, kind.extras))
+    if cost.other:
+        table.add_row("trained in full", "", "", "", "", "", f"{cost.other:,}")
+    table.add_section()
+    modules, base, A, B, extras = (
+        sum(getattr(kind, part) for kind in cost.kinds) for part in ("modules", "base", "A", "B", "extras")
+    )
+    table.add_row("sum", str(modules), "", *_counts(base, A, B, extras + cost.other), style="bold")
+    return table
+
+
+def costs_table(costs: Mapping[str, AdapterCost]) -> Table:
+    """One column a way of training the adapter; MiB and GiB are powers of two."""
+    first = next(iter(costs.values()))
+    table = Table(title=f"What it costs on {first.base:,} parameters, {_size(first.base_bytes)}", title_justify="left")
+    table.add_column("")
+    for heading in costs:
+        table.add_column(heading, justify="right")
+    for name, cell in _ROWS.items():
+        table.add_row(name, *map(cell, costs.values()))
+    return table
+
+
+def _counts(*numbers: int) -> tuple[str, ...]:
+    return tuple(f"{number:,}" if number else "-" for number in numbers)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+_ROWS: Mapping[str, Callable[[AdapterCost], str]] = {
+    "trained parameters": lambda cost: f"{cost.trainable:,}",
+    "share of the base": lambda cost: f"{cost.share:.2%}",
+    "trained numbers, float32": lambda cost: _size(4 * cost.trainable),
+    "trained numbers, 16 bit": lambda cost: _size(2 * cost.trainable),
+    "adapter file, float32": lambda cost: _size(4 * cost.stored),
+    "adapter file, 16 bit": lambda cost: _size(2 * cost.stored),
+    "gradients": lambda cost: _size(cost.gradient_bytes),
+    "optimizer state": lambda cost: _size(cost.state_bytes),
+}
+
+
+def _plain(costs: Mapping[str, AdapterCost]) -> dict[str, Any]:
+    return {
+        heading: {**asdict(cost), "trainable": cost.trainable, "share": cost.share} for heading, cost in costs.items()
+    }
+
+
+def _notes(model: nn.Module, config: RunConfig) -> list[str]:
+    """What the numbers leave out, where they leave something out."""
+    from lorafa.initializers import find_start
+    from lorafa.train.recipe import lora_config
+
+    notes = []
+    start = find_start(lora_config(config).init_lora_weights)
+    if start and start.initializer and start.initializer.reads_weight:
+        notes.append(
+            f"init={config.init.mode} is computed from the weights, which are not there. If the base keeps what it "
+            "takes, frozen copies of A and B are in memory and in the file as well."
+        )
+    if getattr(model.config, "quantization_config", None):
+        notes.append("The model is stored quantized; the base is counted as if it were not.")
+    return notes
+
+
+def _refuse_what_is_not_read(overrides: list[str]) -> None:
+    from lorafa.conf.compose import ALIASES
+
+    for text in overrides:
+        key = text.lstrip("+").partition("=")[0]
+        if ALIASES.get(key, key).partition(".")[0] not in READ:
+            raise ConfigError(
+                f"lorafa params reads the settings of {', '.join(READ)}, found {text!r}, which changes nothing that is "
+                "counted. Leave it out."
+            )

@@ -1,0 +1,205 @@
+"""What an adapter costs: parameters, file, gradients and the optimizer's state, counted before any training.
+
+Shapes are all it takes, so a model on the meta device (`lorafa.data.shapes.shape_model`) is counted like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lorafa.adapter import working_dtype
+from lorafa.config import LoraConfig
+from lorafa.errors import ConfigError
+from lorafa.io.peft_format import file_tensors, keeps_embeddings
+from lorafa.layers.base import LoraLayer
+from lorafa.layers.experts import LoraExperts
+from lorafa.optimizers.pairs import Pair
+from lorafa.surgery.adapters import set_adapter
+from lorafa.surgery.build import Options
+from lorafa.surgery.inject import apply
+from lorafa.surgery.plan import Plan, plan
+from lorafa.surgery.walk import base_parameters, lora_layers
+from lorafa.train.schema import OptimConfig
+
+_NAME = "accounted"
+
+
+@dataclass(frozen=True)
+class KindCost:
+    """All adapted layers of one last name and one class."""
+
+    name: str
+    """Last part of the layers' dotted names: ``q_proj``."""
+    kind: str
+    """Class of the base layers: ``Linear``."""
+    modules: int
+    ranks: tuple[int, ...]
+    """The different ranks among them, rising."""
+    base: int
+    """Parameters of the base layers."""
+    A: int
+    B: int
+    extras: int
+    """Parameters beside A and B: a bias of B, magnitudes."""
+    trainable: int
+    """How many of A, B and extras are trained."""
+
+
+@dataclass(frozen=True)
+class AdapterCost:
+    """What one adapter on one model costs. Activations are no part of it: they depend on the batch."""
+
+    base: int
+    """Parameters of the base model, shared ones once."""
+    base_bytes: int
+    kinds: tuple[KindCost, ...]
+    """In the order of the model."""
+    other: int
+    """Trained beside the factors: copies of modules_to_save, token rows, base biases."""
+    stored: int
+    """Numbers in the adapter's file, that of A included where it is frozen."""
+    gradient_bytes: int
+    state_bytes: int
+    """Of the optimizer, after its first step; step counters apart."""
+
+    @property
+    def trainable(self) -> int:
+        return self.other + sum(kind.trainable for kind in self.kinds)
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over those of the base model (PEFT prints them over base and adapter together)."""
+        return self.trainable / self.base
+
+    @property
+    def trains_A(self) -> bool:
+        return any(kind.trainable > kind.B + kind.extras for kind in self.kinds)
+
+
+def adapter_cost(
+    model: nn.Module, config: LoraConfig, optim: OptimConfig | None = None, *, freeze_A: bool = False
+) -> AdapterCost:
+    """Put the adapter on without its numbers, count, and take it off again; the model is bit-identical afterwards.
+
+    On a model with weights only ``modules_to_save`` are copied for that time; on the meta device nothing is allocated.
+    A start is not computed: one that is subtracted from the base (PiSSA) keeps frozen copies of A and B besides, and is
+    written as an adapter of twice the rank.
+
+    Args:
+        model: the user's model, without adapters.
+        optim: the optimizer whose state is counted; default AdamW. That of LoRA-FA freezes A.
+        freeze_A: train B alone, whatever the config says.
+
+    Raises:
+        ConfigError: the model carries adapters, or the config does not go with the model.
+        TargetError: a pattern matches nothing, or something that cannot carry an adapter.
+    """
+    optim = optim or OptimConfig()
+    if any(True for _ in lora_layers(model)):
+        raise ConfigError("The model carries adapters already, so what one costs cannot be told. Give the base model.")
+    base = {id(p): p for _, p in base_parameters(model)}.values()
+    planned = plan(model, replace(config, init_lora_weights=True), _NAME, Options(low_cpu_mem_usage=True))
+    if freeze_A or optim.name == "lora_fa":
+        layers = [replace(layer, parts=replace(layer.parts, freeze_A=True)) for layer in planned.layers]
+        planned = replace(planned, layers=layers)
+    with _applied(model, planned):
+        kinds = _kinds(lora_layers(model))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        embeddings = keeps_embeddings(planned.config, model, "auto")
+        file = file_tensors(model, _NAME, planned.config, embeddings=embeddings)
+        return AdapterCost(
+            base=sum(p.numel() for p in base),
+            base_bytes=_bytes(base),
+            kinds=kinds,
+            other=sum(p.numel() for p in trained) - sum(kind.trainable for kind in kinds),
+            stored=sum(tensor.numel() for tensor in file.values()),
+            gradient_bytes=_bytes(trained),
+            state_bytes=_state_bytes(model, trained, optim),
+        )
+
+
+def _state_bytes(model: nn.Module, trained: Sequence[nn.Parameter], optim: OptimConfig) -> int:
+    if "sgd" in (optim.name, optim.form):
+        return 0
+    if optim.name == "adafactor":
+        return sum(map(_row_and_column, trained))
+    if (optim.name, optim.form) == ("lora_pro", "full"):
+        return _whole_moments(model, trained)
+    own = optim.name in ("lora_fa", "preconditioned")  # torch's AdamW keeps moments in the parameter's dtype
+    return sum(2 * p.numel() * (working_dtype(p.dtype).itemsize if own else p.element_size()) for p in trained)
+
+
+def _row_and_column(parameter: nn.Parameter) -> int:
+    """Adafactor's second moment (arXiv:1804.04235): of a matrix one number a row and one a column, in float32."""
+    shape = tuple(parameter.shape)
+    whole = math.prod(shape)
+    return 4 * (whole if len(shape) < 2 else whole // shape[-1] + whole // shape[-2])
+
+
+def _whole_moments(model: nn.Module, trained: Sequence[nn.Parameter]) -> int:
+    """LoRA-Pro's AdamW in full: two moments of every adapted weight, and of what else is trained."""
+    pairs = [Pair(path, layer, _NAME) for path, layer in lora_layers(model)]
+    total, factors = 0, set()
+    for pair in pairs:
+        A, B = pair.matrices_A(pair.A), pair.matrices_B(pair.B)
+        total += B.shape[0] * B.shape[1] * A.shape[2] * working_dtype(pair.B.dtype).itemsize
+        factors |= {pair.A, pair.B}
+    return 2 * total + sum(2 * p.numel() * working_dtype(p.dtype).itemsize for p in trained if p not in factors)
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+@contextmanager
+def _applied(model: nn.Module, planned: Plan) -> Iterator[None]:
+    undo = apply(model, planned)
+    try:
+        set_adapter(model, _NAME)
+        yield
+    finally:
+        undo()
+
+
+def _kinds(layers: Iterable[tuple[str, LoraLayer]]) -> tuple[KindCost, ...]:
+    grouped: dict[tuple[str, str], list[LoraLayer]] = {}
+    for path, layer in layers:
+        key = _last_name(path, layer), type(layer.get_base_layer()).__name__
+        grouped.setdefault(key, []).append(layer)
+    return tuple(_kind(name, kind, members) for (name, kind), members in grouped.items())
+
+
+def _kind(name: str, kind: str, layers: list[LoraLayer]) -> KindCost:
+    parts = [part for layer in layers for part in layer.stored_parameters(_NAME).items()]
+    A = sum(p.numel() for key, p in parts if key in ("lora_A.weight", "lora_embedding_A"))
+    B = sum(p.numel() for key, p in parts if key in ("lora_B.weight", "lora_embedding_B"))
+    base = {id(p): p.numel() for layer in layers for p in _own_parameters(layer)}
+    return KindCost(
+        name=name,
+        kind=kind,
+        modules=len(layers),
+        ranks=tuple(sorted({layer.r[_NAME] for layer in layers})),
+        base=sum(base.values()),
+        A=A,
+        B=B,
+        extras=sum(p.numel() for _, p in parts) - A - B,
+        trainable=sum(p.numel() for _, p in parts if p.requires_grad),
+    )
+
+
+def _own_parameters(layer: LoraLayer) -> list[nn.Parameter]:
+    base = layer.get_base_layer()
+    if isinstance(layer, LoraExperts):
+        return [base.get_parameter(layer.parameter_name)]
+    return list(base.parameters(recurse=False))
+
+
+def _last_name(path: str, layer: LoraLayer) -> str:
+    """``layers.3.mlp.up_proj`` -> ``up_proj``; numbers of lists and the wrappers' own level are passed over."""
+    words = [word for word in path.split(".") if word != "base_layer" and not word.isdigit()] or ["(model)"]
+    return f"{words[-1]}.{layer.parameter_name}" if isinstance(layer, LoraExperts) else words[-1]
