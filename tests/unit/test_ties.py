@@ -279,12 +279,18 @@ def test_naming_one_end_copies_all_as_one(name: str) -> None:
     close(merged(X), model(X))
 
 
-def test_copies_of_all_ends_are_tied_unasked_and_the_config_says_so() -> None:
-    every = adapted(target_modules=["proj"], modules_to_save=["embed", "second", "head"], ensure_weight_tying=False)
-    assert every.peft_config["default"].ensure_weight_tying
-    some = adapted(target_modules=["proj"], modules_to_save=["head"], ensure_weight_tying=False)
-    assert not some.peft_config["default"].ensure_weight_tying
-    assert some.get_base_model().embed.weight is not some.get_base_model().head.weight
+def test_copies_of_all_ends_are_tied_unasked_and_the_config_of_a_pair_says_so() -> None:
+    def saved(base: Tied, *names: str) -> PeftModel:
+        return adapted(base, target_modules=["proj"], modules_to_save=list(names), ensure_weight_tying=False)
+
+    pair = Tied()
+    pair.second = nn.Embedding(10, 6).double()
+    for base, names, says in ((pair, ("embed", "head"), True), (Tied(), ("embed", "second", "head"), False)):
+        model = saved(base, *names)
+        assert model.get_base_model().embed.weight is model.get_base_model().head.weight
+        assert model.peft_config["default"].ensure_weight_tying is says
+    alone = saved(Tied(), "head")
+    assert alone.get_base_model().embed.weight is not alone.get_base_model().head.weight
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,9 @@ def with_heads(config: LoraConfig) -> LoraConfig:
 def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> LoraConfig:
     """A copy of a config with ``ensure_weight_tying`` that names all modules that share a weight, if it names one.
 
-    Modules that ``modules_to_save`` names all of are tied in any case, so for them it is set; not where the config
-    comes with a file (``lenient``), which may hold copies that were trained apart.
+    If ``modules_to_save`` names both an embedding and its head, their copies are tied in any case, so it is set; not
+    where the config comes with a file (``lenient``), which may hold copies that were trained apart. With more than two
+    modules it is not: PEFT could not read the file.
 
     Raises:
         ConfigError: of modules that share a weight, one is to be trained in full and one to get an adapter.
@@ -72,8 +73,8 @@ def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = Fals
     groups = tied_groups(everything)
     saved = {id(p.module) for name in config.modules_to_save or () for p in _called(everything, name)}
     if not config.ensure_weight_tying:
-        tied = len(groups) == 1 and all(id(place.module) in saved for place in groups[0])
-        return replace(config, ensure_weight_tying=True) if tied and not lenient else config
+        pair = len(groups) == 1 and len(groups[0]) == 2 and all(id(place.module) in saved for place in groups[0])
+        return replace(config, ensure_weight_tying=True) if pair and not lenient else config
     targets = find_targets(model, config, lenient=lenient)
     adapted = {id(target.module) for target in targets}
     to_save, to_adapt = (_other_ends(groups, ids) for ids in (saved, adapted))
