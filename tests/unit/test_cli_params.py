@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import BertConfig, LlamaConfig
 from lorafa.cli import main as cli
 from lorafa.data.shapes import SHAPES
 
+PAGE = Path(__file__).parents[2] / "docs" / "params.md"
+COMMANDS = [shlex.split(line, comments=True) for line in PAGE.read_text().splitlines() if line.startswith("lorafa ")]
 OPT = ["model=opt-125m", "peft.lora_r=16", "peft.target_modules=[q_proj,k_proj,v_proj,out_proj]"]
 
 
@@ -139,3 +142,14 @@ def test_help_has_examples_the_known_shapes_and_the_exit_status(output: Any) -> 
     assert "'peft.rank_pattern={down_proj:32}'" in text
     assert all(name in text for name in SHAPES)
     assert "exit status: 0 done, 1" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_of_the_page_run(command: list[str]) -> None:
+    assert params(*command[2:]) == 0
+
+
+def test_the_page_shows_what_is_printed(output: Any) -> None:
+    assert params(*OPT) == 0
+    printed = "\n".join(line.rstrip() for line in output()[0].splitlines())
+    assert f"```\n{printed}\n```" in PAGE.read_text()
