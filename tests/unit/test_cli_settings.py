@@ -37,6 +37,23 @@ def test_the_order_of_a_group_and_its_keys_does_not_matter() -> None:
 
 def test_of_two_values_the_later_one_counts() -> None:
     assert compose(["peft.r=4", "peft.r=8"]).peft.r == 8
+    assert compose(["model=a/b", "data=mine.jsonl", "+data=gsm8k", "model=smollm2-135m"]) == compose(["data=gsm8k"])
+
+
+def test_a_choice_that_a_later_one_replaces_is_checked_all_the_same() -> None:
+    with pytest.raises(ConfigError, match="peft has no option 'dorra'"):
+        compose(["peft=dorra", "peft=lora"])
+
+
+@pytest.mark.parametrize("path", ["~/runs/x", "a(b", "it's", "runs/[1], 2"])
+def test_paths_need_no_quotes_inside_the_quotes(path: str) -> None:
+    assert compose([f"run_dir={path}"]).run_dir == path
+    assert compose([f"train.resume='{path}'" if "'" not in path else f"train.resume={path}"]).train.resume == path
+
+
+def test_null_and_quotes_keep_their_meaning_for_paths() -> None:
+    assert compose(["run_dir=null"]).run_dir is None
+    assert compose(["run_dir='a b'"]).run_dir == "a b"
 
 
 @pytest.mark.parametrize("group", ["model", "data"])
@@ -84,6 +101,7 @@ def test_a_config_is_frozen() -> None:
     [
         ("peft.rr=3", r"There is no setting 'peft.rr'. Did you mean 'peft.r'\? `lorafa train --help` lists"),
         ("lr=1", r"There is no setting 'lr'. Did you mean 'optim.lr'\?"),
+        ("init.mode=pisa", r"init.mode has no value 'pisa'. Did you mean 'pissa'\? Known: default, gaussian, "),
         ("init.direction=x", "There is no setting 'init.direction'."),
         ("peft=dorra", r"peft has no option 'dorra'. Did you mean 'dora'\? Known: dora, lora"),
         ("peft.r=a", r"peft.r must be an integer, found 'a' \(str\). Write peft.r=8 for example."),
@@ -109,7 +127,19 @@ def test_a_config_is_frozen() -> None:
         ("peft", "'peft' is not a setting. Write key=value, for example peft.r=16."),
         ("~peft", "'~peft' is not a setting"),
         ("peft.r=1,2", "'peft.r=1,2' names several values, but a run has one"),
-        ("run_dir=a(b", "The value of 'run_dir=a\\(b' cannot be read: .*Put quotes inside the quotes"),
+        (
+            "peft.target_modules=.*(q",
+            r"cannot be read: [^.]*\. Close its brackets, or .* quotes: \"peft.target_modules='\.\*\(q'\"\.",
+        ),
+        ("optim.lr=1e-4x", r"optim.lr must be a number, found '1e-4x' \(str\). Write optim.lr=0.0002 for example"),
+        ("run_dir=", r"run_dir must be a text or null, found '' \(str\). Write run_dir=name"),
+        ("train.resume=", r"train.resume must be a text or null, found '' \(str\)"),
+        ("peft.target_modules=['']", r"must be a text or a list \[a, b\] of texts, found \[''\]"),
+        ("model=", "model= is followed by nothing. Name a folder, a Hub id or smollm2-135m."),
+        ("data= ", "data= is followed by nothing. Name a file, a Hub id or word_problems."),
+        ("train.seed=4294967296", "train.seed must be an integer <= 4294967295, found 4294967296. Give a smaller one"),
+        ("threads=100000", "threads must be an integer <= 1024, found 100000"),
+        ("optim.warmup=80", r"optim.warmup=80 steps are the whole training \(train.steps=80\), so .*optim.warmup=0.05"),
         ("run_dir=${nope}", "do not fit together: Interpolation key 'nope' not found"),
         ("data=custom", "data.name has no value. Add data.name=<value>."),
     ],

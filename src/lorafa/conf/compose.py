@@ -26,6 +26,9 @@ ALIASES: Mapping[str, str] = {"peft.lora_r": "peft.r", "dataset_name": "data.nam
 """Names that published commands use -> the name here."""
 OPEN_GROUPS = ("model", "data")
 """Groups whose value may be any name: it becomes ``<group>.name``."""
+_KINDS = {"model": "folder, a Hub id or smollm2-135m", "data": "file, a Hub id or word_problems"}
+PATHS = ("run_dir", "train.resume", "model.cache_dir", "data.cache_dir")
+"""Settings that are paths: what the grammar cannot read (``~/runs``) is taken as it stands."""
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -41,7 +44,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 def composed(overrides: Sequence[str] = ()) -> DictConfig:
     """What the yaml files and the overrides say together, not yet checked for types."""
-    translated = [line for text in overrides for line in translate(text)]
+    translated = [line for lines in _last_choices(overrides) for line in lines]
     try:
         with hydra.initialize_config_dir(config_dir=str(FOLDER.resolve()), version_base="1.3"):
             config = hydra.compose("train", overrides=translated)
@@ -58,6 +61,14 @@ def groups() -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
+def _last_choices(overrides: Sequence[str]) -> list[list[str]]:
+    """All overrides translated; of several choices of one group the last, or an earlier one's name would stay."""
+    translated = [translate(text) for text in overrides]
+    names = [text.partition("=")[0].lstrip("+") for text in overrides]
+    last = {name: place for place, name in enumerate(names) if name in groups()}
+    return [lines for place, lines in enumerate(translated) if last.get(names[place], place) == place]
+
+
 def translate(text: str) -> list[str]:
     """One override as Hydra takes it for a closed schema: ``group=option`` or ``++key=value``."""
     key, equals, value = text.partition("=")
@@ -69,7 +80,9 @@ def translate(text: str) -> list[str]:
         return _chosen(key, value)
     if key not in KEYS:
         raise ConfigError(f"There is no setting {key!r}.{_nearest(key)} `lorafa train --help` lists all of them.")
-    _check_grammar(text, f"{key}={value}")
+    if key in PATHS and not _is_readable(f"{key}={value}"):
+        return [f"++{key}={_quoted(value)}"]
+    _check_grammar(text, key, value)
     return [f"++{key}={value}"]
 
 
@@ -77,7 +90,9 @@ def _chosen(group: str, option: str) -> list[str]:
     options = groups()[group]
     if option in options:
         return [f"{group}={option}"]
-    if group in OPEN_GROUPS and option:
+    if group in OPEN_GROUPS:
+        if not option.strip():
+            raise ConfigError(f"{group}= is followed by nothing. Name a {_KINDS[group]}.")
         return [f"{group}=custom", f"++{group}.name={_quoted(option)}"]
     raise ConfigError(f"{group} has no option {option!r}.{did_you_mean(option, options)} Known: {', '.join(options)}.")
 
@@ -88,12 +103,21 @@ def _nearest(key: str) -> str:
     return f" Did you mean {same_leaf[0]!r}?" if same_leaf else did_you_mean(key, [*KEYS, *groups()])
 
 
-def _check_grammar(text: str, override: str) -> None:
+def _is_readable(override: str) -> bool:
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _check_grammar(text: str, key: str, value: str) -> None:
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
         raise ConfigError(
-            f"The value of {text!r} cannot be read: {first_line(error)}. Put quotes inside the quotes: key=\"'value'\"."
+            f"The value of {text!r} cannot be read: {first_line(error).partition(' expecting ')[0]}. Close its "
+            f'brackets, or if it is a text, put quotes inside the quotes: "{key}={_quoted(value)}".'
         ) from error
     if parsed.is_sweep_override():
         raise ConfigError(f"{text!r} names several values, but a run has one. Write a list as [a,b], a text in quotes.")

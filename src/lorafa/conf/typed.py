@@ -37,6 +37,7 @@ def build(config_class: type[T], values: Mapping[str, Any], path: str = "") -> T
         ConfigError: a key no field reads, or a value of another type than the field's.
     """
     hints = get_type_hints(config_class)
+    defaults = {field.name: field.default for field in fields(config_class)}  # type: ignore[arg-type]
     prefix = f"{path}." if path else ""
     for key in values:
         if key not in hints:
@@ -44,7 +45,9 @@ def build(config_class: type[T], values: Mapping[str, Any], path: str = "") -> T
                 f"There is no setting {prefix + str(key)!r} (found {values[key]!r}).{did_you_mean(str(key), hints)} "
                 f"{path or 'The config'} has: {', '.join(hints)}."
             )
-    return config_class(**{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
+    return config_class(
+        **{key: _typed(value, hints[key], prefix + key, defaults[key]) for key, value in values.items()}
+    )
 
 
 def plain(config: Any) -> Any:
@@ -102,7 +105,7 @@ def _default(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _typed(value: Any, annotation: Any, name: str) -> Any:
+def _typed(value: Any, annotation: Any, name: str, default: Any) -> Any:
     if is_dataclass(annotation):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} is a group of settings, found {found(value)}. Set its keys: {name}.<key>=...")
@@ -113,11 +116,16 @@ def _typed(value: Any, annotation: Any, name: str) -> Any:
         words = f"{name} must be {expected(annotation)}, found {found(value)}."
         if get_origin(annotation) is Literal and isinstance(value, str):
             raise ConfigError(words + did_you_mean(value, get_args(annotation))) from None
-        raise ConfigError(f"{words} Write {name}={_example(annotation)} for example.") from None
+        plain_default = default if isinstance(default, (bool, int, float, str)) else None
+        example = _example(annotation) if plain_default is None else str(plain_default).lower()
+        raise ConfigError(f"{words} Write {name}={example} for example.") from None
 
 
 def _converted(value: Any, annotation: Any) -> Any:
-    """The value as the type wants it: a list as a tuple, an integer as a float; TypeError for all else."""
+    """The value as the type wants it: a list as a tuple, an integer as a float; TypeError for all else.
+
+    An empty text is no value: it is what a variable of the shell that was never set leaves.
+    """
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         for arg in args:
@@ -136,7 +144,7 @@ def _converted(value: Any, annotation: Any) -> Any:
             return {_converted(key, args[0]): _converted(item, args[1]) for key, item in value.items()}
     elif annotation is float and type(value) is int:
         return float(value)
-    elif type(value) is annotation:
+    elif type(value) is annotation and value != "":
         return value
     raise TypeError
 

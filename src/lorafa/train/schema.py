@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorafa.checks import check_int, check_number
-from lorafa.errors import ConfigError
+from lorafa.errors import ConfigError, did_you_mean
+from lorafa.initializers import INITIALIZERS, find_start
+
+SEEDS = 2**32
+"""How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
+MOST_THREADS = 1024
+"""More is a slip of the pen, and starting them brings the process down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +103,8 @@ class PeftConfig:
     """Which biases of the base model are trained."""
     lora_bias: bool = False
     """Give B a bias of its own."""
+    freeze_A: bool = False
+    """Train B only."""
     modules_to_save: list[str] | None = None
     """Modules trained in full and saved with the adapter."""
     target_parameters: list[str] | None = None
@@ -109,6 +117,13 @@ class InitConfig:
 
     mode: str = "default"
     """Start: default (A random, B zero), random (both random), gaussian, orthogonal, pissa."""
+
+    def __post_init__(self) -> None:
+        if self.mode != "default" and find_start(self.mode) is None:
+            known = ["default", *INITIALIZERS.names()]
+            raise ConfigError(
+                f"init.mode has no value {self.mode!r}.{did_you_mean(self.mode, known)} Known: {', '.join(known)}."
+            )
 
 
 OPTIONS_OF_ONE = {
@@ -229,6 +244,7 @@ class TrainConfig:
             check_int(f"train.{name}", getattr(self, name), at_least=1)
         for name in ("seed", "checkpoint_every", "eval_every"):
             check_int(f"train.{name}", getattr(self, name), at_least=0)
+        _check_at_most("train.seed", self.seed, SEEDS - 1)
         if self.eval_size is not None:
             check_int("train.eval_size", self.eval_size, at_least=1)
         if self.keep_best and self.eval_every not in (0, self.checkpoint_every):
@@ -282,3 +298,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
+            _check_at_most("threads", self.threads, MOST_THREADS)
+        if self.train.steps is not None and self.optim.warmup >= max(1, self.train.steps):
+            raise ConfigError(
+                f"optim.warmup={self.optim.warmup:g} steps are the whole training (train.steps={self.train.steps}), so "
+                "optim.lr would never be reached. Give fewer, or a share below 1 such as optim.warmup=0.05."
+            )
+
+
+def _check_at_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise ConfigError(f"{name} must be an integer <= {most}, found {value}. Give a smaller one.")
