@@ -45,7 +45,7 @@ _NESTED: dict[str, type[Any]] = {
     "arrow_config": ArrowConfig,
     "use_bdlora": BdLoraConfig,
 }
-_LORAFA_ONLY = ("init_seed", "attention_out_proj_twice", "init_config")
+_LORAFA_ONLY = ("freeze_A", "init_seed", "attention_out_proj_twice", "init_config")
 
 # What this version does not have yet: the fields that ask for it, and its name. A line is deleted when its field is
 # read; a variant's when the variant declares the field as its switch.
@@ -161,6 +161,8 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     """Give all modules that share the weight of a target, of a module in ``modules_to_save`` or of a table of
     ``trainable_token_indices`` (embedding and output head) one adapter, copy or set of rows, trained as one."""
+    freeze_A: bool = False
+    """Train B only (LoRA-FA, arXiv:2308.03303): no layer keeps its input for backward. Not in PEFT."""
     init_seed: int | None = None
     """Seed of the random starts; None: torch.initial_seed() when the adapter is made. Not in PEFT."""
     attention_out_proj_twice: bool = False

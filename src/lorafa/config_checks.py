@@ -36,6 +36,7 @@ FLAGS = (
     "lora_bias",
     "ensure_weight_tying",
     "attention_out_proj_twice",
+    "freeze_A",
 )
 
 

@@ -96,6 +96,7 @@ FIELDS: list[tuple[dict[str, object], str]] = [
         {"alora_invocation_tokens": "hi"},
         "alora_invocation_tokens must be a list of token ids, found 'hi' (str). Tokenize",
     ),
+    ({"freeze_A": "yes"}, "freeze_A is a switch, found 'yes' (str). Pass True or False."),
     ({"init_seed": -1}, "init_seed must be an integer >= 0, found -1 (int)."),
     ({"qalora_group_size": 0}, "qalora_group_size must be an integer >= 1, found 0 (int)."),
 ]

@@ -67,6 +67,7 @@ def test_lora_config_has_the_fields_of_peft_in_the_same_order_with_the_same_defa
     theirs, ours = defaults_of(peft.LoraConfig), defaults_of(LoraConfig)
     assert ours[: len(theirs)] == theirs
     assert ours[len(theirs) :] == [
+        ("freeze_A", False, True),
         ("init_seed", None, True),
         ("attention_out_proj_twice", False, True),
         ("init_config", None, True),

@@ -30,6 +30,8 @@ class LayerSpec:
     """Of a convolution. With more than one, B is cut to the ranks of its group: (out, rank / groups)."""
     settings: Any = None
     """The start's nested config (EvaConfig ...), or its part of ``init_config``; None for a start without settings."""
+    freeze_A: bool = False
+    """Whether only B will be trained, so that A must not start at zero."""
     number: int | None = None
     """The number in the start's name, 4 for "pissa_niter_4"."""
 

@@ -14,6 +14,7 @@ For SGD, momentum and decoupled decay the two move the weight alike. For Adam th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -186,9 +187,7 @@ def create_lorafa_optimizer(
             )
     factors = [row_factors(pair) for pair in pairs]
     rest = other_groups(model, pairs, weight_decay)
-    for pair in pairs:
-        pair.layer.frozen_A[pair.name] = True
-        pair.A.requires_grad_(False)
+    _freeze(model, pairs)
     if algorithm == "exact":
         groups = [{"params": [pair.B for pair in pairs]}, *rest]
         settings: dict[str, Any] = {
@@ -212,6 +211,18 @@ def create_lorafa_optimizer(
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
     optimizer.register_load_state_dict_pre_hook(check_state_shapes)
     return optimizer
+
+
+def _freeze(model: nn.Module, pairs: Sequence[Pair]) -> None:
+    """Make a frozen A part of the adapters: of their layers, and of the configs that are saved with them."""
+    for pair in pairs:
+        pair.layer.frozen_A[pair.name] = True
+        pair.A.requires_grad_(False)
+    names = {pair.name for pair in pairs}
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict):
+            configs |= {name: replace(config, freeze_A=True) for name, config in configs.items() if name in names}
 
 
 @torch.no_grad()

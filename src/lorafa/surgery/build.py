@@ -78,8 +78,9 @@ class Builder:
         layer_class.check(target.full_name, target.base, target.rank, config)
         scaling, groups = config.scaling(target.rank, target.alpha), layer_class.groups(target.base)
         spec = LayerSpec(
-            target.full_name, kind, target.rank, scaling, self.seed, self.name, groups, self.settings, self.number
-        )
+            target.full_name, kind, target.rank, scaling, self.seed, self.name, groups, self.settings,
+            config.freeze_A, self.number,
+        )  # fmt: skip
         weight = self._weight(target)
         result = self._empty(weight, spec) if self.filled_later else self._start(weight, spec)
         dtype = _adapter_dtype(target.base, target.backend, self.options)
@@ -89,7 +90,7 @@ class Builder:
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
             A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
-            start, extras,
+            start, extras, config.freeze_A,
         )  # fmt: skip
 
     def _weight(self, target: Target) -> Tensor:

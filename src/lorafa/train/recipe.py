@@ -172,6 +172,7 @@ def lora_config(config: RunConfig) -> LoraConfig:
         use_dora=peft.use_dora,
         bias=peft.bias,
         lora_bias=peft.lora_bias,
+        freeze_A=peft.freeze_A,
         modules_to_save=peft.modules_to_save,
         target_parameters=peft.target_parameters,
         init_lora_weights=STARTS.get(config.init.mode, config.init.mode),
