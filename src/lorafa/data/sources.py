@@ -16,6 +16,8 @@ from lorafa.errors import DataError, SourceError, did_you_mean, first_line, shor
 WORD_PROBLEMS = "word_problems"
 ACCEPTED = "messages; prompt + completion; question + answer; instruction (+ input) + output"
 
+ENDINGS = (".jsonl", ".json")
+"""Of files that are read, in small or capital letters."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 
@@ -52,30 +54,33 @@ def load_records(
 
     Raises:
         SourceError: the file or dataset cannot be found or fetched.
-        DataError: a row is broken, columns are missing, or there are fewer rows than asked for.
+        DataError: a row is broken, columns are missing, there are fewer rows than asked for, or a setting is given that
+            this source does not read.
     """
     for setting, size in (("train_size", train_size), ("eval_size", eval_size)):
         if size is not None and size < 0:
             raise DataError(f"data.{setting} counts rows, found {size}. Give 0 or more.")
-    if (prompt_column is None) != (completion_column is None):
-        raise DataError("Give both data.prompt_column and data.completion_column, or neither.")
+    path = Path(name).expanduser()
+    from_hub = name != WORD_PROBLEMS and path.suffix.lower() not in ENDINGS and not path.exists()
+    if not from_hub:
+        of_the_hub = {"subset": subset, "split": None if split == "train" else split, "revision": revision}
+        _refuse(of_the_hub, f"chooses within a data set of the Hub, and {name!r} is none")
+    _check_columns(name, prompt_column, completion_column)
     if name == WORD_PROBLEMS:
         if train_size is None:
             raise DataError("word_problems are generated, there is no end to them: give data.train_size a number.")
         return load_word_problems(
             train_size=train_size, eval_size=eval_size, seed=seed, templates=templates, cache_dir=cache_dir
         )
-    if templates is not None:
-        raise DataError(f"data.templates counts kinds of generated problems; {name!r} has none. Leave it out.")
-    path = Path(name).expanduser()
-    if path.suffix in (".jsonl", ".json"):
+    _refuse({"templates": templates}, f"counts kinds of generated problems, and {name!r} has none")
+    if path.suffix.lower() in ENDINGS:
         rows = read_rows(path)
-    elif _HUB_ID.fullmatch(name) and not path.exists():
+    elif from_hub and _HUB_ID.fullmatch(name):
         rows = _hub_rows(name, subset, split, revision)
     else:
         raise SourceError(
-            f"No dataset {name!r}.{did_you_mean(name, [WORD_PROBLEMS])} Give {WORD_PROBLEMS}, a file ending in "
-            ".jsonl or .json, or a Hub id of the form owner/name."
+            f"No dataset {name!r}{_what_it_is(path)}.{did_you_mean(name, [WORD_PROBLEMS])} Give {WORD_PROBLEMS}, a "
+            "file ending in .jsonl or .json, or a Hub id of the form owner/name."
         )
     if not rows:
         raise DataError(
@@ -83,6 +88,22 @@ def load_records(
         )
     convert = _converter(name, rows[0][1], prompt_column, completion_column)
     return split_records([convert(row, place) for place, row in rows], train_size, eval_size, seed, name)
+
+
+def _refuse(settings: Mapping[str, object], why: str) -> None:
+    for setting, value in settings.items():
+        if value is not None:
+            raise DataError(f"data.{setting}={value} {why}. Leave it out, or make it null.")
+
+
+def _check_columns(name: str, prompt_column: str | None, completion_column: str | None) -> None:
+    if (prompt_column is None) != (completion_column is None):
+        raise DataError("Give both data.prompt_column and data.completion_column, or neither.")
+    if prompt_column is not None and prompt_column == completion_column:
+        raise DataError(f"data.prompt_column and data.completion_column are both {prompt_column!r}. Give two columns.")
+    if name == WORD_PROBLEMS:
+        columns = {"prompt_column": prompt_column, "completion_column": completion_column}
+        _refuse(columns, "names a column of a file, and word_problems are generated")
 
 
 def split_records(records: list[Record], train_size: int | None, eval_size: int, seed: int, source: str) -> Records:
@@ -93,16 +114,24 @@ def split_records(records: list[Record], train_size: int | None, eval_size: int,
     """
     shuffled = Random(seed).sample(records, len(records))
     heldout = shuffled[:eval_size]
-    asked = {record.question for record in heldout}
-    rest = [record for record in shuffled[eval_size:] if record.question not in asked]
+    asked = {_asks(record) for record in heldout}
+    rest = [record for record in shuffled[eval_size:] if _asks(record) not in asked]
     repeated = max(len(shuffled) - eval_size, 0) - len(rest)
     wanted = 1 if train_size is None else train_size
     if len(heldout) < eval_size or len(rest) < wanted:
+        advice = "Lower data.eval_size or data.train_size."
+        if len(records) - repeated < eval_size + wanted <= len(records):
+            advice = "Remove the rows that ask the same again, or lower data.eval_size or data.train_size."
         raise DataError(
             f"{source} holds {len(records)} rows ({repeated} of them repeat a held-out question), asked for "
-            f"{eval_size} to evaluate and {wanted} to train on. Lower data.eval_size or data.train_size."
+            f"{eval_size} to evaluate and {wanted} to train on. {advice}"
         )
     return Records(rest[:train_size], heldout, source, repeated)
+
+
+def _asks(record: Record) -> tuple[Message, ...]:
+    """What makes two rows the same: the question, or all of it where nothing is asked."""
+    return record.question or record.messages
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
@@ -113,35 +142,58 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
         DataError: the file is not UTF-8; a line is not JSON, or not an object.
     """
     if not path.is_file():
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise SourceError(f"No file {str(path)!r}.{did_you_mean(path.name, near)} Check data=, it is a path to a file.")
+        near = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
+        raise SourceError(
+            f"No file {str(path)!r}{_what_it_is(path)}.{did_you_mean(path.name, near)} Check data=, it is a path to a "
+            "file."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start + 1}. Convert it.") from error
-    if path.suffix == ".json":
-        whole = _parse(text, str(path))
+        raise DataError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start + 1}. Convert it to UTF-8."
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+    if path.suffix.lower() == ".json":
+        advice = "If it holds one object a line, name it .jsonl; else mend it."
+        whole = _parse(text, str(path), advice)
         if not isinstance(whole, list):
-            raise DataError(f"{path} holds one {type(whole).__name__}, expected a list of objects, one a row.")
+            raise DataError(f"{path} holds one {type(whole).__name__}, expected a list of objects, one a row. {advice}")
         values = [(f"{path}, row {number}", value) for number, value in enumerate(whole, 1)]
     else:
+        one_list = "It starts like one list of all rows: name the file .json." if text.lstrip().startswith("[") else ""
         # Not str.splitlines: JSON strings may hold U+2028 and its like unescaped.
         lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
-        values = [(place, _parse(line, place)) for place, line in lines if line.strip()]
+        advice = one_list or "Mend or delete it; nothing was loaded."
+        values = [(place, _parse(line, place, advice)) for place, line in lines if line.strip()]
     for place, value in values:
         if not isinstance(value, dict):
-            raise DataError(f'{place}: found a {type(value).__name__}, expected an object such as {{"prompt": ...}}.')
+            raise DataError(
+                f'{place}: found a {type(value).__name__}, expected an object such as {{"prompt": ...}}. {advice}'
+            )
     return values
 
 
-def _parse(text: str, place: str) -> Any:
+def _what_it_is(path: Path) -> str:
+    """Why a path that is there is no file of rows."""
+    if path.is_dir():
+        return ": it is a folder"
+    if path.is_symlink() and not path.exists():
+        return ": it is a link to nothing"
+    return ": a file of another kind" if path.exists() else ""
+
+
+def _parse(text: str, place: str, advice: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        near = text[max(error.pos - 30, 0) : error.pos + 30]
         raise DataError(
-            f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of {shorten([repr(text[:60])])}. "
-            "Mend or delete it; nothing was loaded."
+            f"{place}: not valid JSON: {error.msg} at character {error.pos + 1}, near {near!r}. {advice}"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise DataError(f"{place}: cannot be read: {first_line(error)}. {advice}") from error
 
 
 def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -> list[tuple[str, Row]]:
@@ -166,7 +218,7 @@ def _converter(
         if missing:
             raise DataError(
                 f"{name} has no column {missing[0]!r}.{did_you_mean(missing[0], first)} "
-                f"Its columns are: {', '.join(first)}."
+                f"Its columns are: {_columns(first)}."
             )
         return lambda row, place: _pair(row, place, prompt_column, completion_column)
     if "messages" in first:
@@ -175,9 +227,13 @@ def _converter(
         if prompt in first and completion in first:
             return lambda row, place: _pair(row, place, prompt, completion)
     raise DataError(
-        f"{name} has the columns {', '.join(first) or '(none)'}; accepted are: {ACCEPTED}. "
+        f"{name} has the columns {_columns(first)}; accepted are: {ACCEPTED}. "
         "Rename the columns, or name two of them with data.prompt_column and data.completion_column."
     )
+
+
+def _columns(row: Row) -> str:
+    return shorten((f"{column!s:.40}" for column in row), 10) or "(none)"
 
 
 def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> Record:
@@ -188,11 +244,27 @@ def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> R
 
 
 def _text(row: Row, place: str, column: str) -> str:
-    value = row.get(column)
+    if column not in row:
+        raise DataError(
+            f"{place}: no column {column!r}; this row has {_columns(row)}. Give every row the same columns."
+        )
+    value = row[column]
     if not isinstance(value, str) or not value.strip():
         found = "nothing" if value is None else repr(value)[:40]
-        raise DataError(f"{place}: column {column!r} holds {found}, expected text.")
-    return value
+        raise DataError(f"{place}: column {column!r} holds {found}, expected text. Mend or delete the row.")
+    return _checked(value, place)
+
+
+def _checked(text: str, place: str) -> str:
+    """The text itself, unless it holds half of a surrogate pair, which no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: {text[error.start]!r} at character {error.start + 1} is half a character (a lone surrogate). "
+            "Mend or delete the row."
+        ) from error
+    return text
 
 
 def _conversation(row: Row, place: str) -> Record:
@@ -208,7 +280,7 @@ def _conversation(row: Row, place: str) -> Record:
                 f"{place}: message {number} needs a role ({', '.join(ROLES)}) and a content that is text, "
                 f"found {turn!r:.80}."
             )
-        messages.append(Message(turn["role"], turn["content"]))
+        messages.append(Message(turn["role"], _checked(turn["content"], place)))
     if not any(message.role == "assistant" and message.content.strip() for message in messages):
         raise DataError(
             f"{place}: no assistant turn with text in it, so there is nothing to learn from this row. "
@@ -218,6 +290,9 @@ def _conversation(row: Row, place: str) -> Record:
 
 
 def _record(messages: tuple[Message, ...]) -> Record:
+    record = Record(messages)
     last = [message.content for message in messages if message.role == "assistant"][-1]
     answer = final_answer(last)
-    return Record(messages, answer if answer is not None and last_number(answer) is not None else None)
+    if answer is None or last_number(answer) is None or not record.question:  # unasked, it cannot be graded
+        return record
+    return Record(messages, answer)
