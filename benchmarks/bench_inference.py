@@ -54,11 +54,7 @@ class Answers:
         else:
             import lorafa
 
-            model = lorafa.get_peft_model(model, lorafa.LoraConfig(**settings))
-        if case == LORA_FA:
-            from lorafa.optimizers import create_lorafa_optimizer
-
-            create_lorafa_optimizer(model, r=16, lora_alpha=32, lr=1e-4)  # freezes A
+            model = lorafa.get_peft_model(model, lorafa.LoraConfig(**settings, freeze_A=case == LORA_FA))
         factors = sorted((name, p) for name, p in model.named_parameters() if "lora_" in name)
         for index, (_, parameter) in enumerate(factors):
             parameter.data = 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))

@@ -35,8 +35,8 @@ FLOAT32, FLOAT16 = 4, 2
 
 @cache
 def cost(model: str, rank: int, targets: tuple[str, ...], freeze_A: bool) -> AdapterCost:
-    config = LoraConfig(r=rank, lora_alpha=16, target_modules=list(targets))
-    return adapter_cost(shape_model(model), config, freeze_A=freeze_A)
+    config = LoraConfig(r=rank, lora_alpha=16, target_modules=list(targets), freeze_A=freeze_A)
+    return adapter_cost(shape_model(model), config)
 
 
 def printed(model: str, rank: int, targets: tuple[str, ...], freeze_A: bool, size: int) -> tuple[int, str, str]:

@@ -59,6 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": ["0", "conv"], "use_dora": True},
     "bias": {"target_modules": ["0"], "lora_bias": True, "bias": "all"},
     "ranks": {"target_modules": ["0", "1"], "rank_pattern": {"1": 5}},
+    "a frozen": {"target_modules": ["0", "embed"], "freeze_A": True},
     "tokens": {"target_modules": ["1"], "trainable_token_indices": {"embed": [1, 3]}},
 }
 DTYPES = [torch.float32, torch.bfloat16]
@@ -98,8 +99,9 @@ def test_different_ranks_of_one_kind_are_all_named() -> None:
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_frozen_A_is_stored_and_not_trained(case: str) -> None:
-    config = LoraConfig(r=2, **CONFIGS[case])
-    trained, frozen = adapter_cost(Toy(), config), adapter_cost(Toy(), config, freeze_A=True)
+    trained, frozen = (
+        adapter_cost(Toy(), LoraConfig(r=2, **CONFIGS[case] | {"freeze_A": freeze_A})) for freeze_A in (False, True)
+    )
     assert (trained.trains_A, frozen.trains_A) == (True, False)
     assert frozen.stored == trained.stored
     assert trained.trainable - frozen.trainable == sum(kind.A for kind in trained.kinds)
@@ -173,9 +175,8 @@ def _stock(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def test_lora_fas_optimizer_freezes_A() -> None:
-    config = LoraConfig(r=2, target_modules=["0"])
-    frozen = adapter_cost(Toy(), config, freeze_A=True)
-    assert adapter_cost(Toy(), config, OptimConfig(name="lora_fa")) == frozen
+    frozen = adapter_cost(Toy(), LoraConfig(r=2, target_modules=["0"], freeze_A=True))
+    assert adapter_cost(Toy(), LoraConfig(r=2, target_modules=["0"]), OptimConfig(name="lora_fa")) == frozen
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,12 @@ def test_a_folder_needs_a_config_only(output: Any, tmp_path: Path) -> None:
     assert cost["base_bytes"] == 2 * cost["base"]
 
 
-def test_an_optimizer_that_freezes_A_gets_one_column(output: Any) -> None:
-    assert params(*OPT, "optim=lora_fa", "--json") == 0
-    assert list(json.loads(output()[0])["costs"]) == ["A frozen, lora_fa"]
+@pytest.mark.parametrize(("setting", "optimizer"), [("optim=lora_fa", "lora_fa"), ("peft.freeze_A=true", "adamw")])
+def test_where_A_is_frozen_anyway_there_is_one_column(output: Any, setting: str, optimizer: str) -> None:
+    assert params(*OPT, setting, "--json") == 0
+    costs = json.loads(output()[0])["costs"]
+    assert list(costs) == [f"A frozen, {optimizer}"]
+    assert costs[f"A frozen, {optimizer}"]["trainable"] == 589_824
 
 
 def test_what_is_trained_in_full_has_a_row(output: Any) -> None:

@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from lorafa.adapter import working_dtype
-from lorafa.config import LoraConfig
+from lorafa.config import LoraConfig, require_available
+from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import ConfigError
 from lorafa.io.peft_format import file_tensors, keeps_embeddings
 from lorafa.layers.base import LoraLayer
@@ -81,9 +83,7 @@ class AdapterCost:
         return any(kind.trainable > kind.B + kind.extras for kind in self.kinds)
 
 
-def adapter_cost(
-    model: nn.Module, config: LoraConfig, optim: OptimConfig | None = None, *, freeze_A: bool = False
-) -> AdapterCost:
+def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None = None) -> AdapterCost:
     """Put the adapter on without its numbers, count, and take it off again; the model is bit-identical afterwards.
 
     On a model with weights only ``modules_to_save`` are copied for that time; on the meta device nothing is allocated.
@@ -93,20 +93,18 @@ def adapter_cost(
     Args:
         model: the user's model, without adapters.
         optim: the optimizer whose state is counted; default AdamW. That of LoRA-FA freezes A.
-        freeze_A: train B alone, whatever the config says.
 
     Raises:
+        NotAvailableError: the config asks for a feature this version does not have.
         ConfigError: the model carries adapters, or the config does not go with the model.
         TargetError: a pattern matches nothing, or something that cannot carry an adapter.
     """
     optim = optim or OptimConfig()
+    require_available(config)
     if any(True for _ in lora_layers(model)):
         raise ConfigError("The model carries adapters already, so what one costs cannot be told. Give the base model.")
     base = {id(p): p for _, p in base_parameters(model)}.values()
-    planned = plan(model, replace(config, init_lora_weights=True), _NAME, Options(low_cpu_mem_usage=True))
-    if freeze_A or optim.name == "lora_fa":
-        layers = [replace(layer, parts=replace(layer.parts, freeze_A=True)) for layer in planned.layers]
-        planned = replace(planned, layers=layers)
+    planned = plan(model, _without_start(config, optim), _NAME, Options(low_cpu_mem_usage=True))
     with _applied(model, planned):
         kinds = _kinds(lora_layers(model))
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -121,6 +119,12 @@ def adapter_cost(
             gradient_bytes=_bytes(trained),
             state_bytes=_state_bytes(model, trained, optim),
         )
+
+
+def _without_start(config: LoraConfig, optim: OptimConfig) -> LoraConfig:
+    """The config with a start that reads nothing; with A frozen where the optimizer freezes it."""
+    settings: dict[str, Any] = dict.fromkeys(START_SETTINGS)
+    return replace(config, init_lora_weights=True, freeze_A=config.freeze_A or optim.name == "lora_fa", **settings)
 
 
 def _state_bytes(model: nn.Module, trained: Sequence[nn.Parameter], optim: OptimConfig) -> int:
