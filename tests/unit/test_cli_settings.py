@@ -123,6 +123,7 @@ def test_a_config_is_frozen() -> None:
         ("train.batch_size=0", "train.batch_size must be an integer >= 1"),
         ("train.epochs=1", r"train.steps or train.epochs, found steps=\d+ and epochs=1.0. Set one and make the other"),
         ("eval.max_new_tokens=0", "eval.max_new_tokens must be an integer >= 1"),
+        ("eval.extract=upsteam", r"must be one of number, upstream, found 'upsteam' \(str\). Did you mean 'upstream'"),
         ("threads=0", "threads must be an integer >= 1"),
         ("peft", "'peft' is not a setting. Write key=value, for example peft.r=16."),
         ("~peft", "'~peft' is not a setting"),

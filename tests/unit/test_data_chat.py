@@ -6,10 +6,14 @@ import pytest
 import torch
 from data_toys import CHATML, byte_tokenizer, conversation
 
-from lorafa.data.chat import IGNORE, Sample, encode, encode_all, encode_prompt, render_sample
+from lorafa.data.chat import IGNORE, Sample, encode_all, encode_prompt, render_sample
 from lorafa.data.collate import Collator
 from lorafa.data.records import Message, Record
 from lorafa.errors import DataError
+
+
+def encode(record, tokenizer, max_length):
+    return encode_all([record], tokenizer, max_length).samples[0]
 
 
 def trained_text(sample, tokenizer):
@@ -91,20 +95,23 @@ def test_padding_is_masked_by_position_even_if_the_pad_token_occurs_in_the_text(
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
-def test_a_sample_whose_labels_are_all_cut_off_is_an_error_that_says_where_the_answer_starts():
-    tokenizer = byte_tokenizer(None)
+def test_samples_whose_labels_are_all_cut_off_are_an_error_that_says_where_the_first_answer_starts():
+    records = [conversation("p" * n, "c") for n in (30, 10, 20)]
     with pytest.raises(
-        DataError, match=r"masked: its answer starts at token 12, and max_length=8 .* Raise data.max_le"
+        DataError, match=r"None of the 3 samples .* max_length=8: .* at token 12\. Raise data\.max_length"
     ):
-        encode(conversation("p" * 10, "c"), tokenizer, 8)
-    with pytest.raises(DataError, match=r"None of the 1 samples has a trained token within max_length=8\. Raise"):
-        encode_all([conversation("p" * 10, "c")], tokenizer, 8)
+        encode_all(records, byte_tokenizer(None), 8)
+
+
+def test_no_records_are_an_error():
+    with pytest.raises(DataError, match=r"There are no records to tokenize\. Give some"):
+        encode_all([], byte_tokenizer(), 8)
 
 
 def test_a_template_that_leaves_the_answer_out_is_an_error():
     deaf = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     with pytest.raises(DataError, match=r"masked: the chat template leaves the assistant's text out. Use another"):
-        encode(conversation("question", "answer"), byte_tokenizer(deaf), 100)
+        encode_all([conversation("question", "answer")] * 2, byte_tokenizer(deaf), 100)
 
 
 def test_a_conversation_without_an_assistant_turn_is_an_error():

@@ -11,6 +11,7 @@ import torch
 from data_toys import byte_tokenizer, conversation, tiny_llama
 
 from lorafa.data.chat import encode_prompt
+from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals import gsm8k
 from lorafa.evals.generation import evaluating, generate_greedy
@@ -210,6 +211,9 @@ def test_bad_requests_are_errors_before_anything_is_generated():
         evaluate(model, tokenizer, [])
     with pytest.raises(DataError, match=r"no number as its gold answer \(found None\).*'hello'.*end in '#### N'"):
         evaluate(model, tokenizer, [conversation("hello", "hi")])
+    unasked = Record((Message("assistant", "#### 3"),), "3")
+    with pytest.raises(DataError, match=r"A record asks nothing before its answer '3', so there is nothing to gener"):
+        evaluate(model, tokenizer, [unasked])
     with pytest.raises(
         DataError, match=r"longest prompt has 3 tokens; with max_new_tokens=510 .* context of 512\. Lower"
     ):

@@ -49,53 +49,44 @@ class Encoded:
     truncated: int
 
 
-def encode(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sample:
-    """Tokenize a conversation and label its assistant turns, each through its end-of-turn token.
+def encode_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenize conversations and label their assistant turns, each through its end-of-turn token.
 
     The chat template renders the conversation up to each assistant turn and through it; what the turn adds is trained.
     The token after the turn's end mark (ChatML writes a newline) is not. A template that closes a turn with no special
     token gets the end-of-sequence token there, so that the model learns to stop. Without a chat template
-    ``PLAIN_TEMPLATE`` is used. Longer conversations lose their tail.
+    ``PLAIN_TEMPLATE`` is used. Longer conversations lose their tail; those whose answer lies beyond ``max_length`` are
+    dropped and counted.
 
     Raises:
-        DataError: no assistant turn; no trained token within ``max_length``; the template refuses the conversation, or
-            renders a prefix of it differently from the whole; the tokenizer cannot say where its tokens stand.
+        DataError: no sample is left; a conversation has no assistant turn; the template refuses a conversation, leaves
+            the assistant's text out, or renders a prefix of it differently from the whole; the tokenizer cannot say
+            where its tokens stand.
     """
-    ids, labels = _tokenize(record, tokenizer)
-    sample = Sample(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
-    if not sample.trained:
-        first = next((i for i, label in enumerate(labels) if label != IGNORE), None)
-        reason = (
-            "the chat template leaves the assistant's text out. Use another template or tokenizer."
-            if first is None
-            else f"its answer starts at token {first + 1}, and max_length={max_length} cuts there. "
-            "Raise data.max_length or shorten the prompt."
-        )
-        raise DataError(f"All labels of a sample are masked: {reason} The sample: {_start(record)}.")
-    return sample
-
-
-def encode_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """:func:`encode` every record; those whose answer lies beyond ``max_length`` are dropped and counted.
-
-    Raises:
-        DataError: as :func:`encode`, for other reasons than length; or no sample is left.
-    """
-    samples = []
+    if not records:
+        raise DataError("There are no records to tokenize. Give some.")
+    samples, starts = [], []
     for record in records:
         ids, labels = _tokenize(record, tokenizer)
+        start = next((i for i, label in enumerate(labels) if label != IGNORE), None)
+        if start is None:
+            raise DataError(
+                "All labels of a sample are masked: the chat template leaves the assistant's text out. Use another "
+                f"template or tokenizer. The sample: {_start(record)}."
+            )
+        starts.append(start)
         samples.append(Sample(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length))
     usable = [sample for sample in samples if sample.trained]
     if not usable:
         raise DataError(
-            f"None of the {len(samples)} samples has a trained token within max_length={max_length}. "
-            "Raise data.max_length, or check that the rows have answers."
+            f"None of the {len(samples)} samples has a trained token within max_length={max_length}: the first answer "
+            f"to start does so at token {min(starts) + 1}. Raise data.max_length, or shorten the prompts."
         )
     return Encoded(usable, len(samples) - len(usable), sum(sample.truncated for sample in usable))
 
 
 def encode_prompt(messages: Iterable[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids after which the model is to write an assistant turn: what precedes the labels of :func:`encode`."""
+    """The ids after which the model is to write an assistant turn: what precedes the labels of :func:`encode_all`."""
     text = render(messages, tokenizer, add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids

@@ -80,7 +80,7 @@ def evaluate(
 
     Raises:
         ConfigError: unknown ``extract``.
-        DataError: no records; a record has no numeric gold answer; a prompt does not fit the model.
+        DataError: no records; a record has no question or no numeric gold answer; a prompt does not fit the model.
     """
     if extract not in EXTRACTORS:
         raise ConfigError(
@@ -95,6 +95,10 @@ def evaluate(
                 f"A record has no number as its gold answer (found {record.answer!r}), so accuracy cannot be measured: "
                 f"{record.messages[0].content[:60]!r}. Its last turn must end in '#### N'; without, measure the answer "
                 "loss only."
+            )
+        if not record.question:
+            raise DataError(
+                f"A record asks nothing before its answer {gold!r}, so there is nothing to generate from. Leave it out."
             )
     prompts = [encode_prompt(record.question, tokenizer) for record in records]
     written = generate_greedy(

@@ -141,6 +141,7 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
             graded,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
+            extract=settings.extract,
             progress=bar,
         )
     console.print(

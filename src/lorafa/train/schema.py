@@ -271,6 +271,8 @@ class EvalConfig:
     """Prompts answered at a time."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
+    extract: Literal["number", "upstream"] = "number"
+    """How the final number is read: number, or upstream as the LoRA-GA scripts do, to compare with their accuracy."""
 
     def __post_init__(self) -> None:
         if self.size is not None:
