@@ -30,7 +30,7 @@ from lorafa.errors import CheckpointError
 from lorafa.linalg import damped_inverse, spd_eigh, sylvester
 from lorafa.optimizers.adamw import adamw_, moments
 from lorafa.optimizers.pairs import Pair, check_both_trained, other_groups, pairs_of
-from lorafa.optimizers.preconditioned import precondition, split, with_gradients
+from lorafa.optimizers.preconditioned import PairBatch, precondition
 
 FORMS = ("adamw", "sgd", "full")
 CHOICES = ("zero", "sylvester", "symmetric")
@@ -44,33 +44,39 @@ def adjusted_gradients(
     """h_A (N, r, n) and h_B (N, m, r) for A (N, r, n), B (N, m, r), their gradients and s (N, 1, 1).
 
     Args:
+        gradient_A: s B^T G for some G (N, m, n).
+        gradient_B: s G A^T for the same G.
         X: ``"zero"``, ``"sylvester"`` or ``"symmetric"``.
         damping: added to both Gram matrices, as a share of their mean eigenvalue.
     """
-    squared = s**2
     gram_B, gram_A = B.mT @ B, A @ A.mT
+    core = B.mT @ gradient_B  # = g_A A^T: both are s B^T G A^T
     p, P = spd_eigh(gram_B, damping)
-    largest, smallest = p[..., -1].sqrt(), p[..., 0].sqrt()
-    lost = (smallest < LOST_RANK * largest.clamp(min=1.0))[..., None, None]
+    lost = (p[..., 0].sqrt() < LOST_RANK * p[..., -1].sqrt().clamp(min=1.0))[..., None, None]
     p = torch.where(lost[..., 0], torch.ones_like(p), p)
-    inverse_B = ((P / p[..., None, :]) @ P.mT).to(B.dtype)
+    wide_s, wide_core = s.to(p.dtype) ** 2, core.to(p.dtype)
+    inverse_B = (P / p[..., None, :]) @ P.mT / wide_s
     if X == "sylvester":
         q, Q = spd_eigh(gram_A, damping)
-        inverse_A = ((Q / q[..., None, :]) @ Q.mT).to(A.dtype)
+        inverse_A = (Q / q[..., None, :]) @ Q.mT
     else:
-        inverse_A = damped_inverse(gram_A, damping, relative=True)
-
-    right = gradient_B @ inverse_A / squared
-    for_A = inverse_B @ gradient_A / squared
-    through_B = inverse_B @ (B.mT @ right)
-    for_B = right - B @ through_B
+        inverse_A = damped_inverse(gram_A.to(p.dtype), damping, relative=True)
+    shared = inverse_B @ wide_core @ inverse_A  # (1/s^2) (B^T B)^-1 B^T g_B (A A^T)^-1
     if X == "sylvester":
-        core = sylvester(p, P, q, Q, -(for_A @ A.mT).to(p.dtype)).to(A.dtype)
-    elif X == "symmetric":
-        core = -0.5 * through_B
+        between = sylvester(p, P, q, Q, -inverse_B @ wide_core)
+    else:
+        between = -0.5 * shared if X == "symmetric" else torch.zeros_like(shared)
+
+    # Everything small is put together first: each product with a factor or a gradient is a pass over memory.
+    identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+    left = torch.where(lost, identity, inverse_B).to(A.dtype)
+    right = (inverse_A / wide_s).to(B.dtype)
+    taken = torch.where(lost, 0.0, shared + between).to(B.dtype)
+    given = torch.where(lost, 0.0, between).to(A.dtype)
+    for_A, for_B = left @ gradient_A, gradient_B @ right
     if X != "zero":
-        for_A, for_B = for_A + core @ A, for_B - B @ core
-    return torch.where(lost, gradient_A, for_A), torch.where(lost, right, for_B)
+        for_A.baddbmm_(given, A)
+    return for_A, for_B.baddbmm_(B, taken, alpha=-1.0)
 
 
 def create_lorapro_optimizer(
@@ -179,7 +185,8 @@ class LoraProAdamW(Optimizer):
         return loss
 
     def _move(self, pair: Pair, group: dict[str, Any]) -> None:
-        A, B, gradient_A, gradient_B, s = with_gradients([pair])
+        batch = PairBatch([pair])
+        (A, B), (gradient_A, gradient_B), s = batch.factors(), batch.gradients(), batch.scalings()
         state = self.state[pair.B]
         if not state:
             state["step"] = 0
@@ -197,7 +204,7 @@ class LoraProAdamW(Optimizer):
         for_A, for_B = s * B.mT @ direction, s * direction @ A.mT
         for_A, for_B = adjusted_gradients(A, B, for_A, for_B, s, self.X, self.damping)
         lr, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
-        for _, step_A, step_B in split([pair], for_A, for_B):
+        for _, step_A, _, step_B in batch.split(for_A, for_B):
             pair.A.copy_(kept * pair.A.to(step_A.dtype) - lr * step_A)
             pair.B.copy_(kept * pair.B.to(step_B.dtype) - lr * step_B)
 

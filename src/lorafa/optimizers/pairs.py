@@ -6,7 +6,7 @@ biases and modules whose path contains "lora" stand between the factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter, working_dtype
+from lorafa.adapter import Adapter
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.base import LoraLayer
 
@@ -161,9 +161,3 @@ def by_shape(pairs: Iterable[Pair]) -> list[list[Pair]]:
         A, B = pair.matrices_A(pair.A), pair.matrices_B(pair.B)
         groups.setdefault((A.shape[1:], B.shape[1:], A.dtype, B.dtype, B.device), []).append(pair)
     return list(groups.values())
-
-
-def stacked(matrices: Sequence[Tensor]) -> Tensor:
-    """(E_i, m, r) tensors one below the other, in float32 (float64 stays)."""
-    joined = torch.cat(list(matrices))
-    return joined.to(working_dtype(joined.dtype))

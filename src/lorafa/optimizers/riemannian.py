@@ -20,7 +20,7 @@ from lorafa.linalg import damped_inverse
 from lorafa.optimizers.adamw import adamw_, by_device_and_dtype, moments
 from lorafa.optimizers.checked import check_state_shapes
 from lorafa.optimizers.pairs import Pair, by_shape, check_both_trained, other_groups, pairs_of
-from lorafa.optimizers.preconditioned import precondition, split, with_gradients
+from lorafa.optimizers.preconditioned import PairBatch, live_batches, precondition
 
 
 def create_riemannian_optimizer(
@@ -82,7 +82,7 @@ class PreconditionedAdamW(Optimizer):
                  prec_reg: float, pairs: list[Pair]) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.pairs, self.prec_reg = pairs, prec_reg
-        self._batches = by_shape(pairs)
+        self._batches = [PairBatch(group) for group in by_shape(pairs)]
         self.register_load_state_dict_pre_hook(check_state_shapes)
 
     @torch.no_grad()
@@ -94,19 +94,20 @@ class PreconditionedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        live = [[p for p in batch if p.A.grad is not None and p.B.grad is not None] for batch in self._batches]
-        live = [batch for batch in live if batch]
+        live = live_batches(self._batches)
         gradients: dict[Tensor, Tensor] = {}
         for batch in live:
-            _, B, gradient_A, gradient_B, _ = with_gradients(batch)
+            _, B = batch.factors()
+            gradient_A, gradient_B = batch.gradients()
             for_A = damped_inverse(B.mT @ B, self.prec_reg, relative=False) @ gradient_A
-            gradients |= {pair.A: gradient for pair, gradient, _ in split(batch, for_A, gradient_B)}
+            gradients |= {A: gradient for A, gradient, _, _ in batch.split(for_A, gradient_B)}
         self._move(gradients)
         gradients = {}
         for batch in live:
-            A, _, gradient_A, gradient_B, _ = with_gradients(batch)
+            A, _ = batch.factors()
+            gradient_A, gradient_B = batch.gradients()
             for_B = gradient_B @ damped_inverse(A @ A.mT, self.prec_reg, relative=False)
-            gradients |= {pair.B: gradient for pair, _, gradient in split(batch, gradient_A, for_B)}
+            gradients |= {B: gradient for _, _, B, gradient in batch.split(gradient_A, for_B)}
         factors = {parameter for pair in self.pairs for parameter in (pair.A, pair.B)}
         others = [p for group in self.param_groups for p in group["params"] if p not in factors]
         self._move(gradients | {p: p.grad for p in others if p.grad is not None})
