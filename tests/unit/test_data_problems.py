@@ -176,5 +176,5 @@ def test_more_templates_than_there_are_is_an_error(cache):
 
 
 def test_templates_of_other_data_are_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"data\.templates counts kinds of generated problems"):
+    with pytest.raises(DataError, match=r"data\.templates=3 counts kinds of generated problems"):
         load_records(str(tmp_path / "rows.jsonl"), train_size=1, eval_size=1, seed=0, templates=3)

@@ -196,7 +196,7 @@ def test_an_unreachable_hub_is_an_error_with_the_next_step(monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError("We couldn't connect to 'the Hub'\nCheck your connection")
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     with pytest.raises(
         SourceError, match=r"from the Hub model 'a/b': We couldn't connect to 'the Hub'\. Next step: give"
     ):

