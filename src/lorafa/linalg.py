@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_NOTHING = 1e-30
+"""Stands for an eigenvalue of zero where it is divided by."""
+
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Make the largest entry of every column of U (..., m, k) positive, so that a decomposition reproduces."""
@@ -49,27 +52,28 @@ def wide(matrix: Tensor) -> Tensor:
 
 
 def damped_inverse(gram: Tensor, damping: float, *, relative: bool) -> Tensor:
-    """(M + d I)^-1 of positive semidefinite M (..., r, r), in its dtype.
+    """(M + d I)^-1 of positive semidefinite M (..., r, r), as :func:`wide`.
 
-    d is ``damping``, or with ``relative`` ``damping`` times the mean eigenvalue of M. Where M is 0 and nothing damps
-    it, the inverse is that of a matrix of size 1e-30: what it is applied to is 0 there too.
+    d is ``damping``, or with ``relative`` ``damping`` times the mean eigenvalue of M; never less than what rounding
+    made of M in its own dtype. Where M is 0 and nothing damps it, the inverse is that of a matrix of size 1e-30: what
+    it is applied to is 0 there too.
     """
     M = wide(gram)
     rank = M.shape[-1]
-    scale = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] if relative else torch.ones_like(M[..., :1, :1])
-    tiny = torch.finfo(M.dtype).eps * M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30
+    trace = M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    added = damping * trace / rank if relative else torch.full_like(trace, damping)
     eye = torch.eye(rank, dtype=M.dtype, device=M.device)
-    return spd_inverse(torch.linalg.cholesky(M + (damping * scale + tiny) * eye)).to(gram.dtype)
+    return spd_inverse(torch.linalg.cholesky(M + (added + 4 * torch.finfo(gram.dtype).eps * trace + _NOTHING) * eye))
 
 
-def spd_eigh(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (..., r), rising, and eigenvectors (..., r, r) of M + d I, M positive semidefinite, in float64.
+def spd_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., r), rising, and eigenvectors (..., r, r) of positive semidefinite M, as :func:`wide`.
 
-    d is ``damping`` times the mean eigenvalue. What rounding made negative is set to the rounding of the largest.
+    None is below what rounding made of M in its own dtype, nor below 1e-30.
     """
     values, vectors = torch.linalg.eigh(wide(gram))
-    rounding = torch.finfo(gram.dtype).eps * values[..., -1:].clamp(min=0)
-    return values.clamp(min=0).maximum(rounding) + damping * values.mean(-1, keepdim=True).clamp(min=0), vectors
+    rounding = torch.finfo(gram.dtype).eps * values[..., -1:].clamp(min=0) + _NOTHING
+    return values.maximum(rounding), vectors
 
 
 def sylvester(p: Tensor, P: Tensor, q: Tensor, Q: Tensor, right: Tensor) -> Tensor:

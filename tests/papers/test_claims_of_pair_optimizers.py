@@ -95,7 +95,7 @@ def test_the_equation_of_sylvester_is_solved() -> None:
     g = torch.Generator().manual_seed(1)
     left, right, target = (torch.randn(4, 5, 5, generator=g, dtype=torch.float64) for _ in range(3))
     left, right = left @ left.mT, right @ right.mT
-    X = sylvester(*spd_eigh(left, 0.0), *spd_eigh(right, 0.0), target)
+    X = sylvester(*spd_eigh(left), *spd_eigh(right), target)
     near(left @ X + X @ right, target, 1e-9)
 
 
@@ -105,6 +105,20 @@ def test_at_a_zero_B_lora_pro_is_lora_fa(X: str) -> None:
     for_A, for_B = adjusted(A, B, G, X)
     near(for_A, torch.zeros_like(A))
     near(S * for_B @ A, G @ row_projector(A))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("X", CHOICES)
+def test_where_B_has_lost_its_rank_lora_pro_is_lora_fa_too(X: str, dtype: torch.dtype) -> None:
+    """Whatever the damping: a column of B that repeats another leaves B^T B no inverse."""
+    A, B, G = factors()
+    B[..., 2] = 3 * B[..., 0]
+    A, B, G = A.to(dtype), B.to(dtype), G.to(dtype)
+    plain_A, plain_B = gradients(A, B, G)
+    for_A, for_B = adjusted_gradients(A, B, plain_A, plain_B, torch.full((1, 1, 1), S, dtype=dtype), X, 1e-8)
+    tolerance = 1e-6 if dtype is torch.float64 else 1e-4  # of the damping and of the rounding
+    near(for_A, plain_A, tolerance)
+    near(S * for_B @ A, G @ row_projector(A), tolerance)
 
 
 def one_pair(model: torch.nn.Module) -> Pair:

@@ -78,6 +78,37 @@ def test_training_from_the_usual_start_lowers_the_loss(name: str) -> None:
 
 
 @EVERY
+def test_embeddings_train_from_the_usual_start_on_fewer_tokens_than_the_rank(name: str) -> None:
+    """A is zero there, and then has as many independent columns as tokens were seen."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4)), LoraConfig(r=8, target_modules=["0", "1"])
+    )
+    optimizer, losses = MAKERS[name](model, lr=1e-3), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        value = model(torch.tensor([[1, 2, 3]])).square().sum()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < losses[0]
+
+
+@EVERY
+def test_dependent_rows_and_columns_do_not_stop_a_step(name: str) -> None:
+    """In float32 rounding makes the Gram matrices indefinite."""
+    torch.manual_seed(0)
+    model = adapted(torch.float32, r=8)
+    with torch.no_grad():
+        for pair in pairs_of(model):
+            pair.A.copy_(10 * torch.randn(8, 1) * pair.A[:1])
+            pair.B.copy_(10 * torch.randn(1, 8) * pair.B[:, :1])
+    undamped = {"riemannian": {"reg": 0.0}, "riemannian sgd": {"reg": 0.0}}.get(name, {})
+    run(model, MAKERS[name](model, lr=1e-4, **({"damping": 0.0} if "pro" in name else undamped)), 1)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@EVERY
 def test_resuming_is_bit_equal(name: str) -> None:
     whole = adapted(torch.float32)
     start = copy.deepcopy(whole)

@@ -35,7 +35,8 @@ from lorafa.optimizers.preconditioned import PairBatch, precondition
 FORMS = ("adamw", "sgd", "full")
 CHOICES = ("zero", "sylvester", "symmetric")
 LOST_RANK = 1e-6
-"""B counts as rank-deficient where its smallest singular value is below this times max(1, its largest)."""
+"""B counts as rank-deficient where its smallest singular value is below this times max(1, its largest), or where the
+square of it is lost in the rounding of B^T B."""
 
 
 def adjusted_gradients(
@@ -51,16 +52,19 @@ def adjusted_gradients(
     """
     gram_B, gram_A = B.mT @ B, A @ A.mT
     core = B.mT @ gradient_B  # = g_A A^T: both are s B^T G A^T
-    p, P = spd_eigh(gram_B, damping)
-    lost = (p[..., 0].sqrt() < LOST_RANK * p[..., -1].sqrt().clamp(min=1.0))[..., None, None]
-    p = torch.where(lost[..., 0], torch.ones_like(p), p)
+    p, P = spd_eigh(gram_B)
+    rounding = p.shape[-1] * torch.finfo(gram_B.dtype).eps * p[..., -1]
+    smallest = (LOST_RANK * p[..., -1].sqrt().clamp(min=1.0)).square().maximum(rounding)
+    lost = (p[..., 0] < smallest)[..., None, None]
+    p = torch.where(lost[..., 0], torch.ones_like(p), p + damping * p.mean(-1, keepdim=True))
     wide_s, wide_core = s.to(p.dtype) ** 2, core.to(p.dtype)
     inverse_B = (P / p[..., None, :]) @ P.mT / wide_s
     if X == "sylvester":
-        q, Q = spd_eigh(gram_A, damping)
+        q, Q = spd_eigh(gram_A)
+        q = q + damping * q.mean(-1, keepdim=True)
         inverse_A = (Q / q[..., None, :]) @ Q.mT
     else:
-        inverse_A = damped_inverse(gram_A.to(p.dtype), damping, relative=True)
+        inverse_A = damped_inverse(gram_A, damping, relative=True)
     shared = inverse_B @ wide_core @ inverse_A  # (1/s^2) (B^T B)^-1 B^T g_B (A A^T)^-1
     if X == "sylvester":
         between = sylvester(p, P, q, Q, -inverse_B @ wide_core)

@@ -57,7 +57,7 @@ def create_riemannian_optimizer(
     def transform(A: Tensor, B: Tensor, gradient_A: Tensor, gradient_B: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         left = damped_inverse(B.mT @ B, reg, relative=relative)
         right = damped_inverse(A @ A.mT, reg, relative=relative)
-        return left @ gradient_A, gradient_B @ right
+        return left.to(A.dtype) @ gradient_A, gradient_B @ right.to(B.dtype)
 
     decay = kwargs.get("weight_decay", 0.0)
     groups = [{"params": [f for pair in pairs for f in (pair.A, pair.B)]}, *other_groups(model, pairs, decay)]
@@ -99,14 +99,16 @@ class PreconditionedAdamW(Optimizer):
         for batch in live:
             _, B = batch.factors()
             gradient_A, gradient_B = batch.gradients()
-            for_A = damped_inverse(B.mT @ B, self.prec_reg, relative=False) @ gradient_A
+            inverse = damped_inverse(B.mT @ B, self.prec_reg, relative=False)
+            for_A = inverse.to(B.dtype) @ gradient_A
             gradients |= {A: gradient for A, gradient, _, _ in batch.split(for_A, gradient_B)}
         self._move(gradients)
         gradients = {}
         for batch in live:
             A, _ = batch.factors()
             gradient_A, gradient_B = batch.gradients()
-            for_B = gradient_B @ damped_inverse(A @ A.mT, self.prec_reg, relative=False)
+            inverse = damped_inverse(A @ A.mT, self.prec_reg, relative=False)
+            for_B = gradient_B @ inverse.to(A.dtype)
             gradients |= {B: gradient for _, _, B, gradient in batch.split(gradient_A, for_B)}
         factors = {parameter for pair in self.pairs for parameter in (pair.A, pair.B)}
         others = [p for group in self.param_groups for p in group["params"] if p not in factors]
