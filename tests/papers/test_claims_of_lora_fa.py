@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafa import PeftModel
 from lorafa.optimizers import LoraFAOptimizer, create_lorafa_optimizer
 from lorafa.optimizers.lora_fa import fold_
-from lorafa.optimizers.pairs import pairs_of
+from lorafa.optimizers.pairs import Pair, pairs_of
 from lorafa.optimizers.row_space import RowSpace
 from optimizer_toys import adapted, batch, loss, row_projector, update, weight_gradients
 
@@ -79,6 +79,13 @@ def change_basis(model: PeftModel, basis: Tensor | None) -> None:
             pair.B.copy_(pair.B @ torch.linalg.inv(basis))
 
 
+def decay(pairs: list[Pair]) -> None:
+    """Decoupled weight decay of B."""
+    with torch.no_grad():
+        for pair in pairs:
+            pair.B.mul_(0.99)
+
+
 def descend(model: PeftModel, steps: int, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Train the B's with projected gradients and a stock optimizer; the updates s B A after that."""
     torch.manual_seed(2)
@@ -91,6 +98,7 @@ def descend(model: PeftModel, steps: int, make: Callable[[list[Tensor]], torch.o
         for parameter, gradient in rows.gradients().items():
             parameter.grad = gradient
         optimizer.step()
+        decay(pairs)
     return {pair.path: update(pair) for pair in pairs}
 
 
@@ -98,7 +106,7 @@ def sgd(parameters: list[Tensor], scale: float = 1.0) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05 * scale, momentum=0.9, nesterov=True, weight_decay=0.0)
 
 
-def test_descent_with_momentum_depends_on_the_rows_of_A_alone() -> None:
+def test_descent_with_momentum_and_decay_depends_on_the_rows_of_A_alone() -> None:
     basis = torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, -1.0], [0.3, 0.0, 0.4]], dtype=torch.float64)
     results = []
     for change in (None, basis):
@@ -147,6 +155,7 @@ def test_folded_descent_on_the_plain_gradient_is_descent_on_the_projected_one() 
         model.zero_grad()
         loss(model, batch()).backward()
         optimizer.step()
+        decay(pairs)
     for pair in pairs:
         torch.testing.assert_close(update(pair), expected[pair.path], rtol=1e-9, atol=1e-11)
 

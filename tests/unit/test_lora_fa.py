@@ -185,20 +185,6 @@ def test_resuming_is_bit_equal(algorithm: str) -> None:
         assert torch.equal(value, whole.state_dict()[name]), name
 
 
-def test_moments_of_half_precision_factors_are_float32_and_stay_so_when_loaded() -> None:
-    model = adapted(torch.float32)
-    for pair in pairs_of(model):
-        pair.A.data, pair.B.data = pair.A.data.bfloat16(), pair.B.data.bfloat16()
-    optimizer = create_lorafa_optimizer(model, lr=1e-2)
-    run(model, optimizer)
-    other = create_lorafa_optimizer(model, lr=1e-2)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for pair in pairs_of(model):
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert other.state[pair.B][key].dtype is torch.float32
-            assert torch.equal(other.state[pair.B][key], optimizer.state[pair.B][key])
-
-
 @BOTH
 def test_a_closure_computes_the_loss_again(algorithm: str) -> None:
     model = adapted()
@@ -350,12 +336,6 @@ def test_a_shard_or_a_quantized_factor_is_refused() -> None:
         create_lorafa_optimizer(model, lr=1e-3)
 
 
-def test_a_merged_adapter_is_refused() -> None:
-    model = adapted()
-    model.merge_adapter()
-    refuse(model, AdapterError, r"adapter 'default' is merged.*unmerge_adapter")
-
-
 def test_another_active_adapter_than_at_the_start_is_refused_before_anything_moves() -> None:
     model = adapted()
     optimizer = create_lorafa_optimizer(model, lr=1e-2)
@@ -376,7 +356,7 @@ def test_a_state_of_other_shapes_is_refused_before_anything_is_loaded(algorithm:
     run(small, optimizer)
     run(large, other)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(CheckpointError, match=r"has shape \(10, 4\), its saved exp_avg \(10, 3\); nothing was loaded"):
+    with pytest.raises(CheckpointError, match=r"shape \(10, 4\), its saved exp_avg has \(10, 3\); nothing was loaded"):
         other.load_state_dict(optimizer.state_dict())
     after = other.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -385,6 +365,29 @@ def test_a_state_of_other_shapes_is_refused_before_anything_is_loaded(algorithm:
     one_layer = create_lorafa_optimizer(adapted(target_modules=["first"]), lr=1e-2, algorithm=algorithm)
     with pytest.raises(CheckpointError, match=r"groups of \[1\] parameters, this one of \[2\]"):
         other.load_state_dict(one_layer.state_dict())
+
+
+def test_the_state_of_the_other_algorithm_is_refused() -> None:
+    """Its moments are those of another B."""
+    one, two = adapted(), adapted()
+    exact, fold = create_lorafa_optimizer(one, lr=1e-2), create_lorafa_optimizer(two, lr=1e-2, algorithm="fold")
+    run(one, exact)
+    run(two, fold)
+    with pytest.raises(CheckpointError, match=r"has algorithm=exact, this one fold; nothing was loaded"):
+        fold.load_state_dict(exact.state_dict())
+    with pytest.raises(CheckpointError, match=r"has algorithm=fold, this one exact; nothing was loaded"):
+        exact.load_state_dict(fold.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folding_twice_is_folding_once_in_half_precision_too(dtype: torch.dtype) -> None:
+    model = adapted(torch.float32)
+    for pair in pairs_of(model):
+        pair.A.data, pair.B.data = pair.A.data.to(dtype), pair.B.data.to(dtype)
+    create_lorafa_optimizer(model, lr=1e-2, algorithm="fold")
+    once = values(model)
+    create_lorafa_optimizer(model, lr=1e-2, algorithm="fold")
+    assert all(torch.equal(value, once[name]) for name, value in model.named_parameters())
 
 
 def test_the_class_needs_pairs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -175,7 +176,155 @@ def test_lora_plus_gives_B_its_rate_and_every_parameter_one_group() -> None:
     assert all(rates[id(p)] == 8e-3 for p in vectors)
 
 
+LORA_FA: dict[str, Make] = {
+    "exact": lambda model, **s: create_lorafa_optimizer(model, **{"lr": 1e-2} | s),
+    "fold": lambda model, **s: create_lorafa_optimizer(model, algorithm="fold", **{"lr": 1e-2} | s),
+}
+ALL = pytest.mark.parametrize("name", [*MAKERS, *LORA_FA])
+
+
+def make(name: str, model: nn.Module) -> Optimizer:
+    return (MAKERS | LORA_FA)[name](model)
+
+
+@ALL
+def test_the_memory_layout_of_factors_does_not_change_the_steps(name: str) -> None:
+    """Fused kernels walk parameters, gradients and moments by address."""
+    results = []
+    for transposed in (False, True):
+        torch.manual_seed(0)
+        model = adapted(torch.float32)
+        for pair in pairs_of(model):
+            if transposed:
+                pair.A.data, pair.B.data = pair.A.data.T.contiguous().T, pair.B.data.T.contiguous().T
+        run(model, make(name, model))
+        results.append([parameter.detach() for parameter in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_convolutions_in_channels_last_take_the_same_steps(name: str) -> None:
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3)), config).to(memory_format=layout)
+        optimizer, x = make(name, model), torch.randn(2, 4, 6, 6)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        results.append([parameter.detach() for parameter in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["exact", "preconditioned", "pro full"])
+def test_moments_of_half_precision_factors_are_loaded_as_they_were(name: str) -> None:
+    model = adapted(torch.float32)
+    for pair in pairs_of(model):
+        pair.A.data, pair.B.data = pair.A.data.bfloat16(), pair.B.data.bfloat16()
+    optimizer, other = make(name, model), make(name, model)
+    run(model, optimizer)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for parameter, state in optimizer.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert other.state[parameter][key].dtype is torch.float32
+            assert torch.equal(other.state[parameter][key], state[key])
+
+
+@pytest.mark.parametrize("name", ["exact", "fold", "preconditioned", "pro full", "plus"])
+def test_a_copy_of_model_and_optimizer_trains_as_they_do(name: str) -> None:
+    model = adapted()
+    optimizer = make(name, model)
+    run(model, optimizer)
+    twin, twins = copy.deepcopy((model, optimizer))
+    unpickled, its = pickle.loads(pickle.dumps((model, optimizer)))
+    for each, steps in ((model, optimizer), (twin, twins), (unpickled, its)):
+        run(each, steps, 2)
+    for one, two, three in zip(model.parameters(), twin.parameters(), unpickled.parameters(), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@ALL
+def test_several_active_adapters_are_trained_together(name: str) -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    optimizer = make(name, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run(model, optimizer)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]) != parameter.requires_grad, key
+
+
+@MOVING_TOGETHER
+def test_a_layer_that_is_frozen_altogether_is_left_out(name: str) -> None:
+    model = adapted()
+    first = pairs_of(model)[0]
+    for factor in (first.A, first.B):
+        factor.requires_grad_(False)
+    optimizer = make(name, model)
+    run(model, optimizer)
+    assert id(first.B) not in {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 # ---- what they refuse
+
+
+@ALL
+def test_an_adapter_that_is_not_trained_is_refused(name: str) -> None:
+    model = adapted()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(AdapterError, match=r"No factor of adapter 'default' is trained. Load it with is_trainable"):
+        make(name, model)
+
+
+@ALL
+def test_a_merged_adapter_is_refused(name: str) -> None:
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match=r"adapter 'default' is merged.*unmerge_adapter"):
+        make(name, model)
+
+
+@pytest.mark.parametrize("name", [name for name in (*MAKERS, *LORA_FA) if name not in ("plus", "fold")])
+def test_an_adapter_that_took_the_name_of_another_is_refused(name: str) -> None:
+    model = adapted()
+    optimizer = make(name, model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=3, target_modules=["first", "second"]))
+    model.set_adapter("default")
+    loss(model, batch()).backward()
+    with pytest.raises(AdapterError, match=r"made for an adapter 'default' that was deleted; another one has"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name in (*MAKERS, *LORA_FA) if name not in ("plus", "fold")])
+def test_parameters_that_were_replaced_are_refused(name: str) -> None:
+    """As sharding does after the optimizer is made."""
+    model = adapted()
+    optimizer = make(name, model)
+    for group in optimizer.param_groups:
+        group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    with pytest.raises(AdapterError, match=r"B of adapter 'default' is not among the optimizer's parameters"):
+        optimizer.step()
+
+
+@MOVING_TOGETHER
+def test_a_divergence_is_named_in_the_step_after_it(name: str) -> None:
+    model = adapted()
+    optimizer = make(name, model)
+    loss(model, batch()).backward()
+    pairs_of(model)[1].B.grad.fill_(float("nan"))
+    optimizer.step()
+    with pytest.raises(AdapterError, match=r"second, adapter 'default': . \(rank 3\) holds nan or inf"):
+        optimizer.step()
 
 
 @EVERY

@@ -25,7 +25,7 @@ _FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 def moments(state: dict[str, Any], like: Tensor) -> None:
     """Give a parameter's state zero moments of its shape, in float32 (float64 where the parameter is)."""
     for key in ("exp_avg", "exp_avg_sq"):
-        state[key] = torch.zeros_like(like, dtype=working_dtype(like.dtype), memory_format=torch.preserve_format)
+        state[key] = torch.zeros(like.shape, dtype=working_dtype(like.dtype), device=like.device)
 
 
 def by_device_and_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -54,7 +54,7 @@ def adamw_(
     """One step on parameters of one device and dtype that are at the same step.
 
     Args:
-        params: any floating dtype; half precision is updated in float32 and rounded once.
+        params: any floating dtype and layout; half precision is updated in float32 and rounded once.
         grads: of the shapes of ``params``.
         states: what :func:`moments` filled.
         step: number of this step, from 1.
@@ -72,8 +72,9 @@ def adamw_(
         weight_decay = weight_decay * lr / shrunk if shrunk else weight_decay
         lr = shrunk
     first = states[0]["exp_avg"]
-    wide = [p if p.dtype is first.dtype else p.to(first.dtype) for p in params]
-    grads = [g if g.dtype is first.dtype else g.to(first.dtype) for g in grads]
+    # the fused kernels walk all of them by address: one layout
+    wide = [p.to(first.dtype).contiguous() for p in params]
+    grads = [g.to(first.dtype).contiguous() for g in grads]
     averages, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
     count = torch.tensor(float(step) if correct_bias else _LATE, device=first.device)
     common: dict[str, Any] = {"amsgrad": False, "beta1": betas[0], "beta2": betas[1], "lr": lr, "eps": eps}

@@ -22,19 +22,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
-from lorafa.errors import AdapterError, ConfigError
+from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import adamw_, moments
-from lorafa.optimizers.checked import check_state_shapes
+from lorafa.optimizers.checked import PairOptimizer, check_state
 from lorafa.optimizers.pairs import Pair, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
 
 ALGORITHMS = ("exact", "fold")
 ORTHONORMAL = 1e-6
-"""Rows of A this near to orthonormal are left as they are, so that folding twice is folding once."""
+"""Rows of A this near to orthonormal are left as they are, so that folding twice is folding once; in half precision
+as near as its rounding lets them come."""
 
 
-class LoraFAOptimizer(Optimizer):
+class LoraFAOptimizer(PairOptimizer):
     """AdamW on every parameter it is given, with the projected gradient for the B of each pair.
 
     The step is  B <- B - lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps), then B <- (1 - lr weight_decay) B.
@@ -53,6 +54,8 @@ class LoraFAOptimizer(Optimizer):
         ConfigError: a number is out of range, or there are no pairs.
         AdapterError: the rows of some A are dependent.
     """
+
+    own = ("pairs", "row_space")
 
     def __init__(
         self,
@@ -73,32 +76,10 @@ class LoraFAOptimizer(Optimizer):
             )
         self.row_space = RowSpace(pairs)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
-        super().__init__(params, defaults)
-        self.register_load_state_dict_pre_hook(check_state_shapes)
+        super().__init__(params, defaults | {"algorithm": "exact"}, pairs)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but moments keep their own dtype where the parameter's is a half one."""
-        super().load_state_dict(state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, parameter in zip(ids, parameters, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][key] = value.to(parameter.device, copy=True)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; ``closure`` computes the loss and its gradients again, and the loss is returned.
-
-        Raises:
-            AdapterError: the adapters this optimizer was made for are not the active ones.
-        """
-        for pair in self.row_space.pairs:
-            pair.check_active()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """AdamW with the projected gradient of every B."""
         projected = self.row_space.gradients()
         for group in self.param_groups:
             batches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
@@ -127,7 +108,6 @@ class LoraFAOptimizer(Optimizer):
                     eps_corrected=False,
                     decay_last=True,
                 )
-        return loss
 
 
 def create_lorafa_optimizer(
@@ -180,11 +160,6 @@ def create_lorafa_optimizer(
         )
     pairs = pairs_of(model)
     _check_arguments(pairs, r, lora_alpha, use_rslora)
-    for pair in pairs:
-        if pair.layer.merged:
-            raise AdapterError(
-                f"{pair.path}: adapter {pair.name!r} is merged, so it gets no gradient. Call unmerge_adapter() first."
-            )
     factors = [row_factors(pair) for pair in pairs]
     rest = other_groups(model, pairs, weight_decay)
     _freeze(model, pairs)
@@ -208,8 +183,9 @@ def create_lorafa_optimizer(
         *({"params": Bs, "weight_decay": weight_decay, "eps": eps * s**2} for s, Bs in of_scaling.items()),
         *rest,
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
-    optimizer.register_load_state_dict_pre_hook(check_state_shapes)
+    groups = [group | {"algorithm": "fold"} for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    optimizer.register_load_state_dict_pre_hook(check_state)
     return optimizer
 
 
@@ -236,7 +212,7 @@ def fold_(pair: Pair, L: Tensor | None = None) -> None:
     """
     L = row_factors(pair) if L is None else L
     eye = torch.eye(L.shape[-1], dtype=L.dtype)
-    if torch.allclose(L, eye.expand_as(L), rtol=0.0, atol=ORTHONORMAL):
+    if torch.allclose(L, eye.expand_as(L), rtol=0.0, atol=max(ORTHONORMAL, torch.finfo(pair.A.dtype).eps)):
         return
     _fold_into(pair, pair.A, pair.B, L)
     start = pair.adapter.start

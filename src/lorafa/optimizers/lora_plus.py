@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lorafa.checks import check_number
-from lorafa.optimizers.checked import check_state_shapes
+from lorafa.optimizers.checked import check_state
 from lorafa.optimizers.pairs import other_groups, pairs_of
 
 
@@ -63,5 +63,5 @@ def create_loraplus_optimizer(
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
     optimizer = optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
-    optimizer.register_load_state_dict_pre_hook(check_state_shapes)
+    optimizer.register_load_state_dict_pre_hook(check_state)
     return optimizer

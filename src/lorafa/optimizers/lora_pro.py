@@ -17,19 +17,18 @@ Where B has (nearly) lost its rank, at the start above all, h_A = g_A and h_B = 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafa.adapter import working_dtype
 from lorafa.checks import check_choice, check_number
-from lorafa.errors import CheckpointError
 from lorafa.linalg import damped_inverse, spd_eigh, sylvester
 from lorafa.optimizers.adamw import adamw_, moments
-from lorafa.optimizers.pairs import Pair, check_both_trained, other_groups, pairs_of
+from lorafa.optimizers.checked import PairOptimizer
+from lorafa.optimizers.pairs import Pair, other_groups, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import PairBatch, precondition
 
 FORMS = ("adamw", "sgd", "full")
@@ -119,8 +118,7 @@ def create_lorapro_optimizer(
     check_number("lr", lr, "a number >= 0", 0, closed="[")
     check_number("weight_decay", weight_decay, "a number >= 0", 0, closed="[")
     check_number("damping", damping, "a number >= 0", 0, closed="[")
-    pairs = pairs_of(model)
-    check_both_trained(pairs, "LoRA-Pro")
+    pairs = trained_together(pairs_of(model), "LoRA-Pro")
     groups = [
         {"params": [f for pair in pairs for f in (pair.A, pair.B)], "weight_decay": weight_decay},
         *other_groups(model, pairs, weight_decay),
@@ -140,7 +138,7 @@ def create_lorapro_optimizer(
     return precondition(stock, pairs, transform)
 
 
-class LoraProAdamW(Optimizer):
+class LoraProAdamW(PairOptimizer):
     """LoRA-Pro's AdamW in full: Adam in weight space, projected back onto A and B in every step.
 
     State: two moments of the weight's shape (E, m, n) under B, float32 (float64 where B is): 8 m n bytes a layer.
@@ -156,21 +154,15 @@ class LoraProAdamW(Optimizer):
         damping: as in `create_lorapro_optimizer`.
     """
 
+    own = ("pairs", "X", "damping")
+
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, *,
                  pairs: list[Pair], X: str, damping: float) -> None:  # fmt: skip
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.pairs, self.X, self.damping = pairs, X, damping
-        self.register_load_state_dict_pre_hook(self._check_state)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, pairs)
+        self.X, self.damping = X, damping
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; ``closure`` computes the loss and its gradients again, and the loss is returned."""
-        for pair in self.pairs:
-            pair.check_active()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Every pair, then what is trained besides."""
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         moved = set()
         for pair in self.pairs:  # one at a time: each needs matrices of the weight's size
@@ -186,7 +178,6 @@ class LoraProAdamW(Optimizer):
                 state["step"] += 1
                 adamw_([parameter], [parameter.grad], [state], step=state["step"], lr=group["lr"],
                        betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])  # fmt: skip
-        return loss
 
     def _move(self, pair: Pair, group: dict[str, Any]) -> None:
         batch = PairBatch([pair])
@@ -194,8 +185,7 @@ class LoraProAdamW(Optimizer):
         state = self.state[pair.B]
         if not state:
             state["step"] = 0
-            shape = (B.shape[0], B.shape[1], A.shape[2])
-            state["exp_avg"], state["exp_avg_sq"] = B.new_zeros(shape), B.new_zeros(shape)
+            state["exp_avg"], state["exp_avg_sq"] = (B.new_zeros(self._weight_shape(pair)) for _ in range(2))
         state["step"] += 1
         beta1, beta2 = group["betas"]
         for_A, for_B = adjusted_gradients(A, B, gradient_A, gradient_B, s, "zero", self.damping)
@@ -212,31 +202,10 @@ class LoraProAdamW(Optimizer):
             pair.A.copy_(kept * pair.A.to(step_A.dtype) - lr * step_A)
             pair.B.copy_(kept * pair.B.to(step_B.dtype) - lr * step_B)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; moments keep the working dtype."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in state:
-                    state[key] = state[key].to(working_dtype(state[key].dtype))
+    def moment_shapes(self) -> Mapping[Tensor, tuple[int, ...]]:
+        return {pair.B: self._weight_shape(pair) for pair in self.pairs}
 
-    def _check_state(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        expected = {}
-        mine = [parameter for group in self.param_groups for parameter in group["params"]]
-        for pair in self.pairs:
-            A, B = pair.matrices_A(pair.A), pair.matrices_B(pair.B)
-            expected[pair.B] = (B.shape[0], B.shape[1], A.shape[2])
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        if len(saved) != len(mine):
-            raise CheckpointError(
-                f"The saved optimizer has {len(saved)} parameters, this one {len(mine)}; nothing was loaded. Make the "
-                "optimizer for the same model and adapters as the saved one."
-            )
-        for index, parameter in zip(saved, mine, strict=True):
-            found = state_dict["state"].get(index, {}).get("exp_avg")
-            shape = expected.get(parameter, tuple(parameter.shape))
-            if isinstance(found, Tensor) and tuple(found.shape) != shape:
-                raise CheckpointError(
-                    f"Parameter {index} needs moments of shape {shape}, the saved ones have {tuple(found.shape)}; "
-                    "nothing was loaded. The state is that of another model or another form of the optimizer."
-                )
+    @staticmethod
+    def _weight_shape(pair: Pair) -> tuple[int, int, int]:
+        A, B = pair.matrices_A(pair.A), pair.matrices_B(pair.B)
+        return B.shape[0], B.shape[1], A.shape[2]

@@ -29,8 +29,9 @@ class Pair:
     name: str
     """Name of the adapter."""
 
-    @property
+    @cached_property
     def adapter(self) -> Adapter:
+        """The adapter as it was when the pair was found; another may have taken its name since."""
         return self.layer.adapters[self.name]
 
     @property
@@ -75,6 +76,11 @@ class Pair:
 
     def check_active(self) -> None:
         """Raise if this adapter no longer counts on its layer: its gradient would be missing, or another's."""
+        if self.layer.adapters.get(self.name, self.adapter) is not self.adapter:
+            raise AdapterError(
+                f"{self.path}: the optimizer was made for an adapter {self.name!r} that was deleted; another one has "
+                "its name now. Make a new optimizer. Nothing was changed."
+            )
         if self.name not in self.layer._active_adapter or self.name not in self.layer.adapters:
             raise AdapterError(
                 f"{self.path}: the optimizer was made for adapter {self.name!r}, active now: "
@@ -90,7 +96,7 @@ def pairs_of(model: nn.Module) -> list[Pair]:
         model: a PeftModel, any model with adapters injected, or a wrapper around one (DDP, torch.compile).
 
     Raises:
-        AdapterError: no layer has an active adapter, or a factor holds nan or inf.
+        AdapterError: no layer has an active adapter, one is merged, none is trained, or a factor holds nan or inf.
         BackendError: a factor is spread over processes, or is not a floating-point tensor of its full shape.
     """
     pairs = [
@@ -107,11 +113,20 @@ def pairs_of(model: nn.Module) -> list[Pair]:
         )
     for pair in pairs:
         _check(pair)
+    if not any(factor.requires_grad for pair in pairs for factor in (pair.A, pair.B)):
+        names = ", ".join(sorted({repr(pair.name) for pair in pairs}))
+        raise AdapterError(
+            f"No factor of adapter {names} is trained. Load it with is_trainable=True, or make the adapter without "
+            "inference_mode=True."
+        )
     return pairs
 
 
 def _check(pair: Pair) -> None:
-    rank = pair.layer.r[pair.name]
+    if pair.adapter.name in pair.layer.merged_adapters:
+        raise AdapterError(
+            f"{pair.path}: adapter {pair.name!r} is merged, so it gets no gradient. Call unmerge_adapter() first."
+        )
     for factor, tensor in (("A", pair.A), ("B", pair.B)):
         where = f"{pair.path}, adapter {pair.name!r}: {factor}"
         if hasattr(tensor, "device_mesh") or tensor.dim() < 2 or tensor.numel() == 0:
@@ -123,10 +138,16 @@ def _check(pair: Pair) -> None:
             raise BackendError(
                 f"{where} is stored as {tensor.dtype}. This optimizer needs float64, float32, bfloat16 or float16."
             )
+    check_finite(pair)
+
+
+def check_finite(pair: Pair) -> None:
+    """Raise an AdapterError where a factor holds nan or inf."""
+    for factor, tensor in (("A", pair.A), ("B", pair.B)):
         if not torch.isfinite(tensor).all():
             raise AdapterError(
-                f"{where} (rank {rank}) holds nan or inf; nothing was changed. The adapter was probably trained to "
-                "divergence: start it anew, or load an earlier checkpoint."
+                f"{pair.path}, adapter {pair.name!r}: {factor} (rank {pair.layer.r[pair.name]}) holds nan or inf. "
+                "The adapter was probably trained to divergence: start it anew, or load an earlier checkpoint."
             )
 
 
@@ -143,15 +164,23 @@ def other_groups(model: nn.Module, pairs: Iterable[Pair], weight_decay: float) -
     ]
 
 
-def check_both_trained(pairs: Iterable[Pair], method: str) -> None:
-    """Raise where A or B is frozen."""
+def trained_together(pairs: Iterable[Pair], method: str) -> list[Pair]:
+    """The pairs of which A and B are trained; those of which neither is are left out.
+
+    Raises:
+        AdapterError: a pair has one frozen factor.
+    """
+    trained = []
     for pair in pairs:
-        for factor, parameter in (("A", pair.A), ("B", pair.B)):
-            if not parameter.requires_grad:
-                raise AdapterError(
-                    f"{pair.path}, adapter {pair.name!r}: {factor} is frozen, but {method} moves A and B together. Use "
-                    "create_lorafa_optimizer for adapters with a frozen A."
-                )
+        if pair.A.requires_grad != pair.B.requires_grad:
+            factor = "B" if pair.A.requires_grad else "A"
+            raise AdapterError(
+                f"{pair.path}, adapter {pair.name!r}: {factor} is frozen, but {method} moves A and B together. Use "
+                "create_lorafa_optimizer for adapters with a frozen A."
+            )
+        if pair.A.requires_grad:
+            trained.append(pair)
+    return trained
 
 
 def by_shape(pairs: Iterable[Pair]) -> list[list[Pair]]:

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lorafa.adapter import working_dtype
 from lorafa.errors import ConfigError
-from lorafa.optimizers.checked import check_state_shapes
+from lorafa.optimizers.checked import check_pairs, check_state, explained
 from lorafa.optimizers.pairs import Pair, by_shape
 
 Transform = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -69,6 +69,14 @@ class PairBatch:
         return A.to(working_dtype(A.dtype)), B.to(working_dtype(B.dtype))
 
 
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """In the parameter's dtype and strides: the fused kernels of torch walk both by address."""
+    gradient = gradient.to(parameter.dtype)
+    if (gradient.is_contiguous() and parameter.is_contiguous()) or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 def live_batches(batches: Sequence[PairBatch]) -> list[PairBatch]:
     """What has gradients now."""
     return [live for batch in batches if (live := batch.live()) is not None]
@@ -87,20 +95,19 @@ def precondition(optimizer: Optimizer, pairs: Sequence[Pair], transform: Transfo
         raise ConfigError("LBFGS computes gradients inside its step, where they cannot be preconditioned. Use another.")
     batches = [PairBatch(group) for group in by_shape(pairs)]
 
-    def hook(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(stepping: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise ConfigError(
                 "A closure computes gradients inside the step, where they cannot be preconditioned. Compute the loss "
                 "and its gradients first, then call step() without arguments."
             )
-        for pair in pairs:
-            pair.check_active()
-        with torch.no_grad():
+        check_pairs(stepping, pairs)
+        with torch.no_grad(), explained(pairs):
             for batch in live_batches(batches):
                 found = transform(*batch.factors(), *batch.gradients(), batch.scalings())
                 for A, for_A, B, for_B in batch.split(*found):
-                    A.grad, B.grad = for_A.to(A.dtype), for_B.to(B.dtype)
+                    A.grad, B.grad = _laid_out_as(A, for_A), _laid_out_as(B, for_B)
 
     optimizer.register_step_pre_hook(hook)
-    optimizer.register_load_state_dict_pre_hook(check_state_shapes)
+    optimizer.register_load_state_dict_pre_hook(check_state)
     return optimizer

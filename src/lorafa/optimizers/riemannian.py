@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse
 from lorafa.optimizers.adamw import adamw_, by_device_and_dtype, moments
-from lorafa.optimizers.checked import check_state_shapes
-from lorafa.optimizers.pairs import Pair, by_shape, check_both_trained, other_groups, pairs_of
+from lorafa.optimizers.checked import PairOptimizer
+from lorafa.optimizers.pairs import Pair, by_shape, other_groups, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import PairBatch, live_batches, precondition
 
 
@@ -50,8 +49,7 @@ def create_riemannian_optimizer(
     check_number("lr", lr, "a number >= 0", 0, closed="[")
     check_number("reg", reg, "a number >= 0", 0, closed="[")
     check_choice("damping", damping, ("relative", "absolute"))
-    pairs = pairs_of(model)
-    check_both_trained(pairs, "Riemannian preconditioning")
+    pairs = trained_together(pairs_of(model), "Riemannian preconditioning")
     relative = damping == "relative"
 
     def transform(A: Tensor, B: Tensor, gradient_A: Tensor, gradient_B: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +63,7 @@ def create_riemannian_optimizer(
     return precondition(optimizer, pairs, transform)
 
 
-class PreconditionedAdamW(Optimizer):
+class PreconditionedAdamW(PairOptimizer):
     """LoRA-One's AdamW (``prec_reg``): A moves first, B is preconditioned with the new A, nothing corrects the bias.
 
     Args:
@@ -78,22 +76,16 @@ class PreconditionedAdamW(Optimizer):
         pairs: the pairs among ``params``.
     """
 
+    own = ("pairs", "prec_reg", "_batches")
+
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
                  prec_reg: float, pairs: list[Pair]) -> None:  # fmt: skip
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.pairs, self.prec_reg = pairs, prec_reg
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, pairs)
+        self.prec_reg = prec_reg
         self._batches = [PairBatch(group) for group in by_shape(pairs)]
-        self.register_load_state_dict_pre_hook(check_state_shapes)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; ``closure`` computes the loss and its gradients again, and the loss is returned."""
-        for pair in self.pairs:
-            pair.check_active()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """A of every pair, then B with the new A, then what is trained besides."""
         live = live_batches(self._batches)
         gradients: dict[Tensor, Tensor] = {}
         for batch in live:
@@ -113,7 +105,6 @@ class PreconditionedAdamW(Optimizer):
         factors = {parameter for pair in self.pairs for parameter in (pair.A, pair.B)}
         others = [p for group in self.param_groups for p in group["params"] if p not in factors]
         self._move(gradients | {p: p.grad for p in others if p.grad is not None})
-        return loss
 
     def _move(self, gradients: dict[Tensor, Tensor]) -> None:
         for group in self.param_groups:
@@ -144,8 +135,7 @@ def create_preconditioned_adamw(
     """
     check_number("lr", lr, "a number >= 0", 0, closed="[")
     check_number("prec_reg", prec_reg, "a number > 0", 0)
-    pairs = pairs_of(model)
-    check_both_trained(pairs, "LoRA-One's preconditioned AdamW")
+    pairs = trained_together(pairs_of(model), "LoRA-One's preconditioned AdamW")
     groups = [{"params": [f for pair in pairs for f in (pair.A, pair.B)]}, *other_groups(model, pairs, weight_decay)]
     groups = [group for group in groups if group["params"]]
     return PreconditionedAdamW(groups, lr, betas, eps, weight_decay, prec_reg, pairs)
