@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,54 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from train_toys import STEPS, make_workplace, metrics, read, settings
+from transformers import AutoModelForCausalLM
 
 from lorafa import PeftModel
 from lorafa.cli.main import main
 from lorafa.train import recipe
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-ROWS = [
-    {"question": f"Ann has {a} apples and gets {b} more. How many?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
-    for a in range(2, 6)
-    for b in range(1, 6)
-]
-STEPS = 12
-
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``model/`` (random, two layers) and ``rows.jsonl``."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    marks = ["<|user|>", "<|assistant|>", "<|end|>"]
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    texts = [row["question"] + row["answer"] for row in ROWS]
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=marks))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    return folder
-
-
-def settings(workplace: Path, run_dir: Path) -> list[str]:
-    return [
-        f"model={workplace / 'model'}", f"data={workplace / 'rows.jsonl'}", f"run_dir={run_dir}", "data.eval_size=4",
-        "peft.r=4", "peft.lora_dropout=0.1", "optim.lr=1e-2", f"train.steps={STEPS}", "train.batch_size=4",
-        "train.checkpoint_every=4", "train.keep_checkpoints=5", "eval.max_new_tokens=8",
-    ]  # fmt: skip
+    return make_workplace(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +28,6 @@ def finished(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "whole"
     assert main(["train", *settings(workplace, path)]) == 0
     return path
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_directory_holds_what_it_promises(finished: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.report.page import write_report
 from lorafa.report.plots import loss_curve, running_mean
@@ -108,3 +109,25 @@ def test_there_is_no_curve_without_a_step() -> None:
 )
 def test_durations_are_written_in_the_unit_one_thinks_in(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_brackets_in_an_error_are_no_markup(run: RunDirectory) -> None:
+    run.update_result(status="failed", error="KeyError: '[/x]'")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(result_tables(run))
+    assert "KeyError: '[/x]'" in console.export_text()
+
+
+def test_several_runs_are_reported_one_after_the_other(
+    finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = RunDirectory.create(tmp_path / "[other] run", compose())
+    assert main(["report", str(finished.path), str(other.path)]) == 0
+    out = capsys.readouterr().out
+    assert out.index(str(finished.path)) < out.index("finished") < out.index(str(other.path)) < out.index("not started")
+    assert (other.path / "report.html").is_file()
+
+
+def test_of_several_runs_one_that_is_none_stops_all(finished: RunDirectory, tmp_path: Path) -> None:
+    assert main(["report", str(finished.path), str(tmp_path / "none")]) == 2
+    assert not (finished.path / "report.html").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,43 @@ def test_peak_memory_is_in_bytes() -> None:
     peak = peak_rss_bytes()
     assert peak is not None
     assert 50 * 2**20 < peak < 2**45  # a Python with PyTorch takes more than 50 MiB
+
+
+def test_what_lies_in_a_run_or_holds_runs_is_answered_with_the_run(run: RunDirectory) -> None:
+    (run.checkpoints / "checkpoint-2").mkdir(parents=True)
+    for inside in (run.checkpoints, run.checkpoints / "checkpoint-2"):
+        with pytest.raises(ConfigError, match=rf"holds no config\.yaml\. It lies in the run '{run.path}': give that"):
+            RunDirectory.open(inside)
+    with pytest.raises(ConfigError, match=rf"holds no config\.yaml\. It holds runs: {run.path}\."):
+        RunDirectory.open(run.path.parent)
+    with pytest.raises(ConfigError, match=r"is not a run directory: it is a file\. It lies in the run"):
+        RunDirectory.open(run.path / "config.yaml")
+
+
+def test_settings_that_are_no_text_are_refused(run: RunDirectory) -> None:
+    (run.path / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"config\.yaml is not yaml: .*can't decode byte 0xff.* Restore it"):
+        run.config()
+
+
+@pytest.mark.parametrize("line", ["[1]", "null", "3", '{"loss": 1.0}', '{"step": "a"}', '{"step": 1, "loss": null}'])
+def test_a_line_that_is_no_metric_is_reported_with_its_number(run: RunDirectory, line: str) -> None:
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "note": "x"}\n' + line + "\n")
+    with pytest.raises(CheckpointError, match=r"Line 2 of .*metrics\.jsonl is not of a training: .* Remove the line"):
+        run.metrics()
+
+
+@pytest.mark.parametrize("entry", ["before", "after", "seconds", "parameters", "samples"])
+def test_an_entry_of_the_result_that_cannot_be_one_is_named(run: RunDirectory, entry: str) -> None:
+    run.update_result(**{entry: None})
+    (run.path / "result.json").write_text(json.dumps({entry: 3}))
+    with pytest.raises(
+        CheckpointError, match=rf"result\.json: {entry} must be (a list|an object), found 3\. Restore it"
+    ):
+        run.result()
+
+
+def test_metrics_of_a_run_that_was_removed_are_a_checkpoint_error(run: RunDirectory) -> None:
+    shutil.rmtree(run.path)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl could not be written: No such file or directory\. Make"):
+        run.add_metrics({"step": 1})

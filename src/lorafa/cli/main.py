@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -24,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = Console(), Console(stderr=True)
     args = parse(argv)
     try:
-        status: int = args.run(args, console)
+        with _plain_warnings(errors), _stopped_like_interrupted():
+            status: int = args.run(args, console)
         return status
     except (ConfigError, NotAvailableError, TargetError) as error:
         return _report(error, str(error), WRONG_ARGUMENTS, args, errors)
@@ -59,6 +64,36 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+@contextmanager
+def _plain_warnings(errors: Console) -> Iterator[None]:
+    """Warnings as one line; the line of code they come from says nothing to who runs a command."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        errors.print("[bold yellow]warning:[/bold yellow]", end=" ")
+        errors.print(" ".join(str(message).split()), markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]  # takes what it does not read as well
+        yield
+
+
+@contextmanager
+def _stopped_like_interrupted() -> Iterator[None]:
+    """A run that is told to stop (SIGTERM: `kill`, the time limit of a job queue) ends as by Ctrl-C: recorded."""
+    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(error: BaseException, text: str, status: int, args: argparse.Namespace, errors: Console) -> int:

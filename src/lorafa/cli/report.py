@@ -14,6 +14,7 @@ Reads a run directory that `lorafa train` made, finished or not; loads no model.
 EXAMPLES = """\
 examples:
   lorafa report runs/20260101-120000-lora-r16
+  lorafa report runs/*                             one after the other
 
 exit status: 0 done, 1 a file of the run is damaged, 2 wrong arguments or not a run directory"""
 
@@ -26,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory that `lorafa train` made")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="directory that `lorafa train` made")
     return parser
 
 
@@ -35,7 +36,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.report.tables import result_tables
     from lorafa.runs.record import RunDirectory
 
-    directory = RunDirectory.open(args.run_dir)
-    console.print(result_tables(directory))
-    console.print(f"Report: {write_report(directory.path)}", highlight=False, soft_wrap=True)
+    for directory in [RunDirectory.open(path) for path in args.run_dirs]:
+        if len(args.run_dirs) > 1:
+            console.print(f"\n{directory.path}", style="bold", highlight=False, markup=False, soft_wrap=True)
+        console.print(result_tables(directory))
+        console.print(f"Report: {write_report(directory.path)}", highlight=False, markup=False, soft_wrap=True)
     return 0

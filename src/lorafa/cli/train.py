@@ -69,17 +69,27 @@ def run(args: argparse.Namespace, console: Console) -> int:
     else:
         path = start_run(config, console, args.command)
     console.print(result_tables(RunDirectory(path)))
-    console.print(f"Adapter: {path / 'adapter'}\nReport:  {write_report(path)}", highlight=False, soft_wrap=True)
+    text = f"Adapter: {path / 'adapter'}\nReport:  {write_report(path)}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _dry_run(config: RunConfig, console: Console) -> int:
     from lorafa.conf.typed import plain
+    from lorafa.runs.experiment import resumable
+    from lorafa.runs.record import RunDirectory
     from lorafa.train.recipe import prepare
 
+    would = "start"
+    if config.train.resume:
+        run, checkpoint = resumable(config.train.resume)
+        config, would = run.config(), f"continue from {checkpoint.name} in {run.path}"
+    else:
+        RunDirectory.place(config)  # a directory in the way would stop the run
     console.print_json(data=plain(config))
     prepare(config, console)
-    console.print("Dry run: nothing was trained, nothing was written.")
+    text = f"Dry run: nothing was trained, nothing was written. The run would {would}."
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafa.data.chat import Sample
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
-from lorafa.errors import ConfigError, SourceError, did_you_mean, first_line, shorten
+from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,6 +128,28 @@ def _check_causal(where: str, model: PreTrainedModel) -> None:
         raise SourceError(
             f"The {where} ({type(model).__name__}) looks ahead: its output at a token depends on the next one, so it "
             "is no causal language model and its loss would mean nothing. Give a decoder."
+        )
+
+
+def check_samples(model: PreTrainedModel, samples: Sequence[Sample]) -> None:
+    """Every sample is within what the model can read: its vocabulary and its context.
+
+    Raises:
+        DataError: a token has no row in the embedding, or a sample is longer than the context.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(max(sample.input_ids) for sample in samples)
+    if highest >= rows:
+        raise DataError(
+            f"The tokenizer writes token {highest}, but the model's embedding has {rows} rows. They do not belong "
+            "together: put the model's own tokenizer beside its config.json."
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longer = [len(sample.input_ids) for sample in samples if context and len(sample.input_ids) > context]
+    if longer:
+        raise DataError(
+            f"{len(longer)} samples are longer than the model's context of {context} tokens, the longest has "
+            f"{max(longer)}. Cut them: data.max_length={context}."
         )
 
 

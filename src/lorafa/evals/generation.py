@@ -52,17 +52,7 @@ def generate_greedy(
     """
     from transformers import GenerationConfig
 
-    if not all(prompts):
-        raise DataError(
-            f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it."
-        )
-    longest = max(map(len, prompts), default=0)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and longest + max_new_tokens > context:
-        raise DataError(
-            f"The longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
-            f"context of {context}. Lower eval.max_new_tokens or leave out the longest rows."
-        )
+    check_prompts(model, prompts, max_new_tokens)
     ends = _end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     greedy = GenerationConfig(
@@ -84,6 +74,23 @@ def generate_greedy(
             if progress is not None:
                 progress(min(first + batch_size, len(order)), len(order))
     return answers
+
+
+def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Raises:
+    DataError: a prompt is empty, or the longest one and its answer do not fit the model's context.
+    """
+    if not all(prompts):
+        raise DataError(
+            f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it."
+        )
+    longest = max(map(len, prompts), default=0)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest + max_new_tokens > context:
+        raise DataError(
+            f"The longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
+            f"context of {context}. Lower eval.max_new_tokens or leave out the longest rows."
+        )
 
 
 def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from lorafa.runs.record import RunDirectory
 
@@ -53,7 +54,7 @@ def result_tables(run: RunDirectory) -> Group:
     result = run.result()
     facts = Table.grid(padding=(0, 2))
     for name, value in fact_rows(result):
-        facts.add_row(name, value)
+        facts.add_row(name, Text(value))  # an error may hold [brackets]
     scores = Table()
     for heading in ("", "before", "after"):
         scores.add_column(heading, justify="right" if heading else "left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,16 @@ def resume_run(path: str | Path, console: Console, command: Sequence[str]) -> Pa
     """Continue a run from its last checkpoint, with its own settings, and return its directory.
 
     Raises:
+        LoraError: as :func:`resumable`; from the training on, result.json says what happened.
+    """
+    run, checkpoint = resumable(path)
+    return _run(run.path, checkpoint, run.config(), console, command)
+
+
+def resumable(path: str | Path) -> tuple[RunDirectory, Path]:
+    """The run in a directory and the checkpoint it can be continued from.
+
+    Raises:
         ConfigError: not a run directory, or the run is finished.
         CheckpointError: the run has no checkpoint.
     """
@@ -45,7 +56,7 @@ def resume_run(path: str | Path, console: Console, command: Sequence[str]) -> Pa
             f"The run {str(run.path)!r} has no checkpoint to continue from (train.checkpoint_every is "
             f"{run.config().train.checkpoint_every}). Start a new run."
         )
-    return _run(run.path, checkpoint, run.config(), console, command)
+    return run, checkpoint
 
 
 def _run(path: Path, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
@@ -53,19 +64,33 @@ def _run(path: Path, checkpoint: Path | None, config: RunConfig, console: Consol
     with _threads(config.threads):
         prepared = prepare(config, console)
         run = RunDirectory(path) if checkpoint else RunDirectory.create(path, config)
-        run.write_environment(environment(command))
-        run.update_result(status="running")
-        console.print(f"Run directory: {run.path}", highlight=False, soft_wrap=True)
         if checkpoint:
             run.drop_metrics_after(int(checkpoint.name.rpartition("-")[2]))
+        run.write_environment(environment(command))
+        run.update_result(status="running", error=None)
+        console.print(f"Run directory: {run.path}", highlight=False, markup=False, soft_wrap=True)
         try:
             train(prepared, config, run, console, checkpoint)
-        except BaseException as error:  # Ctrl-C as well: the record says how the run ended
+        except KeyboardInterrupt:
+            run.update_result(status="failed", error="interrupted")
+            _say_how_to_continue(run, console)
+            raise
+        except BaseException as error:
             run.update_result(status="failed", error=f"{type(error).__name__}: {error}")
             raise
         seconds = {**run.result().get("seconds", {}), "total": round(time.monotonic() - started, 1)}
         run.update_result(status="finished", seconds=seconds, peak_rss_bytes=peak_rss_bytes(), error=None)
     return run.path
+
+
+def _say_how_to_continue(run: RunDirectory, console: Console) -> None:
+    found = run.last_checkpoint()
+    text = (
+        f"Continue from {found.name} with: lorafa train {shlex.quote(f'train.resume={run.path}')}"
+        if found
+        else "There is no checkpoint yet to continue from (train.checkpoint_every)."
+    )
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,22 +13,28 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from lorafa.config import LoraConfig
-from lorafa.data.chat import Encoded, encode_all, render_sample
+from lorafa.data.chat import Encoded, encode_all, encode_prompt, render_sample
 from lorafa.data.collate import Collator
-from lorafa.data.models import load_model
-from lorafa.data.records import Records
+from lorafa.data.models import check_samples, load_model
+from lorafa.data.records import Record, Records
 from lorafa.data.sources import load_records
+from lorafa.errors import DataError
+from lorafa.evals.generation import check_prompts
 from lorafa.evals.gsm8k import EvalResult, evaluate
 from lorafa.evals.perplexity import answer_loss
 from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.storage import read_json
+from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.optimizers import STOCK, pair_optimizer
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.schema import DataConfig, RunConfig
+from lorafa.train.schema import DataConfig, EvalConfig, RunConfig
 from lorafa.train.trainer import LoraTrainer
 
 STARTS: Mapping[str, bool | str] = {"default": True, "random": False}
@@ -61,6 +69,13 @@ class Prepared:
     seconds: float
     """How long it took to load and make all this."""
 
+    def samples_sha256(self) -> str:
+        """Fingerprint of all samples, in their order: by it a continued run knows that it goes on with the same."""
+        digest = hashlib.sha256()
+        for sample in (*self.train.samples, *self.heldout.samples):
+            digest.update(array("q", [len(sample.input_ids), *sample.input_ids, *sample.labels]).tobytes())
+        return digest.hexdigest()
+
 
 def prepare(config: RunConfig, console: Console) -> Prepared:
     """Load model and records, put the adapter on, show what it covers and one sample. Writes nothing.
@@ -72,16 +87,19 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     adapter = lora_config(config)
     records = read_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
-    with console.status(f"Loading {config.model.name}"):
+    with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
         model, tokenizer = load_model(
             config.model.name, config.model.dtype, cache_dir=cache, revision=config.model.revision
         )
+    train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
+    check_samples(model, [*train.samples, *heldout.samples])
+    prompts = [encode_prompt(record.question, tokenizer) for record in graded(records, config.eval)]
+    check_prompts(model, prompts, config.eval.max_new_tokens)
     set_seed(config.train.seed)
     peft_model = get_peft_model(model, adapter)
-    train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
     console.print(coverage_table(coverage(peft_model)))
     _show_data(records, train, heldout, tokenizer, console)
-    collator = Collator(tokenizer.pad_token_id)
+    collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     return Prepared(peft_model, tokenizer, records, train, heldout, collator, time.monotonic() - started)
 
 
@@ -96,11 +114,22 @@ def train(
     Raises:
         TrainingError: the loss is not finite, or nothing is learnt.
         CheckpointError: the checkpoint does not fit, or a file could not be written.
+        DataError: the samples are not those the run began with.
     """
     model = prepared.model
-    trainable, parameters = model.get_nb_trainable_parameters()
-    run.update_result(source=prepared.records.source, parameters={"trainable": trainable, "all": parameters})
     earlier = run.result()
+    began_with, samples_now = earlier.get("samples_sha256"), prepared.samples_sha256()
+    if began_with not in (None, samples_now):
+        raise DataError(
+            f"{prepared.records.source} does not give the samples this run began with, so what follows would not "
+            "continue it. Restore the records and the tokenizer, or start a new run."
+        )
+    trainable, parameters = model.get_nb_trainable_parameters()
+    run.update_result(
+        source=prepared.records.source,
+        samples_sha256=samples_now,
+        parameters={"trainable": trainable, "all": parameters},
+    )
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
     before = earlier.get("before")
     if before is None and config.eval.before:
@@ -108,7 +137,7 @@ def train(
             before = measure(prepared, config, console, "Before")
         run.update_result(before=before, seconds=seconds)
     logged = run.metrics()
-    trained_before = logged[-1]["seconds"] if logged else 0.0
+    trained_before = logged[-1].get("seconds", 0.0) if logged else 0.0
     with _timed(seconds, "train", trained_before), progress_bar(console, "Training") as bar:
         callback = RunCallback(run.add_metrics, bar, trained_before)
         steps = _fit(prepared, config, run.checkpoints, callback, checkpoint)
@@ -116,8 +145,8 @@ def train(
     run.update_result(steps=steps, adapter=run.adapter.name, seconds=seconds)
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
-    answers = after.pop("answers")
-    samples = _side_by_side(before.pop("answers"), answers) if before else []
+    answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
+    samples = earlier.get("samples", []) if answers_before is None else _side_by_side(answers_before, answers)
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
 
 
@@ -130,15 +159,15 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     """
     settings = config.eval
     loss = answer_loss(prepared.model, prepared.heldout.samples, prepared.collator, settings.batch_size)
-    graded = [record for record in prepared.records.heldout if record.answer is not None][: settings.size]
-    if not graded:
+    asked = graded(prepared.records, settings)
+    if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
         return {"loss": loss, "answers": []}
     with progress_bar(console, f"{when}: answering") as bar:
         scores = evaluate(
             prepared.model,
             prepared.tokenizer,
-            graded,
+            asked,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
             extract=settings.extract,
@@ -149,6 +178,11 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         highlight=False,
     )
     return {"loss": loss, **_scores(scores)}
+
+
+def graded(records: Records, settings: EvalConfig) -> list[Record]:
+    """The held-out records that are answered by generation and graded."""
+    return [record for record in records.heldout if record.answer is not None][: settings.size]
 
 
 def lora_config(config: RunConfig) -> LoraConfig:
@@ -248,6 +282,10 @@ def _fit(
     prepared: Prepared, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
 ) -> int:
     """Train and return the number of optimizer steps done in all parts of the training together."""
+    state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
+    if state.get("global_step", 0) >= state.get("max_steps", 1):  # transformers would take one step more
+        prepared.model.load_adapter(state["best_model_checkpoint"] or str(checkpoint), "default", is_trainable=True)
+        return int(state["global_step"])
     measured = config.train.keep_best or config.train.eval_every
     trainer = LoraTrainer(
         prepared.model,
@@ -265,6 +303,18 @@ def _fit(
     return steps
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading without the bar of transformers, which runs into the one of the console."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: Any, console: Console) -> None:
     """One sample, how much of the data is trained on, and what was left out."""
     first = train.samples[0]
@@ -275,6 +325,7 @@ def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: An
         f"{records.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
         f"{share:.1%} of the training tokens are trained.",
         highlight=False,
+        markup=False,
     )
     left_out = {
         "repeat a held-out question and were left out": records.repeated,
