@@ -104,8 +104,12 @@ def test_weights_the_model_has_no_place_for_are_named(folder: Path) -> None:
 
 def test_weights_that_are_not_finite_are_a_source_error(folder: Path) -> None:
     edit_weights(folder, lambda weights: weights["model.layers.0.mlp.up_proj.weight"].fill_(torch.nan))
-    with pytest.raises(SourceError, match=r"is not finite in float32\. Its weights are damaged, or too large"):
+    with pytest.raises(SourceError, match=r"is not finite in float32\. Its weights are damaged\.$"):
         load_model(str(folder), "auto")
+    with pytest.raises(
+        SourceError, match=r"in float16\. Its weights are damaged, or too large .* model\.dtype=float32\.$"
+    ):
+        load_model(str(folder), "float16")
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:

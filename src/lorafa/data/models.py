@@ -120,10 +120,9 @@ def _check_causal(where: str, model: PreTrainedModel) -> None:
     with _as_source_error(f"The {where} could not run on two tokens", _MODEL_STEP), torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0]
     if not torch.isfinite(logits).all():
-        raise SourceError(
-            f"The output of the {where} is not finite in {str(model.dtype).removeprefix('torch.')}. Its weights are "
-            "damaged, or too large for that format: try model.dtype=float32."
-        )
+        dtype = str(model.dtype).removeprefix("torch.")
+        or_large = "" if model.dtype == torch.float32 else ", or too large for that format: try model.dtype=float32"
+        raise SourceError(f"The output of the {where} is not finite in {dtype}. Its weights are damaged{or_large}.")
     if (logits[0] - logits[1]).abs().max() > 4 * torch.finfo(logits.dtype).eps * logits.abs().max():
         raise SourceError(
             f"The {where} ({type(model).__name__}) looks ahead: its output at a token depends on the next one, so it "
