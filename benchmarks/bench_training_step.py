@@ -199,23 +199,22 @@ def lora_fa(data: str, threads: int) -> None:
 
 
 def dora(data: str, repeats: int, threads: int) -> None:
+    def contender(name: str, library: str, dropout: float, dora: bool = True) -> Contender:
+        make: dict[str, Any] = {"loss": "model", "data": data, "dropout": dropout, "dora": dora}
+        return Contender(name, Step, threads=threads, library=library, **make)
+
     for dropout in (0.0, 0.05):
-        make: dict[str, Any] = {"threads": threads, "loss": "model", "data": data, "dropout": dropout}
-
-        def ours(make: dict[str, Any] = make) -> Contender:
-            return Contender("lorafa DoRA", Step, library="lorafa", dora=True, **make)
-
-        f = compare(ours(), Contender("peft DoRA", Step, library="peft", dora=True, **make), repeats)
-        one, other = f["lorafa DoRA"], f["peft DoRA"]
-        size, time = one["saved_mib"] / other["saved_mib"], one["seconds"] / other["seconds"]
-        verdict(NAME, "DoRA saved bytes / PEFT's DoRA", size, 0.50, dropout=dropout)
-        verdict(NAME, "DoRA time / PEFT's DoRA", time, 1.0, dropout=dropout)
-        both = [ours(), Contender("lorafa LoRA", Step, library="lorafa", **make)]
+        both = [contender("lorafa DoRA", "lorafa", dropout), contender("lorafa LoRA", "lorafa", dropout, dora=False)]
         taken = {name: median(values) for name, values in interleave(both, "step", repeats).items()}
         time = taken["lorafa DoRA"] / taken["lorafa LoRA"]
         verdict(NAME, "DoRA time / our LoRA", time, 1.15, dropout=dropout, seconds=taken)
-        for contender in both:
-            contender.close()
+        for each in both:
+            each.close()
+    # With dropout PEFT's DoRA computes the base product twice and does not fit into 23 GB.
+    f = compare(contender("lorafa DoRA", "lorafa", 0.0), contender("peft DoRA", "peft", 0.0), repeats)
+    one, other = f["lorafa DoRA"], f["peft DoRA"]
+    verdict(NAME, "DoRA saved bytes / PEFT's DoRA", one["saved_mib"] / other["saved_mib"], 0.50)
+    verdict(NAME, "DoRA time / PEFT's DoRA", one["seconds"] / other["seconds"], 1.0)
 
 
 if __name__ == "__main__":
