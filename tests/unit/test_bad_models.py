@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from lorafa.data.models import load_model, resolve_model
+from lorafa.data.shapes import shape_model
 from lorafa.data.wheels import scratch_folder
 from lorafa.errors import SourceError
 
@@ -56,6 +57,8 @@ def test_values_a_config_cannot_have_are_a_source_error(folder: Path, changes: d
     set_config(folder, **changes)
     with pytest.raises(SourceError, match=r"Could not load a .*(hidden_size|hidden size).* Next step: "):
         load_model(str(folder))
+    with pytest.raises(SourceError, match=r"Could not make a .*(hidden_size|hidden size).* Next step: "):
+        shape_model(str(folder))
 
 
 @pytest.mark.parametrize("size", [0, 30, 5000])

@@ -130,8 +130,24 @@ def test_the_page_and_the_table_name_every_method(tmp_path: Path) -> None:
         ({"baseline": "dora"}, r"baseline 'dora' is none of fa, lora"),
         ({"methods": {"lora": {"settings": [], "rates": []}}}, r"lora must hold settings and rates"),
         ({"methods": {"lora": {"settings": [], "rates": [2e-3, 1e-3]}}}, r"numbers > 0, rising"),
+        ({"methods": {"a/../b": {"settings": [], "rates": [1e-3]}}, "baseline": "a/../b"}, r"cannot name a folder"),
         ({"more": 1}, r"must hold baseline, methods, seeds, settings, found"),
         ({"settings": ["peft.rank=3"]}, r"peft.rank"),
+        ({"methods": {"lora": {"settings": [], "rates": ["1e-3"]}}}, r"Numbers are written with a point: 1\.0e-3"),
+        ({"settings": 3}, r"settings must be a list of settings, found 3\. Write \[train\.steps=100\]"),
+        (
+            {"settings": ["+optim.lr=3"]},
+            r"sets '\+optim\.lr=3', but optim\.lr is the comparison's: see rates\. Leave it",
+        ),
+        ({"settings": ["run_dir=x"]}, r"run_dir is the comparison's: every run has its own"),
+        (
+            {"methods": {"lora": {"settings": "optim=sgd", "rates": [1e-3]}}},
+            r"lora must be a list of settings, found 'optim=sgd'",
+        ),
+        *(
+            ({"seeds": seeds}, r"seeds must be a list of different integers, found .* Write \[0, 1, 2\]")
+            for seeds in (0, [], ["a"], [1, 1])
+        ),
     ],
 )
 def test_a_plan_that_is_none_is_refused_before_the_first_run(
@@ -139,6 +155,13 @@ def test_a_plan_that_is_none_is_refused_before_the_first_run(
 ) -> None:
     with pytest.raises(ConfigError, match=match):
         Plan.read(plan_file(tmp_path, **changes))
+
+
+def test_what_a_comparison_sets_itself_cannot_be_set_for_all_its_runs(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"the command: key=value sets 'train\.seed=3', but train\.seed is the compar"
+    ):
+        Plan.read(plan_file(tmp_path), ["threads=2", "train.seed=3"])
 
 
 def test_the_command_says_what_is_wrong_and_leaves_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from pathlib import Path
 
     from rich.table import Table
+    from rich.text import Text
 
     from lorafa.train.memory import keep_freed_memory
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     rows = compare(Plan.read(args.plan, args.overrides), Path(args.folder), console, args.overrides)
     table = Table(*HEADINGS)
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*map(Text, cells(row)))
     console.print(table)
-    console.print(f"Report: {write_comparison(args.folder)}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {write_comparison(args.folder)}", highlight=False, markup=False, soft_wrap=True)
     return 0

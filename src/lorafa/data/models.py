@@ -58,12 +58,12 @@ def load_model(
 
     where = f"{'folder' if isinstance(place, Path) else 'Hub model'} {str(place)!r}"
     unloadable = f"Could not load a causal language model from the {where}"
-    with _as_source_error(unloadable, _MODEL_STEP):
+    with as_source_error(unloadable, _MODEL_STEP):
         AutoConfig.from_pretrained(place, revision=revision)  # first: else the tokenizer is blamed for a damaged config
     step = _TOKENIZER_STEP if isinstance(place, Path) else _MODEL_STEP
-    with _as_source_error(f"Could not load a tokenizer from the {where}", step):
+    with as_source_error(f"Could not load a tokenizer from the {where}", step):
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-    with _as_source_error(unloadable, _MODEL_STEP):
+    with as_source_error(unloadable, _MODEL_STEP):
         # Weights of another shape are listed below, where transformers would point to a report it logged.
         model, loaded = AutoModelForCausalLM.from_pretrained(
             place, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -82,7 +82,7 @@ _MODEL_STEP = (
 
 
 @contextmanager
-def _as_source_error(what: str, next_step: str) -> Iterator[None]:
+def as_source_error(what: str, next_step: str) -> Iterator[None]:
     """Whatever the libraries below raise on a damaged file (each has errors of its own) becomes a SourceError."""
     try:
         yield
@@ -117,7 +117,7 @@ def _shape(size: Iterable[int]) -> str:
 def _check_causal(where: str, model: PreTrainedModel) -> None:
     """Two inputs that differ in their second token have the same, finite output at the first."""
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    with _as_source_error(f"The {where} could not run on two tokens", _MODEL_STEP), torch.no_grad():
+    with as_source_error(f"The {where} could not run on two tokens", _MODEL_STEP), torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0]
     if not torch.isfinite(logits).all():
         dtype = str(model.dtype).removeprefix("torch.")

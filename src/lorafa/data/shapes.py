@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafa.data.models import SMOLLM2, resolve_model
-from lorafa.errors import SourceError, first_line
+from lorafa.data.models import SMOLLM2, as_source_error, resolve_model
+from lorafa.errors import SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,14 +60,10 @@ def shape_model(
         raise SourceError(f"{error} Shapes known by name: {', '.join(SHAPES)}.") from error
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    step = f"give model=<local folder with config.json>, a Hub id, or one of: {', '.join(SHAPES)}."
+    with as_source_error(f"Could not make a causal language model from the config of {name!r}", step):
         config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(place, revision=revision)
         stored = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or stored)
-    except (OSError, ValueError, ImportError) as error:
-        raise SourceError(
-            f"Could not make a causal language model from the config of {name!r}: {first_line(error)}. Next step: give "
-            f"model=<local folder with config.json>, a Hub id, or one of: {', '.join(SHAPES)}."
-        ) from error
     return model

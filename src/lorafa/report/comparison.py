@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorafa.errors import ConfigError
@@ -109,8 +110,7 @@ def _curves(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(steps, [statistics.mean(by_step[step]) for step in steps], marker=".", label=row["method"])
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss, nats per answer token")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    _finish(axes)
     return svg(figure)
 
 
@@ -127,6 +127,11 @@ def _rates(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("held-out loss after training")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    _finish(axes)
     return svg(figure)
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    if axes.get_lines():  # without train.eval_every there is no curve to name
+        axes.legend(frameon=False)

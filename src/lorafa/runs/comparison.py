@@ -14,6 +14,7 @@ Every (method, rate, seed) is a run directory of its own, so a comparison that w
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
+from lorafa.checks import is_int
 from lorafa.conf.compose import compose
 from lorafa.conf.typed import plain
 from lorafa.errors import ConfigError, first_line
@@ -33,6 +36,13 @@ from lorafa.storage import write_json
 RESULT = "comparison.json"
 MORE_RATES = 2
 """How often the grid grows by one rate beyond its end when the best one lies there."""
+OWN = {
+    "optim.lr": "see rates",
+    "train.seed": "see seeds",
+    "run_dir": "every run has its own",
+    "train.resume": "a run that was cut short starts anew",
+}
+"""Settings that the comparison gives every run."""
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom."""
 
@@ -72,16 +82,23 @@ class Plan:
         if not isinstance(values, Mapping) or set(values) != keys or not isinstance(values["methods"], Mapping):
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
             raise ConfigError(f"{path} must hold {', '.join(sorted(keys))}, found {found}.")
-        methods = []
+        seeds = values["seeds"]
+        if not isinstance(seeds, list) or not seeds or not all(map(is_int, seeds)) or len(set(seeds)) < len(seeds):
+            raise ConfigError(f"{path}: seeds must be a list of different integers, found {seeds!r}. Write [0, 1, 2].")
+        settings, methods = _settings(path, "settings", values["settings"]), []
+        _settings("the command", "key=value", list(extra))
         for name, method in values["methods"].items():
             rates = method.get("rates") if isinstance(method, Mapping) else None
             fits = isinstance(rates, list) and rates and all(isinstance(r, float) and r > 0 for r in rates)
             if not fits or set(method) != {"settings", "rates"} or sorted(rates or []) != rates:
                 raise ConfigError(
-                    f"{path}: {name} must hold settings and rates (numbers > 0, rising), found {method!r}."
+                    f"{path}: {name} must hold settings and rates (numbers > 0, rising), found {method!r}. "
+                    "Numbers are written with a point: 1.0e-3."
                 )
-            methods.append(Method(str(name), tuple(method["settings"]), tuple(rates)))
-        plan = cls(tuple(methods), str(values["baseline"]), tuple(values["seeds"]), tuple(values["settings"]))
+            if not re.fullmatch(r"[\w.+-]+", str(name)) or set(str(name)) == {"."}:
+                raise ConfigError(f"{path}: {name!r} cannot name a folder. Use letters, digits and - _ . + in names.")
+            methods.append(Method(str(name), _settings(path, str(name), method["settings"]), tuple(rates)))
+        plan = cls(tuple(methods), str(values["baseline"]), tuple(seeds), settings)
         if plan.baseline not in values["methods"]:
             raise ConfigError(f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}.")
         for each in plan.methods:
@@ -91,6 +108,19 @@ class Plan:
 
     def overrides(self, method: Method, rate: float, seed: int) -> list[str]:
         return [*self.settings, *method.settings, f"optim.lr={rate!r}", f"train.seed={seed}"]
+
+
+def _settings(path: str | Path, where: str, given: object) -> tuple[str, ...]:
+    """A list of key=value that leaves alone what the comparison itself sets, or its table would be wrong."""
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ConfigError(f"{path}: {where} must be a list of settings, found {given!r}. Write [train.steps=100].")
+    for text in given:
+        key = text.lstrip("+").partition("=")[0]
+        if key in OWN:
+            raise ConfigError(
+                f"{path}: {where} sets {text!r}, but {key} is the comparison's: {OWN[key]}. Leave it out."
+            )
+    return tuple(given)
 
 
 def compare(
@@ -123,7 +153,7 @@ def compare(
                 return earlier
             number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
             path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
-        console.rule(f"{method.name}, learning rate {rate:.4g}, seed {seed}")
+        console.rule(escape(f"{method.name}, learning rate {rate:.4g}, seed {seed}"))
         return RunDirectory(start(config, console, ["lorafa", "compare"]))
 
     for method in plan.methods:
@@ -156,18 +186,19 @@ def _best_rate(method: Method, loss: Callable[[Method, float], float]) -> float:
 def rows(plan: Plan, folder: Path, best: Mapping[str, float]) -> list[dict[str, Any]]:
     """One row a method whose rate is chosen: held-out loss with its 95 % interval, difference from the baseline seed by
     seed, steps to the baseline's final loss, seconds a step."""
+    losses: dict[str, dict[int, float]] = {}
     found: dict[str, list[RunDirectory]] = {}
-    for method in plan.methods:
-        paths = [folder / method.name / f"lr-{best.get(method.name, 0):.4g}-seed-{seed}" for seed in plan.seeds]
-        runs = [RunDirectory(path) for path in paths]
-        found[method.name] = [run for run in runs if run.result().get("status") == "finished"]
-    losses = {name: [_loss(run) for run in runs] for name, runs in found.items()}
-    goal = statistics.mean(losses[plan.baseline]) if losses.get(plan.baseline) else None
+    for name, rate in best.items():
+        at_rate = {seed: RunDirectory(folder / name / f"lr-{rate:.4g}-seed-{seed}") for seed in plan.seeds}
+        done = {seed: run for seed, run in at_rate.items() if run.result().get("status") == "finished"}
+        found[name], losses[name] = list(done.values()), {seed: _loss(run) for seed, run in done.items()}
+    baseline = losses.get(plan.baseline, {})
+    goal = statistics.mean(baseline.values()) if baseline else None
     table = []
     for name, runs in found.items():
         if not runs:
             continue
-        differences = [a - b for a, b in zip(losses[name], losses[plan.baseline], strict=False)]
+        differences = [loss - baseline[seed] for seed, loss in losses[name].items() if seed in baseline]
         steps = [] if goal is None else [steps_to(run.metrics(), goal) for run in runs]
         reached = [step for step in steps if step is not None]
         last = [run.metrics()[-1] for run in runs]
@@ -175,7 +206,7 @@ def rows(plan: Plan, folder: Path, best: Mapping[str, float]) -> list[dict[str, 
             "method": name,
             "lr": best[name],
             "seeds": len(runs),
-            "loss": interval(losses[name]),
+            "loss": interval(list(losses[name].values())),
             "difference": interval(differences) if name != plan.baseline else None,
             "steps_to_baseline": statistics.mean(reached) if steps and len(reached) == len(steps) else None,
             "seconds_a_step": statistics.mean(row["seconds"] / row["step"] for row in last),
