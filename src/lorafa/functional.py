@@ -230,7 +230,7 @@ def low_rank_linear(
         weight: (out, in), or None for the change alone.
         bias: (out,), added last.
         gain: (out,), one factor an output feature.
-        dropout: probability in [0, 1) of zeroing an element of x before A; rounded to a multiple of 2^-16.
+        dropout: probability in [0, 1) of zeroing an element of x before A; rounded to a multiple of 2^-15.
 
     Returns:
         (..., out) in the dtype the products are taken in.
