@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from jinja2.exceptions import TemplateError
 from rich.text import Text
 
 from lorafa.data.records import Message, Record
@@ -98,6 +97,8 @@ def render(messages: Iterable[Message], tokenizer: PreTrainedTokenizerBase, *, a
     Raises:
         DataError: the template refuses the conversation, or there is neither a template nor an end-of-sequence token.
     """
+    from jinja2.exceptions import TemplateError  # the command line knows this module before a command runs
+
     turns = [{"role": message.role, "content": message.content} for message in messages]
     plain = {} if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE, "start": _start_token(tokenizer)}
     if plain and tokenizer.eos_token is None:
