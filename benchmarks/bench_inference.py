@@ -4,7 +4,7 @@
 
 bfloat16, all linear layers, r = 16. One batch of prompts is read (prefill), then token after token is added to it with
 the cache (decode); the tokens are given, so all contenders do the same work. The logits of both are compared first, in
-float32. The table for reading, in the form of the source documents, goes to stderr.
+float32. A table for reading goes to stderr.
 """
 
 from __future__ import annotations

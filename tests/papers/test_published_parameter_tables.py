@@ -1,4 +1,4 @@
-"""The parameter tables of the source documents for OPT, from configs alone; docs/params.md says what they show.
+"""The published parameter tables for OPT, from configs alone; docs/params.md says what they show.
 
 LoRA's column is in the document on LoRA, the other one in the document on LoRA-FA, both "with r=16, alpha=16".
 """

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lorafa.cli.main import main
 from lorafa.conf.typed import plain
-from lorafa.errors import ConfigError
+from lorafa.errors import ConfigError, TrainingError
 from lorafa.report.comparison import HEADINGS, markdown, write_comparison
 from lorafa.runs.comparison import Plan, compare, interval, steps_to
 from lorafa.train.schema import RunConfig
@@ -39,8 +39,8 @@ def plan_file(folder: Path, **changes: Any) -> Path:
 class Fake:
     """Runs whose final loss is the squared distance of log2(rate) from the method's best rate, plus the seed."""
 
-    def __init__(self, best: dict[str, float], fail_after: int = 10**6) -> None:
-        self.best, self.fail_after = best, fail_after
+    def __init__(self, best: dict[str, float], fail_after: int = 10**6, diverges_above: float = math.inf) -> None:
+        self.best, self.fail_after, self.diverges_above = best, fail_after, diverges_above
         self.started: list[str] = []
 
     def __call__(self, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
@@ -53,7 +53,10 @@ class Fake:
         loss = math.log2(config.optim.lr / self.best[config.optim.name]) ** 2 + 0.1 * config.train.seed
         curve = [{"step": s, "eval_loss": loss + 1 - s / 20, "seconds": 0.5 * s} for s in (10, 20)]
         (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, curve)))
+        if config.optim.lr > self.diverges_above:
+            raise TrainingError("The loss is nan in step 3.")
         result = {"status": "finished", "after": {"loss": loss}, "parameters": {"trainable": 7, "all": 9}}
+        result |= {"steps": 20, "seconds": {"train": 10.0}}
         (path / "result.json").write_text(json.dumps(result))
         return path
 
@@ -91,6 +94,22 @@ def test_what_is_finished_is_not_run_again_and_what_broke_off_is_kept_beside(tmp
     third = Fake(best)
     assert run(tmp_path, third)["lora"]["seeds"] == 3
     assert third.started == []
+
+
+def test_a_rate_that_diverges_is_no_candidate_and_is_not_run_again(tmp_path: Path) -> None:
+    best = {"adamw": 4e-3, "lora_fa": 1e-3}
+    first = Fake(best, diverges_above=3e-3)
+    assert run(tmp_path, first)["lora"]["lr"] == 2e-3
+    second = Fake(best, diverges_above=3e-3)
+    run(tmp_path, second)
+    assert second.started == []
+
+
+def test_steps_to_the_baseline_are_counted_on_one_curve(tmp_path: Path) -> None:
+    """The baseline reaches its own last loss at its last measurement."""
+    rows = run(tmp_path, Fake({"adamw": 2e-3, "lora_fa": 1e-3}), seeds=[0])
+    assert rows["lora"]["steps_to_baseline"] == pytest.approx(20.0)
+    assert rows["lora"]["seconds_a_step"] == pytest.approx(0.5)
 
 
 def test_runs_with_other_settings_are_not_mixed_in(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ HEADINGS = (
     "held-out loss",
     "difference",
     "steps to baseline",
-    "s / step",
+    "s / step, measuring included",
     "trained",
 )
 PAGE = "comparison.html"
@@ -90,7 +90,7 @@ def _interval(values: Mapping[str, Any], sign: str = "") -> str:
 def _runs(folder: Path, method: str) -> dict[tuple[float, int], RunDirectory]:
     """The finished runs of a method by (learning rate, seed)."""
     runs = [RunDirectory(path.parent) for path in sorted((folder / method).glob("*/config.yaml"))]
-    done = [run for run in runs if run.result().get("status") == "finished" and "unfinished" not in run.path.name]
+    done = [run for run in runs if run.result().get("status") == "finished"]
     return {(config.optim.lr, config.train.seed): run for run in done for config in (run.config(),)}
 
 
@@ -120,8 +120,8 @@ def _rates(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     axes = figure.add_subplot()
     for row in rows:
         runs = _runs(folder, row["method"])
-        first = min((seed for _, seed in runs), default=0)
-        points = sorted((rate, run.result()["after"]["loss"]) for (rate, seed), run in runs.items() if seed == first)
+        swept = {rate: run for (rate, seed), run in runs.items() if seed == row["swept_with"]}
+        points = sorted((rate, run.result()["after"]["loss"]) for rate, run in swept.items())
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=row["method"])
     axes.set_xscale("log")

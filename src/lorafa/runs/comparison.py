@@ -18,6 +18,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rich.markup import escape
 from lorafa.checks import is_int
 from lorafa.conf.compose import compose
 from lorafa.conf.typed import plain
-from lorafa.errors import ConfigError, first_line
+from lorafa.errors import ConfigError, TrainingError, first_line
 from lorafa.runs.experiment import start_run
 from lorafa.runs.record import RunDirectory
 from lorafa.storage import write_json
@@ -88,16 +89,15 @@ class Plan:
         settings, methods = _settings(path, "settings", values["settings"]), []
         _settings("the command", "key=value", list(extra))
         for name, method in values["methods"].items():
-            rates = method.get("rates") if isinstance(method, Mapping) else None
-            fits = isinstance(rates, list) and rates and all(isinstance(r, float) and r > 0 for r in rates)
-            if not fits or set(method) != {"settings", "rates"} or sorted(rates or []) != rates:
+            rates = _rates(method.get("rates")) if isinstance(method, Mapping) else ()
+            if not rates or set(method) != {"settings", "rates"}:
                 raise ConfigError(
                     f"{path}: {name} must hold settings and rates (numbers > 0, rising), found {method!r}. "
                     "Numbers are written with a point: 1.0e-3."
                 )
             if not re.fullmatch(r"[\w.+-]+", str(name)) or set(str(name)) == {"."}:
                 raise ConfigError(f"{path}: {name!r} cannot name a folder. Use letters, digits and - _ . + in names.")
-            methods.append(Method(str(name), _settings(path, str(name), method["settings"]), tuple(rates)))
+            methods.append(Method(str(name), _settings(path, str(name), method["settings"]), rates))
         plan = cls(tuple(methods), str(values["baseline"]), tuple(seeds), settings)
         if plan.baseline not in values["methods"]:
             raise ConfigError(f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}.")
@@ -108,6 +108,14 @@ class Plan:
 
     def overrides(self, method: Method, rate: float, seed: int) -> list[str]:
         return [*self.settings, *method.settings, f"optim.lr={rate!r}", f"train.seed={seed}"]
+
+
+def _rates(given: object) -> tuple[float, ...]:
+    """Numbers > 0 that rise in the four digits their folders are named with; empty where they do not."""
+    if not isinstance(given, list) or not all(isinstance(rate, float) and rate > 0 for rate in given):
+        return ()
+    shown = [float(f"{rate:.4g}") for rate in given]
+    return tuple(given) if all(low < high for low, high in pairwise(shown)) else ()
 
 
 def _settings(path: str | Path, where: str, given: object) -> tuple[str, ...]:
@@ -139,7 +147,7 @@ def compare(
 
     Raises:
         ConfigError: a finished run in ``folder`` had other settings.
-        LoraError: a run failed.
+        LoraError: a run failed, other than by diverging, which counts as an infinite loss.
     """
     best: dict[str, float] = {}
 
@@ -148,13 +156,18 @@ def compare(
         config = compose([*plan.overrides(method, rate, seed), *extra, f"run_dir={path}"])
         if (path / "config.yaml").is_file():
             earlier = RunDirectory.open(path)
-            if earlier.result().get("status") == "finished":
+            if _is_over(earlier):
                 _check_same(plain(config), plain(earlier.config()), path)
                 return earlier
             number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
             path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
         console.rule(escape(f"{method.name}, learning rate {rate:.4g}, seed {seed}"))
-        return RunDirectory(start(config, console, ["lorafa", "compare"]))
+        try:
+            start(config, console, ["lorafa", "compare"])
+        except TrainingError as error:  # it diverged: a result too, of the rate
+            RunDirectory(path).update_result(diverged=True)
+            console.print(f"Diverged: {error}", markup=False, highlight=False)
+        return RunDirectory(path)
 
     for method in plan.methods:
         best[method.name] = _best_rate(method, lambda m, r: _loss(run(m, r, plan.seeds[0])))
@@ -171,21 +184,26 @@ def _best_rate(method: Method, loss: Callable[[Method, float], float]) -> float:
     rates = list(method.rates)
     losses = {rate: loss(method, rate) for rate in rates}
     for _ in range(MORE_RATES):
-        best = min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+        best = min(losses, key=lambda rate: losses[rate])
         if len(rates) > 1 and best == max(rates):
-            rates.append(best * rates[-1] / rates[-2])
+            rates.append(float(f"{best * rates[-1] / rates[-2]:.4g}"))  # the digits its folder is named with
         elif len(rates) > 1 and best == min(rates):
-            rates.insert(0, best * rates[0] / rates[1])
+            rates.insert(0, float(f"{best * rates[0] / rates[1]:.4g}"))
         else:
             break
         losses |= {rate: loss(method, rate) for rate in rates if rate not in losses}
         rates.sort()
-    return min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def _is_over(run: RunDirectory) -> bool:
+    result = run.result()
+    return result.get("status") == "finished" or bool(result.get("diverged"))
 
 
 def rows(plan: Plan, folder: Path, best: Mapping[str, float]) -> list[dict[str, Any]]:
     """One row a method whose rate is chosen: held-out loss with its 95 % interval, difference from the baseline seed by
-    seed, steps to the baseline's final loss, seconds a step."""
+    seed, steps to the baseline's last loss on the way, seconds a step with the measurements on the way."""
     losses: dict[str, dict[int, float]] = {}
     found: dict[str, list[RunDirectory]] = {}
     for name, rate in best.items():
@@ -193,7 +211,8 @@ def rows(plan: Plan, folder: Path, best: Mapping[str, float]) -> list[dict[str, 
         done = {seed: run for seed, run in at_rate.items() if run.result().get("status") == "finished"}
         found[name], losses[name] = list(done.values()), {seed: _loss(run) for seed, run in done.items()}
     baseline = losses.get(plan.baseline, {})
-    goal = statistics.mean(baseline.values()) if baseline else None
+    ends = [curve[-1][1] for run in found.get(plan.baseline, []) if (curve := heldout_curve(run.metrics()))]
+    goal = statistics.mean(ends) if ends else None
     table = []
     for name, runs in found.items():
         if not runs:
@@ -201,7 +220,7 @@ def rows(plan: Plan, folder: Path, best: Mapping[str, float]) -> list[dict[str, 
         differences = [loss - baseline[seed] for seed, loss in losses[name].items() if seed in baseline]
         steps = [] if goal is None else [steps_to(run.metrics(), goal) for run in runs]
         reached = [step for step in steps if step is not None]
-        last = [run.metrics()[-1] for run in runs]
+        results = [run.result() for run in runs]
         table.append({
             "method": name,
             "lr": best[name],
@@ -209,8 +228,9 @@ def rows(plan: Plan, folder: Path, best: Mapping[str, float]) -> list[dict[str, 
             "loss": interval(list(losses[name].values())),
             "difference": interval(differences) if name != plan.baseline else None,
             "steps_to_baseline": statistics.mean(reached) if steps and len(reached) == len(steps) else None,
-            "seconds_a_step": statistics.mean(row["seconds"] / row["step"] for row in last),
-            "trainable": runs[0].result()["parameters"]["trainable"],
+            "seconds_a_step": statistics.mean(each["seconds"]["train"] / each["steps"] for each in results),
+            "trainable": results[0]["parameters"]["trainable"],
+            "swept_with": plan.seeds[0],
         })  # fmt: skip
     return table
 
@@ -223,9 +243,14 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "half_width": half, "values": list(values)} if values else {}
 
 
+def heldout_curve(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(step, held-out loss) of every measurement on the way."""
+    return [(float(row["step"]), float(row["eval_loss"])) for row in metrics if "eval_loss" in row]
+
+
 def steps_to(metrics: Sequence[Mapping[str, Any]], goal: float) -> float | None:
     """The step at which the held-out loss first reaches ``goal``, between two measurements by a straight line."""
-    curve = [(float(row["step"]), float(row["eval_loss"])) for row in metrics if "eval_loss" in row]
+    curve = heldout_curve(metrics)
     last_step, last_loss = 0.0, math.inf
     for step, loss in curve:
         if loss <= goal:
@@ -236,7 +261,9 @@ def steps_to(metrics: Sequence[Mapping[str, Any]], goal: float) -> float | None:
 
 
 def _loss(run: RunDirectory) -> float:
-    return float(run.result()["after"]["loss"])
+    result = run.result()
+    loss = math.inf if result.get("diverged") else float(result["after"]["loss"])
+    return math.inf if math.isnan(loss) else loss
 
 
 def _check_same(now: Mapping[str, Any], then: Mapping[str, Any], path: Path) -> None:

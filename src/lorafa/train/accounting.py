@@ -134,7 +134,10 @@ def _state_bytes(model: nn.Module, trained: Sequence[nn.Parameter], optim: Optim
         return sum(map(_row_and_column, trained))
     if (optim.name, optim.form) == ("lora_pro", "full"):
         return _whole_moments(model, trained)
-    own = optim.name in ("lora_fa", "preconditioned")  # torch's AdamW keeps moments in the parameter's dtype
+    own = optim.name == "preconditioned" or (optim.name, optim.algorithm) == (
+        "lora_fa",
+        "exact",
+    )  # torch's AdamW keeps moments in the parameter's dtype
     return sum(2 * p.numel() * (working_dtype(p.dtype).itemsize if own else p.element_size()) for p in trained)
 
 
