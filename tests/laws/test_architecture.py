@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "lorafa"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ALL_FILES = [path for folder in ("src", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+FOLDERS = ("src", "tests", "benchmarks", "recipes")
+ALL_FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 MAX_LINES = 400
 
 LEVELS = (

@@ -385,3 +385,10 @@ def test_a_state_of_other_shapes_is_refused(name: str) -> None:
 def test_settings_lora_pro_does_not_know_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         create_lorapro_optimizer(adapted(), lr=1e-3, **settings)
+
+
+@pytest.mark.parametrize("name", ["preconditioned", "pro adamw", "pro full"])
+@pytest.mark.parametrize("settings", [{"eps": -1.0}, {"betas": (2.0, 2.0)}, {"weight_decay": -1.0}], ids=str)
+def test_numbers_of_adam_out_of_range_are_refused(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} must be"):
+        MAKERS[name](adapted(), **settings)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorafa.adapter import working_dtype
+from lorafa.checks import check_number
 from lorafa.errors import AdapterError, CheckpointError
 from lorafa.optimizers.pairs import Pair, check_finite
 
@@ -75,6 +76,15 @@ class PairOptimizer(Optimizer, ABC):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return state | {name: getattr(self, name) for name in self.own}
+
+
+def check_adam_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise a ConfigError where a number of Adam's is out of range."""
+    check_number("lr", lr, "a number >= 0", 0, closed="[")
+    for beta in betas:
+        check_number("betas", beta, "two numbers in [0, 1)", 0, 1, closed="[")
+    check_number("eps", eps, "a number >= 0", 0, closed="[")
+    check_number("weight_decay", weight_decay, "a number >= 0", 0, closed="[")
 
 
 def check_pairs(optimizer: Optimizer, pairs: Iterable[Pair]) -> None:

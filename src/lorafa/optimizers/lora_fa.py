@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafa.checks import check_choice, check_number
+from lorafa.checks import check_choice
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import adamw_, moments
-from lorafa.optimizers.checked import PairOptimizer, check_state
+from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_state
 from lorafa.optimizers.pairs import Pair, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
 
@@ -68,7 +68,7 @@ class LoraFAOptimizer(PairOptimizer):
         *,
         pairs: Sequence[Pair] = (),
     ) -> None:
-        _check_numbers(lr, betas, eps, weight_decay)
+        check_adam_numbers(lr, betas, eps, weight_decay)
         if not pairs:
             raise ConfigError(
                 "LoraFAOptimizer needs to know which A belongs to which B, and was given no pairs. Call "
@@ -153,7 +153,7 @@ def create_lorafa_optimizer(
     Everything is checked before the model is changed.
     """
     check_choice("algorithm", algorithm, ALGORITHMS)
-    _check_numbers(lr, betas, eps, weight_decay)
+    check_adam_numbers(lr, betas, eps, weight_decay)
     if algorithm == "fold" and not correct_bias:
         raise ConfigError(
             "correct_bias=False is not defined for algorithm='fold': torch's AdamW always corrects. Use 'exact'."
@@ -227,14 +227,6 @@ def _fold_into(pair: Pair, A: Tensor, B: Tensor, L: Tensor) -> None:
     wide_A, wide_B = pair.matrices_A(A).cpu().double(), pair.matrices_B(B).cpu().double()
     A.copy_(pair.stored_A(torch.linalg.solve_triangular(L, wide_A, upper=False)))
     B.copy_(pair.stored_B(wide_B @ L))
-
-
-def _check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    check_number("lr", lr, "a number >= 0", 0, closed="[")
-    for beta in betas:
-        check_number("betas", beta, "two numbers in [0, 1)", 0, 1, closed="[")
-    check_number("eps", eps, "a number >= 0", 0, closed="[")
-    check_number("weight_decay", weight_decay, "a number >= 0", 0, closed="[")
 
 
 def _check_arguments(pairs: Sequence[Pair], r: int | None, alpha: float | None, use_rslora: bool | None) -> None:

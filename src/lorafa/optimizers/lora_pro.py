@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse, spd_eigh, sylvester
 from lorafa.optimizers.adamw import adamw_, moments
-from lorafa.optimizers.checked import PairOptimizer
+from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
 from lorafa.optimizers.pairs import Pair, other_groups, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import PairBatch, precondition
 
@@ -115,8 +115,8 @@ def create_lorapro_optimizer(
     """
     check_choice("form", form, FORMS)
     check_choice("X", X, CHOICES)
-    check_number("lr", lr, "a number >= 0", 0, closed="[")
-    check_number("weight_decay", weight_decay, "a number >= 0", 0, closed="[")
+    check_adam_numbers(lr, betas, eps, weight_decay)
+    check_number("momentum", momentum, "a number in [0, 1)", 0, 1, closed="[")
     check_number("damping", damping, "a number >= 0", 0, closed="[")
     pairs = trained_together(pairs_of(model), "LoRA-Pro")
     groups = [

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse
 from lorafa.optimizers.adamw import adamw_, by_device_and_dtype, moments
-from lorafa.optimizers.checked import PairOptimizer
+from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
 from lorafa.optimizers.pairs import Pair, by_shape, other_groups, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import PairBatch, live_batches, precondition
 
@@ -133,7 +133,7 @@ def create_preconditioned_adamw(
         ConfigError: a number is out of range.
         AdapterError: there are no adapters, or a factor is frozen.
     """
-    check_number("lr", lr, "a number >= 0", 0, closed="[")
+    check_adam_numbers(lr, betas, eps, weight_decay)
     check_number("prec_reg", prec_reg, "a number > 0", 0)
     pairs = trained_together(pairs_of(model), "LoRA-One's preconditioned AdamW")
     groups = [{"params": [f for pair in pairs for f in (pair.A, pair.B)]}, *other_groups(model, pairs, weight_decay)]

@@ -183,8 +183,9 @@ def _kinds(layers: Iterable[tuple[str, LoraLayer]]) -> tuple[KindCost, ...]:
 
 def _kind(name: str, kind: str, layers: list[LoraLayer]) -> KindCost:
     parts = [part for layer in layers for part in layer.stored_parameters(_NAME).items()]
-    A = sum(p.numel() for key, p in parts if key in ("lora_A.weight", "lora_embedding_A"))
-    B = sum(p.numel() for key, p in parts if key in ("lora_B.weight", "lora_embedding_B"))
+    names_A, names_B = zip(*(layer.factor_names for layer in layers), strict=True)
+    A = sum(p.numel() for key, p in parts if key in names_A)
+    B = sum(p.numel() for key, p in parts if key in names_B)
     base = {id(p): p.numel() for layer in layers for p in _own_parameters(layer)}
     return KindCost(
         name=name,
