@@ -8,7 +8,7 @@ no correction at all is the limit of large t.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,6 @@ def moments(state: dict[str, Any], like: Tensor) -> None:
     """Give a parameter's state zero moments of its shape, in float32 (float64 where the parameter is)."""
     for key in ("exp_avg", "exp_avg_sq"):
         state[key] = torch.zeros(like.shape, dtype=working_dtype(like.dtype), device=like.device)
-
-
-def by_device_and_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters one call of :func:`adamw_` can take together."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for parameter in parameters:
-        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    return list(groups.values())
 
 
 @torch.no_grad()
@@ -87,3 +79,32 @@ def adamw_(
     for parameter, value in zip(params, wide, strict=True):
         if parameter is not value:
             parameter.copy_(value)
+
+
+def adamw_group_(
+    group: dict[str, Any],
+    gradients: Mapping[Tensor, Tensor],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    **form: Any,
+) -> None:
+    """One step on the parameters of an optimizer's group that have an entry in ``gradients``, counted in their state.
+
+    Args:
+        group: lr, betas, eps and weight_decay, and the parameters.
+        gradients: of the parameters' shapes.
+        state: of the optimizer; moments are made where there are none.
+        **form: switches of :func:`adamw_`.
+    """
+    batches: dict[tuple[Any, ...], list[Tensor]] = {}
+    for parameter in group["params"]:
+        if parameter not in gradients:
+            continue
+        own = state[parameter]
+        if not own:
+            own["step"] = 0
+            moments(own, parameter)
+        own["step"] += 1
+        batches.setdefault((own["step"], parameter.device, parameter.dtype), []).append(parameter)
+    settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    for (step, *_), batch in batches.items():
+        adamw_(batch, [gradients[p] for p in batch], [state[p] for p in batch], step=step, **settings, **form)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lorafa.checks import check_choice
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.optimizers.adamw import adamw_, moments
+from lorafa.optimizers.adamw import adamw_group_
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_state
 from lorafa.optimizers.pairs import Pair, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
@@ -80,34 +80,11 @@ class LoraFAOptimizer(PairOptimizer):
 
     def update(self) -> None:
         """AdamW with the projected gradient of every B."""
-        projected = self.row_space.gradients()
+        gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        gradients |= self.row_space.gradients()
         for group in self.param_groups:
-            batches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = 0
-                    moments(state, parameter)
-                state["step"] += 1
-                batches.setdefault((state["step"], parameter.device, parameter.dtype), []).append(
-                    (parameter, projected.get(parameter, parameter.grad))
-                )
-            for (step, *_), batch in batches.items():
-                adamw_(
-                    [parameter for parameter, _ in batch],
-                    [gradient for _, gradient in batch],
-                    [self.state[parameter] for parameter, _ in batch],
-                    step=step,
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    correct_bias=group["correct_bias"],
-                    eps_corrected=False,
-                    decay_last=True,
-                )
+            form = {"correct_bias": group["correct_bias"], "eps_corrected": False, "decay_last": True}
+            adamw_group_(group, gradients, self.state, **form)
 
 
 def create_lorafa_optimizer(

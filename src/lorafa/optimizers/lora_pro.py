@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse, spd_eigh, sylvester
-from lorafa.optimizers.adamw import adamw_, moments
+from lorafa.optimizers.adamw import adamw_group_
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
 from lorafa.optimizers.pairs import Pair, other_groups, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import PairBatch, precondition
@@ -169,15 +169,9 @@ class LoraProAdamW(PairOptimizer):
             moved |= {pair.A, pair.B}
             if pair.A.grad is not None and pair.B.grad is not None:
                 self._move(pair, group_of[pair.B])
-        for parameter, group in group_of.items():
-            if parameter not in moved and parameter.grad is not None:
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = 0
-                    moments(state, parameter)
-                state["step"] += 1
-                adamw_([parameter], [parameter.grad], [state], step=state["step"], lr=group["lr"],
-                       betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])  # fmt: skip
+        others = {p: p.grad for p in group_of if p not in moved and p.grad is not None}
+        for group in self.param_groups:
+            adamw_group_(group, others, self.state)
 
     def _move(self, pair: Pair, group: dict[str, Any]) -> None:
         batch = PairBatch([pair])

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse
-from lorafa.optimizers.adamw import adamw_, by_device_and_dtype, moments
+from lorafa.optimizers.adamw import adamw_group_
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
 from lorafa.optimizers.pairs import Pair, by_shape, other_groups, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import PairBatch, live_batches, precondition
@@ -108,14 +108,7 @@ class PreconditionedAdamW(PairOptimizer):
 
     def _move(self, gradients: dict[Tensor, Tensor]) -> None:
         for group in self.param_groups:
-            moving = [p for p in group["params"] if p in gradients]
-            for parameter in moving:
-                if not self.state[parameter]:
-                    moments(self.state[parameter], parameter)
-            for alike in by_device_and_dtype(moving):
-                adamw_(alike, [gradients[p] for p in alike], [self.state[p] for p in alike], step=1, lr=group["lr"],
-                       betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-                       correct_bias=False)  # fmt: skip
+            adamw_group_(group, gradients, self.state, correct_bias=False)
 
 
 def create_preconditioned_adamw(
