@@ -153,6 +153,16 @@ def test_a_local_folder_is_itself_and_loads_with_a_pad_token(folder):
     assert load_model(str(folder))[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_computed_as_asked(folder, attention):
+    assert load_model(str(folder), attention=attention)[0].config._attn_implementation == attention
+
+
+def test_attention_that_is_not_installed_is_an_error(folder):
+    with pytest.raises(SourceError, match=r"flash_attn|[Ff]lash"):
+        load_model(str(folder), attention="flash_attention_2")
+
+
 def test_a_hub_id_is_handed_on():
     assert (
         resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct", revision="main") == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -29,13 +29,20 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_model(
-    name: str, dtype: str | torch.dtype = "bfloat16", *, cache_dir: Path | None = None, revision: str | None = None
+    name: str,
+    dtype: str | torch.dtype = "bfloat16",
+    *,
+    attention: str = "auto",
+    cache_dir: Path | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to train.
 
     Args:
         name: as in :func:`resolve_model`.
         dtype: of the weights; one of ``DTYPES`` by name, ``"auto"`` (as stored), or a ``torch.dtype``.
+        attention: transformers' name of an attention implementation, "eager", "sdpa" or "flash_attention_2"; "auto"
+            leaves the choice to it.
         cache_dir: where built-in models are kept; default :func:`~lorafa.data.wheels.default_cache_dir`.
         revision: branch, tag or commit of a Hub model.
 
@@ -67,7 +74,12 @@ def load_model(
     with as_source_error(unloadable, _MODEL_STEP):
         # Weights of another shape are listed below, where transformers would point to a report it logged.
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            place, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            place,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=None if attention == "auto" else attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     _check_weights(where, loaded)
     _check_causal(where, model)

@@ -89,7 +89,11 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
         model, tokenizer = load_model(
-            config.model.name, config.model.dtype, cache_dir=cache, revision=config.model.revision
+            config.model.name,
+            config.model.dtype,
+            attention=config.model.attention,
+            cache_dir=cache,
+            revision=config.model.revision,
         )
     train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
     check_samples(model, [*train.samples, *heldout.samples])
