@@ -252,6 +252,8 @@ class LoraConfig:
         """
         values = {name: plain(value) for name, value in asdict(self).items() if name != "runtime_config"}
         defaults = {f.name: f.default for f in fields(self)}
+        if self.init_config is not None and self.init_config == type(self.init_config)():
+            values["init_config"] = None
         return {n: v for n, v in values.items() if n not in _LORAFA_ONLY or v != defaults[n]}
 
     @classmethod

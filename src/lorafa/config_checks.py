@@ -137,6 +137,10 @@ def _check_start(config: LoraConfig) -> None:
         raise ConfigError(
             f"lora_bias=True works with init_lora_weights=True or False, found {value!r}. Drop one of the two."
         )
+    if config.freeze_A and start.initializer and start.initializer.trains == "A":
+        raise ConfigError(
+            f"freeze_A=True leaves nothing to train: init_lora_weights={value!r} trains A alone. Drop one of the two."
+        )
     check_rank = start.initializer.check_rank if start.initializer else None
     ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
     for name, rank in ranks.items():

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+_KRYLOV_STEPS = 8
+"""Measured on SmolLM2-135M at rank 16: 7 steps capture 99.84 % to 99.99 % of what the exact decomposition does, 8
+99.94 % and more (docs/LOG.md); weights decay slowly, statistics fast."""
+_EIGH_RANGE = 0.03
+"""How much smaller than the largest a singular value may be to be taken from the eigenvalues of a Gram matrix."""
 _NOTHING = 1e-30
 """Stands for an eigenvalue of zero where it is divided by."""
 
@@ -16,15 +23,85 @@ def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     return U * signs, Vh * signs.transpose(-2, -1)
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``rank`` largest singular triplets of (..., m, n): U (..., m, r), S (..., r), Vh (..., r, n).
+class SVD(NamedTuple):
+    """Singular triplets of a matrix (..., m, n), the largest first."""
 
-    Exact, in float32 (float64 stays), deterministic signs. Costs O(m n min(m, n)).
+    U: Tensor
+    """(..., m, k), orthonormal columns."""
+    S: Tensor
+    """(..., k), falling."""
+    Vh: Tensor
+    """(..., k, n), orthonormal rows."""
+
+    def at(self, index: slice | Tensor) -> SVD:
+        """Some of the triplets."""
+        return SVD(self.U[..., index], self.S[..., index], self.Vh[..., index, :])
+
+    def product(self) -> Tensor:
+        """U diag(S) V^T, (..., m, n)."""
+        return self.U * self.S[..., None, :] @ self.Vh
+
+
+def float_matrix(matrix: Tensor) -> Tensor:
+    """Detached, in float32; float64 stays."""
+    return matrix.detach().to(matrix.dtype if matrix.dtype is torch.float64 else torch.float32)
+
+
+def full_svd(matrix: Tensor) -> SVD:
+    """All min(m, n) singular triplets of (..., m, n) in float32 (float64 stays), with deterministic signs."""
+    U, S, Vh = torch.linalg.svd(float_matrix(matrix), full_matrices=False)
+    U, Vh = fix_signs(U, Vh)
+    return SVD(U, S, Vh)
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> SVD:
+    """The ``rank`` largest singular triplets of (..., m, n), exact. Costs O(m n min(m, n))."""
+    return full_svd(matrix).at(slice(0, rank))
+
+
+def leading_svd(matrix: Tensor, rank: int, generator: torch.Generator, steps: int = _KRYLOV_STEPS) -> SVD:
+    """The ``rank`` largest singular triplets of (..., m, n), by a block Krylov method where that is cheaper than exact.
+
+    After q steps the basis spans X, (M M^T) X ... (M M^T)^q X for a random X (..., m, rank): Musco and Musco 2015,
+    arXiv:1504.05477, algorithm 2. Costs O(q m n rank); exact where the basis would not be smaller than the matrix.
     """
-    dtype = matrix.dtype if matrix.dtype is torch.float64 else torch.float32
-    U, S, Vh = torch.linalg.svd(matrix.detach().to(dtype), full_matrices=False)
-    U, Vh = fix_signs(U[..., :rank], Vh[..., :rank, :])
-    return U, S[..., :rank], Vh
+    M = float_matrix(matrix)
+    columns = rank * (steps + 1)
+    if 2 * columns > min(M.shape[-2:]):
+        return truncated_svd(M, rank)
+    random = torch.randn(*M.shape[:-2], M.shape[-1], rank, generator=generator, dtype=M.dtype).to(M.device)
+    block = torch.linalg.qr(M @ random).Q
+    blocks = [block]
+    for _ in range(steps):
+        block = torch.linalg.qr(M @ (M.mT @ block)).Q
+        blocks.append(block)
+    Q = torch.linalg.qr(torch.cat(blocks, dim=-1)).Q
+    small = Q.mT @ M
+    values, vectors = torch.linalg.eigh(small @ small.mT)  # a fifth of the time of an SVD of ``small``
+    if bool((values[..., -rank] <= _EIGH_RANGE**2 * values[..., -1]).any()):  # squares lose half the digits
+        return svd_within(Q, M, rank)
+    U, S = vectors[..., -rank:].flip(-1).to(M.dtype), values[..., -rank:].flip(-1).sqrt().to(M.dtype)
+    U, Vh = fix_signs(Q @ U, U.mT @ small / S[..., None])
+    return SVD(U, S, Vh)
+
+
+def svd_within(basis: Tensor, matrix: Tensor, rank: int) -> SVD:
+    """The ``rank`` largest singular triplets of Q Q^T M, for orthonormal columns Q (..., m, k) and M (..., m, n)."""
+    U, S, Vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    U, Vh = fix_signs(basis @ U[..., :rank], Vh[..., :rank, :])
+    return SVD(U, S[..., :rank], Vh)
+
+
+def low_rank_svd(B: Tensor, A: Tensor) -> SVD:
+    """All singular triplets of B A for B (..., m, r) and A (..., r, n), without forming the product.
+
+    B = Q_B R_B, A^T = Q_A R_A and an SVD of R_B R_A^T, r x r: O((m + n) r^2).
+    """
+    Q_B, R_B = torch.linalg.qr(float_matrix(B))
+    Q_A, R_A = torch.linalg.qr(float_matrix(A).mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, Vh = fix_signs(Q_B @ U, Vh @ Q_A.mT)
+    return SVD(U, S, Vh)
 
 
 def gram_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -164,9 +164,9 @@ def test_a_start_says_which_settings_and_ranks_it_takes() -> None:
     with pytest.raises(ConfigError, match=r"init_config \(ConstantSettings\) has no setting 'sise'"):
         LoraConfig(init_lora_weights="constant", r=4, init_config={"sise": 1})
     with pytest.raises(
-        ConfigError, match=r"init_config is set but would be ignored: init_lora_weights is 'pissa'\. Drop"
+        ConfigError, match=r"init_config is set but would be ignored: init_lora_weights is 'gaussian'\. Drop"
     ):
-        LoraConfig(init_lora_weights="pissa", init_config={"size": 1})
+        LoraConfig(init_lora_weights="gaussian", init_config={"size": 1})
     with pytest.raises(ConfigError, match=r"init_lora_weights has no value 'konstant'. Did you mean 'constant'\?"):
         LoraConfig(init_lora_weights="konstant")
 

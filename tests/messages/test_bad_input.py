@@ -125,7 +125,6 @@ LATER = {
     "CorDA": {"init_lora_weights": "corda"},
     "LoRA-GA": {"init_lora_weights": "lora_ga"},
     "MiCA": {"init_lora_weights": "mica"},
-    "PiSSA": {"init_lora_weights": "pissa_niter_4"},
 }
 
 

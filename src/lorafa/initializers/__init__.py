@@ -26,7 +26,6 @@ NOT_YET: Mapping[str, str] = {
     "lora_ga": "LoRA-GA",
     "mica": "MiCA",
     "olora": "OLoRA",
-    "pissa_niter_N": "PiSSA by fast SVD",
 }
 """Known starts that have no initializer yet -> their names. A line is deleted when its start enters the table above."""
 

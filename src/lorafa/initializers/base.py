@@ -10,7 +10,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from lorafa.errors import ConfigError
+from lorafa.errors import CalibrationError, ConfigError
+
+
+class DegenerateError(CalibrationError):
+    """What a start is computed from has no directions to offer: all zero, not finite, or of too low a rank.
+
+    Raised by an initializer with the reason, "its gradient is zero". The layer then starts as by default, with a
+    Kaiming A and B = 0 (ALGORITHMS 0.2), which is said in a warning and recorded in the adapter's file.
+    """
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class LayerSpec:
     """Whether only B will be trained, so that A must not start at zero."""
     number: int | None = None
     """The number in the start's name, 4 for "pissa_niter_4"."""
+    repeats: bool = False
+    """Whether a start made before, by PEFT, is to be found again: for a file that holds A and B but not what was taken
+    from the base they were trained on."""
 
     def generator(self) -> torch.Generator:
         """A random source that depends on (seed, key, path) alone, not on order, device or the other layers."""
@@ -49,6 +60,8 @@ class InitResult:
     B: Tensor
     subtract_from_base: bool = False
     """Whether s B A at step 0 belongs to the base weight and must not count."""
+    fallback: str | None = None
+    """Why the layer starts as by default instead of as asked."""
 
 
 class Initializer(Protocol):
@@ -65,6 +78,10 @@ class Initializer(Protocol):
     PEFT's LoraConfig has a field for them ("eva" finds an EvaConfig)."""
     check_rank: Callable[[int, str], None] | None
     """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
+    trains: str
+    """The factors that are trained: "AB", or the one the method trains while the other stays at its start."""
+    moves_base: bool
+    """Whether it takes something out of the base, so that A and B alone do not say what was trained."""
 
     def __call__(self, weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult: ...
 
@@ -79,6 +96,8 @@ def initializer(
     also: tuple[bool | str, ...] = (),
     settings: type | None = None,
     check_rank: Callable[[int, str], None] | None = None,
+    trains: str = "AB",
+    moves_base: bool = False,
 ) -> Callable[[Function], Initializer]:
     """Mark a function as an initializer and declare what goes with it; see :class:`Initializer`.
 
@@ -92,6 +111,8 @@ def initializer(
         marked.also = also
         marked.settings = settings
         marked.check_rank = check_rank
+        marked.trains = trains
+        marked.moves_base = moves_base
         return marked
 
     return mark

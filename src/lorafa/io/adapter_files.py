@@ -43,6 +43,8 @@ class StoredAdapter:
     """Tensors by key, without the ``base_model.model.`` prefix."""
     base: dict[str, Any]
     """Fingerprint of the base it was made for; empty for files of other libraries."""
+    fallbacks: dict[str, str]
+    """Layer -> why it started as by default instead of as the config says."""
     with_start: bool
     """Whether the tensors include a frozen start A0, B0 (:func:`lorafa.io.peft_format.file_tensors`)."""
 
@@ -95,6 +97,9 @@ def save_adapter(
     if has_start(model, name):
         original = config.to_dict()
         side["start"] = {key: original[key] for key in _CHANGED if key in original}
+    fallbacks = {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}
+    if fallbacks:
+        side["fallbacks"] = fallbacks
     require_values(folder / WEIGHTS_NAME, tensors)
     with _staged(make_folder(folder)) as stage:
         write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
@@ -148,7 +153,17 @@ def read_adapter(
         config = read_config(files.config)
         if "start" in side:
             config = replace(config, **{key: side["start"][key] for key in _CHANGED if key in side["start"]})
-    return StoredAdapter(files.weights, config, without_prefix(tensors), side.get("base", {}), "start" in side)
+    return StoredAdapter(
+        files.weights, config, without_prefix(tensors), side.get("base", {}), side.get("fallbacks", {}), "start" in side
+    )
+
+
+def note_fallbacks(model: nn.Module, name: str, fallbacks: Mapping[str, str]) -> None:
+    """Enter why layers of an adapter that was read did not start as its config says."""
+    layers = dict(lora_layers(model))
+    for path, reason in fallbacks.items():
+        if path in layers:
+            layers[path].fallbacks[name] = reason
 
 
 def check_fits_base(model: nn.Module, stored: StoredAdapter) -> None:

@@ -18,6 +18,7 @@ from lorafa.io.peft_format import (
     misfit,
     without_prefix,
 )
+from lorafa.layers.weights import device_of
 from lorafa.surgery.adapters import require_adapters, require_unmerged
 from lorafa.surgery.walk import lora_layers, user_model
 
@@ -103,7 +104,7 @@ def materialize(model: nn.Module, name: str) -> None:
     for _, layer in lora_layers(model):
         if name not in layer.adapters or not layer.adapters[name].A.is_meta:
             continue
-        device = layer._device()
+        device = device_of(layer.get_base_layer())
         for holder in layer.holders():
             if name not in holder:
                 continue

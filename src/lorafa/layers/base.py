@@ -14,7 +14,7 @@ from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.errors import AdapterError, BackendError, ConfigError
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
-from lorafa.layers.weights import require_finite, updated_bias
+from lorafa.layers.weights import device_of, require_finite, updated_bias
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,7 +54,8 @@ class LoraLayer(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
-        self.frozen_A: dict[str, bool] = {}
+        self.trains: dict[str, str] = {}
+        self.fallbacks: dict[str, str] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -205,7 +206,7 @@ class LoraLayer(nn.Module):
 
     def attach(self, name: str, parts: AdapterParts) -> None:
         """Take in an adapter that has been built; the names in ``parts`` are not checked here."""
-        device = parts.A.device if parts.A.is_meta else self._device()
+        device = parts.A.device if parts.A.is_meta else device_of(self.get_base_layer())
 
         def placed(tensor: Tensor) -> Tensor:
             # Strides decide over kernels and so over bits: those of a reloaded adapter, also along sizes of one.
@@ -215,7 +216,7 @@ class LoraLayer(nn.Module):
         self.r[name], self.lora_alpha[name], self.times[name] = parts.rank, parts.alpha, parts.times
         self.scaling[name] = parts.times * parts.scaling
         self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant.name == "dora"
-        self.lora_bias[name], self.frozen_A[name] = parts.bias is not None, parts.freeze_A
+        self.lora_bias[name], self.trains[name] = parts.bias is not None, parts.trains
         self.lora_dropout[name] = nn.Dropout(parts.dropout) if parts.dropout else nn.Identity()
         bias = None if parts.bias is None else placed(parts.bias)
         self.hold_factors(name, placed(self.stored_A(parts.A)), placed(self.stored_B(parts.B)), bias)
@@ -223,6 +224,8 @@ class LoraLayer(nn.Module):
             self._holder(parts.variant.extras[kind])[name] = Weight(self.store_extra(placed(value)))
         if parts.start is not None:
             self.lora_start[name] = Start(*(placed(factor) for factor in parts.start))
+        if parts.fallback is not None:
+            self.fallbacks[name] = parts.fallback
         self.adapters[name] = Adapter(self, name, parts.variant)
         for holder in self.holders():  # not self.train(): what is inside the base keeps its modes
             holder.training = self.training
@@ -244,19 +247,13 @@ class LoraLayer(nn.Module):
         """A vector over output features in the shape PEFT stores it in."""
         return value
 
-    def _device(self) -> torch.device:
-        base = self.get_base_layer()
-        for tensor in (*base.parameters(recurse=False), *base.buffers(recurse=False)):
-            return tensor.device
-        return torch.device("cpu")
-
     def detach_adapter(self, name: str) -> None:
         """Forget an adapter and all its parameters."""
         if name in self.merged_adapters:
             raise AdapterError(f"Adapter {name!r} is merged. Call unmerge_adapter() before deleting it.")
         holders: tuple[Any, ...] = (
             self.r, self.lora_alpha, self.scaling, self.times, self.use_rslora, self.use_dora, self.lora_bias,
-            self.frozen_A, self.adapters, *self.holders(),
+            self.trains, self.fallbacks, self.adapters, *self.holders(),
         )  # fmt: skip
         for holder in holders:
             if name in holder:
@@ -295,9 +292,9 @@ class LoraLayer(nn.Module):
             self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
 
     def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
+        factors = dict(zip(self.factor_names, "AB", strict=True))
         for key, parameter in self.stored_parameters(name).items():
-            frozen = self.frozen_A[name] and key == self.factor_names[0]
-            parameter.requires_grad_(requires_grad and not frozen)
+            parameter.requires_grad_(requires_grad and factors.get(key, "") in self.trains[name])
 
     @property
     def disable_adapters(self) -> bool:

@@ -31,8 +31,10 @@ class AdapterParts:
     start: tuple[Tensor, Tensor] | None = None
     """A0 and B0 where s B0 A0 must not count: the part of the update the base weight already holds."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    freeze_A: bool = False
-    """Whether only B is trained (LoRA-FA)."""
+    trains: str = "AB"
+    """The factors that are trained: "B" for a frozen A (LoRA-FA)."""
+    fallback: str | None = None
+    """Why the layer starts as by default instead of as asked."""
     times: int = 1
     """How often the update is applied: its scaling is this many times ``scaling``."""
 

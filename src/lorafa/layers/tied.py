@@ -9,7 +9,7 @@ from torch import Tensor
 from lorafa.adapter import Adapter, Start
 from lorafa.layers.base import LoraLayer
 
-_NUMBERS = ("r", "lora_alpha", "scaling", "times", "use_rslora", "use_dora", "lora_bias", "frozen_A")
+_NUMBERS = ("r", "lora_alpha", "scaling", "times", "use_rslora", "use_dora", "lora_bias", "trains")
 
 
 class TiedAdapter(Adapter):

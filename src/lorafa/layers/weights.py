@@ -60,3 +60,9 @@ def require_finite(merged: nn.Module, base: nn.Module, names: Sequence[str]) -> 
             "its dtype; nothing was merged. The adapter was probably trained to divergence, or the model needs a "
             "dtype of wider range: bfloat16 or float32."
         )
+
+
+def device_of(base: nn.Module) -> torch.device:
+    """Where the layer's own tensors are; the CPU if it has none."""
+    own = (*base.parameters(recurse=False), *base.buffers(recurse=False))
+    return own[0].device if own else torch.device("cpu")

@@ -169,7 +169,7 @@ def create_lorafa_optimizer(
 def _freeze(model: nn.Module, pairs: Sequence[Pair]) -> None:
     """Make a frozen A part of the adapters: of their layers, and of the configs that are saved with them."""
     for pair in pairs:
-        pair.layer.frozen_A[pair.name] = True
+        pair.layer.trains[pair.name] = "B"
         pair.A.requires_grad_(False)
     names = {pair.name for pair in pairs}
     for module in model.modules():

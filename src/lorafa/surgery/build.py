@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lorafa.backends.base import Backend
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS, find_start
-from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes
+from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, factor_shapes
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.targets import Target
@@ -53,14 +53,14 @@ class Builder:
         assert start is not None  # config.check() has found it
         self.initializer, self.number = INITIALIZERS.get(start.name), start.number
         self.settings = config.start_settings()
-        reads_weight = self.initializer.reads_weight
-        if options.low_cpu_mem_usage and reads_weight and not options.from_file:
+        if options.low_cpu_mem_usage and self.initializer.reads_weight and not options.from_file:
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r} computes its start from the weight, but "
                 "low_cpu_mem_usage=True computes none. Drop one of the two."
             )
-        file_fills_all = options.from_file and (not reads_weight or options.file_has_starts)
-        self.filled_later = file_fills_all or options.low_cpu_mem_usage
+        self.repeats = options.from_file and self.initializer.moves_base and not options.file_has_starts
+        self.filled_later = options.low_cpu_mem_usage or (options.from_file and not self.repeats)
+        self.trains = "".join(f for f in self.initializer.trains if not (config.freeze_A and f == "A"))
 
     def build(self, target: Target) -> AdapterParts:
         """The adapter of one target.
@@ -79,7 +79,7 @@ class Builder:
         scaling, groups = config.scaling(target.rank, target.alpha), layer_class.groups(target.base)
         spec = LayerSpec(
             target.full_name, kind, target.rank, scaling, self.seed, self.name, groups, self.settings,
-            config.freeze_A, self.number,
+            config.freeze_A, self.number, self.repeats,
         )  # fmt: skip
         weight = self._weight(target)
         result = self._empty(weight, spec) if self.filled_later else self._start(weight, spec)
@@ -90,7 +90,7 @@ class Builder:
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
             A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
-            start, extras, config.freeze_A,
+            start, extras, self.trains, result.fallback,
         )  # fmt: skip
 
     def _weight(self, target: Target) -> Tensor:
@@ -107,7 +107,13 @@ class Builder:
                 f"init_lora_weights={self.config.init_lora_weights!r} needs {', '.join(missing)} of {spec.name!r}; "
                 "none was given. Collect these statistics and pass them as stats=."
             )
-        return self.initializer(weight, stats, spec)
+        try:
+            return self.initializer(weight, stats, spec)
+        except DegenerateError as error:
+            if self.repeats:
+                raise
+            by_default = INITIALIZERS.get("kaiming")(weight, {}, spec)
+            return replace(by_default, subtract_from_base=self.initializer.moves_base, fallback=str(error))
 
     def _empty(self, weight: Tensor, spec: LayerSpec) -> InitResult:
         device = "meta" if self.options.low_cpu_mem_usage else None

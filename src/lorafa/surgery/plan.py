@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lorafa.config import LoraConfig, require_available
-from lorafa.errors import AdapterError
+from lorafa.errors import AdapterError, shorten
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_tied_ends
@@ -64,7 +64,19 @@ def plan(
     tied = {tie.target for tie in ties}
     builder = Builder(config, name, options, stats or {})
     layers = [layer for target in targets if target not in tied for layer in _layers(target, builder)]
+    _say_fallbacks(config, layers)
     return Plan(name, config, targets, layers, ties, auxiliary)
+
+
+def _say_fallbacks(config: LoraConfig, layers: list[PlannedLayer]) -> None:
+    reasons = [f"{layer.target.full_name} ({layer.parts.fallback})" for layer in layers if layer.parts.fallback]
+    if reasons:
+        warnings.warn(
+            f"init_lora_weights={config.init_lora_weights!r} has nothing to start from on {len(reasons)} of "
+            f"{len(layers)} layers, which start as by default, with a Kaiming A and B = 0: {shorten(reasons, 3)}. The "
+            "adapter's file says so.",
+            stacklevel=3,
+        )
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:

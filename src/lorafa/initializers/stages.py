@@ -1,0 +1,76 @@
+"""What starts are made of: triplets of a matrix are picked, split over A and B, and scaled (ALGORITHMS 2.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, check_rank
+from lorafa.linalg import SVD, full_svd, leading_svd, truncated_svd
+
+
+def halves(triplets: SVD, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """A = sqrt(c S) V^T and B = U sqrt(c S) for triplets of a matrix and a scale c, so that B A is c U S V^T."""
+    root = (triplets.S * scale).sqrt()
+    return root[..., :, None] * triplets.Vh, triplets.U * root[..., None, :]
+
+
+def taken_from_base(triplets: SVD, scaling: float) -> InitResult:
+    """s B A is the product of the triplets, and the base is left without it: PiSSA and its relatives."""
+    A, B = halves(triplets, 1 / scaling)
+    return InitResult(A, B, subtract_from_base=True)
+
+
+def leading(matrix: Tensor, spec: LayerSpec, what: str, *, exact: bool = False, steps: int | None = None) -> SVD:
+    """The r leading triplets of a matrix (..., out, in).
+
+    Args:
+        what: the matrix, for errors: "its weight".
+        exact: decompose the whole matrix.
+        steps: of the block Krylov method that is used otherwise; None takes its default.
+
+    Raises:
+        ConfigError: r > min(out, in).
+        DegenerateError: fewer than r singular values differ from zero.
+    """
+    check_rank(spec, matrix)
+    require_finite(matrix, what)
+    if exact:
+        found = truncated_svd(matrix, spec.rank)
+    else:
+        found = leading_svd(matrix, spec.rank, spec.generator(), **({} if steps is None else {"steps": steps}))
+    require_directions(found.S, found.S[..., 0], max(matrix.shape[-2:]), what)
+    return found
+
+
+def trailing(matrix: Tensor, spec: LayerSpec, what: str) -> SVD:
+    """The r triplets of a matrix (..., out, in) with the smallest singular values, exact; raises as :func:`leading`."""
+    check_rank(spec, matrix)
+    require_finite(matrix, what)
+    everything = full_svd(matrix)
+    found = everything.at(slice(-spec.rank, None))
+    require_directions(found.S, everything.S[..., 0], max(matrix.shape[-2:]), what)
+    return found
+
+
+def require_finite(matrix: Tensor, what: str) -> None:
+    """Raises DegenerateError for inf and nan, which no decomposition survives."""
+    if not bool(torch.isfinite(matrix).all()):
+        raise DegenerateError(f"{what} is not finite")
+
+
+def require_directions(values: Tensor, largest: Tensor, size: int, what: str) -> None:
+    """Every singular value in ``values`` (..., r) differs from zero by more than rounding.
+
+    Args:
+        values: those a start is made of.
+        largest: (...,) the largest of the matrix.
+        size: the matrix's larger side: rounding is as torch.linalg.matrix_rank has it.
+
+    Raises:
+        DegenerateError: some value is zero; a factor made of it would have no gradient and never train.
+    """
+    rounding = largest[..., None] * torch.finfo(values.dtype).eps * size
+    found, rank = int(values.gt(rounding).sum(-1).min()), values.shape[-1]
+    if found < rank:
+        raise DegenerateError(f"{what} has {found} singular values other than zero where {rank} are needed")
