@@ -1,0 +1,17 @@
+"""What data-aware starts read of a layer, collected over calibration batches: statistics by name."""
+
+from __future__ import annotations
+
+from lorafa.calibration.base import Statistic
+from lorafa.registry import Registry
+
+STATISTICS: Registry[type[Statistic]] = Registry(
+    "statistic",
+    {
+        "gradient": "lorafa.calibration.gradient:GradientSketch",
+        "whitened_gradient": "lorafa.calibration.gradient:WhitenedGradientSketch",
+        "second_moment": "lorafa.calibration.moments:SecondMoment",
+        "corda_moment": "lorafa.calibration.moments:CordaMoment",
+        "principal": "lorafa.calibration.principal:IncrementalPCA",
+    },
+)

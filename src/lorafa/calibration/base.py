@@ -1,0 +1,116 @@
+"""Statistic: one quantity of one layer, gathered over calibration batches and handed on as plain tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Tokens = Literal["all", "attended", "labelled"]
+"""Which rows of a layer's input count: all, those the attention mask keeps, or those of these that have a label."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How statistics are computed, whichever start reads them."""
+
+    seed: int = 0
+    """Of random projections."""
+    passes: int = 1
+    """Over the data, for a gradient: 1 keeps a range and a co-range sketch; 2 finds the range first and then projects
+    on it; every further two passes are a power iteration."""
+    dense: bool | None = None
+    """Whether to add up whole gradients; None: where that is no larger than a sketch."""
+    halves: bool = False
+    """Keep a gradient's two half samples apart, for ranks from data."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The layer a statistic is about."""
+
+    name: str
+    """Full name of the target."""
+    out: int
+    in_: int
+    rank: int
+    """The number of directions a start will ask for at most."""
+    settings: Any = None
+    """The start's settings: EvaConfig, CordaConfig ..."""
+    options: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+
+class Statistic(ABC):
+    """Sees every call of its layer; data-parallel ranks see their share and are brought together after each pass.
+
+    Accumulators are float32, on the layer's device; they are made when the first rows arrive.
+    """
+
+    reads_gradient: ClassVar[bool] = False
+    """Whether :meth:`update` needs the output's gradient; otherwise a forward pass is enough."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Statistics of the same layer that must be complete before this one's first pass."""
+
+    def __init__(self, layer: Measured) -> None:
+        self.layer = layer
+
+    @classmethod
+    def of(cls, layer: Measured) -> Self:
+        return cls(layer)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Which rows it is given. Padding has no gradient, so what reads gradients may see all."""
+        return "all"
+
+    @property
+    def shares_input(self) -> bool:
+        """Whether layers with the same input object have the same value, so that one serves them all."""
+        return False
+
+    def wants_pass(self, number: int) -> bool:
+        """Whether to go over the data once more; passes count from 0, and from the end of those in ``after``."""
+        return number == 0
+
+    def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:
+        """Called before the first batch of a pass; ``done`` has those named in ``after``."""
+
+    @abstractmethod
+    def update(self, x: Tensor, d: Tensor | None) -> None:
+        """One call of the layer: its input (T, in) and, if it reads gradients, that of its output (T, out).
+
+        Both are in the model's dtype and detached, and must not be kept.
+        """
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether more batches would change nothing that matters; a pass ends early when all statistics say so."""
+        return False
+
+    def sums(self) -> list[Tensor]:
+        """The accumulators of this pass that ranks add up, in place."""
+        return []
+
+    def reduce(self) -> None:
+        """Bring the ranks of torch.distributed's default group together; the same on all of them afterwards."""
+        for tensor in self.sums():
+            torch.distributed.all_reduce(tensor)
+
+    def end_pass(self, number: int, weight: float) -> None:
+        """Called after :meth:`reduce`. ``weight`` is the number of batches of all ranks, or the sum of their weights
+        if batches were weighted: a sum over batches divided by it is their mean."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Tensor]:
+        """The value, as tensors that can be stored.
+
+        Raises:
+            CalibrationError: nothing was seen of this layer.
+        """
