@@ -104,6 +104,41 @@ def low_rank_svd(B: Tensor, A: Tensor) -> SVD:
     return SVD(U, S, Vh)
 
 
+def leading_qr(matrix: Tensor, rank: int, *, pivoted: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``rank`` columns of Q and rows of R in M = Q R, for M (..., m, n); only so many columns are decomposed.
+
+    A Householder reflection depends on the columns up to its own, so these are the Q and R of all of M.
+
+    Args:
+        pivoted: begin with the columns that :func:`leading_columns` chooses. Their order is undone in R, whose chosen
+            columns and not its first ones are triangular.
+
+    Returns:
+        Q (..., m, rank), R (..., rank, n), and (..., rank) the distance of each of the columns from those before it.
+    """
+    M = float_matrix(matrix)
+    if pivoted:
+        index = leading_columns(M, rank)[..., None, :].expand(*M.shape[:-1], rank)
+        columns = M.gather(-1, index)
+    else:
+        columns = M[..., :rank]
+    Q, R = torch.linalg.qr(columns)
+    return Q, Q.mT @ M, R.diagonal(dim1=-2, dim2=-1).abs()
+
+
+def leading_columns(matrix: Tensor, rank: int) -> Tensor:
+    """Indices (..., rank) of the columns of (..., m, n) each of which is farthest from the span of those before it."""
+    rest, chosen = float_matrix(matrix).clone(), []
+    for _ in range(rank):
+        lengths = torch.linalg.vector_norm(rest, dim=-2)
+        column = lengths.argmax(dim=-1, keepdim=True)
+        length = lengths.gather(-1, column)[..., None].clamp(min=_NOTHING)
+        q = rest.gather(-1, column[..., None, :].expand(*rest.shape[:-1], 1)) / length
+        rest -= q @ (q.mT @ rest)
+        chosen.append(column)
+    return torch.cat(chosen, dim=-1)
+
+
 def gram_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """L with L L^T = M M^T for M (..., r, n) of full row rank, and the share of M M^T that is left in its last rows.
 
@@ -156,3 +191,13 @@ def spd_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 def sylvester(p: Tensor, P: Tensor, q: Tensor, Q: Tensor, right: Tensor) -> Tensor:
     """X of  S X + X T = right  for S = P diag(p) P^T and T = Q diag(q) Q^T, both positive definite, (..., r, r)."""
     return P @ ((P.mT @ right @ Q) / (p[..., :, None] + q[..., None, :])) @ Q.mT
+
+
+def spd_power(gram: Tensor, power: float, *, damping: float = 0.0) -> Tensor:
+    """(M + d I)^p of positive semidefinite M (n, n), with d ``damping`` times the mean eigenvalue, in M's dtype.
+
+    Computed as :func:`wide`; a zero eigenvalue nothing damps counts as what rounding made of M.
+    """
+    values, vectors = spd_eigh(gram)
+    values = values + damping * values.mean()
+    return (vectors * values.pow(power)[..., None, :] @ vectors.mT).to(gram.dtype)

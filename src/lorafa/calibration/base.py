@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lorafa.calibration.projections import Projections
+from lorafa.checks import check_flag, check_int
+from lorafa.errors import ConfigError
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -31,6 +35,18 @@ class CalibrationOptions:
     halves: bool = False
     """Keep a gradient's two half samples apart, for ranks from data."""
 
+    def __post_init__(self) -> None:
+        check_int("seed", self.seed, at_least=0)
+        check_int("passes", self.passes, at_least=1)
+        check_flag("halves", self.halves)
+        if self.dense is not None:
+            check_flag("dense", self.dense)
+        if self.passes > 1 and self.passes % 2:
+            raise ConfigError(
+                f"passes must be 1 or an even number, found {self.passes}: after the first, passes come in pairs, one "
+                f"for each side of the gradient. Pass {self.passes - 1} or {self.passes + 1}."
+            )
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -45,6 +61,8 @@ class Measured:
     settings: Any = None
     """The start's settings: EvaConfig, CordaConfig ..."""
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
+    projections: Projections = field(default_factory=lambda: Projections(0))
+    """Shared by all layers."""
 
 
 class Statistic(ABC):
@@ -79,8 +97,11 @@ class Statistic(ABC):
         """Whether to go over the data once more; passes count from 0, and from the end of those in ``after``."""
         return number == 0
 
-    def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:
+    def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:  # noqa: B027
         """Called before the first batch of a pass; ``done`` has those named in ``after``."""
+
+    def start_batch(self, number: int) -> None:  # noqa: B027
+        """Called before each batch of a pass; batches count from 0."""
 
     @abstractmethod
     def update(self, x: Tensor, d: Tensor | None) -> None:
@@ -103,7 +124,7 @@ class Statistic(ABC):
         for tensor in self.sums():
             torch.distributed.all_reduce(tensor)
 
-    def end_pass(self, number: int, weight: float) -> None:
+    def end_pass(self, number: int, weight: float) -> None:  # noqa: B027
         """Called after :meth:`reduce`. ``weight`` is the number of batches of all ranks, or the sum of their weights
         if batches were weighted: a sum over batches divided by it is their mean."""
 

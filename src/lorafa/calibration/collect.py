@@ -1,0 +1,289 @@
+"""Run calibration batches and hand back plain tensors. Nothing is left on the model, whatever happens."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.calibration.base import Statistic
+from lorafa.errors import CalibrationError, shorten
+
+Batches = Callable[[bool], Iterator[float | None]]
+"""One pass over the data: runs the model batch by batch and yields the weight of each when it is done; None: 1 for each
+call of the model since the last. Told whether gradients are read; if not, it need not run backward."""
+IGNORED = -100
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One statistic of one layer, on its way through the passes."""
+
+    layer: str
+    name: str
+    statistic: Statistic
+    passes: int = 0
+    done: bool = False
+    owner: _Entry | None = None
+    """The same statistic of another layer with the same input, which does the work."""
+
+    @property
+    def value(self) -> Statistic:
+        return self.statistic if self.owner is None else self.owner.statistic
+
+
+@dataclass
+class _Batch:
+    """What is known of the batch that is running."""
+
+    number: int = -1
+    attended: Tensor | None = None
+    """(batch, tokens) bool; None: all are."""
+    labels: Tensor | None = None
+    """(batch, tokens)."""
+
+    def rows(self, x: Tensor, tokens: str, ignored: int = IGNORED) -> Tensor:
+        """The rows (T, in) of an input (..., in) that count."""
+        keep = None if tokens == "all" else self.attended
+        if tokens == "labelled" and self.labels is not None:
+            labelled = self.labels != ignored
+            keep = labelled if keep is None or keep.shape != labelled.shape else keep & labelled
+        flat = x.reshape(-1, x.shape[-1])
+        if keep is None or keep.shape != x.shape[:-1]:
+            return flat
+        return flat[keep.reshape(-1).to(flat.device)]
+
+
+@dataclass
+class _Pass:
+    entries: list[_Entry]
+    batch: _Batch = field(default_factory=_Batch)
+    inputs: dict[tuple[str, int], tuple[weakref.ref[Tensor], _Entry]] = field(default_factory=dict)
+    """(statistic, identity of an input) -> the input, and the first layer that had it in this batch."""
+    arrived: bool = False
+    """Whether a gradient has."""
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    statistics: Mapping[str, Mapping[str, Statistic]],
+    batches: Batches,
+) -> dict[str, dict[str, Tensor]]:
+    """Values of ``statistics`` (layer -> name -> statistic) over as many passes as they want.
+
+    The weights are frozen meanwhile, so that no weight gradient is computed, and dropout is off; modes,
+    ``requires_grad`` and hooks are as before afterwards. Under torch.distributed every process runs its share of the
+    batches and all get the values of the whole.
+
+    Args:
+        model: called by ``batches``, itself or from inside a larger one.
+        layers: layer -> module, whose output is that of a linear map of its input, (..., in) to (..., out).
+
+    Returns:
+        layer -> "<statistic>.<tensor>" -> value.
+
+    Raises:
+        CalibrationError: there was no batch, or gradients are needed and none arrived.
+    """
+    entries = [_Entry(layer, name, s) for layer, named in statistics.items() for name, s in named.items()]
+    with _calibrating(model):
+        while active := [entry for entry in entries if not entry.done and _ready(entry, entries)]:
+            _run(model, layers, active, entries, batches)
+    values: dict[str, dict[str, Tensor]] = {layer: {} for layer in statistics}
+    for entry in entries:
+        values[entry.layer] |= {f"{entry.name}.{key}": value for key, value in entry.value.result().items()}
+    return values
+
+
+def _ready(entry: _Entry, entries: list[_Entry]) -> bool:
+    return all(other.done for other in entries if other.layer == entry.layer and other.name in entry.statistic.after)
+
+
+def _run(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    active: list[_Entry],
+    entries: list[_Entry],
+    batches: Batches,
+) -> None:
+    """One pass over the data for the ``active`` entries."""
+    for entry in active:
+        others = {e.name: e.value for e in entries if e.layer == entry.layer and e.name in entry.statistic.after}
+        entry.statistic.start_pass(entry.passes, others)
+    current, weight, calls = _Pass(active), 0.0, 0
+    gradients = any(entry.statistic.reads_gradient for entry in active)
+    with _watched(model, layers, current):
+        for share in batches(gradients):
+            weight += current.batch.number + 1 - calls if share is None else share
+            calls = current.batch.number + 1
+            if all(entry.value.satisfied for entry in active):
+                break
+    weight = _over_ranks(weight)
+    if not weight:
+        raise CalibrationError(
+            "There was no batch to calibrate with: the data is empty. Pass a dataloader (or any sequence of batches) "
+            "with at least one."
+        )
+    if gradients and not _over_ranks(float(current.arrived)):
+        names = shorten(dict.fromkeys(entry.layer for entry in active), 3)
+        raise CalibrationError(
+            f"No gradient arrived at {names}: {calls} batches ran and none of them called backward() on a loss that "
+            "depends on these layers. Call loss.backward() in the training step, with gradients enabled."
+        )
+    for entry in active:
+        if entry.owner is None:
+            if _distributed():
+                entry.statistic.reduce()
+            entry.statistic.end_pass(entry.passes, weight)
+        entry.passes += 1
+        entry.done = not entry.value.wants_pass(entry.passes)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _over_ranks(number: float) -> float:
+    if not _distributed():
+        return number
+    total = torch.tensor(number, dtype=torch.float64)
+    if torch.distributed.get_backend() == "nccl":
+        total = total.cuda()
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
+@contextmanager
+def _calibrating(model: nn.Module) -> Iterator[None]:
+    """Frozen weights and no dropout; blocks that checkpoint their activations still do."""
+    with ExitStack() as cleanup:
+        for parameter in model.parameters():
+            cleanup.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        for module in model.modules():
+            cleanup.callback(setattr, module, "training", module.training)
+            module.training = _checkpoints(module)
+        if any(_checkpoints(module) for module in model.modules()):
+            embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+            if isinstance(embeddings, nn.Module):  # reentrant checkpointing needs an input with a gradient
+                cleanup.callback(embeddings.register_forward_hook(_require_gradient).remove)
+        yield
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+
+
+@contextmanager
+def _watched(model: nn.Module, layers: Mapping[str, nn.Module], current: _Pass) -> Iterator[None]:
+    """Hooks on the model, which see each batch, and on its layers, which feed the statistics."""
+    by_layer: dict[str, list[_Entry]] = {}
+    for entry in current.entries:
+        by_layer.setdefault(entry.layer, []).append(entry)
+    with ExitStack() as cleanup:
+        first = cast(Callable[..., None], _BatchStart(current))
+        cleanup.callback(model.register_forward_pre_hook(first, with_kwargs=True).remove)
+        for name, entries in by_layer.items():
+            watch = _Watch(entries, current)
+            cleanup.callback(layers[name].register_forward_pre_hook(watch.before, with_kwargs=True).remove)
+            cleanup.callback(layers[name].register_forward_hook(watch.after).remove)
+        yield
+
+
+class _BatchStart:
+    """Reads the masks a batch comes with."""
+
+    def __init__(self, current: _Pass) -> None:
+        self.current = current
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        batch, mask = self.current.batch, kwargs.get("attention_mask")
+        batch.number += 1
+        batch.attended = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        labels = kwargs.get("labels")
+        batch.labels = labels if isinstance(labels, Tensor) else None
+        self.current.inputs.clear()
+        for entry in self.current.entries:
+            entry.statistic.start_batch(batch.number)
+
+
+class _Watch:
+    """The hooks on one layer."""
+
+    def __init__(self, entries: list[_Entry], current: _Pass) -> None:
+        self.current = current
+        self.forward = [entry for entry in entries if not entry.statistic.reads_gradient]
+        self.backward = [entry.statistic for entry in entries if entry.statistic.reads_gradient]
+        self.input: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note the input; let it require a gradient if nothing before it does, so that backward finds a way."""
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.input = x
+        for entry in self.forward:
+            if not self._shared(entry, x):
+                ignored = getattr(entry.statistic.layer.settings, "label_mask_value", IGNORED)
+                entry.statistic.update(self.current.batch.rows(x.detach(), entry.statistic.tokens, ignored), None)
+        if x.requires_grad or not torch.is_grad_enabled() or not x.is_floating_point():
+            return None
+        needing = x.detach().requires_grad_()
+        return (
+            tuple(needing if value is x else value for value in args),
+            {key: needing if value is x else value for key, value in kwargs.items()},
+        )
+
+    def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        x, self.input = self.input, None
+        if not self.backward or x is None or not output.requires_grad:
+            return None
+        return cast(Tensor, _Observed.apply(output, x.detach(), self._feed))  # type: ignore[no-untyped-call]
+
+    def _feed(self, x: Tensor, d: Tensor) -> None:
+        self.current.arrived = True
+        x, d = x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1])
+        for statistic in self.backward:
+            statistic.update(x, d.to(x.dtype))
+
+    def _shared(self, entry: _Entry, x: Tensor) -> bool:
+        """Whether another layer has counted this very input. Found out in the first batch, then kept."""
+        if entry.owner is not None or not entry.statistic.shares_input:
+            return entry.owner is not None
+        if self.current.batch.number > 0 or entry.passes:
+            return False
+        key = entry.name, id(x)
+        seen, owner = self.current.inputs.get(key, (None, entry))
+        if seen is not None and seen() is x and owner is not entry:
+            entry.owner = owner
+            return True
+        self.current.inputs[key] = weakref.ref(x), entry
+        return False
+
+
+class _Observed(torch.autograd.Function):
+    """The output as it is; hands the layer's input and the output's gradient to ``feed`` in backward.
+
+    The input is saved the way activations are, so that checkpointing recomputes it instead of keeping it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, feed: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.feed = feed
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ctx.feed(ctx.saved_tensors[0], d)
+        return d, None, None

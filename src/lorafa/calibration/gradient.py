@@ -1,0 +1,290 @@
+"""The gradient of a weight as its leading singular triplets, without forming it.
+
+G = sum over tokens of d x^T, with x (in,) the layer's input and d (out,) the gradient of its output. Products with thin
+random matrices follow the sum exactly:  G Omega = sum d (x^T Omega)  and  Psi G = sum (Psi d) x^T. From a range sketch
+Y = G Omega (out, k) and a co-range sketch Z = Psi G (l, in) the leading triplets are recovered: Tropp, Yurtsever, Udell
+and Cevher 2017, arXiv:1609.00048, algorithms 4 and 7. A third sketch, Theta G with ten rows, tells the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorafa.adapter import working_dtype
+from lorafa.calibration.base import Measured, Statistic
+from lorafa.linalg import SVD, leading_svd, spd_power
+
+CHECK_ROWS = 10
+"""Rows of Theta: the estimate of a squared norm has a relative standard deviation of at most sqrt(2 / 10)."""
+WHITENING = 0.01
+"""Damping of the second moment, in units of its mean eigenvalue; caps its condition number at about 1e2 times in."""
+
+
+def sketch_sizes(rank: int, passes: int) -> tuple[int, int]:
+    """(k, l): columns of the range sketch and rows of the co-range sketch for ``rank`` triplets.
+
+    With one pass k = 4 r and l = 2 k + 1 (ALGORITHMS 3.6: 97 % of the energy of the best r triplets and more). With
+    more passes k = 2 r + 8, and there is no co-range sketch.
+    """
+    return (4 * rank, 8 * rank + 1) if passes == 1 else (2 * rank + 8, 0)
+
+
+@dataclass
+class _Sums:
+    """Accumulators of one (half) sample."""
+
+    G: Tensor | None = None
+    """(out, in), dense."""
+    Y: Tensor | None = None
+    """(out, k) = G Omega."""
+    Z: Tensor | None = None
+    """(l + q, in) = [Psi; Theta] G, or (k + q, in) = [Q^T; Theta] G once a range Q is known."""
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.G, self.Y, self.Z) if tensor is not None]
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(_sum(self.G, other.G), _sum(self.Y, other.Y), _sum(self.Z, other.Z))
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """The thin matrices of a pass, in the dtype products are computed in."""
+
+    right: Tensor | None = None
+    """(in, k), what G is multiplied with."""
+    left: Tensor | None = None
+    """(l + q, out), what multiplies G."""
+
+
+@dataclass
+class _Found:
+    """What passes have found so far."""
+
+    range: Tensor | None = None
+    """Q (out, k), orthonormal columns."""
+    directions: Tensor | None = None
+    """V (in, k), orthonormal columns."""
+    sums: list[_Sums] = field(default_factory=list)
+    """Of the last pass, divided by the number of batches."""
+
+
+class GradientSketch(Statistic):
+    """Result: U (out, k), S (k,), Vh (k, in), ``norm2`` = ||G||^2 and ``error2`` = ||G - U S Vh||^2 (estimates where G
+    was not formed); ``dense``, G itself (out, in), where it was; with ``halves`` also ``cross`` (k,), see
+    :func:`cross_validated`, and ``S_half`` (k,).
+    """
+
+    reads_gradient = True
+
+    def __init__(self, layer: Measured) -> None:
+        super().__init__(layer)
+        options = layer.options
+        self.k, self.l = sketch_sizes(layer.rank, options.passes)
+        self.k = min(self.k, layer.out, layer.in_)
+        sketched = (self.k + self.l + CHECK_ROWS) * (layer.out + layer.in_)
+        self.dense = layer.out * layer.in_ <= sketched if options.dense is None else options.dense
+        self.found = _Found()
+        self.samples: list[_Sums] = []
+        self.bases: _Bases | None = None
+        self.half = 0
+        self.last = False
+
+    def wants_pass(self, number: int) -> bool:
+        return number < (1 if self.dense else self.layer.options.passes)
+
+    def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:
+        self.samples = [_Sums() for _ in range(2 if self.layer.options.halves else 1)]
+        self.bases, self.half = None, 0
+        self.last = not self.wants_pass(number + 1)
+
+    def start_batch(self, number: int) -> None:
+        self.half = number % len(self.samples)
+
+    def update(self, x: Tensor, d: Tensor | None) -> None:
+        assert d is not None  # reads_gradient
+        if x.dtype is torch.float16:  # products of gradients leave its range
+            x, d = x.float(), d.float()
+        sums, dtype = self.samples[self.half], working_dtype(x.dtype)
+        if self.dense:
+            sums.G = _add(sums.G, d.mT @ x, dtype)
+            return
+        bases = self.bases = self.bases or self._bases(x)
+        if bases.right is not None:
+            sums.Y = _add(sums.Y, d.mT @ (x @ bases.right), dtype)
+        if bases.left is not None:
+            sums.Z = _add(sums.Z, (d @ bases.left.mT).mT @ x, dtype)
+
+    def _bases(self, like: Tensor) -> _Bases:
+        layer, found = self.layer, self.found
+        if found.range is not None:
+            left = found.range.mT.to(like)
+            return _Bases(left=torch.cat([left, self._check(like)]) if self.last else left)
+        right = self._right(like) if found.directions is None else found.directions.to(like)
+        if layer.options.passes > 1:
+            return _Bases(right)
+        co_range = layer.projections.get("co-range", layer.out, self.l, like).mT
+        return _Bases(right, torch.cat([co_range, self._check(like)]))
+
+    def _right(self, like: Tensor) -> Tensor:
+        """Omega (in, k)."""
+        return self.layer.projections.get("range", self.layer.in_, self.k, like)
+
+    def _check(self, like: Tensor) -> Tensor:
+        """Theta (q, out), of variance 1 / out."""
+        return self.layer.projections.get("check", self.layer.out, CHECK_ROWS, like).mT
+
+    def sums(self) -> list[Tensor]:
+        self._fill()
+        return [tensor for sample in self.samples for tensor in sample.tensors()]
+
+    def _fill(self) -> None:
+        """A layer no batch reached has a gradient of zero, and ranks must agree on what they add up."""
+        out, in_ = self.layer.out, self.layer.in_
+        known = next((tensor for sample in self.samples for tensor in sample.tensors()), torch.zeros(()))
+        for sample in self.samples:
+            if self.dense:
+                sample.G = known.new_zeros(out, in_) if sample.G is None else sample.G
+                continue
+            bases = self.bases = self.bases or self._bases(known)
+            if bases.right is not None and sample.Y is None:
+                sample.Y = known.new_zeros(out, bases.right.shape[1])
+            if bases.left is not None and sample.Z is None:
+                sample.Z = known.new_zeros(bases.left.shape[0], in_)
+
+    def end_pass(self, number: int, weight: float) -> None:
+        self._fill()
+        share = 1 / max(weight, 1e-30) * len(self.samples)  # a half sample has half of the batches
+        self.found.sums = [
+            _Sums(*(None if t is None else self._whiten(t, side) * share for side, t in vars(sample).items()))
+            for sample in self.samples
+        ]
+        total = self._total()
+        if self.dense or self.layer.options.passes == 1 or not all(t.isfinite().all() for t in total.tensors()):
+            return
+        if total.Y is not None:
+            self.found.range = torch.linalg.qr(total.Y).Q
+        elif not self.last:
+            assert total.Z is not None
+            self.found.directions, self.found.range = torch.linalg.qr(total.Z.mT).Q, None
+
+    def _whiten(self, sums: Tensor, side: str) -> Tensor:
+        return sums
+
+    def _total(self) -> _Sums:
+        """The mean over the whole sample."""
+        samples = self.found.sums
+        total = samples[0] if len(samples) == 1 else samples[0] + samples[1]
+        return _Sums(*(None if t is None else t / len(samples) for t in vars(total).values()))
+
+    def result(self) -> dict[str, Tensor]:
+        total = self._total()
+        if not all(bool(tensor.isfinite().all()) for tensor in total.tensors()):
+            return self._nothing(total.tensors()[0])
+        triplets = self._triplets(total)
+        found = {"U": triplets.U, "S": triplets.S, "Vh": triplets.Vh} | self._norms(total, triplets)
+        if total.G is not None:
+            found["dense"] = total.G
+        if len(self.found.sums) == 2:
+            first, second = (self._triplets(sums) for sums in self.found.sums)
+            found |= {"cross": cross_validated(first, second), "S_half": first.S}
+        return found
+
+    def _nothing(self, like: Tensor) -> dict[str, Tensor]:
+        """Triplets of a gradient with inf or nan."""
+        U, Vh = like.new_zeros(self.layer.out, self.k), like.new_zeros(self.k, self.layer.in_)
+        bad = {name: like.new_tensor(torch.nan) for name in ("norm2", "error2")}
+        return {"U": U, "S": like.new_full((self.k,), torch.nan), "Vh": Vh} | bad
+
+    def _triplets(self, sums: _Sums) -> SVD:
+        generator = torch.Generator().manual_seed(self.layer.options.seed)
+        if sums.G is not None:
+            return leading_svd(sums.G, self.k, generator)
+        assert sums.Z is not None
+        Z = sums.Z[:-CHECK_ROWS]
+        if self.found.range is not None:
+            return svd_within_range(self.found.range, Z)
+        assert sums.Y is not None
+        Q = torch.linalg.qr(sums.Y).Q
+        Psi = self._bases_used().left[: self.l].to(Q)  # type: ignore[index]
+        return svd_within_range(Q, torch.linalg.lstsq(Psi @ Q, Z).solution)
+
+    def _bases_used(self) -> _Bases:
+        assert self.bases is not None
+        return self.bases
+
+    def _norms(self, total: _Sums, triplets: SVD) -> dict[str, Tensor]:
+        if total.G is not None:
+            norm2 = total.G.square().sum()
+            return {"norm2": norm2, "error2": (norm2 - triplets.S.square().sum()).clamp(min=0)}
+        assert total.Z is not None
+        E = total.Z[-CHECK_ROWS:]
+        scale = self.layer.out / CHECK_ROWS  # Theta has variance 1 / out
+        Theta = self._check(self._bases_used().left).to(E)  # type: ignore[arg-type]
+        rest = E - Theta @ triplets.U * triplets.S @ triplets.Vh
+        return {"norm2": E.square().sum() * scale, "error2": rest.square().sum() * scale}
+
+
+class WhitenedGradientSketch(GradientSketch):
+    """The same for G C^-1/2, with C the damped second moment of the inputs (ALGORITHMS 2.3 ii)."""
+
+    after = ("second_moment",)
+
+    def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:
+        super().start_pass(number, done)
+        if number == 0:
+            self.whitening = whitening(done["second_moment"].result()["C"])
+
+    def _right(self, like: Tensor) -> Tensor:
+        return (self.whitening @ super()._right(like).to(self.whitening)).to(like)
+
+    def _bases(self, like: Tensor) -> _Bases:
+        bases = super()._bases(like)
+        if self.found.directions is None or bases.right is None:
+            return bases
+        return _Bases((self.whitening @ self.found.directions).to(like), bases.left)
+
+    def _whiten(self, sums: Tensor, side: str) -> Tensor:
+        return sums if side == "Y" else sums @ self.whitening.to(sums)
+
+
+def whitening(C: Tensor) -> Tensor:
+    """(C + d I)^-1/2 of a second moment (in, in), with d = 0.01 of its mean eigenvalue."""
+    return spd_power(C, -0.5, damping=WHITENING)
+
+
+def svd_within_range(Q: Tensor, Z: Tensor) -> SVD:
+    """All triplets of Q Z for orthonormal columns Q (out, k) and any Z (k, in)."""
+    U, S, Vh = torch.linalg.svd(Z, full_matrices=False)
+    return SVD(Q @ U, S, Vh)
+
+
+def cross_validated(first: SVD, second: SVD) -> Tensor:
+    """u_i^T G2 v_i for the triplets of one half sample and the gradient of the other, (k,).
+
+    The halves are independent, so this is an unbiased estimate of what direction i holds of the population's gradient,
+    where S is inflated by noise: near zero for a direction that is noise (ALGORITHMS 2.3).
+    """
+    return ((first.U.mT @ second.U) * second.S @ (second.Vh @ first.Vh.mT)).diagonal()
+
+
+def _add(total: Tensor | None, product: Tensor, dtype: torch.dtype) -> Tensor:
+    return product.to(dtype) if total is None else total.add_(product)
+
+
+def gradient_triplets(stats: Mapping[str, Tensor], name: str = "gradient") -> SVD:
+    """The triplets a gradient statistic found."""
+    return SVD(stats[f"{name}.U"], stats[f"{name}.S"], stats[f"{name}.Vh"])
+
+
+def gradient_matrix(stats: Mapping[str, Tensor], name: str = "gradient") -> Tensor:
+    """The gradient (out, in): itself where it was formed, otherwise the product of its triplets."""
+    return stats[f"{name}.dense"] if f"{name}.dense" in stats else gradient_triplets(stats, name).product()

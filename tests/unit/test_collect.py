@@ -1,0 +1,241 @@
+"""Collecting statistics: what reaches them, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from calibration_toys import LAYERS, Toy, collected, gradients, inputs, loss, over, statistics
+from lorafa.calibration.base import Measured, Statistic
+from lorafa.calibration.collect import collect
+from lorafa.calibration.gradient import gradient_matrix
+
+
+class Rows(Statistic):
+    """Keeps every row it is given."""
+
+    kept = "all"
+
+    def __init__(self, layer: Measured) -> None:
+        super().__init__(layer)
+        self.seen: list[Tensor] = []
+
+    @property
+    def tokens(self) -> Any:
+        return self.kept
+
+    def update(self, x: Tensor, d: Tensor | None) -> None:
+        self.seen.append(x)
+
+    def result(self) -> dict[str, Tensor]:
+        return {"rows": torch.cat(self.seen)}
+
+
+class Attended(Rows):
+    kept = "attended"
+
+
+class Labelled(Rows):
+    kept = "labelled"
+
+
+class Shared(Rows):
+    @property
+    def shares_input(self) -> bool:
+        return True
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """Everything calibration touches."""
+    return [
+        [(p.requires_grad, p.grad is None, p.detach().clone().tolist()) for p in model.parameters()],
+        [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+    ]
+
+
+def test_nothing_stays_on_the_model() -> None:
+    model = Toy()
+    model.first.weight.requires_grad_(False)
+    model.last.eval()
+    before = snapshot(model)
+    collected(model, inputs())
+    assert snapshot(model) == before
+
+
+def test_nothing_stays_on_the_model_after_an_error_in_the_loss() -> None:
+    model, data = Toy(), inputs()
+    before = snapshot(model)
+    data[1] = data[1][..., :7]
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        collected(model, data)
+    assert snapshot(model) == before
+
+
+def test_weights_get_no_gradient_and_dropout_is_off() -> None:
+    model, data, modes = Toy(), inputs(), []
+    named = statistics(model)
+
+    def run(gradients):  # type: ignore[no-untyped-def]
+        for x in data:
+            loss(model, x).backward()
+            modes.append([p.grad for p in model.parameters()] + [model.drop.training])
+            yield None
+
+    collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, run)
+    assert modes == [[None] * 5 + [False]] * len(data)
+
+
+def test_the_own_gradients_of_a_training_loop_are_left_alone() -> None:
+    model, data = Toy(), inputs()
+    loss(model, data[0]).backward()
+    kept = [parameter.grad.clone() for parameter in model.parameters()]
+    collected(model, data)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), kept, strict=True))
+
+
+class Blocks(nn.Module):
+    """Layers inside checkpointed blocks, after an embedding as in a transformer."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 8).double()
+        self.first, self.second = Block(), Block()
+        self.reentrant = reentrant
+        for module in (self.first, self.second):
+            module.gradient_checkpointing = reentrant is not None  # type: ignore[assignment]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in (self.first, self.second):
+            if block.gradient_checkpointing and block.training:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+            else:
+                x = block(x)
+        y: Tensor = x.sin().mean()
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32).double(), nn.Linear(32, 8).double()
+        self.live: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(torch.relu(self.up(x)))
+        return y
+
+
+def of_blocks(reentrant: bool | None, training: bool = True) -> dict[str, Tensor]:
+    model = Blocks(reentrant).train(training)
+    names = ("first.up", "first.down", "second.up", "second.down")
+    ids = torch.arange(10).view(2, 5)
+
+    def run(gradients):  # type: ignore[no-untyped-def]
+        model(ids).backward()
+        yield None
+
+    named = statistics(model, layers=names, dense=True)
+    values = collect(model, {name: model.get_submodule(name) for name in names}, named, run)
+    return {name: value["gradient.dense"] for name, value in values.items()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(reentrant: bool, training: bool) -> None:
+    plain, checkpointed = of_blocks(None), of_blocks(reentrant, training)
+    for name, G in plain.items():
+        torch.testing.assert_close(checkpointed[name], G, rtol=1e-12, atol=1e-15)
+
+
+def test_checkpointing_keeps_no_input_of_the_layers() -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    model, ids = Blocks(False), torch.arange(10).view(2, 5)
+    named = statistics(model, layers=("first.down",), dense=True)
+
+    def run(gradients):  # type: ignore[no-untyped-def]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            value = model(ids)
+        value.backward()
+        yield None
+
+    collect(model, {"first.down": model.first.down}, named, run)
+    assert (2, 5, 32) not in kept
+
+
+def test_tied_and_repeated_calls_add_up() -> None:
+    """``first`` is called twice in a forward pass: autograd's gradient has both."""
+    model, data = Toy(), inputs()
+    found = collected(model, data, layers=("first",), dense=True)["first"]
+    torch.testing.assert_close(gradient_matrix(found), gradients(model, data)["first"], rtol=1e-10, atol=1e-14)
+
+
+def masked(kind: type[Rows], **masks: Tensor) -> Tensor:
+    model, x = Toy(), inputs(1)[0]
+    named = statistics(model, 2, kind, "rows", ("second",))
+
+    def run(gradients):  # type: ignore[no-untyped-def]
+        model(x, **masks)
+        yield None
+
+    return collect(model, {"second": model.second}, named, run)["second"]["rows.rows"]
+
+
+def test_rows_that_do_not_count_are_left_out() -> None:
+    x = inputs(1)[0]
+    attention = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]])
+    labels = torch.tensor([[-100, 3, 3, 3, 3, -100], [2, -100, -100, 2, 2, 2]])
+    both = {"attention_mask": attention, "labels": labels}
+    assert torch.equal(masked(Rows, **both), x.flatten(0, 1))
+    assert torch.equal(masked(Attended, **both), x[attention.bool()])
+    assert torch.equal(masked(Labelled, **both), x[attention.bool() & (labels != -100)])
+    assert torch.equal(masked(Attended), x.flatten(0, 1))
+
+
+def test_forward_statistics_need_no_graph_and_allow_one() -> None:
+    model, x = Toy(), inputs(1)[0]
+    named, graphs = statistics(model, 2, Rows, "rows"), []
+
+    def run(gradients):  # type: ignore[no-untyped-def]
+        with torch.set_grad_enabled(gradients):
+            graphs.append(model(x).requires_grad)
+        yield None
+
+    collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, run)
+    assert graphs == [False]
+    named = statistics(model, 2, Rows, "rows")
+    collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, over(model, [x]))  # calls backward
+
+
+def test_layers_with_one_input_share_what_depends_on_it_alone() -> None:
+    model, data = Toy(), inputs()
+    named = statistics(model, 2, Shared, "rows")
+    found = collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, over(model, data))
+    assert named["second"]["rows"].seen == []  # type: ignore[attr-defined]
+    assert found["second"]["rows.rows"] is found["first"]["rows.rows"] or torch.equal(
+        found["second"]["rows.rows"], found["first"]["rows.rows"]
+    )
+    assert found["last"]["rows.rows"].shape[1] == 30
+
+
+def test_the_model_is_bit_identical_afterwards() -> None:
+    model, data = Toy(dtype=torch.bfloat16), inputs(dtype=torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    outputs = model.eval()(data[0])
+    collected(model, data)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(data[0]), outputs)

@@ -1,0 +1,226 @@
+"""Gradients without gradients: against autograd's weight gradients, in float64 (ALGORITHMS 3.7)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibration_toys import LAYERS, Toy, collected, gradients, inputs, over, statistics
+from lorafa.calibration.base import CalibrationOptions
+from lorafa.calibration.collect import collect
+from lorafa.calibration.gradient import gradient_matrix, gradient_triplets
+from lorafa.errors import CalibrationError, ConfigError
+from lorafa.linalg import full_svd
+
+
+def exact(gradient: Tensor, **kwargs: float) -> dict[str, float]:
+    return {"rtol": 1e-10, "atol": 1e-10 * gradient.abs().max().item()} | kwargs
+
+
+# Four tokens: gradients of rank at most four, eight for the layer that is called twice.
+FEW = [x[:1, :2] for x in inputs(2)]
+
+
+def test_the_dense_statistic_is_the_gradient() -> None:
+    model, data = Toy(), inputs()
+    found, expected = collected(model, data, dense=True), gradients(model, data)
+    for name in LAYERS:
+        torch.testing.assert_close(gradient_matrix(found[name]), expected[name], **exact(expected[name]))
+        S = torch.linalg.svdvals(expected[name])
+        triplets = gradient_triplets(found[name])
+        torch.testing.assert_close(triplets.S, S[: len(triplets.S)], **exact(S))
+        torch.testing.assert_close(found[name]["gradient.norm2"], S.square().sum(), **exact(S))
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_a_gradient_of_rank_at_most_k_is_recovered_exactly(passes: int) -> None:
+    model = Toy()
+    found, expected = collected(model, FEW, dense=False, passes=passes, rank=4), gradients(model, FEW)
+    for name in LAYERS:  # 4 tokens, 8 calls of ``first``: rank 8
+        torch.testing.assert_close(gradient_matrix(found[name]), expected[name], **exact(expected[name]))
+        assert found[name]["gradient.error2"] < 1e-18 * found[name]["gradient.norm2"]
+
+
+def test_the_sketches_are_products_with_the_gradient() -> None:
+    model, data = Toy(), inputs()
+    named, expected = statistics(model, dense=False), gradients(model, data)
+    collect(model, {name: model.get_submodule(name) for name in named}, named, over(model, data))
+    for name in LAYERS:
+        sketch, G = named[name]["gradient"], expected[name]
+        sums, bases = sketch.found.sums[0], sketch.bases  # type: ignore[attr-defined]
+        torch.testing.assert_close(sums.Y, G @ bases.right, **exact(G))
+        torch.testing.assert_close(sums.Z, bases.left @ G, **exact(G))
+
+
+def with_spectrum(values: Tensor, out: int, in_: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    U = torch.linalg.qr(torch.randn(out, len(values), generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(in_, len(values), generator=generator, dtype=torch.float64)).Q
+    return U * values @ V.mT
+
+
+class Planted(nn.Module):
+    """A layer whose gradient is G, given the identity as its input: the loss is <G, layer(I)^T>."""
+
+    def __init__(self, G: Tensor) -> None:
+        super().__init__()
+        self.G = G
+        self.layer = nn.Linear(G.shape[1], G.shape[0], bias=False, dtype=G.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (self.layer(x) * self.G.mT).sum()
+        return y
+
+
+def planted(G: Tensor, rank: int, noise: float = 0.0, batches: int = 1, **options: object) -> dict[str, Tensor]:
+    model = Planted(G)
+    eye, generator = torch.eye(G.shape[1], dtype=G.dtype), torch.Generator().manual_seed(5)
+    named = statistics(model, rank, layers=("layer",), **options)
+
+    def run(gradients):  # type: ignore[no-untyped-def]
+        for _ in range(batches):
+            model.G = G + noise * torch.randn(G.shape, generator=generator, dtype=G.dtype)
+            model(eye).backward()
+            yield None
+
+    return collect(model, {"layer": model.layer}, named, run)["layer"]
+
+
+SPECTRA = {"i^-1/2": 0.5, "i^-1": 1.0, "i^-2": 2.0}
+
+
+@pytest.mark.parametrize("power", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_error_on_decaying_spectra_is_close_to_the_best(power: float, passes: int) -> None:
+    """||G - [G^]_r|| <= 2 times that of the best rank-r matrix, 1.1 times with a power iteration (ALGORITHMS 3.6)."""
+    values = torch.arange(1, 301, dtype=torch.float64).pow(-power)
+    G, r = with_spectrum(values, 300, 400), 8
+    top = gradient_triplets(planted(G, r, dense=False, passes=passes)).at(slice(0, r))
+    error = (G - top.product()).norm() / values[r:].square().sum().sqrt()
+    assert 1 - 1e-9 <= error <= {1: 2.0, 2: 1.6, 4: 1.1}[passes]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_error_is_told_without_the_gradient(passes: int) -> None:
+    """Unbiased, with a relative standard deviation of about 0.12 to 0.45 (ten rows): the mean over seeds is close."""
+    values = torch.arange(1, 101, dtype=torch.float64).pow(-1.0)
+    G = with_spectrum(values, 100, 120)
+    ratios = []
+    for seed in range(20):
+        found = planted(G, 2, dense=False, passes=passes, seed=seed)
+        told = found["gradient.error2"] / (G - gradient_triplets(found).product()).square().sum()
+        ratios.append(torch.stack([told, found["gradient.norm2"] / G.square().sum()]))
+    torch.testing.assert_close(torch.stack(ratios).mean(0), torch.ones(2, dtype=torch.float64), rtol=0.25, atol=0)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("planted_rank", [5, 0, 12])
+def test_the_cross_validated_values_find_the_planted_rank(dense: bool, planted_rank: int) -> None:
+    """Directions of signal hold in the other half what they hold in their own, those of noise next to nothing."""
+    values = torch.linspace(3, 2, planted_rank, dtype=torch.float64) if planted_rank else torch.zeros(1).double()
+    G = with_spectrum(values * 10, 80, 90)
+    found = planted(G, 16, noise=0.5, batches=8, dense=dense, halves=True)
+    cross, S = found["gradient.cross"][:16], found["gradient.S_half"][:16]
+    assert int((cross >= 0.25 * S).sum()) == planted_rank
+
+
+def test_halves_add_up_to_the_whole() -> None:
+    model, data = Toy(), inputs(6)
+    for dense in (True, False):
+        whole, halves = (collected(model, data, dense=dense, halves=flag, rank=8) for flag in (False, True))
+        for name in LAYERS:
+            G = gradient_matrix(whole[name])
+            torch.testing.assert_close(gradient_matrix(halves[name]), G, **exact(G))
+
+
+def test_batches_can_be_weighted() -> None:
+    model, data, weights = Toy(), inputs(3), [5.0, 1.0, 2.0]
+    found, expected = collected(model, data, weights, dense=True), gradients(model, data, weights)
+    for name in LAYERS:
+        torch.testing.assert_close(gradient_matrix(found[name]), expected[name], **exact(expected[name]))
+
+
+def test_whitened_gradient_is_that_times_the_inverse_root_of_the_second_moment() -> None:
+    pytest.importorskip("lorafa.calibration.moments")
+    from lorafa.calibration.moments import SecondMoment
+
+    from lorafa.calibration.gradient import WhitenedGradientSketch, whitening
+
+    model, expected = Toy(), gradients(Toy(), FEW)
+    named = statistics(model, 4, SecondMoment, "second_moment")
+    for passes in (1, 4):
+        sketches = statistics(model, 4, WhitenedGradientSketch, "whitened_gradient", dense=False, passes=passes)
+        both = {name: {"second_moment": SecondMoment(next(iter(named[name].values())).layer)} for name in LAYERS}
+        both = {name: both[name] | sketches[name] for name in LAYERS}  # type: ignore[dict-item]
+        found = collect(model, {name: model.get_submodule(name) for name in LAYERS}, both, over(model, FEW))  # type: ignore[arg-type]
+        for name in LAYERS:
+            target = expected[name] @ whitening(found[name]["second_moment.C"]).double()
+            close = gradient_matrix(found[name], "whitened_gradient")
+            torch.testing.assert_close(close, target, rtol=1e-4, atol=1e-5 * target.abs().max().item())
+
+
+def captured(found: dict[str, dict[str, Tensor]], expected: dict[str, Tensor]) -> list[float]:
+    """The share of the energy of each gradient's best two directions that the two found hold."""
+    shares = []
+    for name, G in expected.items():
+        best, top = full_svd(G).U[:, :2], found[name]["gradient.U"][:, :2].double()
+        shares.append(((top.mT @ G).square().sum() / (best.mT @ G).square().sum()).item())
+    return shares
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [True, False])
+def test_half_precision_loses_little(dtype: torch.dtype, dense: bool) -> None:
+    expected = gradients(Toy(), inputs())
+    found = collected(Toy(dtype=dtype), inputs(dtype=dtype), dense=dense)
+    assert found["first"]["gradient.U"].dtype is torch.float32
+    assert captured(found, expected) == pytest.approx(
+        captured(collected(Toy(), inputs(), dense=dense), expected), abs=0.01
+    )
+
+
+def test_a_gradient_that_is_not_finite_says_so_in_its_values() -> None:
+    model, data = Toy(), inputs()
+    data[2][0, 0, 0] = float("inf")
+    for options in ({"dense": True}, {"dense": False}, {"dense": False, "passes": 2}):
+        assert collected(model, data, **options)["first"]["gradient.S"].isnan().all()
+
+
+def test_a_layer_no_batch_reached_has_a_gradient_of_zero() -> None:
+    class Unused(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(5, 4)
+
+    for options in ({"dense": True}, {"dense": False}, {"dense": False, "passes": 4, "halves": True}):
+        found = collected(Unused(), inputs(), layers=("first", "unused"), **options)
+        assert not found["unused"]["gradient.S"].any()
+        assert found["first"]["gradient.S"].any()
+
+
+def test_dense_below_the_break_even_only() -> None:
+    """(k + l + q) (m + n) numbers against m n (ALGORITHMS 3.5)."""
+    model = Toy()
+    assert all(named["gradient"].dense for named in statistics(model, 2).values())  # type: ignore[attr-defined]
+    large = nn.Sequential(nn.Linear(1536, 576))
+    assert not statistics(large, 8, layers=("0",))["0"]["gradient"].dense  # type: ignore[attr-defined]
+
+
+def test_passes_are_one_or_even() -> None:
+    with pytest.raises(ConfigError, match=r"passes must be 1 or an even number, found 3.*Pass 2 or 4\."):
+        CalibrationOptions(passes=3)
+
+
+def test_no_batch_and_no_backward_are_errors() -> None:
+    model = Toy()
+    with pytest.raises(CalibrationError, match="There was no batch to calibrate with: the data is empty"):
+        collected(model, [])
+    named = statistics(model)
+
+    def forward_only(gradients):  # type: ignore[no-untyped-def]
+        model(inputs()[0])
+        yield None
+
+    with pytest.raises(CalibrationError, match=r"No gradient arrived at first, second, last: 1 batches ran and none"):
+        collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, forward_only)
