@@ -121,7 +121,6 @@ LATER = {
     "Megatron": {"megatron_config": {"a": 1}},
     "replication": {"layer_replication": [(0, 1)]},
     "EVA": {"init_lora_weights": "eva"},
-    "OLoRA": {"init_lora_weights": "olora"},
     "CorDA": {"init_lora_weights": "corda"},
     "LoRA-GA": {"init_lora_weights": "lora_ga"},
     "MiCA": {"init_lora_weights": "mica"},

@@ -80,31 +80,35 @@ def test_dropout_moves_outputs_as_much_as_in_peft() -> None:
     torch.testing.assert_close(dropped[0].std(0), dropped[1].std(0), rtol=0.05, atol=1e-3)
 
 
-def pissa_case(model: Callable[[], nn.Module] = Linears, **settings: Any) -> Case:
-    settings = {"target_modules": ["first", "second"], "init_lora_weights": "pissa", "r": 3} | settings
-    return Case(model, on(5, 12), settings, dtype=torch.float32)  # PEFT refuses PiSSA in float64
+def moved_case(start: str, model: Callable[[], nn.Module] = Linears, **settings: Any) -> Case:
+    settings = {"target_modules": ["first", "second"], "init_lora_weights": start, "r": 3} | settings
+    return Case(model, on(5, 12), settings, dtype=torch.float32)  # PEFT refuses these starts in float64
 
 
-PISSA = pissa_case()
-PISSA_CASES = {
-    "linear": PISSA,
-    "rslora": pissa_case(use_rslora=True, lora_alpha=5),
-    "patterns": pissa_case(rank_pattern={"first": 2}, alpha_pattern={"first": 3}),
-    "transposed": pissa_case(Transposed, target_modules=["first"], fan_in_fan_out=True),
+PISSA = moved_case("pissa")
+MOVED_CASES = {
+    "pissa": PISSA,
+    "pissa-rslora": moved_case("pissa", use_rslora=True, lora_alpha=5),
+    "pissa-patterns": moved_case("pissa", rank_pattern={"first": 2}, alpha_pattern={"first": 3}),
+    "pissa-transposed": moved_case("pissa", Transposed, target_modules=["first"], fan_in_fan_out=True),
+    "olora": moved_case("olora"),
+    "olora-rslora": moved_case("olora", use_rslora=True, lora_alpha=5),
+    "olora-patterns": moved_case("olora", rank_pattern={"first": 2}, alpha_pattern={"first": 3}),
 }
+"""Starts that take something out of the base. PEFT's OLoRA fails on a transposed layer."""
 
 
-@pytest.fixture(params=list(PISSA_CASES))
-def pissa(request: pytest.FixtureRequest) -> Case:
-    return PISSA_CASES[request.param]
+@pytest.fixture(params=list(MOVED_CASES))
+def moved(request: pytest.FixtureRequest) -> Case:
+    return MOVED_CASES[request.param]
 
 
-def test_pissa_starts_from_the_same_product_as_in_peft_and_changes_no_output(pissa: Case) -> None:
-    base = pissa.base()
-    before = output(pissa, base)
-    ours, theirs = pissa.lorafa(base), pissa.peft()
-    torch.testing.assert_close(output(pissa, ours), before, rtol=0, atol=0)
-    torch.testing.assert_close(output(pissa, theirs), before, rtol=1e-5, atol=1e-5)
+def test_a_start_has_the_same_product_as_in_peft_and_changes_no_output(moved: Case) -> None:
+    base = moved.base()
+    before = output(moved, base)
+    ours, theirs = moved.lorafa(base), moved.peft()
+    torch.testing.assert_close(output(moved, ours), before, rtol=0, atol=0)
+    torch.testing.assert_close(output(moved, theirs), before, rtol=1e-5, atol=1e-5)
     of_ours, of_theirs = factors(ours), factors(theirs)
     for name in (name for name in of_ours if "lora_A" in name):
         partner = name.replace("lora_A", "lora_B")
@@ -113,35 +117,35 @@ def test_pissa_starts_from_the_same_product_as_in_peft_and_changes_no_output(pis
         )
 
 
-def test_a_trained_pissa_adapter_is_plain_lora_of_twice_the_rank_to_peft(pissa: Case, tmp_path: Path) -> None:
-    ours = trained(pissa.lorafa())
+def test_a_trained_adapter_of_such_a_start_is_plain_lora_of_twice_the_rank_to_peft(moved: Case, tmp_path: Path) -> None:
+    ours = trained(moved.lorafa())
     ours.save_pretrained(tmp_path)
     config = stored_config(tmp_path)
     assert config["init_lora_weights"] is True
-    assert config["r"] == 2 * pissa.settings["r"]
+    assert config["r"] == 2 * moved.settings["r"]
     with quiet():
-        loaded = peft.PeftModel.from_pretrained(pissa.base(), tmp_path).eval()
-    torch.testing.assert_close(output(pissa, loaded), output(pissa, ours), rtol=1e-6, atol=1e-6)
+        loaded = peft.PeftModel.from_pretrained(moved.base(), tmp_path).eval()
+    torch.testing.assert_close(output(moved, loaded), output(moved, ours), rtol=1e-6, atol=1e-6)
 
 
-def test_a_trained_pissa_adapter_comes_back_bit_for_bit_and_trains_on(pissa: Case, tmp_path: Path) -> None:
-    ours = trained(pissa.lorafa())
+def test_a_trained_adapter_of_such_a_start_comes_back_bit_for_bit_and_trains_on(moved: Case, tmp_path: Path) -> None:
+    ours = trained(moved.lorafa())
     ours.save_pretrained(tmp_path)
-    loaded = lorafa.PeftModel.from_pretrained(pissa.base(), tmp_path, is_trainable=True).eval()
-    assert torch.equal(output(pissa, loaded), output(pissa, ours))
+    loaded = lorafa.PeftModel.from_pretrained(moved.base(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(output(moved, loaded), output(moved, ours))
     for (name, one), (other_name, other) in zip(ours.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert name == other_name
         assert torch.equal(one, other), name
     assert loaded.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
-    assert loaded.peft_config["default"].init_lora_weights == "pissa"
+    assert loaded.peft_config["default"].init_lora_weights == moved.settings["init_lora_weights"]
 
 
-def test_a_pissa_file_of_peft_gives_equal_outputs_here(pissa: Case, tmp_path: Path) -> None:
-    theirs = trained(pissa.peft())
+def test_a_file_of_peft_with_such_a_start_gives_equal_outputs_here(moved: Case, tmp_path: Path) -> None:
+    theirs = trained(moved.peft())
     with quiet():
         theirs.save_pretrained(tmp_path)
-        ours = lorafa.PeftModel.from_pretrained(pissa.base(), tmp_path)
-    torch.testing.assert_close(output(pissa, ours), output(pissa, theirs), rtol=1e-4, atol=1e-4)
+        ours = lorafa.PeftModel.from_pretrained(moved.base(), tmp_path)
+    torch.testing.assert_close(output(moved, ours), output(moved, theirs), rtol=1e-4, atol=1e-4)
 
 
 def test_a_pissa_file_that_peft_has_converted_gives_equal_outputs_here(tmp_path: Path) -> None:

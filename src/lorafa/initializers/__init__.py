@@ -17,6 +17,7 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "gaussian": "lorafa.initializers.gaussian:gaussian",
         "orthogonal": "lorafa.initializers.orthogonal:orthogonal",
         "pissa": "lorafa.initializers.pissa:pissa",
+        "olora": "lorafa.initializers.olora:olora",
     },
 )
 NOT_YET: Mapping[str, str] = {
@@ -25,7 +26,6 @@ NOT_YET: Mapping[str, str] = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
     "mica": "MiCA",
-    "olora": "OLoRA",
 }
 """Known starts that have no initializer yet -> their names. A line is deleted when its start enters the table above."""
 

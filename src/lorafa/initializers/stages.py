@@ -60,17 +60,23 @@ def require_finite(matrix: Tensor, what: str) -> None:
 
 
 def require_directions(values: Tensor, largest: Tensor, size: int, what: str) -> None:
-    """Every singular value in ``values`` (..., r) differs from zero by more than rounding.
+    """Every singular value in ``values`` (..., r) differs from zero by more than rounding; as :func:`numerical_rank`.
+
+    Raises:
+        DegenerateError: some value is zero; a factor made of it would have no gradient and never train.
+    """
+    found, rank = numerical_rank(values, largest, size), values.shape[-1]
+    if found < rank:
+        raise DegenerateError(f"{what} has {found} singular values other than zero where {rank} are needed")
+
+
+def numerical_rank(values: Tensor, largest: Tensor, size: int) -> int:
+    """How many of ``values`` (..., r) differ from zero by more than rounding, in the matrix that has the fewest.
 
     Args:
         values: those a start is made of.
         largest: (...,) the largest of the matrix.
         size: the matrix's larger side: rounding is as torch.linalg.matrix_rank has it.
-
-    Raises:
-        DegenerateError: some value is zero; a factor made of it would have no gradient and never train.
     """
     rounding = largest[..., None] * torch.finfo(values.dtype).eps * size
-    found, rank = int(values.gt(rounding).sum(-1).min()), values.shape[-1]
-    if found < rank:
-        raise DegenerateError(f"{what} has {found} singular values other than zero where {rank} are needed")
+    return int(values.gt(rounding).sum(-1).min())
