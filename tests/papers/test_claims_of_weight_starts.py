@@ -102,3 +102,32 @@ def test_olora_settings_reach_the_start_and_wrong_ones_are_refused() -> None:
     assert model[0].fallbacks == {}
     with pytest.raises(ConfigError, match="pivoted is a switch, found 'yes'"):
         LoraConfig(**settings, init_config={"pivoted": "yes"})
+
+
+# ---- MiLoRA, arXiv:2406.09044
+
+
+def test_milora_takes_the_smallest_triplets_and_leaves_the_principal_part(weight: Tensor) -> None:
+    result = start("milora", weight)
+    sigma = torch.linalg.svdvals(weight)
+    kept = torch.linalg.svdvals(weight - SCALING * result.B @ result.A)
+    close(kept[..., :-RANK], sigma[..., :-RANK])
+    assert kept[..., -RANK:].abs().max() < 1e-12
+    smallest = torch.diag_embed(sigma[..., -RANK:] / SCALING)
+    close(result.A @ result.A.mT, smallest)
+    close(result.B.mT @ result.B, smallest)
+    assert result.subtract_from_base
+
+
+def test_milora_and_pissa_share_the_weight_out_between_them() -> None:
+    rank = min(WEIGHT.shape) // 2
+    parts = [start(name, WEIGHT, rank) for name in ("pissa", "milora")]
+    close(sum((SCALING * part.B @ part.A for part in parts), torch.zeros(48, 32)), WEIGHT)
+
+
+def test_milora_of_a_weight_with_singular_values_of_zero_is_degenerate() -> None:
+    """Its smallest triplets are zero: factors made of them have no gradients."""
+    with pytest.raises(DegenerateError, match="its weight has 3 singular values other than zero where 6 are needed"):
+        start("milora", (WEIGHT[:, :29] @ torch.randn(29, 32, dtype=torch.float64)).float())
+    with pytest.raises(ConfigError, match=r"rank 33 is larger than min\(out, in\) = 32"):
+        start("milora", WEIGHT, 33)

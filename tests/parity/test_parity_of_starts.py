@@ -97,6 +97,17 @@ MOVED_CASES = {
 }
 """Starts that take something out of the base. PEFT's OLoRA fails on a transposed layer."""
 
+OURS = MOVED_CASES | {
+    "milora": moved_case("milora"),
+    "olora-transposed": moved_case("olora", Transposed, target_modules=["first"], fan_in_fan_out=True),
+}
+"""With those that PEFT does not have."""
+
+
+@pytest.fixture(params=list(OURS))
+def any_start(request: pytest.FixtureRequest) -> Case:
+    return OURS[request.param]
+
 
 @pytest.fixture(params=list(MOVED_CASES))
 def moved(request: pytest.FixtureRequest) -> Case:
@@ -117,27 +128,31 @@ def test_a_start_has_the_same_product_as_in_peft_and_changes_no_output(moved: Ca
         )
 
 
-def test_a_trained_adapter_of_such_a_start_is_plain_lora_of_twice_the_rank_to_peft(moved: Case, tmp_path: Path) -> None:
-    ours = trained(moved.lorafa())
+def test_a_trained_adapter_of_such_a_start_is_plain_lora_of_twice_the_rank_to_peft(
+    any_start: Case, tmp_path: Path
+) -> None:
+    ours = trained(any_start.lorafa())
     ours.save_pretrained(tmp_path)
     config = stored_config(tmp_path)
     assert config["init_lora_weights"] is True
-    assert config["r"] == 2 * moved.settings["r"]
+    assert config["r"] == 2 * any_start.settings["r"]
     with quiet():
-        loaded = peft.PeftModel.from_pretrained(moved.base(), tmp_path).eval()
-    torch.testing.assert_close(output(moved, loaded), output(moved, ours), rtol=1e-6, atol=1e-6)
+        loaded = peft.PeftModel.from_pretrained(any_start.base(), tmp_path).eval()
+    torch.testing.assert_close(output(any_start, loaded), output(any_start, ours), rtol=1e-6, atol=1e-6)
 
 
-def test_a_trained_adapter_of_such_a_start_comes_back_bit_for_bit_and_trains_on(moved: Case, tmp_path: Path) -> None:
-    ours = trained(moved.lorafa())
+def test_a_trained_adapter_of_such_a_start_comes_back_bit_for_bit_and_trains_on(
+    any_start: Case, tmp_path: Path
+) -> None:
+    ours = trained(any_start.lorafa())
     ours.save_pretrained(tmp_path)
-    loaded = lorafa.PeftModel.from_pretrained(moved.base(), tmp_path, is_trainable=True).eval()
-    assert torch.equal(output(moved, loaded), output(moved, ours))
+    loaded = lorafa.PeftModel.from_pretrained(any_start.base(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(output(any_start, loaded), output(any_start, ours))
     for (name, one), (other_name, other) in zip(ours.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert name == other_name
         assert torch.equal(one, other), name
     assert loaded.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
-    assert loaded.peft_config["default"].init_lora_weights == moved.settings["init_lora_weights"]
+    assert loaded.peft_config["default"].init_lora_weights == any_start.settings["init_lora_weights"]
 
 
 def test_a_file_of_peft_with_such_a_start_gives_equal_outputs_here(moved: Case, tmp_path: Path) -> None:

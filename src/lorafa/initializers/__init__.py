@@ -17,6 +17,7 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "gaussian": "lorafa.initializers.gaussian:gaussian",
         "orthogonal": "lorafa.initializers.orthogonal:orthogonal",
         "pissa": "lorafa.initializers.pissa:pissa",
+        "milora": "lorafa.initializers.milora:milora",
         "olora": "lorafa.initializers.olora:olora",
     },
 )
