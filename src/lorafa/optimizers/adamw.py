@@ -8,17 +8,19 @@ no correction at all is the limit of large t.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lorafa.adapter import working_dtype
 
 _LATE = 1e9
 """A step at which beta^t is 0 and no bias is left to correct."""
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "correct_bias")
 _FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -64,9 +66,7 @@ def adamw_(
         weight_decay = weight_decay * lr / shrunk if shrunk else weight_decay
         lr = shrunk
     first = states[0]["exp_avg"]
-    # the fused kernels walk all of them by address: one layout
-    wide = [p.to(first.dtype).contiguous() for p in params]
-    grads = [g.to(first.dtype).contiguous() for g in grads]
+    wide, grads = _packed(params, first.dtype), _packed(grads, first.dtype)
     averages, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
     count = torch.tensor(float(step) if correct_bias else _LATE, device=first.device)
     common: dict[str, Any] = {"amsgrad": False, "beta1": betas[0], "beta2": betas[1], "lr": lr, "eps": eps}
@@ -81,30 +81,42 @@ def adamw_(
             parameter.copy_(value)
 
 
-def adamw_group_(
-    group: dict[str, Any],
-    gradients: Mapping[Tensor, Tensor],
-    state: MutableMapping[Tensor, dict[str, Any]],
-    **form: Any,
-) -> None:
-    """One step on the parameters of an optimizer's group that have an entry in ``gradients``, counted in their state.
+def _packed(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The fused kernels walk all tensors by address: one dtype, one layout."""
+    return [t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in tensors]
+
+
+class AdamW:
+    """One step of AdamW on parameters of an optimizer, a few after the others, counted in their states.
 
     Args:
-        group: lr, betas, eps and weight_decay, and the parameters.
-        gradients: of the parameters' shapes.
-        state: of the optimizer; moments are made where there are none.
-        **form: switches of :func:`adamw_`.
+        optimizer: its groups hold lr, betas, eps and weight_decay, and maybe correct_bias.
+        **form: switches of :func:`adamw_` that are the same in all groups.
     """
-    batches: dict[tuple[Any, ...], list[Tensor]] = {}
-    for parameter in group["params"]:
-        if parameter not in gradients:
-            continue
-        own = state[parameter]
-        if not own:
-            own["step"] = 0
-            moments(own, parameter)
-        own["step"] += 1
-        batches.setdefault((own["step"], parameter.device, parameter.dtype), []).append(parameter)
-    settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    for (step, *_), batch in batches.items():
-        adamw_(batch, [gradients[p] for p in batch], [state[p] for p in batch], step=step, **settings, **form)
+
+    def __init__(self, optimizer: Optimizer, **form: Any) -> None:
+        self._state, self._form = optimizer.state, form
+        self._group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+
+    def step(self, params: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
+        """Move ``params``, each by the one of ``grads``, of its shape."""
+        batches: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+        for parameter, gradient in zip(params, grads, strict=True):
+            group, own = self._group_of[parameter], self._state[parameter]
+            if not own:
+                own["step"] = 0
+                moments(own, parameter)
+            own["step"] += 1
+            key = (id(group), own["step"], parameter.device, parameter.dtype)
+            batches.setdefault(key, []).append((parameter, gradient, own))
+        for (_, step, *_), batch in batches.items():
+            group = self._group_of[batch[0][0]]
+            settings = {name: group[name] for name in _SETTINGS if name in group}
+            params, grads, states = ([entry[i] for entry in batch] for i in range(3))
+            adamw_(params, grads, states, step=step, **settings, **self._form)
+
+    def step_others(self, than: Iterable[Tensor]) -> None:
+        """Move every other parameter that has a gradient."""
+        known = set(than)
+        others = [p for p in self._group_of if p.grad is not None and p not in known]
+        self.step(others, [p.grad for p in others if p.grad is not None])

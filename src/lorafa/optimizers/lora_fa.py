@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lorafa.checks import check_choice
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.optimizers.adamw import adamw_group_
+from lorafa.optimizers.adamw import AdamW
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_state
 from lorafa.optimizers.pairs import Pair, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
@@ -79,12 +79,11 @@ class LoraFAOptimizer(PairOptimizer):
         super().__init__(params, defaults | {"algorithm": "exact"}, pairs)
 
     def update(self) -> None:
-        """AdamW with the projected gradient of every B."""
-        gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        gradients |= self.row_space.gradients()
-        for group in self.param_groups:
-            form = {"correct_bias": group["correct_bias"], "eps_corrected": False, "decay_last": True}
-            adamw_group_(group, gradients, self.state, **form)
+        """AdamW with the projected gradient of every B, then on what is trained besides."""
+        adamw = AdamW(self, eps_corrected=False, decay_last=True)
+        for Bs, gradients in self.row_space.projected():
+            adamw.step(Bs, gradients)
+        adamw.step_others(than=[pair.B for pair in self.pairs])
 
 
 def create_lorafa_optimizer(
@@ -137,19 +136,14 @@ def create_lorafa_optimizer(
         )
     pairs = pairs_of(model)
     _check_arguments(pairs, r, lora_alpha, use_rslora)
-    factors = [row_factors(pair) for pair in pairs]
     rest = other_groups(model, pairs, weight_decay)
-    _freeze(model, pairs)
     if algorithm == "exact":
-        groups = [{"params": [pair.B for pair in pairs]}, *rest]
-        settings: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "correct_bias": correct_bias,
-        }
-        return LoraFAOptimizer([g for g in groups if g["params"]], pairs=pairs, **settings)
+        groups = [group for group in ({"params": [pair.B for pair in pairs]}, *rest) if group["params"]]
+        exact = LoraFAOptimizer(groups, lr, betas, eps, weight_decay, correct_bias, pairs=pairs)
+        _freeze(model, pairs)
+        return exact
+    factors = [row_factors(pair) for pair in pairs]
+    _freeze(model, pairs)
     for pair, L in zip(pairs, factors, strict=True):
         fold_(pair, L)
     of_scaling: dict[float, list[nn.Parameter]] = {}

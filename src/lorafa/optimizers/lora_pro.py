@@ -26,10 +26,11 @@ from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse, spd_eigh, sylvester
-from lorafa.optimizers.adamw import adamw_group_
+from lorafa.optimizers.adamw import AdamW
+from lorafa.optimizers.batches import PairBatch
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
 from lorafa.optimizers.pairs import Pair, other_groups, pairs_of, trained_together
-from lorafa.optimizers.preconditioned import PairBatch, precondition
+from lorafa.optimizers.preconditioned import precondition
 
 FORMS = ("adamw", "sgd", "full")
 CHOICES = ("zero", "sylvester", "symmetric")
@@ -127,8 +128,9 @@ def create_lorapro_optimizer(
     if form == "full":
         return LoraProAdamW(groups, lr, betas, eps, weight_decay, pairs=pairs, X=X, damping=damping)
 
-    def transform(A: Tensor, B: Tensor, gradient_A: Tensor, gradient_B: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        return adjusted_gradients(A, B, gradient_A, gradient_B, s, X, damping)
+    def transform(batch: PairBatch) -> tuple[Tensor, Tensor]:
+        factors, gradients = (batch.A.values(), batch.B.values()), (batch.A.gradients(), batch.B.gradients())
+        return adjusted_gradients(*factors, *gradients, batch.scalings(), X, damping)
 
     stock: Optimizer
     if form == "sgd":
@@ -164,25 +166,21 @@ class LoraProAdamW(PairOptimizer):
     def update(self) -> None:
         """Every pair, then what is trained besides."""
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        moved = set()
         for pair in self.pairs:  # one at a time: each needs matrices of the weight's size
-            moved |= {pair.A, pair.B}
             if pair.A.grad is not None and pair.B.grad is not None:
                 self._move(pair, group_of[pair.B])
-        others = {p: p.grad for p in group_of if p not in moved and p.grad is not None}
-        for group in self.param_groups:
-            adamw_group_(group, others, self.state)
+        AdamW(self).step_others(than=[factor for pair in self.pairs for factor in (pair.A, pair.B)])
 
     def _move(self, pair: Pair, group: dict[str, Any]) -> None:
         batch = PairBatch([pair])
-        (A, B), (gradient_A, gradient_B), s = batch.factors(), batch.gradients(), batch.scalings()
+        A, B, s = batch.A.values(), batch.B.values(), batch.scalings()
         state = self.state[pair.B]
         if not state:
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = (B.new_zeros(self._weight_shape(pair)) for _ in range(2))
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        for_A, for_B = adjusted_gradients(A, B, gradient_A, gradient_B, s, "zero", self.damping)
+        for_A, for_B = adjusted_gradients(A, B, batch.A.gradients(), batch.B.gradients(), s, "zero", self.damping)
         G = s * (B @ for_A + for_B @ A)
         m, v = state["exp_avg"], state["exp_avg_sq"]
         m.lerp_(G, 1 - beta1)
@@ -192,9 +190,8 @@ class LoraProAdamW(PairOptimizer):
         for_A, for_B = s * B.mT @ direction, s * direction @ A.mT
         for_A, for_B = adjusted_gradients(A, B, for_A, for_B, s, self.X, self.damping)
         lr, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
-        for _, step_A, _, step_B in batch.split(for_A, for_B):
-            pair.A.copy_(kept * pair.A.to(step_A.dtype) - lr * step_A)
-            pair.B.copy_(kept * pair.B.to(step_B.dtype) - lr * step_B)
+        for factor, step in ((pair.A, batch.A.split(for_A)[0]), (pair.B, batch.B.split(for_B)[0])):
+            factor.copy_(kept * factor.to(step.dtype) - lr * step)
 
     def moment_shapes(self) -> Mapping[Tensor, tuple[int, ...]]:
         return {pair.B: self._weight_shape(pair) for pair in self.pairs}

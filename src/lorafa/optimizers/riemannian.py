@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse
-from lorafa.optimizers.adamw import adamw_group_
+from lorafa.optimizers.adamw import AdamW
+from lorafa.optimizers.batches import PairBatch, batches_of, live_batches
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
-from lorafa.optimizers.pairs import Pair, by_shape, other_groups, pairs_of, trained_together
-from lorafa.optimizers.preconditioned import PairBatch, live_batches, precondition
+from lorafa.optimizers.pairs import Pair, other_groups, pairs_of, trained_together
+from lorafa.optimizers.preconditioned import precondition
 
 
 def create_riemannian_optimizer(
@@ -52,10 +54,11 @@ def create_riemannian_optimizer(
     pairs = trained_together(pairs_of(model), "Riemannian preconditioning")
     relative = damping == "relative"
 
-    def transform(A: Tensor, B: Tensor, gradient_A: Tensor, gradient_B: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        left = damped_inverse(B.mT @ B, reg, relative=relative)
-        right = damped_inverse(A @ A.mT, reg, relative=relative)
-        return left.to(A.dtype) @ gradient_A, gradient_B @ right.to(B.dtype)
+    def transform(batch: PairBatch) -> tuple[Tensor, Tensor]:
+        A, B = batch.A.values(), batch.B.values()
+        grams = torch.cat([B.mT @ B, A @ A.mT])
+        left, right = damped_inverse(grams, reg, relative=relative).chunk(2)
+        return left.to(A.dtype) @ batch.A.gradients(), batch.B.gradients() @ right.to(B.dtype)
 
     decay = kwargs.get("weight_decay", 0.0)
     groups = [{"params": [f for pair in pairs for f in (pair.A, pair.B)]}, *other_groups(model, pairs, decay)]
@@ -82,33 +85,19 @@ class PreconditionedAdamW(PairOptimizer):
                  prec_reg: float, pairs: list[Pair]) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, pairs)
         self.prec_reg = prec_reg
-        self._batches = [PairBatch(group) for group in by_shape(pairs)]
+        self._batches = batches_of(pairs)
 
     def update(self) -> None:
-        """A of every pair, then B with the new A, then what is trained besides."""
-        live = live_batches(self._batches)
-        gradients: dict[Tensor, Tensor] = {}
-        for batch in live:
-            _, B = batch.factors()
-            gradient_A, gradient_B = batch.gradients()
+        """A of every pair, then its B with the new A, then what is trained besides."""
+        adamw = AdamW(self, correct_bias=False)
+        for batch in live_batches(self._batches):
+            B = batch.B.values()
             inverse = damped_inverse(B.mT @ B, self.prec_reg, relative=False)
-            for_A = inverse.to(B.dtype) @ gradient_A
-            gradients |= {A: gradient for A, gradient, _, _ in batch.split(for_A, gradient_B)}
-        self._move(gradients)
-        gradients = {}
-        for batch in live:
-            A, _ = batch.factors()
-            gradient_A, gradient_B = batch.gradients()
+            adamw.step(batch.A.parameters, batch.A.split(inverse.to(B.dtype) @ batch.A.gradients()))
+            A = batch.A.values()
             inverse = damped_inverse(A @ A.mT, self.prec_reg, relative=False)
-            for_B = gradient_B @ inverse.to(A.dtype)
-            gradients |= {B: gradient for _, _, B, gradient in batch.split(gradient_A, for_B)}
-        factors = {parameter for pair in self.pairs for parameter in (pair.A, pair.B)}
-        others = [p for group in self.param_groups for p in group["params"] if p not in factors]
-        self._move(gradients | {p: p.grad for p in others if p.grad is not None})
-
-    def _move(self, gradients: dict[Tensor, Tensor]) -> None:
-        for group in self.param_groups:
-            adamw_group_(group, gradients, self.state, correct_bias=False)
+            adamw.step(batch.B.parameters, batch.B.split(batch.B.gradients() @ inverse.to(A.dtype)))
+        adamw.step_others(than=[factor for pair in self.pairs for factor in (pair.A, pair.B)])
 
 
 def create_preconditioned_adamw(

@@ -11,7 +11,8 @@ where g_B = s G A^T is what autograd puts into B.grad and P_A = A^T (A A^T)^-1 A
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from lorafa.adapter import working_dtype
 from lorafa.errors import AdapterError
 from lorafa.linalg import gram_cholesky, spd_inverse
-from lorafa.optimizers.pairs import Pair, by_shape
+from lorafa.optimizers.batches import PairBatch, batches_of
+from lorafa.optimizers.pairs import Pair
 
 SMALLEST_PIVOT = 1e-6
 """Of A's triangular factor over its largest one; below it the rows of A count as dependent."""
@@ -55,15 +57,17 @@ class RowSpace:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.pairs = list(pairs)
-        self._batches = [_Batch(group) for group in by_shape(pairs)]
+        self._batches = [_Batch(batch) for batch in batches_of(pairs)]
+
+    def projected(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor]]]:
+        """Some B that have a gradient, and their (1/s^2) g_B (A A^T)^-1, of the same shapes; then the next ones."""
+        for batch in self._batches:
+            yield from batch.projected()
 
     @torch.no_grad()
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """(1/s^2) g_B (A A^T)^-1 of every B that has a gradient, in B's stored shape, in float32 (float64 stays)."""
-        found: dict[nn.Parameter, Tensor] = {}
-        for batch in self._batches:
-            batch.project(found)
-        return found
+        return {B: g for Bs, gradients in self.projected() for B, g in zip(Bs, gradients, strict=True)}
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -93,44 +97,34 @@ class RowSpace:
 class _Batch:
     """Pairs of one shape, with (1/s^2) (A A^T)^-1 of all of them in one tensor (N, r, r)."""
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.pairs = list(pairs)
-        self._parameters = [pair.B for pair in pairs]
-        self._plain = all(pair.matrices_B(pair.B).shape[0] == 1 and pair.B.dim() == 2 for pair in pairs)
-        self._As = [pair.A for pair in pairs]
-        self._seen: list[tuple[int, int, float]] = [(-1, -1, math.nan)] * len(pairs)
-        self._inverses: list[Tensor] = [torch.empty(0)] * len(pairs)
+    def __init__(self, batch: PairBatch) -> None:
+        self.pairs, self._B = batch.pairs, batch.B
+        self._As = batch.A.parameters
+        self._seen: list[tuple[int, int, float]] = [(-1, -1, math.nan)] * len(self.pairs)
+        self._inverses: list[Tensor] = [torch.empty(0)] * len(self.pairs)
         self._stack = torch.empty(0)
         self._refresh()
 
     def _refresh(self) -> None:
-        scalings = [pair.layer.scaling[pair.name] for pair in self.pairs]
+        scalings = [pair.scaling for pair in self.pairs]
         now = [(A.data_ptr(), A._version, s) for A, s in zip(self._As, scalings, strict=True)]
-        if now == self._seen and self._stack.device == self._parameters[0].device:
+        if now == self._seen and self._stack.device == self._B.parameters[0].device:
             return
         for index, pair in enumerate(self.pairs):
             if now[index] != self._seen[index]:
                 self._inverses[index] = spd_inverse(row_factors(pair)) / pair.scaling**2
-        dtype = working_dtype(self._parameters[0].dtype)
-        self._stack = torch.cat(self._inverses).to(self._parameters[0].device, dtype)
+        self._stack = self._stacked(self._inverses)
         self._seen = now
 
-    def project(self, into: dict[nn.Parameter, Tensor]) -> None:
+    def _stacked(self, inverses: Iterable[Tensor]) -> Tensor:
+        B = self._B.parameters[0]
+        return torch.cat(list(inverses)).to(B.device, working_dtype(B.dtype))
+
+    def projected(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor]]]:
         self._refresh()
-        grads = [parameter.grad for parameter in self._parameters]
-        present = [index for index, grad in enumerate(grads) if grad is not None]
-        inverses = self._stack
-        if self._plain and present:
-            if len(present) < len(grads):
-                inverses = inverses[present]
-            matrices = torch.stack([grad for grad in grads if grad is not None]).to(inverses.dtype)
-            projected = torch.bmm(matrices, inverses).unbind()
-            into.update(zip((self._parameters[index] for index in present), projected, strict=True))
-            return
-        starts = [0]
-        for inverse in self._inverses:
-            starts.append(starts[-1] + inverse.shape[0])
-        for index in present:
-            pair, grad = self.pairs[index], grads[index]
-            matrix = pair.matrices_B(grad).to(inverses.dtype)  # type: ignore[arg-type]
-            into[pair.B] = pair.stored_B(torch.bmm(matrix, inverses[starts[index] : starts[index + 1]]))
+        live, B, inverses = self._B.live, self._B, self._stack
+        if not all(live):
+            if not any(live):
+                return
+            B, inverses = PairBatch(list(compress(self.pairs, live))).B, self._stacked(compress(self._inverses, live))
+        yield B.parameters, B.split(torch.bmm(B.gradients(), inverses))
