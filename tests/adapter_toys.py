@@ -13,8 +13,11 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.backends import BACKENDS
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
+from lorafa.calibration.gradient import whitening
 from lorafa.initializers import INITIALIZERS, find_start
+from lorafa.initializers.base import Initializer
 from lorafa.layers.base import LoraLayer
+from lorafa.linalg import full_svd
 from lorafa.surgery.walk import lora_layers
 from lorafa.variants import VARIANTS
 
@@ -24,8 +27,8 @@ PARAMETERS = ("matrix parameter", "experts (E, out, in)", "experts (E, in, out)"
 KINDS = (*BACKENDS.names(), *PARAMETERS)
 VARIANT: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}}
 """The settings that ask for each variant."""
-STARTS: list[bool | str] = [find_start(name).value for name in INITIALIZERS.names() if name != "random"]  # type: ignore[union-attr]
-"""Every start that computes the function of the base at step 0."""
+STARTS: list[bool | str] = [find_start(name).value for name in INITIALIZERS.names()]  # type: ignore[union-attr]
+"""Every start there is."""
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Tolerance of a comparison of a few dozen terms of size 1, by dtype."""
 
@@ -97,18 +100,49 @@ def config_for(kind: str, **settings: Any) -> LoraConfig:
     return LoraConfig(target_modules=["layer"], **settings)
 
 
+def with_adapter(model: nn.Module, kind: str, **settings: Any) -> PeftModel:
+    """The model of one layer with a fresh adapter."""
+    stats = {"layer": stats_for(weight_for(kind))}
+    return get_peft_model(model, config_for(kind, **settings), stats=stats)
+
+
 def adapted(
     kind: str, *, bias: bool = True, dtype: torch.dtype = torch.float32, trained: bool = True, **settings: Any
 ) -> PeftModel:
     """A model of one layer of the kind with an adapter on it, moved away from its start if ``trained``."""
-    model = get_peft_model(Single(base_layer(kind, bias=bias, dtype=dtype)), config_for(kind, **settings))
+    model = with_adapter(Single(base_layer(kind, bias=bias, dtype=dtype)), kind, **settings)
     if trained:
         train(model)
     return model
 
 
+def defined(start: bool | str, kind: str) -> bool:
+    """Whether the start can be made on such a layer: statistics are those of linear layers."""
+    return not initializer_of(start).needs or backend_for(kind).host == "linear"
+
+
+def initializer_of(start: bool | str) -> Initializer:
+    return INITIALIZERS.get(find_start(start).name)  # type: ignore[union-attr]
+
+
+def stats_for(weight: Tensor) -> dict[str, Tensor]:
+    """Every statistic a start may read, of random inputs and a random gradient, for a weight (out, in)."""
+    out, in_ = weight.shape[-2:]
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(50, in_, generator=generator, dtype=torch.float64)
+    G = torch.randn(out, in_, generator=generator, dtype=torch.float64)
+    C = x.mT @ x / len(x)
+    found = {"gradient": full_svd(G), "whitened_gradient": full_svd(G @ whitening(C))}
+    tensors = {f"{name}.{key}": value for name, svd in found.items() for key, value in svd._asdict().items()}
+    return tensors | {"second_moment.C": C}
+
+
 DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
 """(variant, kind of layer) where the formula is defined."""
+STARTED = [(start, v, k) for start in STARTS for v, k in DEFINED if defined(start, k)]
+"""(start, variant, kind of layer) where all three go together."""
+STARTED_AT_BASE = [case for case in STARTED if initializer_of(case[0]).keeps_function]
+"""Those that compute the function of the base at step 0."""
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ class LoraConfig:
         self.init_lora_weights = start.value
         field_name = settings_field(start)
         own = start.initializer.settings if start.initializer and field_name == "init_config" else None
-        kind = own or _NESTED.get(field_name or "")
+        kind = own if isinstance(own, type) else _NESTED.get(field_name or "")
         if field_name is not None and kind is not None:
             given = copy.deepcopy(from_nested(kind, getattr(self, field_name), field_name))
             setattr(self, field_name, kind() if given is None else given)

@@ -44,9 +44,11 @@ def settings_field(start: Start | None) -> str | None:
     """The field of LoraConfig with the settings of a start, None where it has none."""
     if start is None:
         return None
-    if f"{start.name}_config" in START_SETTINGS:
-        return f"{start.name}_config"
-    return "init_config" if start.initializer and start.initializer.settings else None
+    declared = start.initializer.settings if start.initializer else None
+    own = declared if isinstance(declared, str) else f"{start.name}_config"
+    if own in START_SETTINGS:
+        return own
+    return "init_config" if declared else None
 
 
 def check_config(config: LoraConfig) -> None:
@@ -159,5 +161,5 @@ def _check_settings(config: LoraConfig, start: Start) -> None:
             )
     if own == "loftq_config" and not config.loftq_config:
         raise ConfigError("init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).")
-    if own == "init_config" and start.initializer and start.initializer.settings:
+    if own == "init_config" and start.initializer and isinstance(start.initializer.settings, type):
         from_nested(start.initializer.settings, config.init_config, "init_config")

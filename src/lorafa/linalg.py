@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _KRYLOV_STEPS = 8
 """Measured on SmolLM2-135M at rank 16: 7 steps capture 99.84 % to 99.99 % of what the exact decomposition does, 8
 99.94 % and more (docs/LOG.md); weights decay slowly, statistics fast."""
+_SMALL = 128
+"""Sides up to which a whole decomposition costs next to nothing."""
 _EIGH_RANGE = 0.03
 """How much smaller than the largest a singular value may be to be taken from the eigenvalues of a Gram matrix."""
 _NOTHING = 1e-30
@@ -67,7 +69,7 @@ def leading_svd(matrix: Tensor, rank: int, generator: torch.Generator, steps: in
     """
     M = float_matrix(matrix)
     columns = rank * (steps + 1)
-    if 2 * columns > min(M.shape[-2:]):
+    if min(M.shape[-2:]) < max(2 * columns, _SMALL):
         return truncated_svd(M, rank)
     random = torch.randn(*M.shape[:-2], M.shape[-1], rank, generator=generator, dtype=M.dtype).to(M.device)
     block = torch.linalg.qr(M @ random).Q
@@ -201,3 +203,80 @@ def spd_power(gram: Tensor, power: float, *, damping: float = 0.0) -> Tensor:
     values, vectors = spd_eigh(gram)
     values = values + damping * values.mean()
     return (vectors * values.pow(power)[..., None, :] @ vectors.mT).to(gram.dtype)
+
+
+def leading_right(matrix: Tensor, rank: int, start: Tensor | None = None, steps: int = 0) -> tuple[Tensor, Tensor]:
+    """The ``rank`` largest singular values (rank,) of M (t, n) and their right vectors (rank, n).
+
+    A direction M does not have (its singular value is rounding) is zero, and so is its value. Exact, O(min(t, n)^2
+    max(t, n)), or by subspace iteration from a ``start``: O(t n p) a step.
+
+    Args:
+        start: (n, p), p > rank; the span of its columns is near that of the right vectors, or random. Not used where
+            the smaller side of M is below 4 p.
+        steps: each shrinks what is missing of direction i by (sigma_{p + 1} / sigma_i)^2.
+    """
+    M = float_matrix(matrix)
+    if start is None or min(M.shape) < 4 * start.shape[1]:
+        S, Vh = _right_svd(M)
+    else:
+        Q = torch.linalg.qr(start.to(M)).Q
+        for _ in range(steps):
+            Q = torch.linalg.qr(M.mT @ (M @ Q)).Q
+        S, Wh = _right_svd(M @ Q)
+        Vh = Wh @ Q.mT
+    missing = max(rank - len(S), 0)
+    S, Vh = S[:rank], Vh[:rank]
+    return nn.functional.pad(S, (0, missing)), nn.functional.pad(Vh, (0, 0, 0, missing))
+
+
+def _right_svd(M: Tensor) -> tuple[Tensor, Tensor]:
+    """All singular values and right vectors of (t, n); by the smaller Gram matrix if there is a wider type for it."""
+    W = wide(M)
+    if W.dtype is M.dtype:
+        _, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    else:
+        tall = W.shape[0] > W.shape[1]
+        values, vectors = torch.linalg.eigh(W.mT @ W if tall else W @ W.mT)
+        S, vectors = values.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
+        Vh = vectors.mT if tall else vectors.mT @ W / S.clamp(min=_NOTHING)[:, None]
+    there = S.gt(S[0] * torch.finfo(M.dtype).eps * max(M.shape))
+    return torch.where(there, S, 0).to(M.dtype), torch.where(there[:, None], Vh, 0).to(M.dtype)
+
+
+def nystrom(Y: Tensor, Omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,), falling, and eigenvectors (n, k) of the Nystrom approximation Y (Omega^T Y)^+ Y^T of C (n, n).
+
+    C is positive semidefinite and known by Y = C Omega for a random Omega (n, k) only: Tropp, Yurtsever, Udell and
+    Cevher 2017, arXiv:1706.05736. The approximation is below C, equal to it if C has rank k or less, and otherwise the
+    trace of the difference is at most (1 + r / (k - r - 1)) times the sum of the eigenvalues after the r-th on average,
+    for any r < k - 1 (theorem 4.1).
+    """
+    core = wide(Omega).mT @ wide(Y)
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    there = values > values[-1].clamp(min=0) * torch.finfo(Y.dtype).eps * len(Y)  # the rest is rounding
+    root = torch.where(there, values, 1).rsqrt() * there
+    U, S, _ = torch.linalg.svd(wide(Y) @ (vectors * root), full_matrices=False)
+    return S.square().to(Y.dtype), U.to(Y.dtype)
+
+
+def damped_until_invertible(gram: Tensor, damping: float, error: float) -> tuple[Tensor, Tensor]:
+    """M + d I and its inverse, with the first d of ``damping``, 2 ``damping``, 4 ``damping`` ... mean eigenvalues for
+    which || (M + d I) (M + d I)^-1 - I ||_F < ``error`` in M's dtype.
+
+    Args:
+        gram: positive semidefinite up to rounding, of positive trace, (..., n, n).
+    """
+    M = float_matrix(gram)
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    unit = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * eye
+    factor = M.new_full((*M.shape[:-2], 1, 1), damping)
+    while True:
+        damped = M + factor * unit
+        L, info = torch.linalg.cholesky_ex(damped)
+        inverse = spd_inverse(L)
+        size = torch.linalg.matrix_norm(damped @ inverse - eye)
+        good = (info == 0) & (size < error)
+        if bool(good.all()):
+            return damped, inverse
+        factor = torch.where(good[..., None, None], factor, 2 * factor)

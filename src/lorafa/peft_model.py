@@ -18,8 +18,8 @@ from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
 from lorafa.io.state import materialize
 from lorafa.storage import HubOptions
 from lorafa.surgery.adapters import disabled, require_adapters, require_nothing_merged, require_unmerged
-from lorafa.surgery.build import Options
-from lorafa.surgery.forward import ForwardOfTheWrapped
+from lorafa.surgery.build import Options, Stats
+from lorafa.surgery.forward import ForwardOfTheWrapped, is_checkpointed, let_inputs_require_grad
 from lorafa.surgery.model import LoraModel
 from lorafa.surgery.status import (
     LayerStatus,
@@ -91,8 +91,8 @@ class PeftModel(nn.Module):
         wrapped = cls(model)
         wrapped._take_in(stored, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), ignore_base_mismatch)
         wrapped.base_model.set_adapter(adapter_name, inference_mode=not is_trainable)
-        if is_trainable and _is_checkpointed(model):
-            _let_inputs_require_grad(model)
+        if is_trainable and is_checkpointed(model):
+            let_inputs_require_grad(model)
         return wrapped if is_trainable else wrapped.eval()
 
     def load_adapter(
@@ -240,15 +240,17 @@ class PeftModel(nn.Module):
         peft_config: LoraConfig,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
+        *,
+        stats: Stats | None = None,
     ) -> None:
-        """Add a new adapter, frozen and not counting until :meth:`set_adapter`.
+        """Add a new adapter, frozen and not counting until :meth:`set_adapter`; ``stats`` as in :func:`get_peft_model`.
 
         Raises:
             AdapterError: the name is taken or unusable.
             ConfigError, TargetError: as :func:`get_peft_model`; nothing was changed.
         """
         config = _with_base_name(peft_config, self.get_base_model())
-        self.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
+        self.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make exactly this adapter count, and train unless ``inference_mode``.
@@ -307,13 +309,13 @@ class PeftModel(nn.Module):
         """Turn activation checkpointing on, of either kind: the embedding's output is made to require a gradient."""
         model: Any = self.get_base_model()
         model.gradient_checkpointing_enable(*args, **kwargs)
-        _let_inputs_require_grad(model)
+        let_inputs_require_grad(model)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The newer name of :meth:`gradient_checkpointing_enable` in transformers, which its Trainer calls."""
         model: Any = self.get_base_model()
         model.activation_checkpointing_enable(*args, **kwargs)
-        _let_inputs_require_grad(model)
+        let_inputs_require_grad(model)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -322,16 +324,6 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def _is_checkpointed(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def _let_inputs_require_grad(model: Any) -> None:
-    """Reentrant checkpointing recomputes only what depends on an input that requires a gradient."""
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
 
 
 def _refuse_mixed_batch(arguments: Mapping[str, Any]) -> None:
@@ -361,6 +353,8 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
+    *,
+    stats: Stats | None = None,
 ) -> PeftModel:
     """Put a new adapter on ``model`` (changed in place), freeze the rest, and return it wrapped.
 
@@ -369,9 +363,12 @@ def get_peft_model(
         autocast_adapter_dtype: keep adapters in float32 where the base is float16 or bfloat16.
         revision: revision of the base model, for the saved config.
         low_cpu_mem_usage: make the factors on the meta device, to be filled from a file.
+        stats: what a data-aware start reads, from :func:`lorafa.collect_statistics`: full name of a target -> name of
+            a tensor -> its value.
 
     Raises:
         TargetError: a pattern matches nothing, or something that cannot carry an adapter.
+        CalibrationError: the start reads statistics that are not given, or not of this model.
         ConfigError: a setting is wrong, or does not go with a layer.
         NotAvailableError: the config asks for a feature this version does not have.
         AdapterError: the adapter's name is unusable, or the model is a PeftModel already.
@@ -387,8 +384,8 @@ def get_peft_model(
     config = _with_base_name(peft_config, model)
     if revision is not None:
         config.revision = revision
-    wrapped.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
+    wrapped.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
     wrapped.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
-    if _is_checkpointed(model):
-        _let_inputs_require_grad(model)
+    if is_checkpointed(model):
+        let_inputs_require_grad(model)
     return wrapped

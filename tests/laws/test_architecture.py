@@ -19,7 +19,7 @@ MAX_LINES = 400
 
 LEVELS = (
     ("errors", "version"),
-    ("registry", "linalg", "checks", "storage"),
+    ("registry", "linalg", "checks", "storage", "fingerprint"),
     ("functional", "adapter", "backends", "calibration"),
     ("variants", "initializers", "method_configs", "config_checks"),
     ("config", "layers"),

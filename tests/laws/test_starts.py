@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from adapter_toys import (
-    DEFINED,
     KINDS,
+    STARTED,
+    STARTED_AT_BASE,
     STARTS,
     VARIANT,
     Single,
@@ -16,7 +17,9 @@ from adapter_toys import (
     config_for,
     input_for,
     only_layer,
+    stats_for,
     train,
+    with_adapter,
 )
 from lorafa import LoraConfig, PeftModel, get_peft_model
 
@@ -26,11 +29,10 @@ LINEAR = "torch.nn.modules.linear.Linear"
 def fresh(kind: str, dtype: torch.dtype, **settings: object) -> tuple[nn.Module, PeftModel]:
     """A base model, and the same one (the same layer object) with a fresh adapter."""
     layer = base_layer(kind, dtype=dtype)
-    return Single(layer), get_peft_model(Single(layer), config_for(kind, **settings))
+    return Single(layer), with_adapter(Single(layer), kind, **settings)
 
 
-@pytest.mark.parametrize(("variant", "kind"), DEFINED)
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("start", "variant", "kind"), STARTED_AT_BASE)
 def test_model_computes_the_same_function_at_step_zero(start: bool | str, variant: str, kind: str) -> None:
     base, model = fresh(kind, torch.float64, init_lora_weights=start, **VARIANT[variant])
     x = input_for(kind, torch.float64)
@@ -79,12 +81,11 @@ def test_random_start_does_change_the_function(kind: str) -> None:
     assert not torch.allclose(model(x), base(x), atol=1e-3)
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize(("variant", "kind"), DEFINED)
-def test_a_start_leaves_the_base_weight_alone(variant: str, kind: str, start: bool | str) -> None:
+@pytest.mark.parametrize(("start", "variant", "kind"), STARTED)
+def test_a_start_leaves_the_base_weight_alone(start: bool | str, variant: str, kind: str) -> None:
     layer = base_layer(kind)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    model = get_peft_model(Single(layer), config_for(kind, init_lora_weights=start, **VARIANT[variant]))
+    model = with_adapter(Single(layer), kind, init_lora_weights=start, **VARIANT[variant])
     train(model)
     model(input_for(kind))
     after = {key.replace("out_proj.base_layer.", "out_proj."): value for key, value in layer.state_dict().items()}
@@ -141,7 +142,8 @@ def test_without_init_seed_the_start_follows_manual_seed() -> None:
 @pytest.mark.parametrize("start", STARTS)
 def test_making_an_adapter_draws_nothing_from_the_global_random_state(start: bool | str) -> None:
     model, before = Pair(), torch.get_rng_state()
-    get_peft_model(model, with_targets("q_proj", "v_proj", init_lora_weights=start))
+    stats = {name: stats_for(model.q_proj.weight) for name in ("q_proj", "v_proj")}
+    get_peft_model(model, with_targets("q_proj", "v_proj", init_lora_weights=start), stats=stats)
     assert torch.equal(torch.get_rng_state(), before)
 
 

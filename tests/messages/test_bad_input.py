@@ -122,8 +122,6 @@ LATER = {
     "replication": {"layer_replication": [(0, 1)]},
     "EVA": {"init_lora_weights": "eva"},
     "CorDA": {"init_lora_weights": "corda"},
-    "LoRA-GA": {"init_lora_weights": "lora_ga"},
-    "MiCA": {"init_lora_weights": "mica"},
 }
 
 

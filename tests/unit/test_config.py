@@ -213,7 +213,7 @@ def test_saving_over_a_file_leaves_the_file(tmp_path):
 
 
 LATER: list[tuple[dict[str, object], str]] = [
-    *(({"init_lora_weights": name}, name) for name in ("eva", "corda", "lora_ga", "mica")),
+    *(({"init_lora_weights": name}, name) for name in ("eva", "corda")),
     ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq"),
     ({"use_qalora": True}, "use_qalora"),
     ({"alora_invocation_tokens": [1, 1]}, "alora_invocation_tokens"),

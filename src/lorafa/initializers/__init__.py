@@ -16,7 +16,13 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "random": "lorafa.initializers.random:random",
         "gaussian": "lorafa.initializers.gaussian:gaussian",
         "orthogonal": "lorafa.initializers.orthogonal:orthogonal",
+        "lora_ga": "lorafa.initializers.lora_ga:lora_ga",
+        "lora_ga_peft": "lorafa.initializers.lora_ga:lora_ga_peft",
+        "lora_one": "lorafa.initializers.lora_one:lora_one",
+        "functional": "lorafa.initializers.lora_one:functional",
+        "gora": "lorafa.initializers.gora:gora",
         "pissa": "lorafa.initializers.pissa:pissa",
+        "mica": "lorafa.initializers.mica:mica",
         "milora": "lorafa.initializers.milora:milora",
         "olora": "lorafa.initializers.olora:olora",
     },
@@ -25,8 +31,6 @@ NOT_YET: Mapping[str, str] = {
     "corda": "CorDA",
     "eva": "EVA",
     "loftq": "LoftQ",
-    "lora_ga": "LoRA-GA",
-    "mica": "MiCA",
 }
 """Known starts that have no initializer yet -> their names. A line is deleted when its start enters the table above."""
 

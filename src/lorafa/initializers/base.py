@@ -73,15 +73,19 @@ class Initializer(Protocol):
     """Whether it reads the base weight's values; if not it is handed a tensor of the right shape on the meta device."""
     also: tuple[bool | str, ...]
     """Other values of ``init_lora_weights`` that mean it; a number may stand in place of the N in "..._N"."""
-    settings: type | None
-    """A dataclass of its settings, all with defaults, given as ``LoraConfig(init_config=...)``. None: it has none, or
-    PEFT's LoraConfig has a field for them ("eva" finds an EvaConfig)."""
+    settings: type | str | None
+    """A dataclass of its settings, all with defaults, given as ``LoraConfig(init_config=...)``; or the field PEFT's
+    LoraConfig has for them, which is found without if it is called after the start ("eva_config")."""
     check_rank: Callable[[int, str], None] | None
     """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
     trains: str
     """The factors that are trained: "AB", or the one the method trains while the other stays at its start."""
     moves_base: bool
     """Whether it takes something out of the base, so that A and B alone do not say what was trained."""
+    keeps_function: bool
+    """Whether the model computes at step 0 what the base does."""
+    directions: int
+    """How many singular directions it takes for each rank: statistics are sized for so many times r."""
 
     def __call__(self, weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult: ...
 
@@ -94,10 +98,12 @@ def initializer(
     needs: tuple[str, ...] = (),
     reads_weight: bool = False,
     also: tuple[bool | str, ...] = (),
-    settings: type | None = None,
+    settings: type | str | None = None,
     check_rank: Callable[[int, str], None] | None = None,
     trains: str = "AB",
     moves_base: bool = False,
+    keeps_function: bool = True,
+    directions: int = 1,
 ) -> Callable[[Function], Initializer]:
     """Mark a function as an initializer and declare what goes with it; see :class:`Initializer`.
 
@@ -113,6 +119,8 @@ def initializer(
         marked.check_rank = check_rank
         marked.trains = trains
         marked.moves_base = moves_base
+        marked.keeps_function = keeps_function
+        marked.directions = directions
         return marked
 
     return mark

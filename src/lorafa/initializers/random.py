@@ -10,7 +10,7 @@ from torch import Tensor
 from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
 
 
-@initializer(also=(False,))
+@initializer(also=(False,), keeps_function=False)
 def random(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B ~ U(-1/sqrt(r), 1/sqrt(r)); embeddings: both N(0, 1)."""
     A_shape, B_shape = factor_shapes(weight, spec.rank)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from lorafa.errors import CalibrationError
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, check_rank
 from lorafa.linalg import SVD, full_svd, leading_svd, truncated_svd
 
@@ -51,6 +54,42 @@ def trailing(matrix: Tensor, spec: LayerSpec, what: str) -> SVD:
     found = everything.at(slice(-spec.rank, None))
     require_directions(found.S, everything.S[..., 0], max(matrix.shape[-2:]), what)
     return found
+
+
+def require_triplets(found: SVD, count: int, weight: Tensor, spec: LayerSpec, what: str) -> SVD:
+    """The ``count`` leading triplets of a statistic of a layer with this weight (out, in).
+
+    Raises:
+        ConfigError: r > min(out, in) of the matrix.
+        CalibrationError: the statistic was made for fewer.
+        DegenerateError: they are not finite, or fewer differ from zero.
+    """
+    check_rank(spec, weight)
+    if len(found.S) < count:
+        raise CalibrationError(
+            f"{spec.name}: the statistics hold {len(found.S)} directions of {what.removeprefix('its ')}, and r = "
+            f"{spec.rank} takes {count} here. Collect them with a config of this rank or a larger one."
+        )
+    require_finite(found.S, what)
+    top = found.at(slice(0, count))
+    require_directions(top.S, top.S[..., 0], max(weight.shape), what)
+    return top
+
+
+def require_moment(stats: Mapping[str, Tensor], name: str, spec: LayerSpec) -> Tensor:
+    """C (in, in) of the statistic ``name``, a second moment of the inputs.
+
+    Raises:
+        DegenerateError: it is zero, not finite, or of fewer than r tokens.
+    """
+    C = stats[f"{name}.C"]
+    require_finite(C, "the second moment of its input")
+    if not bool(C.any()):
+        raise DegenerateError("its input is zero")
+    tokens = stats.get(f"{name}.tokens")
+    if tokens is not None and tokens < spec.rank:
+        raise DegenerateError(f"its statistics are of {int(tokens)} tokens, fewer than r = {spec.rank}")
+    return C
 
 
 def require_finite(matrix: Tensor, what: str) -> None:

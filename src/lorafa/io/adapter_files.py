@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lorafa.config import CONFIG_NAME, LoraConfig, read_config
+from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import CheckpointError
+from lorafa.fingerprint import check_base, fingerprint, from_metadata, to_metadata
 from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, require_values, write_tensors
-from lorafa.io.fingerprint import check_base, fingerprint, from_metadata, to_metadata
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
 from lorafa.layers.base import LoraLayer
 from lorafa.storage import HubOptions, make_folder, write_json
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SIDE_NAME = "lorafa.json"
-_CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "init_config")
+_CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", *START_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ def save_adapter(
             "parent_library": type(model).__module__,
         }
     side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model)}
-    if has_start(model, name):
+    if has_start(model, name) or written.init_lora_weights != config.init_lora_weights:
         original = config.to_dict()
-        side["start"] = {key: original[key] for key in _CHANGED if key in original}
+        key = "start" if has_start(model, name) else "config"
+        side[key] = {field: original[field] for field in _CHANGED if field in original}
     fallbacks = {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}
     if fallbacks:
         side["fallbacks"] = fallbacks
@@ -151,8 +153,8 @@ def read_adapter(
         tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
     if config is None:
         config = read_config(files.config)
-        if "start" in side:
-            config = replace(config, **{key: side["start"][key] for key in _CHANGED if key in side["start"]})
+        original = side.get("start", side.get("config", {}))
+        config = replace(config, **{key: original[key] for key in _CHANGED if key in original})
     return StoredAdapter(
         files.weights, config, without_prefix(tensors), side.get("base", {}), side.get("fallbacks", {}), "start" in side
     )

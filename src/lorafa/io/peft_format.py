@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.config import LoraConfig
+from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import CheckpointError, shorten
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.ties import check_ties, tied_tensors
@@ -23,9 +25,10 @@ PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _EMBEDDING_GETTERS = ("get_input_embeddings", "get_output_embeddings")
 START_A, START_B = "lora_start.A", "lora_start.B"
-_STARTS_OF_PEFT = (
-    *(True, False, "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq", "lora_ga", "mica"),
-)
+_PEFT_STARTS_ANYWHERE = (True, False, "gaussian")
+_PEFT_STARTS_ON_SOME = ("orthogonal", "eva", "loftq", "mica")
+_SOME = ("linear", "embedding")
+_NO_SETTINGS: Mapping[str, Any] = {name: {} if name == "loftq_config" else None for name in START_SETTINGS}
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,13 +208,16 @@ def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     """The config that goes with :func:`file_tensors`: rank and alpha grow where a start was stacked onto A and B.
 
-    A start that PEFT does not know is history and written as True.
+    PEFT makes a start before it reads the tensors. One that it could not make on these layers, and that left the base
+    alone, is history and written as True; one that moved the base of a variant stays, for PEFT to repeat or to refuse.
     """
-    start = config.init_lora_weights
-    if start not in _STARTS_OF_PEFT and not str(start).startswith("pissa_niter_"):
-        config = replace(config, init_lora_weights=True, init_config=None)
-    plain = all(layer.adapters[name].variant.plain for _, layer, _ in _starts(model, name))
-    if not has_start(model, name) or not plain:
+    layers = [layer for _, layer in _adapted(model, name)]
+    plain = all(layer.adapters[name].variant.plain for layer in layers)
+    if not has_start(model, name):
+        some = plain and all(layer.kind in _SOME for layer in layers)
+        known = _PEFT_STARTS_ANYWHERE + (_PEFT_STARTS_ON_SOME if some else ())
+        return config if config.init_lora_weights in known else replace(config, init_lora_weights=True, **_NO_SETTINGS)
+    if not plain:
         return config
     factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
     return replace(
@@ -221,7 +227,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         rank_pattern={key: value * 2 for key, value in config.rank_pattern.items()},
         alpha_pattern={key: value * factor for key, value in config.alpha_pattern.items()},
         init_lora_weights=True,
-        init_config=None,
+        **_NO_SETTINGS,
     )
 
 

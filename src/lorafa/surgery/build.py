@@ -74,6 +74,11 @@ class Builder:
             raise ConfigError(
                 f"{target.full_name}: {variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA."
             )
+        if self.initializer.needs and kind != "linear" and not self.filled_later:
+            raise ConfigError(
+                f"{target.full_name}: init_lora_weights={config.init_lora_weights!r} reads statistics of linear "
+                f"layers, and this is {kind}. Leave it out with exclude_modules, or choose another start."
+            )
         layer_class = LAYERS.get(kind)
         layer_class.check(target.full_name, target.base, target.rank, config)
         scaling, groups = config.scaling(target.rank, target.alpha), layer_class.groups(target.base)
@@ -101,7 +106,7 @@ class Builder:
 
     def _start(self, weight: Tensor, spec: LayerSpec) -> InitResult:
         stats = self.stats.get(spec.name, {})
-        missing = [statistic for statistic in self.initializer.needs if statistic not in stats]
+        missing = [need for need in self.initializer.needs if not any(_is_of(name, need) for name in stats)]
         if missing:
             raise CalibrationError(
                 f"init_lora_weights={self.config.init_lora_weights!r} needs {', '.join(missing)} of {spec.name!r}; "
@@ -137,3 +142,8 @@ def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return torch.float32
     return torch.float32 if options.autocast_adapter_dtype and dtype.itemsize == 2 else dtype
+
+
+def _is_of(name: str, statistic: str) -> bool:
+    """Whether a tensor called ``name`` is the statistic, or one of its tensors ("gradient.S")."""
+    return name == statistic or name.startswith(f"{statistic}.")

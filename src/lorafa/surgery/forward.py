@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 
 class ForwardOfTheWrapped:
     """For ``forward`` of a class that has ``get_base_model``: trainers choose a dataset's columns by its parameters."""
@@ -34,3 +36,14 @@ class _Bound:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__self__.get_base_model().forward)
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether some block of the model recomputes its activations."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def let_inputs_require_grad(model: Any) -> None:
+    """Reentrant checkpointing recomputes only what depends on an input that requires a gradient."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()

@@ -11,7 +11,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import adapters
-from lorafa.surgery.build import Options
+from lorafa.surgery.build import Options, Stats
 from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.plan import Plan, plan
@@ -35,7 +35,9 @@ class LoraModel(nn.Module):
 
     # ---- adapters
 
-    def plan_adapter(self, config: LoraConfig, adapter_name: str, options: Options | None = None) -> Plan:
+    def plan_adapter(
+        self, config: LoraConfig, adapter_name: str, options: Options | None = None, stats: Stats | None = None
+    ) -> Plan:
         """Everything ``inject_adapter`` would do, built and checked; changes nothing."""
         others = [name for name, other in self.peft_config.items() if other.bias != "none"]
         if config.bias != "none" and others:
@@ -43,7 +45,7 @@ class LoraModel(nn.Module):
                 f"bias={config.bias!r}: adapter {others[0]!r} trains base biases already, and there is only one set of "
                 "them. Use bias='none' for all adapters but one."
             )
-        return plan(self.model, config, adapter_name, options)
+        return plan(self.model, config, adapter_name, options, stats)
 
     def apply_plan(self, planned: Plan) -> Callable[[], None]:
         """Carry out a plan and return how to take it back; the adapter is inactive until :meth:`set_adapter`."""
@@ -68,9 +70,11 @@ class LoraModel(nn.Module):
 
         return take_back
 
-    def inject_adapter(self, config: LoraConfig, adapter_name: str, options: Options | None = None) -> None:
+    def inject_adapter(
+        self, config: LoraConfig, adapter_name: str, options: Options | None = None, stats: Stats | None = None
+    ) -> None:
         """Add an adapter; a failure leaves the model as it was."""
-        self.apply_plan(self.plan_adapter(config, adapter_name, options))
+        self.apply_plan(self.plan_adapter(config, adapter_name, options, stats))
 
     @property
     def active_adapters(self) -> list[str]:

@@ -1,0 +1,52 @@
+"""GoRA: a random A, and the B that fits the gradient best (He et al. 2025, arXiv:2502.12171).
+
+The ranks of the method come from :func:`lorafa.calibration.spectrum.by_importance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafa.calibration.gradient import gradient_matrix
+from lorafa.checks import check_number
+from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer
+from lorafa.initializers.kaiming import kaiming
+from lorafa.linalg import gram_cholesky, spd_inverse
+
+
+@dataclass
+class GoraConfig:
+    """How large the first step is."""
+
+    step: float = 0.05
+    """s B A is about this much of the gradient's norm (gamma in the paper, 5e-2 in the authors' code)."""
+
+    def __post_init__(self) -> None:
+        check_number("step", self.step, "a number > 0", 0)
+
+
+@initializer(needs=("gradient",), settings=GoraConfig, keeps_function=False)
+def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """A as by default, B = -(step / s) sqrt(in / r) G A^+, so that s B A = -step sqrt(in / r) G P_A.
+
+    P_A projects on the rows of A, and a random one keeps about r / in of a gradient's energy: hence the root. A
+    gradient that was sketched counts as the product of its triplets.
+
+    Raises:
+        DegenerateError: the gradient is zero or not finite.
+    """
+    settings: GoraConfig = spec.settings or GoraConfig()
+    G = gradient_matrix(stats)
+    if not bool(torch.isfinite(G).all()):
+        raise DegenerateError("its gradient is not finite")
+    if not G.any():
+        raise DegenerateError("its gradient is zero")
+    A = kaiming(weight, {}, spec).A.to(G)
+    L, _ = gram_cholesky(A)
+    least_squares = G.double() @ A.mT.double() @ spd_inverse(L)
+    size = settings.step / spec.scaling * (A.shape[-1] / spec.rank) ** 0.5
+    return InitResult(A, (-size * least_squares).to(G.dtype))

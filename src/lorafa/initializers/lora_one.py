@@ -1,0 +1,97 @@
+"""LoRA-One: one best rank-r step of the whole gradient, as A and B (Zhang et al. 2025, arXiv:2502.01235).
+
+Some documents call the same start "LoRA-FA"; the training method of that name is another thing
+(:mod:`lorafa.optimizers.lora_fa`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafa.calibration.gradient import gradient_triplets, whitening
+from lorafa.checks import check_choice, check_number
+from lorafa.errors import ConfigError
+from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.lora_ga import mean_root_of_weight
+from lorafa.initializers.stages import halves, require_triplets
+
+
+@dataclass
+class LoraOneConfig:
+    """How large the step is."""
+
+    scale: str = "stable"
+    """What A and B are multiplied with beyond the roots of the singular values: "stable" 1 / sqrt(gamma), so that
+    ||s B A|| = s / gamma in every layer; "gd" 1 / s; "unit" 1; "weightS" the mean of sqrt(sigma_i(W) / s)."""
+    stable_gamma: float | str = 128.0
+    """gamma of "stable": larger means a smaller step. "auto" picks it by the loss on held-out rows, which
+    :func:`lorafa.initialize` does."""
+    normalize: str = "layer"
+    """What singular values are divided by: the "layer"'s largest, the largest of all layers ("global"), or "none"."""
+
+    def __post_init__(self) -> None:
+        check_choice("scale", self.scale, ("stable", "gd", "unit", "weightS"))
+        check_choice("normalize", self.normalize, ("layer", "global", "none"))
+        if self.stable_gamma != "auto":
+            check_number("stable_gamma", self.stable_gamma, "a number > 0, or 'auto'", 0)
+        elif self.scale != "stable":
+            raise ConfigError(
+                f"stable_gamma='auto' searches the gamma of scale='stable', and scale is {self.scale!r}. Set "
+                "scale='stable' or drop stable_gamma."
+            )
+
+
+@initializer(needs=("gradient",), reads_weight=True, settings=LoraOneConfig, keeps_function=False)
+def lora_one(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """B A = -c [G]_r, shared evenly: B^T B = A A^T. The base stays, so that step 0 is the model after this step.
+
+    With the defaults s B A = -(s / (gamma sigma_1)) [G]_r (algorithm 1 of the paper, in the authors' code of 2025).
+
+    Raises:
+        ConfigError: r > min(out, in), or gamma is still "auto".
+        DegenerateError: the gradient has fewer than r singular values other than zero.
+    """
+    triplets = require_triplets(gradient_triplets(stats), spec.rank, weight, spec, "its gradient")
+    A, B = halves(triplets, step_size(stats, "gradient", weight, spec))
+    return InitResult(A, -B)
+
+
+@initializer(
+    needs=("second_moment", "whitened_gradient"), reads_weight=True, settings=LoraOneConfig, keeps_function=False
+)
+def functional(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """B A = -c [G C^-1/2]_r C^-1/2: the rank-r step that lowers the loss most for its change of the layer's outputs.
+
+    The minimiser of <G, D> + ||D C^1/2||^2 / (2 c) over D of rank r, with C the second moment of the inputs
+    (ALGORITHMS 2.3 ii). Scales are those of LoRA-One, in units of the largest singular value of G C^-1/2.
+
+    Raises:
+        ConfigError, DegenerateError: as :func:`lora_one`.
+    """
+    found = gradient_triplets(stats, "whitened_gradient")
+    triplets = require_triplets(found, spec.rank, weight, spec, "its whitened gradient")
+    A, B = halves(triplets, step_size(stats, "whitened_gradient", weight, spec))
+    return InitResult(A @ whitening(stats["second_moment.C"]).to(A), -B)
+
+
+def step_size(stats: Mapping[str, Tensor], name: str, weight: Tensor, spec: LayerSpec) -> Tensor:
+    """c in B A = -c [G]_r."""
+    settings: LoraOneConfig = spec.settings or LoraOneConfig()
+    S = stats[f"{name}.S"]
+    largest = {"layer": S[0], "global": stats.get(f"{name}.largest", S[0]), "none": torch.ones_like(S[0])}
+    if settings.stable_gamma == "auto":
+        raise ConfigError(
+            "stable_gamma='auto' is found by the loss on held-out rows. Call lorafa.initialize(model, config, data, "
+            "heldout=rows), or set a number: 128 is the authors', 256 to 1024 suits small models."
+        )
+    factors = {
+        "stable": 1 / float(settings.stable_gamma),
+        "gd": 1 / spec.scaling**2,
+        "unit": 1.0,
+        "weightS": mean_root_of_weight(weight, spec) ** 2 if settings.scale == "weightS" else 1.0,
+    }
+    return factors[settings.scale] / largest[settings.normalize]
