@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafa import LoraConfig, get_peft_model
-from lorafa.errors import ConfigError
+from lorafa import LoraConfig, PeftModel, create_riemannian_optimizer, get_peft_model
+from lorafa.errors import AdapterError, ConfigError
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec
 from lorafa.initializers.olora import OloraConfig
 from lorafa.linalg import leading_columns
+from lorafa.optimizers import create_lorapro_optimizer, create_preconditioned_adamw
+from optimizer_toys import Mlp, adapted, batch, loss
 
 RANK, SCALING = 6, 1.5
 WEIGHT = torch.randn(48, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -131,3 +136,80 @@ def test_milora_of_a_weight_with_singular_values_of_zero_is_degenerate() -> None
         start("milora", (WEIGHT[:, :29] @ torch.randn(29, 32, dtype=torch.float64)).float())
     with pytest.raises(ConfigError, match=r"rank 33 is larger than min\(out, in\) = 32"):
         start("milora", WEIGHT, 33)
+
+
+# ---- MiCA, arXiv:2604.01694
+
+
+def test_mica_starts_in_the_directions_the_weight_uses_least_and_changes_nothing(weight: Tensor) -> None:
+    result = start("mica", weight)
+    U = torch.linalg.svd(weight, full_matrices=False).U[..., -RANK:]
+    close(result.B @ result.B.mT, U @ U.mT)  # the sign of a singular vector is free
+    close(result.B.mT @ result.B, identity(weight))
+    close(torch.linalg.vector_norm(result.B.mT @ weight, dim=-1), torch.linalg.svdvals(weight)[..., -RANK:])
+    assert not result.A.any()
+    assert not result.subtract_from_base
+
+
+def test_mica_takes_directions_a_weight_does_not_use_at_all() -> None:
+    poor = WEIGHT[:, :20] @ WEIGHT[:20, :]
+    result = start("mica", poor)
+    assert (result.B.mT @ poor).abs().max() < 1e-12
+    close(result.B.mT @ result.B, identity(poor))
+    with pytest.raises(ConfigError, match=r"rank 33 is larger than min\(out, in\) = 32"):
+        start("mica", WEIGHT, 33)
+    with pytest.raises(DegenerateError, match="its weight is not finite"):
+        start("mica", WEIGHT / 0)
+
+
+MICA: dict[str, Any] = {"target_modules": ["first", "second"], "r": 3, "init_lora_weights": "mica"}
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name.split(".lora_")[1] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_mica_trains_a_alone_whichever_way_the_adapter_comes_to_train(tmp_path: Path) -> None:
+    base, data = Mlp().double(), batch()
+    model = adapted(model=copy.deepcopy(base), **MICA)
+    frozen = [layer.factor_B("default").clone() for _, layer in model.base_model.lora_layers()]
+    before = model(data[0])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model, data).backward()
+        optimizer.step()
+    assert not torch.allclose(model(data[0]), before, atol=1e-3)
+    assert trainable(model) == {"A.default.weight"}
+    for B, (_, layer) in zip(frozen, model.base_model.lora_layers(), strict=True):
+        assert torch.equal(layer.factor_B("default"), B)
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["first"]))
+    model.set_adapter("plain")
+    assert trainable(model) == {"A.plain.weight", "B.plain.weight"}
+    model.set_adapter("default")
+    assert trainable(model) == {"A.default.weight"}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert torch.equal(loaded(data[0]), model(data[0]))
+    assert trainable(loaded) == {"A.default.weight"}
+
+
+@pytest.mark.parametrize(
+    ("method", "make"),
+    [
+        ("Riemannian preconditioning", lambda model: create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-2)),
+        ("LoRA-One's preconditioned AdamW", lambda model: create_preconditioned_adamw(model, lr=1e-2)),
+        ("LoRA-Pro", lambda model: create_lorapro_optimizer(model, lr=1e-2)),
+    ],
+)
+def test_optimizers_that_move_both_factors_refuse_mica(method: str, make: Callable[[nn.Module], object]) -> None:
+    model = adapted(**MICA)
+    with pytest.raises(AdapterError, match=rf"adapter 'default': B is frozen, but {method} moves A and B together"):
+        make(model)
+    assert trainable(model) == {"A.default.weight"}
+
+
+def test_a_frozen_a_leaves_mica_nothing_to_train() -> None:
+    text = r"freeze_A=True leaves nothing to train: init_lora_weights='mica' trains A alone\. Drop one of the two\."
+    with pytest.raises(ConfigError, match=text):
+        LoraConfig(**MICA, freeze_A=True)

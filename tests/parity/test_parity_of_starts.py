@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from parity_models import Convolution, Linears, Lookup, Transposed, on
+from parity_models import Attention, Convolution, Linears, Lookup, Mixture, Transposed, on
 from parity_toys import (
     CASES,
     Case,
@@ -174,6 +175,65 @@ def test_a_pissa_file_that_peft_has_converted_gives_equal_outputs_here(tmp_path:
         )
         ours = lorafa.PeftModel.from_pretrained(PISSA.base(), tmp_path / "converted")
     torch.testing.assert_close(output(PISSA, ours), output(PISSA, theirs), rtol=1e-4, atol=1e-4)
+
+
+MICA = {
+    "linear": moved_case("mica"),
+    "transposed": moved_case("mica", Transposed, target_modules=["first", "head"], fan_in_fan_out=True),
+    "embedding": Case(
+        Lookup,
+        lambda model: model(torch.arange(16)),
+        {"target_modules": ["table", "head"], "init_lora_weights": "mica", "r": 3},
+        dtype=torch.float32,
+    ),
+}
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("name", MICA)
+def test_mica_starts_as_in_peft_trains_the_same_factor_and_its_files_go_both_ways(name: str, tmp_path: Path) -> None:
+    case = MICA[name]
+    ours, theirs = case.lorafa(), case.peft()
+    assert trained_names(ours) == trained_names(theirs)
+    for key, value in factors(theirs).items():  # the sign of a singular vector is free
+        torch.testing.assert_close(factors(ours)[key].abs(), value.abs(), rtol=1e-4, atol=1e-5)
+    for model, library in ((trained(ours), peft), (trained(theirs), lorafa)):
+        folder = tmp_path / library.__name__
+        with quiet():
+            model.save_pretrained(folder)
+            assert stored_config(folder)["init_lora_weights"] == "mica"
+            read = library.PeftModel.from_pretrained(case.base(), folder, is_trainable=True).eval()
+        torch.testing.assert_close(output(case, read), output(case, model), rtol=1e-5, atol=1e-5)
+        assert trained_names(read) == trained_names(model)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(lambda: Convolution(2), on(2, 4, 5, 5), {"target_modules": ["conv", "head"], "r": 2}),
+        Case(Linears, on(5, 12), {"target_modules": ["first"], "use_dora": True}),
+        Case(Mixture, on(5, 12), {"target_modules": [], "target_parameters": ["experts.up"], "r": 2}),
+        Case(Attention, on(2, 5, 12), {"target_modules": ["attention"]}, {"attention_out_proj_twice": True}),
+    ],
+    ids=["conv", "dora", "experts", "attention"],
+)
+@pytest.mark.parametrize("start", ["mica", "orthogonal"])
+def test_a_start_peft_cannot_make_on_a_layer_is_history_to_it_and_comes_back_here(
+    case: Case, start: str, tmp_path: Path
+) -> None:
+    case = replace(case, settings=case.settings | {"init_lora_weights": start})
+    ours = trained(case.lorafa())
+    ours.save_pretrained(tmp_path)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(case.base(), tmp_path).eval()
+    torch.testing.assert_close(output(case, theirs), output(case, ours), rtol=1e-6, atol=1e-6)
+    back = lorafa.PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(output(case, back), output(case, ours))
+    assert trained_names(back) == trained_names(ours)
+    assert back.peft_config["default"].init_lora_weights == start
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

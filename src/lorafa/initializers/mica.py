@@ -1,0 +1,29 @@
+"""MiCA: train A alone, in the directions of the output that W uses least (arXiv:2604.01694)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorafa.initializers.base import InitResult, LayerSpec, check_rank, factor_shapes, initializer
+from lorafa.initializers.stages import require_finite
+from lorafa.linalg import full_svd
+
+
+@initializer(reads_weight=True, trains="A")
+def mica(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """B is the last r left singular vectors of W and stays as it is; A = 0 is trained.
+
+    Singular values of zero are welcome: their vectors are directions the layer does not use at all.
+
+    Raises:
+        ConfigError: r > min(out, in).
+        DegenerateError: W holds inf or nan.
+    """
+    check_rank(spec, weight)
+    require_finite(weight, "its weight")
+    A_shape, _ = factor_shapes(weight, spec.rank)
+    B = full_svd(weight).U[..., -spec.rank :]
+    return InitResult(torch.zeros(A_shape, dtype=B.dtype, device=B.device), B)
