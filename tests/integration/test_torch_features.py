@@ -99,6 +99,7 @@ KINDS = {
     "conv": ("torch.nn.modules.conv.Conv2d", {}),
     "embedding": ("torch.nn.modules.sparse.Embedding", {}),
     "nf4": ("lorafa.backends.nf4.NF4Linear", {}),
+    "int8": ("lorafa.backends.int8.Int8Linear", {}),
     "experts": ("experts (E, out, in)", {}),
     "attention": ("torch.nn.modules.activation.MultiheadAttention", {}),
 }

@@ -66,7 +66,7 @@ def test_variant_changes_the_output_exactly_as_it_changes_the_weight(
         )
         by_weight_alone = run_with_weight(kind, base, weight, backend.bias(base), x)
         actual = model(x)
-    quantized = "nf4" in kind and dtype is torch.float64  # the scales of NF4 are float32
+    quantized = backend_for(kind).quantized and dtype is torch.float64  # scales are float32
     close(actual, expected, torch.float32 if quantized else dtype)
     assert (expected - by_weight_alone).abs().max() > 0.05, "the adapter does something"
 
@@ -81,7 +81,7 @@ def test_variant_law_holds_over_a_frozen_start(variant: str, kind: str) -> None:
     assert adapter.start is not None
     with torch.no_grad():
         expected = run_with_weight(kind, base, weight + adapter.delta_weight(weight), backend.bias(base), x)
-        close(model(x), expected, torch.float32 if "nf4" in kind else torch.float64)
+        close(model(x), expected, torch.float32 if backend_for(kind).quantized else torch.float64)
 
 
 @pytest.mark.parametrize(("variant", "kind"), UNDEFINED)

@@ -22,6 +22,7 @@ BACKENDS: Registry[type[Backend]] = Registry(
         "torch.nn.modules.activation.MultiheadAttention": "lorafa.backends.attention:AttentionBackend",
         "transformers.pytorch_utils.Conv1D": "lorafa.backends.conv1d:Conv1DBackend",
         "lorafa.backends.nf4.NF4Linear": "lorafa.backends.nf4:NF4Backend",
+        "lorafa.backends.int8.Int8Linear": "lorafa.backends.int8:Int8Backend",
     },
 )
 

@@ -23,6 +23,9 @@ class Backend(ABC):
     """The kind of layer that carries the adapters: a name in lorafa.layers.LAYERS."""
     fan_in_fan_out: ClassVar[bool | None] = None
     """What PEFT wants this setting to be for such a layer; None: it does not ask."""
+    quantized: ClassVar[bool] = False
+    """Whether the layer keeps its weight in fewer bits than it computes in, so that :meth:`weight` is an approximation
+    of the one it was made from."""
 
     @abstractmethod
     def weight(self, layer: nn.Module) -> Tensor:

@@ -1,0 +1,96 @@
+"""What our own quantized linear layers have in common: nothing dequantized is kept, not for backward either."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorafa.backends.base import Backend
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b with W dequantized in forward and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return nn.functional.linear(x, layer.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad @ ctx.layer.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, grad_bias
+
+
+class QuantizedLinear(nn.Module):
+    """Holds W (out, in) as codes; computes x W^T + b in the dtype of x."""
+
+    exact: ClassVar[tuple[str, ...]] = ("scale",)
+    """Buffers that stay in float32 when the model is cast: rounded, they would change every weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Quantize ``weight`` (out, in); ``bias`` (out,) stays as it is."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.quantize(weight.detach().float())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear) -> Self:
+        return cls(layer.weight, layer.bias)
+
+    @abstractmethod
+    def quantize(self, weight: Tensor) -> None:
+        """Register the buffers that stand for ``weight`` (out, in), which is in float32."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight the layer computes with, (out, in)."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: self._buffers[name] for name in self.exact}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in kept.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype is not value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _Product.apply(x, self, self.bias))  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantizedBackend(Backend):
+    host = "linear"
+    quantized = True
+    layer_type: ClassVar[type[QuantizedLinear]]
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        return cast(QuantizedLinear, layer).dequantize()
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        linear = cast(QuantizedLinear, layer)
+        return linear.out_features, linear.in_features
+
+    def with_weight(self, layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        """Quantizes again: the merged weight carries a new rounding to the bits of the layer."""
+        return self.layer_type(weight, cast(QuantizedLinear, layer).bias if bias is None else bias)
+
+    def example(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return self.layer_type(weight, bias)
