@@ -2,6 +2,7 @@
 
 from lorafa.config import LoraConfig, PeftType, TaskType
 from lorafa.errors import LoraError
+from lorafa.initialize import collect_statistics, initialize
 from lorafa.io.state import get_peft_model_state_dict, set_peft_model_state_dict
 from lorafa.method_configs import (
     ArrowConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "TaskType",
     "VeloraConfig",
     "__version__",
+    "collect_statistics",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
@@ -52,6 +54,7 @@ __all__ = [
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize",
     "inject_adapter_in_model",
     "set_peft_model_state_dict",
 ]

@@ -97,7 +97,10 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x (..., in), weight (out, in) or None, bias (out,) or None, gain (out,) or None, A (r, in), B (out, r)."""
+    """x (..., in), weight (out, in) or None, bias (out,) or None, gain (out,) or None, A (r, in), B (out, r).
+
+    Gives (rows of x, out).
+    """
 
     @staticmethod
     def forward(
@@ -144,7 +147,7 @@ class _LowRankLinear(torch.autograd.Function):
         )
         ctx.shape, ctx.dtype, ctx.scale, ctx.p, ctx.seed = x.shape, dtype, scale, p, seed
         ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
-        return y.view(*x.shape[:-1], B.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -244,4 +247,4 @@ def low_rank_linear(
         y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
             x, weight, bias, gain, A, B, scaling, dropout, seed, dtype
         )
-    return y
+    return y.view(*x.shape[:-1], B.shape[0])  # out here: a view made inside could not be changed in place

@@ -16,6 +16,7 @@ from lorafa.io.adapter_files import StoredAdapter, check_fits_base, note_fallbac
 from lorafa.io.card import write_card
 from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
 from lorafa.io.state import materialize
+from lorafa.statistics import given
 from lorafa.storage import HubOptions
 from lorafa.surgery.adapters import disabled, require_adapters, require_nothing_merged, require_unmerged
 from lorafa.surgery.build import Options, Stats
@@ -250,6 +251,7 @@ class PeftModel(nn.Module):
             ConfigError, TargetError: as :func:`get_peft_model`; nothing was changed.
         """
         config = _with_base_name(peft_config, self.get_base_model())
+        stats = given(self.get_base_model(), config, stats)
         self.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -384,7 +386,8 @@ def get_peft_model(
     config = _with_base_name(peft_config, model)
     if revision is not None:
         config.revision = revision
-    wrapped.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
+    options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
+    wrapped.base_model.inject_adapter(config, adapter_name, options, given(model, config, stats))
     wrapped.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
     if is_checkpointed(model):
         let_inputs_require_grad(model)

@@ -25,7 +25,7 @@ LEVELS = (
     ("config", "layers"),
     ("surgery",),
     ("io", "optimizers", "alignment"),
-    ("peft_model",),
+    ("peft_model", "statistics", "initialize", "peft_starts"),
     ("data", "train", "evals"),
     ("conf", "runs"),
     ("report",),

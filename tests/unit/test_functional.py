@@ -310,3 +310,20 @@ def test_input_of_another_dtype_than_the_weight_is_refused_as_by_the_base_layer(
         layer(torch.randn(2, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(2, 8)).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (8,)])
+@pytest.mark.parametrize("gain", [True, False])
+def test_output_can_be_changed_in_place(shape: tuple[int, ...], gain: bool) -> None:
+    """As by nn.ReLU(inplace=True) after a layer."""
+    weight, A, B, bias, factor = (
+        torch.randn(*size, dtype=torch.float64) for size in ((6, 8), (2, 8), (6, 2), (6,), (6,))
+    )
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    tensors = [tensor.requires_grad_() for tensor in (A, B)]
+    y = low_rank_linear(x, A, B, 0.5, weight=weight, bias=bias, gain=factor if gain else None)
+    found = torch.autograd.grad(torch.relu_(y).square().sum(), [x, *tensors])
+    plain = (x @ weight.T + 0.5 * x @ A.T @ B.T) * (factor if gain else 1) + bias
+    expected = torch.autograd.grad(torch.relu(plain).square().sum(), [x, *tensors])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -89,11 +89,14 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | Path, *, allow_pickle: bool = False, require_finite: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, on the CPU, and the texts of its header.
 
     Args:
         allow_pickle: read ``.bin`` and the like too, with torch's restricted unpickler.
+        require_finite: refuse NaN and infinity.
 
     Raises:
         CheckpointError: the file is missing, damaged, a pickle, or holds values that are not finite.
@@ -105,7 +108,7 @@ def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> tuple[dict[
     else:
         tensors, metadata = _read_safetensors(path)
     broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
-    if broken:
+    if broken and require_finite:
         raise CheckpointError(
             f"{path} holds values that are not finite (NaN or infinity) in {len(broken)} of {len(tensors)} tensors: "
             f"{shorten(broken)}. The training it comes from diverged: take an earlier checkpoint."

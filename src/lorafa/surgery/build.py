@@ -113,12 +113,18 @@ class Builder:
                 "none was given. Collect these statistics and pass them as stats=."
             )
         try:
-            return self.initializer(weight, stats, spec)
+            result = self.initializer(weight, stats, spec)
         except DegenerateError as error:
             if self.repeats:
                 raise
             by_default = INITIALIZERS.get("kaiming")(weight, {}, spec)
             return replace(by_default, subtract_from_base=self.initializer.moves_base, fallback=str(error))
+        if (result.A.shape, result.B.shape) != factor_shapes(weight, spec.rank):
+            raise CalibrationError(
+                f"{spec.name}: its statistics are those of a layer of another shape: they give A "
+                f"{tuple(result.A.shape)} and B {tuple(result.B.shape)} for a weight {tuple(weight.shape)}. Collect them on this model."
+            )
+        return result
 
     def _empty(self, weight: Tensor, spec: LayerSpec) -> InitResult:
         device = "meta" if self.options.low_cpu_mem_usage else None

@@ -1,0 +1,260 @@
+"""Statistics of a model over data: what a data-aware start reads, collected once, kept and checked."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.backends.base import Backend
+from lorafa.calibration import STATISTICS
+from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
+from lorafa.calibration.collect import Batches, collect
+from lorafa.calibration.projections import Projections
+from lorafa.config import LoraConfig, require_available
+from lorafa.errors import CalibrationError, CheckpointError, shorten
+from lorafa.fingerprint import compare_fingerprints, from_metadata, to_metadata
+from lorafa.initializers import find_start
+from lorafa.io.adapter_files import base_fingerprint
+from lorafa.io.files import read_tensors, write_tensors
+from lorafa.surgery.adapters import disabled
+from lorafa.surgery.targets import Target, find_targets
+from lorafa.surgery.walk import adapter_names
+
+_SEPARATOR = "::"
+_KEPT = "_lorafa_statistics"
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics(Mapping[str, Mapping[str, Tensor]]):
+    """Full name of a target -> "<statistic>.<tensor>" -> value; ``get_peft_model(..., stats=)`` takes it."""
+
+    values_by_layer: dict[str, dict[str, Tensor]]
+    about: dict[str, Any]
+    """How they were made: ``key`` tells statistics apart that need not be equal, ``base`` is the fingerprint of the
+    layers' weights."""
+
+    def __getitem__(self, layer: str) -> Mapping[str, Tensor]:
+        return self.values_by_layer[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_layer)
+
+    def __len__(self) -> int:
+        return len(self.values_by_layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensors in self.values() for tensor in tensors.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        flat = {f"{layer}{_SEPARATOR}{name}": tensor for layer in self for name, tensor in self[layer].items()}
+        write_tensors(path, flat, to_metadata({"statistics": self.about, "layers": list(self)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or holds something else.
+        """
+        tensors, metadata = read_tensors(path, require_finite=False)
+        entries = from_metadata(metadata)
+        if "statistics" not in entries:
+            raise CheckpointError(
+                f"{path} holds no statistics of lorafa. Delete it, or give the path of a file that Statistics.save or "
+                "cache= has written."
+            )
+        values: dict[str, dict[str, Tensor]] = {layer: {} for layer in entries["layers"]}
+        for key, tensor in tensors.items():
+            layer, _, name = key.partition(_SEPARATOR)
+            values[layer][name] = tensor
+        return cls(values, entries["statistics"])
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Refuse statistics of other weights.
+
+        Raises:
+            CalibrationError: a layer they describe is not in the model, or has other weights there.
+        """
+        stored = self.about.get("base", {})
+        actual = base_fingerprint(model, list(stored))
+        other = [name for name in stored if name not in actual] or compare_fingerprints(stored, actual)
+        if other:
+            raise CalibrationError(
+                f"The statistics were collected on another model: {len(other)} of {len(stored)} layers are missing or "
+                f"have other weights here: {shorten(other, 3)}. Collect them on this model."
+            )
+
+
+def keep_for(model: nn.Module, stats: Statistics) -> None:
+    """Leave statistics with a model, for the adapters made of it: PEFT's preprocess functions return nothing."""
+    model.__dict__[_KEPT] = stats
+
+
+def given(model: nn.Module, config: LoraConfig, stats: Mapping[str, Mapping[str, Tensor]] | None) -> Any:
+    """The statistics an adapter is made with: those passed, or those a preprocess function has left with the model.
+
+    Raises:
+        CalibrationError: they were collected on another model.
+    """
+    start = find_start(config.init_lora_weights)
+    if stats is None and start is not None and start.initializer is not None and start.initializer.needs:
+        stats = model.__dict__.get(_KEPT)
+    if isinstance(stats, Statistics):
+        stats.check_fits(model)
+    return stats
+
+
+def statistics_of(
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Batches,
+    *,
+    options: CalibrationOptions | None = None,
+    also: Sequence[str] = (),
+    data: str | None = None,
+    cache: str | Path | None = None,
+) -> Statistics:
+    """Collect what the start of ``config`` reads of its targets, over passes of ``batches``.
+
+    Args:
+        model: the user's model, with or without adapters; they are off meanwhile.
+        also: more statistics, by name.
+        data: a digest of the data, for ``cache``.
+        cache: file to take them from if it holds those of this model, config and data, and to write otherwise.
+
+    Raises:
+        CalibrationError: nothing to collect, or collecting failed; see :func:`lorafa.calibration.collect.collect`.
+        TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
+        CheckpointError: ``cache`` is a file that cannot be read or written.
+    """
+    config.check()
+    require_available(config)
+    targets = find_targets(model, config)
+    wanted = _wanted(config, also)
+    options = options or CalibrationOptions(seed=config.init_seed or 0)
+    about = _about(model, config, targets, wanted, options, data)
+    if cache is not None and Path(cache).exists():
+        found = Statistics.load(cache)
+        if found.about["key"] == about["key"]:
+            return found
+    layers = {target.full_name: target.base for target in targets}
+    statistics = _statistics(config, targets, wanted, options)
+    if adapter_names(model):
+        with disabled(model):
+            values = collect(model, layers, statistics, batches)
+    else:
+        values = collect(model, layers, statistics, batches)
+    _add_largest(values)
+    result = Statistics(values, about)
+    if cache is not None:
+        result.save(cache)
+    return result
+
+
+def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
+    start = find_start(config.init_lora_weights)
+    assert start is not None  # config.check() has found it
+    assert start.initializer is not None  # require_available has
+    wanted = list(dict.fromkeys([*start.initializer.needs, *also]))
+    if not wanted:
+        raise CalibrationError(
+            f"init_lora_weights={config.init_lora_weights!r} reads no statistics, so there is nothing to collect. Call "
+            "get_peft_model, or set a start that reads data: 'lora_one', 'eva', 'corda' ..."
+        )
+    return wanted
+
+
+def _statistics(
+    config: LoraConfig, targets: Sequence[Target], wanted: Sequence[str], options: CalibrationOptions
+) -> dict[str, dict[str, Statistic]]:
+    start, projections = find_start(config.init_lora_weights), Projections(options.seed)
+    assert start is not None
+    assert start.initializer is not None
+    found = {}
+    for target in targets:
+        out, in_ = _linear_shape(target, target.backend, config)
+        rank = target.rank * start.initializer.directions
+        measured = Measured(target.full_name, out, in_, rank, config.start_settings(), options, projections)
+        found[target.full_name] = {name: STATISTICS.get(name).of(measured) for name in wanted}
+    return found
+
+
+def _linear_shape(target: Target, backend: Backend, config: LoraConfig) -> tuple[int, int]:
+    if backend.host != "linear":
+        raise CalibrationError(
+            f"{target.full_name}: statistics are collected of linear layers, and this is {backend.host}. Leave it out "
+            "with exclude_modules, or choose another start."
+        )
+    return backend.shape(target.base)
+
+
+def _add_largest(values: Mapping[str, dict[str, Tensor]]) -> None:
+    """Every layer gets the largest singular value of all layers, for starts that share one scale."""
+    for name in ("gradient", "whitened_gradient"):
+        tops = [tensors[f"{name}.S"][:1] for tensors in values.values() if f"{name}.S" in tensors]
+        finite = [top.max() for top in tops if top.numel() and bool(torch.isfinite(top).all())]
+        if finite:
+            largest = torch.stack([top.cpu() for top in finite]).max()
+            for tensors in values.values():
+                tensors[f"{name}.largest"] = largest.to(tensors[f"{name}.S"].device)
+
+
+def _about(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: Sequence[Target],
+    wanted: Sequence[str],
+    options: CalibrationOptions,
+    data: str | None,
+) -> dict[str, Any]:
+    settings = config.start_settings()
+    about: dict[str, Any] = {
+        "statistics": list(wanted),
+        "start": config.init_lora_weights,
+        "settings": asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else None,
+        "ranks": {target.full_name: target.rank for target in targets},
+        "options": asdict(options),
+        "data": data,
+        "base": base_fingerprint(model, [target.name for target in targets]),
+    }
+    text = json.dumps(about, sort_keys=True, default=str)
+    return about | {"key": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+
+
+def digest_of(batches: Iterable[Any]) -> str:
+    """A hash of everything the batches hold: tensors by shape, dtype and bytes, the rest by its text."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def take(value: Any) -> None:
+        if isinstance(value, Tensor):
+            octets = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(ctypes.string_at(octets.data_ptr(), octets.numel()))
+        elif isinstance(value, Mapping):
+            for key in value:
+                digest.update(str(key).encode())
+                take(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                take(item)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in batches:
+        take(batch)
+    return digest.hexdigest()

@@ -1,0 +1,289 @@
+"""Starting an adapter from data, and the statistics in between: collected, checked, kept in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapter_toys import assert_unchanged, everything
+from calibration_toys import LAYERS, Toy, gradients, inputs, loss
+from lorafa import LoraConfig, PeftModel, collect_statistics, get_peft_model, initialize
+from lorafa.calibration.gradient import gradient_matrix
+from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError
+from lorafa.initialize import GAMMAS
+from lorafa.initializers.lora_one import LoraOneConfig
+from lorafa.linalg import full_svd
+from lorafa.statistics import Statistics
+
+
+def config(start: str = "lora_one", **settings: Any) -> LoraConfig:
+    values = {"r": 2, "lora_alpha": 4, "target_modules": list(LAYERS), "init_lora_weights": start, "init_seed": 0}
+    return LoraConfig(**(values | settings))  # type: ignore[arg-type]
+
+
+def train_step(model: nn.Module, data: list[Tensor]) -> Any:
+    def step() -> None:
+        for x in data:
+            loss(model, x).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def test_a_dataloader_and_a_training_step_give_the_gradient_of_autograd() -> None:
+    model, data = Toy(), inputs()
+    expected = gradients(model, data)
+    for source in (data, train_step(model, data)):
+        stats = collect_statistics(model, config(), source, loss=loss, dense=True)
+        for name in LAYERS:
+            torch.testing.assert_close(gradient_matrix(stats[name]), expected[name], rtol=1e-10, atol=1e-14)
+
+
+def test_initialize_puts_the_start_of_the_data_on() -> None:
+    model, data = Toy(), inputs()
+    expected = gradients(model, data)
+    adapted = initialize(model, config(), data, loss=loss)
+    for name in LAYERS:
+        layer = adapted.get_base_model().get_submodule(name)
+        delta = 2 * layer.factor_B("default") @ layer.factor_A("default")
+        G = full_svd(expected[name])
+        step = -2 / (128 * G.S[0]) * G.at(slice(0, 2)).product()
+        torch.testing.assert_close(delta, step, rtol=1e-8, atol=1e-10)
+    assert loss(adapted.eval(), data[0]) < loss(Toy().eval(), data[0])
+
+
+class WithLoss(Toy):
+    """Returns its loss, as models of transformers do."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        y = super().forward(x)
+        return {"loss": (y * y.sin()).mean() + (0 if labels is None else labels.float().mean() * y.mean())}
+
+
+def test_batches_are_averaged_or_weighted_by_their_labels() -> None:
+    model, data = WithLoss(), inputs(2)
+    labels = [torch.tensor([[1, 2, 3], [1, -100, -100]]), torch.tensor([[1, 2, 3], [4, 4, 4]])]
+    batches = [{"x": x, "labels": ids} for x, ids in zip(data, labels, strict=True)]
+    single = [collect_statistics(model, config(), [batch], dense=True) for batch in batches]
+    for weighting, (one, two) in {"batches": (0.5, 0.5), "tokens": (2 / 6, 4 / 6)}.items():
+        both = collect_statistics(model, config(), batches, dense=True, weighting=weighting)
+        for name in LAYERS:
+            mean = one * gradient_matrix(single[0][name]) + two * gradient_matrix(single[1][name])
+            torch.testing.assert_close(gradient_matrix(both[name]), mean, rtol=1e-10, atol=1e-14)
+
+
+def test_statistics_are_those_of_the_base_under_adapters_too() -> None:
+    data = inputs()
+    plain = collect_statistics(Toy(), config(), data, loss=loss)
+    adapted = get_peft_model(Toy(), config("kaiming", init_lora_weights=False))
+    before = everything(adapted)
+    under = collect_statistics(adapted, config(), data, loss=loss)
+    assert_unchanged(before, adapted)
+    for name in LAYERS:
+        torch.testing.assert_close(under[name]["gradient.S"], plain[name]["gradient.S"], rtol=1e-10, atol=1e-14)
+    adapted.add_adapter("second", config(), stats=under)
+    assert torch.any(adapted.get_base_model().first.factor_B("second") != 0)
+
+
+def test_a_file_of_statistics_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    stats = collect_statistics(Toy(), config(), inputs(), loss=loss)
+    stats.save(tmp_path / "stats.safetensors")
+    loaded = Statistics.load(tmp_path / "stats.safetensors")
+    assert loaded.about == stats.about
+    assert list(loaded) == list(stats)
+    for name in stats:
+        assert loaded[name].keys() == stats[name].keys()
+        assert all(torch.equal(loaded[name][key], value) for key, value in stats[name].items())
+    assert loaded.nbytes == stats.nbytes
+
+
+def test_the_cache_serves_the_same_question_and_no_other(tmp_path: Path) -> None:
+    calls = []
+
+    def counted(model: nn.Module, x: Tensor) -> Tensor:
+        calls.append(1)
+        return loss(model, x)
+
+    cache, data = tmp_path / "stats.safetensors", inputs()
+
+    def ask(model: nn.Module, **settings: Any) -> Statistics:
+        calls.clear()
+        chosen = {"config": config(), "data": data} | settings
+        return collect_statistics(model, chosen.pop("config"), chosen.pop("data"), loss=counted, cache=cache, **chosen)
+
+    first = ask(Toy())
+    assert len(calls) == len(data)
+    again = ask(Toy())
+    assert not calls
+    assert all(torch.equal(again[name]["gradient.U"], first[name]["gradient.U"]) for name in LAYERS)
+    other = Toy()
+    with torch.no_grad():
+        other.last.weight[0] += 1
+    for change in (
+        {"data": inputs(3)},
+        {"config": config(r=3)},
+        {"passes": 2},
+        {"weighting": "batches", "halves": True},
+    ):
+        ask(Toy(), **change)
+        assert calls
+    ask(other)
+    assert calls
+
+
+def test_a_file_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    get_peft_model(Toy(), config(True)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds no statistics of lorafa\. Delete it, or give"):
+        collect_statistics(Toy(), config(), inputs(), loss=loss, cache=tmp_path / "adapter_model.safetensors")
+
+
+def refused(model: nn.Module, error: type[Exception], text: str) -> Any:
+    before = everything(model)
+
+    class Block:
+        def __enter__(self) -> None:
+            self.raises = pytest.raises(error, match=text)
+            self.raises.__enter__()
+
+        def __exit__(self, *details: Any) -> bool:
+            result = self.raises.__exit__(*details)
+            assert_unchanged(before, model)
+            return bool(result)
+
+    return Block()
+
+
+def test_statistics_of_another_model_are_refused() -> None:
+    stats, other = collect_statistics(Toy(), config(), inputs(), loss=loss), Toy()
+    with torch.no_grad():
+        other.last.weight[0] += 1
+    with refused(other, CalibrationError, "collected on another model: 1 of 3 layers .* other weights here: last"):
+        get_peft_model(other, config(), stats=stats)
+    smaller = Toy(hidden=16)
+    with refused(smaller, CalibrationError, "collected on another model: 3 of 3"):
+        get_peft_model(smaller, config(), stats=stats)
+
+
+def test_statistics_for_another_config_are_refused() -> None:
+    model = Toy()
+    stats = collect_statistics(model, config(), inputs(), loss=loss, dense=False)
+    with refused(model, CalibrationError, r"first: the statistics hold 8 directions of gradient, and r = 9 takes 9"):
+        get_peft_model(model, config(r=9), stats=stats)
+    with refused(model, CalibrationError, r"needs second_moment, whitened_gradient of 'first'; none was given"):
+        get_peft_model(model, config("functional"), stats=stats)
+    fewer = collect_statistics(model, config(target_modules=["last"]), inputs(), loss=loss)
+    with refused(model, CalibrationError, r"'lora_one' needs gradient of 'first'; none was given\. Collect"):
+        get_peft_model(model, config(), stats=fewer)
+    swapped = dict.fromkeys(LAYERS, stats["last"])
+    with refused(model, CalibrationError, r"first: its statistics are those of a layer of another shape"):
+        get_peft_model(model, config(), stats=swapped)
+
+
+def test_data_that_cannot_be_used() -> None:
+    model, data = Toy(), inputs()
+    with refused(model, CalibrationError, "There was no batch to calibrate with: the data is empty"):
+        initialize(model, config(), [], loss=loss)
+    with refused(model, CalibrationError, r"The data is an iterator \(list_iterator\).*list\(data\)"):
+        initialize(model, config(), iter(data), loss=loss)
+    with refused(model, CalibrationError, "No gradient arrived at first, second, last"):
+        initialize(model, config(), lambda: model(data[0]))
+    with refused(model, CalibrationError, r"The model's output \(Tensor\) has no loss\. Put labels"):
+        initialize(model, config(), data)
+    with refused(model, CalibrationError, r"weighting='tokens' counts the labels of a batch, and there are none"):
+        initialize(model, config(), data, loss=loss, weighting="tokens")
+    with refused(model, ConfigError, r"weighting"):
+        initialize(model, config(), data, loss=loss, weighting="rows")
+    with refused(model, CalibrationError, r"'gaussian' reads no statistics, so there is nothing to collect"):
+        initialize(model, config("gaussian"), data, loss=loss)
+    with refused(model, ConfigError, r"rank 31 is larger than min\(out, in\) = 30"):
+        initialize(model, config(r=31, target_modules=["first"]), data, loss=loss)
+
+
+def test_a_model_that_is_wrapped_already_is_refused_before_anything_runs() -> None:
+    adapted = get_peft_model(Toy(), config(True))
+    with pytest.raises(AdapterError, match=r"PeftModel already\. Call collect_statistics on it, then its add_adapter"):
+        initialize(adapted, config(), inputs(), loss=loss)
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x).mean()
+        return y
+
+
+def test_statistics_are_those_of_linear_layers() -> None:
+    model = Convolution()
+    with refused(model, CalibrationError, "conv: statistics are collected of linear layers, and this is conv"):
+        initialize(model, config(target_modules=["conv"]), [torch.randn(1, 4, 9)], loss=lambda m, x: m(x))
+    with refused(model, ConfigError, "conv: init_lora_weights='lora_one' reads statistics of linear layers"):
+        get_peft_model(model, config(target_modules=["conv"]), stats={"conv": {}})
+
+
+def test_a_layer_without_a_gradient_falls_back_and_the_others_do_not() -> None:
+    class Unused(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(6, 5).double()
+
+    with pytest.warns(UserWarning, match=r"1 of 2 layers.*unused \(its gradient has 0 singular values"):
+        adapted = initialize(Unused(), config(target_modules=["first", "unused"]), inputs(), loss=loss)
+    model = adapted.get_base_model()
+    assert torch.any(model.first.factor_B("default") != 0)
+    assert torch.all(model.unused.factor_B("default") == 0)
+
+
+def quadratic(model: nn.Module, x: Tensor) -> Tensor:
+    """Lowest where the outputs of ``last`` have moved by a certain amount."""
+    y: Tensor = model(x)
+    return (y - y.detach().sign() * 0.5).square().mean()
+
+
+def test_gamma_auto_takes_the_smallest_loss_on_held_out_rows() -> None:
+    data, heldout = inputs(4), inputs(6)[4:]
+    auto = config(init_config=LoraOneConfig(stable_gamma="auto"))
+    chosen = initialize(Toy(), auto, data, heldout=heldout, loss=loss)
+    gamma = chosen.peft_config["default"].init_config.stable_gamma
+    losses = {}
+    for trial in GAMMAS:
+        adapted = initialize(Toy(), config(init_config=LoraOneConfig(stable_gamma=trial)), data, loss=loss).eval()
+        losses[trial] = sum(float(loss(adapted, x)) for x in heldout)
+    assert gamma == min(losses, key=losses.__getitem__)
+    assert len(chosen.base_model.lora_layers()) == 3
+    model = Toy()
+    with refused(model, ConfigError, r"stable_gamma='auto' compares sizes of the step .* Pass heldout="):
+        initialize(model, auto, data, loss=loss)
+    with refused(model, CalibrationError, r"heldout is empty"):
+        initialize(model, auto, data, heldout=[], loss=loss)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gamma_auto_says_when_the_largest_is_best_and_when_none_works() -> None:
+    data = inputs(4)
+    auto = config(init_config=LoraOneConfig(stable_gamma="auto"))
+
+    def rising(model: nn.Module, x: Tensor) -> Tensor:
+        """Falls against the gradient's direction, where no step helps."""
+        return loss(model, x) if torch.is_grad_enabled() else -loss(model, x)
+
+    with pytest.warns(UserWarning, match=r"the loss falls up to the largest gamma tried, 2048"):
+        initialize(Toy(), auto, data, heldout=data, loss=rising)
+    model = Toy()
+    with refused(model, CalibrationError, r"not finite for any gamma from 64 to 2048"):
+        initialize(model, auto, data, heldout=[data[0] * torch.inf], loss=loss)
+
+
+def test_saved_starts_from_data_load_with_equal_outputs(tmp_path: Path) -> None:
+    data, x = inputs(), inputs()[0]
+    for start in ("lora_ga", "lora_one", "functional", "gora"):
+        if start == "functional":
+            pytest.importorskip("lorafa.calibration.moments")
+        adapted = initialize(Toy(), config(start), data, loss=loss).eval()
+        adapted.save_pretrained(tmp_path / start)
+        assert torch.equal(PeftModel.from_pretrained(Toy(), tmp_path / start)(x), adapted(x))
