@@ -134,7 +134,9 @@ def stats_for(weight: Tensor) -> dict[str, Tensor]:
     C = x.mT @ x / len(x)
     found = {"gradient": full_svd(G), "whitened_gradient": full_svd(G @ whitening(C))}
     tensors = {f"{name}.{key}": value for name, svd in found.items() for key, value in svd._asdict().items()}
-    return tensors | {"second_moment.C": C}
+    _, S, Vh = full_svd(x - x.mean(0))
+    tensors |= {"principal.components": Vh, "principal.singular_values": S}
+    return tensors | {"second_moment.C": C, "corda_moment.C": C}
 
 
 DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]

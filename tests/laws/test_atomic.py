@@ -78,7 +78,7 @@ PLANS_THAT_FAIL: dict[str, tuple[dict[str, object], type[LoraError], str]] = {
     "saved module": ({"modules_to_save": ["haed"]}, TargetError, "'haed' matches no module. Did you mean 'head'"),
     "token": ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 10]}, ConfigError, "10 is outside the"),
     "two trainers": ({"trainable_token_indices": [3]}, TargetError, "'embed' is also trained by an"),
-    "later feature": ({"init_lora_weights": "eva"}, NotAvailableError, "EVA .* not available yet .* nothing was"),
+    "later feature": ({"megatron_config": {"a": 1}}, NotAvailableError, "Megatron.* not available yet .* nothing was"),
 }  # fmt: skip
 
 

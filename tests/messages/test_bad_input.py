@@ -120,8 +120,6 @@ LATER = {
     "Arrow": {"arrow_config": {}},
     "Megatron": {"megatron_config": {"a": 1}},
     "replication": {"layer_replication": [(0, 1)]},
-    "EVA": {"init_lora_weights": "eva"},
-    "CorDA": {"init_lora_weights": "corda"},
 }
 
 

@@ -213,8 +213,6 @@ def test_saving_over_a_file_leaves_the_file(tmp_path):
 
 
 LATER: list[tuple[dict[str, object], str]] = [
-    *(({"init_lora_weights": name}, name) for name in ("eva", "corda")),
-    ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq"),
     ({"use_qalora": True}, "use_qalora"),
     ({"alora_invocation_tokens": [1, 1]}, "alora_invocation_tokens"),
     ({"velora_config": {}}, "velora_config"),
@@ -252,7 +250,6 @@ def test_two_features_that_are_not_there_are_both_named():
 def test_a_trained_eva_adapter_is_plain_lora_and_needs_no_eva():
     config = LoraConfig(init_lora_weights="eva")
     require_available(config, trained=True)
-    assert unavailable(LoraConfig(init_lora_weights="corda"), trained=True)
 
 
 def test_the_version_in_the_code_is_the_one_of_the_package():

@@ -21,6 +21,9 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "lora_one": "lorafa.initializers.lora_one:lora_one",
         "functional": "lorafa.initializers.lora_one:functional",
         "gora": "lorafa.initializers.gora:gora",
+        "eva": "lorafa.initializers.eva:eva",
+        "corda": "lorafa.initializers.corda:corda",
+        "lora_null": "lorafa.initializers.lora_null:lora_null",
         "pissa": "lorafa.initializers.pissa:pissa",
         "mica": "lorafa.initializers.mica:mica",
         "milora": "lorafa.initializers.milora:milora",
@@ -28,8 +31,6 @@ INITIALIZERS: Registry[Initializer] = Registry(
     },
 )
 NOT_YET: Mapping[str, str] = {
-    "corda": "CorDA",
-    "eva": "EVA",
     "loftq": "LoftQ",
 }
 """Known starts that have no initializer yet -> their names. A line is deleted when its start enters the table above."""

@@ -1,0 +1,36 @@
+"""CorDA: A and B are singular triplets of the weight seen through the data (Yang et al. 2024, arXiv:2406.05223)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
+from lorafa.initializers.stages import leading, require_moment, taken_from_base, trailing
+from lorafa.linalg import damped_until_invertible, float_matrix
+from lorafa.method_configs import CordaConfig
+
+DAMPING = 0.01
+"""Added to C at first, in units of its mean eigenvalue; doubled until the inverse is good to ``ERROR``."""
+ERROR = 0.05
+
+
+@initializer(needs=("corda_moment",), reads_weight=True, settings="corda_config", moves_base=True)
+def corda(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """B = U sqrt(S / s), A = sqrt(S / s) V^T C^-1 with triplets of W C, for C the damped second moment of the inputs.
+
+    "ipm" takes the r largest: ||(W - s B A) C|| is the least a matrix of rank r can leave. "kpm" takes the r smallest,
+    those the data need least.
+
+    Raises:
+        ConfigError: r > min(out, in).
+        DegenerateError: the inputs are zero, not finite or fewer than r, or some of the r triplets are zero.
+    """
+    settings: CordaConfig = spec.settings or CordaConfig()
+    check_rank(spec, weight)
+    W = float_matrix(weight)
+    C, inverse = damped_until_invertible(require_moment(stats, "corda_moment", spec).to(W), DAMPING, ERROR)
+    pick = {"ipm": leading, "kpm": trailing}[settings.corda_method]
+    triplets = pick(W @ C, spec, "its weight")
+    return taken_from_base(triplets._replace(Vh=triplets.Vh @ inverse), spec.scaling)

@@ -1,0 +1,31 @@
+"""EVA: A is the r principal directions of a layer's inputs (Paischer et al. 2024, arXiv:2410.07170, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.stages import require_triplets
+from lorafa.linalg import SVD, float_matrix
+from lorafa.method_configs import EvaConfig
+
+
+@initializer(needs=("principal",), settings="eva_config")
+def eva(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """A = V_r^T, orthonormal rows, and B = 0; with ``whiten`` row i is divided by sqrt(sigma_i), as in PEFT.
+
+    That is not whitening: the projections then have the variances sigma_i, not 1.
+
+    Raises:
+        ConfigError: r > min(out, in).
+        CalibrationError: the statistics hold fewer than r directions.
+        DegenerateError: the inputs are not finite, or have fewer than r directions.
+    """
+    settings: EvaConfig = spec.settings or EvaConfig()
+    V = float_matrix(stats["principal.components"])
+    inputs = SVD(V.mT, stats["principal.singular_values"], V)
+    found = require_triplets(inputs, spec.rank, weight, spec, "its input")
+    A = found.Vh / found.S.sqrt()[:, None] if settings.whiten else found.Vh.clone()
+    return InitResult(A, A.new_zeros(weight.shape[0], spec.rank))

@@ -1,0 +1,30 @@
+"""LoRA-Null: A reads only what the data to be kept hardly use (Tang et al. 2025, arXiv:2503.02659).
+
+The method's second version trains B alone: ``LoraConfig(freeze_A=True)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
+from lorafa.initializers.stages import leading, require_moment, taken_from_base
+from lorafa.linalg import float_matrix
+
+
+@initializer(needs=("second_moment",), reads_weight=True, moves_base=True)
+def lora_null(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """s B A = W Q Q^T, shared evenly, with Q (in, r) the eigenvectors of C = X^T X / T of the r smallest eigenvalues.
+
+    Raises:
+        ConfigError: r > min(out, in).
+        DegenerateError: the inputs are zero, not finite or fewer than r, or the weight is zero along some of Q.
+    """
+    check_rank(spec, weight)
+    W = float_matrix(weight)
+    Q = torch.linalg.eigh(require_moment(stats, "second_moment", spec).to(W)).eigenvectors[:, : spec.rank]
+    triplets = leading(W @ Q, spec, "its weight along the directions its input leaves free", exact=True)
+    return taken_from_base(triplets._replace(Vh=triplets.Vh @ Q.mT), spec.scaling)
