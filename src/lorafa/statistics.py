@@ -182,14 +182,10 @@ def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
 def _statistics(
     config: LoraConfig, targets: Sequence[Target], wanted: Sequence[str], options: CalibrationOptions
 ) -> dict[str, dict[str, Statistic]]:
-    start, projections = find_start(config.init_lora_weights), Projections(options.seed)
-    assert start is not None
-    assert start.initializer is not None
-    found = {}
+    settings, projections, found = config.start_settings(), Projections(options.seed), {}
     for target in targets:
         out, in_ = _linear_shape(target, target.backend, config)
-        rank = target.rank * start.initializer.directions
-        measured = Measured(target.full_name, out, in_, rank, config.start_settings(), options, projections)
+        measured = Measured(target.full_name, out, in_, target.rank, settings, options, projections)
         found[target.full_name] = {name: STATISTICS.get(name).of(measured) for name in wanted}
     return found
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from calibration_toys import LAYERS, Toy, collected, gradients, inputs, over, statistics
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.collect import collect
-from lorafa.calibration.gradient import gradient_matrix, gradient_triplets
+from lorafa.calibration.gradient import GradientSketch, gradient_matrix, gradient_triplets
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.linalg import full_svd
 
@@ -42,15 +42,22 @@ def test_a_gradient_of_rank_at_most_k_is_recovered_exactly(passes: int) -> None:
         assert found[name]["gradient.error2"] < 1e-18 * found[name]["gradient.norm2"]
 
 
+class Kept(GradientSketch):
+    """Keeps what was added up."""
+
+    def end_pass(self, number: int, weight: float) -> None:
+        super().end_pass(number, weight)
+        self.kept = self.found.sums[0]
+
+
 def test_the_sketches_are_products_with_the_gradient() -> None:
     model, data = Toy(), inputs()
-    named, expected = statistics(model, dense=False), gradients(model, data)
+    named, expected = statistics(model, kind=Kept, dense=False), gradients(model, data)
     collect(model, {name: model.get_submodule(name) for name in named}, named, over(model, data))
     for name in LAYERS:
         sketch, G = named[name]["gradient"], expected[name]
-        sums, bases = sketch.found.sums[0], sketch.bases  # type: ignore[attr-defined]
-        torch.testing.assert_close(sums.Y, G @ bases.right, **exact(G))
-        torch.testing.assert_close(sums.Z, bases.left @ G, **exact(G))
+        torch.testing.assert_close(sketch.kept.Y, G @ sketch.bases.right, **exact(G))  # type: ignore[attr-defined]
+        torch.testing.assert_close(sketch.kept.Z, sketch.bases.left @ G, **exact(G))  # type: ignore[attr-defined]
 
 
 def with_spectrum(values: Tensor, out: int, in_: int) -> Tensor:
@@ -143,9 +150,8 @@ def test_batches_can_be_weighted() -> None:
 
 def test_whitened_gradient_is_that_times_the_inverse_root_of_the_second_moment() -> None:
     pytest.importorskip("lorafa.calibration.moments")
-    from lorafa.calibration.moments import SecondMoment
-
     from lorafa.calibration.gradient import WhitenedGradientSketch, whitening
+    from lorafa.calibration.moments import SecondMoment
 
     model, expected = Toy(), gradients(Toy(), FEW)
     named = statistics(model, 4, SecondMoment, "second_moment")

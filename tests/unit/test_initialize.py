@@ -253,7 +253,7 @@ def test_gamma_auto_takes_the_smallest_loss_on_held_out_rows() -> None:
     losses = {}
     for trial in GAMMAS:
         adapted = initialize(Toy(), config(init_config=LoraOneConfig(stable_gamma=trial)), data, loss=loss).eval()
-        losses[trial] = sum(float(loss(adapted, x)) for x in heldout)
+        losses[trial] = sum(loss(adapted, x).item() for x in heldout)
     assert gamma == min(losses, key=losses.__getitem__)
     assert len(chosen.base_model.lora_layers()) == 3
     model = Toy()

@@ -164,9 +164,10 @@ class GradientSketch(Statistic):
         self._fill()
         share = 1 / max(weight, 1e-30) * len(self.samples)  # a half sample has half of the batches
         self.found.sums = [
-            _Sums(*(None if t is None else self._whiten(t, side) * share for side, t in vars(sample).items()))
+            _Sums(*(None if t is None else self._whiten(t, side).mul_(share) for side, t in vars(sample).items()))
             for sample in self.samples
         ]
+        self.samples = []
         total = self._total()
         if self.dense or self.layer.options.passes == 1 or not all(t.isfinite().all() for t in total.tensors()):
             return
@@ -196,6 +197,7 @@ class GradientSketch(Statistic):
         if len(self.found.sums) == 2:
             first, second = (self._triplets(sums) for sums in self.found.sums)
             found |= {"cross": cross_validated(first, second), "S_half": first.S}
+        self.found = _Found()  # the sketches have served
         return found
 
     def _nothing(self, like: Tensor) -> dict[str, Tensor]:
