@@ -95,9 +95,15 @@ def input_for(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def config_for(kind: str, **settings: Any) -> LoraConfig:
     settings = {"r": 4, "lora_alpha": 6, "init_seed": 3} | settings
+    settings = settings_of(settings.get("init_lora_weights", True)) | settings
     if kind in PARAMETERS:
         return LoraConfig(target_modules=[], target_parameters=["layer.weight"], **settings)
     return LoraConfig(target_modules=["layer"], **settings)
+
+
+def settings_of(start: bool | str) -> dict[str, Any]:
+    """The start with the settings that it does not go without: as in PEFT, LoftQ's are to be given."""
+    return {"init_lora_weights": start} | ({"loftq_config": {"loftq_iter": 2}} if start == "loftq" else {})
 
 
 def with_adapter(model: nn.Module, kind: str, **settings: Any) -> PeftModel:
@@ -117,8 +123,11 @@ def adapted(
 
 
 def defined(start: bool | str, kind: str) -> bool:
-    """Whether the start can be made on such a layer: statistics are those of linear layers."""
-    return not initializer_of(start).needs or backend_for(kind).host == "linear"
+    """Whether the start can be made on such a layer: statistics are of linear layers, and dense ones quantized."""
+    made, backend = initializer_of(start), backend_for(kind)
+    if made.quantizer is not None and backend.quantized:
+        return False
+    return not (made.needs or made.quantizer) or backend.host == "linear"
 
 
 def initializer_of(start: bool | str) -> Initializer:

@@ -34,11 +34,12 @@ def fingerprint(module_weights: Iterable[tuple[str, Tensor | None]]) -> Fingerpr
         module_weights: (layer name, weight of any shape); None for a layer that gives no weight, such as a quantized
             one: it is recorded as absent and not compared.
     """
-    described = {name: None if weight is None else _describe(weight) for name, weight in module_weights}
+    described = {name: None if weight is None else describe(weight) for name, weight in module_weights}
     return dict(sorted(described.items()))
 
 
-def _describe(weight: Tensor) -> dict[str, Any]:
+def describe(weight: Tensor) -> dict[str, Any]:
+    """Shape and dtype of a weight, a hash of a few of its rows in bfloat16, and some of their values."""
     rows = _some_rows(weight.detach())
     rounded = rows.to(torch.float32).to(torch.bfloat16).cpu().contiguous()
     values = rounded.flatten()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorafa.config import LoraConfig, PeftType
 from lorafa.errors import AdapterError, NotAvailableError
-from lorafa.io.adapter_files import StoredAdapter, check_fits_base, note_fallbacks, read_adapter, save_adapter
+from lorafa.io.adapter_files import StoredAdapter, check_fits_base, note_history, read_adapter, save_adapter
 from lorafa.io.card import write_card
 from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
 from lorafa.io.state import materialize
@@ -136,12 +136,14 @@ class PeftModel(nn.Module):
     def _take_in(self, stored: StoredAdapter, name: str, options: Options, ignore_base: bool) -> None:
         if not ignore_base:
             check_fits_base(self.get_base_model(), stored)
-        options = replace(options, from_file=True, file_has_starts=stored.with_start)
+        options = replace(
+            options, from_file=True, file_has_starts=stored.with_start, quantized=frozenset(stored.quantized)
+        )
         take_back = self.base_model.apply_plan(self.base_model.plan_adapter(stored.config, name, options))
         try:
             materialize(self.get_base_model(), name)
-            note_fallbacks(self.get_base_model(), name, stored.fallbacks)
             self._fill(stored, name, ignore_base=True)
+            note_history(self.get_base_model(), name, stored)
         except BaseException:
             take_back()
             raise

@@ -98,3 +98,9 @@ def is_finite(new: nn.Module, old: nn.Module) -> bool:
 def is_plain(tensor: Tensor | None) -> bool:
     """Whether a tensor is an ordinary one: no DTensor, no quantized subclass."""
     return tensor is None or type(tensor) in (Tensor, nn.Parameter, torch.nn.Buffer)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether somebody wants to see or change what passes through the layer."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or "forward" in layer.__dict__

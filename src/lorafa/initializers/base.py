@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from lorafa.backends.quantized import QuantizedLinear
 from lorafa.errors import CalibrationError, ConfigError
 
 
@@ -62,6 +63,8 @@ class InitResult:
     """Whether s B A at step 0 belongs to the base weight and must not count."""
     fallback: str | None = None
     """Why the layer starts as by default instead of as asked."""
+    quantized: QuantizedLinear | None = None
+    """Takes the place of the base layer, which gives it its bias."""
 
 
 class Initializer(Protocol):
@@ -84,8 +87,9 @@ class Initializer(Protocol):
     """Whether it takes something out of the base, so that A and B alone do not say what was trained."""
     keeps_function: bool
     """Whether the model computes at step 0 what the base does."""
-    directions: int
-    """How many singular directions it takes for each rank: statistics are sized for so many times r."""
+    quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None
+    """Makes the layer that takes the base's place (:attr:`InitResult.quantized`), of a weight (out, in). It depends on
+    the weight, the rank and the settings alone, and is run again where an adapter is loaded on the dense base."""
 
     def __call__(self, weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult: ...
 
@@ -103,7 +107,7 @@ def initializer(
     trains: str = "AB",
     moves_base: bool = False,
     keeps_function: bool = True,
-    directions: int = 1,
+    quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None = None,
 ) -> Callable[[Function], Initializer]:
     """Mark a function as an initializer and declare what goes with it; see :class:`Initializer`.
 
@@ -120,7 +124,7 @@ def initializer(
         marked.trains = trains
         marked.moves_base = moves_base
         marked.keeps_function = keeps_function
-        marked.directions = directions
+        marked.quantizer = quantizer
         return marked
 
     return mark

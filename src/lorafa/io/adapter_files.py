@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lorafa.backends import backend_of
 from lorafa.config import CONFIG_NAME, LoraConfig, read_config
 from lorafa.config_checks import START_SETTINGS
-from lorafa.errors import CheckpointError
-from lorafa.fingerprint import check_base, fingerprint, from_metadata, to_metadata
+from lorafa.errors import CheckpointError, shorten
+from lorafa.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
+from lorafa.initializers import find_start
 from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, require_values, write_tensors
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
 from lorafa.layers.base import LoraLayer
@@ -48,15 +51,20 @@ class StoredAdapter:
     """Layer -> why it started as by default instead of as the config says."""
     with_start: bool
     """Whether the tensors include a frozen start A0, B0 (:func:`lorafa.io.peft_format.file_tensors`)."""
+    quantized: dict[str, Any]
+    """Fingerprint of the dequantized weight of every layer that the start has quantized."""
 
 
 def base_fingerprint(model: nn.Module, names: list[str] | None = None) -> dict[str, Any]:
     """Fingerprint of the pristine weights of the adapted layers, or of the layers called ``names``."""
+    modules: Mapping[str, nn.Module]
     if names is None:
-        return fingerprint((path, _readable(layer)) for path, layer in _fingerprinted(model))
-    wanted = set(names)
-    found = {place.name: place.module for place in places(model) if place.name in wanted}
-    return fingerprint((name, _readable(module)) for name, module in found.items())
+        modules = dict(_fingerprinted(model))
+    else:
+        wanted = set(names)
+        modules = {place.name: place.module for place in places(model) if place.name in wanted}
+    origins = {name: m.origin for name, m in modules.items() if isinstance(m, LoraLayer) and m.origin is not None}
+    return fingerprint((name, _readable(module)) for name, module in modules.items()) | origins
 
 
 def _fingerprinted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
@@ -102,6 +110,10 @@ def save_adapter(
     fallbacks = {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}
     if fallbacks:
         side["fallbacks"] = fallbacks
+    start = find_start(config.init_lora_weights)
+    if start is not None and start.initializer is not None and start.initializer.quantizer is not None:
+        layers = [(path, layer) for path, layer in _fingerprinted(model) if name in layer.adapters and layer.origin]
+        side["quantized"] = fingerprint((path, layer.base_weight()) for path, layer in layers)
     require_values(folder / WEIGHTS_NAME, tensors)
     with _staged(make_folder(folder)) as stage:
         write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
@@ -156,26 +168,57 @@ def read_adapter(
         original = side.get("start", side.get("config", {}))
         config = replace(config, **{key: original[key] for key in _CHANGED if key in original})
     return StoredAdapter(
-        files.weights, config, without_prefix(tensors), side.get("base", {}), side.get("fallbacks", {}), "start" in side
-    )
+        files.weights, config, without_prefix(tensors), side.get("base", {}), side.get("fallbacks", {}),
+        "start" in side, side.get("quantized", {}),
+    )  # fmt: skip
 
 
-def note_fallbacks(model: nn.Module, name: str, fallbacks: Mapping[str, str]) -> None:
-    """Enter why layers of an adapter that was read did not start as its config says."""
-    layers = dict(lora_layers(model))
-    for path, reason in fallbacks.items():
-        if path in layers:
-            layers[path].fallbacks[name] = reason
+def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
+    """Enter what the file says of the layers of an adapter that was read, and its tensors do not.
+
+    That is why layers did not start as the config says, and the dense weight of layers that the start has quantized.
+    """
+    for path, layer in lora_layers(model):
+        if path in stored.fallbacks:
+            layer.fallbacks[name] = stored.fallbacks[path]
+    for path, layer in _fingerprinted(model):
+        if path in stored.quantized:
+            layer.origin = stored.base[path]
+    if different := compare_fingerprints(stored.quantized, _dequantized(model, stored)):
+        warnings.warn(
+            f"{len(different)} of {len(stored.quantized)} layers are quantized to other codes than those the adapter "
+            f"was trained on: {shorten(different, 3)}. The base is in another dtype than it was then; load it in that "
+            "one for equal outputs.",
+            stacklevel=3,
+        )
+
+
+def _dequantized(model: nn.Module, stored: StoredAdapter) -> dict[str, Any]:
+    """Fingerprint of the dequantized weights of those layers a start has quantized that are quantized here."""
+    found: dict[str, Tensor | None] = {}
+    for place in places(model):
+        if place.name in stored.quantized:
+            base = place.module.pristine if isinstance(place.module, LoraLayer) else place.module
+            backend = backend_of(base)
+            found[place.name] = backend.weight(base) if backend is not None and backend.quantized else None
+    return fingerprint(found.items())
 
 
 def check_fits_base(model: nn.Module, stored: StoredAdapter) -> None:
     """Refuse an adapter that was made for other base weights.
 
     Raises:
-        CheckpointError: at least one adapted layer has other weights than it had when the adapter was saved.
+        CheckpointError: at least one adapted layer has other weights, or other codes, than it had when the adapter was
+            saved.
     """
     brought = {key.removesuffix(".base_layer.weight") for key in stored.tensors}  # embeddings the file holds itself
     if stored.base:
         actual = base_fingerprint(model, [name for name in stored.base if name not in brought])
         known = {name: value for name, value in stored.base.items() if name in actual}
         check_base(known, actual, stored.path, base_name=stored.config.base_model_name_or_path)
+    if different := compare_fingerprints(stored.quantized, _dequantized(model, stored)):
+        raise CheckpointError(
+            f"{stored.path} was made for layers quantized otherwise: {len(different)} of {len(stored.quantized)} hold "
+            f"other codes here: {shorten(different, 3)}. Load it on the dense model it was made for, in the dtype it "
+            "had then: the layers are quantized on the way. Nothing was loaded."
+        )

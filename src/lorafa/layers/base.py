@@ -56,6 +56,7 @@ class LoraLayer(nn.Module):
         self.lora_bias: dict[str, bool] = {}
         self.trains: dict[str, str] = {}
         self.fallbacks: dict[str, str] = {}
+        self.origin: dict[str, Any] | None = None  # describes the dense weight that a start has quantized
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()

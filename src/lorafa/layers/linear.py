@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lorafa.backends.base import is_hooked
 from lorafa.functional import autocast_dtype, compute_dtype, low_rank_linear
 from lorafa.layers.base import LoraLayer
 
@@ -18,8 +19,7 @@ class LoraLinear(LoraLayer):
 
     def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        if hooked or "forward" in base.__dict__:  # somebody wants to see or change what passes through the base
+        if is_hooked(base):
             return None
         dense = self.backend.dense(base)
         if dense is not None and compute_dtype(x) not in (dense[0].dtype, autocast_dtype(x)):

@@ -37,6 +37,8 @@ class AdapterParts:
     """Why the layer starts as by default instead of as asked."""
     times: int = 1
     """How often the update is applied: its scaling is this many times ``scaling``."""
+    base: nn.Module | None = None
+    """Takes the place of the base layer."""
 
 
 @dataclass(frozen=True)

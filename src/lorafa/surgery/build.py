@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, factor_shapes
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
+from lorafa.surgery.quantize import require_replaceable, standing_in
 from lorafa.surgery.targets import Target
 from lorafa.variants import variant_of
 
@@ -35,6 +36,8 @@ class Options:
     """The config comes with a file that will fill every tensor: patterns may match nothing, starts are not drawn."""
     file_has_starts: bool = False
     """The file also holds the frozen starts A0 and B0, so none is computed."""
+    quantized: Collection[str] = ()
+    """Layers whose base was quantized when the file was made; here it is quantized the same way, if it is not yet."""
 
 
 class Builder:
@@ -67,6 +70,7 @@ class Builder:
 
         Raises:
             ConfigError, BackendError: rank, variant, start or another setting does not go with the layer.
+            AdapterError: the start replaces the base, and other adapters are on it.
             CalibrationError: the start needs statistics that were not given.
         """
         config, variant, kind = self.config, self.variant, target.backend.host
@@ -79,6 +83,8 @@ class Builder:
                 f"{target.full_name}: init_lora_weights={config.init_lora_weights!r} reads statistics of linear "
                 f"layers, and this is {kind}. Leave it out with exclude_modules, or choose another start."
             )
+        if self.quantizes(target):
+            require_replaceable(target, str(config.init_lora_weights))
         layer_class = LAYERS.get(kind)
         layer_class.check(target.full_name, target.base, target.rank, config)
         scaling, groups = config.scaling(target.rank, target.alpha), layer_class.groups(target.base)
@@ -87,7 +93,10 @@ class Builder:
             config.freeze_A, self.number, self.repeats,
         )  # fmt: skip
         weight = self._weight(target)
-        result = self._empty(weight, spec) if self.filled_later else self._start(weight, spec)
+        result = self._empty(target, weight, spec) if self.filled_later else self._start(weight, spec)
+        base = None if result.quantized is None else standing_in(target.base, result.quantized)
+        if result.quantized is not None and self.variant.reads_weight:
+            weight = result.quantized.dequantize()
         dtype = _adapter_dtype(target.base, target.backend, self.options)
         A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)
         start = (A.clone(), B.clone()) if result.subtract_from_base else None
@@ -95,8 +104,16 @@ class Builder:
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
             A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
-            start, extras, self.trains, result.fallback,
+            start, extras, self.trains, result.fallback, base=base,
         )  # fmt: skip
+
+    def quantizes(self, target: Target) -> bool:
+        """Whether a quantized layer takes the place of the target's base."""
+        if self.initializer.quantizer is None:
+            return False
+        return not self.options.from_file or (
+            target.full_name in self.options.quantized and not target.backend.quantized
+        )
 
     def _weight(self, target: Target) -> Tensor:
         """The pristine weight where something reads it, else a tensor of its shape without values."""
@@ -122,15 +139,18 @@ class Builder:
         if (result.A.shape, result.B.shape) != factor_shapes(weight, spec.rank):
             raise CalibrationError(
                 f"{spec.name}: its statistics are those of a layer of another shape: they give A "
-                f"{tuple(result.A.shape)} and B {tuple(result.B.shape)} for a weight {tuple(weight.shape)}. Collect them on this model."
+                f"{tuple(result.A.shape)} and B {tuple(result.B.shape)} for a weight {tuple(weight.shape)}. Collect "
+                "them on this model."
             )
         return result
 
-    def _empty(self, weight: Tensor, spec: LayerSpec) -> InitResult:
+    def _empty(self, target: Target, weight: Tensor, spec: LayerSpec) -> InitResult:
+        quantizer = self.initializer.quantizer if self.quantizes(target) else None
         device = "meta" if self.options.low_cpu_mem_usage else None
         A_shape, B_shape = factor_shapes(weight, spec.rank)
         A, B = torch.empty(A_shape, device=device), torch.empty(B_shape, device=device)
-        return InitResult(A, B, subtract_from_base=self.options.file_has_starts)
+        quantized = None if quantizer is None else quantizer(weight, spec)
+        return InitResult(A, B, subtract_from_base=self.options.file_has_starts, quantized=quantized)
 
     def _extras(
         self, weight: Tensor, A: Tensor, B: Tensor, start: tuple[Tensor, Tensor] | None, spec: LayerSpec

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
+from lorafa.fingerprint import describe
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
@@ -48,7 +50,7 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
     try:
         carriers: dict[Target, LoraLayer] = {}
         for layer in planned.layers:
-            carriers[layer.target] = _host_for(model, layer.target, parents)
+            carriers[layer.target] = _host_for(model, layer.target, parents, layer.parts.base)
             carriers[layer.target].attach(planned.name, layer.parts)
         for tie in planned.ties:
             tied = _host_for(model, tie.target, parents)
@@ -62,13 +64,18 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
     return undo
 
 
-def _host_for(model: nn.Module, target: Target, parents: Parents) -> LoraLayer:
-    """The layer that carries the target's adapters, put in the model if it is not there yet."""
+def _host_for(model: nn.Module, target: Target, parents: Parents, base: nn.Module | None = None) -> LoraLayer:
+    """The layer that carries the target's adapters, put in the model if it is not there yet.
+
+    Args:
+        base: put around this layer, and not around the one that is there.
+    """
     wrapper = target.wrapper
     if wrapper is None:
         if target.parameter is None:
             module = target.module
-            wrapper = LAYERS.get(target.backend.host)(module)
+            wrapper = LAYERS.get(target.backend.host)(module if base is None else base)
+            wrapper.origin = None if base is None else describe(cast(Tensor, module.weight))
         else:
             module = model.get_submodule(target.path)  # with the wrappers of its other parameters around it
             wrapper = LoraExperts(module, target.parameter)

@@ -14,6 +14,7 @@ from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_tied_ends
 from lorafa.surgery.build import Builder, Options, Stats
+from lorafa.surgery.quantize import require_unshared
 from lorafa.surgery.targets import Target, find_targets, resolved_targets
 from lorafa.surgery.ties import Tie, find_ties
 from lorafa.surgery.walk import lora_layers, places
@@ -63,6 +64,7 @@ def plan(
     ties = find_ties(list(places(model)), config, targets)
     tied = {tie.target for tie in ties}
     builder = Builder(config, name, options, stats or {})
+    require_unshared(places(model), list(filter(builder.quantizes, targets)), str(config.init_lora_weights))
     layers = [layer for target in targets if target not in tied for layer in _layers(target, builder)]
     _say_fallbacks(config, layers)
     return Plan(name, config, targets, layers, ties, auxiliary)
