@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -165,19 +166,22 @@ def wide(matrix: Tensor) -> Tensor:
     return matrix if matrix.device.type == "mps" else matrix.double()
 
 
-def damped_inverse(gram: Tensor, damping: float, *, relative: bool) -> Tensor:
-    """(M + d I)^-1 of positive semidefinite M (..., r, r), as :func:`wide`.
+def damped_gram(gram: Tensor, damping: float, *, relative: bool) -> Tensor:
+    """M + d I of positive semidefinite M (..., r, r), as :func:`wide`: positive definite, so that it has an inverse.
 
     d is ``damping``, or with ``relative`` ``damping`` times the mean eigenvalue of M; never less than what rounding
-    made of M in its own dtype. Where M is 0 and nothing damps it, the inverse is that of a matrix of size 1e-30: what
-    it is applied to is 0 there too.
+    made of M in its own dtype, nor than 1e-30.
     """
     M = wide(gram)
-    rank = M.shape[-1]
     trace = M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    added = damping * trace / rank if relative else torch.full_like(trace, damping)
-    eye = torch.eye(rank, dtype=M.dtype, device=M.device)
-    return spd_inverse(torch.linalg.cholesky(M + (added + 4 * torch.finfo(gram.dtype).eps * trace + _NOTHING) * eye))
+    added = damping * trace / M.shape[-1] if relative else torch.full_like(trace, damping)
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    return M + (added + 4 * torch.finfo(gram.dtype).eps * trace + _NOTHING) * eye
+
+
+def damped_inverse(gram: Tensor, damping: float, *, relative: bool) -> Tensor:
+    """The inverse of :func:`damped_gram`. Where M is 0 and nothing damps it, what it is applied to is 0 there too."""
+    return spd_inverse(torch.linalg.cholesky(damped_gram(gram, damping, relative=relative)))
 
 
 def spd_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,9 +194,29 @@ def spd_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.maximum(rounding), vectors
 
 
-def sylvester(p: Tensor, P: Tensor, q: Tensor, Q: Tensor, right: Tensor) -> Tensor:
-    """X of  S X + X T = right  for S = P diag(p) P^T and T = Q diag(q) Q^T, both positive definite, (..., r, r)."""
-    return P @ ((P.mT @ right @ Q) / (p[..., :, None] + q[..., None, :])) @ Q.mT
+def exceeds(M: Tensor, bound: Tensor) -> Tensor:
+    """Whether all eigenvalues of symmetric M (..., r, r) are above bound (...,): M - bound I has a Cholesky factor."""
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    info: Tensor = torch.linalg.cholesky_ex(M - bound[..., None, None] * eye).info
+    return info == 0
+
+
+def sylvester(S: Tensor, T: Tensor, right: Tensor) -> Tensor:
+    """X of  S X + X T = right  for positive definite S and T, all (..., r, r): Smith, SIAM J. Appl. Math. 16, 1968.
+
+    For any d > 0,  X = U X V + 2 d (S + d I)^-1 right (T + d I)^-1 = U X V + C  with  U = (S - d I) (S + d I)^-1  and V
+    alike of T. Their eigenvalues are between -1 and 1, so X = C + U C V + U^2 C V^2 + ..., of which every turn doubles
+    the number of terms. Four do where T is well conditioned, about log2 of the condition where neither side is.
+    """
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    d = T.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    left, other = (spd_inverse(torch.linalg.cholesky(M + d * eye)) for M in (S, T))
+    X, U, V = 2 * d * left @ right @ other, eye - 2 * d * left, eye - 2 * d * other
+    # what is left out after the last turn is of the size of the square of this
+    enough = math.sqrt(torch.finfo(S.dtype).eps)
+    while bool((torch.linalg.matrix_norm(U) * torch.linalg.matrix_norm(V) > enough).any()):
+        X, U, V = X + U @ X @ V, U @ U, V @ V
+    return X + U @ X @ V
 
 
 def spd_power(gram: Tensor, power: float, *, damping: float = 0.0) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from lorafa.linalg import spd_eigh, sylvester
+from lorafa.linalg import exceeds, sylvester
 from lorafa.optimizers import create_lorapro_optimizer, create_preconditioned_adamw, create_riemannian_optimizer
 from lorafa.optimizers.lora_pro import CHOICES, adjusted_gradients
 from lorafa.optimizers.pairs import Pair, pairs_of
@@ -91,12 +93,41 @@ def test_the_symmetric_choice_shares_what_both_can_reach() -> None:
     near(S * P_B @ for_B @ A, shared / 2)
 
 
-def test_the_equation_of_sylvester_is_solved() -> None:
-    g = torch.Generator().manual_seed(1)
-    left, right, target = (torch.randn(4, 5, 5, generator=g, dtype=torch.float64) for _ in range(3))
-    left, right = left @ left.mT, right @ right.mT
-    X = sylvester(*spd_eigh(left), *spd_eigh(right), target)
-    near(left @ X + X @ right, target, 1e-9)
+def positive(condition: float, size: float, seed: int) -> Tensor:
+    """(4, 5, 5), with eigenvalues from size / condition to size."""
+    g = torch.Generator().manual_seed(seed)
+    Q, _ = torch.linalg.qr(torch.randn(4, 5, 5, generator=g, dtype=torch.float64))
+    values = size * torch.logspace(0, -math.log10(condition), 5, dtype=torch.float64)
+    return Q * values @ Q.mT
+
+
+@pytest.mark.parametrize("of_left", [(2, 1e-3), (1e3, 1.0), (1e6, 1e4)], ids=str)
+@pytest.mark.parametrize("of_right", [(1, 1.0), (2, 1.0), (1e3, 1e-3), (1e6, 1.0)], ids=str)
+def test_the_equation_of_sylvester_is_solved(of_left: tuple[float, float], of_right: tuple[float, float]) -> None:
+    """However well or badly conditioned its sides are, and whichever of them is larger."""
+    left, right = positive(*of_left, seed=1), positive(*of_right, seed=2)
+    target = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    X = sylvester(left, right, target)
+    size = torch.linalg.matrix_norm(X) * (torch.linalg.matrix_norm(left) + torch.linalg.matrix_norm(right))
+    assert float((torch.linalg.matrix_norm(left @ X + X @ right - target) / size).max()) < 1e-12
+
+
+def test_eigenvalues_are_compared_with_a_bound() -> None:
+    M = positive(1e6, 1.0, seed=1)
+    bounds = torch.tensor([0.0, 0.99e-6, 1.01e-6, 2.0], dtype=torch.float64)
+    assert exceeds(M, bounds).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("X", CHOICES)
+def test_in_float32_lora_pro_is_as_exact_as_float32(X: str) -> None:
+    """Its inverses are made in float64 of well conditioned Gram matrices, to which nothing is added."""
+    A, B, G = factors()
+    A, B = torch.linalg.qr(A.mT)[0].mT, torch.linalg.qr(B)[0]
+    s = torch.full((1, 1, 1), S, dtype=torch.float64)
+    exact = adjusted_gradients(A, B, *gradients(A, B, G), s, X)
+    rounded = adjusted_gradients(*(x.float() for x in (A, B, *gradients(A, B, G), s)), X)
+    for one, other in zip(rounded, exact, strict=True):
+        assert float((one - other).norm() / other.norm()) < 5e-7
 
 
 @pytest.mark.parametrize("X", CHOICES)

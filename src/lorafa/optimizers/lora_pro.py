@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
-from lorafa.linalg import damped_inverse, spd_eigh, sylvester
+from lorafa.linalg import damped_gram, exceeds, spd_inverse, sylvester, wide
 from lorafa.optimizers.adamw import AdamW
 from lorafa.optimizers.batches import PairBatch
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
@@ -35,8 +35,8 @@ from lorafa.optimizers.preconditioned import precondition
 FORMS = ("adamw", "sgd", "full")
 CHOICES = ("zero", "sylvester", "symmetric")
 LOST_RANK = 1e-6
-"""B counts as rank-deficient where its smallest singular value is below this times max(1, its largest), or where the
-square of it is lost in the rounding of B^T B."""
+"""B counts as rank-deficient where its smallest singular value is below this times max(1, its size), or where the
+square of it is lost in the rounding of B^T B. Its size, sqrt(|| B^T B ||_F), is that of its largest singular value."""
 
 
 def adjusted_gradients(
@@ -50,29 +50,24 @@ def adjusted_gradients(
         X: ``"zero"``, ``"sylvester"`` or ``"symmetric"``.
         damping: added to both Gram matrices, as a share of their mean eigenvalue.
     """
-    gram_B, gram_A = B.mT @ B, A @ A.mT
-    core = B.mT @ gradient_B  # = g_A A^T: both are s B^T G A^T
-    p, P = spd_eigh(gram_B)
-    rounding = p.shape[-1] * torch.finfo(gram_B.dtype).eps * p[..., -1]
-    smallest = (LOST_RANK * p[..., -1].sqrt().clamp(min=1.0)).square().maximum(rounding)
-    lost = (p[..., 0] < smallest)[..., None, None]
-    p = torch.where(lost[..., 0], torch.ones_like(p), p + damping * p.mean(-1, keepdim=True))
-    wide_s, wide_core = s.to(p.dtype) ** 2, core.to(p.dtype)
-    inverse_B = (P / p[..., None, :]) @ P.mT / wide_s
+    grams = torch.cat([B.mT @ B, A @ A.mT])
+    core = wide(B.mT @ gradient_B)  # = g_A A^T: both are s B^T G A^T
+    lost, dependent = _singular(grams, max(torch.finfo(A.dtype).eps, torch.finfo(B.dtype).eps))
+    M = wide(grams)
+    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    S, T = (M + damping * M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * identity).chunk(2)
+    S = torch.where(lost, identity, S)
+    T = torch.where(dependent, damped_gram(grams.chunk(2)[1], damping, relative=True), T)
+    wide_s = s.to(S.dtype) ** 2
+    inverse_B, inverse_A = spd_inverse(torch.linalg.cholesky(torch.cat([S, T]))).chunk(2)
+    inverse_B = inverse_B / wide_s
+    shared = inverse_B @ core @ inverse_A  # (1/s^2) (B^T B)^-1 B^T g_B (A A^T)^-1
     if X == "sylvester":
-        q, Q = spd_eigh(gram_A)
-        q = q + damping * q.mean(-1, keepdim=True)
-        inverse_A = (Q / q[..., None, :]) @ Q.mT
-    else:
-        inverse_A = damped_inverse(gram_A, damping, relative=True)
-    shared = inverse_B @ wide_core @ inverse_A  # (1/s^2) (B^T B)^-1 B^T g_B (A A^T)^-1
-    if X == "sylvester":
-        between = sylvester(p, P, q, Q, -inverse_B @ wide_core)
+        between = sylvester(S, T, -inverse_B @ core)
     else:
         between = -0.5 * shared if X == "symmetric" else torch.zeros_like(shared)
 
     # Everything small is put together first: each product with a factor or a gradient is a pass over memory.
-    identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
     left = torch.where(lost, identity, inverse_B).to(A.dtype)
     right = (inverse_A / wide_s).to(B.dtype)
     taken = torch.where(lost, 0.0, shared + between).to(B.dtype)
@@ -81,6 +76,24 @@ def adjusted_gradients(
     if X != "zero":
         for_A.baddbmm_(given, A)
     return for_A, for_B.baddbmm_(B, taken, alpha=-1.0)
+
+
+def _singular(grams: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Which B have lost their rank, and of which A an eigenvalue is lost in rounding, (N, 1, 1) each.
+
+    Neither are factors that are not finite: decomposing them is an error.
+
+    Args:
+        grams: N times B^T B, then N times A A^T, (2 N, r, r).
+        eps: what they are rounded to.
+    """
+    M = wide(grams)
+    size = torch.linalg.matrix_norm(M)
+    of_B, of_A = (eps * size).chunk(2)
+    of_B = (M.shape[-1] * of_B).maximum(LOST_RANK**2 * size.chunk(2)[0].clamp(min=1.0))
+    singular = ~exceeds(M, torch.cat([of_B, of_A])) & size.isfinite()
+    lost, dependent = singular[..., None, None].chunk(2)
+    return lost, dependent
 
 
 def create_lorapro_optimizer(
