@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorafa.adapter import working_dtype
 from lorafa.optimizers.pairs import Pair, by_shape
 
-CACHED_BYTES = 4 * 2**20
+CACHED_BYTES = 8 * 2**20
 """Of the factors in a batch on a CPU: small enough that a stack is still in the cache when it is multiplied."""
 
 

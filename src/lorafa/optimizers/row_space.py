@@ -99,15 +99,14 @@ class _Batch:
 
     def __init__(self, batch: PairBatch) -> None:
         self.pairs, self._B = batch.pairs, batch.B
-        self._As = batch.A.parameters
+        self._sources = [(pair.A, pair.layer.scaling, pair.name) for pair in batch.pairs]
         self._seen: list[tuple[int, int, float]] = [(-1, -1, math.nan)] * len(self.pairs)
         self._inverses: list[Tensor] = [torch.empty(0)] * len(self.pairs)
         self._stack = torch.empty(0)
         self._refresh()
 
     def _refresh(self) -> None:
-        scalings = [pair.scaling for pair in self.pairs]
-        now = [(A.data_ptr(), A._version, s) for A, s in zip(self._As, scalings, strict=True)]
+        now = [(A.data_ptr(), A._version, scaling[name]) for A, scaling, name in self._sources]
         if now == self._seen and self._stack.device == self._B.parameters[0].device:
             return
         for index, pair in enumerate(self.pairs):
