@@ -1,6 +1,6 @@
 """How long is one step of each optimizer on all 210 linears of SmolLM2-135M, lorafa against PEFT and torch?
 
-    python benchmarks/bench_optimizers.py [--repeats 15] [--threads 2]
+    python benchmarks/bench_optimizers.py [--repeats 15] [--threads 2] [--only lora_fa together]
 
 The gradients are fixed random numbers, equal in all contenders. First thirty steps of LoRA-FA are compared with PEFT's,
 whose own runs under bfloat16 autocast are turned off for the comparison and left on for the timing.
@@ -17,6 +17,7 @@ from harness import THREADS, Contender, emit, interleave, median, timed, verdict
 NAME = "optimizers"
 LR = 1e-4
 IN_A_ROW = 5
+PARTS = ["lora_fa", "lora_fa at rank 64", "together"]
 
 
 class Steps:
@@ -71,8 +72,9 @@ class Steps:
                 self.model, torch.optim.AdamW, lr=LR, fused=True
             ),
             "preconditioned": lambda: optimizers.create_preconditioned_adamw(self.model, lr=LR),
-            "lora_pro sylvester": lambda: optimizers.create_lorapro_optimizer(self.model, lr=LR),
-            "lora_pro symmetric": lambda: optimizers.create_lorapro_optimizer(self.model, lr=LR, X="symmetric"),
+        } | {
+            f"lora_pro {X}": lambda X=X: optimizers.create_lorapro_optimizer(self.model, lr=LR, X=X)
+            for X in ("zero", "symmetric", "sylvester")
         }
         made: torch.optim.Optimizer = makers[name]()
         return made
@@ -122,7 +124,7 @@ def lora_fa(rank: int, repeats: int, threads: int, of_exact: float) -> None:
 
 
 def together(repeats: int, threads: int) -> None:
-    names = ["adamw", "riemannian", "preconditioned", "lora_pro sylvester", "lora_pro symmetric"]
+    names = ["adamw", "riemannian", "preconditioned", "lora_pro zero", "lora_pro symmetric", "lora_pro sylvester"]
     contenders = [Contender(n, Steps, threads=threads, library="lorafa", optimizer=n, rank=16) for n in names]
     taken = {name: median(values) for name, values in interleave(contenders, "step", repeats).items()}
     emit(benchmark=NAME, rank=16, milliseconds={name: round(1e3 * value, 2) for name, value in taken.items()})
@@ -136,10 +138,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
-    lora_fa(16, arguments.repeats, arguments.threads, 1 / 12)
-    lora_fa(64, arguments.repeats, arguments.threads, 1 / 6)
-    together(arguments.repeats, arguments.threads)
+    if "lora_fa" in arguments.only:
+        lora_fa(16, arguments.repeats, arguments.threads, 1 / 12)
+    if "lora_fa at rank 64" in arguments.only:
+        lora_fa(64, arguments.repeats, arguments.threads, 1 / 6)
+    if "together" in arguments.only:
+        together(arguments.repeats, arguments.threads)
 
 
 if __name__ == "__main__":
