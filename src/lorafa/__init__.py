@@ -23,6 +23,7 @@ from lorafa.optimizers import (
     create_riemannian_optimizer,
 )
 from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.peft_starts import replace_lora_weights_loftq
 from lorafa.surgery.model import LoraModel, inject_adapter_in_model
 from lorafa.surgery.status import get_layer_status, get_model_status
 from lorafa.version import VERSION as __version__
@@ -56,5 +57,6 @@ __all__ = [
     "get_peft_model_state_dict",
     "initialize",
     "inject_adapter_in_model",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
 ]

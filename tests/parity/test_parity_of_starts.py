@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -208,6 +209,40 @@ def test_mica_starts_as_in_peft_trains_the_same_factor_and_its_files_go_both_way
             read = library.PeftModel.from_pretrained(case.base(), folder, is_trainable=True).eval()
         torch.testing.assert_close(output(case, read), output(case, model), rtol=1e-5, atol=1e-5)
         assert trained_names(read) == trained_names(model)
+
+
+LOFTQ: dict[str, Any] = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8, "loftq_iter": 2}}
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps(stored_config(folder) | values))
+
+
+def test_a_loftq_file_of_peft_is_plain_lora_on_the_base_that_peft_has_quantized(tmp_path: Path) -> None:
+    """PEFT makes one with a GPU only; its base then is a dense model with dequantized values."""
+    case = Case(Linears, on(5, 12), {"target_modules": ["first", "second"], "r": 3})
+    theirs = trained(case.peft())
+    theirs.save_pretrained(tmp_path)
+    edit_config(tmp_path, **LOFTQ)
+    ours = lorafa.PeftModel.from_pretrained(case.base(), tmp_path)
+    assert isinstance(ours.base_model.model.first.base_layer, nn.Linear)
+    torch.testing.assert_close(output(case, ours), output(case, theirs), rtol=1e-10, atol=1e-10)
+
+
+def test_a_loftq_file_of_ours_is_plain_lora_on_the_dequantized_base_to_peft(tmp_path: Path) -> None:
+    """The file says "loftq": PEFT quantizes the dense base again where it can, and refuses where it cannot."""
+    case = Case(Linears, on(5, 12), {"target_modules": ["first", "second"], "r": 3} | LOFTQ, dtype=torch.float32)
+    ours, base = trained(case.lorafa()), case.base()
+    ours.save_pretrained(tmp_path)
+    assert stored_config(tmp_path)["init_lora_weights"] == "loftq"
+    with quiet(), pytest.raises((ImportError, RuntimeError, ValueError)):
+        peft.PeftModel.from_pretrained(case.base(), tmp_path)
+    edit_config(tmp_path, init_lora_weights=True, loftq_config={})  # as PEFT's documentation has it
+    for name in ("first", "second"):
+        base.get_submodule(name).weight.data = ours.base_model.model.get_submodule(name).base_weight()
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(output(case, theirs), output(case, ours), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,18 @@ def test_a_second_adapter_finds_the_base_quantized_as_it_needs_it(tmp_path: Path
     second = model(X)
     model.set_adapter("default")
     assert torch.equal(second, model(X))
+    train(model)
+    model.load_adapter(tmp_path, "default")  # as resuming a run does
+    assert torch.equal(second, model(X))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_replaced_layers_are_trained_and_stored(bias: str, tmp_path: Path) -> None:
+    model = adapted(bias=bias)
+    train(model)
+    assert not torch.equal(model.get_base_model().first.base_layer.bias, Model().first.bias)
+    model.save_pretrained(tmp_path)
+    same_outputs(model, Model(), tmp_path)
 
 
 def test_other_weights_and_other_codes_are_refused(tmp_path: Path) -> None:
