@@ -131,7 +131,7 @@ class LoraModel(nn.Module):
         return self._unload(merge=True, adapter_names=adapter_names)
 
     def unload(self) -> nn.Module:
-        """The user's model as it was before any adapter, bit for bit."""
+        """The user's model as it was before any adapter, bit for bit; layers LoftQ has quantized stay so."""
         return self._unload(merge=False)
 
     def _unload(self, *, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
