@@ -1,0 +1,292 @@
+"""What do data-aware starts cost on SmolLM2-135M, all 210 linears, lorafa against PEFT?
+
+    python benchmarks/bench_starts.py --data gsm8k_train.jsonl [--rows 64] [--repeats 3] [--only gradient weights ...]
+
+gradient: 64 rows, one at a time, bfloat16, rank 8. Bytes of the statistics against dense float32 gradients, the peak
+above the model and the time against PEFT's preprocess_loraga, and the share of the energy of each exact gradient's best
+eight directions (summed in float64 over the same rows) that the sketched ones hold.
+weights: seconds get_peft_model takes with starts computed from weights, and what pissa's triplets hold of the energy of
+the exact ones.
+paper: bytes of the sketches of larger models at rank 8, from shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Contender, emit, interleave, median, verdict
+
+NAME = "starts"
+RANK = 8
+WEIGHT_RANK = 16
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def rows_of(path: str, count: int, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """Batches of one row each."""
+    from lorafa.data.chat import encode_all
+    from lorafa.data.collate import Collator
+    from lorafa.data.records import Message, Record
+
+    with Path(path).open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+    records = [Record((Message("user", row["question"]), Message("assistant", row["answer"]))) for row in rows]
+    collator = Collator(tokenizer.pad_token_id or 0)
+    return [dict(collator([sample])) for sample in encode_all(records, tokenizer, 1024).samples]
+
+
+def highest() -> float:
+    """Peak resident memory so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def held() -> float:
+    """Resident memory now, MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("no VmRSS")
+
+
+class Gradients:
+    """A model and rows; ``run`` collects gradients of them and throws them away."""
+
+    def __init__(self, library: str, data: str, rows: int) -> None:
+        from lorafa.data.models import load_model
+
+        torch.manual_seed(0)
+        self.model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
+        self.model.config.use_cache = False
+        self.rows = rows_of(data, rows, tokenizer)
+        self.library = library
+
+    def _config(self, library: Any, **more: Any) -> Any:
+        settings: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": LINEARS}
+        return library.LoraConfig(**settings, task_type="CAUSAL_LM", init_lora_weights="lora_ga", **more)
+
+    def _peft(self, rows: list[Any]) -> None:
+        import peft
+
+        def train_step() -> None:
+            for row in rows:
+                self.model(**row).loss.backward()
+
+        peft.preprocess_loraga(self.model, self._config(peft, lora_ga_config=peft.LoraGAConfig()), train_step)
+        for module in self.model.modules():
+            module.__dict__.pop("_peft_loraga_grad", None)
+
+    def _lorafa(self, rows: list[Any], **options: Any) -> Any:
+        import lorafa
+
+        return lorafa.collect_statistics(self.model, self._config(lorafa), rows, **options)
+
+    def run(self) -> float:
+        """Seconds for all rows."""
+        start = time.perf_counter()
+        self._peft(self.rows) if self.library == "peft" else self._lorafa(self.rows)
+        seconds = time.perf_counter() - start
+        gc.collect()
+        return seconds
+
+    def peak(self) -> float:
+        """Peak memory of a run above the model, MiB."""
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading the model has freed would hide a part
+        Path("/proc/self/clear_refs").write_text("5")
+        before = held()
+        self.run()
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024 - before
+
+    def captured(self) -> dict[str, dict[str, float]]:
+        """Mean and smallest share over the layers, left and right, of one pass and of two with a power iteration."""
+        exact = self._exact()
+        found = {}
+        for name, options in {"one pass": {}, "power iteration": {"passes": 4}}.items():
+            stats = self._lorafa(self.rows, **options)
+            shares = []
+            for layer, G in exact.items():
+                best = torch.linalg.svdvals(G)[:RANK].square().sum()
+                U, Vh = (stats[layer][f"gradient.{side}"].double() for side in ("U", "Vh"))
+                left, right = (U[:, :RANK].mT @ G).square().sum(), (G @ Vh[:RANK].mT).square().sum()
+                shares.append([float(left / best), float(right / best)])
+            table = torch.tensor(shares)
+            found[name] = {
+                "left": float(table[:, 0].mean()),
+                "right": float(table[:, 1].mean()),
+                "smallest": float(table.min()),
+            }
+        return found
+
+    def _exact(self) -> dict[str, torch.Tensor]:
+        from lorafa.calibration.base import Measured, Statistic
+        from lorafa.calibration.collect import collect
+
+        class Exact(Statistic):
+            reads_gradient = True
+
+            def __init__(self, layer: Measured) -> None:
+                super().__init__(layer)
+                self.G = torch.zeros(layer.out, layer.in_, dtype=torch.float64)
+
+            def update(self, x: torch.Tensor, d: torch.Tensor | None) -> None:
+                assert d is not None
+                self.G.addmm_(d.double().mT, x.double())
+
+            def result(self) -> dict[str, torch.Tensor]:
+                return {"G": self.G}
+
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+        named = {n: {"exact": Exact(Measured(n, m.out_features, m.in_features, RANK))} for n, m in layers.items()}
+
+        def run(gradients: bool) -> Any:
+            for row in self.rows:
+                self.model(**row).loss.backward()
+                yield None
+
+        return {layer: tensors["exact.G"] for layer, tensors in collect(self.model, layers, named, run).items()}
+
+    def bytes_of_statistics(self) -> tuple[int, int]:
+        """Bytes of the accumulators and of what is kept of them, before and after the triplets are computed."""
+        from lorafa.calibration.base import CalibrationOptions, Measured
+        from lorafa.calibration.gradient import GradientSketch
+
+        accumulators = 0
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                layer = Measured(name, module.out_features, module.in_features, RANK, None, CalibrationOptions())
+                accumulators += sketch_bytes(GradientSketch(layer))
+        return accumulators, self._lorafa(self.rows[:1]).nbytes
+
+
+def sketch_bytes(sketch: Any) -> int:
+    """Bytes of the accumulators of a gradient statistic."""
+    from lorafa.calibration.gradient import CHECK_ROWS
+
+    layer = sketch.layer
+    if sketch.dense:
+        return int(4 * layer.out * layer.in_)
+    return int(4 * (sketch.k * layer.out + (sketch.l + CHECK_ROWS) * layer.in_))
+
+
+def gradient(data: str, rows: int, repeats: int) -> None:
+    ours = Contender("lorafa", Gradients, library="lorafa", data=data, rows=rows)
+    shares = ours("captured")
+    emit(benchmark=NAME, check="energy of the best 8 directions", rows=rows, **shares)
+    for name, target in {"one pass": 0.97, "power iteration": 0.999}.items():
+        mean = min(shares[name]["left"], shares[name]["right"])
+        emit(benchmark=NAME, figure=f"captured energy, {name}", value=round(mean, 5), target=target, met=mean >= target)
+    dense = 4 * 106_168_320  # numbers in the weights of the 210 linears
+    accumulators, kept = ours("bytes_of_statistics")
+    verdict(NAME, "bytes of the accumulators / dense float32 gradients", accumulators / dense, 0.2)
+    verdict(NAME, "bytes of the result / dense float32 gradients", kept / dense, 0.2)
+    theirs = Contender("peft", Gradients, library="peft", data=data, rows=rows)
+    peaks = {each.name: each("peak") for each in (ours, theirs)}
+    emit(benchmark=NAME, peak_mib_above_model={name: round(value) for name, value in peaks.items()})
+    verdict(NAME, "peak above the model / PEFT's", peaks["lorafa"] / peaks["peft"], 0.6)
+    taken = {name: median(values) for name, values in interleave([ours, theirs], "run", repeats).items()}
+    emit(benchmark=NAME, seconds_per_row={name: round(value / rows, 3) for name, value in taken.items()})
+    verdict(NAME, "time / PEFT's preprocess_loraga", taken["lorafa"] / taken["peft"], 0.7)
+    ours.close()
+    theirs.close()
+
+
+class Weights:
+    """Puts adapters on fresh copies of the model."""
+
+    def __init__(self, library: str, start: str) -> None:
+        from lorafa.data.models import load_model
+
+        self.model, _ = load_model("smollm2-135m", dtype=torch.float32)
+        self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.library, self.start = library, start
+
+    def run(self) -> float:
+        """Seconds get_peft_model takes."""
+        import peft
+
+        import lorafa
+
+        module = peft if self.library == "peft" else lorafa
+        settings: dict[str, Any] = {"r": WEIGHT_RANK, "lora_alpha": 32, "target_modules": "all-linear"}
+        config = module.LoraConfig(**settings, task_type="CAUSAL_LM", init_lora_weights=self.start)
+        start = time.perf_counter()
+        adapted = module.get_peft_model(self.model, config)
+        seconds = time.perf_counter() - start
+        self.model = adapted.unload()
+        self.model.load_state_dict(self.state)
+        return seconds
+
+    def captured(self) -> dict[str, float]:
+        """What the triplets of ours hold of the exact ones' energy, mean and smallest over the layers."""
+        from lorafa.linalg import leading_svd
+
+        shares = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                W = module.weight.detach().float()
+                best = torch.linalg.svdvals(W)[:WEIGHT_RANK].square().sum()
+                found = leading_svd(W, WEIGHT_RANK, torch.Generator().manual_seed(0))
+                shares.append(float(min((found.U.mT @ W).square().sum(), (W @ found.Vh.mT).square().sum()) / best))
+        return {"mean": sum(shares) / len(shares), "smallest": min(shares)}
+
+
+def weights(data: str, rows: int, repeats: int) -> None:
+    ours = Contender("lorafa pissa", Weights, library="lorafa", start="pissa")
+    shares = ours("captured")
+    emit(benchmark=NAME, figure="captured energy, pissa", **shares, target=0.999, met=shares["mean"] >= 0.999)
+    others = [("lorafa", "olora"), ("peft", "pissa"), ("peft", "pissa_niter_4"), ("peft", "olora")]
+    contenders = [ours, *(Contender(f"{one} {start}", Weights, library=one, start=start) for one, start in others)]
+    taken = {name: median(values) for name, values in interleave(contenders, "run", repeats).items()}
+    emit(benchmark=NAME, seconds={name: round(value, 2) for name, value in taken.items()})
+    verdict(NAME, "pissa / PEFT's exact", taken["lorafa pissa"] / taken["peft pissa"], 0.25)
+    verdict(NAME, "olora / PEFT's", taken["lorafa olora"] / taken["peft olora"], 0.5)
+    for each in contenders:
+        each.close()
+
+
+LLAMA_7B = ("Llama-2-7B", 32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)])
+LLAMA_70B = (
+    "Llama-2-70B",
+    80,
+    [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)],
+)
+
+
+def paper(data: str, rows: int, repeats: int) -> None:
+    from lorafa.calibration.base import Measured
+    from lorafa.calibration.gradient import GradientSketch
+
+    for name, blocks, shapes in (LLAMA_7B, LLAMA_70B):
+        sketches = [GradientSketch(Measured(name, out, in_, RANK)) for out, in_ in shapes]
+        ours = blocks * sum(sketch_bytes(sketch) for sketch in sketches)
+        dense = blocks * sum(4 * out * in_ for out, in_ in shapes)
+        emit(benchmark=NAME, model=name, sketches_gb=round(ours / 1e9, 3), dense_gb=round(dense / 1e9, 2))
+        verdict(NAME, f"bytes of the sketches / dense float32 gradients, {name}", ours / dense, 0.02)
+
+
+PARTS: dict[str, Callable[[str, int, int], None]] = {"gradient": gradient, "weights": weights, "paper": paper}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="gsm8k_train.jsonl")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    arguments = parser.parse_args()
+    for part in arguments.only:
+        PARTS[part](arguments.data, arguments.rows, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Ranks from spectra: how many directions each layer is given, by a threshold of its own or out of one budget."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafa.errors import CalibrationError, ConfigError
+
+THRESHOLD = 0.25
+"""Share of its singular value that a direction must hold in the other half sample to count (ALGORITHMS 2.3)."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The spectrum of a layer's gradient."""
+
+    out: int
+    in_: int
+    S: Tensor
+    """(k,), falling."""
+    norm2: float
+    """||G||^2, of which S^2 may be a part."""
+    cross: Tensor | None = None
+    """(k,) what the directions of one half sample hold in the other; for two half samples."""
+    S_half: Tensor | None = None
+    """(k,) what they hold in their own."""
+
+    @property
+    def cost(self) -> int:
+        """Parameters a rank costs."""
+        return self.out + self.in_
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Spectrum:
+        """From the gradient statistics of a layer.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        if "gradient.S" not in tensors:
+            raise CalibrationError(
+                f"There is no gradient of {name!r} to choose a rank by. Collect statistics with also=['gradient']."
+            )
+        cross, S_half = tensors.get("gradient.cross"), tensors.get("gradient.S_half")
+        return cls(*shape, tensors["gradient.S"], float(tensors["gradient.norm2"]), cross, S_half)
+
+
+Spectra = Mapping[str, Spectrum]
+
+
+def by_cross_validation(spectra: Spectra, r_max: int, r_min: int = 1, threshold: float = THRESHOLD) -> dict[str, int]:
+    """As many ranks as there are directions u_i, v_i with u_i^T G' v_i >= threshold sigma_i, in the other half G'.
+
+    Directions of noise hold next to nothing there, however large their sigma: planted ranks are found exactly. The
+    count ends at the first direction that fails: further down sigma is small, and noise passes now and then.
+
+    Raises:
+        CalibrationError: the statistics do not keep two halves apart.
+    """
+    return {name: _clip(_signal(name, one, r_max, threshold), r_min, r_max) for name, one in spectra.items()}
+
+
+def _signal(name: str, spectrum: Spectrum, r_max: int, threshold: float) -> int:
+    cross, own = _halves(name, spectrum)
+    confirmed = (cross[:r_max] >= threshold * own[:r_max]) & (own[:r_max] > 0)
+    return int(confirmed.int().cumprod(0).sum())
+
+
+def _halves(name: str, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    if spectrum.cross is None or spectrum.S_half is None:
+        raise CalibrationError(
+            f"The statistics of {name!r} do not keep two half samples apart, which cross-validation compares. Collect "
+            "them with halves=True."
+        )
+    return spectrum.cross, spectrum.S_half
+
+
+def by_energy(spectra: Spectra, r_max: int, r_min: int = 1, share: float = 0.9) -> dict[str, int]:
+    """The smallest rank whose triplets hold ``share`` of ||G||^2."""
+    return {name: _clip(_energy_rank(one, share), r_min, r_max) for name, one in spectra.items()}
+
+
+def _energy_rank(spectrum: Spectrum, share: float) -> int:
+    held = spectrum.S.double().square().cumsum(0)
+    return int((held < share * spectrum.norm2 * (1 - 1e-12)).sum()) + 1 if spectrum.norm2 > 0 else 0
+
+
+def by_stable_rank(spectra: Spectra, r_max: int, r_min: int = 1) -> dict[str, int]:
+    """||G||^2 / sigma_1^2, rounded up."""
+    return {
+        name: _clip(math.ceil(one.norm2 / float(one.S[0]) ** 2 - 1e-9) if one.S[0] > 0 else 0, r_min, r_max)
+        for name, one in spectra.items()
+    }
+
+
+def by_budget(spectra: Spectra, average: float, r_max: int, r_min: int = 1) -> dict[str, int]:
+    """The directions worth most for their parameters, over all layers, as many as a uniform rank ``average`` costs.
+
+    A direction is worth max(e_i, 0)^2 / (out + in), with e_i what it holds in the other half sample, or its singular
+    value where there are no halves. Every layer keeps at least ``r_min`` and at most ``r_max``; what is left over once
+    the best direction no longer fits goes to the next best that does.
+
+    Raises:
+        ConfigError: the budget does not pay for ``r_min`` in every layer.
+    """
+    budget = average * sum(one.cost for one in spectra.values())
+    ranks = {name: min(r_min, _largest(one)) for name, one in spectra.items()}
+    spent = sum(ranks[name] * one.cost for name, one in spectra.items())
+    if spent > budget:
+        raise ConfigError(
+            f"A budget of rank {average:g} does not pay for at least {r_min} in every layer. Lower r_min, or raise r."
+        )
+    heap = [_next(name, one, ranks[name]) for name, one in spectra.items()]
+    heapq.heapify(heap)
+    while heap:
+        *_, name = heapq.heappop(heap)
+        one = spectra[name]
+        if ranks[name] >= min(r_max, _largest(one), len(one.S)) or spent + one.cost > budget:
+            continue
+        ranks[name] += 1
+        spent += one.cost
+        heapq.heappush(heap, _next(name, one, ranks[name]))
+    return ranks
+
+
+def _next(name: str, spectrum: Spectrum, rank: int) -> tuple[float, float, str]:
+    """What the next direction of a layer is worth, negative for a heap; where halves say nothing, sigma decides."""
+    if rank >= len(spectrum.S):
+        return 0.0, 0.0, name
+    sigma = float(spectrum.S[rank])
+    held = sigma if spectrum.cross is None else max(float(spectrum.cross[rank]), 0.0)
+    return -(held**2) / spectrum.cost, -(sigma**2) / spectrum.cost, name
+
+
+def by_importance(
+    importance: Mapping[str, float],
+    shapes: Mapping[str, tuple[int, int]],
+    average: float,
+    r_min: int,
+    r_max: int,
+    size: Callable[[float], float] = math.sqrt,
+) -> dict[str, int]:
+    """GoRA's ranks (He et al. 2025, arXiv:2502.12171, equations 5-7): a share of the budget by mean |W o G|.
+
+    r = round(B I / sum I) / f(m + n) with the budget B = average * sum f(m + n), between ``r_min`` and ``r_max``.
+
+    Args:
+        importance: of each layer, :func:`importance_of`.
+        size: f, the square root in the authors' code.
+    """
+    total = sum(importance.values())
+    budget = average * sum(size(out + in_) for out, in_ in shapes.values())
+    ranks = {}
+    for name, value in importance.items():
+        share = round(budget * value / total) if total > 0 else average * size(sum(shapes[name]))
+        ranks[name] = _clip(round(share / size(sum(shapes[name]))), r_min, min(r_max, *shapes[name]))
+    return ranks
+
+
+def importance_of(weight: Tensor, gradient: Tensor) -> float:
+    """mean |W o G| of a layer."""
+    return float((weight.double() * gradient.double()).abs().mean())
+
+
+def by_explained_variance(ratios: Mapping[str, Tensor], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
+    """EVA's ranks (Paischer et al. 2024, arXiv:2410.07170, section 3.3): the components that explain most anywhere.
+
+    Args:
+        ratios: (k,) of each layer: sigma_i^2 over the total variance of its input, falling.
+        ranks: of each layer before, the sum of which is shared out.
+        rho: no layer gets more than rho times its rank; 1 changes nothing. A layer may get 0.
+    """
+    worth = [
+        (float(value), -index, name)
+        for name, values in ratios.items()
+        for index, value in enumerate(values[: math.floor(rho * ranks[name])])
+    ]
+    found = dict.fromkeys(ranks, 0)
+    for *_, name in sorted(worth, reverse=True)[: sum(ranks.values())]:
+        found[name] += 1
+    return found
+
+
+def _largest(spectrum: Spectrum) -> int:
+    return min(spectrum.out, spectrum.in_)
+
+
+def _clip(rank: int, r_min: int, r_max: int) -> int:
+    return max(r_min, min(rank, r_max))
+
+
+def entropy_rank(S: Tensor) -> float:
+    """exp of the entropy of sigma_i^2 / sum: the number of equal directions that would be spread as widely."""
+    shares = S.double().square() / S.double().square().sum()
+    return float(torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()))

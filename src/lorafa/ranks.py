@@ -1,0 +1,145 @@
+"""Ranks from data: an ordinary ``rank_pattern`` and ``alpha_pattern``, chosen by what statistics say of each layer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from lorafa.calibration.gradient import gradient_matrix
+from lorafa.calibration.spectrum import (
+    THRESHOLD,
+    Spectrum,
+    by_budget,
+    by_cross_validation,
+    by_energy,
+    by_explained_variance,
+    by_importance,
+    by_stable_rank,
+    importance_of,
+)
+from lorafa.checks import check_choice, check_int, check_number
+from lorafa.config import LoraConfig
+from lorafa.errors import CalibrationError, ConfigError
+from lorafa.surgery.targets import Target, find_targets
+
+RULES = ("budget", "cross_validation", "energy", "stable_rank", "explained_variance", "importance")
+Stats = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """How ranks are chosen.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    rule: str = "budget"
+    """"budget": the directions worth most for their parameters, as many as the config's ranks cost together (needs
+    gradients; better with halves); "cross_validation": as many as hold what they promise in the other half sample
+    (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "explained_variance": EVA's
+    (needs "principal"); "importance": GoRA's, by mean |W o G|."""
+    r_min: int = 1
+    r_max: int | None = None
+    """None: four times the config's r."""
+    share: float = 0.9
+    """Of "energy"."""
+    threshold: float = THRESHOLD
+    """Of "cross_validation": what a direction must hold in the other half, as a share of its singular value."""
+    rho: float = 2.0
+    """Of "explained_variance": how many times its rank a layer may get."""
+
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, RULES)
+        check_int("r_min", self.r_min, at_least=0 if self.rule == "explained_variance" else 1)
+        if self.r_max is not None:
+            check_int("r_max", self.r_max, at_least=max(self.r_min, 1))
+        check_number("share", self.share, "a number in (0, 1]", 0, 1, closed="]")
+        check_number("threshold", self.threshold, "a number in (0, 1]", 0, 1, closed="]")
+        check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")
+
+
+def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankRule | None = None) -> dict[str, int]:
+    """The rank of every target by its full name; the model is only read.
+
+    Raises:
+        CalibrationError: the statistics lack what the rule reads.
+        ConfigError: the budget is too small, or every layer would get rank 0.
+        TargetError: as :func:`lorafa.get_peft_model`.
+    """
+    rule = rule or RankRule()
+    targets = find_targets(model, config)
+    before = {target.full_name: target.rank for target in targets}
+    r_max = 4 * config.r if rule.r_max is None else rule.r_max
+    if rule.rule == "explained_variance":
+        ratios = {name: _ratios(name, stats.get(name, {})) for name in before}
+        return _some(by_explained_variance(ratios, before, rule.rho))
+    shapes = {target.full_name: target.backend.shape(target.base) for target in targets}
+    spectra = {name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()}
+    average = sum(before[name] * one.cost for name, one in spectra.items()) / sum(o.cost for o in spectra.values())
+    choose: dict[str, Callable[[], dict[str, int]]] = {
+        "budget": lambda: by_budget(spectra, average, r_max, rule.r_min),
+        "cross_validation": lambda: by_cross_validation(spectra, r_max, rule.r_min, rule.threshold),
+        "energy": lambda: by_energy(spectra, r_max, rule.r_min, rule.share),
+        "stable_rank": lambda: by_stable_rank(spectra, r_max, rule.r_min),
+        "importance": lambda: by_importance(_importance(targets, stats), shapes, average, rule.r_min, r_max),
+    }
+    return _some({name: min(rank, *shapes[name]) for name, rank in choose[rule.rule]().items()})
+
+
+def _some(ranks: dict[str, int]) -> dict[str, int]:
+    if not any(ranks.values()):
+        raise ConfigError("Every layer would get rank 0: the statistics see no direction at all. Use more data.")
+    return ranks
+
+
+def _ratios(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if "principal.singular_values" not in tensors:
+        raise CalibrationError(
+            f"There are no principal directions of the input of {name!r} to choose a rank by. Collect statistics with "
+            "also=['principal'], or use another rule."
+        )
+    ratios: Tensor = tensors["principal.singular_values"].square() / tensors["principal.total_variance"]
+    return ratios
+
+
+def _importance(targets: list[Target], stats: Stats) -> dict[str, float]:
+    return {t.full_name: importance_of(t.weight().detach(), gradient_matrix(stats[t.full_name])) for t in targets}
+
+
+def with_ranks(
+    model: nn.Module, config: LoraConfig, ranks: Mapping[str, int], *, keep_scaling: bool = True
+) -> LoraConfig:
+    """The config with these ranks for its targets, as patterns over full names; a rank of 0 leaves the layer out.
+
+    Args:
+        keep_scaling: change each layer's alpha so that its scaling s stays what the config says for its old rank.
+
+    Raises:
+        TargetError: as :func:`lorafa.get_peft_model`.
+    """
+    targets = find_targets(model, config)
+    kept = [target for target in targets if ranks[target.full_name]]
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, int | float] = {}
+    for target in kept:
+        rank, key = ranks[target.full_name], f"^{re.escape(target.full_name)}"
+        alpha = target.alpha * (_per_scaling(rank, config) / _per_scaling(target.rank, config) if keep_scaling else 1)
+        if rank != config.r:
+            rank_pattern[key] = rank
+        if alpha != config.lora_alpha:
+            alpha_pattern[key] = alpha
+    modules = sorted(target.name for target in kept if target.parameter is None)
+    changes: dict[str, object] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    if len(kept) < len(targets):
+        changes |= {"target_modules": modules, "exclude_modules": None}
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def _per_scaling(rank: int, config: LoraConfig) -> float:
+    """alpha / s for a rank."""
+    return math.sqrt(rank) if config.use_rslora else float(rank)

@@ -1,0 +1,192 @@
+"""Ranks from spectra: planted ranks are found, budgets are kept, published rules give their numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorafa import LoraConfig, get_peft_model
+from lorafa.calibration.gradient import cross_validated
+from lorafa.calibration.spectrum import (
+    Spectrum,
+    by_budget,
+    by_cross_validation,
+    by_energy,
+    by_explained_variance,
+    by_importance,
+    by_stable_rank,
+    entropy_rank,
+    importance_of,
+)
+from lorafa.errors import CalibrationError, ConfigError
+from lorafa.linalg import full_svd
+from lorafa.ranks import RankRule, choose_ranks, with_ranks
+
+
+def spectrum(values: list[float], out: int = 10, in_: int = 12, **more: Any) -> Spectrum:
+    S = torch.tensor(values, dtype=torch.float64)
+    return Spectrum(out, in_, S, float(S.square().sum()), **more)
+
+
+def noisy(rank: int, seed: int, out: int = 60, in_: int = 70) -> Spectrum:
+    """Two half samples of a gradient of that rank, each with noise of its own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    signal = torch.linalg.qr(rand(out, max(rank, 1))).Q @ torch.linalg.qr(rand(in_, max(rank, 1))).Q.mT
+    halves = [full_svd((50 if rank else 0) * signal + rand(out, in_)) for _ in range(2)]
+    whole = full_svd((halves[0].product() + halves[1].product()) / 2)
+    cross = cross_validated(*halves)
+    return Spectrum(out, in_, whole.S, float(whole.S.square().sum()), cross, halves[0].S)
+
+
+def test_cross_validation_finds_planted_ranks() -> None:
+    spectra = {str(rank): noisy(rank, seed=rank) for rank in (5, 0, 12)}
+    assert by_cross_validation(spectra, r_max=32, r_min=0) == {"5": 5, "0": 0, "12": 12}
+    assert by_cross_validation(spectra, r_max=8, r_min=2) == {"5": 5, "0": 2, "12": 8}
+
+
+def test_cross_validation_and_budget_need_what_they_read() -> None:
+    with pytest.raises(CalibrationError, match=r"'a' do not keep two half samples apart.*halves=True"):
+        by_cross_validation({"a": spectrum([1.0])}, 4)
+    with pytest.raises(CalibrationError, match=r"no gradient of 'a' to choose a rank by.*also=\['gradient'\]"):
+        Spectrum.of("a", {}, (3, 4))
+
+
+def test_energy_and_stable_and_entropy_rank() -> None:
+    spectra = {"a": spectrum([3.0, 4.0**0.5, 1.0, 0.0]), "b": spectrum([2.0] * 4), "c": spectrum([5.0, 0, 0, 0])}
+    assert by_energy(spectra, 4, share=0.9) == {"a": 2, "b": 4, "c": 1}
+    assert by_energy(spectra, 4, share=1.0) == {"a": 3, "b": 4, "c": 1}
+    assert by_stable_rank(spectra, 4) == {"a": 2, "b": 4, "c": 1}
+    assert entropy_rank(spectra["b"].S) == pytest.approx(4)
+    assert entropy_rank(spectra["c"].S) == pytest.approx(1)
+    zero = {"z": spectrum([0.0, 0.0])}
+    assert by_energy(zero, 4, r_min=0) == by_stable_rank(zero, 4, r_min=0) == {"z": 0}
+
+
+def test_budget_is_kept_and_used_up_by_the_best_directions() -> None:
+    spectra = {"strong": spectrum([9.0, 8, 7, 6, 5]), "weak": spectrum([4.0, 3, 2, 1, 0.5])}
+    assert by_budget(spectra, 2, r_max=5) == {"strong": 3, "weak": 1}
+    assert by_budget(spectra, 2, r_max=5, r_min=0) == {"strong": 4, "weak": 0}
+    assert by_budget(spectra, 2, r_max=2) == {"strong": 2, "weak": 2}
+    with pytest.raises(ConfigError, match=r"A budget of rank 2 does not pay for at least 3 in every layer"):
+        by_budget(spectra, 2, r_max=5, r_min=3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_budget_is_never_exceeded_and_nothing_that_fits_is_left(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spectra = {}
+    for index in range(6):
+        out, in_ = (int(torch.randint(6, 40, (), generator=generator)) for _ in range(2))
+        values = torch.rand(6, generator=generator).sort(descending=True).values.tolist()
+        spectra[str(index)] = spectrum(values, out, in_)
+    ranks = by_budget(spectra, 2.5, r_max=6)
+    spent = sum(ranks[name] * one.cost for name, one in spectra.items())
+    budget = 2.5 * sum(one.cost for one in spectra.values())
+    assert spent <= budget
+    assert all(ranks[name] == 6 or spent + one.cost > budget for name, one in spectra.items())
+    assert min(ranks.values()) >= 1
+
+
+def test_budget_pays_for_what_the_other_half_confirms() -> None:
+    """A large singular value of noise buys nothing while a confirmed direction is to be had."""
+    noise = spectrum([9.0, 9, 9], cross=torch.tensor([0.0, -1, 0]), S_half=torch.tensor([9.0, 9, 9]))
+    signal = spectrum([2.0, 2, 2], cross=torch.tensor([2.0, 2, 2]), S_half=torch.tensor([2.0, 2, 2]))
+    assert by_budget({"noise": noise, "signal": signal}, 2, r_max=3) == {"noise": 1, "signal": 3}
+
+
+def test_importance_is_gora() -> None:
+    """r = clip(round(B I / sum I) / f(m + n)), B = average * sum f(m + n)."""
+    shapes = {"a": (8, 8), "b": (18, 18), "c": (8, 8)}
+    ranks = by_importance({"a": 3.0, "b": 1.0, "c": 0.0}, shapes, average=4, r_min=2, r_max=7)
+    budget = 4 * (4 + 6 + 4)
+    assert ranks == {"a": 7, "b": round(budget / 4 / 6), "c": 2}
+    W, G = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 4.0]])
+    assert importance_of(W, G) == (3 + 8) / 2
+
+
+def test_explained_variance_is_eva() -> None:
+    ratios = {"a": torch.tensor([0.5, 0.3, 0.2, 0.1]), "b": torch.tensor([0.05, 0.04, 0.03, 0.02])}
+    assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=2.0) == {"a": 4, "b": 0}
+    assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=1.5) == {"a": 3, "b": 1}
+    assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=1.0) == {"a": 2, "b": 2}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x))
+        return y
+
+
+def stats(first: list[float], second: list[float]) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for name, values in (("first", first), ("second", second)):
+        S = torch.tensor(values, dtype=torch.float64)
+        out, in_ = (10, 12) if name == "first" else (12, 10)
+        U, Vh = torch.eye(out, len(S), dtype=torch.float64), torch.eye(len(S), in_, dtype=torch.float64)
+        found[name] = {"gradient.S": S, "gradient.U": U, "gradient.Vh": Vh, "gradient.norm2": S.square().sum()}
+    return found
+
+
+CONFIG = LoraConfig(r=2, lora_alpha=8, target_modules=["first", "second"], init_seed=0)
+
+
+def test_chosen_ranks_are_patterns_that_keep_the_scaling() -> None:
+    model = Model()
+    ranks = choose_ranks(model, CONFIG, stats([9.0, 8, 7, 6], [1.0, 0.5, 0.1, 0.1]))
+    assert ranks == {"first": 3, "second": 1}
+    for use_rslora in (False, True):
+        config = LoraConfig(**(vars(CONFIG) | {"use_rslora": use_rslora}))
+        adapted = get_peft_model(Model(), with_ranks(model, config, ranks)).get_base_model()
+        plain = get_peft_model(Model(), config).get_base_model()
+        for name, rank in ranks.items():
+            layer = adapted.get_submodule(name)
+            assert layer.r["default"] == rank
+            assert layer.scaling["default"] == pytest.approx(plain.get_submodule(name).scaling["default"])
+    free = with_ranks(model, CONFIG, ranks, keep_scaling=False)
+    assert free.alpha_pattern == {}
+    assert free.rank_pattern == {"^first": 3, "^second": 1}
+
+
+def test_a_rank_of_zero_leaves_the_layer_out() -> None:
+    config = with_ranks(Model(), CONFIG, {"first": 4, "second": 0})
+    adapted = get_peft_model(Model(), config)
+    assert [path for path, _ in adapted.base_model.lora_layers()] == ["first"]
+    nothing = {"principal.singular_values": torch.zeros(0), "principal.total_variance": torch.ones(())}
+    with pytest.raises(ConfigError, match="Every layer would get rank 0"):
+        choose_ranks(Model(), CONFIG, dict.fromkeys(("first", "second"), nothing), RankRule("explained_variance"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (RankRule("energy", share=0.9), {"first": 3, "second": 1}),
+        (RankRule("stable_rank"), {"first": 3, "second": 2}),
+        (RankRule("budget", r_max=2), {"first": 2, "second": 2}),
+    ],
+)
+def test_rules_are_chosen_by_name(rule: RankRule, expected: dict[str, int]) -> None:
+    assert choose_ranks(Model(), CONFIG, stats([9.0, 8, 7, 1], [1.0, 0.3, 0.1, 0.1]), rule) == expected
+
+
+def test_rules_say_what_they_lack() -> None:
+    given = stats([1.0], [1.0])
+    with pytest.raises(CalibrationError, match=r"no principal directions of the input of 'first'.*\['principal'\]"):
+        choose_ranks(Model(), CONFIG, given, RankRule("explained_variance"))
+    with pytest.raises(CalibrationError, match="do not keep two half samples apart"):
+        choose_ranks(Model(), CONFIG, given, RankRule("cross_validation"))
+    with pytest.raises(ConfigError, match=r"rule.*'budgte'.*Did you mean 'budget'|rule must be"):
+        RankRule("budgte")
+    with pytest.raises(ConfigError, match="r_max must be"):
+        RankRule(r_min=3, r_max=2)
