@@ -2,6 +2,7 @@
 
 from lorafa.config import LoraConfig, PeftType, TaskType
 from lorafa.errors import LoraError
+from lorafa.eva_weights import get_eva_state_dict, initialize_lora_eva_weights
 from lorafa.initialize import collect_statistics, initialize
 from lorafa.io.state import get_peft_model_state_dict, set_peft_model_state_dict
 from lorafa.method_configs import (
@@ -24,6 +25,9 @@ from lorafa.optimizers import (
 )
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.peft_starts import replace_lora_weights_loftq
+from lorafa.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
+from lorafa.ranks import RankRule, choose_ranks, with_ranks
+from lorafa.statistics import Statistics
 from lorafa.surgery.model import LoraModel, inject_adapter_in_model
 from lorafa.surgery.status import get_layer_status, get_model_status
 from lorafa.version import VERSION as __version__
@@ -44,19 +48,28 @@ __all__ = [
     "MontecloraConfig",
     "PeftModel",
     "PeftType",
+    "RankRule",
+    "Statistics",
     "TaskType",
     "VeloraConfig",
     "__version__",
+    "choose_ranks",
     "collect_statistics",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
+    "estimate_gradients",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "preprocess_corda",
+    "preprocess_loraga",
     "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
+    "with_ranks",
 ]

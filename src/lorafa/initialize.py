@@ -83,7 +83,7 @@ def collect_statistics(
             )
         batches = _of_batches(inner, data, loss or _own_loss, weighting)
         digest = digest_of(data) if cache is not None else None
-    with _bar(progress) as watched:
+    with progress_over(progress) as watched:
         return statistics_of(
             inner, config, watched(batches), options=options, also=also, data=f"{digest} {weighting}", cache=cache
         )
@@ -169,7 +169,7 @@ def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
     device = _device(model)
     try:
         model.eval()
-        losses = [float(loss(model, _moved(batch, device))) for batch in batches]
+        losses = [float(loss(model, moved(batch, device))) for batch in batches]
     finally:
         for module, mode in modes:
             module.training = mode
@@ -191,7 +191,7 @@ def _of_batches(model: nn.Module, data: Iterable[Any], loss: Loss, weighting: st
 
     def run(gradients: bool) -> Iterator[float | None]:
         for batch in data:
-            batch = _moved(batch, device)
+            batch = moved(batch, device)
             if not gradients:
                 with torch.no_grad():
                     call(model, batch)
@@ -234,18 +234,19 @@ def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device, however they are nested."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_moved(value, device) for value in batch)
+        return type(batch)(moved(value, device) for value in batch)
     return batch
 
 
 @contextmanager
-def _bar(show: bool) -> Iterator[Callable[[Batches], Batches]]:
+def progress_over(show: bool) -> Iterator[Callable[[Batches], Batches]]:
     """Gives a function that counts the batches of a pass on a progress bar."""
     if not show:
         yield lambda batches: batches

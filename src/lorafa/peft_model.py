@@ -16,7 +16,7 @@ from lorafa.io.adapter_files import StoredAdapter, check_fits_base, note_history
 from lorafa.io.card import write_card
 from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
 from lorafa.io.state import materialize
-from lorafa.statistics import given
+from lorafa.statistics import forget_kept, given
 from lorafa.storage import HubOptions
 from lorafa.surgery.adapters import disabled, require_adapters, require_nothing_merged, require_unmerged
 from lorafa.surgery.build import Options, Stats
@@ -255,6 +255,7 @@ class PeftModel(nn.Module):
         config = _with_base_name(peft_config, self.get_base_model())
         stats = given(self.get_base_model(), config, stats)
         self.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
+        forget_kept(self.get_base_model())
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make exactly this adapter count, and train unless ``inference_mode``.
@@ -390,6 +391,7 @@ def get_peft_model(
         config.revision = revision
     options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
     wrapped.base_model.inject_adapter(config, adapter_name, options, given(model, config, stats))
+    forget_kept(model)
     wrapped.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
     if is_checkpointed(model):
         let_inputs_require_grad(model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorafa.backends.base import Backend
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
-from lorafa.calibration.collect import Batches, collect
+from lorafa.calibration.collect import Batches, Rows, collect
 from lorafa.calibration.projections import Projections
 from lorafa.config import LoraConfig, require_available
 from lorafa.errors import CalibrationError, CheckpointError, shorten
@@ -105,6 +105,11 @@ def keep_for(model: nn.Module, stats: Statistics) -> None:
     model.__dict__[_KEPT] = stats
 
 
+def forget_kept(model: nn.Module) -> None:
+    """Drop what :func:`keep_for` has left: an adapter has taken it."""
+    model.__dict__.pop(_KEPT, None)
+
+
 def given(model: nn.Module, config: LoraConfig, stats: Mapping[str, Mapping[str, Tensor]] | None) -> Any:
     """The statistics an adapter is made with: those passed, or those a preprocess function has left with the model.
 
@@ -128,6 +133,7 @@ def statistics_of(
     also: Sequence[str] = (),
     data: str | None = None,
     cache: str | Path | None = None,
+    rows: Rows | None = None,
 ) -> Statistics:
     """Collect what the start of ``config`` reads of its targets, over passes of ``batches``.
 
@@ -136,6 +142,7 @@ def statistics_of(
         also: more statistics, by name.
         data: a digest of the data, for ``cache``.
         cache: file to take them from if it holds those of this model, config and data, and to write otherwise.
+        rows: as :func:`lorafa.calibration.collect.collect` has it.
 
     Raises:
         CalibrationError: nothing to collect, or collecting failed; see :func:`lorafa.calibration.collect.collect`.
@@ -156,9 +163,9 @@ def statistics_of(
     statistics = _statistics(config, targets, wanted, options)
     if adapter_names(model):
         with disabled(model):
-            values = collect(model, layers, statistics, batches)
+            values = collect(model, layers, statistics, batches, rows=rows)
     else:
-        values = collect(model, layers, statistics, batches)
+        values = collect(model, layers, statistics, batches, rows=rows)
     _add_largest(values)
     result = Statistics(values, about)
     if cache is not None:

@@ -17,6 +17,8 @@ from lorafa.errors import CalibrationError, shorten
 Batches = Callable[[bool], Iterator[float | None]]
 """One pass over the data: runs the model batch by batch and yields the weight of each when it is done; None: 1 for each
 call of the model since the last. Told whether gradients are read; if not, it need not run backward."""
+Rows = Callable[[str, Tensor], Tensor]
+"""(layer, its input (..., in)) -> the rows (T, in) that count."""
 IGNORED = -100
 
 
@@ -62,6 +64,7 @@ class _Batch:
 @dataclass
 class _Pass:
     entries: list[_Entry]
+    rows: Rows | None = None
     batch: _Batch = field(default_factory=_Batch)
     inputs: dict[tuple[str, int], tuple[weakref.ref[Tensor], _Entry]] = field(default_factory=dict)
     """(statistic, identity of an input) -> the input, and the first layer that had it in this batch."""
@@ -74,6 +77,8 @@ def collect(
     layers: Mapping[str, nn.Module],
     statistics: Mapping[str, Mapping[str, Statistic]],
     batches: Batches,
+    *,
+    rows: Rows | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Values of ``statistics`` (layer -> name -> statistic) over as many passes as they want.
 
@@ -84,6 +89,7 @@ def collect(
     Args:
         model: called by ``batches``, itself or from inside a larger one.
         layers: layer -> module, whose output is that of a linear map of its input, (..., in) to (..., out).
+        rows: chooses the rows of an input that statistics of inputs see; default: by the masks the model gets.
 
     Returns:
         layer -> "<statistic>.<tensor>" -> value.
@@ -94,7 +100,7 @@ def collect(
     entries = [_Entry(layer, name, s) for layer, named in statistics.items() for name, s in named.items()]
     with _calibrating(model):
         while active := [entry for entry in entries if not entry.done and _ready(entry, entries)]:
-            _run(model, layers, active, entries, batches)
+            _run(model, layers, active, entries, batches, rows)
     values: dict[str, dict[str, Tensor]] = {layer: {} for layer in statistics}
     for entry in entries:
         values[entry.layer] |= {f"{entry.name}.{key}": value for key, value in entry.value.result().items()}
@@ -111,12 +117,13 @@ def _run(
     active: list[_Entry],
     entries: list[_Entry],
     batches: Batches,
+    rows: Rows | None,
 ) -> None:
     """One pass over the data for the ``active`` entries."""
     for entry in active:
         others = {e.name: e.value for e in entries if e.layer == entry.layer and e.name in entry.statistic.after}
         entry.statistic.start_pass(entry.passes, others)
-    current, weight, calls = _Pass(active), 0.0, 0
+    current, weight, calls = _Pass(active, rows), 0.0, 0
     gradients = any(entry.statistic.reads_gradient for entry in active)
     with _watched(model, layers, current):
         for share in batches(gradients):
@@ -233,8 +240,7 @@ class _Watch:
         self.input = x
         for entry in self.forward:
             if not self._shared(entry, x):
-                ignored = getattr(entry.statistic.layer.settings, "label_mask_value", IGNORED)
-                entry.statistic.update(self.current.batch.rows(x.detach(), entry.statistic.tokens, ignored), None)
+                entry.statistic.update(self._rows(entry, x.detach()), None)
         if x.requires_grad or not torch.is_grad_enabled() or not x.is_floating_point():
             return None
         needing = x.detach().requires_grad_()
@@ -242,6 +248,12 @@ class _Watch:
             tuple(needing if value is x else value for value in args),
             {key: needing if value is x else value for key, value in kwargs.items()},
         )
+
+    def _rows(self, entry: _Entry, x: Tensor) -> Tensor:
+        if self.current.rows is not None:
+            return self.current.rows(entry.layer, x).reshape(-1, x.shape[-1])
+        ignored = getattr(entry.statistic.layer.settings, "label_mask_value", IGNORED)
+        return self.current.batch.rows(x, entry.statistic.tokens, ignored)
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         x, self.input = self.input, None

@@ -85,6 +85,8 @@ class Initializer(Protocol):
     """The factors that are trained: "AB", or the one the method trains while the other stays at its start."""
     moves_base: bool
     """Whether it takes something out of the base, so that A and B alone do not say what was trained."""
+    waits: bool
+    """Whether its statistics may come after the adapter is on; until then it starts as by default."""
     keeps_function: bool
     """Whether the model computes at step 0 what the base does."""
     quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None
@@ -106,6 +108,7 @@ def initializer(
     check_rank: Callable[[int, str], None] | None = None,
     trains: str = "AB",
     moves_base: bool = False,
+    waits: bool = False,
     keeps_function: bool = True,
     quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None = None,
 ) -> Callable[[Function], Initializer]:
@@ -123,6 +126,7 @@ def initializer(
         marked.check_rank = check_rank
         marked.trains = trains
         marked.moves_base = moves_base
+        marked.waits = waits
         marked.keeps_function = keeps_function
         marked.quantizer = quantizer
         return marked

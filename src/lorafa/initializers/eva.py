@@ -12,7 +12,7 @@ from lorafa.linalg import SVD, float_matrix
 from lorafa.method_configs import EvaConfig
 
 
-@initializer(needs=("principal",), settings="eva_config")
+@initializer(needs=("principal",), settings="eva_config", waits=True)
 def eva(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A = V_r^T, orthonormal rows, and B = 0; with ``whiten`` row i is divided by sqrt(sigma_i), as in PEFT.
 

@@ -124,6 +124,8 @@ class Builder:
     def _start(self, weight: Tensor, spec: LayerSpec) -> InitResult:
         stats = self.stats.get(spec.name, {})
         missing = [need for need in self.initializer.needs if not any(_is_of(name, need) for name in stats)]
+        if missing and self.initializer.waits and not stats:
+            return replace(by_default(weight, spec), fallback="its statistics are not collected yet")
         if missing:
             raise CalibrationError(
                 f"init_lora_weights={self.config.init_lora_weights!r} needs {', '.join(missing)} of {spec.name!r}; "
@@ -134,8 +136,8 @@ class Builder:
         except DegenerateError as error:
             if self.repeats:
                 raise
-            by_default = INITIALIZERS.get("kaiming")(weight, {}, spec)
-            return replace(by_default, subtract_from_base=self.initializer.moves_base, fallback=str(error))
+            start = by_default(weight, spec)
+            return replace(start, subtract_from_base=self.initializer.moves_base, fallback=str(error))
         if (result.A.shape, result.B.shape) != factor_shapes(weight, spec.rank):
             raise CalibrationError(
                 f"{spec.name}: its statistics are those of a layer of another shape: they give A "
@@ -168,6 +170,11 @@ def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return torch.float32
     return torch.float32 if options.autocast_adapter_dtype and dtype.itemsize == 2 else dtype
+
+
+def by_default(weight: Tensor, spec: LayerSpec) -> InitResult:
+    """A Kaiming A and B = 0."""
+    return INITIALIZERS.get("kaiming")(weight, {}, spec)
 
 
 def _is_of(name: str, statistic: str) -> bool:

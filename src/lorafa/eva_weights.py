@@ -1,0 +1,222 @@
+"""PEFT's documented functions of EVA: an adapter that is on a model starts again at the directions of its inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.calibration.spectrum import by_explained_variance
+from lorafa.config import LoraConfig
+from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten
+from lorafa.initialize import call, moved, progress_over
+from lorafa.method_configs import EvaConfig
+from lorafa.peft_model import PeftModel
+from lorafa.ranks import with_ranks
+from lorafa.statistics import statistics_of
+from lorafa.surgery.adapters import require_adapters, require_unmerged
+from lorafa.surgery.targets import find_targets
+
+LayerInputs = Callable[[Tensor, Any, str], Tensor]
+PREFIX = "base_model.model."
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor | None:
+    """Which tokens of a batch count, (batch, tokens) bool: those attended to and, with ``use_label_mask``, labelled."""
+    if not isinstance(model_input, Mapping):
+        return None
+    settings = peft_config.eva_config or EvaConfig()
+    attended, labels = model_input.get("attention_mask"), model_input.get("labels")
+    counts: Tensor | None = None if attended is None else attended.bool()
+    if settings.use_label_mask and labels is not None:
+        labelled = labels != settings.label_mask_value
+        counts = labelled if counts is None else counts & labelled
+    return counts
+
+
+def prepare_layer_inputs_fn_language_modeling(
+    layer_input: Tensor, model_input: Tensor | None, layer_name: str
+) -> Tensor:
+    """The tokens of a layer's input (batch, tokens, in) that count, (T, in)."""
+    fits = model_input is not None and model_input.shape == layer_input.shape[:-1]
+    return layer_input[model_input.to(layer_input.device)] if fits and model_input is not None else layer_input
+
+
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputs | Mapping[str, LayerInputs] | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> dict[str, Tensor]:
+    """What EVA starts from: full name of a layer -> A, (r', in) with orthonormal rows.
+
+    Ranks r' are shared out by explained variance up to ``rho`` times the layer's; a layer that gets none is left out.
+
+    Args:
+        model: a PeftModel, or with ``peft_config`` a base model.
+        dataloader: batches; gone over again until the directions have settled (``tau``).
+        forward_fn: ``forward_fn(model, batch)``; default ``model(**batch)``.
+        prepare_model_inputs_fn: given a batch and the config, says what ``prepare_layer_inputs_fn`` gets as its second
+            argument; the default says which tokens count.
+        prepare_layer_inputs_fn: given a layer's input, that, and the layer's name, gives the rows (T, in) to look at;
+            or such a function for each name; None takes all.
+        adapter_name: of a PeftModel, whose config is taken.
+        gather_distributed_inputs: the result is that of all processes' data; each on its own is not available.
+        show_progress_bar: where rich is installed.
+
+    Raises:
+        AdapterError: a base model without ``peft_config``, or an unknown adapter.
+        ConfigError: the config's start is not "eva".
+        NotAvailableError: ``gather_distributed_inputs=False`` in several processes.
+        CalibrationError: the data is empty, or a target is no linear layer.
+    """
+    if not gather_distributed_inputs and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise NotAvailableError(
+            "gather_distributed_inputs=False: every process would start elsewhere. Leave it True; principal directions "
+            "are brought together once, not the inputs of every batch."
+        )
+    inner, config = _model_and_config(model, peft_config, adapter_name)
+    prepared: list[Any] = [None]
+
+    def batches(gradients: bool) -> Iterator[float | None]:
+        for batch in dataloader:
+            batch = moved(batch, next(inner.parameters()).device)
+            prepared[0] = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+            with torch.no_grad():
+                call(inner, batch) if forward_fn is None else forward_fn(inner, batch)
+            yield 1.0
+
+    def rows(layer: str, x: Tensor) -> Tensor:
+        choose = prepare_layer_inputs_fn
+        if isinstance(choose, Mapping):
+            choose = choose.get(layer, choose.get(PREFIX + layer))
+        return x if choose is None else choose(x, prepared[0], layer)
+
+    with progress_over(show_progress_bar) as watched:
+        stats = statistics_of(inner, config, watched(batches), rows=rows)
+    return _state_dict(config, {target.full_name: target.rank for target in find_targets(inner, config)}, stats)
+
+
+def _model_and_config(
+    model: nn.Module, peft_config: LoraConfig | None, adapter_name: str
+) -> tuple[nn.Module, LoraConfig]:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        require_adapters(inner, [adapter_name])
+        peft_config = model.peft_config[adapter_name] if peft_config is None else peft_config
+    if peft_config is None:
+        raise AdapterError("A base model has no config. Pass peft_config=LoraConfig(init_lora_weights='eva', ...).")
+    if peft_config.init_lora_weights != "eva":
+        raise ConfigError(
+            f"EVA reads the settings of init_lora_weights='eva', and the config has "
+            f"{peft_config.init_lora_weights!r}. Make the adapter with init_lora_weights='eva'."
+        )
+    return inner, peft_config
+
+
+def _state_dict(
+    config: LoraConfig, ranks: Mapping[str, int], stats: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    settings = config.eva_config or EvaConfig()
+    poor = [name for name, tensors in stats.items() if not bool(tensors["principal.singular_values"].isfinite().all())]
+    if poor:
+        raise CalibrationError(f"The inputs of {shorten(poor, 3)} are not finite. Check the data and the model.")
+    ratios = {
+        name: tensors["principal.singular_values"].square() / tensors["principal.total_variance"]
+        for name, tensors in stats.items()
+    }
+    if settings.rho > 1:
+        ranks = by_explained_variance(ratios, ranks, settings.rho)
+    found = {}
+    for name, rank in ranks.items():
+        V, S = stats[name]["principal.components"][:rank], stats[name]["principal.singular_values"][:rank]
+        if len(V) < rank:
+            raise CalibrationError(
+                f"{name}: the data has {len(V)} directions, and rank {rank} takes as many. Use more data or lower r."
+            )
+        if rank:
+            found[name] = V / S.sqrt()[:, None] if settings.whiten else V.clone()
+    return found
+
+
+def initialize_lora_eva_weights(
+    model: PeftModel,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputs | Mapping[str, LayerInputs] | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> None:
+    """Let an adapter start at the principal directions of its layers' inputs, with ranks by explained variance (EVA).
+
+    The adapter is made anew, before training: its ranks change, layers of rank 0 lose it, and its config says so in
+    ``target_modules``, ``rank_pattern`` and ``alpha_pattern``. Optimizers made before hold the old factors.
+
+    Args:
+        dataloader: not needed with ``eva_state_dict``.
+        eva_state_dict: from :func:`get_eva_state_dict`, whose other arguments these are.
+
+    Raises:
+        AdapterError: ``model`` is no PeftModel, an unknown or merged adapter, or neither data nor state dict.
+        ConfigError: the config's start is not "eva", or the state dict does not fit the targets.
+        As :func:`get_eva_state_dict`. The model is unchanged then.
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"initialize_lora_eva_weights takes a PeftModel, found {type(model).__name__}. Call get_peft_model first."
+        )
+    inner, config = _model_and_config(model, None, adapter_name)
+    require_unmerged(inner, adapter_name, "starting it again")
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise AdapterError("EVA needs data or a state dict. Pass dataloader= or eva_state_dict=.")
+        eva_state_dict = get_eva_state_dict(
+            model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name,
+            gather_distributed_inputs, show_progress_bar,
+        )  # fmt: skip
+    _start_again(model, adapter_name, config, {k.removeprefix(PREFIX): v for k, v in eva_state_dict.items()})
+
+
+def _start_again(model: PeftModel, name: str, config: LoraConfig, directions: Mapping[str, Tensor]) -> None:
+    inner, tuner = model.get_base_model(), model.base_model
+    targets = {target.full_name: target.rank for target in find_targets(inner, config)}
+    unknown = [layer for layer in directions if layer not in targets]
+    if unknown or not directions:
+        raise ConfigError(
+            f"The state dict has {len(unknown)} layers the adapter is not on: {shorten(unknown, 3)}."
+            if unknown
+            else "The state dict is empty: no layer would have an adapter."
+        )
+    ranks = {layer: len(directions.get(layer, ())) for layer in targets}
+    settings = config.eva_config or EvaConfig()
+    chosen = with_ranks(inner, config, ranks, keep_scaling=settings.adjust_scaling_factors)
+    chosen = replace(chosen, eva_config=replace(settings, whiten=False))  # the directions are as they should be
+    stats = {
+        layer: {"principal.components": A, "principal.singular_values": torch.ones(len(A), dtype=A.dtype)}
+        for layer, A in directions.items()
+    }
+    active, training = list(tuner.active_adapters), _trains(model, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the config means was said when the adapter was made
+        planned = tuner.plan_adapter(chosen, f"{name}_eva", stats=stats)
+    planned = replace(planned, name=name, config=replace(planned.config, eva_config=settings))
+    tuner.delete_adapter(name)
+    tuner.apply_plan(planned)
+    tuner.set_adapter(active if len(active) > 1 else active[0], inference_mode=not training)
+
+
+def _trains(model: PeftModel, name: str) -> bool:
+    layers = (layer for _, layer in model.base_model.lora_layers() if name in layer.adapters)
+    return any(p.requires_grad for layer in layers for p in layer.stored_parameters(name).values())

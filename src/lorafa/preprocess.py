@@ -1,0 +1,92 @@
+"""PEFT's documented functions that look at data before an adapter is made: they leave statistics with the model.
+
+The next ``get_peft_model`` or ``add_adapter`` on that model whose start reads statistics takes them;
+:func:`lorafa.initialize` and ``get_peft_model(..., stats=)`` do the same without leaving anything anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorafa.config import LoraConfig
+from lorafa.errors import ConfigError, NotAvailableError
+from lorafa.initialize import collect_statistics
+from lorafa.statistics import Statistics, keep_for
+
+
+def preprocess_loraga(
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: str | Path | None = None
+) -> None:
+    """Estimate the gradients LoRA-GA starts from (arXiv:2407.05000), before ``get_peft_model(model, lora_config)``.
+
+    Args:
+        train_step: runs forward and backward over some batches; the gradients are averaged over the model's calls.
+        cache_file: statistics are taken from it if it holds those of this model and config, otherwise written to it.
+
+    Raises:
+        ConfigError: the config's start reads no gradients.
+        As :func:`lorafa.collect_statistics`; nothing is left with the model then.
+    """
+    keep_for(model, estimate_gradients(model, lora_config, train_step, cache_file))
+
+
+def estimate_gradients(
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: str | Path | None = None
+) -> Statistics:
+    """The gradients of the targets' weights as triplets; arguments and errors as :func:`preprocess_loraga`.
+
+    PEFT leaves whole gradients on the modules; here they are returned, sketched where that is smaller.
+    """
+    _require(lora_config, ("lora_ga", "lora_ga_peft", "lora_one", "gora"), "reads gradients", "lora_ga")
+    return collect_statistics(model, lora_config, train_step, cache=cache_file)
+
+
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Collect the covariances CorDA starts from (arXiv:2406.05223), before ``get_peft_model(model, lora_config)``.
+
+    Args:
+        run_model: runs the model over some batches. May be None where ``corda_config.covariance_file`` (or
+            ``cache_file``) holds those of this model already.
+        hooked_model: not available: ``model`` is the one that runs.
+
+    Raises:
+        ConfigError: the config's start is not CorDA, or there is nothing to run and no file.
+        NotAvailableError: another ``hooked_model``.
+        As :func:`lorafa.collect_statistics`; nothing is left with the model then.
+    """
+    _require(lora_config, ("corda",), "is CorDA", "corda")
+    if hooked_model is not None and hooked_model is not model:
+        raise NotAvailableError(
+            "hooked_model: statistics are collected on the model that gets the adapter. Pass run_model that runs it."
+        )
+    settings = lora_config.corda_config
+    file = None if settings is None else settings.covariance_file or settings.cache_file
+    keep_for(model, collect_statistics(model, lora_config, run_model or _nothing_to_run(file), cache=file))
+
+
+def _nothing_to_run(file: str | None) -> Callable[[], Any]:
+    def run() -> None:
+        found = "none is named" if file is None else f"{file!r} does not hold them"
+        raise ConfigError(
+            f"CorDA needs covariances of the inputs, from run_model or from a file, and {found}. Pass run_model=, a "
+            "function that runs the model over some batches."
+        )
+
+    return run
+
+
+def _require(config: LoraConfig, starts: tuple[str, ...], what: str, instead: str) -> None:
+    if config.init_lora_weights not in starts:
+        raise ConfigError(
+            f"This looks at data for a start that {what}, and init_lora_weights is {config.init_lora_weights!r}. Set "
+            f"init_lora_weights={instead!r}."
+        )
