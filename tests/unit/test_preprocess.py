@@ -64,10 +64,11 @@ def test_the_compatibility_preset_of_lora_ga_is_that_of_peft(direction: str, sca
     for name in ("second", "last"):
         A, B = factors(adapted, name)
         layer = reference.get_submodule(name)
-        tolerance = 0.05 if scale == "weight_svd" else 1e-5  # PEFT's sigma_1(W) is approximate
-        for factor, other_factor in ((A, layer.lora_A["default"].weight), (B, layer.lora_B["default"].weight)):
-            error = (factor.abs() - other_factor.abs()).norm() / factor.norm()  # signs of singular vectors are free
-            assert error < tolerance
+        for mine_, theirs_ in ((A, layer.lora_A["default"].weight), (B, layer.lora_B["default"].weight)):
+            one, two = mine_.abs(), theirs_.abs()  # signs of singular vectors are free
+            if scale == "weight_svd":  # PEFT's sigma_1(W) is far from exact on so flat a spectrum
+                one, two = one / one.norm(), two / two.norm()
+            assert (one - two).norm() / one.norm() < 1e-5
 
 
 def test_preprocess_leaves_statistics_for_the_next_adapter_only() -> None:
