@@ -3,7 +3,7 @@
 from lorafa.config import LoraConfig, PeftType, TaskType
 from lorafa.errors import LoraError
 from lorafa.eva_weights import get_eva_state_dict, initialize_lora_eva_weights
-from lorafa.initialize import collect_statistics, initialize
+from lorafa.initialize import collect_statistics, initialize, start_from
 from lorafa.io.state import get_peft_model_state_dict, set_peft_model_state_dict
 from lorafa.method_configs import (
     ArrowConfig,
@@ -71,5 +71,6 @@ __all__ = [
     "preprocess_loraga",
     "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
+    "start_from",
     "with_ranks",
 ]

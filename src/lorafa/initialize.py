@@ -19,6 +19,7 @@ from lorafa.checks import check_choice
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
 from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.ranks import RankRule, choose_ranks, with_ranks
 from lorafa.statistics import Statistics, digest_of, statistics_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -95,6 +96,7 @@ def initialize(
     data: Data,
     adapter_name: str = "default",
     *,
+    ranks: RankRule | None = None,
     heldout: Sequence[Any] | None = None,
     loss: Loss | None = None,
     autocast_adapter_dtype: bool = True,
@@ -103,25 +105,73 @@ def initialize(
     """``get_peft_model`` with a start from data: collect the statistics, then put the adapter on.
 
     Args:
+        ranks: choose each layer's rank by the data; None keeps the config's, but for EVA with ``rho`` > 1, which has a
+            rule of its own.
         heldout: batches for ``stable_gamma="auto"``, two to eight rows; not those of ``data``.
         collecting: as for :func:`collect_statistics`.
 
     Raises:
-        As :func:`collect_statistics` and :func:`lorafa.get_peft_model`; the model is unchanged then.
+        As :func:`collect_statistics`, :func:`lorafa.choose_ranks` and :func:`lorafa.get_peft_model`; the model is
+        unchanged then.
     """
     if isinstance(model, PeftModel):
         raise AdapterError(
             "The model is a PeftModel already. Call collect_statistics on it, then its add_adapter with stats=."
         )
+    if ranks is not None:
+        collecting = ranks.reads() | collecting
     stats = collect_statistics(model, config, data, loss=loss, **collecting)
-    if getattr(config.init_config, "stable_gamma", None) == "auto":
-        if heldout is None:
-            raise ConfigError(
-                "stable_gamma='auto' compares sizes of the step by their loss on held-out rows. Pass heldout=, two to "
-                "eight rows the data does not have, or set a number."
-            )
-        config = best_gamma(model, config, stats, heldout, loss=loss)
+    return start_from(
+        model, config, stats, adapter_name, ranks=ranks, heldout=heldout, loss=loss,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )  # fmt: skip
+
+
+def start_from(
+    model: nn.Module,
+    config: LoraConfig,
+    stats: Statistics,
+    adapter_name: str = "default",
+    *,
+    ranks: RankRule | None = None,
+    heldout: Sequence[Any] | None = None,
+    loss: Loss | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> PeftModel:
+    """The second half of :func:`initialize`, for statistics that are there already."""
+    config = with_start(model, config, stats, ranks=ranks, heldout=heldout, loss=loss)
     return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, stats=stats)
+
+
+def with_start(
+    model: nn.Module,
+    config: LoraConfig,
+    stats: Statistics,
+    *,
+    ranks: RankRule | None = None,
+    heldout: Sequence[Any] | None = None,
+    loss: Loss | None = None,
+) -> LoraConfig:
+    """The config with everything decided that its start leaves to the data: ranks, and ``stable_gamma="auto"``."""
+    ranks = _own_rule(config) if ranks is None else ranks
+    if ranks is not None:
+        eva = config.eva_config if config.init_lora_weights == "eva" else None
+        keep = eva is None or eva.adjust_scaling_factors
+        config = with_ranks(model, config, choose_ranks(model, config, stats, ranks), keep_scaling=keep)
+    if getattr(config.init_config, "stable_gamma", None) != "auto":
+        return config
+    if heldout is None:
+        raise ConfigError(
+            "stable_gamma='auto' compares sizes of the step by their loss on held-out rows. Pass heldout=, two to "
+            "eight rows the data does not have, or set a number."
+        )
+    return best_gamma(model, config, stats, heldout, loss=loss)
+
+
+def _own_rule(config: LoraConfig) -> RankRule | None:
+    """EVA shares its ranks out unless ``rho`` is 1."""
+    eva = config.eva_config if config.init_lora_weights == "eva" else None
+    return RankRule("explained_variance", r_min=0, rho=eva.rho) if eva is not None and eva.rho > 1 else None
 
 
 def best_gamma(

@@ -62,6 +62,12 @@ class RankRule:
         check_number("threshold", self.threshold, "a number in (0, 1]", 0, 1, closed="]")
         check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")
 
+    def reads(self) -> dict[str, object]:
+        """What :func:`lorafa.collect_statistics` must be told for this rule."""
+        if self.rule == "explained_variance":
+            return {"also": ("principal",)}
+        return {"also": ("gradient",), "halves": self.rule in ("budget", "cross_validation")}
+
 
 def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankRule | None = None) -> dict[str, int]:
     """The rank of every target by its full name; the model is only read.

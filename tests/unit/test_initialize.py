@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapter_toys import assert_unchanged, everything
 from calibration_toys import LAYERS, Toy, gradients, inputs, loss
-from lorafa import LoraConfig, PeftModel, collect_statistics, get_peft_model, initialize
+from lorafa import EvaConfig, LoraConfig, PeftModel, RankRule, collect_statistics, get_peft_model, initialize
 from lorafa.calibration.gradient import gradient_matrix
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initialize import GAMMAS
@@ -287,3 +287,24 @@ def test_saved_starts_from_data_load_with_equal_outputs(tmp_path: Path) -> None:
         adapted = initialize(Toy(), config(start), data, loss=loss).eval()
         adapted.save_pretrained(tmp_path / start)
         assert torch.equal(PeftModel.from_pretrained(Toy(), tmp_path / start)(x), adapted(x))
+
+
+def test_ranks_can_come_from_the_data() -> None:
+    data = inputs(8)
+    uniform = get_peft_model(Toy(), config(True)).get_nb_trainable_parameters()[0]
+    adapted = initialize(Toy(), config("lora_one", r=3), data, loss=loss, ranks=RankRule("budget", r_max=8))
+    layers = {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()}
+    assert len(set(layers.values())) > 1
+    budget = get_peft_model(Toy(), config(True, r=3)).get_nb_trainable_parameters()[0]
+    assert uniform < adapted.get_nb_trainable_parameters()[0] <= budget
+    scalings = [layer.scaling["default"] for _, layer in adapted.base_model.lora_layers()]
+    assert scalings == pytest.approx([4 / 3] * 3)
+
+
+def test_eva_shares_its_ranks_out_by_itself() -> None:
+    data = inputs(4)
+    shared = initialize(Toy(), config("eva", eva_config=EvaConfig(rho=2.0)), data)
+    ranks = [layer.r["default"] for _, layer in shared.base_model.lora_layers()]
+    assert sum(ranks) == 6
+    fixed = initialize(Toy(), config("eva", eva_config=EvaConfig(rho=1.0)), data)
+    assert [layer.r["default"] for _, layer in fixed.base_model.lora_layers()] == [2, 2, 2]

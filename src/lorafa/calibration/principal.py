@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.moments import InputStatistic
+from lorafa.calibration.spectrum import by_explained_variance
 from lorafa.linalg import fix_signs, float_matrix, leading_right
 
 MOST_PASSES = 10
@@ -122,7 +123,7 @@ class IncrementalPCA(InputStatistic):
         self.settings = PCASettings.of(layer.settings)
         self.k = min(round(self.settings.rho * layer.rank), layer.in_)
         self.needed = self.k
-        """Leading components that must converge; a collector that shares out ranks lowers it to what it would take."""
+        """Leading components that must converge; see :meth:`compare`."""
         self.scatter = Scatter.nothing(self.k, layer.in_)
         self.converged = torch.zeros(self.k, dtype=torch.bool)
         self._waiting: list[Tensor] = []
@@ -138,6 +139,31 @@ class IncrementalPCA(InputStatistic):
 
     def wants_pass(self, number: int) -> bool:
         return number == 0 or (number < MOST_PASSES and self.scatter.count > 0 and not self.satisfied)
+
+    @classmethod
+    def compare(cls, layers: Sequence[tuple[Measured, IncrementalPCA]]) -> None:
+        """Let each wait only for the components it would get if ranks were shared out now, as PEFT does.
+
+        To be called after every batch; without it all k components of every layer must converge.
+
+        Args:
+            layers: every layer with the statistic that serves it: one may serve many.
+        """
+        if not all(statistic.scatter.count for _, statistic in layers):
+            return
+        ratios = {layer.name: statistic.explained_variance.cpu() for layer, statistic in layers}
+        rho = max(statistic.settings.rho for _, statistic in layers)
+        found = by_explained_variance(ratios, {layer.name: layer.rank for layer, _ in layers}, rho)
+        for _, statistic in layers:
+            statistic.needed = 0
+        for layer, statistic in layers:
+            statistic.needed = max(statistic.needed, found[layer.name])
+
+    @property
+    def explained_variance(self) -> Tensor:
+        """(k,) the components' shares of the total variance; zero where there is none, or it is not finite."""
+        total = self.scatter.total.clamp(min=torch.finfo(self.scatter.total.dtype).tiny)
+        return (self.scatter.singular_values.square() / total).nan_to_num()
 
     def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:
         self.scatter = self.scatter.times(1 / self._ranks)
