@@ -214,6 +214,20 @@ def test_only_the_components_that_are_needed_must_converge() -> None:
     assert statistic.satisfied
 
 
+def test_layers_wait_for_the_components_they_would_get_if_ranks_were_shared_out() -> None:
+    """One layer's variance is in one direction, the other's in many; the first also serves a third layer."""
+    measured = [Measured(name, 8, IN, 2, PCASettings()) for name in ("steep", "flat", "like steep")]
+    steep, flat = IncrementalPCA(measured[0]), IncrementalPCA(measured[1])
+    layers = [(measured[0], steep), (measured[1], flat), (measured[2], steep)]
+    steep.update(torch.randn(400, IN) * torch.tensor([10.0, *[0.1] * (IN - 1)]), None)
+    IncrementalPCA.compare(layers)
+    assert (steep.needed, flat.needed) == (4, 4)  # nothing is known of the second yet
+    flat.update(torch.randn(400, IN) * torch.tensor([*[10.0] * 4, *[0.1] * (IN - 4)]), None)
+    IncrementalPCA.compare(layers)
+    assert (steep.needed, flat.needed) == (1, 4)  # six ranks: one each for the steep ones, four for the flat one
+    assert flat.explained_variance.sum() == pytest.approx(1, abs=0.01)
+
+
 def test_data_are_gone_round_again_until_it_settles_but_not_for_ever() -> None:
     statistic, batches = pca(rank=3, tau=0.99), list(data(60).split(15))
     run(statistic, batches[:2])
@@ -238,6 +252,7 @@ def test_tokens_that_are_not_finite_make_a_result_that_is_not() -> None:
     found = run(statistic, [data(50), x, data(50)])
     assert found["components"].isnan().all()
     assert found["singular_values"].isnan().all()
+    assert not statistic.explained_variance.any()
     assert statistic.satisfied
 
 
