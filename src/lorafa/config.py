@@ -13,7 +13,7 @@ from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
 from lorafa.config_checks import START_SETTINGS, check_config, settings_field
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
-from lorafa.initializers import NOT_YET, find_start
+from lorafa.initializers import find_start
 from lorafa.method_configs import (
     ArrowConfig,
     BdLoraConfig,
@@ -60,8 +60,6 @@ _LATER_FIELDS = {
     "megatron_config": "LoRA on Megatron's parallel layers",
     "layer_replication": "Layer replication",
 }
-# After training these starts are plain LoRA on the original base: a file made with them can be used without the start.
-_STARTS_OVER_ONCE_TRAINED = ("eva",)
 
 
 class TaskType(str, Enum):
@@ -209,7 +207,7 @@ class LoraConfig:
             return
         self.init_lora_weights = start.value
         field_name = settings_field(start)
-        own = start.initializer.settings if start.initializer and field_name == "init_config" else None
+        own = start.initializer.settings if field_name == "init_config" else None
         kind = own if isinstance(own, type) else _NESTED.get(field_name or "")
         if field_name is not None and kind is not None:
             given = copy.deepcopy(from_nested(kind, getattr(self, field_name), field_name))
@@ -322,33 +320,26 @@ def _is_empty(value: object) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def unavailable(config: LoraConfig, *, trained: bool = False) -> list[str]:
-    """The documented features the config asks for and this version does not have, as "EVA (init_lora_weights='eva')".
-
-    Args:
-        trained: the config comes with trained weights; then a start that leaves plain LoRA behind counts as done.
-    """
+def unavailable(config: LoraConfig) -> list[str]:
+    """The documented features the config asks for and this version does not have, as "QA-LoRA (use_qalora=True)"."""
     built = switches()
     asked = [
         f"{feature} ({name}={getattr(config, name)!r})"
         for name, feature in _LATER_FIELDS.items()
         if getattr(config, name) and name not in built
     ]
-    start = find_start(config.init_lora_weights)
-    if start is not None and start.initializer is None and not (trained and start.name in _STARTS_OVER_ONCE_TRAINED):
-        asked.append(f"{NOT_YET[start.name]} (init_lora_weights={start.value!r})")
     if config.runtime_config.ephemeral_gpu_offload:
         asked.append("Computing DoRA's start on the GPU (runtime_config.ephemeral_gpu_offload=True)")
     return asked
 
 
-def require_available(config: LoraConfig, *, trained: bool = False) -> None:
-    """Refuse a config this version cannot carry out in full; arguments as in :func:`unavailable`.
+def require_available(config: LoraConfig) -> None:
+    """Refuse a config this version cannot carry out in full.
 
     Raises:
         NotAvailableError: names every such feature and the field that asks for it.
     """
-    asked = unavailable(config, trained=trained)
+    asked = unavailable(config)
     if asked:
         raise NotAvailableError(
             f"{' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} not available yet in lorafa {VERSION}; "

@@ -44,7 +44,7 @@ def settings_field(start: Start | None) -> str | None:
     """The field of LoraConfig with the settings of a start, None where it has none."""
     if start is None:
         return None
-    declared = start.initializer.settings if start.initializer else None
+    declared = start.initializer.settings
     own = declared if isinstance(declared, str) else f"{start.name}_config"
     if own in START_SETTINGS:
         return own
@@ -139,11 +139,11 @@ def _check_start(config: LoraConfig) -> None:
         raise ConfigError(
             f"lora_bias=True works with init_lora_weights=True or False, found {value!r}. Drop one of the two."
         )
-    if config.freeze_A and start.initializer and start.initializer.trains == "A":
+    if config.freeze_A and start.initializer.trains == "A":
         raise ConfigError(
             f"freeze_A=True leaves nothing to train: init_lora_weights={value!r} trains A alone. Drop one of the two."
         )
-    check_rank = start.initializer.check_rank if start.initializer else None
+    check_rank = start.initializer.check_rank
     ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
     for name, rank in ranks.items():
         if check_rank is not None:
@@ -161,5 +161,5 @@ def _check_settings(config: LoraConfig, start: Start) -> None:
             )
     if own == "loftq_config" and not config.loftq_config:
         raise ConfigError("init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).")
-    if own == "init_config" and start.initializer and isinstance(start.initializer.settings, type):
+    if own == "init_config" and isinstance(start.initializer.settings, type):
         from_nested(start.initializer.settings, config.init_config, "init_config")

@@ -117,7 +117,7 @@ def given(model: nn.Module, config: LoraConfig, stats: Mapping[str, Mapping[str,
         CalibrationError: they were collected on another model.
     """
     start = find_start(config.init_lora_weights)
-    if stats is None and start is not None and start.initializer is not None and start.initializer.needs:
+    if stats is None and start is not None and start.initializer.needs:
         stats = model.__dict__.get(_KEPT)
     if isinstance(stats, Statistics):
         stats.check_fits(model)
@@ -176,7 +176,6 @@ def statistics_of(
 def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
     start = find_start(config.init_lora_weights)
     assert start is not None  # config.check() has found it
-    assert start.initializer is not None  # require_available has
     wanted = list(dict.fromkeys([*start.initializer.needs, *also]))
     if not wanted:
         raise CalibrationError(

@@ -15,7 +15,7 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.adapter import Adapter
 from lorafa.config import unavailable
 from lorafa.errors import CalibrationError, ConfigError
-from lorafa.initializers import INITIALIZERS, NOT_YET, find_start
+from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
 from lorafa.registry import Registry
 from lorafa.surgery.inject import apply
@@ -225,9 +225,8 @@ def test_every_variant_but_plain_lora_has_a_switch_of_its_own() -> None:
     assert sorted(switches().values()) == sorted(set(VARIANTS.names()) - {"lora"})
 
 
-def test_no_two_starts_share_a_name_and_none_is_both_there_and_not_yet() -> None:
+def test_no_two_starts_share_a_name_and_each_is_found_by_its_own() -> None:
     spelled = [name.lower() for name in INITIALIZERS.names()]
     spelled += [str(value).lower() for name in INITIALIZERS.names() for value in INITIALIZERS.get(name).also]
     assert len(spelled) == len(set(spelled))
-    assert not set(NOT_YET) & set(INITIALIZERS.names())
-    assert all(find_start(name.replace("_N", "_3")).name == name for name in NOT_YET)  # type: ignore[union-attr]
+    assert all(find_start(name).name == name for name in INITIALIZERS.names())  # type: ignore[union-attr]

@@ -247,11 +247,6 @@ def test_two_features_that_are_not_there_are_both_named():
         require_available(config)
 
 
-def test_a_trained_eva_adapter_is_plain_lora_and_needs_no_eva():
-    config = LoraConfig(init_lora_weights="eva")
-    require_available(config, trained=True)
-
-
 def test_the_version_in_the_code_is_the_one_of_the_package():
     project = Path(__file__).parents[2] / "pyproject.toml"
     (version,) = re.findall(r'^version = "(.+)"$', project.read_text(), flags=re.MULTILINE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lorafa.initializers.base import Initializer
@@ -31,8 +31,6 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "olora": "lorafa.initializers.olora:olora",
     },
 )
-NOT_YET: Mapping[str, str] = {}
-"""Known starts that have no initializer yet -> their names. A line is deleted when its start enters the table above."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,15 @@ class Start:
     """What a value of ``init_lora_weights`` means."""
 
     name: str
-    """Its line in INITIALIZERS or NOT_YET."""
+    """Its line in INITIALIZERS."""
     value: bool | str
     """The value in its one form: lower case, or True or False where that means the same."""
     number: int | None = None
     """The number in the value: 4 for "pissa_niter_4"."""
 
     @property
-    def initializer(self) -> Initializer | None:
-        """None for a start of NOT_YET."""
-        return INITIALIZERS.get(self.name) if self.name in INITIALIZERS else None
+    def initializer(self) -> Initializer:
+        return INITIALIZERS.get(self.name)
 
 
 def find_start(value: object) -> Start | None:
@@ -60,8 +57,8 @@ def find_start(value: object) -> Start | None:
         fits, number = _match(value, spelling)
         if fits:
             found = Start(name, value.lower() if isinstance(value, str) else value, number)
-            also = found.initializer.also if found.initializer else ()
-            return next((Start(name, switch) for switch in also if isinstance(switch, bool)), found)
+            switches = (also for also in found.initializer.also if isinstance(also, bool))
+            return next((Start(name, switch) for switch in switches), found)
     return None
 
 
@@ -72,8 +69,8 @@ def start_values() -> list[bool | str]:
 
 
 def _spellings() -> Iterator[tuple[bool | str, str]]:
-    """(value, line in a table); names before what initializers declare, so that a name is found without an import."""
-    for name in (*INITIALIZERS.names(), *NOT_YET):
+    """(value, line in the table); names before what initializers declare, so that a name is found without an import."""
+    for name in INITIALIZERS.names():
         yield name, name
     for name in INITIALIZERS.names():
         yield from ((value, name) for value in INITIALIZERS.get(name).also)

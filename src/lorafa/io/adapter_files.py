@@ -111,7 +111,7 @@ def save_adapter(
     if fallbacks:
         side["fallbacks"] = fallbacks
     start = find_start(config.init_lora_weights)
-    if start is not None and start.initializer is not None and start.initializer.quantizer is not None:
+    if start is not None and start.initializer.quantizer is not None:
         layers = [(path, layer) for path, layer in _fingerprinted(model) if name in layer.adapters and layer.origin]
         side["quantized"] = fingerprint((path, layer.base_weight()) for path, layer in layers)
     require_values(folder / WEIGHTS_NAME, tensors)

@@ -55,7 +55,7 @@ def plan(
     """
     options = options or Options()
     config.check()
-    require_available(config, trained=options.from_file)
+    require_available(config)
     check_adapter_name(model, name)
     config = with_tied_ends(model, with_heads(config), lenient=options.from_file)
     targets = find_targets(model, config, lenient=options.from_file)
