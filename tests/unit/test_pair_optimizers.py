@@ -343,7 +343,7 @@ def test_a_negative_learning_rate_is_refused(name: str) -> None:
 def test_a_frozen_A_is_refused(name: str) -> None:
     model = adapted()
     create_lorafa_optimizer(model, lr=1e-3)
-    with pytest.raises(AdapterError, match=r"A is frozen, but .* moves A and B together"):
+    with pytest.raises(AdapterError, match=r"A is frozen, but .* moves A and B together. Use create_lorafa_optimizer"):
         MAKERS[name](model)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafa.checks import check_choice
-from lorafa.errors import ConfigError
+from lorafa.errors import AdapterError, ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import AdamW
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_state
@@ -123,7 +123,7 @@ def create_lorafa_optimizer(
 
     Raises:
         ConfigError: an argument is out of range or is not what the model has.
-        AdapterError: there are no adapters, or some A has dependent rows or is not finite.
+        AdapterError: there are no adapters; some A has dependent rows, is not finite, or is trained beside a frozen B.
         BackendError: a factor is sharded or quantized.
 
     Everything is checked before the model is changed.
@@ -135,6 +135,7 @@ def create_lorafa_optimizer(
             "correct_bias=False is not defined for algorithm='fold': torch's AdamW always corrects. Use 'exact'."
         )
     pairs = pairs_of(model)
+    _require_trained_B(pairs)
     _check_arguments(pairs, r, lora_alpha, use_rslora)
     rest = other_groups(model, pairs, weight_decay)
     if algorithm == "exact":
@@ -162,14 +163,18 @@ def create_lorafa_optimizer(
 
 def _freeze(model: nn.Module, pairs: Sequence[Pair]) -> None:
     """Make a frozen A part of the adapters: of their layers, and of the configs that are saved with them."""
+    names = {pair.name for pair in pairs}
+    tables = (module.__dict__.get("peft_config") for module in model.modules())
+    frozen = [
+        (table, {name: replace(config, freeze_A=True) for name, config in table.items() if name in names})
+        for table in tables
+        if isinstance(table, dict)
+    ]
     for pair in pairs:
         pair.layer.trains[pair.name] = "B"
         pair.A.requires_grad_(False)
-    names = {pair.name for pair in pairs}
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config")
-        if isinstance(configs, dict):
-            configs |= {name: replace(config, freeze_A=True) for name, config in configs.items() if name in names}
+    for table, configs in frozen:
+        table |= configs
 
 
 @torch.no_grad()
@@ -198,6 +203,16 @@ def _fold_into(pair: Pair, A: Tensor, B: Tensor, L: Tensor) -> None:
     wide_A, wide_B = pair.matrices_A(A).cpu().double(), pair.matrices_B(B).cpu().double()
     A.copy_(pair.stored_A(torch.linalg.solve_triangular(L, wide_A, upper=False)))
     B.copy_(pair.stored_B(wide_B @ L))
+
+
+def _require_trained_B(pairs: Iterable[Pair]) -> None:
+    for pair in pairs:
+        if "B" not in pair.layer.trains[pair.name] or (pair.A.requires_grad and not pair.B.requires_grad):
+            raise AdapterError(
+                f"{pair.path}, adapter {pair.name!r}: B is frozen and A is trained, and LoRA-FA trains B alone: "
+                "nothing would be left. Use a stock optimizer such as torch.optim.AdamW, or a start that trains B. "
+                "Nothing was changed."
+            )
 
 
 def _check_arguments(pairs: Sequence[Pair], r: int | None, alpha: float | None, use_rslora: bool | None) -> None:

@@ -173,10 +173,12 @@ def trained_together(pairs: Iterable[Pair], method: str) -> list[Pair]:
     trained = []
     for pair in pairs:
         if pair.A.requires_grad != pair.B.requires_grad:
-            factor = "B" if pair.A.requires_grad else "A"
+            frozen, instead = ("B", "a stock optimizer such as torch.optim.AdamW")
+            if pair.B.requires_grad:
+                frozen, instead = ("A", "create_lorafa_optimizer, which trains B alone")
             raise AdapterError(
-                f"{pair.path}, adapter {pair.name!r}: {factor} is frozen, but {method} moves A and B together. Use "
-                "create_lorafa_optimizer for adapters with a frozen A."
+                f"{pair.path}, adapter {pair.name!r}: {frozen} is frozen, but {method} moves A and B together. Use "
+                f"{instead}."
             )
         if pair.A.requires_grad:
             trained.append(pair)
