@@ -14,6 +14,7 @@ import lorafa.train.schema as schema
 from lorafa.conf.compose import ALIASES, KEYS, compose, groups
 from lorafa.conf.typed import build, expected, field_docs, keys, plain
 from lorafa.errors import ConfigError
+from lorafa.train.recipe import lora_config
 from lorafa.train.schema import RunConfig
 
 SOURCE = Path(schema.__file__).parents[1]
@@ -101,8 +102,12 @@ def test_a_config_is_frozen() -> None:
     [
         ("peft.rr=3", r"There is no setting 'peft.rr'. Did you mean 'peft.r'\? `lorafa train --help` lists"),
         ("lr=1", r"There is no setting 'lr'. Did you mean 'optim.lr'\?"),
-        ("init.mode=pisa", r"init.mode has no value 'pisa'. Did you mean 'pissa'\? Known: default, gaussian, "),
-        ("init.direction=x", "There is no setting 'init.direction'."),
+        (
+            "init.mode=pisa",
+            r"init.mode has no value 'pisa'. Did you mean 'pissa'\? Known: default, gradient, ",
+        ),
+        ("init.direction=x", "init.direction must be one of LoRA-One, LoRA-FA, ArB2r, "),
+        ("init.angle=x", "There is no setting 'init.angle'."),
         ("peft=dorra", r"peft has no option 'dorra'. Did you mean 'dora'\? Known: dora, lora"),
         ("peft.r=a", r"peft.r must be an integer, found 'a' \(str\). Write peft.r=8 for example."),
         ("peft.r='8'", r"peft.r must be an integer, found '8' \(str\)"),
@@ -229,3 +234,55 @@ def test_every_setting_is_read_by_something() -> None:
     read = {found for function in functions for found in _reads(function)}
     declared = {(name, field.name) for name, cls in SCHEMA.items() for field in fields(cls)}
     assert declared - read == set()
+
+
+# ---- starts ---------------------------------------------------------------------------------------------------------
+
+DOCUMENTED = "+init=gradient ++init.direction=LoRA-FA ++init.scale=stable ++init.stable_gamma=128 ++init.bsz=1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start", "field", "settings"),
+    [
+        (DOCUMENTED, "lora_one", "init_config", {"scale": "stable", "stable_gamma": 128.0}),
+        ('+init=gradient ++init.weight="stable"', "lora_one", "init_config", {"scale": "stable"}),
+        ("+init=gradient init.stable_gamma=auto", "lora_one", "init_config", {"stable_gamma": "auto"}),
+        ("+init=gradient init.direction=ArBr init.scale=gd", "lora_ga", "lora_ga_config", {"scale": "gd_scale"}),
+        ("init=lora_ga init.direction=random", "lora_ga", "lora_ga_config", {"direction": "random"}),
+        ("init=functional init.normalize=global", "functional", "init_config", {"normalize": "global"}),
+        ("+init=svd init.exact=true", "pissa", "init_config", {"exact": True}),
+        ("+init=kaiming", True, None, {}),
+        ("+init=gaussian", "gaussian", None, {}),
+        ("+init=eva init.rho=1.5 init.whiten=true", "eva", "eva_config", {"rho": 1.5, "whiten": True}),
+        ("+init=corda init.corda_method=kpm", "corda", "corda_config", {"corda_method": "kpm"}),
+        ("+init=olora init.pivoted=true", "olora", "init_config", {"pivoted": True}),
+        ("+init=loftq init.loftq_bits=8 init.loftq_iter=3", "loftq", None, {}),
+        ("init=gora init.step=0.1", "gora", "init_config", {"step": 0.1}),
+        *((f"init={name}", name, None, {}) for name in ("milora", "mica", "lora_null")),
+    ],
+)
+def test_starts_of_the_documents_become_configs(
+    overrides: str, start: object, field: str | None, settings: dict[str, object]
+) -> None:
+    config = lora_config(compose(overrides.split()))
+    assert config.init_lora_weights == start
+    for name, value in settings.items():
+        assert getattr(getattr(config, str(field)), name) == value
+    if start == "loftq":
+        assert config.loftq_config == {"loftq_bits": 8, "loftq_iter": 3}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ("init=pissa init.rho=2", r"init\.rho does not belong to init\.mode=pissa, which has exact\. Drop it"),
+        ("init=gaussian init.scale=unit", r"init\.scale does not belong to init\.mode=gaussian, which has no settings"),
+        ("init=lora_one init.direction=ArBr", r"init\.direction does not belong to init\.mode=lora_one"),
+        ("init=lora_ga init.stable_gamma=auto", r"stable_gamma must be a number > 0"),
+        ("init=gradient init.iters=0", r"init\.iters must be an integer >= 1"),
+        ("init=gradient init.ranks=budget init.r_min=4 init.r_max=2", r"r_max must be an integer >= 4"),
+    ],
+)
+def test_a_setting_of_another_start_is_refused(overrides: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        compose(overrides.split())

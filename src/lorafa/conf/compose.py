@@ -22,7 +22,12 @@ from lorafa.train.schema import RunConfig
 
 FOLDER = Path(__file__).parent
 KEYS: Mapping[str, Key] = {key.name: key for key in keys(RunConfig)}
-ALIASES: Mapping[str, str] = {"peft.lora_r": "peft.r", "dataset_name": "data.name", "model.epochs": "train.epochs"}
+ALIASES: Mapping[str, str] = {
+    "peft.lora_r": "peft.r",
+    "dataset_name": "data.name",
+    "model.epochs": "train.epochs",
+    "init.weight": "init.scale",
+}
 """Names that published commands use -> the name here."""
 OPEN_GROUPS = ("model", "data")
 """Groups whose value may be any name: it becomes ``<group>.name``."""

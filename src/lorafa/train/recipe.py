@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,17 +28,17 @@ from lorafa.errors import DataError
 from lorafa.evals.generation import check_prompts
 from lorafa.evals.gsm8k import EvalResult, evaluate
 from lorafa.evals.perplexity import answer_loss
-from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.peft_model import PeftModel
 from lorafa.storage import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
+from lorafa.train.init_config import start_fields
 from lorafa.train.optimizers import STOCK, pair_optimizer
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.schema import DataConfig, EvalConfig, RunConfig
+from lorafa.train.starts import start_adapter
 from lorafa.train.trainer import LoraTrainer
 
-STARTS: Mapping[str, bool | str] = {"default": True, "random": False}
-"""Names of starts that LoraConfig spells otherwise."""
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 SHOWN_SAMPLES = 6
 """Held-out questions whose answers, before and after, are kept in the result."""
@@ -68,6 +68,8 @@ class Prepared:
     collator: Collator
     seconds: float
     """How long it took to load and make all this."""
+    start: dict[str, Any] = field(default_factory=dict)
+    """What a start from data has read and chosen; empty for the others."""
 
     def samples_sha256(self) -> str:
         """Fingerprint of all samples, in their order: by it a continued run knows that it goes on with the same."""
@@ -100,11 +102,13 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     prompts = [encode_prompt(record.question, tokenizer) for record in graded(records, config.eval)]
     check_prompts(model, prompts, config.eval.max_new_tokens)
     set_seed(config.train.seed)
-    peft_model = get_peft_model(model, adapter)
-    console.print(coverage_table(coverage(peft_model)))
-    _show_data(records, train, heldout, tokenizer, console)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
-    return Prepared(peft_model, tokenizer, records, train, heldout, collator, time.monotonic() - started)
+    with console.status("Starting the adapter"):
+        begun = start_adapter(model, adapter, config.init, train.samples, collator)
+    console.print(coverage_table(coverage(begun.model)))
+    _show_data(records, train, heldout, tokenizer, console)
+    seconds = time.monotonic() - started
+    return Prepared(begun.model, tokenizer, records, train, heldout, collator, seconds, begun.record)
 
 
 def train(
@@ -133,6 +137,7 @@ def train(
         source=prepared.records.source,
         samples_sha256=samples_now,
         parameters={"trainable": trainable, "all": parameters},
+        **({"start": prepared.start} if prepared.start else {}),
     )
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
     before = earlier.get("before")
@@ -214,8 +219,8 @@ def lora_config(config: RunConfig) -> LoraConfig:
         freeze_A=peft.freeze_A,
         modules_to_save=peft.modules_to_save,
         target_parameters=peft.target_parameters,
-        init_lora_weights=STARTS.get(config.init.mode, config.init.mode),
         init_seed=config.train.seed,
+        **start_fields(config.init),
     )
 
 

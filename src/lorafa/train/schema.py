@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorafa.checks import check_int, check_number
-from lorafa.errors import ConfigError, did_you_mean
-from lorafa.initializers import INITIALIZERS, find_start
+from lorafa.errors import ConfigError
+from lorafa.train.init_config import InitConfig
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -111,21 +111,6 @@ class PeftConfig:
     """Modules trained in full and saved with the adapter."""
     target_parameters: list[str] | None = None
     """Parameters that belong to no layer of their own, such as stacked experts, to adapt by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """Where A and B start."""
-
-    mode: str = "default"
-    """Start: default (A random, B zero), random (both random), gaussian, orthogonal, pissa."""
-
-    def __post_init__(self) -> None:
-        if self.mode != "default" and find_start(self.mode) is None:
-            known = ["default", *INITIALIZERS.names()]
-            raise ConfigError(
-                f"init.mode has no value {self.mode!r}.{did_you_mean(self.mode, known)} Known: {', '.join(known)}."
-            )
 
 
 OPTIONS_OF_ONE = {

@@ -1,0 +1,151 @@
+"""The settings of a run that say where A and B start, and how they become those of a LoraConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lorafa.checks import check_int
+from lorafa.config_checks import settings_field
+from lorafa.errors import ConfigError, did_you_mean
+from lorafa.initializers import INITIALIZERS, Start, find_start
+from lorafa.method_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from lorafa.ranks import RankRule
+
+STARTS: Mapping[str, bool | str] = {"default": True, "kaiming": True, "random": False, "svd": "pissa"}
+"""Names of starts that LoraConfig spells otherwise; "svd" is what LoRA-One's scripts call PiSSA."""
+ONE_STEP = ("LoRA-One", "LoRA-FA")
+"""Directions of mode "gradient" that are LoRA-One's; the second is what some documents call it."""
+OF_PEFT: Mapping[str, type[Any]] = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "loftq_config": LoftQConfig,
+    "lora_ga_config": LoraGAConfig,
+}
+"""The fields of LoraConfig for the settings of single starts, and their classes."""
+SCALES = {"gd": "gd_scale", "weightS": "weight_svd"}
+"""Scales of LoRA-GA by their names in its authors' scripts -> PEFT's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where A and B start, and what the start reads of the data."""
+
+    mode: str = "default"
+    """Start: default (A random, B zero), random, gaussian, orthogonal; pissa (svd), milora, olora, mica, loftq from the
+    weights; lora_one, lora_ga, functional, gora (gradient: the one direction names) from gradients; eva, corda,
+    lora_null from inputs."""
+    direction: Literal["LoRA-One", "LoRA-FA", "ArB2r", "A2rBr", "ArBr", "random"] | None = None
+    """gradient: LoRA-One (LoRA-FA is another name for it), or one of LoRA-GA's, which lora_ga takes too."""
+    scale: Literal["stable", "gd", "unit", "weightS", "gd_scale", "weight_svd"] | None = None
+    """lora_one, functional, lora_ga: how large the start is; null takes the method's own."""
+    stable_gamma: float | Literal["auto"] | None = None
+    """Same starts: gamma of scale stable; auto (not lora_ga) tries six on rows the statistics have not seen."""
+    normalize: Literal["layer", "global", "none"] | None = None
+    """lora_one, functional: what singular values are divided by."""
+    step: float | None = None
+    """gora: the first step as a share of the gradient's norm."""
+    rho: float | None = None
+    """eva: how many times its rank a layer may get; 1 keeps all ranks."""
+    tau: float | None = None
+    """eva: cosine of successive directions at which they count as settled."""
+    whiten: bool | None = None
+    """eva: divide directions by the root of their singular value."""
+    corda_method: Literal["ipm", "kpm"] | None = None
+    """corda: adapt the directions that matter most for the data, or least."""
+    loftq_bits: Literal[4, 8] | None = None
+    """loftq: bits of the quantized base."""
+    loftq_iter: int | None = None
+    """loftq: alternations of quantizing and fitting."""
+    exact: bool | None = None
+    """pissa: decompose whole weights."""
+    pivoted: bool | None = None
+    """olora: the columns that stick out farthest instead of the first."""
+    bsz: int = 1
+    """Rows in a batch of what is read of the data."""
+    iters: int = 8
+    """Batches that are read: the first training rows, bsz * iters of them."""
+    max_length: int = 1024
+    """Longest of these rows in tokens; longer ones are cut."""
+    passes: int = 1
+    """Times a gradient statistic goes over them: 1, 2, or 4 for a power iteration."""
+    ranks: Literal["budget", "cross_validation", "energy", "stable_rank", "importance"] | None = None
+    """Choose each layer's rank by its gradient: the parameters of peft.r shared out (budget), or a rule for each layer;
+    null keeps peft.r everywhere."""
+    r_min: int = 1
+    """ranks: the smallest a layer gets."""
+    r_max: int | None = None
+    """ranks: the largest; null is four times peft.r."""
+
+    def __post_init__(self) -> None:
+        for name in ("bsz", "iters", "max_length", "passes"):
+            check_int(f"init.{name}", getattr(self, name), at_least=1)
+        rank_rule(self)
+        start_fields(self)
+
+
+def start_of(init: InitConfig) -> Start:
+    """What ``mode`` and ``direction`` mean.
+
+    Raises:
+        ConfigError: an unknown mode.
+    """
+    mode: bool | str = STARTS.get(init.mode, init.mode)
+    if mode == "gradient":
+        mode = "lora_one" if init.direction in (None, *ONE_STEP) else "lora_ga"
+    start = find_start(mode)
+    if start is None:
+        known = list(dict.fromkeys(["default", "gradient", "kaiming", "svd", *INITIALIZERS.names()]))
+        raise ConfigError(
+            f"init.mode has no value {init.mode!r}.{did_you_mean(init.mode, known)} Known: {', '.join(known)}."
+        )
+    return start
+
+
+def rank_rule(init: InitConfig) -> RankRule | None:
+    """How ranks are chosen by the data; None: they are not."""
+    return None if init.ranks is None else RankRule(init.ranks, r_min=init.r_min, r_max=init.r_max)
+
+
+def start_fields(init: InitConfig) -> dict[str, Any]:
+    """The fields of a LoraConfig that say the same.
+
+    Raises:
+        ConfigError: an unknown mode, or a setting that belongs to another start.
+    """
+    start = start_of(init)
+    of_lora_ga = start.name.startswith("lora_ga")
+    settings = {
+        "direction": init.direction if of_lora_ga or init.mode != "gradient" else None,
+        "scale": SCALES.get(init.scale or "", init.scale) if of_lora_ga else init.scale,
+        "stable_gamma": init.stable_gamma,
+        "normalize": init.normalize,
+        "step": init.step,
+        "rho": init.rho,
+        "tau": init.tau,
+        "whiten": init.whiten,
+        "corda_method": init.corda_method,
+        "loftq_bits": init.loftq_bits,
+        "loftq_iter": init.loftq_iter,
+        "exact": init.exact,
+        "pivoted": init.pivoted,
+    }
+    field, kind = settings_field(start), _settings_class(start)
+    known = {one.name for one in fields(kind)} if kind is not None else set()
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"init.{name} does not belong to init.mode={init.mode}, which has "
+                f"{', '.join(name for name in settings if name in known) or 'no settings of its own'}. Drop it, or "
+                "choose another start."
+            )
+    own = {field: kind(**given)} if field is not None and kind is not None else {}
+    return {"init_lora_weights": start.value} | own
+
+
+def _settings_class(start: Start) -> type[Any] | None:
+    """The dataclass of a start's settings."""
+    field, declared = settings_field(start), start.initializer.settings if start.initializer else None
+    return OF_PEFT.get(field or "") or (declared if isinstance(declared, type) else None)

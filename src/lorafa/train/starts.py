@@ -1,0 +1,92 @@
+"""Put the adapter of a run on, with what its start reads of the training rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafa.config import LoraConfig
+from lorafa.data.chat import Sample
+from lorafa.data.collate import Collator
+from lorafa.errors import DataError
+from lorafa.initialize import collect_statistics, with_start
+from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.train.init_config import InitConfig, rank_rule, start_of
+from lorafa.train.loss import supervised_loss
+
+HELD_OUT = 8
+"""Rows after those of the statistics that ``stable_gamma=auto`` compares losses on."""
+SHOWN = 64
+"""Singular values of a layer that are recorded."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """An adapted model, and what is recorded of how it started."""
+
+    model: PeftModel
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def start_adapter(
+    model: nn.Module, adapter: LoraConfig, init: InitConfig, samples: Sequence[Sample], collator: Collator
+) -> Started:
+    """``get_peft_model``, after collecting what the start or the ranks are chosen by over the first rows.
+
+    Raises:
+        DataError: there are fewer rows than that takes.
+        LoraError: as :func:`lorafa.initialize`.
+    """
+    start, rule = start_of(init), rank_rule(init)
+    needs = start.initializer.needs if start.initializer else ()
+    if not needs and rule is None:
+        return Started(get_peft_model(model, adapter))
+    began = time.monotonic()
+    count = init.bsz * init.iters
+    rows, held = samples[:count], samples[count : count + HELD_OUT]
+    if len(rows) < count or (init.stable_gamma == "auto" and not held):
+        raise DataError(
+            f"init reads {count} rows (init.bsz * init.iters), and for stable_gamma=auto a few more; there are "
+            f"{len(samples)} to train on. Lower init.iters."
+        )
+    collecting: dict[str, Any] = {"passes": init.passes} | ({} if rule is None else rule.reads())
+    collecting["halves"] = bool(collecting.get("halves")) and init.iters > 1
+    batches = _batches(rows, init.bsz, init.max_length, collator)
+    stats = collect_statistics(model, adapter, batches, loss=supervised_loss, **collecting)
+    heldout = _batches(held, 1, init.max_length, collator)
+    chosen = with_start(model, adapter, stats, ranks=rule, heldout=heldout, loss=supervised_loss)
+    adapted = get_peft_model(model, chosen, stats=stats)
+    record: dict[str, Any] = {
+        "rows": count,
+        "bytes": stats.nbytes,
+        "seconds": round(time.monotonic() - began, 1),
+        "ranks": {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()},
+        "fallbacks": {path: layer.fallbacks["default"] for path, layer in _fallen_back(adapted)},
+        "spectra": _spectra(stats),
+    }
+    gamma = getattr(chosen.init_config, "stable_gamma", None)
+    return Started(adapted, record | ({} if gamma is None else {"stable_gamma": gamma}))
+
+
+def _fallen_back(model: PeftModel) -> list[tuple[str, Any]]:
+    return [(path, layer) for path, layer in model.base_model.lora_layers() if "default" in layer.fallbacks]
+
+
+def _batches(rows: Sequence[Sample], size: int, longest: int, collator: Collator) -> list[dict[str, Tensor]]:
+    cut = [replace(row, input_ids=row.input_ids[:longest], labels=row.labels[:longest]) for row in rows]
+    return [dict(collator(cut[at : at + size])) for at in range(0, len(cut), size)]
+
+
+def _spectra(stats: Any) -> dict[str, list[float]]:
+    """The leading singular values of each layer's statistic, three digits of them."""
+    found = {}
+    for layer, tensors in stats.items():
+        for name in ("gradient.S", "whitened_gradient.S", "principal.singular_values"):
+            if name in tensors:
+                found[layer] = [float(f"{value:.3g}") for value in tensors[name][:SHOWN].tolist()]
+                break
+    return found
