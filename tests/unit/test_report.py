@@ -13,6 +13,7 @@ from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.report.page import write_report
 from lorafa.report.plots import loss_curve, running_mean
+from lorafa.report.starts import rank_rows, spectra_and_ranks
 from lorafa.report.tables import duration, fact_rows, result_tables, score_rows
 from lorafa.runs.record import RunDirectory
 
@@ -51,6 +52,24 @@ def test_the_page_shows_scores_curve_answers_and_settings(finished: RunDirectory
     assert "1.50 GiB" in page
     assert "1 min 15 s" in page
     assert "lora_alpha:" in page
+
+
+START = {
+    "rows": 8, "bytes": 3 * 2**20, "seconds": 4.2, "stable_gamma": 512.0, "fallbacks": {"layers.1.q_proj": "zero"},
+    "ranks": {"layers.0.q_proj": 2, "layers.1.q_proj": 4, "layers.0.up_proj": 3, "layers.1.up_proj": 3},
+    "spectra": {"layers.0.q_proj": [8.0, 2.0, 1.0], "layers.1.q_proj": [4.0, 2.0, 1.0, 1.0], "layers.0.up_proj": [0.0]},
+}  # fmt: skip
+
+
+def test_a_start_from_data_is_shown_with_its_ranks_and_spectra(finished: RunDirectory) -> None:
+    finished.update_result(start=START)
+    page = write_report(finished.path).read_text(encoding="utf-8")
+    texts = ("The start", "3.0 MiB, 4.2 s", "512", "layers that started as by default", "2 to 4, median 3")
+    assert [text for text in texts if text not in page] == []
+    assert page.count("<svg") == 2
+    assert rank_rows(START) == [("q_proj", "2", "2 to 4, median 3", "25.0%"), ("up_proj", "2", "3", "-")]
+    assert rank_rows({}) == []
+    assert spectra_and_ranks({}) is None
 
 
 def test_the_page_needs_no_other_file(finished: RunDirectory) -> None:

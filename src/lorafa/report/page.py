@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lorafa.conf.typed import plain
 from lorafa.report.plots import loss_curve
+from lorafa.report.starts import fact_rows_of_start, rank_rows, spectra_and_ranks
 from lorafa.report.tables import fact_rows, score_rows
 from lorafa.runs.record import RunDirectory
 from lorafa.storage import written_whole
@@ -39,7 +40,9 @@ def _html(run: RunDirectory) -> str:
     return templates.get_template("page.html").render(
         title=run.path.resolve().name,
         scores=score_rows(result),
-        facts=fact_rows(result),
+        facts=[*fact_rows(result), *fact_rows_of_start(result.get("start") or {})],
+        ranks=rank_rows(result.get("start") or {}),
+        spectra=spectra_and_ranks(result.get("start") or {}),
         curve=loss_curve(run.metrics()),
         samples=result.get("samples") or [],
         command=" ".join(environment.get("command", [])),
