@@ -239,3 +239,24 @@ def test_the_model_is_bit_identical_afterwards() -> None:
     collected(model, data)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(data[0]), outputs)
+
+
+def test_the_layer_of_the_largest_rank_is_not_served_by_one_of_a_smaller() -> None:
+    model, data = Toy(), inputs()
+    named = statistics(model, 2, Shared, "rows", ("first",)) | statistics(model, 5, Shared, "rows", ("second",))
+    collect(model, {name: model.get_submodule(name) for name in named}, named, over(model, data))
+    assert named["second"]["rows"].seen  # type: ignore[attr-defined]
+
+
+def test_layers_are_compared_after_every_batch() -> None:
+    compared: list[list[str]] = []
+
+    class Compared(Rows):
+        @classmethod
+        def compare(cls, layers: Any) -> None:
+            compared.append([layer.name for layer, _ in layers])
+
+    model, data = Toy(), inputs(3)
+    named = statistics(model, 2, Compared, "rows")
+    collect(model, {name: model.get_submodule(name) for name in named}, named, over(model, data))
+    assert compared == [list(LAYERS)] * 3

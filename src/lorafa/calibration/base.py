@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -114,6 +114,10 @@ class Statistic(ABC):
     def satisfied(self) -> bool:
         """Whether more batches would change nothing that matters; a pass ends early when all statistics say so."""
         return False
+
+    @classmethod
+    def compare(cls, layers: Sequence[tuple[Measured, Any]]) -> None:
+        """Called after each batch with all layers of a pass and what serves them, where one's need is another's."""
 
     def sums(self) -> list[Tensor]:
         """The accumulators of this pass that ranks add up, in place."""

@@ -102,8 +102,11 @@ def collect(
         while active := [entry for entry in entries if not entry.done and _ready(entry, entries)]:
             _run(model, layers, active, entries, batches, rows)
     values: dict[str, dict[str, Tensor]] = {layer: {} for layer in statistics}
+    results: dict[int, dict[str, Tensor]] = {}
     for entry in entries:
-        values[entry.layer] |= {f"{entry.name}.{key}": value for key, value in entry.value.result().items()}
+        if id(entry.value) not in results:
+            results[id(entry.value)] = entry.value.result()
+        values[entry.layer] |= {f"{entry.name}.{key}": value for key, value in results[id(entry.value)].items()}
     return values
 
 
@@ -129,6 +132,9 @@ def _run(
         for share in batches(gradients):
             weight += current.batch.number + 1 - calls if share is None else share
             calls = current.batch.number + 1
+            for kind in {type(entry.statistic) for entry in active}:
+                same = [entry for entry in active if type(entry.statistic) is kind]
+                kind.compare([(entry.statistic.layer, entry.value) for entry in same])
             if all(entry.value.satisfied for entry in active):
                 break
     weight = _over_ranks(weight)
@@ -275,7 +281,8 @@ class _Watch:
             return False
         key = entry.name, id(x)
         seen, owner = self.current.inputs.get(key, (None, entry))
-        if seen is not None and seen() is x and owner is not entry:
+        serves = owner.statistic.layer.rank >= entry.statistic.layer.rank
+        if seen is not None and seen() is x and owner is not entry and serves:
             entry.owner = owner
             return True
         self.current.inputs[key] = weakref.ref(x), entry

@@ -144,8 +144,6 @@ class IncrementalPCA(InputStatistic):
     def compare(cls, layers: Sequence[tuple[Measured, IncrementalPCA]]) -> None:
         """Let each wait only for the components it would get if ranks were shared out now, as PEFT does.
 
-        To be called after every batch; without it all k components of every layer must converge.
-
         Args:
             layers: every layer with the statistic that serves it: one may serve many.
         """
