@@ -115,7 +115,7 @@ class Statistic(ABC):
         """Whether more batches would change nothing that matters; a pass ends early when all statistics say so."""
         return False
 
-    @classmethod
+    @classmethod  # noqa: B027
     def compare(cls, layers: Sequence[tuple[Measured, Any]]) -> None:
         """Called after each batch with all layers of a pass and what serves them, where one's need is another's."""
 
