@@ -47,3 +47,27 @@ def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch, system: s
     monkeypatch.setattr(platform, "libc_ver", lambda: (libc, ""))
     monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("the C library was loaded"))
     assert keep_freed_memory() is False
+
+
+HOLDS = """
+from pathlib import Path
+import torch
+from lorafa.train.memory import keep_freed_memory, return_freed_memory
+
+def held():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) // 1024
+
+keep_freed_memory()
+block, mark = torch.ones(2**27), torch.ones(2**18)  # 512 MiB, and a MiB above it in the heap
+del block
+before = held()
+return_freed_memory()
+print(before - held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_can_be_returned_between_runs() -> None:
+    run = subprocess.run([sys.executable, "-c", HOLDS], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 400

@@ -33,6 +33,7 @@ from lorafa.errors import ConfigError, TrainingError, first_line
 from lorafa.runs.experiment import start_run
 from lorafa.runs.record import RunDirectory
 from lorafa.storage import write_json
+from lorafa.train.memory import return_freed_memory
 
 RESULT = "comparison.json"
 MORE_RATES = 2
@@ -167,6 +168,7 @@ def compare(
         except TrainingError as error:  # it diverged: a result too, of the rate
             RunDirectory(path).update_result(diverged=True)
             console.print(f"Diverged: {error}", markup=False, highlight=False)
+        return_freed_memory()
         return RunDirectory(path)
 
     for method in plan.methods:

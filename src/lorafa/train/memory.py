@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import sys
 
@@ -23,9 +24,27 @@ def keep_freed_memory() -> bool:
 
     Does nothing and returns False where the C library is not glibc, or a glibc that refuses the sizes.
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+    if not _is_glibc():
         return False
     libc = ctypes.CDLL(None)
     # Both, whatever the first answers: setting either one also stops glibc from adapting the thresholds by itself.
     answers = [libc.mallopt(parameter, _LARGEST) for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)]
     return all(answer == 1 for answer in answers)
+
+
+def return_freed_memory() -> bool:
+    """Give the pages of freed memory back to the system; True if glibc had some to give.
+
+    After :func:`keep_freed_memory` the holes a run has left in the heap may be too small for the next one, and a process
+    that does many grows by a part of its peak with each: call this between them. See malloc_trim(3).
+
+    Does nothing and returns False where the C library is not glibc.
+    """
+    if not _is_glibc():
+        return False
+    gc.collect()
+    return bool(ctypes.CDLL(None).malloc_trim(0))
+
+
+def _is_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
