@@ -35,8 +35,8 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Give the pages of freed memory back to the system; True if glibc had some to give.
 
-    After :func:`keep_freed_memory` the holes a run has left in the heap may be too small for the next one, and a process
-    that does many grows by a part of its peak with each: call this between them. See malloc_trim(3).
+    After :func:`keep_freed_memory` the holes a run has left in the heap may be too small for the next one, and a
+    process that does many grows by a part of its peak with each: call this between them. See malloc_trim(3).
 
     Does nothing and returns False where the C library is not glibc.
     """
