@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 _KRYLOV_STEPS = 8
-"""Measured on SmolLM2-135M at rank 16: 7 steps capture 99.84 % to 99.99 % of what the exact decomposition does, 8
-99.94 % and more (docs/LOG.md); weights decay slowly, statistics fast."""
+"""Measured on SmolLM2-135M at rank 16: they capture 99.987 % of what the exact decomposition does, 99.77 % in the worst
+of 210 layers (docs/LOG.md); weights decay slowly, statistics fast."""
 _SMALL = 128
 """Sides up to which a whole decomposition costs next to nothing."""
 _EIGH_RANGE = 0.03
