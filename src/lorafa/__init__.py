@@ -29,6 +29,7 @@ from lorafa.preprocess import estimate_gradients, preprocess_corda, preprocess_l
 from lorafa.ranks import RankRule, choose_ranks, with_ranks
 from lorafa.statistics import Statistics
 from lorafa.surgery.model import LoraModel, inject_adapter_in_model
+from lorafa.surgery.mutate import mutate_base, restore_base
 from lorafa.surgery.status import get_layer_status, get_model_status
 from lorafa.version import VERSION as __version__
 
@@ -67,9 +68,11 @@ __all__ = [
     "initialize",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "mutate_base",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",
+    "restore_base",
     "set_peft_model_state_dict",
     "start_from",
     "with_ranks",

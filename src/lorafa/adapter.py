@@ -108,20 +108,38 @@ class Adapter:
         """A (r, in) and B (out, r) of the whole update; of rank 2 r where a frozen start is subtracted."""
         return update_factors(self.A, self.B, None if self.start is None else (self.start.A, self.start.B))
 
+    @property
+    def running_start(self) -> Start | None:
+        """The start that a forward pass has to subtract: none where the base that runs is without it already."""
+        return None if self.layer.without_start else self.start
+
+    @property
+    def running_factors(self) -> tuple[Tensor, Tensor]:
+        """Like :attr:`factors`, of what a forward pass adds to the base that runs."""
+        return (self.A, self.B) if self.layer.without_start else self.factors
+
     def product(self) -> Tensor:
         """The low-rank update s (B A - B0 A0), (out, in), in float32 (float64 where the factors are)."""
-        A, B = self.factors
+        return self._product(*self.factors)
+
+    def start_product(self) -> Tensor:
+        """s B0 A0, (out, in), in the same dtype; there must be a start."""
+        assert self.start is not None
+        return self._product(self.start.A, self.start.B)
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
         dtype = working_dtype(A.dtype)
         with full_precision(A):
             return self.scaling * (B.to(dtype) @ A.to(dtype))
 
     def change(self, x: Tensor) -> Tensor:
-        """s (B A - B0 A0) x, in the layout of the layer's output."""
-        return self.layer.low_rank(x, *self.factors, self.scaling)
+        """What the update adds to the output of the base that runs: s (B A - B0 A0) x, in the layout of the output."""
+        return self.layer.low_rank(x, *self.running_factors, self.scaling)
 
     def start_of(self, x: Tensor) -> Tensor | None:
         """s B0 A0 x, or None: what dropout on the adapter's input must not touch, because it belongs to the base."""
-        return None if self.start is None else self.layer.low_rank(x, self.start.A, self.start.B, self.scaling)
+        start = self.running_start
+        return None if start is None else self.layer.low_rank(x, start.A, start.B, self.scaling)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """The change of the weight, (out, in), given the base weight (out, in); differentiable in A, B and extras."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter, Start, scaling, working_dtype
+from lorafa.adapter import Adapter, Start, scaling
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.errors import AdapterError, BackendError, ConfigError
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
-from lorafa.layers.weights import device_of, require_finite, updated_bias
+from lorafa.layers.weights import device_of, updated_bias, with_changes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -183,8 +183,7 @@ class LoraLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.running_base().weight  # type: ignore[assignment]
-        return weight
+        return self.running_base().weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
@@ -239,10 +238,7 @@ class LoraLayer(nn.Module):
 
     def _holder(self, kind: str) -> nn.ModuleDict:
         """The holder called ``kind``, made when the first variant needs it."""
-        if kind not in self._modules:
-            self.add_module(kind, nn.ModuleDict())
-        holder: nn.ModuleDict = self._modules[kind]  # type: ignore[assignment]
-        return holder
+        return self._modules.setdefault(kind, nn.ModuleDict())  # type: ignore[return-value]
 
     def store_extra(self, value: Tensor) -> Tensor:
         """A vector over output features in the shape PEFT stores it in."""
@@ -318,19 +314,24 @@ class LoraLayer(nn.Module):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling to ``scale`` times alpha / r (or alpha / sqrt(r))."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.initial_scale(adapter)
+            self._rescale(adapter, scale * self.initial_scale(adapter))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
         for name in self._active_adapter:
             if name in self.scaling:
-                self.scaling[name] *= scale
+                self._rescale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by ``scale``, or set it back to its start."""
         for name in self._active_adapter:
             if name in self.scaling:
-                self.scaling[name] = self.initial_scale(name) if scale is None else self.scaling[name] / scale
+                self._rescale(name, self.initial_scale(name) if scale is None else self.scaling[name] / scale)
+
+    def _rescale(self, name: str, value: float) -> None:
+        if self.without_start:  # s B0 A0 was taken out for the scaling it had
+            self.unmerge()
+        self.scaling[name] = value
 
     # ---- weights
 
@@ -342,13 +343,9 @@ class LoraLayer(nn.Module):
     @torch.no_grad()
     def merged_base(self, names: Sequence[str]) -> nn.Module:
         """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
-        weight, adapters = self.base_weight(), [self.adapters[name] for name in names]
-        total = weight.to(working_dtype(weight.dtype))
-        for adapter in adapters:
-            total = total + adapter.delta_weight(weight)
-        merged = self.backend.with_weight(self.pristine, total, updated_bias(self, adapters))
-        require_finite(merged, self.get_base_layer(), names)
-        return merged
+        adapters = [self.adapters[name] for name in names]
+        changes = (adapter.delta_weight(self.base_weight()) for adapter in adapters)
+        return with_changes(self, changes, names, updated_bias(self, adapters))
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         """Let ``base`` stand in for the base layer; the pristine one is kept for :meth:`unmerge`."""
@@ -377,6 +374,11 @@ class LoraLayer(nn.Module):
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
+
+    @property
+    def without_start(self) -> bool:
+        """Whether the start of the active adapter is taken out of the base that runs (surgery/mutate.py)."""
+        return bool(self._pristine) and not self.merged_adapters
 
     # ---- forward
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +50,24 @@ def updated_bias(layer: LoraLayer, adapters: Sequence[Adapter]) -> Tensor | None
             "Keep the adapter unmerged, or train one with lora_bias=False."
         )
     return (bias.to(change.dtype) + change).to(bias.dtype)
+
+
+def with_changes(
+    layer: LoraLayer, changes: Iterable[Tensor], names: Sequence[str], bias: Tensor | None = None
+) -> nn.Module:
+    """A new base layer of the pristine weight plus ``changes`` (out, in): summed in float32, rounded once.
+
+    Raises:
+        AdapterError: it would not be finite; ``names`` are the adapters the changes come from.
+        BackendError: the layer cannot hold it.
+    """
+    weight = layer.base_weight()
+    total = weight.to(working_dtype(weight.dtype))
+    for change in changes:
+        total = total + change
+    changed = layer.backend.with_weight(layer.pristine, total, bias)
+    require_finite(changed, layer.get_base_layer(), names)
+    return changed
 
 
 def require_finite(merged: nn.Module, base: nn.Module, names: Sequence[str]) -> None:

@@ -31,8 +31,19 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     listed = [names] if isinstance(names, str) else list(names)
     require_adapters(model, listed)
     require_nothing_merged(model)
+    changed = without_start(model)
+    if changed is not None and listed != [changed]:
+        raise AdapterError(
+            f"The start of adapter {changed!r} is taken out of the base weights, so no other can count. Call "
+            "restore_base(model) before activating other adapters."
+        )
     for _, host in hosts(model):
         host.set_adapter(listed, inference_mode)
+
+
+def without_start(model: nn.Module) -> str | None:
+    """The adapter whose start is taken out of the base weights (:func:`lorafa.mutate_base`), or None."""
+    return next((layer.active_adapters[0] for _, layer in lora_layers(model) if layer.without_start), None)
 
 
 def require_nothing_merged(model: nn.Module) -> None:
@@ -59,6 +70,10 @@ def require_unmerged(model: nn.Module, name: str, before: str) -> None:
     for path, layer in lora_layers(model):
         if name in layer.merged_adapters:
             raise AdapterError(f"Adapter {name!r} is merged into {path!r}. Call unmerge_adapter() before {before}.")
+    if without_start(model) == name:
+        raise AdapterError(
+            f"The start of adapter {name!r} is taken out of the base weights. Call restore_base(model) before {before}."
+        )
 
 
 def delete_adapter(model: nn.Module, name: str, successor: str | None = None) -> None:

@@ -23,12 +23,12 @@ class LoRA(Variant):
 
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
         p = adapter.dropout
-        if p and adapter.start is not None:
+        if p and adapter.running_start is not None:
             dropped = nn.functional.dropout(x, p)
             # s B A drop(x) - s B0 A0 x: the start belongs to the base, which sees x without dropout
             change = adapter.change(dropped) + cast(Tensor, adapter.start_of(dropped - x))
         else:
-            change = adapter.layer.low_rank(x, *adapter.factors, adapter.scaling, p)
+            change = adapter.layer.low_rank(x, *adapter.running_factors, adapter.scaling, p)
         if adapter.bias is None:
             return change
         return change + adapter.layer.per_output(adapter.scaling * adapter.bias).to(change.dtype)
@@ -39,9 +39,9 @@ class LoRA(Variant):
             return None
         weight, bias = dense
         p = adapter.dropout
-        if p and adapter.start is not None:
+        if p and adapter.running_start is not None:
             return None
         if adapter.bias is not None:
             change = adapter.scaling * adapter.bias
             bias = change if bias is None else bias + change
-        return low_rank_linear(x, *adapter.factors, adapter.scaling, weight=weight, bias=bias, dropout=p)
+        return low_rank_linear(x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, dropout=p)

@@ -1,0 +1,69 @@
+"""The start of an adapter taken out of the base weights themselves, as the papers' own code does it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorafa.errors import AdapterError, BackendError
+from lorafa.layers.weights import with_changes
+from lorafa.surgery.adapters import require_adapters, require_nothing_merged
+from lorafa.surgery.ties import share_merged
+from lorafa.surgery.walk import lora_layers
+
+_KINDS = ("linear", "embedding", "conv")
+
+
+def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
+    """Let W - s B0 A0 run in the place of W + (-s B0 A0), which a start from the weights or data subtracts beside it.
+
+    A training step then computes with rank r instead of 2 r. What it costs: W - s B0 A0 is rounded to the dtype of the
+    weights, about 1.6e-3 of a bfloat16 base (ALGORITHMS 0.2), so the model no longer starts where the base is to the
+    bit, and the file, which says s (B A - B0 A0) on W, differs from what was trained by as much. The pristine weights
+    are kept: adapters can be disabled, merged and saved as before, and :func:`restore_base` takes this back. Merging,
+    and a change of the scaling, do so too.
+
+    Raises:
+        AdapterError: an unknown adapter; it is not the only active one; others are on its layers; one is merged; it has
+            no start to take out, or that was done.
+        BackendError: a layer adds its update to the weight, or cannot hold another one (a quantized base).
+            Nothing was changed in either case.
+    """
+    require_adapters(model, [adapter_name])
+    require_nothing_merged(model)
+    carriers = [(path, layer) for path, layer in lora_layers(model) if adapter_name in layer.adapters]
+    started = [(path, layer) for path, layer in carriers if layer.adapters[adapter_name].start is not None]
+    if not started:
+        raise AdapterError(
+            f"Adapter {adapter_name!r} has no start that belongs to the base weights: there is nothing to take out of "
+            "them. Only starts such as pissa or lora_ga have one."
+        )
+    for path, layer in started:
+        others = [name for name in layer.adapters if name != adapter_name]
+        if others or layer.active_adapters != [adapter_name]:
+            raise AdapterError(
+                f"{path}: the base weights can be without the start of {adapter_name!r} only if it is the one adapter "
+                f"and active; here are {', '.join(map(repr, layer.adapters))}, active: "
+                f"{', '.join(map(repr, layer.active_adapters)) or 'none'}. Nothing was changed."
+            )
+        if layer.without_start:
+            raise AdapterError(f"The start of adapter {adapter_name!r} is taken out of the base weights already.")
+        if layer.kind not in _KINDS:
+            raise BackendError(
+                f"{path}: a {type(layer).__name__} adds its update to the weight in every forward pass; taking the "
+                "start out of it would save nothing. Nothing was changed."
+            )
+    names = [adapter_name]
+    changed = [
+        (layer, with_changes(layer, [-layer.adapters[adapter_name].start_product()], names), names)
+        for _, layer in started
+    ]
+    share_merged(changed)
+    for layer, base, _ in changed:
+        layer.put_merged(base, [])
+
+
+def restore_base(model: nn.Module) -> None:
+    """Bring the pristine weights back, bit for bit; the start is subtracted beside them again."""
+    for _, layer in lora_layers(model):
+        if layer.without_start:
+            layer.unmerge()
