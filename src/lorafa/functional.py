@@ -122,17 +122,20 @@ class _LowRankLinear(torch.autograd.Function):
             dropped = dropped_into(keep_mask(rows.shape[0], rows.shape[1], p, seed, x.device), rows)
             scale = scaling / (1 - dropout_probability(p))
         z = dropped @ (A * scale).to(dtype).T
-        inner_bias = bias if bias is None or gain is not None else bias.to(dtype)
+        inner_bias = None if bias is None else bias.to(dtype)
         if weight is None:
-            y = nn.functional.linear(z, B.to(dtype), None if gain is not None else inner_bias)
+            y = nn.functional.linear(z, B.to(dtype), inner_bias)
         else:
-            y = nn.functional.linear(rows, weight.to(dtype), None if gain is not None else inner_bias)
+            y = nn.functional.linear(rows, weight.to(dtype), inner_bias)
             y.addmm_(z, B.to(dtype).T)
         before_gain = None
-        if gain is not None:
+        if (
+            gain is not None and inner_bias is not None
+        ):  # rounded with its bias once: the base's own bits at a gain of 1
+            before_gain = y - inner_bias
+            y.addcmul_(before_gain, (gain - 1).to(dtype))
+        elif gain is not None:
             before_gain, y = y, _times(y, gain)
-            if bias is not None:
-                y.add_(bias.to(dtype))
 
         need_A, need_B = ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         need_weight = weight is not None and ctx.needs_input_grad[1]
@@ -204,11 +207,14 @@ def _in_plain_operations(
     x = x.to(dtype)
     dropped = nn.functional.dropout(x, p) if p else x
     y = nn.functional.linear(nn.functional.linear(dropped, A.to(dtype)), B.to(dtype)) * scaling
+    bias = None if bias is None else bias.to(dtype)
     if weight is not None:
-        y = nn.functional.linear(x, weight.to(dtype)) + y
-    if gain is not None:
-        y = _times(y, gain)
-    return y if bias is None else y + bias.to(dtype)
+        y = nn.functional.linear(x, weight.to(dtype), bias) + y
+    elif bias is not None:
+        y = y + bias
+    if gain is None:
+        return y
+    return _times(y, gain) if bias is None else torch.addcmul(y, y - bias, (gain - 1).to(dtype))
 
 
 def low_rank_linear(
