@@ -19,10 +19,9 @@ from lorafa.linalg import fix_signs, truncated_svd
 def start(
     name: str, weight: Tensor, rank: int, *, kind: str = "linear", scaling: float = 1.5, **spec: Any
 ) -> InitResult:
-    settings = {"name": "layers.0.q_proj", "seed": 0} | spec
-    return INITIALIZERS.get(name)(
-        weight, stats_for(weight), LayerSpec(kind=kind, rank=rank, scaling=scaling, **settings)
-    )
+    settings, made = {"name": "layers.0.q_proj", "seed": 0} | spec, INITIALIZERS.get(name)
+    stats = stats_for(weight) if made.needs else {}  # of a wide weight they take minutes
+    return made(weight, stats, LayerSpec(kind=kind, rank=rank, scaling=scaling, **settings))
 
 
 WEIGHT = torch.randn(48, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
