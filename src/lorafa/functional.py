@@ -129,10 +129,8 @@ class _LowRankLinear(torch.autograd.Function):
             y = nn.functional.linear(rows, weight.to(dtype), inner_bias)
             y.addmm_(z, B.to(dtype).T)
         before_gain = None
-        if (
-            gain is not None and inner_bias is not None
-        ):  # rounded with its bias once: the base's own bits at a gain of 1
-            before_gain = y - inner_bias
+        if gain is not None and inner_bias is not None:
+            before_gain = y - inner_bias  # y was rounded with its bias, once: at a gain of 1 it has the base's own bits
             y.addcmul_(before_gain, (gain - 1).to(dtype))
         elif gain is not None:
             before_gain, y = y, _times(y, gain)
