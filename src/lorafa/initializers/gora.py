@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_matrix
 from lorafa.checks import check_number
+from lorafa.errors import ConfigError
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer
 from lorafa.initializers.kaiming import kaiming
 from lorafa.linalg import gram_cholesky, spd_inverse
@@ -37,8 +38,15 @@ def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
     gradient that was sketched counts as the product of its triplets.
 
     Raises:
+        ConfigError: r > in: the rows of A are dependent, and A A^T has no inverse.
         DegenerateError: the gradient is zero or not finite.
     """
+    if spec.rank > weight.shape[-1]:
+        raise ConfigError(
+            f"{spec.name}: GoRA fits B by the {spec.rank} rows of A, of which only {weight.shape[-1]} can be "
+            f"independent on a weight {tuple(weight.shape)}. Lower the rank to {weight.shape[-1]} (rank_pattern sets "
+            "it for single layers) or leave the layer out with exclude_modules."
+        )
     settings: GoraConfig = spec.settings or GoraConfig()
     G = gradient_matrix(stats)
     if not bool(torch.isfinite(G).all()):
