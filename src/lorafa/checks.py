@@ -56,6 +56,15 @@ def check_number(name: str, value: Any, what: str, low: float, high: float = mat
         raise ConfigError(f"{name} must be {what}, found {value!r}. Pass a number in that range.")
 
 
+def check_betas(name: str, value: Any) -> None:
+    """Adam's two decays."""
+    what = "two numbers in [0, 1)"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ConfigError(f"{name} must be {what}, found {found(value)}. Pass for example (0.9, 0.999).")
+    for beta in value:
+        check_number(name, beta, what, 0, 1, closed="[")
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         known = ", ".join(repr(choice) for choice in choices)

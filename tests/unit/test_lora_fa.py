@@ -373,9 +373,9 @@ def test_the_state_of_the_other_algorithm_is_refused() -> None:
     exact, fold = create_lorafa_optimizer(one, lr=1e-2), create_lorafa_optimizer(two, lr=1e-2, algorithm="fold")
     run(one, exact)
     run(two, fold)
-    with pytest.raises(CheckpointError, match=r"has algorithm=exact, this one fold; nothing was loaded"):
+    with pytest.raises(CheckpointError, match=r"saved optimizer is exact, this one is fold; nothing was loaded"):
         fold.load_state_dict(exact.state_dict())
-    with pytest.raises(CheckpointError, match=r"has algorithm=fold, this one exact; nothing was loaded"):
+    with pytest.raises(CheckpointError, match=r"saved optimizer is fold, this one is exact; nothing was loaded"):
         exact.load_state_dict(fold.state_dict())
 
 

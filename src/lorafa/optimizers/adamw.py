@@ -24,10 +24,18 @@ _SETTINGS = ("lr", "betas", "eps", "weight_decay", "correct_bias")
 _FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 
 
-def moments(state: dict[str, Any], like: Tensor) -> None:
-    """Give a parameter's state zero moments of its shape, in float32 (float64 where the parameter is)."""
+def add_moments_(state: dict[str, Any], like: Tensor, shape: Sequence[int] | None = None) -> None:
+    """Give a parameter's state a count of 0 and zero moments, in float32 (float64 where the parameter is).
+
+    Moments that are there follow the parameter to another dtype or device.
+    """
+    wanted: dict[str, Any] = {"dtype": working_dtype(like.dtype), "device": like.device}
+    state.setdefault("step", 0)
     for key in ("exp_avg", "exp_avg_sq"):
-        state[key] = torch.zeros(like.shape, dtype=working_dtype(like.dtype), device=like.device)
+        if key not in state:
+            state[key] = torch.zeros(like.shape if shape is None else tuple(shape), **wanted)
+        elif state[key].dtype is not wanted["dtype"] or state[key].device != wanted["device"]:
+            state[key] = state[key].to(**wanted)
 
 
 @torch.no_grad()
@@ -50,7 +58,7 @@ def adamw_(
     Args:
         params: any floating dtype and layout; half precision is updated in float32 and rounded once.
         grads: of the shapes of ``params``.
-        states: what :func:`moments` filled.
+        states: what :func:`add_moments_` filled.
         step: number of this step, from 1.
         correct_bias: divide the moments by 1 - beta^t.
         eps_corrected: eps is added to the corrected sqrt(v), as in torch; False adds it before the correction.
@@ -60,11 +68,9 @@ def adamw_(
         return
     if correct_bias and not eps_corrected:
         eps = eps / math.sqrt(1 - betas[1] ** step)
-    if decay_last and weight_decay:
-        # (1 - lr wd) (p - lr u) = (1 - lr wd) p - lr' u with lr' = lr (1 - lr wd); torch decays by lr' wd'
-        shrunk = lr * (1 - lr * weight_decay)
-        weight_decay = weight_decay * lr / shrunk if shrunk else weight_decay
-        lr = shrunk
+    kept = 1 - lr * weight_decay
+    if decay_last:
+        weight_decay = 0.0
     first = states[0]["exp_avg"]
     wide, grads = _packed(params, first.dtype), _packed(grads, first.dtype)
     averages, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
@@ -76,6 +82,8 @@ def adamw_(
         torch._fused_adamw_(wide, grads, averages, squares, [], [count] * len(wide), **common)
     else:
         adamw(wide, grads, averages, squares, [], [count - 1 for _ in wide], foreach=True, **common)
+    if decay_last and kept != 1:
+        torch._foreach_mul_(wide, kept)
     for parameter, value in zip(params, wide, strict=True):
         if parameter is not value:
             parameter.copy_(value)
@@ -103,9 +111,7 @@ class AdamW:
         batches: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         for parameter, gradient in zip(params, grads, strict=True):
             group, own = self._group_of[parameter], self._state[parameter]
-            if not own:
-                own["step"] = 0
-                moments(own, parameter)
+            add_moments_(own, parameter)
             own["step"] += 1
             key = (id(group), own["step"], parameter.device, parameter.dtype)
             batches.setdefault(key, []).append((parameter, gradient, own))

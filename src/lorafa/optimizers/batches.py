@@ -81,7 +81,7 @@ class PairBatch:
 
     def scalings(self) -> Tensor:
         """s of every matrix, (N, 1, 1)."""
-        each = [pair.scaling for pair, size in zip(self.pairs, self.B.sizes, strict=True) for _ in range(size)]
+        each = [pair.used_scaling() for pair, size in zip(self.pairs, self.B.sizes, strict=True) for _ in range(size)]
         B = self.B.parameters[0]
         return torch.tensor(each, dtype=working_dtype(B.dtype), device=B.device).view(-1, 1, 1)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorafa.adapter import working_dtype
-from lorafa.checks import check_number
-from lorafa.errors import AdapterError, CheckpointError
+from lorafa.checks import check_betas, check_number, found
+from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigError
 from lorafa.optimizers.pairs import Pair, check_finite
+
+_OF_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
 
 class PairOptimizer(Optimizer, ABC):
@@ -28,7 +31,7 @@ class PairOptimizer(Optimizer, ABC):
         pairs: pairs whose factors are among ``params``; where A is frozen it may be missing there.
     """
 
-    own: ClassVar[tuple[str, ...]] = ("pairs",)
+    copied: ClassVar[tuple[str, ...]] = ("pairs",)
     """Attributes that go with a copy, besides torch's."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], pairs: Sequence[Pair]) -> None:
@@ -40,16 +43,28 @@ class PairOptimizer(Optimizer, ABC):
         """One step; ``closure`` computes the loss and its gradients again, and the loss is returned.
 
         Raises:
-            AdapterError: the adapters this optimizer was made for are not the active ones, or hold nan or inf.
+            AdapterError: the adapters this optimizer was made for are not the active ones, or a decomposition fails
+                because they hold nan or inf.
+            BackendError: a gradient is sparse.
         """
         check_pairs(self, self.pairs)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with explained(self.pairs):
+        self._check_dense()
+        with computing(self.pairs):
             self.update()
         return loss
+
+    def _check_dense(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                    raise BackendError(
+                        f"A parameter {tuple(parameter.shape)} has a sparse gradient, which {type(self).__name__} does "
+                        "not take. Make its module with sparse=False. Nothing was changed."
+                    )
 
     @abstractmethod
     def update(self) -> None:
@@ -70,25 +85,40 @@ class PairOptimizer(Optimizer, ABC):
         for index, parameter in _numbered(self, state_dict):
             for key, value in state_dict["state"].get(index, {}).items():
                 if key.startswith("exp_avg"):
-                    dtype, layout = working_dtype(value.dtype), torch.contiguous_format
+                    dtype, layout = working_dtype(parameter.dtype), torch.contiguous_format
                     self.state[parameter][key] = value.to(parameter.device, dtype, copy=True, memory_format=layout)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: getattr(self, name) for name in self.own}
+        return state | {name: getattr(self, name) for name in self.copied}
 
 
 def check_adam_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise a ConfigError where a number of Adam's is out of range."""
     check_number("lr", lr, "a number >= 0", 0, closed="[")
-    for beta in betas:
-        check_number("betas", beta, "two numbers in [0, 1)", 0, 1, closed="[")
+    check_betas("betas", betas)
     check_number("eps", eps, "a number >= 0", 0, closed="[")
     check_number("weight_decay", weight_decay, "a number >= 0", 0, closed="[")
 
 
+def check_stock(optimizer_cls: Any, settings: Mapping[str, Any]) -> None:
+    """Raise a ConfigError where ``optimizer_cls`` cannot make an optimizer, or would not decay what is to be."""
+    if not callable(optimizer_cls):
+        raise ConfigError(f"optimizer_cls must be a class such as torch.optim.AdamW, found {found(optimizer_cls)}.")
+    decay = settings.get("weight_decay", 0.0)
+    check_number("weight_decay", decay, "a number >= 0", 0, closed="[")
+    taken = inspect.signature(optimizer_cls).parameters
+    if decay and "weight_decay" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+        raise ConfigError(f"{name_of(optimizer_cls)} has no weight_decay. Leave it out, or use another optimizer.")
+
+
+def name_of(optimizer_cls: Any) -> str:
+    """Of a class, or of what a functools.partial will call."""
+    return str(getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", optimizer_cls))
+
+
 def check_pairs(optimizer: Optimizer, pairs: Iterable[Pair]) -> None:
-    """Before a step: every adapter is the one the optimizer was made for, and the optimizer still holds its B.
+    """Before a step: every adapter is the one the optimizer was made for, and both still hold the same parameters.
 
     Raises:
         AdapterError: it is not so; nothing was changed.
@@ -96,22 +126,32 @@ def check_pairs(optimizer: Optimizer, pairs: Iterable[Pair]) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for pair in pairs:
         pair.check_active()
-        if id(pair.B) not in held:
+        if id(pair.B) not in held or not pair.is_in_place():
             raise AdapterError(
-                f"{pair.path}: B of adapter {pair.name!r} is not among the optimizer's parameters: they were replaced "
-                "since it was made, as sharding does. Make the optimizer after that. Nothing was changed."
+                f"{pair.path}: the factors of adapter {pair.name!r} are not the optimizer's parameters: they were "
+                "replaced since it was made, as sharding does. Make the optimizer after that. Nothing was changed."
             )
 
 
+def check_idle_pairs(optimizer: Optimizer, pairs: Iterable[Pair]) -> None:
+    """As :func:`check_pairs`, for a stock optimizer, of pairs whose B has no gradient: the others were in use."""
+    idle = [pair for pair in pairs if pair.B.grad is None]
+    if idle:
+        check_pairs(optimizer, idle)
+
+
 @contextmanager
-def explained(pairs: Iterable[Pair]) -> Iterator[None]:
-    """A decomposition that fails on factors which are not finite says which ones those are.
+def computing(pairs: Iterable[Pair]) -> Iterator[None]:
+    """Products keep their dtype, also under autocast; a decomposition that fails says which factors are not finite.
 
     Raises:
         AdapterError: as above.
     """
     try:
-        yield
+        with ExitStack() as precise:
+            for device in {pair.B.device.type for pair in pairs}:
+                precise.enter_context(torch.autocast(device, enabled=False))
+            yield
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         for pair in pairs:
             check_finite(pair)
@@ -128,7 +168,9 @@ def _numbered(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[t
 def check_state(
     optimizer: Optimizer, state_dict: dict[str, Any], shapes: Mapping[Tensor, tuple[int, ...]] | None = None
 ) -> None:
-    """A hook before `load_state_dict`: groups must have their number of parameters, moments their parameter's shape.
+    """A hook before `load_state_dict`: the state must be one of the same algorithm, complete, and of these parameters.
+
+    Groups must have as many parameters, moments their parameter's shape.
 
     Args:
         shapes: of the moments of parameters that do not have the parameter's own.
@@ -136,6 +178,11 @@ def check_state(
     Raises:
         CheckpointError: they do not; nothing was loaded.
     """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise CheckpointError(
+            f"An optimizer's state has 'state' and 'param_groups', this is {found(state_dict)[:80]}; nothing was "
+            "loaded."
+        )
     saved, mine = state_dict["param_groups"], optimizer.param_groups
     sizes, expected = [len(group["params"]) for group in saved], [len(group["params"]) for group in mine]
     if sizes != expected:
@@ -143,15 +190,20 @@ def check_state(
             f"The saved optimizer has groups of {sizes} parameters, this one of {expected}; nothing was loaded. Make "
             "the optimizer for the same model and adapters as the saved one."
         )
-    algorithms = [{str(group.get("algorithm")) for group in groups} for groups in (saved, mine)]
+    algorithms = [{group.get("algorithm", "a stock one") for group in groups} for groups in (saved, mine)]
     if algorithms[0] != algorithms[1]:
         raise CheckpointError(
-            f"The saved optimizer has algorithm={'/'.join(sorted(algorithms[0]))}, this one "
-            f"{'/'.join(sorted(algorithms[1]))}; nothing was loaded. Their moments belong to different bases of B: "
-            "make the optimizer with the saved one's algorithm."
+            f"The saved optimizer is {'/'.join(sorted(algorithms[0]))}, this one is {'/'.join(sorted(algorithms[1]))}; "
+            "nothing was loaded. Their moments are of different gradients: make the optimizer that was saved."
         )
     for index, parameter in _numbered(optimizer, state_dict):
         shape = tuple((shapes or {}).get(parameter, parameter.shape))
+        missing = sorted(_OF_ADAM - state_dict["state"].get(index, {}).keys())
+        if 0 < len(missing) < len(_OF_ADAM):
+            raise CheckpointError(
+                f"The saved state of parameter {index} lacks {' and '.join(missing)}; nothing was loaded. The file is "
+                "incomplete: take an earlier one."
+            )
         for key, value in state_dict["state"].get(index, {}).items():
             if key.startswith("exp_avg") and isinstance(value, Tensor) and tuple(value.shape) != shape:
                 raise CheckpointError(

@@ -8,11 +8,14 @@ Two algorithms, by name:
   Then A A^T = I, the transform is the number 1/s^2, and any stock optimizer does the rest at its own speed.
 
 For SGD, momentum and decoupled decay the two move the weight alike. For Adam they coincide where A A^T is diagonal
-(most data-aware starts) and differ otherwise: Adam's scaling of single entries depends on the basis B is written in.
+(most data-aware starts) and eps is negligible, and differ otherwise: Adam's scaling of single entries depends on the
+basis B is written in. ``exact`` adds eps before the bias correction and decays after the step, as documented; torch's
+AdamW the other way round.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafa.checks import check_choice
+from lorafa.checks import check_choice, check_flag
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import AdamW
-from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_state
-from lorafa.optimizers.pairs import Pair, other_groups, pairs_of
+from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_idle_pairs, check_state
+from lorafa.optimizers.pairs import Pair, filled, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
 
 ALGORITHMS = ("exact", "fold")
@@ -42,7 +45,7 @@ class LoraFAOptimizer(PairOptimizer):
     State: two moments of B's shape, in float32 or float64, and the number of steps. Nothing is kept for A.
 
     Args:
-        params: parameters or parameter groups; those of A need not be among them.
+        params: parameters or parameter groups, without those of any A.
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to sqrt(v) before the bias correction.
@@ -51,11 +54,11 @@ class LoraFAOptimizer(PairOptimizer):
         pairs: the pairs whose B is among ``params`` (`lorafa.optimizers.pairs.pairs_of`).
 
     Raises:
-        ConfigError: a number is out of range, or there are no pairs.
-        AdapterError: the rows of some A are dependent.
+        ConfigError: a number is out of range, there are no pairs, or some A is among the parameters.
+        AdapterError: the rows of some A are dependent or not finite.
     """
 
-    own = ("pairs", "row_space")
+    copied = ("pairs", "row_space")
 
     def __init__(
         self,
@@ -77,6 +80,12 @@ class LoraFAOptimizer(PairOptimizer):
         self.row_space = RowSpace(pairs)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, defaults | {"algorithm": "exact"}, pairs)
+        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        if any(id(pair.A) in held for pair in pairs):
+            raise ConfigError(
+                "LoraFAOptimizer moves B and keeps A, but was given parameters that are an A. Call "
+                "create_lorafa_optimizer(model, ...), which freezes A, or leave every A out."
+            )
 
     def update(self) -> None:
         """AdamW with the projected gradient of every B, then on what is trained besides."""
@@ -107,8 +116,8 @@ def create_lorafa_optimizer(
     vectors are not decayed.
 
     Args:
-        model: a model with adapters.
-        r: rank of the adapters, None to read it from the model.
+        model: a model with adapters, the PeftModel itself; adapters of which nothing is trained are left as they are.
+        r: rank of the adapters' configs, None to read it from the model.
         lora_alpha: alpha of the adapters, None to read it.
         lr: learning rate.
         weight_decay: decoupled weight decay of matrices.
@@ -123,7 +132,8 @@ def create_lorafa_optimizer(
 
     Raises:
         ConfigError: an argument is out of range or is not what the model has.
-        AdapterError: there are no adapters; some A has dependent rows, is not finite, or is trained beside a frozen B.
+        AdapterError: there are no adapters; some A has dependent rows, is not finite, or is trained beside a frozen B;
+            a scaling is 0; DistributedDataParallel is around the model and A was trained.
         BackendError: a factor is sharded or quantized.
 
     Everything is checked before the model is changed.
@@ -134,42 +144,44 @@ def create_lorafa_optimizer(
         raise ConfigError(
             "correct_bias=False is not defined for algorithm='fold': torch's AdamW always corrects. Use 'exact'."
         )
-    pairs = pairs_of(model)
-    _require_trained_B(pairs)
-    _check_arguments(pairs, r, lora_alpha, use_rslora)
+    check_flag("correct_bias", correct_bias)
+    pairs = _with_trained_B(pairs_of(model))
+    _check_arguments(model, pairs, r, lora_alpha, use_rslora)
+    _require_unwrapped(model, pairs)
     rest = other_groups(model, pairs, weight_decay)
     if algorithm == "exact":
-        groups = [group for group in ({"params": [pair.B for pair in pairs]}, *rest) if group["params"]]
+        groups = filled([{"params": [pair.B for pair in pairs]}, *rest])
         exact = LoraFAOptimizer(groups, lr, betas, eps, weight_decay, correct_bias, pairs=pairs)
         _freeze(model, pairs)
         return exact
-    factors = [row_factors(pair) for pair in pairs]
-    _freeze(model, pairs)
-    for pair, L in zip(pairs, factors, strict=True):
-        fold_(pair, L)
     of_scaling: dict[float, list[nn.Parameter]] = {}
     for pair in pairs:
-        of_scaling.setdefault(pair.scaling, []).append(pair.B)
-    groups = [
-        # Adam does not see the factor 1/s^2 of the gradient, its eps does
-        *({"params": Bs, "weight_decay": weight_decay, "eps": eps * s**2} for s, Bs in of_scaling.items()),
-        *rest,
-    ]
-    groups = [group | {"algorithm": "fold"} for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        of_scaling.setdefault(pair.used_scaling(), []).append(pair.B)
+    # Adam does not see the factor 1/s^2 of the gradient, its eps does
+    own = ({"params": Bs, "weight_decay": weight_decay, "eps": eps * s**2} for s, Bs in of_scaling.items())
+    optimizer = torch.optim.AdamW(filled([*own, *rest], algorithm="fold"), lr=lr, betas=betas, eps=eps, fused=True)
+    optimizer.register_step_pre_hook(lambda stepping, args, kwargs: check_idle_pairs(stepping, pairs))
     optimizer.register_load_state_dict_pre_hook(check_state)
+    folded = [written for pair in pairs for written in _folded(pair)]
+    _freeze(model, pairs)
+    with torch.no_grad():
+        for tensor, value in folded:
+            tensor.copy_(value)
     return optimizer
 
 
 def _freeze(model: nn.Module, pairs: Sequence[Pair]) -> None:
     """Make a frozen A part of the adapters: of their layers, and of the configs that are saved with them."""
-    names = {pair.name for pair in pairs}
-    tables = (module.__dict__.get("peft_config") for module in model.modules())
     frozen = [
-        (table, {name: replace(config, freeze_A=True) for name, config in table.items() if name in names})
-        for table in tables
-        if isinstance(table, dict)
+        (table, {name: replace(config, freeze_A=True) for name, config in configs.items()})
+        for table, configs in _configs(model, pairs)
     ]
+    if not frozen:
+        warnings.warn(
+            f"{type(model).__name__} holds no config of its adapters, so a file of theirs will not say that A is "
+            "frozen. Pass the PeftModel itself.",
+            stacklevel=3,
+        )
     for pair in pairs:
         pair.layer.trains[pair.name] = "B"
         pair.A.requires_grad_(False)
@@ -177,53 +189,87 @@ def _freeze(model: nn.Module, pairs: Sequence[Pair]) -> None:
         table |= configs
 
 
+def _configs(model: nn.Module, pairs: Iterable[Pair]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every table of configs in the model, and what it has of the adapters of ``pairs``."""
+    names = {pair.name for pair in pairs}
+    tables = [t for module in model.modules() if isinstance(t := module.__dict__.get("peft_config"), dict)]
+    found = [(table, {name: config for name, config in table.items() if name in names}) for table in tables]
+    return [(table, configs) for table, configs in found if configs]
+
+
 @torch.no_grad()
-def fold_(pair: Pair, L: Tensor | None = None) -> None:
+def fold_(pair: Pair) -> None:
     """A = L Q, B <- B L, A <- Q: the same function with orthonormal rows of A; twice is once.
 
     A frozen start is folded alike, so that B A - B0 A0 stays exactly zero where it is.
-
-    Args:
-        L: (E, r, r), what `row_factors` gives for the pair.
     """
-    L = row_factors(pair) if L is None else L
+    for tensor, value in _folded(pair):
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def _folded(pair: Pair) -> list[tuple[Tensor, Tensor]]:
+    """What :func:`fold_` writes to, and what; nothing if the rows of A are orthonormal."""
+    L = row_factors(pair)
     eye = torch.eye(L.shape[-1], dtype=L.dtype)
     if torch.allclose(L, eye.expand_as(L), rtol=0.0, atol=max(ORTHONORMAL, torch.finfo(pair.A.dtype).eps)):
-        return
-    _fold_into(pair, pair.A, pair.B, L)
+        return []
+    A, B = _fold(pair, pair.A, pair.B, L)
+    written: list[tuple[Tensor, Tensor]] = [(pair.A, A), (pair.B, B)]
     start = pair.adapter.start
     if start is not None:
-        A0, B0 = pair.layer.stored_A(start.A), pair.layer.stored_B(start.B)
-        _fold_into(pair, A0, B0, L)
-        start.A.copy_(pair.layer.matrix_A(A0))
-        start.B.copy_(pair.layer.matrix_B(B0))
+        A, B = _fold(pair, pair.layer.stored_A(start.A), pair.layer.stored_B(start.B), L)
+        written += [(start.A, pair.layer.matrix_A(A)), (start.B, pair.layer.matrix_B(B))]
+    return written
 
 
-def _fold_into(pair: Pair, A: Tensor, B: Tensor, L: Tensor) -> None:
+def _fold(pair: Pair, A: Tensor, B: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+    """L^-1 A and B L, in the stored layout."""
     wide_A, wide_B = pair.matrices_A(A).cpu().double(), pair.matrices_B(B).cpu().double()
-    A.copy_(pair.stored_A(torch.linalg.solve_triangular(L, wide_A, upper=False)))
-    B.copy_(pair.stored_B(wide_B @ L))
+    return pair.stored_A(torch.linalg.solve_triangular(L, wide_A, upper=False)), pair.stored_B(wide_B @ L)
 
 
-def _require_trained_B(pairs: Iterable[Pair]) -> None:
-    for pair in pairs:
-        if "B" not in pair.layer.trains[pair.name] or (pair.A.requires_grad and not pair.B.requires_grad):
+def _with_trained_B(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs of which something is trained.
+
+    Raises:
+        AdapterError: of one it is A alone.
+    """
+    trained = [pair for pair in pairs if pair.A.requires_grad or pair.B.requires_grad]
+    for pair in trained:
+        if "B" not in pair.layer.trains[pair.name] or not pair.B.requires_grad:
             raise AdapterError(
                 f"{pair.path}, adapter {pair.name!r}: B is frozen and A is trained, and LoRA-FA trains B alone: "
                 "nothing would be left. Use a stock optimizer such as torch.optim.AdamW, or a start that trains B. "
                 "Nothing was changed."
             )
+    return trained
 
 
-def _check_arguments(pairs: Sequence[Pair], r: int | None, alpha: float | None, use_rslora: bool | None) -> None:
-    """What the caller says of the adapters must be true of at least one layer: patterns may change single ones."""
+def _require_unwrapped(model: nn.Module, pairs: Iterable[Pair]) -> None:
+    """Raises AdapterError if DistributedDataParallel already waits for gradients of some A, which would never come."""
+    if not any(pair.A.requires_grad for pair in pairs):
+        return
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise AdapterError(
+            "DistributedDataParallel was put around the model while A was trained, and would wait for its gradients. "
+            "Make the optimizer before that, or the adapter with LoraConfig(freeze_A=True). Nothing was changed."
+        )
 
-    def check(what: str, said: object, found: Callable[[LoraLayer, str], object]) -> None:
-        values = sorted({found(pair.layer, pair.name) for pair in pairs}, key=str)
+
+def _check_arguments(
+    model: nn.Module, pairs: Sequence[Pair], r: int | None, alpha: float | None, use_rslora: bool | None
+) -> None:
+    """What the caller says must be what the adapters' configs say; where there are none, what some layer has."""
+    configs = [config for _, table in _configs(model, pairs) for config in table.values()]
+
+    def check(what: str, said: object, of_layer: Callable[[LoraLayer, str], object]) -> None:
+        found = {getattr(config, what) for config in configs} or {of_layer(pair.layer, pair.name) for pair in pairs}
+        values = sorted(found, key=str)
         if said is not None and said not in values:
             have = ", ".join(map(str, values))
             raise ConfigError(
-                f"{what}={said} was given, but the adapters have {what}={have}. The optimizer reads it from each "
+                f"{what}={said!r} was given, but the adapters have {what}={have}. The optimizer reads it from each "
                 f"layer: pass {what}={values[0]}, or leave it out. Nothing was changed."
             )
 

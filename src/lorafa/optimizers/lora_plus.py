@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lorafa.checks import check_number
-from lorafa.optimizers.checked import check_state
-from lorafa.optimizers.pairs import other_groups, pairs_of
+from lorafa.checks import check_flag, check_number
+from lorafa.optimizers.checked import check_idle_pairs, check_state, check_stock, name_of
+from lorafa.optimizers.pairs import filled, other_groups, pairs_of
 
 
 def create_loraplus_optimizer(
@@ -39,15 +39,18 @@ def create_loraplus_optimizer(
         **kwargs: passed to ``optimizer_cls``.
 
     Raises:
-        ConfigError: a number is out of range.
-        AdapterError: there are no adapters.
+        ConfigError: a number is out of range, or not the optimizer's.
+        AdapterError: there are no adapters; in a step, the adapters without a gradient are no longer the active ones.
     """
     check_number("lr", lr, "a number >= 0", 0, closed="[")
     check_number("loraplus_lr_ratio", loraplus_lr_ratio, "a number > 0", 0)
     check_number("loraplus_lr_embedding", loraplus_lr_embedding, "a number >= 0", 0, closed="[")
+    check_flag("fast_vectors", fast_vectors)
     decay = kwargs.pop("weight_decay", 0.0)
-    decay = decay if loraplus_weight_decay is None else loraplus_weight_decay
-    check_number("weight_decay", decay, "a number >= 0", 0, closed="[")
+    if loraplus_weight_decay is not None:
+        check_number("loraplus_weight_decay", loraplus_weight_decay, "a number >= 0", 0, closed="[")
+        decay = loraplus_weight_decay
+    check_stock(optimizer_cls, kwargs | {"weight_decay": decay})
     pairs = pairs_of(model)
     fast = lr * loraplus_lr_ratio
     on_embeddings = [pair for pair in pairs if pair.layer.kind == "embedding"]
@@ -62,6 +65,8 @@ def create_loraplus_optimizer(
     ]
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    optimizer = optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
+    optimizer = optimizer_cls(filled(groups, algorithm=f"lora_plus {name_of(optimizer_cls)}"), lr=lr, **kwargs)
+    trained = [pair for pair in pairs if pair.B.requires_grad]
+    optimizer.register_step_pre_hook(lambda stepping, args, kwargs: check_idle_pairs(stepping, trained))
     optimizer.register_load_state_dict_pre_hook(check_state)
     return optimizer

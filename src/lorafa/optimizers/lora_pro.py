@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
+from lorafa.errors import ConfigError
 from lorafa.linalg import damped_gram, exceeds, spd_inverse, sylvester, wide
-from lorafa.optimizers.adamw import AdamW
+from lorafa.optimizers.adamw import AdamW, add_moments_
 from lorafa.optimizers.batches import PairBatch
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
-from lorafa.optimizers.pairs import Pair, other_groups, pairs_of, trained_together
+from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import precondition
 
 FORMS = ("adamw", "sgd", "full")
@@ -117,14 +118,14 @@ def create_lorapro_optimizer(
             other libraries call LoRA-Pro; ``"sgd"`` steps on h_A and h_B; ``"full"`` is the paper's AdamW, which keeps
             the moments of the whole weight: 2 m n numbers a layer, 8 m n bytes, as training the weight itself would.
         X: ``"zero"``, ``"sylvester"`` or ``"symmetric"``; ``"full"`` uses it for its last projection.
-        betas: decay of the two moments.
-        eps: added to sqrt(v).
-        weight_decay: decoupled weight decay of matrices.
+        betas: decay of the two moments; not of ``"sgd"``.
+        eps: added to sqrt(v); not of ``"sgd"``.
+        weight_decay: of matrices; decoupled, but for ``"sgd"``, where torch adds it to the gradient.
         momentum: of ``"sgd"``.
         damping: added to B^T B and A A^T, as a share of their mean eigenvalue.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or belongs to another form.
         AdapterError: there are no adapters, or a factor is frozen.
     """
     check_choice("form", form, FORMS)
@@ -132,12 +133,14 @@ def create_lorapro_optimizer(
     check_adam_numbers(lr, betas, eps, weight_decay)
     check_number("momentum", momentum, "a number in [0, 1)", 0, 1, closed="[")
     check_number("damping", damping, "a number >= 0", 0, closed="[")
+    if form == "sgd" and (tuple(betas), eps) != ((0.9, 0.999), 1e-8):
+        raise ConfigError("betas and eps are Adam's, and form='sgd' has neither. Leave them out, or use form='adamw'.")
+    if form != "sgd" and momentum:
+        raise ConfigError(f"momentum belongs to form='sgd', and form={form!r} has betas instead. Leave it out.")
     pairs = trained_together(pairs_of(model), "LoRA-Pro")
-    groups = [
-        {"params": [f for pair in pairs for f in (pair.A, pair.B)], "weight_decay": weight_decay},
-        *other_groups(model, pairs, weight_decay),
-    ]
-    groups = [group for group in groups if group["params"]]
+    for pair in pairs:
+        pair.used_scaling()
+    groups = groups_of(model, pairs, weight_decay, algorithm=f"lora_pro {form}")
     if form == "full":
         return LoraProAdamW(groups, lr, betas, eps, weight_decay, pairs=pairs, X=X, damping=damping)
 
@@ -169,7 +172,7 @@ class LoraProAdamW(PairOptimizer):
         damping: as in `create_lorapro_optimizer`.
     """
 
-    own = ("pairs", "X", "damping")
+    copied = ("pairs", "X", "damping")
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, *,
                  pairs: list[Pair], X: str, damping: float) -> None:  # fmt: skip
@@ -182,15 +185,13 @@ class LoraProAdamW(PairOptimizer):
         for pair in self.pairs:  # one at a time: each needs matrices of the weight's size
             if pair.A.grad is not None and pair.B.grad is not None:
                 self._move(pair, group_of[pair.B])
-        AdamW(self).step_others(than=[factor for pair in self.pairs for factor in (pair.A, pair.B)])
+        AdamW(self).step_others(than=factors_of(self.pairs))
 
     def _move(self, pair: Pair, group: dict[str, Any]) -> None:
         batch = PairBatch([pair])
         A, B, s = batch.A.values(), batch.B.values(), batch.scalings()
         state = self.state[pair.B]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = (B.new_zeros(self._weight_shape(pair)) for _ in range(2))
+        add_moments_(state, pair.B, self._weight_shape(pair))
         state["step"] += 1
         beta1, beta2 = group["betas"]
         for_A, for_B = adjusted_gradients(A, B, batch.A.gradients(), batch.B.gradients(), s, "zero", self.damping)

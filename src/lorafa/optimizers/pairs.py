@@ -6,7 +6,7 @@ biases and modules whose path contains "lora" stand between the factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import Adapter
+from lorafa.checks import found
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.base import LoraLayer
 
@@ -41,38 +42,70 @@ class Pair:
     @cached_property
     def A(self) -> nn.Parameter:
         """The parameter, in the layout it is stored in."""
-        return self._stored("A")
+        table, key = self._places[0]
+        return table[key]  # type: ignore[return-value]
 
     @cached_property
     def B(self) -> nn.Parameter:
-        return self._stored("B")
+        table, key = self._places[1]
+        return table[key]  # type: ignore[return-value]
 
-    def _stored(self, factor: str) -> nn.Parameter:
-        holder = getattr(self.layer, f"lora_{factor}")
-        if self.name in holder:
-            return holder[self.name].weight  # type: ignore[no-any-return]
-        return getattr(self.layer, f"lora_embedding_{factor}")[self.name]  # type: ignore[no-any-return]
+    @cached_property
+    def _places(self) -> list[tuple[dict[str, nn.Parameter | None], str]]:
+        """Where the layer keeps A and B: a module's table of parameters, and the name there."""
+        places = []
+        for factor in "AB":
+            holder = getattr(self.layer, f"lora_{factor}")
+            table = getattr(self.layer, f"lora_embedding_{factor}")
+            own = self.name in holder
+            places.append((holder[self.name]._parameters, "weight") if own else (table._parameters, self.name))
+        return places
+
+    def is_in_place(self) -> bool:
+        """Whether the layer still holds the parameters the pair was found with."""
+        (of_A, key_A), (of_B, key_B) = self._places
+        return of_A.get(key_A) is self.A and of_B.get(key_B) is self.B
 
     def matrices_A(self, stored: Tensor) -> Tensor:
-        """A, or something of its shape such as its gradient, as (E, r, in); E is 1 but for experts."""
+        """A, or something of its shape such as its gradient, as (E, r, in): a pair each expert or group has for itself.
+
+        Group e of a convolution has r of the layer's E r ranks, and its share of the outputs.
+        """
         matrix = self.layer.matrix_A(stored)
-        return matrix if matrix.dim() == 3 else matrix[None]
+        return matrix if self._is_stack else matrix.reshape(self._groups, -1, matrix.shape[-1])
 
     def matrices_B(self, stored: Tensor) -> Tensor:
         """B, or something of its shape, as (E, out, r)."""
         matrix = self.layer.matrix_B(stored)
-        return matrix if matrix.dim() == 3 else matrix[None]
+        return matrix if self._is_stack else matrix.reshape(self._groups, -1, matrix.shape[-1])
 
     def stored_A(self, matrices: Tensor) -> Tensor:
         """The inverse of :meth:`matrices_A`."""
-        return self.layer.stored_A(matrices if self._is_stack else matrices[0]).view(self.A.shape)
+        return self.layer.stored_A(matrices if self._is_stack else matrices.flatten(0, 1)).view(self.A.shape)
 
     def stored_B(self, matrices: Tensor) -> Tensor:
-        return self.layer.stored_B(matrices if self._is_stack else matrices[0]).view(self.B.shape)
+        return self.layer.stored_B(matrices if self._is_stack else matrices.flatten(0, 1)).view(self.B.shape)
 
     @cached_property
     def _is_stack(self) -> bool:
         return self.layer.matrix_A(self.A).dim() == 3
+
+    @cached_property
+    def _groups(self) -> int:
+        return self.layer.groups(self.layer.get_base_layer())
+
+    def used_scaling(self) -> float:
+        """The scaling, where it is divided by.
+
+        Raises:
+            AdapterError: it is 0.
+        """
+        if self.scaling == 0:
+            raise AdapterError(
+                f"{self.path}, adapter {self.name!r}: its scaling is 0, so it changes nothing and no step of it can be "
+                "worked out. Set another scaling (set_scale), or take the adapter off. Nothing was changed."
+            )
+        return self.scaling
 
     def check_active(self) -> None:
         """Raise if this adapter no longer counts on its layer: its gradient would be missing, or another's."""
@@ -81,11 +114,19 @@ class Pair:
                 f"{self.path}: the optimizer was made for an adapter {self.name!r} that was deleted; another one has "
                 "its name now. Make a new optimizer. Nothing was changed."
             )
-        if self.name not in self.layer._active_adapter or self.name not in self.layer.adapters:
+        active = self.layer.active_adapters
+        if self.name not in active or self.name not in self.layer.adapters:
             raise AdapterError(
                 f"{self.path}: the optimizer was made for adapter {self.name!r}, active now: "
-                f"{', '.join(map(repr, self.layer._active_adapter)) or 'none'}. Call set_adapter({self.name!r}), or "
-                "make a new optimizer. Nothing was changed."
+                f"{', '.join(map(repr, active)) or 'none'}. Call set_adapter({self.name!r}), or make a new optimizer. "
+                "Nothing was changed."
+            )
+        self.check_unmerged()
+
+    def check_unmerged(self) -> None:
+        if self.name in self.layer.merged_adapters:
+            raise AdapterError(
+                f"{self.path}: adapter {self.name!r} is merged, so it gets no gradient. Call unmerge_adapter() first."
             )
 
 
@@ -99,6 +140,8 @@ def pairs_of(model: nn.Module) -> list[Pair]:
         AdapterError: no layer has an active adapter, one is merged, none is trained, or a factor holds nan or inf.
         BackendError: a factor is spread over processes, or is not a floating-point tensor of its full shape.
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"An optimizer is made for a model with adapters, found {found(model)}.")
     pairs = [
         Pair(path, layer, name)
         for path, layer in model.named_modules()
@@ -113,7 +156,7 @@ def pairs_of(model: nn.Module) -> list[Pair]:
         )
     for pair in pairs:
         _check(pair)
-    if not any(factor.requires_grad for pair in pairs for factor in (pair.A, pair.B)):
+    if not any(factor.requires_grad for factor in factors_of(pairs)):
         names = ", ".join(sorted({repr(pair.name) for pair in pairs}))
         raise AdapterError(
             f"No factor of adapter {names} is trained. Load it with is_trainable=True, or make the adapter without "
@@ -123,10 +166,7 @@ def pairs_of(model: nn.Module) -> list[Pair]:
 
 
 def _check(pair: Pair) -> None:
-    if pair.adapter.name in pair.layer.merged_adapters:
-        raise AdapterError(
-            f"{pair.path}: adapter {pair.name!r} is merged, so it gets no gradient. Call unmerge_adapter() first."
-        )
+    pair.check_unmerged()
     for factor, tensor in (("A", pair.A), ("B", pair.B)):
         where = f"{pair.path}, adapter {pair.name!r}: {factor}"
         if hasattr(tensor, "device_mesh") or tensor.dim() < 2 or tensor.numel() == 0:
@@ -134,6 +174,8 @@ def _check(pair: Pair) -> None:
                 f"{where} is a shard of a factor ({type(tensor).__name__}, shape {tuple(tensor.shape)}). This "
                 "optimizer needs whole factors: leave the adapters unsharded, or use a stock optimizer on them."
             )
+        if tensor.is_meta:
+            raise BackendError(f"{where} is on the meta device and has no values. Load the adapter's weights first.")
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise BackendError(
                 f"{where} is stored as {tensor.dtype}. This optimizer needs float64, float32, bfloat16 or float16."
@@ -151,12 +193,28 @@ def check_finite(pair: Pair) -> None:
             )
 
 
+def factors_of(pairs: Iterable[Pair]) -> list[nn.Parameter]:
+    """A and B of every pair."""
+    return [factor for pair in pairs for factor in (pair.A, pair.B)]
+
+
+def groups_of(model: nn.Module, pairs: Sequence[Pair], weight_decay: float, **own: Any) -> list[dict[str, Any]]:
+    """Groups of both factors of ``pairs`` and of what is trained besides, each with the settings ``own``."""
+    factors = {"params": factors_of(pairs), "weight_decay": weight_decay}
+    return filled([factors, *other_groups(model, pairs, weight_decay)], **own)
+
+
+def filled(groups: Iterable[dict[str, Any]], **own: Any) -> list[dict[str, Any]]:
+    """The groups that have parameters, with the settings ``own``."""
+    return [group | own for group in groups if group["params"]]
+
+
 def other_groups(model: nn.Module, pairs: Iterable[Pair], weight_decay: float) -> list[dict[str, Any]]:
     """Groups of what is trained besides the factors of ``pairs``: matrices, and vectors, which are not decayed.
 
     These are magnitudes, biases, modules_to_save, token rows. A group may be empty.
     """
-    factors = {id(parameter) for pair in pairs for parameter in (pair.A, pair.B)}
+    factors = set(map(id, factors_of(pairs)))
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
     return [
         {"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},

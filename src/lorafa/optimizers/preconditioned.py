@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lorafa.errors import ConfigError
 from lorafa.optimizers.batches import PairBatch, Stack, batches_of, live_batches
-from lorafa.optimizers.checked import check_pairs, check_state, explained
+from lorafa.optimizers.checked import check_pairs, check_state, computing
 from lorafa.optimizers.pairs import Pair
 
 Transform = Callable[[PairBatch], tuple[Tensor, Tensor]]
@@ -48,9 +48,10 @@ def precondition(optimizer: Optimizer, pairs: Sequence[Pair], transform: Transfo
                 "and its gradients first, then call step() without arguments."
             )
         check_pairs(stepping, pairs)
-        with torch.no_grad(), explained(pairs):
-            for batch in live_batches(batches):
-                for_A, for_B = transform(batch)
+        with torch.no_grad(), computing(pairs):
+            live = live_batches(batches)
+            found = [transform(batch) for batch in live]  # all or none: a second try must not transform them twice
+            for batch, (for_A, for_B) in zip(live, found, strict=True):
                 _replace_gradients(batch.A, for_A)
                 _replace_gradients(batch.B, for_B)
 

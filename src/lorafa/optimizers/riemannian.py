@@ -19,8 +19,8 @@ from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse
 from lorafa.optimizers.adamw import AdamW
 from lorafa.optimizers.batches import PairBatch, batches_of, live_batches
-from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
-from lorafa.optimizers.pairs import Pair, other_groups, pairs_of, trained_together
+from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_stock, name_of
+from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import precondition
 
 
@@ -45,12 +45,13 @@ def create_riemannian_optimizer(
         **kwargs: passed to ``optimizer_cls``. ``weight_decay`` spares vectors.
 
     Raises:
-        ConfigError: an argument is out of range, or the optimizer needs a closure.
+        ConfigError: an argument is out of range or not the optimizer's, or it needs a closure.
         AdapterError: there are no adapters, or a factor is frozen.
     """
     check_number("lr", lr, "a number >= 0", 0, closed="[")
     check_number("reg", reg, "a number >= 0", 0, closed="[")
     check_choice("damping", damping, ("relative", "absolute"))
+    check_stock(optimizer_cls, kwargs)
     pairs = trained_together(pairs_of(model), "Riemannian preconditioning")
     relative = damping == "relative"
 
@@ -61,8 +62,8 @@ def create_riemannian_optimizer(
         return left.to(A.dtype) @ batch.A.gradients(), batch.B.gradients() @ right.to(B.dtype)
 
     decay = kwargs.get("weight_decay", 0.0)
-    groups = [{"params": [f for pair in pairs for f in (pair.A, pair.B)]}, *other_groups(model, pairs, decay)]
-    optimizer = optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
+    groups = groups_of(model, pairs, decay, algorithm=f"riemannian {name_of(optimizer_cls)}")
+    optimizer = optimizer_cls(groups, lr=lr, **kwargs)
     return precondition(optimizer, pairs, transform)
 
 
@@ -79,7 +80,7 @@ class PreconditionedAdamW(PairOptimizer):
         pairs: the pairs among ``params``.
     """
 
-    own = ("pairs", "prec_reg", "_batches")
+    copied = ("pairs", "prec_reg", "_batches")
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
                  prec_reg: float, pairs: list[Pair]) -> None:  # fmt: skip
@@ -97,7 +98,7 @@ class PreconditionedAdamW(PairOptimizer):
             A = batch.A.values()
             inverse = damped_inverse(A @ A.mT, self.prec_reg, relative=False)
             adamw.step(batch.B.parameters, batch.B.split(batch.B.gradients() @ inverse.to(A.dtype)))
-        adamw.step_others(than=[factor for pair in self.pairs for factor in (pair.A, pair.B)])
+        adamw.step_others(than=factors_of(self.pairs))
 
 
 def create_preconditioned_adamw(
@@ -118,6 +119,5 @@ def create_preconditioned_adamw(
     check_adam_numbers(lr, betas, eps, weight_decay)
     check_number("prec_reg", prec_reg, "a number > 0", 0)
     pairs = trained_together(pairs_of(model), "LoRA-One's preconditioned AdamW")
-    groups = [{"params": [f for pair in pairs for f in (pair.A, pair.B)]}, *other_groups(model, pairs, weight_decay)]
-    groups = [group for group in groups if group["params"]]
+    groups = groups_of(model, pairs, weight_decay, algorithm="preconditioned")
     return PreconditionedAdamW(groups, lr, betas, eps, weight_decay, prec_reg, pairs)

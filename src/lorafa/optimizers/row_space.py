@@ -17,11 +17,12 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import working_dtype
+from lorafa.adapter import full_precision, working_dtype
+from lorafa.checks import check_number
 from lorafa.errors import AdapterError
 from lorafa.linalg import gram_cholesky, spd_inverse
 from lorafa.optimizers.batches import PairBatch, batches_of
-from lorafa.optimizers.pairs import Pair
+from lorafa.optimizers.pairs import Pair, check_finite
 
 SMALLEST_PIVOT = 1e-6
 """Of A's triangular factor over its largest one; below it the rows of A count as dependent."""
@@ -31,9 +32,17 @@ def row_factors(pair: Pair) -> Tensor:
     """L (E, r, r) with L L^T = A A^T, lower triangular, in float64 on the CPU.
 
     Raises:
-        AdapterError: the rows of A are dependent.
+        AdapterError: the rows of A are dependent or not finite.
     """
-    L, ratio = gram_cholesky(pair.matrices_A(pair.A).cpu())
+    check_finite(pair)
+    matrices = pair.matrices_A(pair.A)
+    rank, width = matrices.shape[-2:]
+    if rank > width:
+        raise AdapterError(
+            f"{pair.path}, adapter {pair.name!r}: A has {rank} rows of {width} numbers, which are dependent. Lower the "
+            "rank of this layer (rank_pattern). Nothing was changed."
+        )
+    L, ratio = gram_cholesky(matrices.cpu())
     if bool((ratio < SMALLEST_PIVOT).any()):
         zero = not bool(pair.A.detach().any())
         kind = "is zero" if zero else "has dependent rows"
@@ -48,6 +57,8 @@ def row_factors(pair: Pair) -> Tensor:
 class RowSpace:
     """The projections of many pairs, decomposed once; A is looked at again only when it was written to.
 
+    Writes through ``A.data`` are not seen.
+
     Args:
         pairs: layers whose A is frozen.
 
@@ -61,6 +72,8 @@ class RowSpace:
 
     def projected(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor]]]:
         """Some B that have a gradient, and their (1/s^2) g_B (A A^T)^-1, of the same shapes; then the next ones."""
+        for batch in self._batches:  # what fails, fails before the first of them is used
+            batch.refresh()
         for batch in self._batches:
             yield from batch.projected()
 
@@ -85,7 +98,11 @@ class RowSpace:
 
         As `torch.nn.utils.clip_grad_norm_`, but measured in weight space: the result does not depend on how A is
         scaled.
+
+        Raises:
+            ConfigError: ``max_norm`` is no number >= 0.
         """
+        check_number("max_norm", max_norm, "a number >= 0", 0, closed="[")
         total = self.norm()
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for pair in self.pairs:
@@ -103,15 +120,20 @@ class _Batch:
         self._seen: list[tuple[int, int, float]] = [(-1, -1, math.nan)] * len(self.pairs)
         self._inverses: list[Tensor] = [torch.empty(0)] * len(self.pairs)
         self._stack = torch.empty(0)
-        self._refresh()
+        self.refresh()
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Decompose what was written to since the last time.
+
+        Raises:
+            AdapterError: the rows of some A are dependent or not finite, or a scaling is 0.
+        """
         now = [(A.data_ptr(), A._version, scaling[name]) for A, scaling, name in self._sources]
         if now == self._seen and self._stack.device == self._B.parameters[0].device:
             return
         for index, pair in enumerate(self.pairs):
             if now[index] != self._seen[index]:
-                self._inverses[index] = spd_inverse(row_factors(pair)) / pair.scaling**2
+                self._inverses[index] = spd_inverse(row_factors(pair)) / pair.used_scaling() ** 2
         self._stack = self._stacked(self._inverses)
         self._seen = now
 
@@ -120,10 +142,11 @@ class _Batch:
         return torch.cat(list(inverses)).to(B.device, working_dtype(B.dtype))
 
     def projected(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor]]]:
-        self._refresh()
         live, B, inverses = self._B.live, self._B, self._stack
         if not all(live):
             if not any(live):
                 return
             B, inverses = PairBatch(list(compress(self.pairs, live))).B, self._stacked(compress(self._inverses, live))
-        yield B.parameters, B.split(torch.bmm(B.gradients(), inverses))
+        with full_precision(inverses):
+            projected = B.split(torch.bmm(B.gradients(), inverses))
+        yield B.parameters, projected
