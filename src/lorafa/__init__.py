@@ -21,6 +21,8 @@ from lorafa.optimizers import (
     LoraFAOptimizer,
     create_lorafa_optimizer,
     create_loraplus_optimizer,
+    create_lorapro_optimizer,
+    create_preconditioned_adamw,
     create_riemannian_optimizer,
 )
 from lorafa.peft_model import PeftModel, get_peft_model
@@ -58,6 +60,8 @@ __all__ = [
     "collect_statistics",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "create_lorapro_optimizer",
+    "create_preconditioned_adamw",
     "create_riemannian_optimizer",
     "estimate_gradients",
     "get_eva_state_dict",
