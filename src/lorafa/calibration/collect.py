@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.base import Statistic
+from lorafa.calibration.processes import distributed, gathered, summed
 from lorafa.errors import CalibrationError, shorten
 
 Batches = Callable[[bool], Iterator[float | None]]
@@ -20,6 +22,7 @@ call of the model since the last. Told whether gradients are read; if not, it ne
 Rows = Callable[[str, Tensor], Tensor]
 """(layer, its input (..., in)) -> the rows (T, in) that count."""
 IGNORED = -100
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(eq=False)
@@ -33,10 +36,21 @@ class _Entry:
     done: bool = False
     owner: _Entry | None = None
     """The same statistic of another layer with the same input, which does the work."""
+    calls: int = 0
+    """Of the layer in the first batch."""
+    like: Tensor | None = None
+    """An empty tensor as the inputs are; None until there was one."""
 
     @property
     def value(self) -> Statistic:
         return self.statistic if self.owner is None else self.owner.statistic
+
+    def work_alone(self) -> None:
+        """Have no owner any more, but a copy of what it has counted so far."""
+        if self.owner is not None:
+            theirs = self.owner.statistic
+            self.statistic = copy.deepcopy(theirs, {id(theirs.layer): self.statistic.layer})
+            self.owner = None
 
 
 @dataclass
@@ -132,44 +146,65 @@ def _run(
         for share in batches(gradients):
             weight += current.batch.number + 1 - calls if share is None else share
             calls = current.batch.number + 1
-            for kind in {type(entry.statistic) for entry in active}:
-                same = [entry for entry in active if type(entry.statistic) is kind]
-                kind.compare([(entry.statistic.layer, entry.value) for entry in same])
+            _compare(active)
             if all(entry.value.satisfied for entry in active):
                 break
-    weight = _over_ranks(weight)
+    weight = summed(weight)
     if not weight:
         raise CalibrationError(
             "There was no batch to calibrate with: the data is empty. Pass a dataloader (or any sequence of batches) "
             "with at least one."
         )
-    if gradients and not _over_ranks(float(current.arrived)):
+    if gradients and not summed(float(current.arrived)):
         names = shorten(dict.fromkeys(entry.layer for entry in active), 3)
         raise CalibrationError(
             f"No gradient arrived at {names}: {calls} batches ran and none of them called backward() on a loss that "
             "depends on these layers. Call loss.backward() in the training step, with gradients enabled."
         )
+    if distributed():
+        _agree(active, layers)
     for entry in active:
         if entry.owner is None:
-            if _distributed():
+            if distributed() and entry.like is not None:
                 entry.statistic.reduce()
             entry.statistic.end_pass(entry.passes, weight)
         entry.passes += 1
+    _compare(active)
+    for entry in active:
         entry.done = not entry.value.wants_pass(entry.passes)
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _compare(active: list[_Entry]) -> None:
+    for kind in dict.fromkeys(type(entry.statistic) for entry in active):
+        same = [entry for entry in active if type(entry.statistic) is kind]
+        kind.compare([(entry.statistic.layer, entry.value) for entry in same])
 
 
-def _over_ranks(number: float) -> float:
-    if not _distributed():
-        return number
-    total = torch.tensor(number, dtype=torch.float64)
-    if torch.distributed.get_backend() == "nccl":
-        total = total.cuda()
-    torch.distributed.all_reduce(total)
-    return float(total)
+def _agree(active: list[_Entry], layers: Mapping[str, nn.Module]) -> None:
+    """Before ranks add up what they have, it must be the same tensors on all of them.
+
+    A rank may have had no batch, or none that reached some layer: its share is that of no rows, of the dtype the others
+    saw. Layers share what depends on their input alone only if they do on every rank that saw them.
+    """
+    places = {id(entry): place for place, entry in enumerate(active)}
+    said = [
+        (0 if e.like is None else 1 + _DTYPES.index(e.like.dtype), -1 if e.owner is None else places[id(e.owner)])
+        for e in active
+    ]
+    for entry, (seen, owners) in zip(active, gathered(torch.tensor(said)).permute(1, 2, 0), strict=True):
+        if not seen.any():
+            continue
+        owner = owners[seen > 0].unique().tolist()
+        if len(owner) == 1 and owner[0] >= 0:
+            entry.owner = active[owner[0]]
+            continue
+        entry.work_alone()
+        if entry.like is None:
+            place = next((p.device for p in layers[entry.layer].parameters()), None)
+            entry.like = torch.empty(0, dtype=_DTYPES[int(seen.max()) - 1], device=place)
+        measured = entry.statistic.layer
+        d = entry.like.new_empty(0, measured.out) if entry.statistic.reads_gradient else None
+        entry.statistic.update(entry.like.new_empty(0, measured.in_), d)
 
 
 @contextmanager
@@ -237,7 +272,7 @@ class _Watch:
     def __init__(self, entries: list[_Entry], current: _Pass) -> None:
         self.current = current
         self.forward = [entry for entry in entries if not entry.statistic.reads_gradient]
-        self.backward = [entry.statistic for entry in entries if entry.statistic.reads_gradient]
+        self.backward = [entry for entry in entries if entry.statistic.reads_gradient]
         self.input: Tensor | None = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -245,6 +280,7 @@ class _Watch:
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self.input = x
         for entry in self.forward:
+            entry.like = x.new_empty(0)
             if not self._shared(entry, x):
                 entry.statistic.update(self._rows(entry, x.detach()), None)
         if x.requires_grad or not torch.is_grad_enabled() or not x.is_floating_point():
@@ -270,23 +306,34 @@ class _Watch:
     def _feed(self, x: Tensor, d: Tensor) -> None:
         self.current.arrived = True
         x, d = x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1])
-        for statistic in self.backward:
-            statistic.update(x, d.to(x.dtype))
+        for entry in self.backward:
+            entry.like = x.new_empty(0)
+            entry.statistic.update(x, d.to(x.dtype))
 
     def _shared(self, entry: _Entry, x: Tensor) -> bool:
         """Whether another layer has counted this very input. Found out in the first batch, then kept."""
-        if entry.owner is not None or not entry.statistic.shares_input:
+        if self.current.batch.number > 0 or entry.passes or not entry.statistic.shares_input:
             return entry.owner is not None
-        if self.current.batch.number > 0 or entry.passes:
+        entry.calls += 1
+        if entry.calls > 1:
+            self._part(entry)
             return False
         key = entry.name, id(x)
         seen, owner = self.current.inputs.get(key, (None, entry))
         serves = owner.statistic.layer.rank >= entry.statistic.layer.rank
-        if seen is not None and seen() is x and owner is not entry and serves:
+        if seen is not None and seen() is x and serves:
             entry.owner = owner
             return True
         self.current.inputs[key] = weakref.ref(x), entry
         return False
+
+    def _part(self, entry: _Entry) -> None:
+        """A layer that is called again sees what those with its first input need not see."""
+        inputs = self.current.inputs
+        self.current.inputs = {key: (seen, owner) for key, (seen, owner) in inputs.items() if owner is not entry}
+        for other in self.current.entries:
+            if other is entry or other.owner is entry:
+                other.work_alone()
 
 
 class _Observed(torch.autograd.Function):

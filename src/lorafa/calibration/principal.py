@@ -60,8 +60,10 @@ class Scatter:
         return cls(rows, mean, rows.square().sum(), len(x))
 
     @classmethod
-    def nothing(cls, components: int, width: int) -> Scatter:
-        return cls(torch.zeros(components, width), torch.zeros(width), torch.zeros(()), 0)
+    def nothing(cls, components: int, width: int, like: Tensor | None = None) -> Scatter:
+        """Of no tokens, in the dtype and on the device of ``like``; None: float32 on the CPU."""
+        like = torch.zeros(()) if like is None else like
+        return cls(like.new_zeros(components, width), like.new_zeros(width), like.new_zeros(()), 0)
 
     def joined(self, other: Scatter) -> Scatter:
         """Of both token sets together, exactly: R = [R1; R2; sqrt(N1 N2 / N) (mean1 - mean2)]."""
@@ -169,7 +171,10 @@ class IncrementalPCA(InputStatistic):
     def update(self, x: Tensor, d: Tensor | None) -> None:
         if self.satisfied:
             return
-        self._waiting.append(float_matrix(x))
+        x = float_matrix(x)
+        if not self.scatter.count:
+            self.scatter = Scatter.nothing(self.k, self.layer.in_, x)
+        self._waiting.append(x)
         if sum(map(len, self._waiting)) >= self.k:
             self._absorb()
         else:
