@@ -249,7 +249,9 @@ def _of_batches(model: nn.Module, data: Iterable[Any], loss: Loss, weighting: st
                 continue
             weight = 1.0 if weighting == "batches" else _labelled(batch)
             with torch.enable_grad():
-                (loss(model, batch) * weight).backward()  # type: ignore[no-untyped-call]
+                value = loss(model, batch) * weight
+                if value.requires_grad:  # not where the batch reaches no target
+                    value.backward()  # type: ignore[no-untyped-call]
             yield weight
 
     return run

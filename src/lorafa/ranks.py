@@ -51,7 +51,7 @@ class RankRule:
     threshold: float = THRESHOLD
     """Of "cross_validation": what a direction must hold in the other half, as a share of its singular value."""
     rho: float = 2.0
-    """Of "explained_variance": how many times its rank a layer may get."""
+    """Of "explained_variance": how many times its rank a layer may get, rounded."""
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from lorafa.backends.base import Backend
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
 from lorafa.calibration.collect import Batches, Rows, collect
+from lorafa.calibration.principal import MOST_PASSES
 from lorafa.calibration.projections import Projections
 from lorafa.config import LoraConfig, require_available
 from lorafa.errors import CalibrationError, CheckpointError, shorten
@@ -158,6 +160,7 @@ def statistics_of(
     if cache is not None and Path(cache).exists():
         found = Statistics.load(cache)
         if found.about["key"] == about["key"]:
+            _say_unsettled(found)
             return found
     layers = {target.full_name: target.base for target in targets}
     statistics = _statistics(config, targets, wanted, options)
@@ -167,6 +170,7 @@ def statistics_of(
     else:
         values = collect(model, layers, statistics, batches, rows=rows)
     _add_largest(values)
+    _say_unsettled(values)
     result = Statistics(values, about)
     if cache is not None:
         result.save(cache)
@@ -203,6 +207,18 @@ def _linear_shape(target: Target, backend: Backend, config: LoraConfig) -> tuple
             "with exclude_modules, or choose another start."
         )
     return backend.shape(target.base)
+
+
+def _say_unsettled(values: Mapping[str, Mapping[str, Tensor]]) -> None:
+    found = {layer: tensors["principal.settled"] for layer, tensors in values.items() if "principal.settled" in tensors}
+    turning = [layer for layer, settled in found.items() if not settled]
+    if turning:
+        warnings.warn(
+            f"The principal directions of the inputs still turn after {MOST_PASSES} passes over the data on "
+            f"{len(turning)} of {len(found)} layers: {shorten(turning, 3)}. They start from the last ones. Use more or "
+            "larger batches, or lower tau or rho of EvaConfig.",
+            stacklevel=3,
+        )
 
 
 def _add_largest(values: Mapping[str, dict[str, Tensor]]) -> None:

@@ -221,15 +221,71 @@ def test_forward_statistics_need_no_graph_and_allow_one() -> None:
     collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, over(model, [x]))  # calls backward
 
 
-def test_layers_with_one_input_share_what_depends_on_it_alone() -> None:
-    model, data = Toy(), inputs()
-    named = statistics(model, 2, Shared, "rows")
-    found = collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, over(model, data))
-    assert named["second"]["rows"].seen == []  # type: ignore[attr-defined]
-    assert found["second"]["rows.rows"] is found["first"]["rows.rows"] or torch.equal(
-        found["second"]["rows.rows"], found["first"]["rows.rows"]
-    )
-    assert found["last"]["rows.rows"].shape[1] == 30
+class Gated(nn.Module):
+    """Three layers that are given one tensor, ``often`` times; ``third`` only where ``reach`` says so."""
+
+    def __init__(self, often: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Linear(4, 4).double() for _ in range(3))
+        self.often = often
+
+    def forward(self, x: Tensor, reach: bool = True, aside: Tensor | None = None) -> Tensor:
+        for _ in range(self.often):
+            y = self.first(x) + self.second(x)
+            x = y + self.third(x) if reach else y
+        return x if aside is None else x + self.first(aside).sum()
+
+
+def rows_of_gated(model: Gated, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], int]:
+    """Of each layer, and the number of passes that took."""
+    layers, passes = ("first", "second", "third"), []
+
+    def run(gradients: bool) -> Any:
+        passes.append(gradients)
+        for batch in batches:
+            model(**batch)
+            yield None
+
+    named = statistics(model, 2, Shared, "rows", layers)
+    found = collect(model, {name: model.get_submodule(name) for name in layers}, named, run)
+    return {name: found[name]["rows.rows"] for name in layers}, len(passes)
+
+
+@pytest.mark.parametrize("often", [1, 3])
+def test_layers_with_one_input_share_what_depends_on_it_alone(often: int) -> None:
+    data = inputs(3, in_=4)
+    found, passes = rows_of_gated(Gated(often), [{"x": x} for x in data])
+    assert found["first"] is found["second"] is found["third"] or len({t.data_ptr() for t in found.values()}) == 1
+    assert passes == 1
+    assert len(found["first"]) == 3 * 12 * often
+
+
+@pytest.mark.parametrize(
+    ("reached", "passes"), [((True, True, False), 2), ((True, False, True), 2), ((False, True, True), 1)]
+)
+def test_a_layer_that_some_batches_do_not_reach_has_the_rows_of_the_others(
+    reached: tuple[bool, ...], passes: int
+) -> None:
+    data = inputs(3, in_=4)
+    found, taken = rows_of_gated(Gated(), [{"x": x, "reach": reach} for x, reach in zip(data, reached, strict=True)])
+    assert torch.equal(found["first"], torch.cat([x.flatten(0, 1) for x in data]))
+    kept = [x.flatten(0, 1) for x, reach in zip(data, reached, strict=True) if reach]
+    assert torch.equal(found["third"], torch.cat(kept))
+    assert taken == passes
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_layer_that_is_called_once_more_keeps_the_further_rows_to_itself(where: int) -> None:
+    data, aside = inputs(2, in_=4), torch.ones(3, 4, dtype=torch.float64)
+    batches: list[dict[str, Any]] = [{"x": x} for x in data]
+    batches[where]["aside"] = aside
+    found, _ = rows_of_gated(Gated(), batches)
+    rows = [x.flatten(0, 1) for x in data]
+    assert torch.equal(found["second"], torch.cat(rows))
+    assert torch.equal(found["third"], torch.cat(rows))
+    rows.insert(where + 1, aside)
+    assert torch.equal(found["first"], torch.cat(rows))
 
 
 def test_the_model_is_bit_identical_afterwards() -> None:
@@ -248,7 +304,7 @@ def test_the_layer_of_the_largest_rank_is_not_served_by_one_of_a_smaller() -> No
     assert named["second"]["rows"].seen  # type: ignore[attr-defined]
 
 
-def test_layers_are_compared_after_every_batch() -> None:
+def test_layers_are_compared_after_every_batch_and_every_pass() -> None:
     compared: list[list[str]] = []
 
     class Compared(Rows):
@@ -259,4 +315,4 @@ def test_layers_are_compared_after_every_batch() -> None:
     model, data = Toy(), inputs(3)
     named = statistics(model, 2, Compared, "rows")
     collect(model, {name: model.get_submodule(name) for name in named}, named, over(model, data))
-    assert compared == [list(LAYERS)] * 3
+    assert compared == [list(LAYERS)] * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +310,41 @@ def test_eva_shares_its_ranks_out_by_itself() -> None:
     assert sum(ranks) == 6
     fixed = initialize(Toy(), config("eva", eva_config=EvaConfig(rho=1.0)), data)
     assert [layer.r["default"] for _, layer in fixed.base_model.lora_layers()] == [2, 2, 2]
+
+
+def test_eva_says_on_how_many_layers_its_directions_did_not_settle(tmp_path: Path) -> None:
+    """White inputs have no principal directions: every batch turns them."""
+    data, cached = [torch.randn(2, 6, 40, dtype=torch.float64) for _ in range(4)], tmp_path / "stats.safetensors"
+    said = (
+        r"The principal directions of the inputs still turn after 10 passes over the data on 2 of 2 layers: first, "
+        r"second\. They start from the last ones\. Use more or larger batches, or lower tau or rho of EvaConfig\."
+    )
+    settings = config("eva", target_modules=["first", "second"], eva_config=EvaConfig(tau=0.9999999))
+    for _ in range(2):  # from the data, then from the file
+        with pytest.warns(UserWarning, match=said):
+            collect_statistics(Toy(), settings, data, cache=cached)
+
+
+def test_eva_says_nothing_where_its_directions_have_settled() -> None:
+    steep = torch.logspace(0, -6, 40, dtype=torch.float64)
+    data = [torch.randn(2, 60, 40, dtype=torch.float64) * steep for _ in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = collect_statistics(Toy(), config("eva", eva_config=EvaConfig(tau=0.5), target_modules=["first"]), data)
+    assert stats["first"]["principal.settled"]
+
+
+@pytest.mark.parametrize("start", ["corda", "lora_ga"])
+def test_a_file_of_peft_without_its_start_says_how_to_save_it(start: str, tmp_path: Path) -> None:
+    """PEFT has changed the base, and the file does not say by what."""
+    get_peft_model(Toy(), config(True)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+    model = Toy()
+    said = (
+        rf"does not hold what init_lora_weights='{start}' took from the base, and data decided that: it cannot be "
+        r"computed again\. Save it again in PEFT, with save_pretrained\(\.\.\., "
+        r"path_initial_model_for_weight_conversion=\) and the folder of the adapter as it was before training"
+    )
+    with refused(model, CheckpointError, said):
+        PeftModel.from_pretrained(model, tmp_path)

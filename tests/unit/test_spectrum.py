@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, get_peft_model
+from lorafa.calibration.base import Measured
 from lorafa.calibration.gradient import cross_validated
+from lorafa.calibration.principal import IncrementalPCA, PCASettings
 from lorafa.calibration.spectrum import (
     Spectrum,
     by_budget,
@@ -116,6 +118,16 @@ def test_explained_variance_is_eva() -> None:
     assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=2.0) == {"a": 4, "b": 0}
     assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=1.5) == {"a": 3, "b": 1}
     assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=1.0) == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(("rho", "rank", "most"), [(1.2, 3, 4), (1.1, 3, 3), (1.7, 2, 3), (2.0, 5, 10), (1.0, 7, 7)])
+def test_a_layer_gets_at_most_as_many_ranks_as_eva_follows_components(rho: float, rank: int, most: int) -> None:
+    """k = round(rho r), for the principal components as for the ranks that are chosen among them."""
+    measured = Measured("steep", 64, 64, rank, PCASettings(rho=rho))
+    ratios = {"steep": torch.linspace(0.9, 0.5, 64), "flat": torch.linspace(0.1, 0.0, 64)}
+    ranks = by_explained_variance(ratios, {"steep": rank, "flat": rank}, rho)
+    assert ranks == {"steep": most, "flat": 2 * rank - most}
+    assert IncrementalPCA(measured).k == most
 
 
 class Model(nn.Module):

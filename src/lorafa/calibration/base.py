@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
+from lorafa.calibration.processes import add_up
 from lorafa.calibration.projections import Projections
 from lorafa.checks import check_flag, check_int
 from lorafa.errors import ConfigError
@@ -117,7 +117,7 @@ class Statistic(ABC):
 
     @classmethod  # noqa: B027
     def compare(cls, layers: Sequence[tuple[Measured, Any]]) -> None:
-        """Called after each batch with all layers of a pass and what serves them, where one's need is another's."""
+        """Called after each batch and each pass with all layers and what serves them, where one's need is another's."""
 
     def sums(self) -> list[Tensor]:
         """The accumulators of this pass that ranks add up, in place."""
@@ -126,7 +126,7 @@ class Statistic(ABC):
     def reduce(self) -> None:
         """Bring the ranks of torch.distributed's default group together; the same on all of them afterwards."""
         for tensor in self.sums():
-            torch.distributed.all_reduce(tensor)
+            add_up(tensor)
 
     def end_pass(self, number: int, weight: float) -> None:  # noqa: B027
         """Called after :meth:`reduce`. ``weight`` is the number of batches of all ranks, or the sum of their weights

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.base import Statistic
+from lorafa.calibration.processes import distributed, gathered, of_first
 from lorafa.errors import CalibrationError, shorten
 
 Batches = Callable[[bool], Iterator[float | None]]
@@ -31,12 +33,23 @@ class _Entry:
     statistic: Statistic
     passes: int = 0
     done: bool = False
+    dtype: torch.dtype | None = None
+    """Of the inputs; None until there was one."""
     owner: _Entry | None = None
-    """The same statistic of another layer with the same input, which does the work."""
+    """The same statistic of another layer with the same inputs, which does the work."""
+    parted: bool = False
+    """Whether the owner has had other inputs in this pass: then nothing of it counts."""
+    alone: bool = False
+    """Whether it is to have no owner."""
 
     @property
     def value(self) -> Statistic:
         return self.statistic if self.owner is None else self.owner.statistic
+
+    def start_again(self) -> None:
+        """Before the first pass, without an owner."""
+        self.statistic = type(self.statistic)(self.statistic.layer)
+        self.owner, self.parted, self.alone, self.passes = None, False, True, 0
 
 
 @dataclass
@@ -66,10 +79,19 @@ class _Pass:
     entries: list[_Entry]
     rows: Rows | None = None
     batch: _Batch = field(default_factory=_Batch)
-    inputs: dict[tuple[str, int], tuple[weakref.ref[Tensor], _Entry]] = field(default_factory=dict)
-    """(statistic, identity of an input) -> the input, and the first layer that had it in this batch."""
+    inputs: dict[_Entry, list[weakref.ref[Tensor]]] = field(default_factory=dict)
+    """In this batch, of statistics that share inputs, in order."""
+    first: dict[tuple[str, int], _Entry] = field(default_factory=dict)
+    """(statistic, identity of an input) -> who had it first in this batch."""
     arrived: bool = False
     """Whether a gradient has."""
+
+    def end_batch(self) -> None:
+        for entry in self.entries:
+            if entry.owner is not None and len(self.inputs.get(entry, ())) != len(self.inputs.get(entry.owner, ())):
+                entry.parted = True
+        self.inputs.clear()
+        self.first.clear()
 
 
 def collect(
@@ -84,7 +106,10 @@ def collect(
 
     The weights are frozen meanwhile, so that no weight gradient is computed, and dropout is off; modes,
     ``requires_grad`` and hooks are as before afterwards. Under torch.distributed every process runs its share of the
-    batches and all get the values of the whole.
+    batches, which may be none or not reach some layers, and all get the values of the whole, bit for bit the same.
+
+    Layers that are given the same tensors share what depends on them alone. That is tried with those of the first
+    batch; where a later one, or another process, shows that it was wrong, the layer is counted in passes of its own.
 
     Args:
         model: called by ``batches``, itself or from inside a larger one.
@@ -105,7 +130,7 @@ def collect(
     results: dict[int, dict[str, Tensor]] = {}
     for entry in entries:
         if id(entry.value) not in results:
-            results[id(entry.value)] = entry.value.result()
+            results[id(entry.value)] = {key: of_first(value) for key, value in entry.value.result().items()}
         values[entry.layer] |= {f"{entry.name}.{key}": value for key, value in results[id(entry.value)].items()}
     return values
 
@@ -128,48 +153,77 @@ def _run(
         entry.statistic.start_pass(entry.passes, others)
     current, weight, calls = _Pass(active, rows), 0.0, 0
     gradients = any(entry.statistic.reads_gradient for entry in active)
-    with _watched(model, layers, current):
+    with _watched(model, layers, current, list(dict.fromkeys(entry.layer for entry in entries))):
         for share in batches(gradients):
             weight += current.batch.number + 1 - calls if share is None else share
             calls = current.batch.number + 1
-            for kind in {type(entry.statistic) for entry in active}:
-                same = [entry for entry in active if type(entry.statistic) is kind]
-                kind.compare([(entry.statistic.layer, entry.value) for entry in same])
+            _compare(entries)
             if all(entry.value.satisfied for entry in active):
                 break
-    weight = _over_ranks(weight)
+    current.end_batch()
+    weights, arrived = zip(*gathered((weight, current.arrived)), strict=True)
+    weight = sum(weights)
     if not weight:
         raise CalibrationError(
             "There was no batch to calibrate with: the data is empty. Pass a dataloader (or any sequence of batches) "
             "with at least one."
         )
-    if gradients and not _over_ranks(float(current.arrived)):
+    if gradients and not any(arrived):
         names = shorten(dict.fromkeys(entry.layer for entry in active), 3)
         raise CalibrationError(
             f"No gradient arrived at {names}: {calls} batches ran and none of them called backward() on a loss that "
             "depends on these layers. Call loss.backward() in the training step, with gradients enabled."
         )
-    for entry in active:
+    counted = _agree(active, layers)
+    for entry in counted:
         if entry.owner is None:
-            if _distributed():
+            if distributed() and entry.dtype is not None:
                 entry.statistic.reduce()
             entry.statistic.end_pass(entry.passes, weight)
         entry.passes += 1
-        entry.done = not entry.value.wants_pass(entry.passes)
+    _compare(entries)
+    more = gathered([entry.value.wants_pass(entry.passes) for entry in counted])[0]
+    for entry, wanted in zip(counted, more, strict=True):
+        entry.done = not wanted
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _compare(entries: list[_Entry]) -> None:
+    for kind in dict.fromkeys(type(entry.statistic) for entry in entries):
+        same = [entry for entry in entries if type(entry.statistic) is kind]
+        kind.compare([(entry.statistic.layer, entry.value) for entry in same])
 
 
-def _over_ranks(number: float) -> float:
-    if not _distributed():
-        return number
-    total = torch.tensor(number, dtype=torch.float64)
-    if torch.distributed.get_backend() == "nccl":
-        total = total.cuda()
-    torch.distributed.all_reduce(total)
-    return float(total)
+def _agree(active: list[_Entry], layers: Mapping[str, nn.Module]) -> list[_Entry]:
+    """Those whose pass counts, with an owner on all ranks or on none; the others are to start again.
+
+    An owner may do the work of another only if on every rank both had the same inputs, or none. A rank that saw
+    nothing of a layer adds no rows, of the dtype the others saw: what is added up must be the same tensors on all.
+    """
+    places = {entry: place for place, entry in enumerate(active)}
+    ranks = gathered([(e.dtype, None if e.owner is None else places[e.owner], e.parted) for e in active])
+    again: set[_Entry] = set()
+    for entry, said in zip(active, zip(*ranks, strict=True), strict=True):
+        seen = [one for one in said if one[0] is not None]
+        owners = {owner for _, owner, _ in seen}
+        owner = next(iter(owners), None)
+        apart = owner is not None and [rank[owner][0] for rank in ranks] != [dtype for dtype, _, _ in said]
+        if len(owners) > 1 or apart or any(parted for _, _, parted in said):
+            again.add(entry)
+            continue
+        entry.owner = None if owner is None else active[owner]
+        entry.dtype = entry.dtype or (seen[0][0] if seen else None)
+        if distributed() and entry.owner is None and entry.dtype is not None:
+            _count_nothing(entry.statistic, entry.dtype, layers[entry.layer])
+    again |= {entry for entry in active if entry.owner in again}
+    for entry in again:
+        entry.start_again()
+    return [entry for entry in active if entry not in again]
+
+
+def _count_nothing(statistic: Statistic, dtype: torch.dtype, layer: nn.Module) -> None:
+    device = next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), None)
+    x = torch.empty(0, statistic.layer.in_, dtype=dtype, device=device)
+    statistic.update(x, x.new_empty(0, statistic.layer.out) if statistic.reads_gradient else None)
 
 
 @contextmanager
@@ -199,11 +253,16 @@ def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
 
 
 @contextmanager
-def _watched(model: nn.Module, layers: Mapping[str, nn.Module], current: _Pass) -> Iterator[None]:
-    """Hooks on the model, which see each batch, and on its layers, which feed the statistics."""
-    by_layer: dict[str, list[_Entry]] = {}
+def _watched(
+    model: nn.Module, layers: Mapping[str, nn.Module], current: _Pass, names: Collection[str]
+) -> Iterator[None]:
+    """Hooks on the model, which see each batch, and on its layers, which feed the statistics.
+
+    Also on those that feed none in this pass: a batch that reaches no other must have a backward pass all the same.
+    """
+    by_layer: dict[str, list[_Entry]] = {name: [] for name in names}
     for entry in current.entries:
-        by_layer.setdefault(entry.layer, []).append(entry)
+        by_layer[entry.layer].append(entry)
     with ExitStack() as cleanup:
         first = cast(Callable[..., None], _BatchStart(current))
         cleanup.callback(model.register_forward_pre_hook(first, with_kwargs=True).remove)
@@ -222,11 +281,11 @@ class _BatchStart:
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         batch, mask = self.current.batch, kwargs.get("attention_mask")
+        self.current.end_batch()
         batch.number += 1
         batch.attended = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         labels = kwargs.get("labels")
         batch.labels = labels if isinstance(labels, Tensor) else None
-        self.current.inputs.clear()
         for entry in self.current.entries:
             entry.statistic.start_batch(batch.number)
 
@@ -237,14 +296,15 @@ class _Watch:
     def __init__(self, entries: list[_Entry], current: _Pass) -> None:
         self.current = current
         self.forward = [entry for entry in entries if not entry.statistic.reads_gradient]
-        self.backward = [entry.statistic for entry in entries if entry.statistic.reads_gradient]
+        self.backward = [entry for entry in entries if entry.statistic.reads_gradient]
         self.input: Tensor | None = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note the input; let it require a gradient if nothing before it does, so that backward finds a way."""
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self.input = x
-        for entry in self.forward:
+        for entry in self.forward if not _recomputing() else ():
+            entry.dtype = x.dtype
             if not self._shared(entry, x):
                 entry.statistic.update(self._rows(entry, x.detach()), None)
         if x.requires_grad or not torch.is_grad_enabled() or not x.is_floating_point():
@@ -270,23 +330,33 @@ class _Watch:
     def _feed(self, x: Tensor, d: Tensor) -> None:
         self.current.arrived = True
         x, d = x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1])
-        for statistic in self.backward:
-            statistic.update(x, d.to(x.dtype))
+        for entry in self.backward:
+            entry.dtype = x.dtype
+            entry.statistic.update(x, d.to(x.dtype))
 
     def _shared(self, entry: _Entry, x: Tensor) -> bool:
-        """Whether another layer has counted this very input. Found out in the first batch, then kept."""
-        if entry.owner is not None or not entry.statistic.shares_input:
-            return entry.owner is not None
-        if self.current.batch.number > 0 or entry.passes:
+        """Whether another layer counts this input, the one that had it first in the first batch."""
+        current = self.current
+        if not entry.statistic.shares_input or entry.alone:
             return False
-        key = entry.name, id(x)
-        seen, owner = self.current.inputs.get(key, (None, entry))
-        serves = owner.statistic.layer.rank >= entry.statistic.layer.rank
-        if seen is not None and seen() is x and owner is not entry and serves:
-            entry.owner = owner
-            return True
-        self.current.inputs[key] = weakref.ref(x), entry
-        return False
+        number = len(current.inputs.setdefault(entry, []))
+        current.inputs[entry].append(weakref.ref(x))
+        if current.batch.number <= 0 and not entry.passes and not number:
+            owner = current.first.get((entry.name, id(x)), entry)
+            if owner is entry or current.inputs[owner][0]() is not x:  # an identity is used again
+                current.first[entry.name, id(x)] = entry
+            elif owner.statistic.layer.rank >= entry.statistic.layer.rank:
+                entry.owner = owner
+        if entry.owner is None:
+            return False
+        theirs = current.inputs.get(entry.owner, [])
+        entry.parted |= number >= len(theirs) or theirs[number]() is not x
+        return True
+
+
+def _recomputing() -> bool:
+    """Whether this is a checkpointed block's second forward pass, inside of backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _Observed(torch.autograd.Function):

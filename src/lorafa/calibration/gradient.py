@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorafa.adapter import working_dtype
 from lorafa.calibration.base import Measured, Statistic
+from lorafa.calibration.processes import of_first
 from lorafa.linalg import SVD, leading_svd, spd_power
 
 CHECK_ROWS = 10
@@ -172,10 +173,10 @@ class GradientSketch(Statistic):
         if self.dense or self.layer.options.passes == 1 or not all(t.isfinite().all() for t in total.tensors()):
             return
         if total.Y is not None:
-            self.found.range = torch.linalg.qr(total.Y).Q
+            self.found.range = of_first(torch.linalg.qr(total.Y).Q)
         elif not self.last:
             assert total.Z is not None
-            self.found.directions, self.found.range = torch.linalg.qr(total.Z.mT).Q, None
+            self.found.directions, self.found.range = of_first(torch.linalg.qr(total.Z.mT).Q), None
 
     def _whiten(self, sums: Tensor, side: str) -> Tensor:
         return sums

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lorafa.calibration.base import Measured, Statistic, Tokens
+from lorafa.calibration.processes import add_up
 from lorafa.errors import CalibrationError
 from lorafa.linalg import float_matrix, nystrom
 
@@ -134,7 +135,7 @@ class CordaMoment(InputStatistic):
         mean = self._zeros(torch.zeros(())) if self.mean is None else self.mean
         total = float_matrix(mean) * self.batches
         for tensor in (total, self.batches, self.count):
-            torch.distributed.all_reduce(tensor)
+            add_up(tensor)
         self.mean = (total / self.batches.clamp(min=1)).to(mean.dtype)
 
     def result(self) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.moments import InputStatistic
-from lorafa.calibration.spectrum import by_explained_variance
+from lorafa.calibration.processes import gathered
+from lorafa.calibration.spectrum import by_explained_variance, most_components
 from lorafa.linalg import fix_signs, float_matrix, leading_right
 
 MOST_PASSES = 10
@@ -60,8 +61,10 @@ class Scatter:
         return cls(rows, mean, rows.square().sum(), len(x))
 
     @classmethod
-    def nothing(cls, components: int, width: int) -> Scatter:
-        return cls(torch.zeros(components, width), torch.zeros(width), torch.zeros(()), 0)
+    def nothing(cls, components: int, width: int, like: Tensor | None = None) -> Scatter:
+        """Of no tokens, in the dtype and on the device of ``like``; None: float32 on the CPU."""
+        like = torch.zeros(()) if like is None else like
+        return cls(like.new_zeros(components, width), like.new_zeros(width), like.new_zeros(()), 0)
 
     def joined(self, other: Scatter) -> Scatter:
         """Of both token sets together, exactly: R = [R1; R2; sqrt(N1 N2 / N) (mean1 - mean2)]."""
@@ -87,6 +90,9 @@ class Scatter:
         """As if every token had this weight."""
         return Scatter(self.rows * math.sqrt(factor), self.mean, self.total * factor, self.count * factor)
 
+    def to(self, device: torch.device | str) -> Scatter:
+        return Scatter(self.rows.to(device), self.mean.to(device), self.total.to(device), self.count)
+
     @property
     def singular_values(self) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(self.rows, dim=1)
@@ -107,7 +113,7 @@ def merged(parts: Sequence[Scatter], components: int) -> Scatter:
 class IncrementalPCA(InputStatistic):
     """Result: ``components`` (k, in) with k = round(rho r), orthonormal rows, the leading first, zero beyond the rank
     of the data; ``singular_values`` (k,) and ``total_variance`` (), so that singular_values^2 / total_variance are the
-    explained-variance ratios; ``tokens`` (), and ``converged`` (k,), bool.
+    explained-variance ratios; ``tokens`` (), ``converged`` (k,), bool, and ``settled`` (), whether the needed ones had.
 
     Each update decomposes [diag(S) V; X - mean(X); mean correction] and keeps k components; batches of fewer than k
     tokens wait for more. A component has converged when an update leaves its direction at a cosine of ``tau`` or more.
@@ -121,13 +127,15 @@ class IncrementalPCA(InputStatistic):
     def __init__(self, layer: Measured) -> None:
         super().__init__(layer)
         self.settings = PCASettings.of(layer.settings)
-        self.k = min(round(self.settings.rho * layer.rank), layer.in_)
+        self.k = min(most_components(self.settings.rho, layer.rank), layer.in_)
         self.needed = self.k
         """Leading components that must converge; see :meth:`compare`."""
         self.scatter = Scatter.nothing(self.k, layer.in_)
         self.converged = torch.zeros(self.k, dtype=torch.bool)
         self._waiting: list[Tensor] = []
         self._ranks = 1
+        self._absorbed = False
+        """Any rows in this pass."""
 
     @property
     def tokens(self) -> Tokens:
@@ -164,12 +172,15 @@ class IncrementalPCA(InputStatistic):
         return (self.scatter.singular_values.square() / total).nan_to_num()
 
     def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:
-        self.scatter = self.scatter.times(1 / self._ranks)
+        self.scatter, self._absorbed = self.scatter.times(1 / self._ranks), False
 
     def update(self, x: Tensor, d: Tensor | None) -> None:
         if self.satisfied:
             return
-        self._waiting.append(float_matrix(x))
+        x = float_matrix(x)
+        if not self.scatter.count:
+            self.scatter = Scatter.nothing(self.k, self.layer.in_, x)
+        self._waiting.append(x)
         if sum(map(len, self._waiting)) >= self.k:
             self._absorb()
         else:
@@ -178,7 +189,7 @@ class IncrementalPCA(InputStatistic):
     def _absorb(self) -> None:
         """Take in the rows that wait."""
         x, before = torch.cat(self._waiting), self.scatter
-        self._waiting = []
+        self._waiting, self._absorbed = [], True
         batch = Scatter.of(x, center=self.settings.center)
         random = self.layer.projections.get("principal", self.layer.in_, 2 * self.k, x)
         if before.count:
@@ -200,27 +211,11 @@ class IncrementalPCA(InputStatistic):
 
     def reduce(self) -> None:
         self._flush()
-        self._ranks = torch.distributed.get_world_size()
-        mine = self.scatter
-        packed = torch.cat(
-            [
-                mine.rows.flatten(),
-                mine.mean,
-                mine.total[None],
-                mine.total.new_tensor([mine.count]),
-                self.converged.to(mine.mean),
-            ]
-        )
-        everyone = [torch.empty_like(packed) for _ in range(self._ranks)]
-        torch.distributed.all_gather(everyone, packed)
-        width = self.layer.in_
-        parts, converged = [], []
-        for tensor in everyone:
-            rows, mean, total, count, settled = torch.split(tensor, [self.k * width, width, 1, 1, self.k])
-            parts.append(Scatter(rows.view(self.k, width), mean, total[0], float(count)))
-            converged.append(settled > 0)
-        self.scatter = merged(parts, self.k)
-        self.converged = torch.stack(converged).all(0)
+        device, abstains = self.scatter.rows.device, not self._absorbed
+        everyone = gathered((self.scatter.to("cpu"), self.converged.cpu() | abstains))
+        self._ranks = len(everyone)
+        self.scatter = merged([scatter for scatter, _ in everyone], self.k).to(device)
+        self.converged = torch.stack([converged for _, converged in everyone]).all(0).to(device)
 
     def end_pass(self, number: int, weight: float) -> None:
         self._flush()
@@ -234,4 +229,5 @@ class IncrementalPCA(InputStatistic):
             "total_variance": found.total,
             "tokens": torch.tensor(round(found.count)),
             "converged": self.converged,
+            "settled": torch.tensor(self.satisfied),
         }

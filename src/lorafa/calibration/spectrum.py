@@ -168,18 +168,23 @@ def importance_of(weight: Tensor, gradient: Tensor) -> float:
     return float((weight.double() * gradient.double()).abs().mean())
 
 
+def most_components(rho: float, rank: int) -> int:
+    """round(rho r): how many of its input's principal components EVA follows for a layer, and may give it."""
+    return round(rho * rank)
+
+
 def by_explained_variance(ratios: Mapping[str, Tensor], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
     """EVA's ranks (Paischer et al. 2024, arXiv:2410.07170, section 3.3): the components that explain most anywhere.
 
     Args:
         ratios: (k,) of each layer: sigma_i^2 over the total variance of its input, falling.
         ranks: of each layer before, the sum of which is shared out.
-        rho: no layer gets more than rho times its rank; 1 changes nothing. A layer may get 0.
+        rho: no layer gets more than :func:`most_components`; 1 changes nothing. A layer may get 0.
     """
     worth = [
         (float(value), -index, name)
         for name, values in ratios.items()
-        for index, value in enumerate(values[: math.floor(rho * ranks[name])])
+        for index, value in enumerate(values[: most_components(rho, ranks[name])])
     ]
     found = dict.fromkeys(ranks, 0)
     for *_, name in sorted(worth, reverse=True)[: sum(ranks.values())]:

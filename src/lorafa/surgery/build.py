@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorafa.adapter import update_factors
 from lorafa.backends.base import Backend
 from lorafa.config import LoraConfig
-from lorafa.errors import CalibrationError, ConfigError
+from lorafa.errors import CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, factor_shapes
 from lorafa.layers import LAYERS
@@ -72,6 +72,7 @@ class Builder:
             ConfigError, BackendError: rank, variant, start or another setting does not go with the layer.
             AdapterError: the start replaces the base, and other adapters are on it.
             CalibrationError: the start needs statistics that were not given.
+            CheckpointError: so does that of a file which does not hold it.
         """
         config, variant, kind = self.config, self.variant, target.backend.host
         if kind not in variant.hosts:
@@ -126,6 +127,13 @@ class Builder:
         missing = [need for need in self.initializer.needs if not any(_is_of(name, need) for name in stats)]
         if missing and self.initializer.waits and not stats:
             return replace(by_default(weight, spec), fallback="its statistics are not collected yet")
+        if missing and self.repeats:
+            raise CheckpointError(
+                f"The file does not hold what init_lora_weights={self.config.init_lora_weights!r} took from the base, "
+                "and data decided that: it cannot be computed again. Save it again in PEFT, with "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=) and the folder of the adapter as it "
+                "was before training, or merged."
+            )
         if missing:
             raise CalibrationError(
                 f"init_lora_weights={self.config.init_lora_weights!r} needs {', '.join(missing)} of {spec.name!r}; "

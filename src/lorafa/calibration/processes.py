@@ -1,0 +1,49 @@
+"""The processes of torch.distributed's default group: what collecting statistics asks of them.
+
+Each of these is to be called by all of them, in the same order. Where there is one process, it has all the data.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def distributed() -> bool:
+    """Whether there is such a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def gathered(thing: T) -> list[T]:
+    """What each has, in their order. Tensors inside must be on the CPU."""
+    if not distributed():
+        return [thing]
+    everyone: list[T | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, thing)
+    return cast(list[T], everyone)
+
+
+def add_up(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over all, which have it in one shape and dtype."""
+    if distributed():
+        own = _where_it_can_travel(tensor)
+        torch.distributed.all_reduce(own)
+        tensor.copy_(own)
+
+
+def of_first(tensor: Tensor) -> Tensor:
+    """The first one's tensor, where all have one of this shape and dtype: their roundings may differ."""
+    if not distributed():
+        return tensor
+    own = _where_it_can_travel(tensor).clone(memory_format=torch.contiguous_format)
+    torch.distributed.broadcast(own, src=0)
+    return own.to(tensor.device)
+
+
+def _where_it_can_travel(tensor: Tensor) -> Tensor:
+    """NCCL moves nothing that is on the CPU."""
+    return tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor

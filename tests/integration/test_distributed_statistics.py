@@ -1,0 +1,161 @@
+"""Two processes with a share of the batches each collect the statistics of one process with all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from lorafa import EvaConfig, LoraConfig, collect_statistics
+from lorafa.calibration.gradient import gradient_matrix
+from lorafa.errors import CalibrationError
+
+IN = 8
+Batch = dict[str, Tensor]
+
+
+class Routed(nn.Module):
+    """Two layers with one input, and one with the same that only some batches reach; returns a loss."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.gate, self.down = (nn.Linear(IN, IN) for _ in range(4))
+        self.to(dtype)
+
+    def forward(self, x: Tensor, rare: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.q(x).tanh() * self.k(x)
+        if bool(rare):
+            hidden = hidden + self.gate(x).sigmoid()
+        y = self.down(hidden)
+        return {"loss": (y * y.sin()).mean()}
+
+
+LAYERS = ("q", "k", "gate", "down")
+
+
+def batches(rare: str, dtype: torch.dtype) -> list[Batch]:
+    """One for each letter, in which the rare layer is reached where it is "R"."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for index, letter in enumerate(rare):
+        x = torch.randn(2, 6 + index, IN, generator=generator, dtype=torch.float64).to(dtype)
+        labels = torch.full((2, 6 + index), -100).fill_diagonal_(3)
+        labels[:, : index + 1] = 7
+        found.append({"x": x, "rare": torch.tensor(letter == "R"), "labels": labels})
+    return found
+
+
+NOTHING = "all have none"
+SPLITS = {
+    "one more on one rank": ("RRRRR", (slice(0, None, 2), slice(1, None, 2))),
+    "one rank has none": ("RRRRR", (slice(0), slice(None))),
+    "a layer one rank never reaches": ("-R-R-", (slice(0, None, 2), slice(1, None, 2))),
+    "a layer one rank reaches later": ("-RRRR", (slice(0, None, 2), slice(1, None, 2))),
+    NOTHING: ("", (slice(0), slice(0))),
+}
+"""What each batch reaches, and which of them a rank has."""
+WANTED: dict[str, dict[str, Any]] = {
+    "dense": {"init_lora_weights": "lora_one", "dense": True},
+    "dense, by tokens": {"init_lora_weights": "lora_one", "dense": True, "weighting": "tokens"},
+    "sketched": {"init_lora_weights": "lora_one", "dense": False},
+    "sketched, by tokens": {"init_lora_weights": "lora_one", "dense": False, "weighting": "tokens"},
+    "four passes": {"init_lora_weights": "lora_one", "dense": False, "passes": 4},
+    "functional": {"init_lora_weights": "functional", "dense": False},
+    "corda": {"init_lora_weights": "corda"},
+    "principal": {"init_lora_weights": "eva"},
+}
+"""Each with ranks of 4: sketches and principal directions are exact in 8 dimensions. EVA follows those of a process
+until they settle, so with tau = 1, at which they never do, all have gone over all of their tokens as often."""
+Case = tuple[str, str, torch.dtype]
+CASES: list[Case] = [
+    *((split, wanted, torch.float64) for split in SPLITS if split != NOTHING for wanted in WANTED),
+    *(
+        ("one rank has none", wanted, torch.bfloat16)
+        for wanted in ("dense", "sketched", "functional", "corda", "principal")
+    ),
+]
+EMPTY: list[Case] = [(NOTHING, wanted, torch.float64) for wanted in ("sketched", "principal")]
+
+
+def ask(wanted: str, data: list[Batch], dtype: torch.dtype) -> dict[str, dict[str, Tensor]] | str:
+    settings = dict(WANTED[wanted])
+    start = settings.pop("init_lora_weights")
+    eva = EvaConfig(tau=1.0) if start == "eva" else None
+    config = LoraConfig(r=4, target_modules=list(LAYERS), init_seed=0, init_lora_weights=start, eva_config=eva)
+    try:
+        return collect_statistics(Routed(dtype), config, data, **settings).values_by_layer
+    except CalibrationError as error:
+        return str(error)
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found = {}
+    for split, wanted, dtype in CASES + EMPTY:
+        rare, shares = SPLITS[split]
+        data = batches(rare, dtype)
+        found[split, wanted, dtype] = ask(wanted, data[shares[rank]] if world > 1 else data, dtype)
+    torch.save(found, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+Found = dict[Case, Any]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found, Found]:
+    """What one process finds, and each of two."""
+    folder: Path = tmp_path_factory.mktemp("statistics")
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, 2, str(folder))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    work(0, 1, str(folder))
+    for process in processes:
+        process.join(timeout=600)
+        assert process.exitcode == 0
+    whole, first, second = (torch.load(folder / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    return whole, first, second
+
+
+def matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the tensors of a layer say, apart from the signs of singular vectors and how often data were gone over."""
+    found = {name: tensors[name] for name in ("second_moment.C", "corda_moment.C") if name in tensors}
+    for name in ("gradient", "whitened_gradient"):
+        if f"{name}.S" in tensors:
+            found[name] = gradient_matrix(tensors, name)
+            found |= {key: tensors[key] for key in (f"{name}.S", f"{name}.norm2", f"{name}.largest")}
+    if "principal.components" in tensors:
+        V, total = tensors["principal.components"], tensors["principal.total_variance"]
+        found["principal"] = V.mT * tensors["principal.singular_values"].square() / total @ V
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: ", ".join(map(str, case)))
+def test_two_processes_find_what_one_does(found: tuple[Found, Found, Found], case: Case) -> None:
+    whole, first, second = (one[case] for one in found)
+    assert whole.keys() == first.keys() == second.keys() == set(LAYERS)
+    for layer in LAYERS:
+        for name, tensor in first[layer].items():
+            assert torch.equal(tensor, second[layer][name]), (layer, name)
+        values = matrices(first[layer])
+        assert values
+        for name, value in matrices(whole[layer]).items():
+            tolerance = 1e-6 if case[-1] is torch.float64 else 2e-5  # sums are float32 there
+            size = float(value.abs().max())
+            torch.testing.assert_close(values[name], value, rtol=0, atol=tolerance * size, msg=f"{layer} {name}")
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=lambda case: case[1])
+def test_every_process_says_that_there_is_no_data(found: tuple[Found, Found, Found], case: Case) -> None:
+    for one in found:
+        assert "There was no batch to calibrate with: the data is empty" in one[case]

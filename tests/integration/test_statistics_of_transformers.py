@@ -1,0 +1,62 @@
+"""Statistics of a transformer are those of its weights and data, however it is made to save memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers_toys import IDS, llama
+
+from lorafa import LoraConfig, collect_statistics
+
+KINDS = ("gradient", "second_moment", "corda_moment", "principal")
+LABELS = IDS.masked_fill(IDS == 0, -100)
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Of two batches, all in one pass that runs backward, as a training step does."""
+
+    def step() -> None:
+        for rows in (slice(0, 1), slice(1, 2)):
+            model(input_ids=IDS[rows], labels=LABELS[rows]).loss.backward()
+
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "k_proj", "down_proj", "lm_head"], init_lora_weights="lora_one", init_seed=0
+    )
+    found = collect_statistics(model, config, step, also=KINDS, dense=True)
+    return {f"{layer} {name}": tensor for layer in found for name, tensor in found[layer].items()}
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Tensor]:
+    return statistics(llama(tie_word_embeddings=True))
+
+
+@pytest.mark.filterwarnings("ignore:The principal directions")
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_checkpointing_and_frozen_weights_change_no_statistic(
+    plain: dict[str, Tensor], reentrant: bool | None, frozen: bool
+) -> None:
+    model = llama(tie_word_embeddings=True).train().requires_grad_(not frozen)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = statistics(model)
+    assert found.keys() == plain.keys()
+    for name, value in plain.items():
+        if not name.endswith((".U", ".Vh", ".components")):  # up to signs, and to rotations where values are equal
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(p.grad is None and p.requires_grad is not frozen for p in model.parameters())
+
+
+def test_a_tied_head_has_the_gradient_of_its_use_as_a_head(plain: dict[str, Tensor]) -> None:
+    model = llama(tie_word_embeddings=False)
+    model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    tied = llama(tie_word_embeddings=True)
+    model.load_state_dict(tied.state_dict())
+    for rows in (slice(0, 1), slice(1, 2)):
+        (model(input_ids=IDS[rows], labels=LABELS[rows]).loss / 2).backward()
+    for name in ("lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        expected = model.get_submodule(name).weight.grad
+        torch.testing.assert_close(plain[f"{name} gradient.dense"], expected, rtol=1e-4, atol=1e-7)
