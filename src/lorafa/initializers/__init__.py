@@ -18,6 +18,7 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "orthogonal": "lorafa.initializers.orthogonal:orthogonal",
         "lora_ga": "lorafa.initializers.lora_ga:lora_ga",
         "lora_ga_peft": "lorafa.initializers.lora_ga:lora_ga_peft",
+        "lora_sb": "lorafa.initializers.lora_sb:lora_sb",
         "lora_one": "lorafa.initializers.lora_one:lora_one",
         "functional": "lorafa.initializers.lora_one:functional",
         "gora": "lorafa.initializers.gora:gora",

@@ -101,6 +101,7 @@ class Builder:
         A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)
         start = (A.clone(), B.clone()) if result.subtract_from_base else None
         extras = self._empty_extras(weight, A) if self.filled_later else self._extras(weight, A, B, start, spec)
+        extras |= result.extras
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
             A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
@@ -136,7 +137,7 @@ class Builder:
         except DegenerateError as error:
             if self.repeats:
                 raise
-            start = by_default(weight, spec)
+            start = (self.initializer.otherwise or by_default)(weight, spec)
             return replace(start, subtract_from_base=self.initializer.moves_base, fallback=str(error))
         if (result.A.shape, result.B.shape) != factor_shapes(weight, spec.rank):
             raise CalibrationError(

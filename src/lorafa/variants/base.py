@@ -28,7 +28,7 @@ class Variant(ABC):
     name: ClassVar[str]
     """Its line in the registry."""
     switch: ClassVar[str | None] = None
-    """The field of LoraConfig that asks for it where it is set; None for plain LoRA."""
+    """The field of LoraConfig that asks for it where it is set; None for plain LoRA and for what a start asks for."""
     extras: ClassVar[Mapping[str, str]] = {}
     """Name of an extra parameter in the formulas -> its PEFT name on the layer and in files."""
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "experts"})
@@ -39,6 +39,8 @@ class Variant(ABC):
     """Whether the update is exactly s B A, so that any reader of LoRA files can use it."""
     takes_bias: ClassVar[bool] = False
     """Whether the formula has a place for a bias of B (``lora_bias``)."""
+    folds: ClassVar[bool] = False
+    """Whether :meth:`fold` makes a plain LoRA of it. Files then hold the folded B, for any reader, and B beside it."""
 
     @classmethod
     def of(cls, config: Any) -> Self:
@@ -52,6 +54,10 @@ class Variant(ABC):
     def extra_shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the extras; one number an output unless a variant says otherwise. ``weight`` has no values."""
         return dict.fromkeys(self.extras, (weight.shape[-2],))
+
+    def fold(self, B: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        """B (out, r) with the extras multiplied in, in float32 or float64: s fold(B) A is the whole update."""
+        return B
 
     @abstractmethod
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:

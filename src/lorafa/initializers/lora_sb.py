@@ -1,0 +1,77 @@
+"""LoRA-SB: start at the first step of full fine-tuning, cut to rank r (Ponkshe et al. 2024, arXiv:2411.19557).
+
+A and B span the step and stay; the core between them is trained (:mod:`lorafa.variants.lora_sb`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorafa.checks import check_number
+from lorafa.errors import CalibrationError
+from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.kaiming import kaiming
+from lorafa.initializers.stages import leading, require_finite
+
+
+@dataclass
+class LoraSBConfig:
+    """How large the step is."""
+
+    eta: float = 1e-5
+    """By how much every entry of the weight would change. The authors take the learning rate of their first step of
+    training: its largest value over the number of warm-up steps."""
+
+    def __post_init__(self) -> None:
+        check_number("eta", self.eta, "a number > 0", 0)
+
+
+def without_step(weight: Tensor, spec: LayerSpec) -> InitResult:
+    """A Kaiming A, a random B with orthonormal columns, and the variant's R = 0: no step, but R has a gradient.
+
+    B = 0, as by default, would leave nothing to train, for B stays as it is.
+
+    Raises:
+        ConfigError: r > out.
+    """
+    other = replace(spec, key=f"{spec.key}\0B")  # A and B from different random numbers
+    B = torch.randn(weight.shape[-2], spec.rank, generator=other.generator())
+    return InitResult(kaiming(weight, {}, spec).A, torch.linalg.qr(B).Q)
+
+
+@initializer(
+    needs=("gradient",),
+    settings=LoraSBConfig,
+    trains="",
+    keeps_function=False,
+    whole_gradients=True,
+    variant="lora_sb",
+    otherwise=without_step,
+)
+def lora_sb(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """s B R A = [-eta sign(G)]_r: Adam's first step, with B and A^T orthonormal and R = S / s (equations 9, 10).
+
+    Raises:
+        ConfigError: r > min(out, in).
+        CalibrationError: the statistics hold a sketch of the gradient, whose entries have other signs.
+        DegenerateError: the gradient is not finite, or its signs have fewer than r singular values other than zero.
+    """
+    settings: LoraSBConfig = spec.settings or LoraSBConfig()
+    step = leading(-_whole_gradient(stats, spec).sign(), spec, "the sign of its gradient")
+    core = torch.diag(settings.eta / spec.scaling * step.S)
+    return InitResult(step.Vh, step.U, extras={"core": core})
+
+
+def _whole_gradient(stats: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+    """G (out, in), finite."""
+    require_finite(stats["gradient.S"], "its gradient")
+    if "gradient.dense" not in stats:
+        raise CalibrationError(
+            f"{spec.name}: LoRA-SB takes the sign of every entry of the gradient, and the statistics hold a sketch of "
+            "it, which does not have them. Collect them with dense=True, or with init_lora_weights='lora_sb'."
+        )
+    return stats["gradient.dense"]
