@@ -26,6 +26,7 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "corda": "lorafa.initializers.corda:corda",
         "lora_null": "lorafa.initializers.lora_null:lora_null",
         "pissa": "lorafa.initializers.pissa:pissa",
+        "kasa": "lorafa.initializers.kasa:kasa",
         "loftq": "lorafa.initializers.loftq:loftq",
         "mica": "lorafa.initializers.mica:mica",
         "milora": "lorafa.initializers.milora:milora",

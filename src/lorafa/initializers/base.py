@@ -48,9 +48,14 @@ class LayerSpec:
     """Whether a start made before, by PEFT, is to be found again: for a file that holds A and B but not what was taken
     from the base they were trained on."""
 
-    def generator(self) -> torch.Generator:
-        """A random source that depends on (seed, key, path) alone, not on order, device or the other layers."""
-        digest = hashlib.blake2b(f"{self.seed}\0{self.key}\0{self.name}".encode(), digest_size=8).digest()
+    def generator(self, part: str = "") -> torch.Generator:
+        """A random source that depends on (seed, key, path) alone, not on order, device or the other layers.
+
+        Args:
+            part: what is drawn, where it is not to repeat the numbers of A.
+        """
+        words = [str(self.seed), self.key, self.name, *([part] if part else [])]
+        digest = hashlib.blake2b("\0".join(words).encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -66,6 +71,8 @@ class InitResult:
     """Why the layer starts as by default instead of as asked."""
     quantized: QuantizedLinear | None = None
     """Takes the place of the base layer, which gives it its bias."""
+    taken: tuple[Tensor, Tensor] | None = None
+    """A0 and B0, shaped as A and B, where something else than the start belongs to the base and must not count."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Start values of the variant's extras, by its names for them, where they are not the variant's own."""
 

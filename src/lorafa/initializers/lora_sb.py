@@ -6,15 +6,14 @@ A and B span the step and stay; the core between them is trained (:mod:`lorafa.v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorafa.checks import check_number
 from lorafa.errors import CalibrationError
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
-from lorafa.initializers.kaiming import kaiming
+from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
 from lorafa.initializers.stages import leading, require_finite
 
 
@@ -31,16 +30,17 @@ class LoraSBConfig:
 
 
 def without_step(weight: Tensor, spec: LayerSpec) -> InitResult:
-    """A Kaiming A, a random B with orthonormal columns, and the variant's R = 0: no step, but R has a gradient.
+    """Random orthonormal A and B, and the variant's R = 0: no step, but R has a gradient.
 
     B = 0, as by default, would leave nothing to train, for B stays as it is.
 
     Raises:
-        ConfigError: r > out.
+        ConfigError: r > min(out, in).
     """
-    other = replace(spec, key=f"{spec.key}\0B")  # A and B from different random numbers
-    B = torch.randn(weight.shape[-2], spec.rank, generator=other.generator())
-    return InitResult(kaiming(weight, {}, spec).A, torch.linalg.qr(B).Q)
+    check_rank(spec, weight)
+    generator = spec.generator()
+    A, B = (torch.linalg.qr(torch.randn(n, spec.rank, generator=generator)).Q for n in reversed(weight.shape))
+    return InitResult(A.mT, B)
 
 
 @initializer(
@@ -57,21 +57,16 @@ def lora_sb(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
 
     Raises:
         ConfigError: r > min(out, in).
-        CalibrationError: the statistics hold a sketch of the gradient, whose entries have other signs.
+        CalibrationError: the statistics hold a sketch of the gradient, which does not have its signs.
         DegenerateError: the gradient is not finite, or its signs have fewer than r singular values other than zero.
     """
     settings: LoraSBConfig = spec.settings or LoraSBConfig()
-    step = leading(-_whole_gradient(stats, spec).sign(), spec, "the sign of its gradient")
-    core = torch.diag(settings.eta / spec.scaling * step.S)
-    return InitResult(step.Vh, step.U, extras={"core": core})
-
-
-def _whole_gradient(stats: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """G (out, in), finite."""
     require_finite(stats["gradient.S"], "its gradient")
     if "gradient.dense" not in stats:
         raise CalibrationError(
-            f"{spec.name}: LoRA-SB takes the sign of every entry of the gradient, and the statistics hold a sketch of "
-            "it, which does not have them. Collect them with dense=True, or with init_lora_weights='lora_sb'."
+            f"{spec.name}: LoRA-SB takes the sign of every entry of the gradient, and the statistics hold a sketch, "
+            "which does not have them. Collect them with dense=True, or with init_lora_weights='lora_sb'."
         )
-    return stats["gradient.dense"]
+    step = leading(-stats["gradient.dense"].sign(), spec, "the sign of its gradient")
+    core = torch.diag(settings.eta / spec.scaling * step.S)
+    return InitResult(step.Vh, step.U, extras={"core": core})

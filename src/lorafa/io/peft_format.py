@@ -20,7 +20,6 @@ from lorafa.layers.experts import LoraExperts
 from lorafa.layers.parts import Stored
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.surgery.walk import HOSTS, base_parameters, hosts, lora_layers, places
-from lorafa.variants import asking_settings
 
 PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -219,7 +218,7 @@ def _folded(path: str, layer: LoraLayer, name: str, B: Tensor, values: Mapping[s
     """A stored B with the extras among ``values`` multiplied in, as it is stored."""
     variant = layer.adapters[name].variant
     extras = {kind: values[f"{path}.{holder}"] for kind, holder in variant.extras.items()}
-    return layer.stored_B(variant.fold(layer.matrix_B(B), extras)).to(B.dtype)
+    return layer.stored_B(variant.fold(layer.matrix_B(B), extras))
 
 
 def _unfold(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,11 +233,11 @@ def _unfold(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[
         B = tensors.pop(key_unfolded)
         wanted, found = _folded(path, layer, name, B, tensors).float(), tensors[key_B].float()
         if bool((found - wanted).abs().max() > 0.01 * wanted.abs().max()):  # more than rounding in any dtype
-            setting = asking_settings()[layer.adapters[name].variant.name]
+            between = " and ".join(layer.adapters[name].variant.extras.values())
             raise CheckpointError(
-                f"{key_B} is not {key_unfolded} times the rest: one of them was changed since adapter {name!r} was "
-                f"saved. To go on from {key_B} load it as plain LoRA: delete {setting} from the config and the other "
-                "tensors from the file. Nothing was loaded."
+                f"{key_B} is not {key_unfolded} times {between}: one of them was changed since adapter {name!r} was "
+                f"saved. To go on from {key_B} as plain LoRA leave the keys of the other two and the metadata out of "
+                "the file. Nothing was loaded."
             )
         tensors[key_B] = B
     return tensors
@@ -280,11 +279,10 @@ def load_tensors(
         CheckpointError: they differ for what is one parameter here; nothing was changed.
     """
     check_ties(model, name, tensors)
-    tensors = _unfold(model, name, tensors)
+    tensors = dict(tensors)
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(model, name, config) if key in tensors}
-    for path, layer, start in _starts(model, name):
-        if not with_start:
-            continue
+    starts: list[tuple[Tensor, Tensor]] = []
+    for path, layer, start in _starts(model, name) if with_start else ():
         if layer.adapters[name].variant.plain:
             key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
             A, B = layer.matrix_A(tensors[key_A]), layer.matrix_B(tensors[key_B])
@@ -293,8 +291,10 @@ def load_tensors(
             A0, B0 = A[..., rank:, :], -B[..., :, rank:]
         else:
             A0, B0 = layer.matrix_A(tensors[f"{path}.{START_A}"]), layer.matrix_B(tensors[f"{path}.{START_B}"])
-        start[0].copy_(A0)
-        start[1].copy_(B0)
+        starts += zip(start, (A0, B0), strict=True)
+    tensors = _unfold(model, name, tensors)
+    for live, value in starts:
+        live.copy_(value)
     for entry in (*entries(model, name, config), *_embeddings(model)):
         if entry.key in tensors:
             entry.tensor.data.copy_(tensors[entry.key])

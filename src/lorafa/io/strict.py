@@ -20,7 +20,6 @@ LIMIT = 8
 # Tensors that belong to one setting: where only one side has them, the setting differs. Variants add their own.
 _SETTING_OF_KEY = {
     "lora_B.bias": "lora_bias",
-    "lora_diag": "kasa_config",
     "token_adapter.trainable_tokens_delta": "trainable_token_indices",
     "lora_velora_embed": "velora_config",
 }

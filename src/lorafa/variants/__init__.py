@@ -13,6 +13,7 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "lora": "lorafa.variants.lora:LoRA",
         "dora": "lorafa.variants.dora:DoRA",
         "lora_sb": "lorafa.variants.lora_sb:LoRASB",
+        "kasa": "lorafa.variants.kasa:KaSA",
     },
 )
 
@@ -26,7 +27,9 @@ def switches() -> dict[str, str]:
 def asking_settings() -> dict[str, str]:
     """Variant -> what asks for it, as "use_dora" or "init_lora_weights='lora_sb'"; plain LoRA needs nothing."""
     starts = {name: INITIALIZERS.get(name).variant for name in INITIALIZERS.names()}
-    by_start = {variant: f"init_lora_weights={name!r}" for name, variant in starts.items() if variant is not None}
+    by_start = {
+        variant: f"init_lora_weights={name!r}" for name, variant in starts.items() if variant in VARIANTS.names()
+    }
     return by_start | {name: switch for switch, name in switches().items()}
 
 
@@ -38,7 +41,7 @@ def variant_of(config: object) -> type[Variant]:
     """
     asked = {switch: name for switch, name in switches().items() if getattr(config, switch, None)}
     start = find_start(getattr(config, "init_lora_weights", None))
-    if start is not None and start.initializer.variant is not None:
+    if start is not None and start.initializer.variant in VARIANTS.names():
         asked["init_lora_weights"] = start.initializer.variant
     if len(asked) > 1:
         first, second = (f"{setting}={getattr(config, setting)!r}" for setting in list(asked)[:2])

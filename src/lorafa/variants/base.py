@@ -36,11 +36,11 @@ class Variant(ABC):
     reads_weight: ClassVar[bool] = False
     """Whether ``initial_extras`` reads the base weight's values; if not it may get a tensor on the meta device."""
     plain: ClassVar[bool] = False
-    """Whether the update is exactly s B A, so that any reader of LoRA files can use it."""
+    """Whether the update is exactly s B A, with B as :meth:`fold` gives it, so that any reader of LoRA can use it."""
     takes_bias: ClassVar[bool] = False
     """Whether the formula has a place for a bias of B (``lora_bias``)."""
     folds: ClassVar[bool] = False
-    """Whether :meth:`fold` makes a plain LoRA of it. Files then hold the folded B, for any reader, and B beside it."""
+    """Whether :meth:`fold` changes B. Files then hold the folded B, for any reader, and B as it is beside it."""
 
     @classmethod
     def of(cls, config: Any) -> Self:
@@ -56,7 +56,7 @@ class Variant(ABC):
         return dict.fromkeys(self.extras, (weight.shape[-2],))
 
     def fold(self, B: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-        """B (out, r) with the extras multiplied in, in float32 or float64: s fold(B) A is the whole update."""
+        """B (out, r) with the extras multiplied in, in the dtype of B: what takes its place in every formula."""
         return B
 
     @abstractmethod

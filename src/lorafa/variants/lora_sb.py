@@ -12,14 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafa.adapter import Adapter, full_precision, working_dtype
-from lorafa.functional import low_rank_linear
+from lorafa.adapter import full_precision, working_dtype
 from lorafa.initializers.base import LayerSpec
-from lorafa.variants.base import Variant
+from lorafa.variants.lora import LoRA
 
 
-class LoRASB(Variant):
-    """R is (r, r); the start ``lora_sb`` asks for it. Computed as plain LoRA with B R, so that x is not kept."""
+class LoRASB(LoRA):
+    """LoRA with B R in place of B; R is (r, r). Asked for by its start, ``lora_sb``."""
 
     name = "lora_sb"
     extras: ClassVar[Mapping[str, str]] = {"core": "lora_core"}
@@ -27,7 +26,7 @@ class LoRASB(Variant):
     folds = True
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
-        """R = 0, which changes nothing, where the start has none of its own."""
+        """R = 0, which changes nothing."""
         return {"core": torch.zeros(spec.rank, spec.rank)}
 
     def extra_shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
@@ -36,24 +35,4 @@ class LoRASB(Variant):
     def fold(self, B: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         dtype = working_dtype(B.dtype)
         with full_precision(B):
-            return B.to(dtype) @ extras["core"].to(dtype)
-
-    def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:
-        A, BR = self._factors(adapter)
-        with full_precision(A):
-            return adapter.scaling * (BR @ A.to(BR.dtype))
-
-    def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
-        return adapter.layer.low_rank(x, *self._factors(adapter), adapter.scaling, adapter.dropout)
-
-    def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
-        dense = adapter.layer.dense_weight(x)
-        if dense is None:
-            return None
-        weight, bias = dense
-        factors, p = self._factors(adapter), adapter.dropout
-        return low_rank_linear(x, *factors, adapter.scaling, weight=weight, bias=bias, dropout=p)
-
-    def _factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """A and B R."""
-        return adapter.A, self.fold(adapter.B, {"core": adapter.extra("core")})
+            return (B.to(dtype) @ extras["core"].to(dtype)).to(B.dtype)
