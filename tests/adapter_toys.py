@@ -25,10 +25,19 @@ OUT, IN = 24, 8
 """Of every layer here: nn.MultiheadAttention needs out = 3 in, and in must be even for a kernel of two taps."""
 PARAMETERS = ("matrix parameter", "experts (E, out, in)", "experts (E, in, out)")
 KINDS = (*BACKENDS.names(), *PARAMETERS)
-VARIANT: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "lora_sb": {"init_lora_weights": "lora_sb"}}
+VARIANT: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "lora_sb": {"init_lora_weights": "lora_sb"},
+    "kasa": {"init_lora_weights": "kasa"},
+}
 """The settings that ask for each variant."""
-STARTS: list[bool | str] = [find_start(name).value for name in INITIALIZERS.names()]  # type: ignore[union-attr]
-"""Every start there is."""
+STARTS: list[bool | str] = [
+    find_start(name).value  # type: ignore[union-attr]
+    for name in INITIALIZERS.names()
+    if INITIALIZERS.get(name).variant in (None, *VARIANTS.names())
+]
+"""Every start there is a formula for."""
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Tolerance of a comparison of a few dozen terms of size 1, by dtype."""
 
@@ -134,6 +143,11 @@ def starts_of(variant: str, *starts: bool | str) -> list[bool | str]:
     """Those of the starts that go with a variant; its own where that is what asks for the variant."""
     own = VARIANT[variant].get("init_lora_weights")
     return [own] if own else [start for start in starts if initializer_of(start).variant is None]
+
+
+def with_starts(cases: list[tuple[str, str]], *starts: bool | str) -> list[tuple[str, str, bool | str]]:
+    """Each (variant, kind) with those of the starts that go with the variant, or with its own."""
+    return [(variant, kind, start) for variant, kind in cases for start in starts_of(variant, *starts)]
 
 
 def initializer_of(start: bool | str) -> Initializer:
