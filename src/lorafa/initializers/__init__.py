@@ -27,6 +27,7 @@ INITIALIZERS: Registry[Initializer] = Registry(
         "lora_null": "lorafa.initializers.lora_null:lora_null",
         "pissa": "lorafa.initializers.pissa:pissa",
         "kasa": "lorafa.initializers.kasa:kasa",
+        "goat": "lorafa.initializers.goat:goat",
         "loftq": "lorafa.initializers.loftq:loftq",
         "mica": "lorafa.initializers.mica:mica",
         "milora": "lorafa.initializers.milora:milora",
