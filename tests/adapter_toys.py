@@ -25,10 +25,19 @@ OUT, IN = 24, 8
 """Of every layer here: nn.MultiheadAttention needs out = 3 in, and in must be even for a kernel of two taps."""
 PARAMETERS = ("matrix parameter", "experts (E, out, in)", "experts (E, in, out)")
 KINDS = (*BACKENDS.names(), *PARAMETERS)
-VARIANT: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}}
+VARIANT: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "lora_sb": {"init_lora_weights": "lora_sb"},
+    "kasa": {"init_lora_weights": "kasa"},
+}
 """The settings that ask for each variant."""
-STARTS: list[bool | str] = [find_start(name).value for name in INITIALIZERS.names()]  # type: ignore[union-attr]
-"""Every start there is."""
+STARTS: list[bool | str] = [
+    find_start(name).value  # type: ignore[union-attr]
+    for name in INITIALIZERS.names()
+    if INITIALIZERS.get(name).variant in (None, *VARIANTS.names())
+]
+"""Every start there is a formula for."""
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Tolerance of a comparison of a few dozen terms of size 1, by dtype."""
 
@@ -130,6 +139,17 @@ def defined(start: bool | str, kind: str) -> bool:
     return not (made.needs or made.quantizer) or backend.host == "linear"
 
 
+def starts_of(variant: str, *starts: bool | str) -> list[bool | str]:
+    """Those of the starts that go with a variant; its own where that is what asks for the variant."""
+    own = VARIANT[variant].get("init_lora_weights")
+    return [own] if own else [start for start in starts if initializer_of(start).variant is None]
+
+
+def with_starts(cases: list[tuple[str, str]], *starts: bool | str) -> list[tuple[str, str, bool | str]]:
+    """Each (variant, kind) with those of the starts that go with the variant, or with its own."""
+    return [(variant, kind, start) for variant, kind in cases for start in starts_of(variant, *starts)]
+
+
 def initializer_of(start: bool | str) -> Initializer:
     return INITIALIZERS.get(find_start(start).name)  # type: ignore[union-attr]
 
@@ -145,12 +165,12 @@ def stats_for(weight: Tensor) -> dict[str, Tensor]:
     tensors = {f"{name}.{key}": value for name, svd in found.items() for key, value in svd._asdict().items()}
     _, S, Vh = full_svd(x - x.mean(0))
     tensors |= {"principal.components": Vh, "principal.singular_values": S}
-    return tensors | {"second_moment.C": C, "corda_moment.C": C}
+    return tensors | {"gradient.dense": G, "second_moment.C": C, "corda_moment.C": C}
 
 
 DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
 """(variant, kind of layer) where the formula is defined."""
-STARTED = [(start, v, k) for start in STARTS for v, k in DEFINED if defined(start, k)]
+STARTED = [(s, v, k) for v, k in DEFINED for s in starts_of(v, *STARTS) if defined(s, k)]
 """(start, variant, kind of layer) where all three go together."""
 STARTED_AT_BASE = [case for case in STARTED if initializer_of(case[0]).keeps_function]
 """Those that compute the function of the base at step 0."""

@@ -30,7 +30,7 @@ def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
 
 def full_precision(tensor: Tensor) -> torch.autocast:
     """A block in which products of ``tensor`` keep its dtype: weights are never computed in autocast's."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)  # meta has no autocast
 
 
 def update_factors(A: Tensor, B: Tensor, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -104,9 +104,16 @@ class Adapter:
         return weight
 
     @property
+    def folded_B(self) -> Tensor:
+        """B with what stands between B and A multiplied in; B itself for most variants."""
+        if not self.variant.folds:
+            return self.B
+        return self.variant.fold(self.B, {kind: self.extra(kind) for kind in self.variant.extras})
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of the whole update; of rank 2 r where a frozen start is subtracted."""
-        return update_factors(self.A, self.B, None if self.start is None else (self.start.A, self.start.B))
+        return update_factors(self.A, self.folded_B, None if self.start is None else (self.start.A, self.start.B))
 
     @property
     def running_start(self) -> Start | None:

@@ -92,8 +92,10 @@ def _on_quantized_layers(peft_model: PeftModel, adapter_name: str) -> list[tuple
 
 def _require_plain(name: str, layer: LoraLayer, adapter_name: str) -> None:
     adapter = layer.adapters[adapter_name]
-    found = adapter.variant.name if not adapter.variant.plain else "a start that was taken from the base"
-    if not adapter.variant.plain or adapter.start is not None:
+    variant = adapter.variant
+    is_lora = variant.plain and not variant.folds
+    found = "a start that was taken from the base" if is_lora else variant.name
+    if not is_lora or adapter.start is not None:
         raise AdapterError(
             f"{name}: adapter {adapter_name!r} is no plain LoRA, whose s B A could stand for what quantizing lost: it "
             f"has {found}. Make it anew, with init_lora_weights=True. Nothing was changed."

@@ -7,7 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def statistics_of(
     require_available(config)
     targets = find_targets(model, config)
     wanted = _wanted(config, also)
-    options = options or CalibrationOptions(seed=config.init_seed or 0)
+    options = _as_read(config, options or CalibrationOptions(seed=config.init_seed or 0))
     about = _about(model, config, targets, wanted, options, data)
     if cache is not None and Path(cache).exists():
         found = Statistics.load(cache)
@@ -187,6 +187,19 @@ def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
             "get_peft_model, or set a start that reads data: 'lora_one', 'eva', 'corda' ..."
         )
     return wanted
+
+
+def _as_read(config: LoraConfig, options: CalibrationOptions) -> CalibrationOptions:
+    """The options with whole gradients where the start reads them."""
+    start = find_start(config.init_lora_weights)
+    if start is None or not start.initializer.whole_gradients:
+        return options
+    if options.dense is False:
+        raise CalibrationError(
+            f"init_lora_weights={config.init_lora_weights!r} reads whole gradients, and dense=False keeps sketches of "
+            "them only. Drop dense=False."
+        )
+    return replace(options, dense=True)
 
 
 def _statistics(

@@ -96,6 +96,8 @@ KINDS = {
     "linear": (LINEAR, {}),
     "dora": (LINEAR, {"use_dora": True}),
     "pissa": (LINEAR, {"init_lora_weights": "pissa"}),
+    "lora_sb": (LINEAR, {"init_lora_weights": "lora_sb"}),
+    "kasa": (LINEAR, {"init_lora_weights": "kasa"}),
     "conv": ("torch.nn.modules.conv.Conv2d", {}),
     "embedding": ("torch.nn.modules.sparse.Embedding", {}),
     "nf4": ("lorafa.backends.nf4.NF4Linear", {}),

@@ -24,6 +24,8 @@ from adapter_toys import (
     input_for,
     only_layer,
     train,
+    with_adapter,
+    with_starts,
 )
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import AdapterError, BackendError
@@ -34,10 +36,9 @@ EXACT = [(v, k) for v, k in DEFINED if not backend_for(k).quantized]
 LINEAR = "torch.nn.modules.linear.Linear"
 
 
-@pytest.mark.parametrize("start", [True, "pissa"])
-@pytest.mark.parametrize(("variant", "kind"), EXACT)
+@pytest.mark.parametrize(("variant", "kind", "start"), with_starts(EXACT, True, "pissa"))
 def test_merged_model_gives_the_outputs_of_the_adapted_model(variant: str, kind: str, start: bool | str) -> None:
-    model = adapted(kind, dtype=torch.float64, init_lora_weights=start, **VARIANT[variant]).eval()
+    model = adapted(kind, dtype=torch.float64, **VARIANT[variant] | {"init_lora_weights": start}).eval()
     x = input_for(kind, torch.float64)
     with torch.no_grad():
         expected = model(x)
@@ -50,13 +51,12 @@ def test_merged_model_gives_the_outputs_of_the_adapted_model(variant: str, kind:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("start", [True, "pissa"])
-@pytest.mark.parametrize(("variant", "kind"), EXACT)
+@pytest.mark.parametrize(("variant", "kind", "start"), with_starts(EXACT, True, "pissa"))
 def test_merged_weight_is_the_exact_sum_rounded_once(
     variant: str, kind: str, start: bool | str, dtype: torch.dtype
 ) -> None:
     """Against float64: float32 arithmetic may move a value across a rounding boundary once in thousands."""
-    model = adapted(kind, dtype=dtype, init_lora_weights=start, **VARIANT[variant])
+    model = adapted(kind, dtype=dtype, **VARIANT[variant] | {"init_lora_weights": start})
     layer, backend = only_layer(model), backend_for(kind)
     exact = copy.deepcopy(layer).double()
     weight = backend.weight(exact.get_base_layer())
@@ -68,10 +68,9 @@ def test_merged_weight_is_the_exact_sum_rounded_once(
     torch.testing.assert_close(merged, wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("start", [True, "pissa"])
-@pytest.mark.parametrize(("variant", "kind"), DEFINED)
+@pytest.mark.parametrize(("variant", "kind", "start"), with_starts(DEFINED, True, "pissa"))
 def test_unmerging_restores_every_bit_and_every_object(variant: str, kind: str, start: bool | str) -> None:
-    model = adapted(kind, dtype=torch.bfloat16, init_lora_weights=start, **VARIANT[variant])
+    model = adapted(kind, dtype=torch.bfloat16, **VARIANT[variant] | {"init_lora_weights": start})
     before, x = everything(model), input_for(kind, torch.bfloat16)
     expected = model(x)
     model.merge_adapter()
@@ -92,7 +91,7 @@ def test_unload_gives_back_the_model_that_was_handed_in(variant: str, kind: str,
     user_model = Single(base_layer(kind, dtype=torch.bfloat16))
     user_model.requires_grad_(False)
     before = everything(user_model)
-    model = get_peft_model(user_model, config_for(kind, **VARIANT[variant]))
+    model = with_adapter(user_model, kind, **VARIANT[variant])
     train(model)
     if merged_before:
         model.merge_adapter()
@@ -116,16 +115,16 @@ def test_disabled_model_is_the_base_model_bit_for_bit(variant: str, kind: str, m
     x = input_for(kind)
     with torch.no_grad():
         expected = base(x)
-        model = get_peft_model(base, config_for(kind, **VARIANT[variant]))
+        model = with_adapter(base, kind, **VARIANT[variant])
         train(model)
-        with_adapter = model.eval()(x)
+        changed = model.eval()(x)
         if merged:
             model.merge_adapter()
-            with_adapter = model(x)
+            changed = model(x)
         with model.disable_adapter():
             assert torch.equal(model(x), expected)
-        assert torch.equal(model(x), with_adapter)
-    assert not torch.equal(with_adapter, expected)
+        assert torch.equal(model(x), changed)
+    assert not torch.equal(changed, expected)
 
 
 def test_disabling_ends_with_its_block_whatever_happens_in_it_and_nests() -> None:

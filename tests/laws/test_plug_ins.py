@@ -20,7 +20,7 @@ from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initi
 from lorafa.registry import Registry
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
-from lorafa.variants import VARIANTS, switches
+from lorafa.variants import VARIANTS, asking_settings
 from lorafa.variants.base import Variant
 
 LINEAR = "torch.nn.modules.linear.Linear"
@@ -221,8 +221,8 @@ def test_a_variant_without_a_place_for_a_bias_refuses_one() -> None:
         LoraConfig(use_qalora=True, lora_bias=True)
 
 
-def test_every_variant_but_plain_lora_has_a_switch_of_its_own() -> None:
-    assert sorted(switches().values()) == sorted(set(VARIANTS.names()) - {"lora"})
+def test_every_variant_but_plain_lora_has_a_switch_or_a_start_of_its_own() -> None:
+    assert sorted(asking_settings()) == sorted(set(VARIANTS.names()) - {"lora"})
 
 
 def test_no_two_starts_share_a_name_and_each_is_found_by_its_own() -> None:

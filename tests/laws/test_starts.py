@@ -36,7 +36,7 @@ def fresh(kind: str, dtype: torch.dtype, **settings: object) -> tuple[nn.Module,
 
 @pytest.mark.parametrize(("start", "variant", "kind"), STARTED_AT_BASE)
 def test_model_computes_the_same_function_at_step_zero(start: bool | str, variant: str, kind: str) -> None:
-    base, model = fresh(kind, torch.float64, init_lora_weights=start, **VARIANT[variant])
+    base, model = fresh(kind, torch.float64, **VARIANT[variant] | {"init_lora_weights": start})
     x = input_for(kind, torch.float64)
     tolerance = 1e-5 if backend_for(kind).quantized else 1e-12  # the factors on a quantized layer are float32
     torch.testing.assert_close(model(x), base(x), rtol=tolerance, atol=tolerance)
@@ -87,7 +87,7 @@ def test_random_start_does_change_the_function(kind: str) -> None:
 def test_a_start_leaves_the_base_weight_alone(start: bool | str, variant: str, kind: str) -> None:
     layer = base_layer(kind)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    model = with_adapter(Single(layer), kind, init_lora_weights=start, **VARIANT[variant])
+    model = with_adapter(Single(layer), kind, **VARIANT[variant] | {"init_lora_weights": start})
     train(model)
     model(input_for(kind))
     after = {key.replace("out_proj.base_layer.", "out_proj."): value for key, value in layer.state_dict().items()}

@@ -258,7 +258,8 @@ DOCUMENTED = "+init=gradient ++init.direction=LoRA-FA ++init.scale=stable ++init
         ("+init=olora init.pivoted=true", "olora", "init_config", {"pivoted": True}),
         ("+init=loftq init.loftq_bits=8 init.loftq_iter=3", "loftq", None, {}),
         ("init=gora init.step=0.1", "gora", "init_config", {"step": 0.1}),
-        *((f"init={name}", name, None, {}) for name in ("milora", "mica", "lora_null")),
+        ("init=lora_sb init.eta=1e-4", "lora_sb", "init_config", {"eta": 1e-4}),
+        *((f"init={name}", name, None, {}) for name in ("milora", "mica", "kasa", "lora_null")),
     ],
 )
 def test_starts_of_the_documents_become_configs(

@@ -134,7 +134,8 @@ def test_another_vocabulary_is_recognised(key, file, model):
 SETTINGS = [
     ("lora_magnitude_vector", "use_dora"),
     ("lora_B.bias", "lora_bias"),
-    ("lora_diag", "kasa_config"),
+    ("lora_diag", "init_lora_weights='kasa'"),
+    ("lora_core", "init_lora_weights='lora_sb'"),
     ("token_adapter.trainable_tokens_delta", "trainable_token_indices"),
     ("lora_velora_embed", "velora_config"),
 ]

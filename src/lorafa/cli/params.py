@@ -83,10 +83,11 @@ def adapter_costs(model: nn.Module, config: RunConfig) -> dict[str, AdapterCost]
     from lorafa.train.accounting import adapter_cost
     from lorafa.train.recipe import lora_config
     from lorafa.train.schema import OptimConfig
+    from lorafa.variants import variant_of
 
     adapter = lora_config(config)
     as_set = adapter_cost(model, adapter, config.optim)
-    if not as_set.trains_A:
+    if not as_set.trains_A or variant_of(adapter).folds:  # LoRA-FA is for plain pairs
         return {f"A frozen, {config.optim.name}": as_set}
     frozen = adapter_cost(model, adapter, OptimConfig(name="lora_fa"))
     return {f"A and B trained, {config.optim.name}": as_set, "A frozen, lora_fa": frozen}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,7 +18,8 @@ class DegenerateError(CalibrationError):
     """What a start is computed from has no directions to offer: all zero, not finite, or of too low a rank.
 
     Raised by an initializer with the reason, "its gradient is zero". The layer then starts as by default, with a
-    Kaiming A and B = 0 (ALGORITHMS 0.2), which is said in a warning and recorded in the adapter's file.
+    Kaiming A and B = 0 (ALGORITHMS 0.2), or as :attr:`Initializer.otherwise` says, which is told in a warning and
+    recorded in the adapter's file.
     """
 
 
@@ -47,9 +48,14 @@ class LayerSpec:
     """Whether a start made before, by PEFT, is to be found again: for a file that holds A and B but not what was taken
     from the base they were trained on."""
 
-    def generator(self) -> torch.Generator:
-        """A random source that depends on (seed, key, path) alone, not on order, device or the other layers."""
-        digest = hashlib.blake2b(f"{self.seed}\0{self.key}\0{self.name}".encode(), digest_size=8).digest()
+    def generator(self, part: str = "") -> torch.Generator:
+        """A random source that depends on (seed, key, path) alone, not on order, device or the other layers.
+
+        Args:
+            part: what is drawn, where it is not to repeat the numbers of A.
+        """
+        words = [str(self.seed), self.key, self.name, *([part] if part else [])]
+        digest = hashlib.blake2b("\0".join(words).encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -65,6 +71,10 @@ class InitResult:
     """Why the layer starts as by default instead of as asked."""
     quantized: QuantizedLinear | None = None
     """Takes the place of the base layer, which gives it its bias."""
+    taken: tuple[Tensor, Tensor] | None = None
+    """A0 and B0, shaped as A and B, where something else than the start belongs to the base and must not count."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Start values of the variant's extras, by its names for them, where they are not the variant's own."""
 
 
 class Initializer(Protocol):
@@ -92,6 +102,12 @@ class Initializer(Protocol):
     quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None
     """Makes the layer that takes the base's place (:attr:`InitResult.quantized`), of a weight (out, in). It depends on
     the weight, the rank and the settings alone, and is run again where an adapter is loaded on the dense base."""
+    whole_gradients: bool
+    """Whether it reads single entries of a gradient, which a sketch does not have: ``gradient.dense``."""
+    variant: str | None
+    """The formula it is a start of, which it then asks for; None: any."""
+    otherwise: Callable[[Tensor, LayerSpec], InitResult] | None
+    """Starts a layer on which it raises DegenerateError, computing what the base does; None: as by default."""
 
     def __call__(self, weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult: ...
 
@@ -111,6 +127,9 @@ def initializer(
     waits: bool = False,
     keeps_function: bool = True,
     quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None = None,
+    whole_gradients: bool = False,
+    variant: str | None = None,
+    otherwise: Callable[[Tensor, LayerSpec], InitResult] | None = None,
 ) -> Callable[[Function], Initializer]:
     """Mark a function as an initializer and declare what goes with it; see :class:`Initializer`.
 
@@ -129,6 +148,9 @@ def initializer(
         marked.waits = waits
         marked.keeps_function = keeps_function
         marked.quantizer = quantizer
+        marked.whole_gradients = whole_gradients
+        marked.variant = variant
+        marked.otherwise = otherwise
         return marked
 
     return mark

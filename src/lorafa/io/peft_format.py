@@ -25,6 +25,7 @@ PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _EMBEDDING_GETTERS = ("get_input_embeddings", "get_output_embeddings")
 START_A, START_B = "lora_start.A", "lora_start.B"
+UNFOLDED_B = "lora_unfolded.B"
 _PEFT_STARTS_ANYWHERE = (True, False, "gaussian")
 _PEFT_STARTS_ON_SOME = ("orthogonal", "eva", "loftq", "mica")
 _SOME = ("linear", "embedding")
@@ -139,7 +140,8 @@ def file_tensors(
     """The tensors of adapter ``name`` as a file holds them, without prefix.
 
     s B A - s B0 A0 is written as the ordinary LoRA of rank 2 r it is: A and A0 stacked, B and -B0 side by side. Where
-    the variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over.
+    the variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over. Where it is one
+    once its extras are multiplied into B (LoRA-SB), B is written so, and as it is in a key of its own.
 
     Args:
         state_dict: take values from here by their live names (a gathered state dict) instead of from the model.
@@ -152,6 +154,9 @@ def file_tensors(
     values = {e.key: e.tensor.detach() for e in found} if state_dict is None else _gathered(found, state_dict, name)
     halved = _factors_applied_twice(model, name, config)
     values |= {key: values[key] / 2 for key in halved}
+    for path, layer in _folding(model, name):
+        key_B = f"{path}.{layer.factor_names[1]}"
+        values |= {f"{path}.{UNFOLDED_B}": values[key_B], key_B: _folded(path, layer, name, values[key_B], values)}
     for path, layer, start in _starts(model, name) if with_start else ():
         A0, B0 = layer.stored_A(start[0]), layer.stored_B(start[1])
         if not layer.adapters[name].variant.plain:
@@ -205,6 +210,39 @@ def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple
             yield path, layer, (start.A, start.B)
 
 
+def _folding(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
+    return [(path, layer) for path, layer in _adapted(model, name) if layer.adapters[name].variant.folds]
+
+
+def _folded(path: str, layer: LoraLayer, name: str, B: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """A stored B with the extras among ``values`` multiplied in, as it is stored."""
+    variant = layer.adapters[name].variant
+    extras = {kind: values[f"{path}.{holder}"] for kind, holder in variant.extras.items()}
+    return layer.stored_B(variant.fold(layer.matrix_B(B), extras))
+
+
+def _unfold(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with every B as it was before it was folded.
+
+    Raises:
+        CheckpointError: some folded B is not the product of what it was folded from.
+    """
+    tensors = dict(tensors)
+    for path, layer in _folding(model, name):
+        key_B, key_unfolded = f"{path}.{layer.factor_names[1]}", f"{path}.{UNFOLDED_B}"
+        B = tensors.pop(key_unfolded)
+        wanted, found = _folded(path, layer, name, B, tensors).float(), tensors[key_B].float()
+        if bool((found - wanted).abs().max() > 0.01 * wanted.abs().max()):  # more than rounding in any dtype
+            between = " and ".join(layer.adapters[name].variant.extras.values())
+            raise CheckpointError(
+                f"{key_B} is not {key_unfolded} times {between}: one of them was changed since adapter {name!r} was "
+                f"saved. To go on from {key_B} as plain LoRA leave the keys of the other two and the metadata out of "
+                "the file. Nothing was loaded."
+            )
+        tensors[key_B] = B
+    return tensors
+
+
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     """The config that goes with :func:`file_tensors`: rank and alpha grow where a start was stacked onto A and B.
 
@@ -243,9 +281,8 @@ def load_tensors(
     check_ties(model, name, tensors)
     tensors = dict(tensors)
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(model, name, config) if key in tensors}
-    for path, layer, start in _starts(model, name):
-        if not with_start:
-            continue
+    starts: list[tuple[Tensor, Tensor]] = []
+    for path, layer, start in _starts(model, name) if with_start else ():
         if layer.adapters[name].variant.plain:
             key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
             A, B = layer.matrix_A(tensors[key_A]), layer.matrix_B(tensors[key_B])
@@ -254,8 +291,10 @@ def load_tensors(
             A0, B0 = A[..., rank:, :], -B[..., :, rank:]
         else:
             A0, B0 = layer.matrix_A(tensors[f"{path}.{START_A}"]), layer.matrix_B(tensors[f"{path}.{START_B}"])
-        start[0].copy_(A0)
-        start[1].copy_(B0)
+        starts += zip(start, (A0, B0), strict=True)
+    tensors = _unfold(model, name, tensors)
+    for live, value in starts:
+        live.copy_(value)
     for entry in (*entries(model, name, config), *_embeddings(model)):
         if entry.key in tensors:
             entry.tensor.data.copy_(tensors[entry.key])

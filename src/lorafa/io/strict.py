@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lorafa.errors import CheckpointError
-from lorafa.variants import VARIANTS
+from lorafa.variants import VARIANTS, asking_settings
 
 Shape = tuple[int, ...]
 LIMIT = 8
@@ -20,7 +20,6 @@ LIMIT = 8
 # Tensors that belong to one setting: where only one side has them, the setting differs. Variants add their own.
 _SETTING_OF_KEY = {
     "lora_B.bias": "lora_bias",
-    "lora_diag": "kasa_config",
     "token_adapter.trainable_tokens_delta": "trainable_token_indices",
     "lora_velora_embed": "velora_config",
 }
@@ -191,8 +190,8 @@ def _nothing_in_common(misfit: Misfit) -> str | None:
 
 def _other_settings(misfit: Misfit) -> list[str]:
     causes = []
-    variants = [VARIANTS.get(name) for name in VARIANTS.names()]
-    extras = {holder: str(variant.switch) for variant in variants for holder in variant.extras.values()}
+    asking = asking_settings()
+    extras = {holder: asking[name] for name in asking for holder in VARIANTS.get(name).extras.values()}
     for part, setting in (_SETTING_OF_KEY | extras).items():
         for keys, owner, other in ((misfit.unexpected, "file", "model"), (misfit.missing, "model", "file")):
             opposite = misfit.want if owner == "file" else misfit.have

@@ -51,7 +51,7 @@ def create_loraplus_optimizer(
         check_number("loraplus_weight_decay", loraplus_weight_decay, "a number >= 0", 0, closed="[")
         decay = loraplus_weight_decay
     check_stock(optimizer_cls, kwargs | {"weight_decay": decay})
-    pairs = pairs_of(model)
+    pairs = pairs_of(model, folding=True)
     fast = lr * loraplus_lr_ratio
     on_embeddings = [pair for pair in pairs if pair.layer.kind == "embedding"]
     elsewhere = [pair for pair in pairs if pair.layer.kind != "embedding"]

@@ -130,14 +130,16 @@ class Pair:
             )
 
 
-def pairs_of(model: nn.Module) -> list[Pair]:
+def pairs_of(model: nn.Module, *, folding: bool = False) -> list[Pair]:
     """The factors of every active adapter, in the order of the layers; a layer that is used twice counts once.
 
     Args:
         model: a PeftModel, any model with adapters injected, or a wrapper around one (DDP, torch.compile).
+        folding: also those with a matrix between B and A (KaSA), for methods that do not read the one for the other.
 
     Raises:
-        AdapterError: no layer has an active adapter, one is merged, none is trained, or a factor holds nan or inf.
+        AdapterError: no layer has an active adapter, one is merged, has a matrix between its factors, or holds nan or
+            inf, or none is trained.
         BackendError: a factor is spread over processes, or is not a floating-point tensor of its full shape.
     """
     if not isinstance(model, nn.Module):
@@ -155,12 +157,18 @@ def pairs_of(model: nn.Module) -> list[Pair]:
             "model = get_peft_model(model, LoraConfig(...)), or call set_adapter(name)."
         )
     for pair in pairs:
+        if pair.adapter.variant.folds and not folding:
+            raise AdapterError(
+                f"{pair.path}, adapter {pair.name!r} is {pair.adapter.variant.name}, with a matrix between B and A, "
+                "and this optimizer is made for the product of the two. Use a stock optimizer such as "
+                "torch.optim.AdamW. Nothing was changed."
+            )
         _check(pair)
     if not any(factor.requires_grad for factor in factors_of(pairs)):
         names = ", ".join(sorted({repr(pair.name) for pair in pairs}))
         raise AdapterError(
             f"No factor of adapter {names} is trained. Load it with is_trainable=True, or make the adapter without "
-            "inference_mode=True."
+            "inference_mode=True. One that trains neither (LoRA-SB) takes a stock optimizer such as torch.optim.AdamW."
         )
     return pairs
 

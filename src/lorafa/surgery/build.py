@@ -32,6 +32,8 @@ class Options:
     """Keep adapters in float32 where the base is float16 or bfloat16."""
     low_cpu_mem_usage: bool = False
     """Make the factors on the meta device, to be filled from a file."""
+    shapes_only: bool = False
+    """With ``low_cpu_mem_usage``: the factors are counted only, and never filled."""
     from_file: bool = False
     """The config comes with a file that will fill every tensor: patterns may match nothing, starts are not drawn."""
     file_has_starts: bool = False
@@ -56,7 +58,8 @@ class Builder:
         assert start is not None  # config.check() has found it
         self.initializer, self.number = INITIALIZERS.get(start.name), start.number
         self.settings = config.start_settings()
-        if options.low_cpu_mem_usage and self.initializer.reads_weight and not options.from_file:
+        filled = options.from_file or options.shapes_only
+        if options.low_cpu_mem_usage and self.initializer.reads_weight and not filled:
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r} computes its start from the weight, but "
                 "low_cpu_mem_usage=True computes none. Drop one of the two."
@@ -100,12 +103,14 @@ class Builder:
             weight = result.quantized.dequantize()
         dtype = _adapter_dtype(target.base, target.backend, self.options)
         A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)
-        start = (A.clone(), B.clone()) if result.subtract_from_base else None
+        start = result.taken
+        if result.subtract_from_base:
+            start = A.clone(), B.clone()
         extras = self._empty_extras(weight, A) if self.filled_later else self._extras(weight, A, B, start, spec)
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
             A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
-            start, extras, self.trains, result.fallback, base=base,
+            start, extras | dict(result.extras), self.trains, result.fallback, base=base,
         )  # fmt: skip
 
     def quantizes(self, target: Target) -> bool:
@@ -144,7 +149,7 @@ class Builder:
         except DegenerateError as error:
             if self.repeats:
                 raise
-            start = by_default(weight, spec)
+            start = (self.initializer.otherwise or by_default)(weight, spec)
             return replace(start, subtract_from_base=self.initializer.moves_base, fallback=str(error))
         if (result.A.shape, result.B.shape) != factor_shapes(weight, spec.rank):
             raise CalibrationError(

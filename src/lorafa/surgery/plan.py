@@ -75,7 +75,7 @@ def _say_fallbacks(config: LoraConfig, layers: list[PlannedLayer]) -> None:
     if reasons:
         warnings.warn(
             f"init_lora_weights={config.init_lora_weights!r} has nothing to start from on {len(reasons)} of "
-            f"{len(layers)} layers, which start as by default, with a Kaiming A and B = 0: {shorten(reasons, 3)}. The "
+            f"{len(layers)} layers, which start at random and compute what the base does: {shorten(reasons, 3)}. The "
             "adapter's file says so.",
             stacklevel=3,
         )

@@ -75,7 +75,7 @@ def _check_ends(group: Sequence[Place], targets: Sequence[Target], config: LoraC
         problem = f"exclude_modules or modules_to_save takes {left[0]!r} away from the targets"
     elif len({(target.rank, target.alpha) for target in targets}) > 1:
         problem = "rank_pattern or alpha_pattern gives them different ranks or alphas"
-    elif not variant.plain:
+    elif not variant.plain or variant.folds:
         problem = f"{variant.name} is no plain B A, and its update of the one is none of the other"
     if problem:
         raise ConfigError(

@@ -17,6 +17,7 @@ from lorafa.adapter import working_dtype
 from lorafa.config import LoraConfig, require_available
 from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import ConfigError
+from lorafa.initializers import find_start
 from lorafa.io.peft_format import file_tensors, keeps_embeddings
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
@@ -104,7 +105,7 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
     if any(True for _ in lora_layers(model)):
         raise ConfigError("The model carries adapters already, so what one costs cannot be told. Give the base model.")
     base = {id(p): p for _, p in base_parameters(model)}.values()
-    planned = plan(model, _without_start(config, optim), _NAME, Options(low_cpu_mem_usage=True))
+    planned = plan(model, _without_start(config, optim), _NAME, Options(low_cpu_mem_usage=True, shapes_only=True))
     with _applied(model, planned):
         kinds = _kinds(lora_layers(model))
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -122,9 +123,12 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
 
 
 def _without_start(config: LoraConfig, optim: OptimConfig) -> LoraConfig:
-    """The config with a start that reads nothing; with A frozen where the optimizer freezes it."""
+    """The config with a start that reads nothing, unless the formula is its own; A frozen where the optimizer does."""
+    freeze_A, start = config.freeze_A or optim.name == "lora_fa", find_start(config.init_lora_weights)
+    if start is not None and start.initializer.variant is not None:
+        return replace(config, freeze_A=freeze_A)
     settings: dict[str, Any] = dict.fromkeys(START_SETTINGS)
-    return replace(config, init_lora_weights=True, freeze_A=config.freeze_A or optim.name == "lora_fa", **settings)
+    return replace(config, init_lora_weights=True, freeze_A=freeze_A, **settings)
 
 
 def _state_bytes(model: nn.Module, trained: Sequence[nn.Parameter], optim: OptimConfig) -> int:

@@ -33,9 +33,9 @@ class InitConfig:
     """Where A and B start, and what the start reads of the data."""
 
     mode: str = "default"
-    """Start: default (A random, B zero), random, gaussian, orthogonal; pissa (svd), milora, olora, mica, loftq from the
-    weights; lora_one, lora_ga, functional, gora (gradient: the one direction names) from gradients; eva, corda,
-    lora_null from inputs."""
+    """Start: default (A random, B zero), random, gaussian, orthogonal; pissa (svd), milora, olora, mica, kasa, loftq
+    from the weights; lora_one, lora_ga, functional, gora, lora_sb (gradient: the one direction names) from gradients;
+    eva, corda, lora_null from inputs."""
     direction: Literal["LoRA-One", "LoRA-FA", "ArB2r", "A2rBr", "ArBr", "random"] | None = None
     """gradient: LoRA-One (LoRA-FA is another name for it), or one of LoRA-GA's, which lora_ga takes too."""
     scale: Literal["stable", "gd", "unit", "weightS", "gd_scale", "weight_svd"] | None = None
@@ -46,6 +46,8 @@ class InitConfig:
     """lora_one, functional: what singular values are divided by."""
     step: float | None = None
     """gora: the first step as a share of the gradient's norm."""
+    eta: float | None = None
+    """lora_sb: by how much the first step would change every entry of a weight."""
     rho: float | None = None
     """eva: how many times its rank a layer may get; 1 keeps all ranks."""
     tau: float | None = None
@@ -122,6 +124,7 @@ def start_fields(init: InitConfig) -> dict[str, Any]:
         "stable_gamma": init.stable_gamma,
         "normalize": init.normalize,
         "step": init.step,
+        "eta": init.eta,
         "rho": init.rho,
         "tau": init.tau,
         "whiten": init.whiten,

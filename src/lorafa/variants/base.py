@@ -28,7 +28,7 @@ class Variant(ABC):
     name: ClassVar[str]
     """Its line in the registry."""
     switch: ClassVar[str | None] = None
-    """The field of LoraConfig that asks for it where it is set; None for plain LoRA."""
+    """The field of LoraConfig that asks for it where it is set; None for plain LoRA and for what a start asks for."""
     extras: ClassVar[Mapping[str, str]] = {}
     """Name of an extra parameter in the formulas -> its PEFT name on the layer and in files."""
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "experts"})
@@ -36,9 +36,11 @@ class Variant(ABC):
     reads_weight: ClassVar[bool] = False
     """Whether ``initial_extras`` reads the base weight's values; if not it may get a tensor on the meta device."""
     plain: ClassVar[bool] = False
-    """Whether the update is exactly s B A, so that any reader of LoRA files can use it."""
+    """Whether the update is exactly s B A, with B as :meth:`fold` gives it, so that any reader of LoRA can use it."""
     takes_bias: ClassVar[bool] = False
     """Whether the formula has a place for a bias of B (``lora_bias``)."""
+    folds: ClassVar[bool] = False
+    """Whether :meth:`fold` changes B. Files then hold the folded B, for any reader, and B as it is beside it."""
 
     @classmethod
     def of(cls, config: Any) -> Self:
@@ -52,6 +54,10 @@ class Variant(ABC):
     def extra_shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the extras; one number an output unless a variant says otherwise. ``weight`` has no values."""
         return dict.fromkeys(self.extras, (weight.shape[-2],))
+
+    def fold(self, B: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        """B (out, r) with the extras multiplied in, in the dtype of B: what takes its place in every formula."""
+        return B
 
     @abstractmethod
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""KaSA: W loses its r smallest singular triplets, and a diagonal stands between A and B (arXiv:2412.06071)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lorafa.errors import ConfigError
+from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.kaiming import kaiming
+from lorafa.initializers.stages import halves, require_finite
+from lorafa.linalg import full_svd
+
+
+@initializer(reads_weight=True, moves_base=True, keeps_function=False, variant="kasa")
+def kasa(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+    """A and B = 0 as by default, d ~ N(0, 1); the base counts as [W]_{k - r} with k = min(out, in).
+
+    Singular values of zero are welcome: nothing is lost with them.
+
+    Raises:
+        ConfigError: r >= k, so that nothing is left of W.
+        DegenerateError: W holds inf or nan.
+    """
+    values = min(weight.shape)
+    if spec.rank >= values:
+        raise ConfigError(
+            f"{spec.name}: KaSA drops the r = {spec.rank} smallest singular values of a weight {tuple(weight.shape)}, "
+            f"which has {values}. Lower the rank below {values} (rank_pattern sets it for single layers) or leave the "
+            "layer out with exclude_modules."
+        )
+    require_finite(weight, "its weight")
+    dropped = full_svd(weight).at(slice(-spec.rank, None))
+    diagonal = torch.randn(spec.rank, generator=spec.generator("diagonal"))
+    return replace(kaiming(weight, stats, spec), taken=halves(dropped, 1 / spec.scaling), extras={"diagonal": diagonal})
