@@ -102,7 +102,7 @@ def get_eva_state_dict(
         return x if choose is None else choose(x, prepared[0], layer)
 
     with progress_over(show_progress_bar) as watched:
-        stats = statistics_of(inner, config, watched(batches), rows=rows)
+        stats = statistics_of(inner, config, watched(batches), rows=rows, reads_output=forward_fn is not None)
     return _state_dict(config, {target.full_name: target.rank for target in find_targets(inner, config)}, stats)
 
 

@@ -86,8 +86,9 @@ def collect_statistics(
         digest = digest_of(data) if cache is not None else None
     with progress_over(progress) as watched:
         return statistics_of(
-            inner, config, watched(batches), options=options, also=also, data=f"{digest} {weighting}", cache=cache
-        )
+            inner, config, watched(batches), options=options, also=also, data=f"{digest} {weighting}", cache=cache,
+            reads_output=callable(data),
+        )  # fmt: skip
 
 
 def initialize(

@@ -136,6 +136,7 @@ def statistics_of(
     data: str | None = None,
     cache: str | Path | None = None,
     rows: Rows | None = None,
+    reads_output: bool = True,
 ) -> Statistics:
     """Collect what the start of ``config`` reads of its targets, over passes of ``batches``.
 
@@ -144,7 +145,7 @@ def statistics_of(
         also: more statistics, by name.
         data: a digest of the data, for ``cache``.
         cache: file to take them from if it holds those of this model, config and data, and to write otherwise.
-        rows: as :func:`lorafa.calibration.collect.collect` has it.
+        rows, reads_output: as :func:`lorafa.calibration.collect.collect` has them.
 
     Raises:
         CalibrationError: nothing to collect, or collecting failed; see :func:`lorafa.calibration.collect.collect`.
@@ -166,9 +167,9 @@ def statistics_of(
     statistics = _statistics(config, targets, wanted, options)
     if adapter_names(model):
         with disabled(model):
-            values = collect(model, layers, statistics, batches, rows=rows)
+            values = collect(model, layers, statistics, batches, rows=rows, reads_output=reads_output)
     else:
-        values = collect(model, layers, statistics, batches, rows=rows)
+        values = collect(model, layers, statistics, batches, rows=rows, reads_output=reads_output)
     _add_largest(values)
     _say_unsettled(values)
     result = Statistics(values, about)

@@ -60,3 +60,39 @@ def test_a_tied_head_has_the_gradient_of_its_use_as_a_head(plain: dict[str, Tens
     for name in ("lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         expected = model.get_submodule(name).weight.grad
         torch.testing.assert_close(plain[f"{name} gradient.dense"], expected, rtol=1e-4, atol=1e-7)
+
+
+ROWS = [{"input_ids": IDS[rows], "labels": LABELS[rows]} for rows in (slice(0, 1), slice(1, 2))]
+
+
+def inputs_of(model: nn.Module, data: object, *targets: str) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """Second moments of inputs, and how many rows of logits a batch had."""
+    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights="lora_null")
+    logits = []
+    watch = model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.shape[1]))
+    found = collect_statistics(model, config, data)  # type: ignore[arg-type]
+    watch.remove()
+    assert set(logits) == {logits[0]}
+    return found.values_by_layer, logits[0]
+
+
+def test_logits_that_nobody_reads_are_not_computed() -> None:
+    model = llama()
+
+    def run_model() -> None:
+        for batch in ROWS:
+            assert model(**batch).loss.isfinite()
+
+    spared, rows = inputs_of(model, ROWS, "q_proj", "down_proj")
+    whole, all_rows = inputs_of(model, run_model, "q_proj", "down_proj")
+    assert (rows, all_rows) == (1, IDS.shape[1])
+    assert spared.keys() == whole.keys()
+    for layer, tensors in whole.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(spared[layer][name], tensor)
+
+
+def test_a_head_that_is_adapted_sees_every_row() -> None:
+    found, rows = inputs_of(llama(), ROWS, "q_proj", "lm_head")
+    assert rows == IDS.shape[1]
+    assert int(found["lm_head"]["second_moment.tokens"]) == IDS.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -83,6 +84,8 @@ class _Pass:
     """In this batch, of statistics that share inputs, in order."""
     first: dict[tuple[str, int], _Entry] = field(default_factory=dict)
     """(statistic, identity of an input) -> who had it first in this batch."""
+    headless: bool = False
+    """Whether the model is spared all logits but the last."""
     arrived: bool = False
     """Whether a gradient has."""
 
@@ -101,6 +104,7 @@ def collect(
     batches: Batches,
     *,
     rows: Rows | None = None,
+    reads_output: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """Values of ``statistics`` (layer -> name -> statistic) over as many passes as they want.
 
@@ -115,6 +119,7 @@ def collect(
         model: called by ``batches``, itself or from inside a larger one.
         layers: layer -> module, whose output is that of a linear map of its input, (..., in) to (..., out).
         rows: chooses the rows of an input that statistics of inputs see; default: by the masks the model gets.
+        reads_output: whether ``batches`` uses what the model returns where it need not run backward.
 
     Returns:
         layer -> "<statistic>.<tensor>" -> value.
@@ -125,7 +130,7 @@ def collect(
     entries = [_Entry(layer, name, s) for layer, named in statistics.items() for name, s in named.items()]
     with _calibrating(model):
         while active := [entry for entry in entries if not entry.done and _ready(entry, entries)]:
-            _run(model, layers, active, entries, batches, rows)
+            _run(model, layers, active, entries, batches, rows, reads_output)
     values: dict[str, dict[str, Tensor]] = {layer: {} for layer in statistics}
     results: dict[int, dict[str, Tensor]] = {}
     for entry in entries:
@@ -146,6 +151,7 @@ def _run(
     entries: list[_Entry],
     batches: Batches,
     rows: Rows | None,
+    reads_output: bool,
 ) -> None:
     """One pass over the data for the ``active`` entries."""
     for entry in active:
@@ -153,6 +159,7 @@ def _run(
         entry.statistic.start_pass(entry.passes, others)
     current, weight, calls = _Pass(active, rows), 0.0, 0
     gradients = any(entry.statistic.reads_gradient for entry in active)
+    current.headless = not gradients and not reads_output and _can_spare_logits(model, layers)
     with _watched(model, layers, current, list(dict.fromkeys(entry.layer for entry in entries))):
         for share in batches(gradients):
             weight += current.batch.number + 1 - calls if share is None else share
@@ -252,6 +259,18 @@ def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
         output.requires_grad_(True)
 
 
+def _can_spare_logits(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether the model, one of transformers', can be asked for the last logits only without any layer missing rows.
+
+    With a large vocabulary the others are a fifth of a small model's forward pass, and most of its memory.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    inside = set() if head is None else set(head.modules())
+    return not inside & set(layers.values())
+
+
 @contextmanager
 def _watched(
     model: nn.Module, layers: Mapping[str, nn.Module], current: _Pass, names: Collection[str]
@@ -279,7 +298,7 @@ class _BatchStart:
     def __init__(self, current: _Pass) -> None:
         self.current = current
 
-    def __call__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         batch, mask = self.current.batch, kwargs.get("attention_mask")
         self.current.end_batch()
         batch.number += 1
@@ -288,6 +307,9 @@ class _BatchStart:
         batch.labels = labels if isinstance(labels, Tensor) else None
         for entry in self.current.entries:
             entry.statistic.start_batch(batch.number)
+        if not self.current.headless:
+            return None
+        return args, {key: value for key, value in kwargs.items() if key != "labels"} | {"logits_to_keep": 1}
 
 
 class _Watch:
