@@ -123,7 +123,7 @@ class Adapter:
     @property
     def running_factors(self) -> tuple[Tensor, Tensor]:
         """Like :attr:`factors`, of what a forward pass adds to the base that runs."""
-        return (self.A, self.B) if self.layer.without_start else self.factors
+        return (self.A, self.folded_B) if self.layer.without_start else self.factors
 
     def product(self) -> Tensor:
         """The low-rank update s (B A - B0 A0), (out, in), in float32 (float64 where the factors are)."""
