@@ -93,7 +93,7 @@ def test_a_forward_pass_then_computes_with_rank_r() -> None:
     assert own.factors[0].shape[0] == 8
 
 
-@pytest.mark.parametrize("variant", VARIANT)
+@pytest.mark.parametrize("variant", ["lora", "dora"])  # those that go with any start
 def test_dropout_acts_on_the_adapter_alone(variant: str) -> None:
     model = adapted(LINEAR, dtype=torch.float64, init_lora_weights="pissa", lora_dropout=0.5, **VARIANT[variant])
     model.train()
