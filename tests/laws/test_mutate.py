@@ -22,12 +22,14 @@ from adapter_toys import (
     config_for,
     initializer_of,
     input_for,
+    starts_of,
     with_adapter,
 )
 from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base, restore_base
 from lorafa.errors import AdapterError, BackendError, LoraError
 
 MOVING = [start for start in STARTS if initializer_of(start).moves_base and not initializer_of(start).quantizer]
+MOVED = [(start, variant) for variant in VARIANT for start in starts_of(variant, *MOVING) if start in MOVING]
 LINEAR = "torch.nn.modules.linear.Linear"
 ALLOWED = [
     kind
@@ -49,10 +51,9 @@ def layer_of(model: PeftModel) -> Any:
     return model.get_base_model().layer
 
 
-@pytest.mark.parametrize("variant", VARIANT)
-@pytest.mark.parametrize("start", MOVING)
+@pytest.mark.parametrize(("start", "variant"), MOVED)
 def test_the_base_is_w_less_the_start_and_outputs_and_gradients_stay(start: str, variant: str) -> None:
-    model = adapted(LINEAR, dtype=torch.float64, init_lora_weights=start, **VARIANT[variant])
+    model = adapted(LINEAR, dtype=torch.float64, **VARIANT[variant] | {"init_lora_weights": start})
     x, layer = input_for(LINEAR, torch.float64), layer_of(model)
     W, own = layer.base_layer.weight.clone(), layer.adapters["default"]
     A0, B0, s = own.start.A.clone(), own.start.B.clone(), own.scaling
@@ -92,7 +93,7 @@ def test_a_forward_pass_then_computes_with_rank_r() -> None:
     assert own.factors[0].shape[0] == 8
 
 
-@pytest.mark.parametrize("variant", VARIANT)
+@pytest.mark.parametrize("variant", ["lora", "dora"])  # those that go with any start
 def test_dropout_acts_on_the_adapter_alone(variant: str) -> None:
     model = adapted(LINEAR, dtype=torch.float64, init_lora_weights="pissa", lora_dropout=0.5, **VARIANT[variant])
     model.train()

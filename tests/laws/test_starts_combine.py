@@ -46,6 +46,10 @@ def refusal(start: bool | str, settings: dict[str, Any], kind: str) -> Refusal |
         return ConfigError, f"lora_bias=True works with init_lora_weights=True or False, found {start!r}. Drop one"
     if settings.get("lora_bias") and kind == TABLE:
         return ConfigError, "layer: lora_bias is not defined on embedding layers. Exclude it, or set lora_bias=False"
+    if made.variant is not None and settings.get("use_dora"):
+        return ConfigError, f"use_dora=True and {asked} ask for two formulas, dora and {made.variant}"
+    if made.variant is not None and kind != LINEAR:
+        return ConfigError, f"layer: {made.variant} is not defined on .* layers"
     if made.needs and kind != LINEAR:
         return ConfigError, f"layer: {asked} reads statistics of linear layers, and this is .* Leave it out"
     if made.quantizer is not None and kind != LINEAR:

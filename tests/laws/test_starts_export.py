@@ -127,7 +127,7 @@ def test_with_a_layer_that_fell_back_it_is_the_same_and_the_file_says_so(start: 
     loaded = assert_comes_back(model, Model(poor=True), x, tmp_path)
     fallbacks = {path: layer.fallbacks for path, layer in model.base_model.lora_layers()}
     assert fallbacks["first"] == {}
-    if made.needs or made.moves_base:
+    if made.needs or (made.moves_base and start != "kasa"):  # which loses nothing with singular values of zero
         assert fallbacks["second"]["default"]
     assert {path: layer.fallbacks for path, layer in loaded.base_model.lora_layers()} == fallbacks
     if start in ON_THE_BASE:
