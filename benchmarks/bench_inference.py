@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ BASE, LORA, LORA_FA, MERGED = "base", "LoRA", "LoRA-FA", "merged"
 PEFT_LORA, PEFT_MERGED = "PEFT LoRA", "PEFT merged"
 NOISE = 1.03
 """What must cost nothing may differ by this much."""
+LONGEST = 8192
+"""Positions SmolLM2 has: max_position_embeddings."""
 
 
 class Answers:
@@ -114,14 +116,30 @@ def table(seconds: Mapping[str, Mapping[str, float]], tokens: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def positive(text: str) -> int:
+    """An integer >= 1, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, found {text!r}")
+    return int(text)
+
+
+def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Checked before anything loads; what is wrong ends the program with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4, help="prompts in the batch")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens added to each")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=THREADS)
-    arguments = parser.parse_args()
+    parser.add_argument("--rows", type=positive, default=4, help="prompts in the batch")
+    parser.add_argument("--length", type=positive, default=256, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=positive, default=32, help="tokens added to each")
+    parser.add_argument("--repeats", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=THREADS)
+    arguments = parser.parse_args(words)
+    whole = arguments.length + arguments.tokens
+    if whole > LONGEST:
+        parser.error(f"--length and --tokens together are {whole} positions, the model has {LONGEST}: give fewer")
+    return arguments
+
+
+def main() -> None:
+    arguments = read_arguments()
     size = {"rows": arguments.rows, "length": arguments.length, "tokens": arguments.tokens}
     cases = (BASE, LORA, LORA_FA, MERGED, PEFT_LORA, PEFT_MERGED)
     contenders = {case: Contender(case, Answers, threads=arguments.threads, case=case, **size) for case in cases}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -214,25 +215,89 @@ def test_exact_and_fold_coincide_for_orthonormal_rows_and_differ_for_others() ->
     assert any(float((fold[path] - exact[path]).norm() / exact[path].norm()) > 0.01 for path in exact)
 
 
-def test_a_step_is_the_documented_one() -> None:
-    """Two steps of the documented algorithm, written out."""
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.7, 0.9)], ids=str)
+def test_a_step_is_the_documented_one(betas: tuple[float, float], correct_bias: bool) -> None:
+    """Three steps of the documented algorithm, written out."""
     model = adapted()
-    optimizer = create_lorafa_optimizer(model, 3, 5.0, lr=0.1, weight_decay=0.2)
+    settings: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2, "betas": betas, "correct_bias": correct_bias}
+    optimizer = create_lorafa_optimizer(model, 3, 5.0, **settings)
     pairs = pairs_of(model)
     expected = {pair: pair.B.detach().clone() for pair in pairs}
     m = {pair: torch.zeros_like(pair.B) for pair in pairs}
     v = {pair: torch.zeros_like(pair.B) for pair in pairs}
-    for step in (1, 2):
+    for step in (1, 2, 3):
         optimizer.zero_grad()
         loss(model, batch()).backward()
         for pair in pairs:
             g = pair.B.grad @ torch.linalg.inv(pair.A @ pair.A.T) * (pair.layer.r["default"] / 5.0) ** 2
-            m[pair] = 0.9 * m[pair] + 0.1 * g
-            v[pair] = 0.999 * v[pair] + 0.001 * g * g
-            size = 0.1 * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+            m[pair] = betas[0] * m[pair] + (1 - betas[0]) * g
+            v[pair] = betas[1] * v[pair] + (1 - betas[1]) * g * g
+            size = 0.1 * ((1 - betas[1] ** step) ** 0.5 / (1 - betas[0] ** step) if correct_bias else 1.0)
             expected[pair] = expected[pair] - size * m[pair] / (v[pair].sqrt() + 1e-6)
             expected[pair] = expected[pair] - 0.1 * 0.2 * expected[pair]
         optimizer.step()
         for pair in pairs:
-            torch.testing.assert_close(pair.B.detach(), expected[pair].detach(), rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(pair.B.detach(), expected[pair].detach(), rtol=1e-10, atol=1e-12)
     assert isinstance(optimizer, LoraFAOptimizer)
+
+
+@pytest.mark.parametrize("orthonormal", [True, False])
+def test_fold_is_torchs_adamw_on_the_projected_gradient_in_an_orthonormal_basis(orthonormal: bool) -> None:
+    """A = L Q: G Q^T / s is its gradient, and eps is in the units of that one, so large here that it counts."""
+    model, betas, eps, lr, decay = adapted(use_rslora=True, alpha_pattern={"first": 9.0}), (0.7, 0.9), 1e-3, 0.05, 0.2
+    pairs = pairs_of(model)
+    scalings = [9.0 / 3**0.5, 5.0 / 3**0.5]
+    Q, expected = {}, {}
+    for pair in pairs:
+        if orthonormal:
+            pair.A.data = torch.linalg.qr(pair.A.detach().T)[0].T.contiguous()
+        L = torch.linalg.cholesky(pair.A.detach() @ pair.A.detach().T)
+        Q[pair], expected[pair] = torch.linalg.inv(L) @ pair.A.detach(), pair.B.detach() @ L
+    optimizer = create_lorafa_optimizer(
+        model, lr=lr, algorithm="fold", betas=betas, eps=eps, weight_decay=decay, use_rslora=True
+    )
+    m = {pair: torch.zeros_like(pair.B) for pair in pairs}
+    v = {pair: torch.zeros_like(pair.B) for pair in pairs}
+    for step in (1, 2, 3):
+        optimizer.zero_grad()
+        G = weight_gradients(model, batch())
+        for pair, s in zip(pairs, scalings, strict=True):
+            g = G[pair.path] @ Q[pair].T / s
+            m[pair] = betas[0] * m[pair] + (1 - betas[0]) * g
+            v[pair] = betas[1] * v[pair] + (1 - betas[1]) * g * g
+            root = (v[pair] / (1 - betas[1] ** step)).sqrt() + eps
+            expected[pair] = (1 - lr * decay) * expected[pair] - lr * m[pair] / (1 - betas[0] ** step) / root
+        optimizer.step()
+        for pair in pairs:
+            torch.testing.assert_close(pair.A.detach(), Q[pair], rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(pair.B.detach(), expected[pair].detach(), rtol=1e-9, atol=1e-11)
+
+
+def rescale(model: PeftModel, scale: float) -> None:
+    for pair in pairs_of(model):
+        pair.layer.set_scale("default", scale)
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "fold"])
+def test_a_scaling_that_is_changed_later_gives_the_step_of_the_new_one(algorithm: str) -> None:
+    """As if the optimizer had been made with it; but fold converts eps, which is 0 here, when it is made."""
+    eps, results = {"exact": 1e-2, "fold": 0.0}[algorithm], []
+    for scale_when_made in (3.0, 1.0):
+        torch.manual_seed(1)
+        model = adapted()
+        rescale(model, scale_when_made)
+        optimizer = create_lorafa_optimizer(model, lr=0.1, eps=eps, algorithm=algorithm)
+        rescale(model, 3.0)
+        results.append(adam_run(model, optimizer))
+    for path, expected in results[0].items():
+        torch.testing.assert_close(results[1][path], expected, rtol=1e-11, atol=1e-13)
+
+
+def test_decay_by_all_of_B_leaves_zero() -> None:
+    """(1 - lr weight_decay) = 0 comes after the step, so nothing of it is left either."""
+    model = adapted()
+    optimizer = create_lorafa_optimizer(model, lr=0.5, weight_decay=2.0)
+    loss(model, batch()).backward()
+    optimizer.step()
+    assert not any(bool(pair.B.any()) for pair in pairs_of(model))

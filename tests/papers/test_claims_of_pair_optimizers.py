@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorafa import LoraConfig, get_peft_model
 from lorafa.linalg import exceeds, sylvester
-from lorafa.optimizers import create_lorapro_optimizer, create_preconditioned_adamw, create_riemannian_optimizer
+from lorafa.optimizers import (
+    create_loraplus_optimizer,
+    create_lorapro_optimizer,
+    create_preconditioned_adamw,
+    create_riemannian_optimizer,
+)
 from lorafa.optimizers.lora_pro import CHOICES, adjusted_gradients
 from lorafa.optimizers.pairs import Pair, pairs_of
 from optimizer_toys import adapted, batch, loss, row_projector, update, weight_gradients
 
 M, N, R, S = 9, 11, 3, 1.7
+LR, DECAY, MOMENTUM, BETAS, EPS = 0.03, 0.2, 0.6, (0.7, 0.9), 1e-8
+"""Of the runs that are written out; none is a default."""
+PATTERNS: dict[str, Any] = {"rank_pattern": {"second": 2}, "alpha_pattern": {"first": 9.0}, "use_rslora": True}
+SCALINGS = {"base_model.model.first": 9.0 / 3**0.5, "base_model.model.second": 5.0 / 2**0.5}
 
 
 def factors(seed: int = 0, B_size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,54 +224,173 @@ def test_relative_damping_does_not_see_the_size_of_the_factors() -> None:
         near(moves[1][path], moves[0][path], 1e-9)
 
 
-def test_lora_ones_adamw_moves_A_first_and_conditions_B_with_the_new_A() -> None:
-    model, reg, lr, eps = adapted(), 1e-2, 0.05, 1e-8
-    loss(model, batch()).backward()
+# ---- several steps, written out with dense matrices
+
+Factors = tuple[Tensor, Tensor]
+State = dict[str, Tensor]
+
+
+def torch_sgd(value: Tensor, g: Tensor, state: State, step: int) -> Tensor:
+    """Decay is added to the gradient, and the momentum is not damped."""
+    g = g + DECAY * value
+    state["m"] = MOMENTUM * state["m"] + g if state else g
+    return value - LR * state["m"]
+
+
+def adam_direction(g: Tensor, state: State, step: int, *, corrected: bool = True) -> Tensor:
+    state["m"] = BETAS[0] * state.get("m", torch.zeros_like(g)) + (1 - BETAS[0]) * g
+    state["v"] = BETAS[1] * state.get("v", torch.zeros_like(g)) + (1 - BETAS[1]) * g * g
+    c1, c2 = (1 - BETAS[0] ** step, 1 - BETAS[1] ** step) if corrected else (1.0, 1.0)
+    return state["m"] / c1 / ((state["v"] / c2).sqrt() + EPS)
+
+
+def torch_adamw(value: Tensor, g: Tensor, state: State, step: int) -> Tensor:
+    return (1 - LR * DECAY) * value - LR * adam_direction(g, state, step)
+
+
+def damped_inverse(M: Tensor, d: float) -> Tensor:
+    return torch.linalg.inv(M + d * torch.eye(len(M), dtype=M.dtype))
+
+
+def pro_gradients(A: Tensor, B: Tensor, g_A: Tensor, g_B: Tensor, s: float, X: str, damping: float) -> Factors:
+    """h_A (r, n) and h_B (m, r); the equation of Sylvester as a linear system in the r^2 entries of X."""
+    rank = len(A)
+    eye = torch.eye(rank, dtype=A.dtype)
+    left, right = B.T @ B, A @ A.T
+    left, right = (gram + damping * gram.trace() / rank * eye for gram in (left, right))
+    inverse_B, inverse_A = torch.linalg.inv(left), torch.linalg.inv(right)
+    shared = inverse_B @ B.T @ g_B @ inverse_A / s**2
+    between = {"zero": 0 * shared, "symmetric": -shared / 2}.get(X)
+    if between is None:
+        system = torch.kron(left, eye) + torch.kron(eye, right)
+        between = torch.linalg.solve(system, -(inverse_B @ g_A @ A.T / s**2).flatten()).view(rank, rank)
+    projected = g_B - B @ inverse_B @ B.T @ g_B
+    return inverse_B @ g_A / s**2 + between @ A, projected @ inverse_A / s**2 - B @ between
+
+
+def compare_steps(model: nn.Module, optimizer: torch.optim.Optimizer, formula: Any, steps: int = 3) -> None:
+    """``formula`` makes the new (A, B) of a pair from (A, B), the gradient of its weight, its scaling, its states."""
+    pairs = pairs_of(model)
+    expected = {pair: (pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs}
+    states: dict[Pair, tuple[State, State]] = {pair: ({}, {}) for pair in pairs}
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        G = weight_gradients(model, batch())
+        for pair in pairs:
+            expected[pair] = formula(*expected[pair], G[pair.path], SCALINGS[pair.path], states[pair], step)
+        optimizer.step()
+        for pair in pairs:
+            near(pair.A.detach(), expected[pair][0], 1e-9)
+            near(pair.B.detach(), expected[pair][1], 1e-9)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("X", CHOICES)
+@pytest.mark.parametrize("form", ["sgd", "adamw"])
+def test_steps_of_lora_pro_are_the_formula(form: str, X: str, damping: float) -> None:
+    """With decay and momentum, and a rank and a scaling for each layer."""
+    own, rule = ({"momentum": MOMENTUM}, torch_sgd) if form == "sgd" else ({"betas": BETAS}, torch_adamw)
+    model = adapted(**PATTERNS)
+    settings: dict[str, Any] = {"lr": LR, "form": form, "X": X, "weight_decay": DECAY, "damping": damping, **own}
+
+    def formula(A: Tensor, B: Tensor, G: Tensor, s: float, states: tuple[State, State], step: int) -> Factors:
+        for_A, for_B = pro_gradients(A, B, s * B.T @ G, s * G @ A.T, s, X, damping)
+        return rule(A, for_A, states[0], step), rule(B, for_B, states[1], step)
+
+    compare_steps(model, create_lorapro_optimizer(model, **settings), formula)
+
+
+@pytest.mark.parametrize("X", CHOICES)
+def test_lora_pro_in_full_is_adam_on_the_weight_projected_back(X: str) -> None:
+    model = adapted(**PATTERNS)
+    settings: dict[str, Any] = {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "damping": 0.0}
+    optimizer = create_lorapro_optimizer(model, form="full", X=X, **settings)
+
+    def formula(A: Tensor, B: Tensor, G: Tensor, s: float, states: tuple[State, State], step: int) -> Factors:
+        h = adam_direction(tangent(A, B, G), states[0], step)
+        for_A, for_B = pro_gradients(A, B, s * B.T @ h, s * h @ A.T, s, X, 0.0)
+        kept = 1 - LR * DECAY
+        return kept * A - LR * for_A, kept * B - LR * for_B
+
+    compare_steps(model, optimizer, formula)
+    held = sum(v.numel() for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    assert held == sum(2 * pair.B.shape[0] * pair.A.shape[1] for pair in pairs_of(model))
+
+
+def test_steps_of_lora_ones_adamw_move_A_first_and_condition_B_with_the_new_A() -> None:
+    """And nothing corrects the bias."""
+    model, reg = adapted(**PATTERNS), 1e-2
+    optimizer = create_preconditioned_adamw(model, lr=LR, prec_reg=reg, betas=BETAS, eps=EPS, weight_decay=DECAY)
+
+    def formula(A: Tensor, B: Tensor, G: Tensor, s: float, states: tuple[State, State], step: int) -> Factors:
+        kept, g_A, g_B = 1 - LR * DECAY, s * B.T @ G, s * G @ A.T
+        A = kept * A - LR * adam_direction(damped_inverse(B.T @ B, reg) @ g_A, states[0], step, corrected=False)
+        B = kept * B - LR * adam_direction(g_B @ damped_inverse(A @ A.T, reg), states[1], step, corrected=False)
+        return A, B
+
+    compare_steps(model, optimizer, formula)
+
+
+def test_steps_of_riemannian_adamw_are_the_formula() -> None:
+    """Both preconditioners are of the factors before the step."""
+    model, reg = adapted(**PATTERNS), 0.2
+    settings: dict[str, Any] = {"reg": reg, "damping": "absolute", "betas": BETAS, "weight_decay": DECAY}
+    optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=LR, **settings)
+
+    def formula(A: Tensor, B: Tensor, G: Tensor, s: float, states: tuple[State, State], step: int) -> Factors:
+        for_A = damped_inverse(B.T @ B, reg) @ (s * B.T @ G)
+        for_B = (s * G @ A.T) @ damped_inverse(A @ A.T, reg)
+        return torch_adamw(A, for_A, states[0], step), torch_adamw(B, for_B, states[1], step)
+
+    compare_steps(model, optimizer, formula)
+
+
+def test_lora_pro_reads_a_scaling_that_was_changed_after_it_was_made() -> None:
+    model = adapted()
+    optimizer = create_lorapro_optimizer(model, lr=LR, form="sgd", damping=0.0)
+    for pair in pairs_of(model):
+        pair.layer.set_scale("default", 3.0)
+    s = 3.0 * 5.0 / 3
+    G = weight_gradients(model, batch())
     expected = {}
     for pair in pairs_of(model):
-        eye = torch.eye(3, dtype=torch.float64)
-
-        def step(value: Tensor, g: Tensor) -> Tensor:
-            """Adam's first step without bias correction."""
-            return value - lr * 0.1 * g / ((0.001 * g * g).sqrt() + eps)
-
-        A = step(pair.A, torch.linalg.inv(pair.B.T @ pair.B + reg * eye) @ pair.A.grad).detach()
-        B = step(pair.B, pair.B.grad @ torch.linalg.inv(A @ A.T + reg * eye)).detach()
-        expected[pair.path] = (A, B)
-    create_preconditioned_adamw(model, lr=lr, prec_reg=reg, eps=eps).step()
+        A, B, g = pair.A.detach().clone(), pair.B.detach().clone(), G[pair.path]
+        h = pro_gradients(A, B, s * B.T @ g, s * g @ A.T, s, "sylvester", 0.0)
+        expected[pair.path] = A - LR * h[0], B - LR * h[1]
+    optimizer.step()
     for pair in pairs_of(model):
         near(pair.A.detach(), expected[pair.path][0], 1e-9)
         near(pair.B.detach(), expected[pair.path][1], 1e-9)
 
 
-def test_lora_pro_in_full_is_adam_on_the_weight_projected_back() -> None:
-    """Two steps of the paper's algorithm, written out with dense matrices."""
-    model, lr, eps = adapted(), 0.01, 1e-8
-    optimizer = create_lorapro_optimizer(model, lr=lr, form="full", X="sylvester", eps=eps, damping=0.0)
-    pairs = pairs_of(model)
-    expected = {pair: (pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs}
-    m = {pair: torch.zeros(pair.B.shape[0], pair.A.shape[1], dtype=torch.float64) for pair in pairs}
-    v = {pair: torch.zeros_like(m[pair]) for pair in pairs}
-    for step in (1, 2):
-        torch.manual_seed(step)
-        G = weight_gradients(model, batch())
-        for pair in pairs:
-            A, B = expected[pair]
-            g = tangent(A, B, G[pair.path])
-            m[pair] = 0.9 * m[pair] + 0.1 * g
-            v[pair] = 0.999 * v[pair] + 0.001 * g * g
-            h = m[pair] / (1 - 0.9**step) / ((v[pair] / (1 - 0.999**step)).sqrt() + eps)
-            s = torch.full((1, 1, 1), pair.scaling, dtype=torch.float64)
-            for_A, for_B = adjusted_gradients(
-                A[None], B[None], (pair.scaling * B.T @ h)[None], (pair.scaling * h @ A.T)[None], s, "sylvester"
-            )
-            expected[pair] = A - lr * for_A[0], B - lr * for_B[0]
-        optimizer.step()
-        optimizer.zero_grad()
-    for pair in pairs:
-        near(pair.A.detach(), expected[pair][0], 1e-8)
-        near(pair.B.detach(), expected[pair][1], 1e-8)
-    held = sum(
-        value.numel() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-    )
-    assert held == sum(2 * pair.B.shape[0] * pair.A.shape[1] for pair in pairs)
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(self.embed(x))
+        return y
+
+
+def test_lora_plus_steps_at_the_rates_and_the_decay_it_is_given() -> None:
+    """loraplus_weight_decay stands before weight_decay, and spares vectors."""
+    config = LoraConfig(r=2, target_modules=["embed", "first"], bias="lora_only")
+    model = get_peft_model(Tokens().double(), config)
+    with torch.no_grad():
+        for pair in pairs_of(model):
+            pair.A.copy_(torch.randn_like(pair.A))
+            pair.B.copy_(torch.randn_like(pair.B))
+    settings: dict[str, Any] = {"loraplus_lr_embedding": 0.02, "loraplus_weight_decay": 0.3, "weight_decay": 0.7}
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=4, **settings)
+    model(torch.arange(9)).square().sum().backward()
+    embed, first = pairs_of(model)
+    assert (embed.layer.kind, first.layer.kind) == ("embedding", "linear")
+    rates = [(embed.A, 0.02), (embed.B, 0.02), (first.A, 0.1), (first.B, 0.4)]
+    expected = [(p - rate * (p.grad + 0.3 * p)).detach() for p, rate in rates]
+    bias = first.layer.get_base_layer().bias
+    expected_bias = (bias - 0.1 * bias.grad).detach()
+    optimizer.step()
+    for (parameter, _), value in zip(rates, expected, strict=True):
+        near(parameter.detach(), value)
+    near(bias.detach(), expected_bias)

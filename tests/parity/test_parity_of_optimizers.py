@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lorafa
-from lorafa.optimizers import create_lorafa_optimizer
+from lorafa.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from optimizer_toys import RANK, Mlp, batch, loss
 
 SETTINGS: dict[str, Any] = {"r": RANK, "lora_alpha": 5, "target_modules": ["first", "second"]}
@@ -58,3 +58,49 @@ def test_thirty_steps_of_lora_fa_are_pefts_without_its_bfloat16(
         if "lora_B" in name:
             error = float((value - other[name]).norm() / other[name].norm())
             assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.AdamW], ids=lambda cls: str(cls.__name__))
+def test_ten_riemannian_steps_with_absolute_damping_are_pefts(optimizer_cls: type[torch.optim.Optimizer]) -> None:
+    ours, theirs = both(torch.float64)
+    settings: dict[str, Any] = {"lr": 1e-2, "reg": 1e-2, "weight_decay": 0.1}
+    one = train(
+        ours, create_riemannian_optimizer(ours, optimizer_cls, damping="absolute", **settings), 10, torch.float64
+    )
+    stock = peft.optimizers.create_riemannian_optimizer(theirs, optimizer_cls, **settings)
+    other = train(theirs, stock, 10, torch.float64)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+class Tokens(nn.Module):
+    """A model with layers of both kinds that LoRA+ tells apart, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.first = nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(self.norm(self.embed(x)))
+        return y
+
+
+def test_lora_plus_groups_with_fast_vectors_are_pefts() -> None:
+    """Rate and decay of every parameter that is trained: factors, biases, the norm beside them."""
+    settings: dict[str, Any] = {"lr": 1e-3, "loraplus_lr_ratio": 16, "loraplus_weight_decay": 0.1}
+    settings["loraplus_lr_embedding"] = 1e-5
+    found = []
+    for library, make, own in (
+        (lorafa, create_loraplus_optimizer, {"fast_vectors": True}),
+        (peft, peft.optimizers.create_loraplus_optimizer, {}),
+    ):
+        config = library.LoraConfig(
+            r=RANK, target_modules=["embed", "first"], bias="lora_only", modules_to_save=["norm"]
+        )
+        model = library.get_peft_model(Tokens(), config)
+        optimizer = make(model, torch.optim.AdamW, **settings, **own)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        found.append({names[p]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]})
+        assert len(found[-1]) == 7
+    assert found[0] == found[1]
