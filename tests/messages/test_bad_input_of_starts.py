@@ -100,7 +100,7 @@ def test_gradients_and_inputs_with_nothing_in_them_fall_back_and_say_so(start: b
     layer = only_layer(adapted)
     assert layer.fallbacks["default"]
     assert layer.factor_A("default").any()
-    assert not layer.factor_B("default").any()
+    assert not layer.get_delta_weight("default").any()
     assert torch.equal(adapted(x), before)
 
 

@@ -15,7 +15,8 @@ from transformers.optimization import Adafactor
 
 from lorafa import LoraConfig, get_peft_model
 from lorafa.data.shapes import shape_model
-from lorafa.errors import ConfigError, TargetError
+from lorafa.errors import AdapterError, ConfigError, TargetError
+from lorafa.layers.base import LoraLayer
 from lorafa.train.accounting import AdapterCost, KindCost, adapter_cost
 from lorafa.train.optimizers import pair_optimizer
 from lorafa.train.schema import OptimConfig
@@ -102,7 +103,7 @@ def test_a_frozen_A_is_stored_and_not_trained(case: str) -> None:
     trained, frozen = (
         adapter_cost(Toy(), LoraConfig(r=2, **CONFIGS[case] | {"freeze_A": freeze_A})) for freeze_A in (False, True)
     )
-    assert (trained.trains_A, frozen.trains_A) == (True, False)
+    assert (trained.factors, frozen.factors) == ("AB", "B")
     assert frozen.stored == trained.stored
     assert trained.trainable - frozen.trainable == sum(kind.A for kind in trained.kinds)
 
@@ -142,7 +143,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "preconditioned": {},
     "lora_pro": {},
     "lora_pro sgd": {"form": "sgd"},
+    "lora_pro momentum": {"form": "sgd", "momentum": 0.9},
     "lora_pro full": {"form": "full"},
+    "lora_fa fold": {"algorithm": "fold"},
 }
 
 
@@ -159,11 +162,74 @@ def test_the_state_is_what_the_optimizer_then_holds(case: str, dtype: torch.dtyp
     cost = adapter_cost(Toy(dtype), LoraConfig(**settings), optim)  # type: ignore[arg-type]
     model = get_peft_model(Toy(dtype), LoraConfig(**settings))  # type: ignore[arg-type]
     optimizer = pair_optimizer(model, optim) or _stock(optim.name, model)
+    assert cost.state_bytes == held_after_a_step(optimizer, model)
+
+
+def held_after_a_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     held = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
-    assert cost.state_bytes == sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@pytest.mark.parametrize("form", ["adamw", "sgd", "full"])
+def test_factors_that_are_tied_count_once(form: str) -> None:
+    def tied() -> nn.Module:
+        model = Toy()
+        model.head = nn.Linear(6, 10, bias=False)
+        model.head.weight = model.embed.weight
+        return model
+
+    config = LoraConfig(r=2, target_modules=["0", "embed", "head"], ensure_weight_tying=True)
+    optim = OptimConfig(name="lora_pro", form=form)  # type: ignore[arg-type]
+    cost = adapter_cost(tied(), config, optim)
+    model = get_peft_model(tied(), config)
+    assert cost.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert cost.state_bytes == held_after_a_step(pair_optimizer(model, optim), model)  # type: ignore[arg-type]
+
+
+def test_a_start_that_trains_one_factor_counts_one() -> None:
+    config = LoraConfig(r=2, target_modules=["0", "conv"], init_lora_weights="mica")
+    cost = adapter_cost(Toy(), config)
+    model = get_peft_model(Toy(), config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert cost.factors == "A"
+    assert cost.trainable == sum(kind.A for kind in cost.kinds) == sum(p.numel() for p in trained)
+    assert cost.gradient_bytes == 4 * cost.trainable
+    assert cost.state_bytes == held_after_a_step(torch.optim.AdamW(trained), model)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mica": ({"init_lora_weights": "mica"}, {"name": "lora_fa"}),
+    "mica fold": ({"init_lora_weights": "mica"}, {"name": "lora_fa", "algorithm": "fold"}),
+    "mica riemannian": ({"init_lora_weights": "mica"}, {"name": "riemannian"}),
+    "riemannian": ({"freeze_A": True}, {"name": "riemannian"}),
+    "preconditioned": ({"freeze_A": True}, {"name": "preconditioned"}),
+    "lora_pro": ({"freeze_A": True}, {"name": "lora_pro"}),
+    "lora_pro full": ({"freeze_A": True}, {"name": "lora_pro", "form": "full"}),
+    "dependent rows": ({"init_lora_weights": "orthogonal"}, {"name": "lora_fa"}),
+    "an embedding's A is zero": ({"target_modules": ["0", "embed"]}, {"name": "lora_fa"}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_training_refuses_is_refused_in_the_same_words(case: str) -> None:
+    settings, optim = {"r": 2, "target_modules": ["0", "1"]} | REFUSED[case][0], OptimConfig(**REFUSED[case][1])
+    with pytest.raises(AdapterError) as in_training:
+        pair_optimizer(get_peft_model(Toy(), LoraConfig(**settings)), optim)
+    model = Toy()
+    with pytest.raises(AdapterError) as before:
+        adapter_cost(model, LoraConfig(**settings), optim)
+    assert str(before.value) == str(in_training.value)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def test_counting_leaves_the_random_state_alone() -> None:
+    model, before = Toy(), torch.get_rng_state()
+    adapter_cost(model, LoraConfig(r=2, target_modules=["0"]), OptimConfig(name="lora_plus"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def _stock(name: str, model: nn.Module) -> torch.optim.Optimizer:

@@ -99,6 +99,30 @@ def test_a_start_from_the_weights_is_noted(output: Any) -> None:
     assert "init=pissa is computed from the weights, which are not there." in " ".join(output()[0].split())
 
 
+def test_a_start_that_takes_nothing_out_of_the_base_is_not(output: Any) -> None:
+    for start in ("mica", "gora", "default"):
+        assert params(*OPT, f"init={start}", "--json") == 0
+        assert json.loads(output()[0])["notes"] == []
+
+
+def test_a_start_that_quantizes_the_base_is_noted(output: Any) -> None:
+    assert params(*OPT, "init=loftq", "--json") == 0
+    assert json.loads(output()[0])["notes"] == ["init=loftq quantizes the base; it is counted as if it did not."]
+
+
+def test_a_start_that_trains_A_alone_has_one_column(output: Any) -> None:
+    assert params(*OPT, "init=mica", "--json") == 0
+    costs = json.loads(output()[0])["costs"]
+    assert list(costs) == ["B frozen, adamw"]
+    cost = costs["B frozen, adamw"]
+    assert (cost["trainable"], cost["gradient_bytes"], cost["state_bytes"]) == (589_824, 4 * 589_824, 8 * 589_824)
+
+
+def test_a_start_that_lora_fa_does_not_take_has_no_column_of_it(output: Any) -> None:
+    assert params(*OPT, "init=orthogonal", "--json") == 0
+    assert list(json.loads(output()[0])["costs"]) == ["A and B trained, adamw"]
+
+
 def test_a_quantized_base_is_noted(output: Any, tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -119,6 +143,12 @@ def test_settings_that_change_nothing_counted_are_refused(output: Any) -> None:
         (["peft.r=0"], 2, "r must be an integer >= 1, found 0"),
         (["peff.r=4"], 2, "There is no setting 'peff.r'. Did you mean 'peft.r'?"),
         (["peft.target_modules=[q_prj]"], 2, "'q_prj' matches nothing in the model. Did you mean 'q_proj'?"),
+        (
+            ["optim=riemannian", "peft.freeze_A=true"],
+            1,
+            "A is frozen, but Riemannian preconditioning moves A and B",
+        ),
+        (["optim=lora_fa", "init=mica"], 1, "B is frozen and A is trained, and LoRA-FA trains B alone"),
         (["model=opt-12m"], 1, f"No model 'opt-12m': there is no such folder. .*by name: {', '.join(SHAPES)}."),
         (["model=opt-125m", "model.revision=main"], 1, "No model 'opt-125m': there is no such folder"),
     ],

@@ -14,6 +14,7 @@ import lorafa.train.schema as schema
 from lorafa.conf.compose import ALIASES, KEYS, compose, groups
 from lorafa.conf.typed import build, expected, field_docs, keys, plain
 from lorafa.errors import ConfigError
+from lorafa.train.optimizers import OPTIONS
 from lorafa.train.recipe import lora_config
 from lorafa.train.schema import RunConfig
 
@@ -172,7 +173,7 @@ def test_every_setting_has_a_text() -> None:
 
 
 def test_the_text_of_a_setting_is_what_stands_under_it() -> None:
-    assert field_docs(schema.OptimConfig)["eps"] == "Added to the denominator of adamw."
+    assert field_docs(schema.OptimConfig)["lr"] == "Highest learning rate."
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,7 @@ def test_every_setting_is_read_by_something() -> None:
         if isinstance(node, ast.FunctionDef)
     ]
     read = {found for function in functions for found in _reads(function)}
+    read |= {("OptimConfig", option) for option in OPTIONS}  # by name: the table of optimizers says whose they are
     declared = {(name, field.name) for name, cls in SCHEMA.items() for field in fields(cls)}
     assert declared - read == set()
 

@@ -13,6 +13,7 @@ from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec
+from lorafa.initializers.goat import GoatConfig
 from lorafa.linalg import fix_signs, truncated_svd
 
 
@@ -20,6 +21,8 @@ def start(
     name: str, weight: Tensor, rank: int, *, kind: str = "linear", scaling: float = 1.5, **spec: Any
 ) -> InitResult:
     settings, made = {"name": "layers.0.q_proj", "seed": 0} | spec, INITIALIZERS.get(name)
+    if name == "goat":
+        settings = {"settings": GoatConfig(experts=2)} | settings
     stats = stats_for(weight) if made.needs else {}  # of a wide weight they take minutes
     return made(weight, stats, LayerSpec(kind=kind, rank=rank, scaling=scaling, **settings))
 
@@ -29,7 +32,8 @@ EXPERTS = torch.randn(3, 48, 32, dtype=torch.float64, generator=torch.Generator(
 
 
 def only_linear(name: str) -> bool:
-    return bool(INITIALIZERS.get(name).needs or INITIALIZERS.get(name).quantizer)
+    made = INITIALIZERS.get(name)
+    return bool(made.needs or made.quantizer or made.variant)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafa.data.shapes import SHAPES
-from lorafa.errors import ConfigError
+from lorafa.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,8 +24,9 @@ DESCRIPTION = """\
 Count what an adapter costs: parameters by kind of layer, the file, gradients and optimizer state.
 
 Builds the model from its config on the meta device, so no weight is fetched, loaded or allocated, whatever the model's
-size. Counts twice: with A and B trained, and with A frozen (LoRA-FA). Takes the settings of `lorafa train` in the
-groups model, peft, init and optim. Activations are not counted: they depend on the batch."""
+size. Counts twice, with A and B trained and with A frozen (LoRA-FA), where both can be. Takes the settings of
+`lorafa train` in the groups model, peft, init and optim, and refuses an optimizer that could not train the adapter.
+Activations are not counted: they depend on the batch."""
 
 EXAMPLES = """\
 examples:
@@ -40,6 +41,7 @@ models known by name: {shapes}
 
 exit status: 0 done, 1 the model's config cannot be had or used, 2 wrong arguments or settings"""
 
+_TRAINED = {"AB": "A and B trained", "A": "B frozen", "B": "A frozen", "": "A and B frozen"}
 READ = ("model", "peft", "init", "optim")
 """Groups of settings that decide what is counted."""
 
@@ -79,18 +81,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def adapter_costs(model: nn.Module, config: RunConfig) -> dict[str, AdapterCost]:
-    """Heading -> cost: with A and B trained by the optimizer of the settings, and with A frozen."""
+    """Heading -> cost: with the optimizer of the settings, and with A frozen where B can be trained alone."""
     from lorafa.train.accounting import adapter_cost
     from lorafa.train.recipe import lora_config
     from lorafa.train.schema import OptimConfig
-    from lorafa.variants import variant_of
 
     adapter = lora_config(config)
     as_set = adapter_cost(model, adapter, config.optim)
-    if not as_set.trains_A or variant_of(adapter).folds:  # LoRA-FA is for plain pairs
-        return {f"A frozen, {config.optim.name}": as_set}
-    frozen = adapter_cost(model, adapter, OptimConfig(name="lora_fa"))
-    return {f"A and B trained, {config.optim.name}": as_set, "A frozen, lora_fa": frozen}
+    costs = {f"{_TRAINED[as_set.factors]}, {config.optim.name}": as_set}
+    if as_set.factors != "AB":
+        return costs
+    try:
+        frozen = adapter_cost(model, replace(adapter, freeze_A=True), OptimConfig(name="lora_fa"))
+    except AdapterError:  # not what was asked for: a start whose A LoRA-FA does not take has one column
+        return costs
+    return costs | {"A frozen, lora_fa": frozen}
 
 
 def kinds_table(cost: AdapterCost) -> Table:
@@ -157,11 +162,14 @@ def _notes(model: nn.Module, config: RunConfig) -> list[str]:
 
     notes = []
     start = find_start(lora_config(config).init_lora_weights)
-    if start and start.initializer and start.initializer.reads_weight:
+    assert start is not None  # the config has found it
+    if start.initializer.moves_base:
         notes.append(
-            f"init={config.init.mode} is computed from the weights, which are not there. If the base keeps what it "
-            "takes, frozen copies of A and B are in memory and in the file as well."
+            f"init={config.init.mode} is computed from the weights, which are not there. What it takes out of the base "
+            "stays with the adapter: frozen copies of A and B are in memory and in the file as well."
         )
+    if start.initializer.quantizer:
+        notes.append(f"init={config.init.mode} quantizes the base; it is counted as if it did not.")
     if getattr(model.config, "quantization_config", None):
         notes.append("The model is stored quantized; the base is counted as if it were not.")
     return notes

@@ -5,15 +5,12 @@ Shapes are all it takes, so a model on the meta device (`lorafa.data.shapes.shap
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
-from lorafa.adapter import working_dtype
 from lorafa.config import LoraConfig, require_available
 from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import ConfigError
@@ -27,9 +24,11 @@ from lorafa.surgery.build import Options
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.walk import base_parameters, lora_layers
+from lorafa.train.optimizers import kind_of
+from lorafa.train.rehearsal import rehearse
 from lorafa.train.schema import OptimConfig
 
-_NAME = "accounted"
+_NAME = "default"
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,8 @@ class AdapterCost:
     gradient_bytes: int
     state_bytes: int
     """Of the optimizer, after its first step; step counters apart."""
+    factors: str
+    """Which are trained: "AB", "A" or "B"."""
 
     @property
     def trainable(self) -> int:
@@ -78,10 +79,6 @@ class AdapterCost:
     def share(self) -> float:
         """Trainable parameters over those of the base model (PEFT prints them over base and adapter together)."""
         return self.trainable / self.base
-
-    @property
-    def trains_A(self) -> bool:
-        return any(kind.trainable > kind.B + kind.extras for kind in self.kinds)
 
 
 def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None = None) -> AdapterCost:
@@ -99,15 +96,19 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
         NotAvailableError: the config asks for a feature this version does not have.
         ConfigError: the model carries adapters, or the config does not go with the model.
         TargetError: a pattern matches nothing, or something that cannot carry an adapter.
+        AdapterError: the optimizer cannot train what the start and the config leave to train.
     """
     optim = optim or OptimConfig()
     require_available(config)
     if any(True for _ in lora_layers(model)):
         raise ConfigError("The model carries adapters already, so what one costs cannot be told. Give the base model.")
     base = {id(p): p for _, p in base_parameters(model)}.values()
-    planned = plan(model, _without_start(config, optim), _NAME, Options(low_cpu_mem_usage=True, shapes_only=True))
+    factors = _trained_factors(config, optim)
+    planned = _planned(model, config, factors)
+    rehearse([(layer.target.name, layer.target.backend.host) for layer in planned.layers], config, optim)
     with _applied(model, planned):
-        kinds = _kinds(lora_layers(model))
+        layers = list(lora_layers(model))
+        kinds = _kinds(layers)
         trained = [p for p in model.parameters() if p.requires_grad]
         embeddings = keeps_embeddings(planned.config, model, "auto")
         file = file_tensors(model, _NAME, planned.config, embeddings=embeddings)
@@ -118,53 +119,36 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
             other=sum(p.numel() for p in trained) - sum(kind.trainable for kind in kinds),
             stored=sum(tensor.numel() for tensor in file.values()),
             gradient_bytes=_bytes(trained),
-            state_bytes=_state_bytes(model, trained, optim),
+            state_bytes=kind_of(optim).state(trained, _pairs(layers), optim),
+            factors=factors,
         )
 
 
-def _without_start(config: LoraConfig, optim: OptimConfig) -> LoraConfig:
-    """The config with a start that reads nothing, unless the formula is its own; A frozen where the optimizer does."""
-    freeze_A, start = config.freeze_A or optim.name == "lora_fa", find_start(config.init_lora_weights)
-    if start is not None and start.initializer.variant is not None:
-        return replace(config, freeze_A=freeze_A)
-    settings: dict[str, Any] = dict.fromkeys(START_SETTINGS)
-    return replace(config, init_lora_weights=True, freeze_A=freeze_A, **settings)
+def _planned(model: nn.Module, config: LoraConfig, factors: str) -> Plan:
+    """The adapter with a start that reads nothing, unless its formula is asked for by the start; these factors trained."""
+    start = find_start(config.init_lora_weights)
+    if start is None or start.initializer.variant is None:
+        config = replace(config, init_lora_weights=True, **dict.fromkeys(START_SETTINGS))  # type: ignore[arg-type]
+    planned = plan(model, config, _NAME, Options(low_cpu_mem_usage=True, shapes_only=True))
+    layers = [replace(layer, parts=replace(layer.parts, trains=factors)) for layer in planned.layers]
+    return replace(planned, layers=layers)
 
 
-def _state_bytes(model: nn.Module, trained: Sequence[nn.Parameter], optim: OptimConfig) -> int:
-    if "sgd" in (optim.name, optim.form):
-        return 0
-    if optim.name == "adafactor":
-        return sum(map(_row_and_column, trained))
-    if (optim.name, optim.form) == ("lora_pro", "full"):
-        return _whole_moments(model, trained)
-    own = optim.name == "preconditioned" or (optim.name, optim.algorithm) == (
-        "lora_fa",
-        "exact",
-    )  # torch's AdamW keeps moments in the parameter's dtype
-    return sum(2 * p.numel() * (working_dtype(p.dtype).itemsize if own else p.element_size()) for p in trained)
-
-
-def _row_and_column(parameter: nn.Parameter) -> int:
-    """Adafactor's second moment (arXiv:1804.04235): of a matrix one number a row and one a column, in float32."""
-    shape = tuple(parameter.shape)
-    whole = math.prod(shape)
-    return 4 * (whole if len(shape) < 2 else whole // shape[-1] + whole // shape[-2])
-
-
-def _whole_moments(model: nn.Module, trained: Sequence[nn.Parameter]) -> int:
-    """LoRA-Pro's AdamW in full: two moments of every adapted weight, and of what else is trained."""
-    pairs = [Pair(path, layer, _NAME) for path, layer in lora_layers(model)]
-    total, factors = 0, set()
-    for pair in pairs:
-        A, B = pair.matrices_A(pair.A), pair.matrices_B(pair.B)
-        total += B.shape[0] * B.shape[1] * A.shape[2] * working_dtype(pair.B.dtype).itemsize
-        factors |= {pair.A, pair.B}
-    return 2 * total + sum(2 * p.numel() * working_dtype(p.dtype).itemsize for p in trained if p not in factors)
+def _trained_factors(config: LoraConfig, optim: OptimConfig) -> str:
+    """ "AB", or the one factor that the start, the config and the optimizer leave."""
+    start = find_start(config.init_lora_weights)
+    assert start is not None  # the config has found it
+    frozen = "A" if config.freeze_A or kind_of(optim).freezes_A else ""
+    return start.initializer.trains.replace(frozen, "")
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _pairs(layers: Iterable[tuple[str, LoraLayer]]) -> list[Pair]:
+    """Without what is tied, whose factors belong to another layer."""
+    return [Pair(path, layer, _NAME) for path, layer in layers if layer.stored_parameters(_NAME)]
 
 
 @contextmanager

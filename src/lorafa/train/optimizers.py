@@ -1,6 +1,11 @@
-"""From the settings of an optimizer to the optimizer."""
+"""From the settings of an optimizer to the optimizer: one table says of each what it reads and what it keeps."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -12,34 +17,87 @@ from lorafa.optimizers import (
     create_preconditioned_adamw,
     create_riemannian_optimizer,
 )
-from lorafa.train.schema import OptimConfig
+from lorafa.train.optimizer_state import (
+    State,
+    moments_of_weights,
+    nothing,
+    one_buffer,
+    rows_and_columns,
+    two_moments,
+    two_wide_moments,
+)
+
+if TYPE_CHECKING:
+    from lorafa.train.schema import OptimConfig
 
 STOCK = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
 """Optimizers that transformers makes -> its name for them."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """An optimizer, or one form of it."""
+
+    make: Callable[..., Optimizer] | None
+    """Takes the model, lr, weight_decay and what ``reads`` names; None: transformers makes it."""
+    reads: Mapping[str, str]
+    """Settings that not all optimizers have -> what ``make`` calls them."""
+    state: State
+    """Bytes it keeps."""
+    eps: float = 1e-8
+    """Where ``optim.eps`` is not given."""
+    freezes_A: bool = False
+
+
+_ADAM = {"betas": "betas", "eps": "eps"}
+_LORA_FA = {**_ADAM, "algorithm": "algorithm"}
+_PRO = {"form": "form", "X": "X", "gram_damping": "damping"}
+_riemannian = partial(create_riemannian_optimizer, optimizer_cls=AdamW, fused=True)
+_lora_plus = partial(create_loraplus_optimizer, optimizer_cls=AdamW, fused=True)
+
+KINDS: Mapping[str, Kind] = {
+    "adamw": Kind(None, _ADAM, two_moments),
+    "adafactor": Kind(None, {}, rows_and_columns),
+    "sgd": Kind(None, {}, nothing),
+    "lora_fa": Kind(create_lorafa_optimizer, _LORA_FA, two_wide_moments, eps=1e-6, freezes_A=True),
+    "lora_fa optim.algorithm=fold": Kind(create_lorafa_optimizer, _LORA_FA, two_moments, eps=1e-6, freezes_A=True),
+    "lora_plus": Kind(_lora_plus, {**_ADAM, "lr_ratio": "loraplus_lr_ratio"}, two_moments),
+    "riemannian": Kind(_riemannian, {**_ADAM, "reg": "reg", "damping": "damping"}, two_moments),
+    "preconditioned": Kind(create_preconditioned_adamw, {**_ADAM, "prec_reg": "prec_reg"}, two_wide_moments),
+    "lora_pro": Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, two_moments),
+    "lora_pro optim.form=sgd": Kind(create_lorapro_optimizer, {**_PRO, "momentum": "momentum"}, one_buffer),
+    "lora_pro optim.form=full": Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, moments_of_weights),
+}
+"""What is written after ``optim=`` -> the optimizer; forms that are not listed are as the optimizer itself."""
+_FORMS = {"lora_fa": "algorithm", "lora_pro": "form"}
+"""Optimizers that come in several forms -> the setting that chooses."""
+
+
+def words(optim: OptimConfig) -> str:
+    """The line of ``KINDS`` for these settings."""
+    option = _FORMS.get(optim.name)
+    with_form = f"{optim.name} optim.{option}={getattr(optim, option)}" if option else optim.name
+    return with_form if with_form in KINDS else optim.name
+
+
+def kind_of(optim: OptimConfig) -> Kind:
+    return KINDS[words(optim)]
+
+
+def owners(option: str) -> list[str]:
+    """The lines of ``KINDS`` that read a setting; a form only where the optimizer's other forms do not."""
+    reading = [line for line, kind in KINDS.items() if option in kind.reads]
+    return [line for line in reading if line == (name := line.partition(" ")[0]) or name not in reading]
+
+
+OPTIONS = tuple(dict.fromkeys(option for kind in KINDS.values() for option in kind.reads))
+"""All settings that not all optimizers have."""
+
+
 def pair_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer | None:
     """The optimizer that needs to know which A belongs to which B, or None where transformers makes it."""
-    lr, betas, eps, decay = optim.lr, optim.betas, optim.eps, optim.weight_decay
-    if optim.name == "lora_fa":
-        return create_lorafa_optimizer(
-            model, lr=lr, weight_decay=decay, algorithm=optim.algorithm, betas=betas, eps=eps
-        )
-    if optim.name == "lora_plus":
-        return create_loraplus_optimizer(
-            model, AdamW, lr=lr, loraplus_lr_ratio=optim.lr_ratio, betas=betas, eps=eps, weight_decay=decay, fused=True
-        )
-    if optim.name == "riemannian":
-        return create_riemannian_optimizer(
-            model, AdamW, lr=lr, reg=optim.reg, damping=optim.damping, betas=betas, eps=eps, weight_decay=decay,
-            fused=True,
-        )  # fmt: skip
-    if optim.name == "preconditioned":
-        return create_preconditioned_adamw(
-            model, lr=lr, prec_reg=optim.prec_reg, betas=betas, eps=eps, weight_decay=decay
-        )
-    if optim.name == "lora_pro":
-        return create_lorapro_optimizer(
-            model, lr=lr, form=optim.form, X=optim.X, betas=betas, eps=eps, weight_decay=decay
-        )
-    return None
+    kind = kind_of(optim)
+    if kind.make is None:
+        return None
+    own = {theirs: getattr(optim, ours) for ours, theirs in kind.reads.items()}
+    return kind.make(model, lr=optim.lr, weight_decay=optim.weight_decay, **own)

@@ -7,12 +7,13 @@ their ranges when they are made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from lorafa.checks import check_int, check_number
+from lorafa.checks import check_betas, check_choice, check_int, check_number
 from lorafa.errors import ConfigError
 from lorafa.train.init_config import InitConfig
+from lorafa.train.optimizers import KINDS, OPTIONS, kind_of, owners, words
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -113,18 +114,6 @@ class PeftConfig:
     """Parameters that belong to no layer of their own, such as stacked experts, to adapt by name."""
 
 
-OPTIONS_OF_ONE = {
-    "algorithm": "lora_fa",
-    "lr_ratio": "lora_plus",
-    "reg": "riemannian",
-    "damping": "riemannian",
-    "prec_reg": "preconditioned",
-    "form": "lora_pro",
-    "X": "lora_pro",
-}
-"""Settings of one optimizer alone -> its name."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer and its schedule."""
@@ -138,9 +127,9 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of the trained parameters."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments of adamw."""
-    eps: float = 1e-8
-    """Added to the denominator of adamw."""
+    """Decay of the two moments; all but adafactor, sgd and lora_pro's form sgd."""
+    eps: float | None = None
+    """Added to the denominator, same optimizers; null takes 1e-6 for lora_fa, 1e-8 for the others."""
     warmup: float = 0.0
     """Rise of the learning rate: steps if >= 1, a share of all steps below 1."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -161,25 +150,38 @@ class OptimConfig:
     """lora_pro: moments of A and B, none, or of the whole weight (8 bytes a weight)."""
     X: Literal["zero", "sylvester", "symmetric"] = "sylvester"
     """lora_pro: how A and B share what both can reach."""
+    gram_damping: float = 1e-8
+    """lora_pro: added to the two Gram matrices, in units of their mean eigenvalue."""
+    momentum: float = 0.0
+    """lora_pro, form sgd: share of the step before that is added to the next, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        for option, owner in OPTIONS_OF_ONE.items():
-            default = type(self).__dataclass_fields__[option].default
-            if self.name != owner and getattr(self, option) != default:
-                raise ConfigError(
-                    f"optim.{option} belongs to optim={owner}, found optim={self.name}. Choose optim={owner}, or leave "
-                    f"optim.{option} out."
-                )
+        check_choice("optim.name", self.name, list(dict.fromkeys(line.partition(" ")[0] for line in KINDS)))
+        self._require_that_options_are_read()
         check_number("optim.lr", self.lr, "a number > 0", 0)
         check_number("optim.weight_decay", self.weight_decay, "a number >= 0", 0, closed="[")
-        for beta in self.betas:
-            check_number("optim.betas", beta, "two numbers in [0, 1)", 0, 1, closed="[")
+        check_betas("optim.betas", self.betas)
         check_number("optim.eps", self.eps, "a number > 0", 0)
         check_number("optim.warmup", self.warmup, "a number >= 0", 0, closed="[")
         check_number("optim.max_grad_norm", self.max_grad_norm, "a number >= 0", 0, closed="[")
         check_number("optim.lr_ratio", self.lr_ratio, "a number > 0", 0)
         check_number("optim.reg", self.reg, "a number >= 0", 0, closed="[")
         check_number("optim.prec_reg", self.prec_reg, "a number > 0", 0)
+        check_number("optim.gram_damping", self.gram_damping, "a number >= 0", 0, closed="[")
+        check_number("optim.momentum", self.momentum, "a number in [0, 1)", 0, 1, closed="[")
+
+    def _require_that_options_are_read(self) -> None:
+        kind = kind_of(self)
+        if self.eps is None:
+            object.__setattr__(self, "eps", kind.eps)  # so that a record of the run says which it was
+        defaults = {field.name: field.default for field in fields(self)} | {"eps": kind.eps}
+        for option in OPTIONS:
+            if option not in kind.reads and getattr(self, option) != defaults[option]:
+                having = owners(option)
+                raise ConfigError(
+                    f"optim.{option} belongs to optim={', '.join(having)}, found optim={words(self)}. Choose "
+                    f"optim={having[0]}, or leave optim.{option} out."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
