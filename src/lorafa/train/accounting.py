@@ -125,7 +125,7 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
 
 
 def _planned(model: nn.Module, config: LoraConfig, factors: str) -> Plan:
-    """The adapter with a start that reads nothing, unless its formula is asked for by the start; these factors trained."""
+    """The adapter with these factors trained, and a start that reads nothing unless the formula is the start's own."""
     start = find_start(config.init_lora_weights)
     if start is None or start.initializer.variant is None:
         config = replace(config, init_lora_weights=True, **dict.fromkeys(START_SETTINGS))  # type: ignore[arg-type]
