@@ -60,8 +60,8 @@ def check_config(config: LoraConfig) -> None:
         raise ConfigError("use_dora does not work on Megatron's layers. Drop megatron_config or set use_dora=False.")
     variant = variant_of(config)
     if config.lora_bias and not variant.takes_bias:
-        switch = f"{variant.switch}={getattr(config, str(variant.switch))!r}"
-        raise ConfigError(f"lora_bias=True does not work with {switch}. Drop one of the two.")
+        asked = variant.switch or "init_lora_weights"
+        raise ConfigError(f"lora_bias=True does not work with {asked}={getattr(config, asked)!r}. Drop one of the two.")
 
 
 def _check_fields(config: LoraConfig) -> None:
@@ -135,10 +135,6 @@ def _check_start(config: LoraConfig) -> None:
             f"{', '.join(map(repr, known))}; where there is an N put a number."
         )
     _check_settings(config, start)
-    if config.lora_bias and not isinstance(start.value, bool):
-        raise ConfigError(
-            f"lora_bias=True works with init_lora_weights=True or False, found {value!r}. Drop one of the two."
-        )
     if config.freeze_A and start.initializer.trains == "A":
         raise ConfigError(
             f"freeze_A=True leaves nothing to train: init_lora_weights={value!r} trains A alone. Drop one of the two."

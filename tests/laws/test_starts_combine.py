@@ -42,10 +42,8 @@ def refusal(start: bool | str, settings: dict[str, Any], kind: str) -> Refusal |
     made, asked = initializer_of(start), f"init_lora_weights={start!r}"
     if settings.get("freeze_A") and made.trains == "A":
         return ConfigError, f"freeze_A=True leaves nothing to train: {asked} trains A alone. Drop one"
-    if settings.get("lora_bias") and not isinstance(start, bool):
-        return ConfigError, f"lora_bias=True works with init_lora_weights=True or False, found {start!r}. Drop one"
-    if settings.get("lora_bias") and kind == TABLE:
-        return ConfigError, "layer: lora_bias is not defined on embedding layers. Exclude it, or set lora_bias=False"
+    if settings.get("lora_bias") and made.variant is not None:
+        return ConfigError, f"lora_bias=True does not work with {asked}. Drop one"
     if made.variant is not None and settings.get("use_dora"):
         return ConfigError, f"use_dora=True and {asked} ask for two formulas, dora and {made.variant}"
     if made.variant is not None and kind != LINEAR:
@@ -54,6 +52,8 @@ def refusal(start: bool | str, settings: dict[str, Any], kind: str) -> Refusal |
         return ConfigError, f"layer: {asked} reads statistics of linear layers, and this is .* Leave it out"
     if made.quantizer is not None and kind != LINEAR:
         return BackendError, f"{asked} quantizes dense linear layers, and 'layer' is a .* Leave it out"
+    if settings.get("lora_bias") and kind == TABLE:
+        return ConfigError, "layer: lora_bias is not defined on embedding layers. Exclude it, or set lora_bias=False"
     return None
 
 

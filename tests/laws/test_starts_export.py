@@ -90,6 +90,15 @@ def test_peft_puts_it_on_the_untouched_base_with_equal_outputs(
     torch.testing.assert_close(to_peft(Model(), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", [start for start in ON_THE_BASE if initializer_of(start).variant is None])
+def test_a_bias_of_B_goes_with_it(start: bool | str, tmp_path: Path) -> None:
+    """PEFT refuses to make one beside a start with a name, but reads a file that has both."""
+    model, x = trained(start, lora_bias=True), torch.randn(5, 12)
+    model.save_pretrained(tmp_path)
+    assert_comes_back(model, Model(), x, tmp_path)
+    torch.testing.assert_close(to_peft(Model(), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("start", STARTS)
 def test_it_comes_back_and_trains_on(start: bool | str, settings: dict[str, Any], tmp_path: Path) -> None:

@@ -121,8 +121,8 @@ COMBINATIONS: list[tuple[dict[str, object], str]] = [
     ),
     (ORTHOGONAL | {"rank_pattern": {"q": 5}}, "needs an even rank, found rank_pattern['q']=5. Use 6 or another start."),
     (
-        {"lora_bias": True, "init_lora_weights": "pissa"},
-        "lora_bias=True works with init_lora_weights=True or False, found 'pissa'. Drop one of the two.",
+        {"lora_bias": True, "init_lora_weights": "kasa"},
+        "lora_bias=True does not work with init_lora_weights='kasa'. Drop one of the two.",
     ),
     ({"lora_bias": True, "use_dora": True}, "lora_bias=True does not work with use_dora=True. Drop one of the two."),
     (

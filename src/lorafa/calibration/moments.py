@@ -120,11 +120,11 @@ class CordaMoment(InputStatistic):
         if self.mean is None:
             self.mean = self._zeros(x)
             self.batches, self.count = _counter(x.device), _counter(x.device)
+        self.count += len(x)
         if not x.any():  # no tokens, or nothing to divide by
             return
         x = x / x.abs().amax()
         self.batches += 1
-        self.count += len(x)
         self.mean.lerp_((x.mT @ x).to(self.mean.dtype), 1 / float(self.batches))
 
     def _zeros(self, like: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class CordaMoment(InputStatistic):
         self.mean = (total / self.batches.clamp(min=1)).to(mean.dtype)
 
     def result(self) -> dict[str, Tensor]:
-        self.require(float(self.batches))
+        self.require(float(self.count))
         assert self.mean is not None
         return {"C": float_matrix(self.mean), "batches": self.batches, "tokens": self.count}
 

@@ -252,8 +252,9 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     layers = [layer for _, layer in _adapted(model, name)]
     plain = all(layer.adapters[name].variant.plain for layer in layers)
     if not has_start(model, name):
-        some = plain and all(layer.kind in _SOME for layer in layers)
-        known = _PEFT_STARTS_ANYWHERE + (_PEFT_STARTS_ON_SOME if some else ())
+        some = plain and not config.lora_bias and all(layer.kind in _SOME for layer in layers)
+        anywhere = (True, False) if config.lora_bias else _PEFT_STARTS_ANYWHERE
+        known = anywhere + (_PEFT_STARTS_ON_SOME if some else ())
         return config if config.init_lora_weights in known else replace(config, init_lora_weights=True, **_NO_SETTINGS)
     if not plain:
         return config

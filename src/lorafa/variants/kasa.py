@@ -21,6 +21,7 @@ class KaSA(LoRA):
     name = "kasa"
     extras: ClassVar[Mapping[str, str]] = {"diagonal": "lora_diag"}
     hosts = frozenset({"linear"})
+    takes_bias = False
     folds = True
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class LoRASB(LoRA):
     name = "lora_sb"
     extras: ClassVar[Mapping[str, str]] = {"core": "lora_core"}
     hosts = frozenset({"linear"})
+    takes_bias = False
     folds = True
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
