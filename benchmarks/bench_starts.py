@@ -3,10 +3,13 @@
     python benchmarks/bench_starts.py --data gsm8k_train.jsonl [--rows 64] [--repeats 3] [--only gradient weights ...]
 
 gradient: 64 rows, one at a time, bfloat16, rank 8. Bytes of the statistics against dense float32 gradients, the peak
-above the model and the time against PEFT's preprocess_loraga, and the share of the energy of each exact gradient's best
+above the model and the time against PEFT's preprocess_loraga, with the model's own loss and with the one over labelled
+tokens alone, and the share of the energy of each exact gradient's best
 eight directions (summed in float64 over the same rows) that the sketched ones hold.
 weights: seconds get_peft_model takes with starts computed from weights, and what pissa's triplets hold of the energy of
 the exact ones.
+inputs: seconds from the plain model to an adapter started by CorDA or EVA over the same rows, one at a time, float32,
+rank 16, and what CorDA's triplets hold of the energy of the exact ones.
 paper: bytes of the sketches of larger models at rank 8, from shapes alone.
 """
 
@@ -60,10 +63,11 @@ def held() -> float:
 class Gradients:
     """A model and rows; ``run`` collects gradients of them and throws them away."""
 
-    def __init__(self, library: str, data: str, rows: int) -> None:
+    def __init__(self, library: str, data: str, rows: int, labelled: bool = False) -> None:
         from lorafa.data.models import load_model
 
         torch.manual_seed(0)
+        self.labelled = labelled
         self.model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
         self.model.config.use_cache = False
         self.rows = rows_of(data, rows, tokenizer)
@@ -86,7 +90,10 @@ class Gradients:
 
     def _lorafa(self, rows: list[Any], **options: Any) -> Any:
         import lorafa
+        from lorafa.train.loss import supervised_loss
 
+        if self.labelled:
+            options["loss"] = supervised_loss
         return lorafa.collect_statistics(self.model, self._config(lorafa), rows, **options)
 
     def run(self) -> float:
@@ -179,14 +186,20 @@ def sketch_bytes(sketch: Any) -> int:
 
 
 def gradient(data: str, rows: int, repeats: int) -> None:
+    who: dict[str, dict[str, Any]] = {
+        "lorafa": {"library": "lorafa"},
+        "lorafa, labelled tokens": {"library": "lorafa", "labelled": True},
+        "peft": {"library": "peft"},
+    }
     peaks = {}
-    for library in ("lorafa", "peft"):  # in fresh processes: holes in a used heap count as memory
-        fresh = Contender(library, Gradients, library=library, data=data, rows=min(rows, 8))
-        peaks[library] = fresh("peak")
+    for name, settings in who.items():  # in fresh processes: holes in a used heap count as memory
+        fresh = Contender(name, Gradients, data=data, rows=min(rows, 8), **settings)
+        peaks[name] = fresh("peak")
         fresh.close()
     emit(benchmark=NAME, peak_mib_above_model={name: round(value) for name, value in peaks.items()})
-    verdict(NAME, "peak above the model / PEFT's", peaks["lorafa"] / peaks["peft"], 0.6)
-    ours = Contender("lorafa", Gradients, library="lorafa", data=data, rows=rows)
+    for name in (name for name in who if name != "peft"):
+        verdict(NAME, f"{name}: peak above the model / PEFT's", peaks[name] / peaks["peft"], 0.6)
+    ours, labelled, theirs = (Contender(name, Gradients, data=data, rows=rows, **who[name]) for name in who)
     shares = ours("captured")
     emit(benchmark=NAME, check="energy of the best 8 directions", rows=rows, **shares)
     for name, target in {"one pass": 0.97, "power iteration": 0.999}.items():
@@ -196,12 +209,12 @@ def gradient(data: str, rows: int, repeats: int) -> None:
     accumulators, kept = ours("bytes_of_statistics")
     verdict(NAME, "bytes of the accumulators / dense float32 gradients", accumulators / dense, 0.2)
     verdict(NAME, "bytes of the result / dense float32 gradients", kept / dense, 0.2)
-    theirs = Contender("peft", Gradients, library="peft", data=data, rows=rows)
-    taken = {name: median(values) for name, values in interleave([ours, theirs], "run", repeats).items()}
+    taken = {name: median(values) for name, values in interleave([ours, labelled, theirs], "run", repeats).items()}
     emit(benchmark=NAME, seconds_per_row={name: round(value / rows, 3) for name, value in taken.items()})
-    verdict(NAME, "time / PEFT's preprocess_loraga", taken["lorafa"] / taken["peft"], 0.7)
-    ours.close()
-    theirs.close()
+    for name in (name for name in who if name != "peft"):
+        verdict(NAME, f"{name}: time / PEFT's preprocess_loraga", taken[name] / taken["peft"], 0.7)
+    for each in (ours, labelled, theirs):
+        each.close()
 
 
 class Weights:
@@ -258,6 +271,92 @@ def weights(data: str, rows: int, repeats: int) -> None:
         each.close()
 
 
+class Inputs:
+    """Starts adapters from the inputs of layers, on one model that is put back every time."""
+
+    def __init__(self, library: str, start: str, data: str, rows: int) -> None:
+        from lorafa.data.models import load_model
+
+        self.model, tokenizer = load_model("smollm2-135m", dtype=torch.float32)
+        self.model.config.use_cache = False
+        self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.rows = rows_of(data, rows, tokenizer)
+        self.library, self.start = library, start
+
+    def _config(self, library: Any) -> Any:
+        import peft.tuners.lora.config
+
+        home = library if self.library == "lorafa" else peft.tuners.lora.config
+        kind, field = {"corda": ("CordaConfig", "corda_config"), "eva": ("EvaConfig", "eva_config")}[self.start]
+        settings: dict[str, Any] = {field: getattr(home, kind)(), "init_lora_weights": self.start}
+        return library.LoraConfig(
+            r=WEIGHT_RANK, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM", **settings
+        )
+
+    def _adapted(self) -> Any:
+        import peft
+
+        import lorafa
+
+        module = peft if self.library == "peft" else lorafa
+        config = self._config(module)
+        if self.start == "eva":
+            adapted = module.get_peft_model(self.model, config)
+            module.initialize_lora_eva_weights(adapted, self.rows, show_progress_bar=False)
+            return adapted
+        if self.library == "lorafa":
+            return lorafa.initialize(self.model, config, self.rows)
+        from peft.tuners.lora.corda import preprocess_corda
+
+        preprocess_corda(self.model, config, run_model=self._forward)
+        return peft.get_peft_model(self.model, config)
+
+    @torch.no_grad()
+    def _forward(self) -> None:
+        for row in self.rows:
+            self.model(**row)
+
+    def run(self) -> float:
+        """Seconds from the plain model to the started adapter."""
+        start = time.perf_counter()
+        adapted = self._adapted()
+        seconds = time.perf_counter() - start
+        self.model = adapted.unload()
+        self.model.load_state_dict(self.state)
+        return seconds
+
+    def captured(self) -> dict[str, float]:
+        """What B's columns hold of the energy of the best directions of W C, mean and smallest over the layers."""
+        import lorafa
+        from lorafa.initializers.corda import DAMPING, ERROR
+        from lorafa.linalg import damped_until_invertible
+
+        stats = lorafa.collect_statistics(self.model, self._config(lorafa), self.rows)
+        weights = {name: module.weight.detach().clone() for name, module in self.model.named_modules() if name in stats}
+        adapted, shares = lorafa.start_from(self.model, self._config(lorafa), stats), []
+        for name, layer in adapted.base_model.lora_layers():
+            C, _ = damped_until_invertible(stats[name]["corda_moment.C"], DAMPING, ERROR)
+            T = weights[name] @ C
+            Q = torch.linalg.qr(layer.factor_B("default").detach()).Q
+            assert not layer.fallbacks, f"{name}: {layer.fallbacks}"
+            shares.append(float((Q.mT @ T).square().sum() / torch.linalg.svdvals(T)[:WEIGHT_RANK].square().sum()))
+        self.model = adapted.unload()
+        return {"mean": sum(shares) / len(shares), "smallest": min(shares)}
+
+
+def inputs(data: str, rows: int, repeats: int) -> None:
+    for start, target in {"corda": 0.25, "eva": 0.5}.items():
+        ours, theirs = (Contender(n, Inputs, library=n, start=start, data=data, rows=rows) for n in ("lorafa", "peft"))
+        if start == "corda":
+            shares = ours("captured")
+            emit(benchmark=NAME, figure="captured energy, corda", **shares, target=0.999, met=shares["mean"] >= 0.999)
+        taken = {name: median(values) for name, values in interleave([ours, theirs], "run", repeats).items()}
+        emit(benchmark=NAME, start=start, seconds={name: round(value, 2) for name, value in taken.items()})
+        verdict(NAME, f"{start} / PEFT's", taken["lorafa"] / taken["peft"], target)
+        ours.close()
+        theirs.close()
+
+
 LLAMA_7B = ("Llama-2-7B", 32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)])
 LLAMA_70B = (
     "Llama-2-70B",
@@ -278,7 +377,12 @@ def paper(data: str, rows: int, repeats: int) -> None:
         verdict(NAME, f"bytes of the sketches / dense float32 gradients, {name}", ours / dense, 0.02)
 
 
-PARTS: dict[str, Callable[[str, int, int], None]] = {"gradient": gradient, "weights": weights, "paper": paper}
+PARTS: dict[str, Callable[[str, int, int], None]] = {
+    "gradient": gradient,
+    "weights": weights,
+    "inputs": inputs,
+    "paper": paper,
+}
 
 
 def main() -> None:

@@ -162,6 +162,16 @@ def test_corda_is_found_in_float32_too() -> None:
         torch.testing.assert_close((small.B @ small.A).double(), exact.B @ exact.A, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_sees_the_other_inputs_beside_one_that_is_far_larger(method: str) -> None:
+    """As some models have it: the rest of W C is below the rounding of float32 then, though not of C's own entries."""
+    C = stats_of(X * torch.tensor([1e5] + [1.0] * (X.shape[-1] - 1)).double())["corda_moment.C"].float()
+    settings = CordaConfig(corda_method=method)
+    small = start("corda", settings, {"corda_moment.C": C}, W.float())
+    exact = start("corda", settings, {"corda_moment.C": C.double()}, W.float().double())
+    torch.testing.assert_close(small.B.double() @ small.A.double(), exact.B @ exact.A, rtol=0, atol=1e-4)
+
+
 def test_corda_moment_that_overflowed_in_float16_is_degenerate() -> None:
     settings = CordaConfig(use_float16_for_covariance=True)
     statistic = CordaMoment(Measured("x", OUT, IN, R, settings))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
+from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, check_rank, initializer
 from lorafa.initializers.stages import leading, require_moment, taken_from_base, trailing
 from lorafa.linalg import damped_until_invertible, float_matrix
 from lorafa.method_configs import CordaConfig
@@ -29,8 +30,17 @@ def corda(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitR
     """
     settings: CordaConfig = spec.settings or CordaConfig()
     check_rank(spec, weight)
+    C = require_moment(stats, "corda_moment", spec)
     W = float_matrix(weight)
-    C, inverse = damped_until_invertible(require_moment(stats, "corda_moment", spec).to(W), DAMPING, ERROR)
+    try:
+        return _start(W, C.to(W), spec, settings)
+    except DegenerateError:  # one input a thousand times larger than the others hides them from float32
+        return _start(W.double(), C.double(), spec, settings)
+
+
+def _start(W: Tensor, C: Tensor, spec: LayerSpec, settings: CordaConfig) -> InitResult:
+    C, L = damped_until_invertible(C, DAMPING, ERROR)
     pick = {"ipm": leading, "kpm": trailing}[settings.corda_method]
     triplets = pick(W @ C, spec, "its weight")
-    return taken_from_base(triplets._replace(Vh=triplets.Vh @ inverse), spec.scaling)
+    whitened = torch.cholesky_solve(triplets.Vh.mT, L).mT  # V^T C^-1
+    return taken_from_base(triplets._replace(Vh=whitened), spec.scaling)
