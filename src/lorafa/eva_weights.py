@@ -16,9 +16,9 @@ from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvaila
 from lorafa.initialize import call, moved, progress_over
 from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel
-from lorafa.ranks import with_ranks
+from lorafa.ranks import explained_shares, with_ranks
 from lorafa.statistics import statistics_of
-from lorafa.surgery.adapters import require_adapters, require_unmerged
+from lorafa.surgery.adapters import require_adapters, require_unmerged, set_requires_grad
 from lorafa.surgery.targets import find_targets
 
 LayerInputs = Callable[[Tensor, Any, str], Tensor]
@@ -127,13 +127,7 @@ def _state_dict(
     config: LoraConfig, ranks: Mapping[str, int], stats: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     settings = config.eva_config or EvaConfig()
-    poor = [name for name, tensors in stats.items() if not bool(tensors["principal.singular_values"].isfinite().all())]
-    if poor:
-        raise CalibrationError(f"The inputs of {shorten(poor, 3)} are not finite. Check the data and the model.")
-    ratios = {
-        name: tensors["principal.singular_values"].square() / tensors["principal.total_variance"]
-        for name, tensors in stats.items()
-    }
+    ratios = {name: explained_shares(name, tensors) for name, tensors in stats.items()}
     if settings.rho > 1:
         ranks = by_explained_variance(ratios, ranks, settings.rho)
     found = {}
@@ -144,7 +138,8 @@ def _state_dict(
                 f"{name}: the data has {len(V)} directions, and rank {rank} takes as many. Use more data or lower r."
             )
         if rank:
-            found[name] = V / S.sqrt()[:, None] if settings.whiten else V.clone()
+            size = S.sqrt().clamp(min=torch.finfo(S.dtype).tiny)[:, None] if settings.whiten else 1.0
+            found[name] = V / size
     return found
 
 
@@ -199,22 +194,29 @@ def _start_again(model: PeftModel, name: str, config: LoraConfig, directions: Ma
             if unknown
             else "The state dict is empty: no layer would have an adapter."
         )
+    for layer, A in directions.items():
+        if A.dim() != 2 or not bool(A.isfinite().all()):
+            raise ConfigError(f"{layer}: directions are a finite matrix (r, in), found one of shape {tuple(A.shape)}.")
     ranks = {layer: len(directions.get(layer, ())) for layer in targets}
     settings = config.eva_config or EvaConfig()
     chosen = with_ranks(inner, config, ranks, keep_scaling=settings.adjust_scaling_factors)
     chosen = replace(chosen, eva_config=replace(settings, whiten=False))  # the directions are as they should be
-    stats = {
-        layer: {"principal.components": A, "principal.singular_values": torch.ones(len(A), dtype=A.dtype)}
+    stats = {  # a direction of length 0 is none
+        layer: {"principal.components": A, "principal.singular_values": A.norm(dim=1)}
         for layer, A in directions.items()
     }
-    active, training = list(tuner.active_adapters), _trains(model, name)
+    active = list(tuner.active_adapters)
+    frozen = [one for one in active if not _trains(model, one)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the config means was said when the adapter was made
+        warnings.filterwarnings("always", message=".*has nothing to start from")
         planned = tuner.plan_adapter(chosen, f"{name}_eva", stats=stats)
     planned = replace(planned, name=name, config=replace(planned.config, eva_config=settings))
     tuner.delete_adapter(name)
     tuner.apply_plan(planned)
-    tuner.set_adapter(active if len(active) > 1 else active[0], inference_mode=not training)
+    tuner.set_adapter(active if len(active) > 1 else active[0])
+    if frozen:
+        set_requires_grad(tuner, frozen, False)
 
 
 def _trains(model: PeftModel, name: str) -> bool:

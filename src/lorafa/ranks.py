@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.gradient import gradient_matrix
@@ -103,14 +104,25 @@ def _some(ranks: dict[str, int]) -> dict[str, int]:
     return ranks
 
 
+def explained_shares(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The share of the variance of a layer's input that each principal direction holds, (k,); 0 where there is none.
+
+    Raises:
+        CalibrationError: the inputs held nan or inf.
+    """
+    S, total = tensors["principal.singular_values"], tensors["principal.total_variance"]
+    if not bool(S.isfinite().all() & total.isfinite().all()):
+        raise CalibrationError(f"The inputs of {name!r} are not finite. Check the data and the model.")
+    return S.square() / total.clamp(min=torch.finfo(S.dtype).tiny)
+
+
 def _ratios(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     if "principal.singular_values" not in tensors:
         raise CalibrationError(
             f"There are no principal directions of the input of {name!r} to choose a rank by. Collect statistics with "
             "also=['principal'], or use another rule."
         )
-    ratios: Tensor = tensors["principal.singular_values"].square() / tensors["principal.total_variance"]
-    return ratios
+    return explained_shares(name, tensors)
 
 
 def _importance(targets: list[Target], stats: Stats) -> dict[str, float]:

@@ -227,6 +227,28 @@ def test_eva_looks_at_the_tokens_it_is_told_to() -> None:
     torch.testing.assert_close(named, alone)
 
 
+def test_eva_leaves_what_trains_as_it_is() -> None:
+    model = eva_model()
+    model.add_adapter("other", config(True))
+    model.set_adapter("other")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(".other." in name for name in trained)
+    initialize_lora_eva_weights(model, inputs(), show_progress_bar=False)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_a_layer_whose_directions_are_zero_starts_as_by_default_and_says_so() -> None:
+    model = eva_model()
+    state = get_eva_state_dict(model, inputs(), show_progress_bar=False)
+    state["first"] = torch.zeros_like(state["first"])
+    with pytest.warns(UserWarning, match=r"'eva' has nothing to start from on 1 of 2 layers.*first"):
+        initialize_lora_eva_weights(model, eva_state_dict=state)
+    first = model.get_base_model().first
+    assert first.factor_A("default").any()
+    assert "default" in first.fallbacks
+
+
 def test_eva_refuses_what_it_cannot_do_and_changes_nothing() -> None:
     model, plain = eva_model(), get_peft_model(Toy(), config(True))
     before = everything(model)
@@ -236,6 +258,8 @@ def test_eva_refuses_what_it_cannot_do_and_changes_nothing() -> None:
         (ConfigError, r"1 layers the adapter is not on: middle", {"eva_state_dict": {"middle": torch.eye(2)}}),
         (ConfigError, "The state dict is empty", {"eva_state_dict": {}}),
         (CalibrationError, "another shape", {"eva_state_dict": {"first": torch.eye(2)}}),
+        (ConfigError, r"first: directions are a finite matrix", {"eva_state_dict": {"first": torch.eye(2) / 0}}),
+        (ConfigError, r"first: directions are .* of shape \(2,\)", {"eva_state_dict": {"first": torch.ones(2)}}),
         (AdapterError, "no adapter 'nobody'", {"dataloader": inputs(), "adapter_name": "nobody"}),
         (CalibrationError, "are not finite", {"dataloader": [inputs()[0] * torch.nan]}),
     ):

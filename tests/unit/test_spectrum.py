@@ -202,3 +202,18 @@ def test_rules_say_what_they_lack() -> None:
         RankRule("budgte")
     with pytest.raises(ConfigError, match="r_max must be"):
         RankRule(r_min=3, r_max=2)
+
+
+def directions(*S: float, total: float) -> dict[str, Tensor]:
+    return {"principal.singular_values": torch.tensor(S), "principal.total_variance": torch.tensor(total)}
+
+
+def test_a_layer_whose_input_does_not_vary_gets_no_rank() -> None:
+    stats = {"first": directions(3.0, 1.0, total=10.0), "second": directions(0.0, 0.0, total=0.0)}
+    assert choose_ranks(Model(), CONFIG, stats, RankRule("explained_variance")) == {"first": 2, "second": 0}
+
+
+def test_inputs_that_are_not_finite_choose_no_ranks() -> None:
+    stats = {"first": directions(3.0, 1.0, total=10.0), "second": directions(torch.nan, 1.0, total=torch.nan)}
+    with pytest.raises(CalibrationError, match="The inputs of 'second' are not finite"):
+        choose_ranks(Model(), CONFIG, stats, RankRule("explained_variance"))

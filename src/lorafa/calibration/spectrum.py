@@ -179,12 +179,13 @@ def by_explained_variance(ratios: Mapping[str, Tensor], ranks: Mapping[str, int]
     Args:
         ratios: (k,) of each layer: sigma_i^2 over the total variance of its input, falling.
         ranks: of each layer before, the sum of which is shared out.
-        rho: no layer gets more than :func:`most_components`; 1 changes nothing. A layer may get 0.
+        rho: no layer gets more than :func:`most_components`. A layer may get 0; what explains nothing gets none.
     """
     worth = [
         (float(value), -index, name)
         for name, values in ratios.items()
         for index, value in enumerate(values[: most_components(rho, ranks[name])])
+        if value > 0
     ]
     found = dict.fromkeys(ranks, 0)
     for *_, name in sorted(worth, reverse=True)[: sum(ranks.values())]:
