@@ -176,7 +176,7 @@ def test_it_does_not_go_with_a_second_formula(start: str) -> None:
     )
     with pytest.raises(ConfigError, match=text):
         config_of(start, use_dora=True)
-    with pytest.raises(ConfigError, match=rf"lora_bias=True works with .* found '{start}'"):
+    with pytest.raises(ConfigError, match=rf"lora_bias=True does not work with init_lora_weights='{start}'"):
         config_of(start, lora_bias=True)
 
 
