@@ -4,8 +4,8 @@
 
 gradient: 64 rows, one at a time, bfloat16, rank 8. Bytes of the statistics against dense float32 gradients, the peak
 above the model and the time against PEFT's preprocess_loraga, with the model's own loss and with the one over labelled
-tokens alone, and the share of the energy of each exact gradient's best
-eight directions (summed in float64 over the same rows) that the sketched ones hold.
+tokens alone, and the share of the energy of each exact gradient's best eight directions (summed in float64 over the
+same rows) that the sketched ones hold.
 weights: seconds get_peft_model takes with starts computed from weights, and what pissa's triplets hold of the energy of
 the exact ones.
 inputs: seconds from the plain model to an adapter started by CorDA or EVA over the same rows, one at a time, float32,

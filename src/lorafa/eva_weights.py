@@ -138,8 +138,8 @@ def _state_dict(
                 f"{name}: the data has {len(V)} directions, and rank {rank} takes as many. Use more data or lower r."
             )
         if rank:
-            size = S.sqrt().clamp(min=torch.finfo(S.dtype).tiny)[:, None] if settings.whiten else 1.0
-            found[name] = V / size
+            directions = V / S.sqrt()[:, None] if settings.whiten else V
+            found[name] = torch.where(S[:, None] > 0, directions, 0.0)  # what does not vary has no direction
     return found
 
 
@@ -196,7 +196,10 @@ def _start_again(model: PeftModel, name: str, config: LoraConfig, directions: Ma
         )
     for layer, A in directions.items():
         if A.dim() != 2 or not bool(A.isfinite().all()):
-            raise ConfigError(f"{layer}: directions are a finite matrix (r, in), found one of shape {tuple(A.shape)}.")
+            raise ConfigError(
+                f"{layer}: directions are a finite matrix (r, in), found one of shape {tuple(A.shape)}. Pass what "
+                "get_eva_state_dict gave, or collect it again."
+            )
     ranks = {layer: len(directions.get(layer, ())) for layer in targets}
     settings = config.eva_config or EvaConfig()
     chosen = with_ranks(inner, config, ranks, keep_scaling=settings.adjust_scaling_factors)

@@ -211,3 +211,15 @@ def test_the_heldout_loss_is_measured_on_the_way(workplace: Path, tmp_path: Path
     more = ["train.eval_every=5", "train.eval_size=2", "optim=lora_fa", "optim.algorithm=fold", "eval.size=0"]
     assert main(["train", *own, *more]) == 0
     assert [row["step"] for row in metrics(tmp_path / "run") if "eval_loss" in row][:2] == [5, 10]
+
+
+def test_what_lora_fa_freezes_is_not_counted_as_trained(workplace: Path, tmp_path: Path) -> None:
+    counted = {}
+    for optim in ("adamw", "lora_fa"):
+        assert main(["train", *settings(workplace, tmp_path / optim), f"optim={optim}", "eval.size=0"]) == 0
+        result = read(tmp_path / optim / "result.json")["parameters"]
+        assert result["trainable"] < result["all"]
+        counted[optim] = result["trainable"]
+    tensors = load_file(tmp_path / "lora_fa" / "adapter" / "adapter_model.safetensors")
+    assert counted["adamw"] == sum(tensor.numel() for tensor in tensors.values())
+    assert counted["lora_fa"] == sum(tensor.numel() for key, tensor in tensors.items() if "lora_B" in key)

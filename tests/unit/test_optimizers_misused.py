@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,18 +67,20 @@ def ready(model: nn.Module) -> None:
     loss(model, batch(next(model.parameters()).dtype)).backward()
 
 
-@EVERY
+WITH_BETAS: dict[str, Callable[..., Optimizer]] = {
+    "exact": create_lorafa_optimizer,
+    "fold": partial(create_lorafa_optimizer, algorithm="fold"),
+    "preconditioned": create_preconditioned_adamw,
+    "pro": create_lorapro_optimizer,
+    "pro full": partial(create_lorapro_optimizer, form="full"),
+}
+
+
+@pytest.mark.parametrize("name", WITH_BETAS)
 @pytest.mark.parametrize("betas", [(0.9,), (), (0.9, 0.99, 0.999), 0.9, None, (0.9, "0.99")], ids=str)
 def test_betas_are_two_numbers(name: str, betas: Any) -> None:
-    makers: dict[str, Callable[[nn.Module], Optimizer]] = {
-        "exact": lambda model: create_lorafa_optimizer(model, betas=betas),
-        "fold": lambda model: create_lorafa_optimizer(model, betas=betas, algorithm="fold"),
-        "preconditioned": lambda model: create_preconditioned_adamw(model, lr=1e-2, betas=betas),
-        "pro": lambda model: create_lorapro_optimizer(model, lr=1e-2, betas=betas),
-    }
-    if name in makers:
-        model = adapted()
-        refused(model, lambda: makers[name](model), ConfigError, r"betas must be two numbers in \[0, 1\), found")
+    model, text = adapted(), r"betas must be two numbers in \[0, 1\), found"
+    refused(model, lambda: WITH_BETAS[name](model, lr=1e-2, betas=betas), ConfigError, text)
 
 
 @DIVIDING

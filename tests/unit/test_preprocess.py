@@ -238,6 +238,20 @@ def test_eva_leaves_what_trains_as_it_is() -> None:
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
 
 
+@pytest.mark.parametrize("whiten", [False, True])
+def test_an_input_that_does_not_vary_starts_its_layer_as_by_default(whiten: bool) -> None:
+    """Not with A = 0, which would leave it dead, nor divided by a singular value of zero."""
+    model = eva_model(eva_config=EvaConfig(rho=1.0, whiten=whiten))
+    zeros = [torch.zeros_like(x) for x in inputs()]
+    with pytest.warns(UserWarning, match=r"'eva' has nothing to start from on \d of 3 layers.*first"):
+        initialize_lora_eva_weights(model, zeros, show_progress_bar=False)
+    first = model.get_base_model().first
+    assert "singular values" in first.fallbacks["default"]
+    A = first.factor_A("default")
+    assert bool(A.any(dim=1).all())
+    assert float(A.detach().abs().max()) < 10
+
+
 def test_a_layer_whose_directions_are_zero_starts_as_by_default_and_says_so() -> None:
     model = eva_model()
     state = get_eva_state_dict(model, inputs(), show_progress_bar=False)

@@ -132,11 +132,10 @@ def train(
             f"{prepared.records.source} does not give the samples this run began with, so what follows would not "
             "continue it. Restore the records and the tokenizer, or start a new run."
         )
-    trainable, parameters = model.get_nb_trainable_parameters()
     run.update_result(
         source=prepared.records.source,
         samples_sha256=samples_now,
-        parameters={"trainable": trainable, "all": parameters},
+        parameters=_counted(model),
         **({"start": prepared.start} if prepared.start else {}),
     )
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
@@ -151,12 +150,18 @@ def train(
         callback = RunCallback(run.add_metrics, bar, trained_before)
         steps = _fit(prepared, config, run.checkpoints, callback, checkpoint)
     model.save_pretrained(str(run.adapter))
-    run.update_result(steps=steps, adapter=run.adapter.name, seconds=seconds)
+    # LoRA-FA's optimizer has frozen A meanwhile
+    run.update_result(steps=steps, adapter=run.adapter.name, seconds=seconds, parameters=_counted(model))
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
     samples = earlier.get("samples", []) if answers_before is None else _side_by_side(answers_before, answers)
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
+
+
+def _counted(model: PeftModel) -> dict[str, int]:
+    trainable, everything = model.get_nb_trainable_parameters()
+    return {"trainable": trainable, "all": everything}
 
 
 def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) -> dict[str, Any]:
