@@ -327,3 +327,39 @@ def test_output_can_be_changed_in_place(shape: tuple[int, ...], gain: bool) -> N
     expected = torch.autograd.grad(torch.relu(plain).square().sum(), [x, *tensors])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+# ---- inference on few rows, as in generation
+
+
+@pytest.mark.parametrize("rows", [(1,), (RANK,), (RANK + 1,), (RANK, 1), (0,), ()], ids=str)
+@pytest.mark.parametrize("given", [set(c) for n in range(4) for c in itertools.combinations(NAMES[1:4], n)], ids=str)
+def test_inference_is_the_formula_for_any_number_of_rows(rows: tuple[int, ...], given: set[str]) -> None:
+    t = {name: value for name, value in tensors(rows=rows).items() if name in given | {"x", "A", "B"}}
+    before = {name: value.clone() for name, value in t.items()}
+    y = fused(t)
+    assert y.shape == (*rows, OUT)
+    torch.testing.assert_close(y, formula(t), rtol=1e-12, atol=1e-12)
+    for name, value in t.items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_inference_on_one_row_is_rounded_as_rarely_as_on_many(dtype: torch.dtype, factors: torch.dtype) -> None:
+    """The rows may take on the factors' dtype for it, but the result has the dtype of x."""
+    t = tensors(dtype, (1,)) | {name: tensors(factors)[name] for name in ("A", "B")}
+    exact = formula({name: value.double() for name, value in t.items()})
+    y = fused(t)
+    assert y.dtype is dtype
+    many = fused({**t, "x": t["x"].expand(RANK + 1, IN)})[:1]
+    size = float(exact.abs().max())
+    error, as_many = (float((one.double() - exact).abs().max()) / size for one in (y, many))
+    assert error <= as_many + 4 * torch.finfo(dtype).eps
+
+
+def test_an_update_of_zero_leaves_the_bits_of_the_base_on_few_rows_too() -> None:
+    t = tensors(torch.bfloat16, (2,)) | {name: tensors(torch.float32)[name] for name in ("A", "B")}
+    A, B = torch.cat([t["A"], torch.zeros_like(t["A"])]), torch.cat([torch.zeros_like(t["B"]), t["B"]], dim=1)
+    expected = nn.functional.linear(t["x"], t["weight"], t["bias"])
+    assert torch.equal(low_rank_linear(t["x"], A, B, SCALING, weight=t["weight"], bias=t["bias"]), expected)

@@ -25,10 +25,10 @@ class DenseBackend(Backend):
 
     def dense(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         linear = cast(nn.Linear, layer)
-        own_forward = type(linear).forward is not nn.Linear.forward
-        if own_forward or not is_plain(linear.weight) or not is_plain(linear.bias):
+        if type(linear).forward is not nn.Linear.forward:
             return None
-        return linear.weight, linear.bias
+        weight, bias = linear.weight, linear.bias
+        return (weight, bias) if is_plain(weight) and is_plain(bias) else None
 
     def example(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         out, in_ = weight.shape

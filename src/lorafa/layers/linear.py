@@ -22,6 +22,6 @@ class LoraLinear(LoraLayer):
         if is_hooked(base):
             return None
         dense = self.backend.dense(base)
-        if dense is not None and compute_dtype(x) not in (dense[0].dtype, autocast_dtype(x)):
-            return None  # the base layer says what is wrong with the dtypes
-        return dense
+        if dense is None or x.dtype is dense[0].dtype or compute_dtype(x) in (dense[0].dtype, autocast_dtype(x)):
+            return dense
+        return None  # the base layer says what is wrong with the dtypes
