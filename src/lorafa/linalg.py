@@ -13,8 +13,9 @@ _KRYLOV_STEPS = 8
 of 210 layers (docs/LOG.md); weights decay slowly, statistics fast."""
 _SMALL = 128
 """Sides up to which a whole decomposition costs next to nothing."""
-_EIGH_RANGE = 0.03
-"""How much smaller than the largest a singular value may be to be taken from the eigenvalues of a Gram matrix."""
+_EIGH_RANGE = {torch.float32: 1e-6, torch.float64: 0.03}
+"""How much smaller than the largest a singular value may be to be taken from the eigenvalues of a Gram matrix, which is
+computed in float64."""
 _NOTHING = 1e-30
 """Stands for an eigenvalue of zero where it is divided by."""
 
@@ -62,35 +63,49 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     return full_svd(matrix).at(slice(0, rank))
 
 
-def leading_svd(matrix: Tensor, rank: int, generator: torch.Generator, steps: int = _KRYLOV_STEPS) -> SVD:
+def leading_svd(
+    matrix: Tensor, rank: int, generator: torch.Generator, steps: int = _KRYLOV_STEPS, times: Tensor | None = None
+) -> SVD:
     """The ``rank`` largest singular triplets of (..., m, n), by a block Krylov method where that is cheaper than exact.
 
     After q steps the basis spans X, (M M^T) X ... (M M^T)^q X for a random X (..., m, rank): Musco and Musco 2015,
     arXiv:1504.05477, algorithm 2. Costs O(q m n rank); exact where the basis would not be smaller than the matrix.
+
+    Args:
+        times: N (..., n, p): the triplets are those of the product with it, which is not formed.
     """
-    M = float_matrix(matrix)
-    columns = rank * (steps + 1)
-    if min(M.shape[-2:]) < max(2 * columns, _SMALL):
-        return truncated_svd(M, rank)
-    random = torch.randn(*M.shape[:-2], M.shape[-1], rank, generator=generator, dtype=M.dtype).to(M.device)
-    block = torch.linalg.qr(M @ random).Q
+    M, N = float_matrix(matrix), None if times is None else float_matrix(times)
+    columns, last = rank * (steps + 1), M.shape[-1] if N is None else N.shape[-1]
+    if min(M.shape[-2], last) < max(2 * columns, _SMALL):
+        return truncated_svd(M if N is None else M @ N, rank)
+
+    def forth(block: Tensor) -> Tensor:
+        return M @ (block if N is None else N @ block)
+
+    def back(block: Tensor) -> Tensor:
+        return M.mT @ block if N is None else N.mT @ (M.mT @ block)
+
+    random = torch.randn(*M.shape[:-2], last, rank, generator=generator, dtype=M.dtype).to(M.device)
+    block = torch.linalg.qr(forth(random)).Q
     blocks = [block]
     for _ in range(steps):
-        block = torch.linalg.qr(M @ (M.mT @ block)).Q
+        block = torch.linalg.qr(forth(back(block))).Q
         blocks.append(block)
     Q = torch.linalg.qr(torch.cat(blocks, dim=-1)).Q
-    small = Q.mT @ M
-    values, vectors = torch.linalg.eigh(small @ small.mT)  # a fifth of the time of an SVD of ``small``
-    if bool((values[..., -rank] <= _EIGH_RANGE**2 * values[..., -1]).any()):  # squares lose half the digits
-        return svd_within(Q, M, rank)
+    small = back(Q).mT
+    values, vectors = torch.linalg.eigh(
+        small.double() @ small.double().mT
+    )  # a fifth of the time of an SVD of ``small``
+    if bool((values[..., -rank] <= _EIGH_RANGE[M.dtype] ** 2 * values[..., -1]).any()):  # squares lose half the digits
+        return svd_within(Q, small, rank)
     U, S = vectors[..., -rank:].flip(-1).to(M.dtype), values[..., -rank:].flip(-1).sqrt().to(M.dtype)
     U, Vh = fix_signs(Q @ U, U.mT @ small / S[..., None])
     return SVD(U, S, Vh)
 
 
-def svd_within(basis: Tensor, matrix: Tensor, rank: int) -> SVD:
-    """The ``rank`` largest singular triplets of Q Q^T M, for orthonormal columns Q (..., m, k) and M (..., m, n)."""
-    U, S, Vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+def svd_within(basis: Tensor, small: Tensor, rank: int) -> SVD:
+    """The ``rank`` largest singular triplets of Q Z, for orthonormal columns Q (..., m, k) and Z (..., k, n)."""
+    U, S, Vh = torch.linalg.svd(small, full_matrices=False)
     U, Vh = fix_signs(basis @ U[..., :rank], Vh[..., :rank, :])
     return SVD(U, S[..., :rank], Vh)
 

@@ -123,9 +123,12 @@ class CordaMoment(InputStatistic):
         self.count += len(x)
         if not x.any():  # no tokens, or nothing to divide by
             return
-        x = x / x.abs().amax()
         self.batches += 1
-        self.mean.lerp_((x.mT @ x).to(self.mean.dtype), 1 / float(self.batches))
+        x, share = x / x.abs().amax(), 1 / float(self.batches)
+        if self.half:
+            self.mean.lerp_((x.mT @ x).half(), share)
+        else:
+            self.mean.addmm_(x.mT, x, beta=1 - share, alpha=share)
 
     def _zeros(self, like: Tensor) -> Tensor:
         dtype = torch.float16 if self.half else like.dtype

@@ -24,13 +24,22 @@ def taken_from_base(triplets: SVD, scaling: float) -> InitResult:
     return InitResult(A, B, subtract_from_base=True)
 
 
-def leading(matrix: Tensor, spec: LayerSpec, what: str, *, exact: bool = False, steps: int | None = None) -> SVD:
+def leading(
+    matrix: Tensor,
+    spec: LayerSpec,
+    what: str,
+    *,
+    exact: bool = False,
+    steps: int | None = None,
+    times: Tensor | None = None,
+) -> SVD:
     """The r leading triplets of a matrix (..., out, in).
 
     Args:
         what: the matrix, for errors: "its weight".
         exact: decompose the whole matrix.
         steps: of the block Krylov method that is used otherwise; None takes its default.
+        times: (..., in, in), finite: the triplets are those of the product with it.
 
     Raises:
         ConfigError: r > min(out, in).
@@ -39,9 +48,10 @@ def leading(matrix: Tensor, spec: LayerSpec, what: str, *, exact: bool = False, 
     check_rank(spec, matrix)
     require_finite(matrix, what)
     if exact:
-        found = truncated_svd(matrix, spec.rank)
+        found = truncated_svd(matrix if times is None else matrix @ times, spec.rank)
     else:
-        found = leading_svd(matrix, spec.rank, spec.generator(), **({} if steps is None else {"steps": steps}))
+        own = {} if steps is None else {"steps": steps}
+        found = leading_svd(matrix, spec.rank, spec.generator(), times=times, **own)
     require_directions(found.S, found.S[..., 0], max(matrix.shape[-2:]), what)
     return found
 
