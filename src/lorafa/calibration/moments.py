@@ -121,10 +121,11 @@ class CordaMoment(InputStatistic):
             self.mean = self._zeros(x)
             self.batches, self.count = _counter(x.device), _counter(x.device)
         self.count += len(x)
-        if not x.any():  # no tokens, or nothing to divide by
+        largest = x.abs().amax() if len(x) else 0
+        if not largest:
             return
         self.batches += 1
-        x, share = x / x.abs().amax(), 1 / float(self.batches)
+        x, share = x / largest, 1 / float(self.batches)
         if self.half:
             self.mean.lerp_((x.mT @ x).half(), share)
         else:

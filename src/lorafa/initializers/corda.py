@@ -15,7 +15,7 @@ from lorafa.method_configs import CordaConfig
 DAMPING = 0.01
 """Added to C at first, in units of its mean eigenvalue; doubled until the inverse is good to ``ERROR``."""
 ERROR = 0.05
-STEPS = 4
+STEPS = 3
 """Of the block Krylov method: W C decays much faster than W."""
 
 

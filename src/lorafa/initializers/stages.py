@@ -93,8 +93,8 @@ def require_moment(stats: Mapping[str, Tensor], name: str, spec: LayerSpec) -> T
         DegenerateError: it is zero, not finite, or of fewer than r tokens.
     """
     C = stats[f"{name}.C"]
-    require_finite(C, "the second moment of its input")
-    if not bool(C.any()):
+    require_finite(C.sum(), "the second moment of its input")  # which keeps inf and nan
+    if not bool(C.diagonal().any()):
         raise DegenerateError("its input is zero")
     tokens = stats.get(f"{name}.tokens")
     if tokens is not None and tokens < spec.rank:
