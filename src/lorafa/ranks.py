@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lorafa.calibration.gradient import gradient_matrix
 from lorafa.calibration.spectrum import (
     THRESHOLD,
     Spectrum,
@@ -24,7 +23,7 @@ from lorafa.calibration.spectrum import (
 )
 from lorafa.checks import check_choice, check_int, check_number
 from lorafa.config import LoraConfig
-from lorafa.errors import CalibrationError, ConfigError
+from lorafa.errors import CalibrationError, ConfigError, shorten
 from lorafa.surgery.targets import Target, find_targets
 
 RULES = ("budget", "cross_validation", "energy", "stable_rank", "explained_variance", "importance")
@@ -43,7 +42,8 @@ class RankRule:
     """"budget": the directions worth most for their parameters, as many as the config's ranks cost together (needs
     gradients; better with halves); "cross_validation": as many as hold what they promise in the other half sample
     (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "explained_variance": EVA's
-    (needs "principal"); "importance": GoRA's, by mean |W o G|."""
+    (needs "principal"); "importance": GoRA's, by mean |W o G| (needs whole gradients: out x in numbers of float32 for
+    every layer at once, where a sketch takes some twelve r (out + in))."""
     r_min: int = 1
     r_max: int | None = None
     """None: four times the config's r."""
@@ -67,6 +67,8 @@ class RankRule:
         """What :func:`lorafa.collect_statistics` must be told for this rule."""
         if self.rule == "explained_variance":
             return {"also": ("principal",)}
+        if self.rule == "importance":
+            return {"also": ("gradient",), "dense": True}
         return {"also": ("gradient",), "halves": self.rule in ("budget", "cross_validation")}
 
 
@@ -126,7 +128,13 @@ def _ratios(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _importance(targets: list[Target], stats: Stats) -> dict[str, float]:
-    return {t.full_name: importance_of(t.weight().detach(), gradient_matrix(stats[t.full_name])) for t in targets}
+    sketched = [target.full_name for target in targets if "gradient.dense" not in stats[target.full_name]]
+    if sketched:
+        raise CalibrationError(
+            f"Importance is the mean of |W o G|, and the statistics of {shorten(sketched, 3)} hold a sketch of the "
+            "gradient, whose entries are smaller. Collect them with dense=True, or use another rule."
+        )
+    return {t.full_name: importance_of(t.weight().detach(), stats[t.full_name]["gradient.dense"]) for t in targets}
 
 
 def with_ranks(
