@@ -46,6 +46,8 @@ class InitConfig:
     """lora_one, functional: what singular values are divided by."""
     step: float | None = None
     """gora: the first step as a share of the gradient's norm."""
+    share_ranks: bool | None = None
+    """gora: give each layer a rank by its importance, from r / 2 to 4 r; false keeps peft.r everywhere."""
     eta: float | None = None
     """lora_sb: by how much the first step would change every entry of a weight."""
     rho: float | None = None
@@ -74,7 +76,7 @@ class InitConfig:
     """Times a gradient statistic goes over them: 1, 2, or 4 for a power iteration."""
     ranks: Literal["budget", "cross_validation", "energy", "stable_rank", "importance"] | None = None
     """Choose each layer's rank by its gradient: the parameters of peft.r shared out (budget), or a rule for each layer;
-    null keeps peft.r everywhere."""
+    null keeps peft.r everywhere, but for eva and gora, which have rules of their own."""
     r_min: int = 1
     """ranks: the smallest a layer gets."""
     r_max: int | None = None
@@ -124,6 +126,7 @@ def start_fields(init: InitConfig) -> dict[str, Any]:
         "stable_gamma": init.stable_gamma,
         "normalize": init.normalize,
         "step": init.step,
+        "share_ranks": init.share_ranks,
         "eta": init.eta,
         "rho": init.rho,
         "tau": init.tau,
