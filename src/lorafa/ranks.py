@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -75,8 +76,11 @@ class RankRule:
 def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankRule | None = None) -> dict[str, int]:
     """The rank of every target by its full name; the model is only read.
 
+    A layer whose gradient is not finite keeps the rank it has in the config, which a warning says; the others share
+    what theirs cost.
+
     Raises:
-        CalibrationError: the statistics lack what the rule reads.
+        CalibrationError: the statistics lack what the rule reads, or no layer's are finite.
         ConfigError: the budget is too small, or every layer would get rank 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
@@ -88,7 +92,9 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
         ratios = {name: _ratios(name, stats.get(name, {})) for name in before}
         return _some(by_explained_variance(ratios, before, rule.rho))
     shapes = {target.full_name: target.backend.shape(target.base) for target in targets}
-    spectra = {name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()}
+    spectra = _finite({name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()})
+    targets = [target for target in targets if target.full_name in spectra]
+    shapes = {name: shapes[name] for name in spectra}
     average = sum(before[name] * one.cost for name, one in spectra.items()) / sum(o.cost for o in spectra.values())
     choose: dict[str, Callable[[], dict[str, int]]] = {
         "budget": lambda: by_budget(spectra, average, r_max, rule.r_min),
@@ -97,7 +103,24 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
         "stable_rank": lambda: by_stable_rank(spectra, r_max, rule.r_min),
         "importance": lambda: by_importance(_importance(targets, stats), shapes, average, rule.r_min, r_max),
     }
-    return _some({name: min(rank, *shapes[name]) for name, rank in choose[rule.rule]().items()})
+    return before | {name: min(rank, *shapes[name]) for name, rank in choose[rule.rule]().items()}
+
+
+def _finite(spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:
+    """Those of finite gradients: one that is not would spoil what all layers share (ALGORITHMS 0.2)."""
+    bad = [name for name, one in spectra.items() if not one.finite]
+    if len(bad) == len(spectra):
+        raise CalibrationError(
+            "No layer has a finite gradient, so there is nothing to choose ranks by. Check the data, and that the "
+            "model's loss on them is finite."
+        )
+    if bad:
+        warnings.warn(
+            f"The gradient of {len(bad)} of {len(spectra)} layers is not finite, and their ranks stay as they are: "
+            f"{shorten(bad, 3)}.",
+            stacklevel=3,
+        )
+    return {name: one for name, one in spectra.items() if one.finite}
 
 
 def _some(ranks: dict[str, int]) -> dict[str, int]:

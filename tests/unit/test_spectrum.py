@@ -217,3 +217,38 @@ def test_inputs_that_are_not_finite_choose_no_ranks() -> None:
     stats = {"first": directions(3.0, 1.0, total=10.0), "second": directions(torch.nan, 1.0, total=torch.nan)}
     with pytest.raises(CalibrationError, match="The inputs of 'second' are not finite"):
         choose_ranks(Model(), CONFIG, stats, RankRule("explained_variance"))
+
+
+def broken(values: list[float]) -> dict[str, Tensor]:
+    """What is collected of a gradient that is not finite: no halves, and nothing whole."""
+    S = torch.tensor(values, dtype=torch.float64)
+    return {"gradient.S": S, "gradient.U": S, "gradient.Vh": S, "gradient.norm2": S.square().sum()}
+
+
+GRADIENT_RULES = ("budget", "cross_validation", "energy", "stable_rank", "importance")
+
+
+@pytest.mark.parametrize("bad", [[torch.nan] * 4, [torch.inf, 3.0, 2.0, 1.0]])
+@pytest.mark.parametrize("rule", GRADIENT_RULES)
+def test_a_layer_whose_gradient_is_not_finite_keeps_its_rank_and_spoils_no_other(rule: str, bad: list[float]) -> None:
+    class Three(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bad = nn.Linear(50, 70)
+
+    values = torch.tensor([9.0, 8, 7, 1], dtype=torch.float64)
+    given = stats([9.0, 8, 7, 1], [1.0, 0.3, 0.1, 0.1])
+    for name, shape in (("first", (10, 12)), ("second", (12, 10))):
+        given[name] |= {"gradient.cross": values, "gradient.S_half": values, "gradient.dense": torch.ones(shape)}
+    config = LoraConfig(**(vars(CONFIG) | {"target_modules": ["first", "second", "bad"], "rank_pattern": {"bad": 5}}))
+    alone = choose_ranks(Model(), CONFIG, given, RankRule(rule))
+    with pytest.warns(UserWarning, match="gradient of 1 of 3 layers is not finite, and their ranks stay .*: bad"):
+        ranks = choose_ranks(Three(), config, given | {"bad": broken(bad)}, RankRule(rule))
+    assert ranks == alone | {"bad": 5}
+
+
+@pytest.mark.parametrize("rule", GRADIENT_RULES)
+def test_no_ranks_are_chosen_where_no_gradient_is_finite(rule: str) -> None:
+    given = dict.fromkeys(("first", "second"), broken([torch.nan] * 4))
+    with pytest.raises(CalibrationError, match="No layer has a finite gradient, so there is nothing to choose ranks"):
+        choose_ranks(Model(), CONFIG, given, RankRule(rule))

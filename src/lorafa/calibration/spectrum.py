@@ -36,6 +36,12 @@ class Spectrum:
         """Parameters a rank costs."""
         return self.out + self.in_
 
+    @property
+    def finite(self) -> bool:
+        """Whether the gradient was."""
+        known = [one for one in (self.S, self.cross, self.S_half) if one is not None]
+        return math.isfinite(self.norm2) and all(bool(torch.isfinite(one).all()) for one in known)
+
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Spectrum:
         """From the gradient statistics of a layer.
