@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ from lorafa.checks import check_choice, check_int, check_number
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, ConfigError, shorten
 from lorafa.surgery.targets import Target, find_targets
+from lorafa.surgery.walk import places
 
 RULES = ("budget", "cross_validation", "energy", "stable_rank", "explained_variance", "importance")
 Stats = Mapping[str, Mapping[str, Tensor]]
@@ -166,12 +167,15 @@ def with_ranks(
     """The config with these ranks for its targets, as patterns over full names; a rank of 0 leaves the layer out.
 
     Args:
+        ranks: of every target by its full name.
         keep_scaling: change each layer's alpha so that its scaling s stays what the config says for its old rank.
 
     Raises:
+        ConfigError: a target has no rank, a rank no target, or all are 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
     targets = find_targets(model, config)
+    _check_ranks(targets, ranks)
     kept = [target for target in targets if ranks[target.full_name]]
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
@@ -182,11 +186,53 @@ def with_ranks(
             rank_pattern[key] = rank
         if alpha != config.lora_alpha:
             alpha_pattern[key] = alpha
-    modules = sorted(target.name for target in kept if target.parameter is None)
     changes: dict[str, object] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    if len(kept) < len(targets):
-        changes |= {"target_modules": modules, "exclude_modules": None}
-    return replace(config, **changes)  # type: ignore[arg-type]
+    if len(kept) == len(targets):
+        return replace(config, **changes)  # type: ignore[arg-type]
+    chosen = replace(config, **changes | _only(model, kept))  # type: ignore[arg-type]
+    names = {target.full_name for target in kept}
+    extra = [target.full_name for target in find_targets(model, chosen) if target.full_name not in names]
+    if extra:
+        raise ConfigError(
+            f"{shorten(extra, 3)} cannot be left out: target_parameters takes names and their dotted ends, and a "
+            "parameter that stays is such an end. Give both a rank of 1 or more."
+        )
+    return chosen
+
+
+def _check_ranks(targets: list[Target], ranks: Mapping[str, int]) -> None:
+    names = [target.full_name for target in targets]
+    missing, unknown = [name for name in names if name not in ranks], [name for name in ranks if name not in names]
+    if missing or unknown:
+        raise ConfigError(
+            "ranks must have the full name of every target of the config and no other, as choose_ranks gives them. "
+            f"Missing: {shorten(missing, 3) or 'none'}. Not targeted: {shorten(unknown, 3) or 'none'}."
+        )
+    for name, rank in ranks.items():
+        check_int(f"ranks[{name!r}]", rank, at_least=0)
+    if not any(ranks.values()):
+        raise ConfigError("Every rank is 0, so no layer would have an adapter. Give one layer a rank of 1 or more.")
+
+
+def _only(model: nn.Module, kept: list[Target]) -> dict[str, object]:
+    """The fields of a config that name these targets and no other.
+
+    A name in a list also stands for every name that ends in a dot and it: where that is a layer that is left out, a
+    regular expression takes the list's place.
+    """
+    modules = {target.name: target.module for target in kept if target.parameter is None}
+    parameters = {target.full_name for target in kept if target.parameter is not None}
+    wanted: object = sorted(modules)
+    if any(_ends_in(place.name, modules) and place.module not in modules.values() for place in places(model)):
+        wanted = "|".join(map(re.escape, sorted(modules)))
+    changes = {"target_modules": wanted, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return changes | {"target_parameters": sorted(parameters) or None}
+
+
+def _ends_in(name: str, ends: Collection[str]) -> bool:
+    """Whether a name ends in a dot and one of ``ends``."""
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in ends for start in range(1, len(parts)))
 
 
 def _per_scaling(rank: int, config: LoraConfig) -> float:

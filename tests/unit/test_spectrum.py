@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from lorafa.calibration.spectrum import (
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.linalg import full_svd
 from lorafa.ranks import RankRule, choose_ranks, with_ranks
+from lorafa.surgery.targets import find_targets
 
 
 def spectrum(values: list[float], out: int = 10, in_: int = 12, **more: Any) -> Spectrum:
@@ -178,6 +180,74 @@ def test_a_rank_of_zero_leaves_the_layer_out() -> None:
     nothing = {"principal.singular_values": torch.zeros(0), "principal.total_variance": torch.ones(())}
     with pytest.raises(ConfigError, match="Every layer would get rank 0"):
         choose_ranks(Model(), CONFIG, dict.fromkeys(("first", "second"), nothing), RankRule("explained_variance"))
+
+
+class Nested(nn.Module):
+    """``fc`` is also how the name of ``blk.fc`` ends; ``blk.fc`` has a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+        self.blk = nn.ModuleDict({"fc": nn.Linear(12, 12), "out": nn.Linear(12, 12)})
+        self.again = self.blk
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["fc", "out"]}, {"target_modules": "all-linear"}])
+@pytest.mark.parametrize("kept", [["fc"], ["blk.fc"], ["fc", "blk.out"], ["blk.fc", "blk.out"]])
+def test_a_layer_is_left_out_whose_name_ends_as_that_of_another(config: dict[str, Any], kept: list[str]) -> None:
+    """Ranks {fc: 3, blk.fc: 0} adapt fc alone, and so does the config that is saved."""
+    ranks = {name: 3 if name in kept else 0 for name in ("fc", "blk.fc", "blk.out")}
+    chosen = with_ranks(Nested(), LoraConfig(r=4, **config), ranks)
+    for one in (chosen, LoraConfig.from_dict(json.loads(json.dumps(chosen.to_dict())))):
+        adapted = get_peft_model(Nested(), one)
+        assert {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()} == dict.fromkeys(kept, 3)
+    assert isinstance(chosen.target_modules, str) == ("fc" in kept)  # a list would mean blk.fc too
+
+
+def test_layers_that_were_picked_by_number_or_excluded_stay_out() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}) for _ in "012"])
+
+    config = LoraConfig(r=4, target_modules=["a", "b"], layers_to_transform=[1, 2], exclude_modules=["layers.2.b"])
+    chosen = with_ranks(Blocks(), config, {"layers.1.a": 2, "layers.1.b": 0, "layers.2.a": 0})
+    adapted = get_peft_model(Blocks(), chosen)
+    assert [path for path, _ in adapted.base_model.lora_layers()] == ["layers.1.a"]
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
+
+
+def test_a_parameter_is_left_out_where_its_name_is_not_the_end_of_one_that_stays() -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({"a": Stack(), "b": nn.ModuleDict({"a": Stack()}), "fc": nn.Linear(4, 4)})
+
+    chosen = with_ranks(model(), LoraConfig(r=2, target_modules=["fc"], target_parameters=["b.a.w", "b.a.v"]),
+                        {"b.a.w": 2, "b.a.v": 0, "fc": 0})  # fmt: skip
+    assert [(t.full_name, t.rank) for t in find_targets(model(), chosen)] == [("b.a.w", 2)]
+    with pytest.raises(
+        ConfigError, match=r"b\.a\.w cannot be left out: target_parameters takes names and their dotted"
+    ):
+        with_ranks(model(), LoraConfig(r=2, target_modules=[], target_parameters=["a.w"]), {"a.w": 2, "b.a.w": 0})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ({"first": 2}, r"ranks must have the full name of every target.*Missing: second\. Not targeted: none\."),
+        ({"first": 2, "second": 2, "third": 1}, r"Missing: none\. Not targeted: third\."),
+        ({"first": 0, "second": 0}, r"Every rank is 0, so no layer would have an adapter\. Give one layer a rank"),
+        ({"first": 2, "second": -1}, r"ranks\['second'\] must be an integer >= 0, found -1"),
+        ({"first": 2, "second": 1.5}, r"ranks\['second'\] must be an integer >= 0, found 1\.5"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_config_are_refused(ranks: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        with_ranks(Model(), CONFIG, ranks)
 
 
 @pytest.mark.parametrize(
