@@ -181,7 +181,7 @@ def _own_rule(config: LoraConfig) -> RankRule | None:
     """EVA shares its ranks out unless ``rho`` is 1, GoRA unless ``share_ranks`` is off."""
     settings = config.start_settings()
     if isinstance(settings, EvaConfig) and settings.rho > 1:
-        return RankRule("explained_variance", r_min=0, rho=settings.rho)
+        return RankRule("explained_variance", rho=settings.rho)
     if isinstance(settings, GoraConfig) and settings.share_ranks:
         return RankRule("importance", r_min=max(config.r // 2, 1), r_max=4 * config.r)
     return None

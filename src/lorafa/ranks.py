@@ -17,18 +17,25 @@ from lorafa.calibration.spectrum import (
     by_budget,
     by_cross_validation,
     by_energy,
+    by_entropy,
     by_explained_variance,
     by_importance,
     by_stable_rank,
     importance_of,
 )
-from lorafa.checks import check_choice, check_int, check_number
+from lorafa.checks import check_choice, check_int, check_number, found
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, ConfigError, shorten
 from lorafa.surgery.targets import Target, find_targets
 from lorafa.surgery.walk import places
 
-RULES = ("budget", "cross_validation", "energy", "stable_rank", "explained_variance", "importance")
+RULES = ("budget", "cross_validation", "energy", "stable_rank", "entropy", "explained_variance", "importance")
+SHARE = 0.9
+"""Of "energy"."""
+RHO = 2.0
+"""Of "explained_variance"."""
+_OWNERS = {"share": "energy", "threshold": "cross_validation", "rho": "explained_variance"}
+"""Settings that one rule alone reads."""
 Stats = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -37,33 +44,52 @@ class RankRule:
     """How ranks are chosen.
 
     Raises:
-        ConfigError: a value is not allowed.
+        ConfigError: a value is not allowed, or the rule does not read it.
     """
 
     rule: str = "budget"
     """"budget": the directions worth most for their parameters, as many as the config's ranks cost together (needs
     gradients; better with halves); "cross_validation": as many as hold what they promise in the other half sample
-    (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "explained_variance": EVA's
-    (needs "principal"); "importance": GoRA's, by mean |W o G| (needs whole gradients: out x in numbers of float32 for
-    every layer at once, where a sketch takes some twelve r (out + in))."""
-    r_min: int = 1
+    (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "entropy": as many equal ones as
+    would be spread as widely; "explained_variance": EVA's (needs "principal"); "importance": GoRA's, by mean |W o G|
+    (needs whole gradients: out x in numbers of float32 for every layer at once, where a sketch takes some twelve
+    r (out + in))."""
+    r_min: int | None = None
+    """None: 1, and 2 of "budget" where the config's ranks are above 2 on average (ALGORITHMS 2.3; at 2 nothing would be
+    left to share out). "explained_variance" has none: a layer may get 0."""
     r_max: int | None = None
-    """None: four times the config's r."""
-    share: float = 0.9
-    """Of "energy"."""
-    threshold: float = THRESHOLD
-    """Of "cross_validation": what a direction must hold in the other half, as a share of its singular value."""
-    rho: float = 2.0
-    """Of "explained_variance": how many times its rank a layer may get, rounded."""
+    """None: four times the config's r. "explained_variance" has round(rho r) of each layer."""
+    share: float | None = None
+    """Of "energy", None: 0.9."""
+    threshold: float | None = None
+    """Of "cross_validation", None: 0.25. What a direction must hold in the other half, as a share of its singular
+    value."""
+    rho: float | None = None
+    """Of "explained_variance", None: 2. How many times its rank a layer may get, rounded."""
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
-        check_int("r_min", self.r_min, at_least=0 if self.rule == "explained_variance" else 1)
+        for name, owner in _OWNERS.items():
+            if getattr(self, name) is not None and self.rule != owner:
+                raise ConfigError(
+                    f"{name} is a setting of the rule {owner!r}, and {self.rule!r} does not read it. Drop {name}, or "
+                    f"set rule={owner!r}."
+                )
+        for name in ("r_min", "r_max"):
+            if getattr(self, name) is not None and self.rule == "explained_variance":
+                raise ConfigError(
+                    f"'explained_variance' gives a layer 0 to round(rho r) ranks and does not read {name}. Drop "
+                    f"{name}; rho bounds ranks from above."
+                )
+        if self.r_min is not None:
+            check_int("r_min", self.r_min, at_least=1)
         if self.r_max is not None:
-            check_int("r_max", self.r_max, at_least=max(self.r_min, 1))
-        check_number("share", self.share, "a number in (0, 1]", 0, 1, closed="]")
-        check_number("threshold", self.threshold, "a number in (0, 1]", 0, 1, closed="]")
-        check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")
+            check_int("r_max", self.r_max, at_least=self.r_min or 1)
+        for name, value in (("share", self.share), ("threshold", self.threshold)):
+            if value is not None:
+                check_number(name, value, "a number in (0, 1]", 0, 1, closed="]")
+        if self.rho is not None:
+            check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")
 
     def reads(self) -> dict[str, object]:
         """What :func:`lorafa.collect_statistics` must be told for this rule."""
@@ -82,27 +108,31 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
 
     Raises:
         CalibrationError: the statistics lack what the rule reads, or no layer's are finite.
-        ConfigError: the budget is too small, or every layer would get rank 0.
+        ConfigError: ``rule`` is no RankRule, the budget is too small, or every layer would get rank 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
-    rule = rule or RankRule()
+    rule = RankRule() if rule is None else rule
+    if not isinstance(rule, RankRule):
+        raise ConfigError(f"A rule for ranks is a RankRule, found {found(rule)}. Pass RankRule('budget') for example.")
     targets = find_targets(model, config)
     before = {target.full_name: target.rank for target in targets}
-    r_max = 4 * config.r if rule.r_max is None else rule.r_max
     if rule.rule == "explained_variance":
         ratios = {name: _ratios(name, stats.get(name, {})) for name in before}
-        return _some(by_explained_variance(ratios, before, rule.rho))
+        return _some(by_explained_variance(ratios, before, rule.rho or RHO))
     shapes = {target.full_name: target.backend.shape(target.base) for target in targets}
     spectra = _finite({name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()})
     targets = [target for target in targets if target.full_name in spectra]
     shapes = {name: shapes[name] for name in spectra}
     average = sum(before[name] * one.cost for name, one in spectra.items()) / sum(o.cost for o in spectra.values())
+    r_max = rule.r_max or 4 * config.r
+    r_min = rule.r_min or (2 if rule.rule == "budget" and average > 2 and r_max >= 2 else 1)
     choose: dict[str, Callable[[], dict[str, int]]] = {
-        "budget": lambda: by_budget(spectra, average, r_max, rule.r_min),
-        "cross_validation": lambda: by_cross_validation(spectra, r_max, rule.r_min, rule.threshold),
-        "energy": lambda: by_energy(spectra, r_max, rule.r_min, rule.share),
-        "stable_rank": lambda: by_stable_rank(spectra, r_max, rule.r_min),
-        "importance": lambda: by_importance(_importance(targets, stats), shapes, average, rule.r_min, r_max),
+        "budget": lambda: by_budget(spectra, average, r_max, r_min),
+        "cross_validation": lambda: by_cross_validation(spectra, r_max, r_min, rule.threshold or THRESHOLD),
+        "energy": lambda: by_energy(spectra, r_max, r_min, rule.share or SHARE),
+        "stable_rank": lambda: by_stable_rank(spectra, r_max, r_min),
+        "entropy": lambda: by_entropy(spectra, r_max, r_min),
+        "importance": lambda: by_importance(_importance(targets, stats), shapes, average, r_min, r_max),
     }
     return before | {name: min(rank, *shapes[name]) for name, rank in choose[rule.rule]().items()}
 

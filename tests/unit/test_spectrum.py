@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lorafa.calibration.spectrum import (
     by_budget,
     by_cross_validation,
     by_energy,
+    by_entropy,
     by_explained_variance,
     by_importance,
     by_stable_rank,
@@ -26,7 +28,7 @@ from lorafa.calibration.spectrum import (
 )
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.linalg import full_svd
-from lorafa.ranks import RankRule, choose_ranks, with_ranks
+from lorafa.ranks import RULES, RankRule, choose_ranks, with_ranks
 from lorafa.surgery.targets import find_targets
 
 
@@ -69,8 +71,12 @@ def test_energy_and_stable_and_entropy_rank() -> None:
     assert by_stable_rank(spectra, 4) == {"a": 2, "b": 4, "c": 1}
     assert entropy_rank(spectra["b"].S) == pytest.approx(4)
     assert entropy_rank(spectra["c"].S) == pytest.approx(1)
+    shares = (9 / 14, 4 / 14, 1 / 14)
+    assert entropy_rank(spectra["a"].S) == pytest.approx(math.prod(p**-p for p in shares))  # 2.33
+    assert by_entropy(spectra, 4) == {"a": 3, "b": 4, "c": 1}
+    assert by_entropy(spectra, 2) == {"a": 2, "b": 2, "c": 1}
     zero = {"z": spectrum([0.0, 0.0])}
-    assert by_energy(zero, 4, r_min=0) == by_stable_rank(zero, 4, r_min=0) == {"z": 0}
+    assert by_energy(zero, 4, r_min=0) == by_stable_rank(zero, 4, r_min=0) == by_entropy(zero, 4, r_min=0) == {"z": 0}
 
 
 def test_budget_is_kept_and_used_up_by_the_best_directions() -> None:
@@ -255,6 +261,8 @@ def test_ranks_that_do_not_fit_the_config_are_refused(ranks: dict[str, Any], tex
     [
         (RankRule("energy", share=0.9), {"first": 3, "second": 1}),
         (RankRule("stable_rank"), {"first": 3, "second": 2}),
+        (RankRule("entropy"), {"first": 4, "second": 2}),  # exp(H) = 3.02 and 1.47
+        (RankRule("entropy", r_max=2), {"first": 2, "second": 2}),
         (RankRule("budget", r_max=2), {"first": 2, "second": 2}),
     ],
 )
@@ -272,6 +280,45 @@ def test_rules_say_what_they_lack() -> None:
         RankRule("budgte")
     with pytest.raises(ConfigError, match="r_max must be"):
         RankRule(r_min=3, r_max=2)
+    with pytest.raises(
+        ConfigError, match=r"rule for ranks is a RankRule, found 'budget' \(str\)\. Pass RankRule\('budg"
+    ):
+        choose_ranks(Model(), CONFIG, given, "budget")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_refuses_the_settings_of_the_others(rule: str) -> None:
+    for name, owner, value in (
+        ("share", "energy", 0.5),
+        ("threshold", "cross_validation", 0.5),
+        ("rho", "explained_variance", 3),
+    ):
+        if rule == owner:
+            assert getattr(RankRule(rule, **{name: value}), name) == value
+            with pytest.raises(ConfigError, match=f"{name} must be a number"):
+                RankRule(rule, **{name: 0})
+            continue
+        said = rf"{name} is a setting of the rule '{owner}', and '{rule}' does not read it\. Drop {name}, or set rule="
+        with pytest.raises(ConfigError, match=said):
+            RankRule(rule, **{name: value})
+    if rule == "explained_variance":
+        for bound in ("r_min", "r_max"):
+            with pytest.raises(
+                ConfigError, match=rf"0 to round\(rho r\) ranks and does not read {bound}\. Drop {bound};"
+            ):
+                RankRule(rule, **{bound: 2})
+
+
+@pytest.mark.parametrize(("r", "least"), [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_a_budget_gives_every_layer_two_ranks_where_it_is_larger_than_that(r: int, least: int) -> None:
+    """At an average of 2 all of it would be spent on the smallest ranks."""
+    config = LoraConfig(**(vars(CONFIG) | {"r": r}))
+    given = stats([9.0] * 10, [1e-3] * 10)
+    ranks = choose_ranks(Model(), config, given, RankRule("budget", r_max=10))
+    assert ranks == {"first": 2 * r - least, "second": least}
+    assert choose_ranks(Model(), config, given, RankRule("budget", r_min=1, r_max=10))["second"] == 1
+    assert choose_ranks(Model(), config, given, RankRule("budget", r_max=1)) == {"first": 1, "second": 1}
+    assert min(choose_ranks(Model(), config, given, RankRule("stable_rank")).values()) >= 1
 
 
 def directions(*S: float, total: float) -> dict[str, Tensor]:

@@ -105,6 +105,21 @@ def by_stable_rank(spectra: Spectra, r_max: int, r_min: int = 1) -> dict[str, in
     }
 
 
+def by_entropy(spectra: Spectra, r_max: int, r_min: int = 1) -> dict[str, int]:
+    """:func:`entropy_rank` of the directions the statistics hold, rounded up."""
+    return {name: _clip(math.ceil(entropy_rank(one.S) - 1e-9), r_min, r_max) for name, one in spectra.items()}
+
+
+def entropy_rank(S: Tensor) -> float:
+    """exp of the entropy of sigma_i^2 / sum: the number of equal directions that would be spread as widely (k,).
+
+    The effective rank of Roy and Vetterli 2007, of energies. 0 where there is nothing.
+    """
+    energy = S.double().square()
+    shares = energy / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
+    return float(torch.exp(-torch.xlogy(shares, shares).sum())) if shares.any() else 0.0
+
+
 def by_budget(spectra: Spectra, average: float, r_max: int, r_min: int = 1) -> dict[str, int]:
     """The directions worth most for their parameters, over all layers, as many as a uniform rank ``average`` costs.
 
@@ -205,9 +220,3 @@ def _largest(spectrum: Spectrum) -> int:
 
 def _clip(rank: int, r_min: int, r_max: int) -> int:
     return max(r_min, min(rank, r_max))
-
-
-def entropy_rank(S: Tensor) -> float:
-    """exp of the entropy of sigma_i^2 / sum: the number of equal directions that would be spread as widely."""
-    shares = S.double().square() / S.double().square().sum()
-    return float(torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()))

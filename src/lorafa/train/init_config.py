@@ -74,11 +74,11 @@ class InitConfig:
     """Longest of these rows in tokens; longer ones are cut."""
     passes: int = 1
     """Times a gradient statistic goes over them: 1, 2, or 4 for a power iteration."""
-    ranks: Literal["budget", "cross_validation", "energy", "stable_rank", "importance"] | None = None
+    ranks: Literal["budget", "cross_validation", "energy", "stable_rank", "entropy", "importance"] | None = None
     """Choose each layer's rank by its gradient: the parameters of peft.r shared out (budget), or a rule for each layer;
     null keeps peft.r everywhere, but for eva and gora, which have rules of their own."""
-    r_min: int = 1
-    """ranks: the smallest a layer gets."""
+    r_min: int | None = None
+    """ranks: the smallest a layer gets; null is 1, and 2 of budget where peft.r is above 2."""
     r_max: int | None = None
     """ranks: the largest; null is four times peft.r."""
 
