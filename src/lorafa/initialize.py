@@ -193,7 +193,7 @@ def best_gamma(
     """The config with the ``stable_gamma`` of :data:`GAMMAS` whose start has the smallest loss on held-out batches.
 
     The factors are only rescaled between trials: a few forward passes. Warns if the best is the largest tried, for
-    then no step may be better than this one.
+    then no step may be better than this one, or the smallest, for then a larger step may be.
 
     Raises:
         CalibrationError: no trial has a finite loss.
@@ -217,6 +217,12 @@ def best_gamma(
             "the rows, and that the model's own loss on them is finite."
         )
     best = min(finite, key=finite.__getitem__)
+    if best == GAMMAS[0]:
+        warnings.warn(
+            f"stable_gamma='auto': the loss falls down to the smallest gamma tried, {best:g}: a larger step than any "
+            f"may be better. Compare it with a smaller number, stable_gamma={best / 2:g}.",
+            stacklevel=3,
+        )
     if best == GAMMAS[-1]:
         warnings.warn(
             f"stable_gamma='auto': the loss falls up to the largest gamma tried, {best:g}: a smaller step than any may "
