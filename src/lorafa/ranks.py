@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.spectrum import (
@@ -22,6 +21,7 @@ from lorafa.calibration.spectrum import (
     by_importance,
     by_stable_rank,
     importance_of,
+    variance_shares,
 )
 from lorafa.checks import check_choice, check_int, check_number, found
 from lorafa.config import LoraConfig
@@ -100,6 +100,13 @@ class RankRule:
         return {"also": ("gradient",), "halves": self.rule in ("budget", "cross_validation")}
 
 
+def require_rule(rule: object) -> RankRule:
+    """Raises ConfigError for what is no RankRule, such as the name of one."""
+    if not isinstance(rule, RankRule):
+        raise ConfigError(f"A rule for ranks is a RankRule, found {found(rule)}. Pass RankRule('budget') for example.")
+    return rule
+
+
 def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankRule | None = None) -> dict[str, int]:
     """The rank of every target by its full name; the model is only read.
 
@@ -111,9 +118,7 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
         ConfigError: ``rule`` is no RankRule, the budget is too small, or every layer would get rank 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
-    rule = RankRule() if rule is None else rule
-    if not isinstance(rule, RankRule):
-        raise ConfigError(f"A rule for ranks is a RankRule, found {found(rule)}. Pass RankRule('budget') for example.")
+    rule = RankRule() if rule is None else require_rule(rule)
     targets = find_targets(model, config)
     before = {target.full_name: target.rank for target in targets}
     if rule.rule == "explained_variance":
@@ -161,7 +166,7 @@ def _some(ranks: dict[str, int]) -> dict[str, int]:
 
 
 def explained_shares(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The share of the variance of a layer's input that each principal direction holds, (k,); 0 where there is none.
+    """:func:`variance_shares` of a layer's input by its statistics, (k,).
 
     Raises:
         CalibrationError: the inputs held nan or inf.
@@ -169,7 +174,7 @@ def explained_shares(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     S, total = tensors["principal.singular_values"], tensors["principal.total_variance"]
     if not bool(S.isfinite().all() & total.isfinite().all()):
         raise CalibrationError(f"The inputs of {name!r} are not finite. Check the data and the model.")
-    return S.square() / total.clamp(min=torch.finfo(S.dtype).tiny)
+    return variance_shares(S, total)
 
 
 def _ratios(name: str, tensors: Mapping[str, Tensor]) -> Tensor:

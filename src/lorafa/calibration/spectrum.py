@@ -194,11 +194,19 @@ def most_components(rho: float, rank: int) -> int:
     return round(rho * rank)
 
 
+def variance_shares(S: Tensor, total: Tensor) -> Tensor:
+    """sigma_i^2 / total, (k,): the share of the variance of a layer's input that each principal direction holds.
+
+    0 where the input does not vary; nan where it is not finite.
+    """
+    return S.square() / total.clamp(min=torch.finfo(S.dtype).tiny)
+
+
 def by_explained_variance(ratios: Mapping[str, Tensor], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
     """EVA's ranks (Paischer et al. 2024, arXiv:2410.07170, section 3.3): the components that explain most anywhere.
 
     Args:
-        ratios: (k,) of each layer: sigma_i^2 over the total variance of its input, falling.
+        ratios: (k,) of each layer, :func:`variance_shares`, falling.
         ranks: of each layer before, the sum of which is shared out.
         rho: no layer gets more than :func:`most_components`. A layer may get 0; what explains nothing gets none.
     """
