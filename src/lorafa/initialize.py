@@ -18,6 +18,8 @@ from lorafa.calibration.collect import IGNORED, Batches
 from lorafa.checks import check_choice
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
+from lorafa.initializers.gora import GoraConfig
+from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.ranks import RankRule, choose_ranks, with_ranks
 from lorafa.statistics import Statistics, digest_of, statistics_of
@@ -153,12 +155,18 @@ def with_start(
     heldout: Sequence[Any] | None = None,
     loss: Loss | None = None,
 ) -> LoraConfig:
-    """The config with everything decided that its start leaves to the data: ranks, and ``stable_gamma="auto"``."""
-    ranks = _own_rule(config) if ranks is None else ranks
-    if ranks is not None:
-        eva = config.eva_config if config.init_lora_weights == "eva" else None
-        keep = eva is None or eva.adjust_scaling_factors
-        config = with_ranks(model, config, choose_ranks(model, config, stats, ranks), keep_scaling=keep)
+    """The config with everything decided that its start leaves to the data: ranks, and ``stable_gamma="auto"``.
+
+    Every layer keeps its scaling when ranks change, but with ``adjust_scaling_factors=False`` of EVA, and where GoRA
+    with ``use_rslora`` shares ranks out by its own rule: its scaling is alpha / sqrt(r) of the layer's new rank.
+    """
+    rule = _own_rule(config) if ranks is None else ranks
+    if rule is not None:
+        settings = config.start_settings()
+        keep = getattr(settings, "adjust_scaling_factors", True)
+        if ranks is None and isinstance(settings, GoraConfig) and config.use_rslora:
+            keep = False
+        config = with_ranks(model, config, choose_ranks(model, config, stats, rule), keep_scaling=keep)
     if getattr(config.init_config, "stable_gamma", None) != "auto":
         return config
     if heldout is None:
@@ -170,9 +178,13 @@ def with_start(
 
 
 def _own_rule(config: LoraConfig) -> RankRule | None:
-    """EVA shares its ranks out unless ``rho`` is 1."""
-    eva = config.eva_config if config.init_lora_weights == "eva" else None
-    return RankRule("explained_variance", r_min=0, rho=eva.rho) if eva is not None and eva.rho > 1 else None
+    """EVA shares its ranks out unless ``rho`` is 1, GoRA unless ``share_ranks`` is off."""
+    settings = config.start_settings()
+    if isinstance(settings, EvaConfig) and settings.rho > 1:
+        return RankRule("explained_variance", rho=settings.rho)
+    if isinstance(settings, GoraConfig) and settings.share_ranks:
+        return RankRule("importance", r_min=max(config.r // 2, 1), r_max=4 * config.r)
+    return None
 
 
 def best_gamma(
@@ -181,7 +193,7 @@ def best_gamma(
     """The config with the ``stable_gamma`` of :data:`GAMMAS` whose start has the smallest loss on held-out batches.
 
     The factors are only rescaled between trials: a few forward passes. Warns if the best is the largest tried, for
-    then no step may be better than this one.
+    then no step may be better than this one, or the smallest, for then a larger step may be.
 
     Raises:
         CalibrationError: no trial has a finite loss.
@@ -205,6 +217,12 @@ def best_gamma(
             "the rows, and that the model's own loss on them is finite."
         )
     best = min(finite, key=finite.__getitem__)
+    if best == GAMMAS[0]:
+        warnings.warn(
+            f"stable_gamma='auto': the loss falls down to the smallest gamma tried, {best:g}: a larger step than any "
+            f"may be better. Compare it with a smaller number, stable_gamma={best / 2:g}.",
+            stacklevel=3,
+        )
     if best == GAMMAS[-1]:
         warnings.warn(
             f"stable_gamma='auto': the loss falls up to the largest gamma tried, {best:g}: a smaller step than any may "

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
-from lorafa.calibration.gradient import gradient_matrix
 from lorafa.calibration.spectrum import (
     THRESHOLD,
     Spectrum,
     by_budget,
     by_cross_validation,
     by_energy,
+    by_entropy,
     by_explained_variance,
     by_importance,
     by_stable_rank,
     importance_of,
+    variance_shares,
 )
-from lorafa.checks import check_choice, check_int, check_number
+from lorafa.checks import check_choice, check_int, check_number, found
 from lorafa.config import LoraConfig
-from lorafa.errors import CalibrationError, ConfigError
+from lorafa.errors import CalibrationError, ConfigError, shorten
 from lorafa.surgery.targets import Target, find_targets
+from lorafa.surgery.walk import places
 
-RULES = ("budget", "cross_validation", "energy", "stable_rank", "explained_variance", "importance")
+RULES = ("budget", "cross_validation", "energy", "stable_rank", "entropy", "explained_variance", "importance")
+SHARE = 0.9
+"""Of "energy"."""
+RHO = 2.0
+"""Of "explained_variance"."""
+_OWNERS = {"share": "energy", "threshold": "cross_validation", "rho": "explained_variance"}
+"""Settings that one rule alone reads."""
 Stats = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -36,66 +44,119 @@ class RankRule:
     """How ranks are chosen.
 
     Raises:
-        ConfigError: a value is not allowed.
+        ConfigError: a value is not allowed, or the rule does not read it.
     """
 
     rule: str = "budget"
     """"budget": the directions worth most for their parameters, as many as the config's ranks cost together (needs
     gradients; better with halves); "cross_validation": as many as hold what they promise in the other half sample
-    (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "explained_variance": EVA's
-    (needs "principal"); "importance": GoRA's, by mean |W o G|."""
-    r_min: int = 1
+    (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "entropy": as many equal ones as
+    would be spread as widely; "explained_variance": EVA's (needs "principal"); "importance": GoRA's, by mean |W o G|
+    (needs whole gradients: out x in numbers of float32 for every layer at once, where a sketch takes some twelve
+    r (out + in))."""
+    r_min: int | None = None
+    """None: 1, and 2 of "budget" where the config's ranks are above 2 on average (ALGORITHMS 2.3; at 2 nothing would be
+    left to share out). "explained_variance" has none: a layer may get 0."""
     r_max: int | None = None
-    """None: four times the config's r."""
-    share: float = 0.9
-    """Of "energy"."""
-    threshold: float = THRESHOLD
-    """Of "cross_validation": what a direction must hold in the other half, as a share of its singular value."""
-    rho: float = 2.0
-    """Of "explained_variance": how many times its rank a layer may get, rounded."""
+    """None: four times the config's r. "explained_variance" has round(rho r) of each layer."""
+    share: float | None = None
+    """Of "energy", None: 0.9."""
+    threshold: float | None = None
+    """Of "cross_validation", None: 0.25. What a direction must hold in the other half, as a share of its singular
+    value."""
+    rho: float | None = None
+    """Of "explained_variance", None: 2. How many times its rank a layer may get, rounded."""
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
-        check_int("r_min", self.r_min, at_least=0 if self.rule == "explained_variance" else 1)
+        for name, owner in _OWNERS.items():
+            if getattr(self, name) is not None and self.rule != owner:
+                raise ConfigError(
+                    f"{name} is a setting of the rule {owner!r}, and {self.rule!r} does not read it. Drop {name}, or "
+                    f"set rule={owner!r}."
+                )
+        for name in ("r_min", "r_max"):
+            if getattr(self, name) is not None and self.rule == "explained_variance":
+                raise ConfigError(
+                    f"'explained_variance' gives a layer 0 to round(rho r) ranks and does not read {name}. Drop "
+                    f"{name}; rho bounds ranks from above."
+                )
+        if self.r_min is not None:
+            check_int("r_min", self.r_min, at_least=1)
         if self.r_max is not None:
-            check_int("r_max", self.r_max, at_least=max(self.r_min, 1))
-        check_number("share", self.share, "a number in (0, 1]", 0, 1, closed="]")
-        check_number("threshold", self.threshold, "a number in (0, 1]", 0, 1, closed="]")
-        check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")
+            check_int("r_max", self.r_max, at_least=self.r_min or 1)
+        for name, value in (("share", self.share), ("threshold", self.threshold)):
+            if value is not None:
+                check_number(name, value, "a number in (0, 1]", 0, 1, closed="]")
+        if self.rho is not None:
+            check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")
 
     def reads(self) -> dict[str, object]:
         """What :func:`lorafa.collect_statistics` must be told for this rule."""
         if self.rule == "explained_variance":
             return {"also": ("principal",)}
+        if self.rule == "importance":
+            return {"also": ("gradient",), "dense": True}
         return {"also": ("gradient",), "halves": self.rule in ("budget", "cross_validation")}
+
+
+def require_rule(rule: object) -> RankRule:
+    """Raises ConfigError for what is no RankRule, such as the name of one."""
+    if not isinstance(rule, RankRule):
+        raise ConfigError(f"A rule for ranks is a RankRule, found {found(rule)}. Pass RankRule('budget') for example.")
+    return rule
 
 
 def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankRule | None = None) -> dict[str, int]:
     """The rank of every target by its full name; the model is only read.
 
+    A layer whose gradient is not finite keeps the rank it has in the config, which a warning says; the others share
+    what theirs cost.
+
     Raises:
-        CalibrationError: the statistics lack what the rule reads.
-        ConfigError: the budget is too small, or every layer would get rank 0.
+        CalibrationError: the statistics lack what the rule reads, or no layer's are finite.
+        ConfigError: ``rule`` is no RankRule, the budget is too small, or every layer would get rank 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
-    rule = rule or RankRule()
+    rule = RankRule() if rule is None else require_rule(rule)
     targets = find_targets(model, config)
     before = {target.full_name: target.rank for target in targets}
-    r_max = 4 * config.r if rule.r_max is None else rule.r_max
     if rule.rule == "explained_variance":
         ratios = {name: _ratios(name, stats.get(name, {})) for name in before}
-        return _some(by_explained_variance(ratios, before, rule.rho))
+        return _some(by_explained_variance(ratios, before, rule.rho or RHO))
     shapes = {target.full_name: target.backend.shape(target.base) for target in targets}
-    spectra = {name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()}
+    spectra = _finite({name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()})
+    targets = [target for target in targets if target.full_name in spectra]
+    shapes = {name: shapes[name] for name in spectra}
     average = sum(before[name] * one.cost for name, one in spectra.items()) / sum(o.cost for o in spectra.values())
+    r_max = rule.r_max or 4 * config.r
+    r_min = rule.r_min or (2 if rule.rule == "budget" and average > 2 and r_max >= 2 else 1)
     choose: dict[str, Callable[[], dict[str, int]]] = {
-        "budget": lambda: by_budget(spectra, average, r_max, rule.r_min),
-        "cross_validation": lambda: by_cross_validation(spectra, r_max, rule.r_min, rule.threshold),
-        "energy": lambda: by_energy(spectra, r_max, rule.r_min, rule.share),
-        "stable_rank": lambda: by_stable_rank(spectra, r_max, rule.r_min),
-        "importance": lambda: by_importance(_importance(targets, stats), shapes, average, rule.r_min, r_max),
+        "budget": lambda: by_budget(spectra, average, r_max, r_min),
+        "cross_validation": lambda: by_cross_validation(spectra, r_max, r_min, rule.threshold or THRESHOLD),
+        "energy": lambda: by_energy(spectra, r_max, r_min, rule.share or SHARE),
+        "stable_rank": lambda: by_stable_rank(spectra, r_max, r_min),
+        "entropy": lambda: by_entropy(spectra, r_max, r_min),
+        "importance": lambda: by_importance(_importance(targets, stats), shapes, average, r_min, r_max),
     }
-    return _some({name: min(rank, *shapes[name]) for name, rank in choose[rule.rule]().items()})
+    return before | {name: min(rank, *shapes[name]) for name, rank in choose[rule.rule]().items()}
+
+
+def _finite(spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:
+    """Those of finite gradients: one that is not would spoil what all layers share (ALGORITHMS 0.2)."""
+    bad = [name for name, one in spectra.items() if not one.finite]
+    if len(bad) == len(spectra):
+        raise CalibrationError(
+            "No layer has a finite gradient, so there is nothing to choose ranks by. Check the data, and that the "
+            "model's loss on them is finite."
+        )
+    if bad:
+        warnings.warn(
+            f"The gradient of {len(bad)} of {len(spectra)} layers is not finite, and their ranks stay as they are: "
+            f"{shorten(bad, 3)}.",
+            stacklevel=3,
+        )
+    return {name: one for name, one in spectra.items() if one.finite}
 
 
 def _some(ranks: dict[str, int]) -> dict[str, int]:
@@ -105,7 +166,7 @@ def _some(ranks: dict[str, int]) -> dict[str, int]:
 
 
 def explained_shares(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The share of the variance of a layer's input that each principal direction holds, (k,); 0 where there is none.
+    """:func:`variance_shares` of a layer's input by its statistics, (k,).
 
     Raises:
         CalibrationError: the inputs held nan or inf.
@@ -113,7 +174,7 @@ def explained_shares(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     S, total = tensors["principal.singular_values"], tensors["principal.total_variance"]
     if not bool(S.isfinite().all() & total.isfinite().all()):
         raise CalibrationError(f"The inputs of {name!r} are not finite. Check the data and the model.")
-    return S.square() / total.clamp(min=torch.finfo(S.dtype).tiny)
+    return variance_shares(S, total)
 
 
 def _ratios(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -126,7 +187,13 @@ def _ratios(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _importance(targets: list[Target], stats: Stats) -> dict[str, float]:
-    return {t.full_name: importance_of(t.weight().detach(), gradient_matrix(stats[t.full_name])) for t in targets}
+    sketched = [target.full_name for target in targets if "gradient.dense" not in stats[target.full_name]]
+    if sketched:
+        raise CalibrationError(
+            f"Importance is the mean of |W o G|, and the statistics of {shorten(sketched, 3)} hold a sketch of the "
+            "gradient, whose entries are smaller. Collect them with dense=True, or use another rule."
+        )
+    return {t.full_name: importance_of(t.weight().detach(), stats[t.full_name]["gradient.dense"]) for t in targets}
 
 
 def with_ranks(
@@ -135,12 +202,15 @@ def with_ranks(
     """The config with these ranks for its targets, as patterns over full names; a rank of 0 leaves the layer out.
 
     Args:
+        ranks: of every target by its full name.
         keep_scaling: change each layer's alpha so that its scaling s stays what the config says for its old rank.
 
     Raises:
+        ConfigError: a target has no rank, a rank no target, or all are 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
     targets = find_targets(model, config)
+    _check_ranks(targets, ranks)
     kept = [target for target in targets if ranks[target.full_name]]
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
@@ -151,11 +221,53 @@ def with_ranks(
             rank_pattern[key] = rank
         if alpha != config.lora_alpha:
             alpha_pattern[key] = alpha
-    modules = sorted(target.name for target in kept if target.parameter is None)
     changes: dict[str, object] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    if len(kept) < len(targets):
-        changes |= {"target_modules": modules, "exclude_modules": None}
-    return replace(config, **changes)  # type: ignore[arg-type]
+    if len(kept) == len(targets):
+        return replace(config, **changes)  # type: ignore[arg-type]
+    chosen = replace(config, **changes | _only(model, kept))  # type: ignore[arg-type]
+    names = {target.full_name for target in kept}
+    extra = [target.full_name for target in find_targets(model, chosen) if target.full_name not in names]
+    if extra:
+        raise ConfigError(
+            f"{shorten(extra, 3)} cannot be left out: target_parameters takes names and their dotted ends, and a "
+            "parameter that stays is such an end. Give both a rank of 1 or more."
+        )
+    return chosen
+
+
+def _check_ranks(targets: list[Target], ranks: Mapping[str, int]) -> None:
+    names = [target.full_name for target in targets]
+    missing, unknown = [name for name in names if name not in ranks], [name for name in ranks if name not in names]
+    if missing or unknown:
+        raise ConfigError(
+            "ranks must have the full name of every target of the config and no other, as choose_ranks gives them. "
+            f"Missing: {shorten(missing, 3) or 'none'}. Not targeted: {shorten(unknown, 3) or 'none'}."
+        )
+    for name, rank in ranks.items():
+        check_int(f"ranks[{name!r}]", rank, at_least=0)
+    if not any(ranks.values()):
+        raise ConfigError("Every rank is 0, so no layer would have an adapter. Give one layer a rank of 1 or more.")
+
+
+def _only(model: nn.Module, kept: list[Target]) -> dict[str, object]:
+    """The fields of a config that name these targets and no other.
+
+    A name in a list also stands for every name that ends in a dot and it: where that is a layer that is left out, a
+    regular expression takes the list's place.
+    """
+    modules = {target.name: target.module for target in kept if target.parameter is None}
+    parameters = {target.full_name for target in kept if target.parameter is not None}
+    wanted: object = sorted(modules)
+    if any(_ends_in(place.name, modules) and place.module not in modules.values() for place in places(model)):
+        wanted = "|".join(map(re.escape, sorted(modules)))
+    changes = {"target_modules": wanted, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return changes | {"target_parameters": sorted(parameters) or None}
+
+
+def _ends_in(name: str, ends: Collection[str]) -> bool:
+    """Whether a name ends in a dot and one of ``ends``."""
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in ends for start in range(1, len(parts)))
 
 
 def _per_scaling(rank: int, config: LoraConfig) -> float:

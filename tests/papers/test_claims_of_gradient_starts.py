@@ -119,6 +119,16 @@ def test_lora_one_scales_and_normalisations() -> None:
         close(result.B @ result.A, -best(G, R) / (128 * divisor))
 
 
+@pytest.mark.parametrize(("name", "which"), [("lora_one", "gradient"), ("functional", "whitened_gradient")])
+def test_the_largest_of_all_layers_is_not_taken_to_be_that_of_one(name: str, which: str) -> None:
+    said = (
+        rf"q_proj: normalize='global' divides by the largest singular value of all layers, {which}\.largest, which the "
+        r"statistics do not hold\. Collect them with lorafa\.collect_statistics, or set normalize='layer'\."
+    )
+    with pytest.raises(CalibrationError, match=said):
+        start(name, LoraOneConfig(normalize="global"))
+
+
 def test_lora_one_lowers_the_loss_to_first_order_by_the_energy_of_its_triplets() -> None:
     """The drop is (s / (gamma sigma_1)) sum of sigma_i^2 for a small step; here on a quadratic loss."""
     target = rand(OUT, IN, seed=7)

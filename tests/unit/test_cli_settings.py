@@ -14,6 +14,7 @@ import lorafa.train.schema as schema
 from lorafa.conf.compose import ALIASES, KEYS, compose, groups
 from lorafa.conf.typed import build, expected, field_docs, keys, plain
 from lorafa.errors import ConfigError
+from lorafa.train.init_config import InitConfig
 from lorafa.train.optimizers import OPTIONS
 from lorafa.train.recipe import lora_config
 from lorafa.train.schema import RunConfig
@@ -276,6 +277,30 @@ def test_starts_of_the_documents_become_configs(
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        "init=kaiming init.ranks=entropy init.bsz=2 init.iters=3 init.max_length=99 init.passes=4 init.r_min=1",
+        "init=functional init.passes=2",
+        "init=eva init.bsz=2 init.ranks=energy init.passes=2",
+        "init=corda init.iters=3 init.max_length=99",
+        "init=gradient init.scale=gd",
+        "init=pissa init.bsz=1 init.iters=8 init.passes=1",
+    ],
+)
+def test_settings_of_reading_are_taken_where_something_is_read(overrides: str) -> None:
+    for override in overrides.split()[1:]:
+        name, value = override.removeprefix("init.").split("=")
+        assert str(getattr(compose(overrides.split()).init, name)) == value
+
+
+def test_a_start_that_is_no_name_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"init\.mode is the name of a start, found None \(NoneType\)\. Pass 'default'"
+    ):
+        InitConfig(mode=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("overrides", "text"),
     [
         ("init=pissa init.rho=2", r"init\.rho does not belong to init\.mode=pissa, which has exact\. Drop it"),
@@ -284,6 +309,34 @@ def test_starts_of_the_documents_become_configs(
         ("init=lora_ga init.stable_gamma=auto", r"stable_gamma must be a number > 0"),
         ("init=gradient init.iters=0", r"init\.iters must be an integer >= 1"),
         ("init=gradient init.ranks=budget init.r_min=4 init.r_max=2", r"r_max must be an integer >= 4"),
+        ("init=gradient init.passes=3", r"passes must be 1 or an even number, found 3"),
+        (
+            "init=pissa init.ranks=cross_validation init.iters=1",
+            r"compares two halves of the batches, and init\.iters is 1",
+        ),
+        ("init.passes=4", r"init\.passes=4 would change nothing: init\.mode=default reads no data\. Drop it"),
+        ("init=pissa init.bsz=2", r"init\.bsz=2 would change nothing: init\.mode=pissa reads no data"),
+        ("init=olora init.iters=9", r"init\.iters=9 would change nothing: init\.mode=olora reads no data"),
+        ("init.max_length=99", r"init\.max_length=99 would change nothing: init\.mode=default reads no data"),
+        *(
+            (
+                text,
+                r"init\.passes=2 would change nothing: only a sketch of gradients takes more than one pass, and none",
+            )
+            for text in (
+                "init=eva init.passes=2",
+                "init=corda init.passes=2",
+                "init=gora init.passes=2",
+                "init=lora_one init.ranks=importance init.passes=2",
+            )
+        ),
+        ("init=gora init.r_min=2", r"init\.r_min=2 would change nothing: it bounds the ranks that init\.ranks chooses"),
+        ("init.r_max=2", r"init\.r_max=2 would change nothing: .*, and init\.ranks is null\. Drop it"),
+        ("init=gora init.ranks=budget init.share_ranks=true", r"init\.share_ranks=True .*: init\.ranks=budget chooses"),
+        (
+            "init=lora_one init.scale=gd init.stable_gamma=64",
+            r"init\.stable_gamma=64\.0 .* and init\.scale is gd\. Drop",
+        ),
     ],
 )
 def test_a_setting_of_another_start_is_refused(overrides: str, text: str) -> None:

@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, collected, gradients, inputs, over, statistics
+from calibration_toys import LAYERS, Toy, collected, gradients, inputs, loss, over, statistics
+from lorafa import LoraConfig, initialize
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.collect import collect
-from lorafa.calibration.gradient import GradientSketch, gradient_matrix, gradient_triplets
+from lorafa.calibration.gradient import (
+    GradientSketch,
+    WhitenedGradientSketch,
+    gradient_matrix,
+    gradient_triplets,
+    whitening,
+)
+from lorafa.calibration.moments import SecondMoment
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.linalg import full_svd
 
@@ -149,10 +157,6 @@ def test_batches_can_be_weighted() -> None:
 
 
 def test_whitened_gradient_is_that_times_the_inverse_root_of_the_second_moment() -> None:
-    pytest.importorskip("lorafa.calibration.moments")
-    from lorafa.calibration.gradient import WhitenedGradientSketch, whitening
-    from lorafa.calibration.moments import SecondMoment
-
     model, expected = Toy(), gradients(Toy(), FEW)
     named = statistics(model, 4, SecondMoment, "second_moment")
     for passes in (1, 4):
@@ -164,6 +168,58 @@ def test_whitened_gradient_is_that_times_the_inverse_root_of_the_second_moment()
             target = expected[name] @ whitening(found[name]["second_moment.C"]).double()
             close = gradient_matrix(found[name], "whitened_gradient")
             torch.testing.assert_close(close, target, rtol=1e-4, atol=1e-5 * target.abs().max().item())
+
+
+def rotated(values: Tensor) -> Tensor:
+    """A positive definite matrix with these eigenvalues."""
+    generator = torch.Generator().manual_seed(7)
+    Q = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=values.dtype)).Q
+    return Q * values @ Q.mT
+
+
+def test_whitening_caps_the_condition_of_the_damped_second_moment_at_ten_thousand() -> None:
+    """One direction of the inputs dwarfs 399 others: damping alone leaves a condition of 4e4 (ALGORITHMS 2.3 ii)."""
+    values = torch.cat([torch.linspace(1e-9, 1e-3, 399, dtype=torch.float64), torch.tensor([4e2]).double()])
+    found = torch.linalg.eigvalsh(whitening(rotated(values))).pow(-2)
+    largest = values[-1] + 0.01 * values.mean()
+    expected = (values + 0.01 * values.mean()).clamp(min=largest / 1e4)
+    torch.testing.assert_close(found.sort().values, expected, rtol=1e-9, atol=0)
+    assert largest / (values[0] + 0.01 * values.mean()) > 3.9e4
+
+
+def test_a_second_moment_of_moderate_condition_is_damped_only() -> None:
+    C = rotated(torch.logspace(-1, 1, 60, dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(C + 0.01 * C.diagonal().mean() * torch.eye(60, dtype=torch.float64))
+    torch.testing.assert_close(whitening(C), vectors * values.rsqrt() @ vectors.mT, rtol=1e-10, atol=1e-12)
+
+
+def test_sketch_and_start_of_inputs_with_one_huge_direction_share_one_metric() -> None:
+    """G M^-1/2 is what is sketched, and the start is a step -c [G M^-1/2]_r M^-1/2 with the very same M."""
+    data = [0.1 * x[:1, :2] for x in inputs(2, in_=320)]  # four tokens, so that a sketch of eight columns is exact
+    for x in data:
+        x[..., 0] = 300
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["first"], init_lora_weights="functional")
+    adapted = initialize(Toy(in_=320), config, data, loss=loss, dense=False)
+    G, X = gradients(Toy(in_=320), data)["first"], torch.cat([x.reshape(-1, 320) for x in data])
+    X = torch.cat([X, X / 2])  # ``first`` is called twice
+    values, vectors = torch.linalg.eigh(X.mT @ X / len(X))
+    values = values + 0.01 * values.mean()
+    assert values[-1] > 2e4 * values[0]
+    M = vectors * values.clamp(min=values[-1] / 1e4).rsqrt() @ vectors.mT
+    white = full_svd(G @ M)
+    step = -2 / (128 * white.S[0]) * white.at(slice(0, 2)).product() @ M
+    layer = adapted.get_base_model().first
+    found = 2 * layer.factor_B("default") @ layer.factor_A("default")
+    torch.testing.assert_close(found, step, rtol=1e-6, atol=1e-8 * step.abs().max().item())
+
+
+def test_inputs_that_are_not_finite_have_no_metric() -> None:
+    assert whitening(torch.tensor([[1.0, 0.0], [0.0, torch.nan]])).isnan().all()
+    model, data = Toy(), inputs()
+    data[0][0, 0, 0] = torch.inf
+    config = LoraConfig(r=2, target_modules=["first"], init_lora_weights="functional")
+    with pytest.warns(UserWarning, match=r"first \(its whitened gradient is not finite\)"):
+        initialize(model, config, data, loss=loss)
 
 
 def captured(found: dict[str, dict[str, Tensor]], expected: dict[str, Tensor]) -> list[float]:

@@ -247,6 +247,7 @@ def quadratic(model: nn.Module, x: Tensor) -> Tensor:
     return (y - y.detach().sign() * 0.5).square().mean()
 
 
+@pytest.mark.filterwarnings("ignore:stable_gamma='auto'")
 def test_gamma_auto_takes_the_smallest_loss_on_held_out_rows() -> None:
     data, heldout = inputs(4), inputs(6)[4:]
     auto = config(init_config=LoraOneConfig(stable_gamma="auto"))
@@ -266,7 +267,7 @@ def test_gamma_auto_takes_the_smallest_loss_on_held_out_rows() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_gamma_auto_says_when_the_largest_is_best_and_when_none_works() -> None:
+def test_gamma_auto_says_when_the_best_is_an_end_of_its_range_and_when_none_works() -> None:
     data = inputs(4)
     auto = config(init_config=LoraOneConfig(stable_gamma="auto"))
 
@@ -276,6 +277,14 @@ def test_gamma_auto_says_when_the_largest_is_best_and_when_none_works() -> None:
 
     with pytest.warns(UserWarning, match=r"the loss falls up to the largest gamma tried, 2048"):
         initialize(Toy(), auto, data, heldout=data, loss=rising)
+
+    def steep(model: nn.Module, x: Tensor) -> Tensor:
+        """Falls with the size of the step, however large."""
+        return loss(model, x) if torch.is_grad_enabled() else -(model(x) - Toy().eval()(x)).square().mean()
+
+    text = r"falls down to the smallest gamma tried, 64: a larger step than any may be better\. .* stable_gamma=32\."
+    with pytest.warns(UserWarning, match=text):
+        initialize(Toy(), auto, data, heldout=data, loss=steep)
     model = Toy()
     with refused(model, CalibrationError, r"not finite for any gamma from 64 to 2048"):
         initialize(model, auto, data, heldout=[data[0] * torch.inf], loss=loss)

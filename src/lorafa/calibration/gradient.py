@@ -17,12 +17,15 @@ from torch import Tensor
 from lorafa.adapter import working_dtype
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.processes import of_first
-from lorafa.linalg import SVD, leading_svd, spd_power
+from lorafa.linalg import SVD, leading_svd, spd_eigh
 
 CHECK_ROWS = 10
 """Rows of Theta: the estimate of a squared norm has a relative standard deviation of at most sqrt(2 / 10)."""
 WHITENING = 0.01
-"""Damping of the second moment, in units of its mean eigenvalue; caps its condition number at about 1e2 times in."""
+"""Damping of the second moment, in units of its mean eigenvalue."""
+WHITENED_CONDITION = 1e4
+"""Largest condition number of the damped second moment: where one direction of the inputs dwarfs the others, damping
+alone leaves 1e2 times in."""
 
 
 def sketch_sizes(rank: int, passes: int) -> tuple[int, int]:
@@ -260,8 +263,18 @@ class WhitenedGradientSketch(GradientSketch):
 
 
 def whitening(C: Tensor) -> Tensor:
-    """(C + d I)^-1/2 of a second moment (in, in), with d = 0.01 of its mean eigenvalue."""
-    return spd_power(C, -0.5, damping=WHITENING)
+    """M^-1/2 of the metric M that a second moment C (in, in) stands for, in C's dtype (ALGORITHMS 2.3 ii).
+
+    M is C + d I with d = 0.01 of C's mean eigenvalue, and its eigenvalues below 1e-4 of the largest are raised to that.
+    Sketch and start both call this, so that the step is undone in the metric it was found in. nan where C is not
+    finite.
+    """
+    if not bool(torch.isfinite(C).all()):
+        return torch.full_like(C, torch.nan)
+    values, vectors = spd_eigh(C)
+    values = values + WHITENING * values.mean()
+    values = values.maximum(values[-1] / WHITENED_CONDITION)
+    return (vectors * values.rsqrt() @ vectors.mT).to(C.dtype)
 
 
 def svd_within_range(Q: Tensor, Z: Tensor) -> SVD:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.moments import InputStatistic
 from lorafa.calibration.processes import gathered
-from lorafa.calibration.spectrum import by_explained_variance, most_components
+from lorafa.calibration.spectrum import by_explained_variance, most_components, variance_shares
 from lorafa.linalg import fix_signs, float_matrix, leading_right
 
 MOST_PASSES = 10
@@ -168,8 +168,7 @@ class IncrementalPCA(InputStatistic):
     @property
     def explained_variance(self) -> Tensor:
         """(k,) the components' shares of the total variance; zero where there is none, or it is not finite."""
-        total = self.scatter.total.clamp(min=torch.finfo(self.scatter.total.dtype).tiny)
-        return (self.scatter.singular_values.square() / total).nan_to_num()
+        return variance_shares(self.scatter.singular_values, self.scatter.total).nan_to_num()
 
     def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:
         self.scatter, self._absorbed = self.scatter.times(1 / self._ranks), False

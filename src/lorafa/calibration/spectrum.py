@@ -36,6 +36,12 @@ class Spectrum:
         """Parameters a rank costs."""
         return self.out + self.in_
 
+    @property
+    def finite(self) -> bool:
+        """Whether the gradient was."""
+        known = [one for one in (self.S, self.cross, self.S_half) if one is not None]
+        return math.isfinite(self.norm2) and all(bool(torch.isfinite(one).all()) for one in known)
+
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Spectrum:
         """From the gradient statistics of a layer.
@@ -97,6 +103,21 @@ def by_stable_rank(spectra: Spectra, r_max: int, r_min: int = 1) -> dict[str, in
         name: _clip(math.ceil(one.norm2 / float(one.S[0]) ** 2 - 1e-9) if one.S[0] > 0 else 0, r_min, r_max)
         for name, one in spectra.items()
     }
+
+
+def by_entropy(spectra: Spectra, r_max: int, r_min: int = 1) -> dict[str, int]:
+    """:func:`entropy_rank` of the directions the statistics hold, rounded up."""
+    return {name: _clip(math.ceil(entropy_rank(one.S) - 1e-9), r_min, r_max) for name, one in spectra.items()}
+
+
+def entropy_rank(S: Tensor) -> float:
+    """exp of the entropy of sigma_i^2 / sum: the number of equal directions that would be spread as widely (k,).
+
+    The effective rank of Roy and Vetterli 2007, of energies. 0 where there is nothing.
+    """
+    energy = S.double().square()
+    shares = energy / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
+    return float(torch.exp(-torch.xlogy(shares, shares).sum())) if shares.any() else 0.0
 
 
 def by_budget(spectra: Spectra, average: float, r_max: int, r_min: int = 1) -> dict[str, int]:
@@ -173,11 +194,19 @@ def most_components(rho: float, rank: int) -> int:
     return round(rho * rank)
 
 
+def variance_shares(S: Tensor, total: Tensor) -> Tensor:
+    """sigma_i^2 / total, (k,): the share of the variance of a layer's input that each principal direction holds.
+
+    0 where the input does not vary; nan where it is not finite.
+    """
+    return S.square() / total.clamp(min=torch.finfo(S.dtype).tiny)
+
+
 def by_explained_variance(ratios: Mapping[str, Tensor], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
     """EVA's ranks (Paischer et al. 2024, arXiv:2410.07170, section 3.3): the components that explain most anywhere.
 
     Args:
-        ratios: (k,) of each layer: sigma_i^2 over the total variance of its input, falling.
+        ratios: (k,) of each layer, :func:`variance_shares`, falling.
         ranks: of each layer before, the sum of which is shared out.
         rho: no layer gets more than :func:`most_components`. A layer may get 0; what explains nothing gets none.
     """
@@ -199,9 +228,3 @@ def _largest(spectrum: Spectrum) -> int:
 
 def _clip(rank: int, r_min: int, r_max: int) -> int:
     return max(r_min, min(rank, r_max))
-
-
-def entropy_rank(S: Tensor) -> float:
-    """exp of the entropy of sigma_i^2 / sum: the number of equal directions that would be spread as widely."""
-    shares = S.double().square() / S.double().square().sum()
-    return float(torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()))

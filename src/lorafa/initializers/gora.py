@@ -1,7 +1,4 @@
-"""GoRA: a random A, and the B that fits the gradient best (He et al. 2025, arXiv:2502.12171).
-
-The ranks of the method come from :func:`lorafa.calibration.spectrum.by_importance`.
-"""
+"""GoRA: ranks by importance, a random A, and the B that fits the gradient best (He et al. 2025, arXiv:2502.12171)."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_matrix
-from lorafa.checks import check_number
+from lorafa.checks import check_flag, check_number
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer
 from lorafa.initializers.kaiming import kaiming
@@ -21,21 +18,28 @@ from lorafa.linalg import gram_cholesky, spd_inverse
 
 @dataclass
 class GoraConfig:
-    """How large the first step is."""
+    """How large the first step is, and whether ranks are shared out."""
 
     step: float = 0.05
     """s B A is about this much of the gradient's norm (gamma in the paper, 5e-2 in the authors' code)."""
+    share_ranks: bool = True
+    """Whether :func:`lorafa.initialize` gives every layer a rank by its mean |W o G|, from r / 2 to 4 r, as the method
+    has it (:func:`own_ranks`); False keeps the config's ranks."""
 
     def __post_init__(self) -> None:
         check_number("step", self.step, "a number > 0", 0)
+        check_flag("share_ranks", self.share_ranks)
 
 
-@initializer(needs=("gradient",), settings=GoraConfig, keeps_function=False)
+@initializer(needs=("gradient",), settings=GoraConfig, keeps_function=False, whole_gradients=True)
 def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A as by default, B = -(step / s) sqrt(in / r) G A^+, so that s B A = -step sqrt(in / r) G P_A.
 
-    P_A projects on the rows of A, and a random one keeps about r / in of a gradient's energy: hence the root. A
-    gradient that was sketched counts as the product of its triplets.
+    P_A projects on the rows of A, and a random one keeps about r / in of a gradient's energy: hence the root. Whole
+    gradients are collected, out x in numbers of float32 for every layer at once; statistics that hold a sketch, which
+    were collected for another start, count as the product of its triplets.
+
+    The method's scaling is alpha / sqrt(r) with the layer's own r: set ``use_rslora``.
 
     Raises:
         ConfigError: r > in: the rows of A are dependent, and A A^T has no inverse.

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafa.calibration.gradient import gradient_triplets
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import InitResult, LayerSpec, initializer
-from lorafa.initializers.stages import require_triplets
+from lorafa.initializers.stages import mean_root_of_weight, require_triplets
 from lorafa.linalg import SVD, leading_svd
 from lorafa.method_configs import LoraGAConfig
 
@@ -93,8 +93,3 @@ def _scale(settings: LoraGAConfig, weight: Tensor, spec: LayerSpec) -> float:
     if settings.scale == "weight_svd":
         return mean_root_of_weight(weight, spec)
     return 1.0
-
-
-def mean_root_of_weight(weight: Tensor, spec: LayerSpec) -> float:
-    """The mean of sqrt(sigma_i(W) / s) over the r leading singular values."""
-    return float((leading_svd(weight, spec.rank, spec.generator()).S / spec.scaling).sqrt().mean())

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_triplets, whitening
 from lorafa.checks import check_choice, check_number
-from lorafa.errors import ConfigError
+from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers.base import InitResult, LayerSpec, initializer
-from lorafa.initializers.lora_ga import mean_root_of_weight
-from lorafa.initializers.stages import halves, require_triplets
+from lorafa.initializers.stages import halves, mean_root_of_weight, require_triplets
 
 
 @dataclass
@@ -52,7 +51,7 @@ def lora_one(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> In
     With the defaults s B A = -(s / (gamma sigma_1)) [G]_r (algorithm 1 of the paper, in the authors' code of 2025).
 
     Raises:
-        ConfigError: r > min(out, in), or gamma is still "auto".
+        ConfigError, CalibrationError: r > min(out, in), or as :func:`step_size`.
         DegenerateError: the gradient has fewer than r singular values other than zero.
     """
     triplets = require_triplets(gradient_triplets(stats), spec.rank, weight, spec, "its gradient")
@@ -70,7 +69,7 @@ def functional(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> 
     (ALGORITHMS 2.3 ii). Scales are those of LoRA-One, in units of the largest singular value of G C^-1/2.
 
     Raises:
-        ConfigError, DegenerateError: as :func:`lora_one`.
+        ConfigError, CalibrationError, DegenerateError: as :func:`lora_one`.
     """
     found = gradient_triplets(stats, "whitened_gradient")
     triplets = require_triplets(found, spec.rank, weight, spec, "its whitened gradient")
@@ -79,19 +78,40 @@ def functional(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> 
 
 
 def step_size(stats: Mapping[str, Tensor], name: str, weight: Tensor, spec: LayerSpec) -> Tensor:
-    """c in B A = -c [G]_r."""
+    """c in B A = -c [G]_r, for the gradient statistic ``name``.
+
+    Raises:
+        CalibrationError: the largest singular value of all layers is asked for, and the statistics do not hold it.
+        ConfigError: gamma is still "auto".
+    """
     settings: LoraOneConfig = spec.settings or LoraOneConfig()
-    S = stats[f"{name}.S"]
-    largest = {"layer": S[0], "global": stats.get(f"{name}.largest", S[0]), "none": torch.ones_like(S[0])}
+    return _factor(settings, weight, spec) / _normalizer(settings, stats, name, spec)
+
+
+def _factor(settings: LoraOneConfig, weight: Tensor, spec: LayerSpec) -> float:
+    if settings.scale == "gd":
+        return 1 / spec.scaling**2
+    if settings.scale == "unit":
+        return 1.0
+    if settings.scale == "weightS":
+        return mean_root_of_weight(weight, spec) ** 2
     if settings.stable_gamma == "auto":
         raise ConfigError(
             "stable_gamma='auto' is found by the loss on held-out rows. Call lorafa.initialize(model, config, data, "
             "heldout=rows), or set a number: 128 is the authors', 256 to 1024 suits small models."
         )
-    factors = {
-        "stable": 1 / float(settings.stable_gamma),
-        "gd": 1 / spec.scaling**2,
-        "unit": 1.0,
-        "weightS": mean_root_of_weight(weight, spec) ** 2 if settings.scale == "weightS" else 1.0,
-    }
-    return factors[settings.scale] / largest[settings.normalize]
+    return 1 / float(settings.stable_gamma)
+
+
+def _normalizer(settings: LoraOneConfig, stats: Mapping[str, Tensor], name: str, spec: LayerSpec) -> Tensor:
+    S = stats[f"{name}.S"]
+    if settings.normalize == "layer":
+        return S[0]
+    if settings.normalize == "none":
+        return torch.ones_like(S[0])
+    if f"{name}.largest" not in stats:
+        raise CalibrationError(
+            f"{spec.name}: normalize='global' divides by the largest singular value of all layers, {name}.largest, "
+            "which the statistics do not hold. Collect them with lorafa.collect_statistics, or set normalize='layer'."
+        )
+    return stats[f"{name}.largest"]

@@ -56,6 +56,11 @@ def leading(
     return found
 
 
+def mean_root_of_weight(weight: Tensor, spec: LayerSpec) -> float:
+    """The mean of sqrt(sigma_i(W) / s) over the r leading singular values."""
+    return float((leading_svd(weight, spec.rank, spec.generator()).S / spec.scaling).sqrt().mean())
+
+
 def trailing(matrix: Tensor, spec: LayerSpec, what: str) -> SVD:
     """The r triplets of a matrix (..., out, in) with the smallest singular values, exact; raises as :func:`leading`."""
     check_rank(spec, matrix)

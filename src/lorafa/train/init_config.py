@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lorafa.checks import check_int
+from lorafa.calibration import STATISTICS
+from lorafa.calibration.base import CalibrationOptions
+from lorafa.checks import check_int, found
 from lorafa.config_checks import settings_field
 from lorafa.errors import ConfigError, did_you_mean
 from lorafa.initializers import INITIALIZERS, Start, find_start
@@ -27,6 +29,11 @@ OF_PEFT: Mapping[str, type[Any]] = {
 SCALES = {"gd": "gd_scale", "weightS": "weight_svd"}
 """Scales of LoRA-GA by their names in its authors' scripts -> PEFT's."""
 
+GROUP_GAMMA = 128.0
+"""What conf/init/gradient.yaml says of stable_gamma, whatever the scale and the direction."""
+_READING = ("bsz", "iters", "max_length", "passes")
+"""Settings of how data is read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
@@ -46,6 +53,8 @@ class InitConfig:
     """lora_one, functional: what singular values are divided by."""
     step: float | None = None
     """gora: the first step as a share of the gradient's norm."""
+    share_ranks: bool | None = None
+    """gora: give each layer a rank by its importance, from r / 2 to 4 r; false keeps peft.r everywhere."""
     eta: float | None = None
     """lora_sb: by how much the first step would change every entry of a weight."""
     rho: float | None = None
@@ -72,19 +81,26 @@ class InitConfig:
     """Longest of these rows in tokens; longer ones are cut."""
     passes: int = 1
     """Times a gradient statistic goes over them: 1, 2, or 4 for a power iteration."""
-    ranks: Literal["budget", "cross_validation", "energy", "stable_rank", "importance"] | None = None
+    ranks: Literal["budget", "cross_validation", "energy", "stable_rank", "entropy", "importance"] | None = None
     """Choose each layer's rank by its gradient: the parameters of peft.r shared out (budget), or a rule for each layer;
-    null keeps peft.r everywhere."""
-    r_min: int = 1
-    """ranks: the smallest a layer gets."""
+    null keeps peft.r everywhere, but for eva and gora, which have rules of their own. budget and cross_validation
+    compare halves of the batches; of a single one, budget goes by singular values."""
+    r_min: int | None = None
+    """ranks: the smallest a layer gets; null is 1, and 2 of budget where peft.r is above 2."""
     r_max: int | None = None
     """ranks: the largest; null is four times peft.r."""
 
     def __post_init__(self) -> None:
-        for name in ("bsz", "iters", "max_length", "passes"):
+        for name in _READING:
             check_int(f"init.{name}", getattr(self, name), at_least=1)
-        rank_rule(self)
+        CalibrationOptions(passes=self.passes)
         start_fields(self)
+        if self.ranks == "cross_validation" and self.iters == 1:
+            raise ConfigError(
+                "init.ranks=cross_validation compares two halves of the batches, and init.iters is 1. Set it to 2 or "
+                "more, or choose another rule."
+            )
+        _refuse_ignored(self)
 
 
 def start_of(init: InitConfig) -> Start:
@@ -93,6 +109,10 @@ def start_of(init: InitConfig) -> Start:
     Raises:
         ConfigError: an unknown mode.
     """
+    if not isinstance(init.mode, str):
+        raise ConfigError(
+            f"init.mode is the name of a start, found {found(init.mode)}. Pass 'default' or another name."
+        )
     mode: bool | str = STARTS.get(init.mode, init.mode)
     if mode == "gradient":
         mode = "lora_one" if init.direction in (None, *ONE_STEP) else "lora_ga"
@@ -124,6 +144,7 @@ def start_fields(init: InitConfig) -> dict[str, Any]:
         "stable_gamma": init.stable_gamma,
         "normalize": init.normalize,
         "step": init.step,
+        "share_ranks": init.share_ranks,
         "eta": init.eta,
         "rho": init.rho,
         "tau": init.tau,
@@ -146,6 +167,38 @@ def start_fields(init: InitConfig) -> dict[str, Any]:
             )
     own = {field: kind(**given)} if field is not None and kind is not None else {}
     return {"init_lora_weights": start.value} | own
+
+
+def _refuse_ignored(init: InitConfig) -> None:
+    """Raises ConfigError for what was set and would change nothing."""
+    ignored = _ignored_by_ranks(init) | _ignored_in_reading(init)
+    if init.scale not in (None, "stable") and init.stable_gamma not in (None, GROUP_GAMMA):
+        ignored |= {"stable_gamma": f"it is the gamma of init.scale=stable, and init.scale is {init.scale}"}
+    if ignored:
+        name, reason = next(iter(ignored.items()))
+        raise ConfigError(f"init.{name}={getattr(init, name)} would change nothing: {reason}. Drop it.")
+
+
+def _ignored_by_ranks(init: InitConfig) -> dict[str, str]:
+    """Settings of how ranks are chosen, where they are not or by another rule; each with the reason."""
+    if init.ranks is None:
+        bounds = [name for name in ("r_min", "r_max") if getattr(init, name) is not None]
+        return dict.fromkeys(bounds, "it bounds the ranks that init.ranks chooses, and init.ranks is null")
+    rank_rule(init)
+    return {} if init.share_ranks is None else {"share_ranks": f"init.ranks={init.ranks} chooses the ranks"}
+
+
+def _ignored_in_reading(init: InitConfig) -> dict[str, str]:
+    """Settings of how data is read that differ from their default, where none is read in that way."""
+    changed = [one.name for one in fields(init) if one.name in _READING and getattr(init, one.name) != one.default]
+    start = start_of(init).initializer
+    if not start.needs and init.ranks is None:
+        return dict.fromkeys(changed, f"init.mode={init.mode} reads no data")
+    sketches = init.ranks is not None or any(STATISTICS.get(need).reads_gradient for need in start.needs)
+    if sketches and not start.whole_gradients and init.ranks != "importance":
+        return {}
+    reason = "only a sketch of gradients takes more than one pass, and none is made here"
+    return dict.fromkeys([name for name in changed if name == "passes"], reason)
 
 
 def _settings_class(start: Start) -> type[Any] | None:
