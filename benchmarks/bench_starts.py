@@ -136,6 +136,7 @@ class Gradients:
 
     def _exact(self) -> dict[str, torch.Tensor]:
         from lorafa.calibration.base import Measured, Statistic
+        from lorafa.calibration.batches import Batches
         from lorafa.calibration.collect import collect
 
         class Exact(Statistic):
@@ -160,7 +161,10 @@ class Gradients:
                 self.model(**row).loss.backward()
                 yield None
 
-        return {layer: tensors["exact.G"] for layer, tensors in collect(self.model, layers, named, run).items()}
+        return {
+            layer: tensors["exact.G"]
+            for layer, tensors in collect(self.model, layers, named, Batches(run, by_call=True)).items()
+        }
 
     def bytes_of_statistics(self) -> tuple[int, int]:
         """Bytes of the accumulators and of what is kept of them, before and after the triplets are computed."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.calibration.batches import call, of_data, shown
 from lorafa.calibration.spectrum import by_explained_variance
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten
-from lorafa.initialize import call, moved, progress_over
 from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel
 from lorafa.ranks import explained_shares, with_ranks
@@ -87,13 +87,9 @@ def get_eva_state_dict(
     inner, config = _model_and_config(model, peft_config, adapter_name)
     prepared: list[Any] = [None]
 
-    def batches(gradients: bool) -> Iterator[float | None]:
-        for batch in dataloader:
-            batch = moved(batch, next(inner.parameters()).device)
-            prepared[0] = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
-            with torch.no_grad():
-                call(inner, batch) if forward_fn is None else forward_fn(inner, batch)
-            yield 1.0
+    def forward(model: nn.Module, batch: Any) -> Any:
+        prepared[0] = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+        return call(model, batch) if forward_fn is None else forward_fn(model, batch)
 
     def rows(layer: str, x: Tensor) -> Tensor:
         choose = prepare_layer_inputs_fn
@@ -101,8 +97,9 @@ def get_eva_state_dict(
             choose = choose.get(layer, choose.get(PREFIX + layer))
         return x if choose is None else choose(x, prepared[0], layer)
 
-    with progress_over(show_progress_bar) as watched:
-        stats = statistics_of(inner, config, watched(batches), rows=rows, reads_output=forward_fn is not None)
+    batches = replace(of_data(inner, dataloader, forward=forward), rows=rows, reads_output=forward_fn is not None)
+    with shown(batches, show_progress_bar) as counted:
+        stats = statistics_of(inner, config, counted)
     return _state_dict(config, {target.full_name: target.rank for target in find_targets(inner, config)}, stats)
 
 

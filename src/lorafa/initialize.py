@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafa.calibration.base import CalibrationOptions
-from lorafa.calibration.collect import IGNORED, Batches
+from lorafa.calibration.batches import Loss, device_of, digest_of, moved, of_data, of_function, own_loss, shown
 from lorafa.checks import check_choice
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.ranks import RankRule, choose_ranks, with_ranks
-from lorafa.statistics import Statistics, digest_of, statistics_of
+from lorafa.statistics import Statistics, statistics_of
 
-Loss = Callable[[nn.Module, Any], Tensor]
 Data = Iterable[Any] | Callable[[], Any]
 GAMMAS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
 """What ``stable_gamma="auto"`` tries."""
@@ -72,23 +70,12 @@ def collect_statistics(
     """
     check_choice("weighting", weighting, ("batches", "tokens"))
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    seed = 0 if config.init_seed is None else config.init_seed
-    options = CalibrationOptions(seed=seed, passes=passes, dense=dense, halves=halves)
-    if callable(data):
-        batches, digest = _of_function(data), None
-    else:
-        if isinstance(data, Iterator):
-            raise CalibrationError(
-                f"The data is an iterator ({type(data).__name__}), which can be gone over only once. Pass something "
-                "that can be gone over again: a DataLoader, or list(data)."
-            )
-        batches = _of_batches(inner, data, loss or _own_loss, weighting)
-        digest = digest_of(data) if cache is not None else None
-    with progress_over(progress) as watched:
-        return statistics_of(
-            inner, config, watched(batches), options=options, also=also, data=f"{digest} {weighting}", cache=cache,
-            reads_output=callable(data),
-        )  # fmt: skip
+    options = CalibrationOptions(passes=passes, dense=dense, halves=halves)
+    batches = of_function(data) if callable(data) else of_data(inner, data, loss=loss, weighting=weighting)
+    if cache is not None:
+        batches = replace(batches, digest=f"{None if callable(data) else digest_of(data)} {weighting}")
+    with shown(batches, progress) as counted:
+        return statistics_of(inner, config, counted, options=options, also=also, cache=cache)
 
 
 def initialize(
@@ -193,7 +180,7 @@ def best_gamma(
             warnings.simplefilter("ignore")  # those of the layers that fall back come with the start that is kept
             adapted = get_peft_model(model, trial, stats=stats)
         try:
-            losses[gamma] = _mean_loss(adapted, heldout, loss or _own_loss)
+            losses[gamma] = _mean_loss(adapted, heldout, loss or own_loss)
         finally:
             adapted.unload()
             for parameter, flag in flags:
@@ -217,7 +204,7 @@ def best_gamma(
 @torch.no_grad()
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
     modes = [(module, module.training) for module in model.modules()]
-    device = _device(model)
+    device = device_of(model)
     try:
         model.eval()
         losses = [float(loss(model, moved(batch, device))) for batch in batches]
@@ -227,97 +214,3 @@ def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
     if not losses:
         raise CalibrationError("heldout is empty: there is no loss to compare. Pass two to eight rows.")
     return sum(losses) / len(losses)
-
-
-def _of_function(train_step: Callable[[], Any]) -> Batches:
-    def run(gradients: bool) -> Iterator[float | None]:
-        train_step()
-        yield None
-
-    return run
-
-
-def _of_batches(model: nn.Module, data: Iterable[Any], loss: Loss, weighting: str) -> Batches:
-    device = _device(model)
-
-    def run(gradients: bool) -> Iterator[float | None]:
-        for batch in data:
-            batch = moved(batch, device)
-            if not gradients:
-                with torch.no_grad():
-                    call(model, batch)
-                yield 1.0
-                continue
-            weight = 1.0 if weighting == "batches" else _labelled(batch)
-            with torch.enable_grad():
-                value = loss(model, batch) * weight
-                if value.requires_grad:  # not where the batch reaches no target
-                    value.backward()  # type: ignore[no-untyped-call]
-            yield weight
-
-    return run
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, else ``model(batch)``."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    output = call(model, batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise CalibrationError(
-            f"The model's output ({type(output).__name__}) has no loss. Put labels into the batches, or pass "
-            "loss=, a function of model and batch."
-        )
-    return loss  # type: ignore[no-any-return]
-
-
-def _labelled(batch: Any) -> float:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
-        raise CalibrationError("weighting='tokens' counts the labels of a batch, and there are none. Put them in.")
-    return float((labels[..., 1:] != IGNORED).sum())
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device, however they are nested."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch
-
-
-@contextmanager
-def progress_over(show: bool) -> Iterator[Callable[[Batches], Batches]]:
-    """Gives a function that counts the batches of a pass on a progress bar."""
-    if not show:
-        yield lambda batches: batches
-        return
-    try:
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda batches: batches
-        return
-    with Progress(transient=True) as progress:
-        task = progress.add_task("Collecting statistics", total=None)
-
-        def watched(batches: Batches) -> Batches:
-            def run(gradients: bool) -> Iterator[float | None]:
-                for weight in batches(gradients):
-                    progress.advance(task)
-                    yield weight
-
-            return run
-
-        yield watched

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lorafa.backends.base import Backend
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
-from lorafa.calibration.collect import Batches, Rows, collect
+from lorafa.calibration.batches import Batches
+from lorafa.calibration.collect import collect
 from lorafa.calibration.principal import MOST_PASSES
 from lorafa.calibration.projections import Projections
 from lorafa.config import LoraConfig, require_available
@@ -133,19 +134,15 @@ def statistics_of(
     *,
     options: CalibrationOptions | None = None,
     also: Sequence[str] = (),
-    data: str | None = None,
     cache: str | Path | None = None,
-    rows: Rows | None = None,
-    reads_output: bool = True,
 ) -> Statistics:
     """Collect what the start of ``config`` reads of its targets, over passes of ``batches``.
 
     Args:
         model: the user's model, with or without adapters; they are off meanwhile.
+        options: their seed is the config's.
         also: more statistics, by name.
-        data: a digest of the data, for ``cache``.
         cache: file to take them from if it holds those of this model, config and data, and to write otherwise.
-        rows, reads_output: as :func:`lorafa.calibration.collect.collect` has them.
 
     Raises:
         CalibrationError: nothing to collect, or collecting failed; see :func:`lorafa.calibration.collect.collect`.
@@ -156,8 +153,8 @@ def statistics_of(
     require_available(config)
     targets = find_targets(model, config)
     wanted = _wanted(config, also)
-    options = _as_read(config, options or CalibrationOptions(seed=config.init_seed or 0))
-    about = _about(model, config, targets, wanted, options, data)
+    options = _as_read(config, options or CalibrationOptions())
+    about = _about(model, config, targets, wanted, options, batches.digest)
     if cache is not None and Path(cache).exists():
         found = Statistics.load(cache)
         if found.about["key"] == about["key"]:
@@ -165,11 +162,8 @@ def statistics_of(
             return found
     layers = {target.full_name: target.base for target in targets}
     statistics = _statistics(config, targets, wanted, options)
-    if adapter_names(model):
-        with disabled(model):
-            values = collect(model, layers, statistics, batches, rows=rows, reads_output=reads_output)
-    else:
-        values = collect(model, layers, statistics, batches, rows=rows, reads_output=reads_output)
+    with disabled(model) if adapter_names(model) else nullcontext():
+        values = collect(model, layers, statistics, batches)
     _add_largest(values)
     _say_unsettled(values)
     result = Statistics(values, about)
@@ -191,7 +185,8 @@ def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
 
 
 def _as_read(config: LoraConfig, options: CalibrationOptions) -> CalibrationOptions:
-    """The options with whole gradients where the start reads them."""
+    """The options with the config's seed, and with whole gradients where the start reads them."""
+    options = replace(options, seed=config.init_seed or 0)
     start = find_start(config.init_lora_weights)
     if start is None or not start.initializer.whole_gradients:
         return options
@@ -266,27 +261,3 @@ def _about(
     }
     text = json.dumps(about, sort_keys=True, default=str)
     return about | {"key": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
-
-
-def digest_of(batches: Iterable[Any]) -> str:
-    """A hash of everything the batches hold: tensors by shape, dtype and bytes, the rest by its text."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def take(value: Any) -> None:
-        if isinstance(value, Tensor):
-            octets = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(ctypes.string_at(octets.data_ptr(), octets.numel()))
-        elif isinstance(value, Mapping):
-            for key in value:
-                digest.update(str(key).encode())
-                take(value[key])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                take(item)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in batches:
-        take(batch)
-    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""The data statistics are collected over: batches, or a function that runs over them, and how the model is called."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.errors import CalibrationError
+
+IGNORED = -100
+"""The label of a token that has none."""
+Loss = Callable[[nn.Module, Any], Tensor]
+Rows = Callable[[str, Tensor], Tensor]
+"""(layer, its input (..., in)) -> the rows (T, in) that count."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How the model is run over the data, once for each pass."""
+
+    run: Callable[[bool], Iterator[float | None]]
+    """Runs the model batch by batch and yields the weight of each when it is done. Told whether gradients are read; if
+    not, it need not run backward."""
+    by_call: bool = False
+    """Whether every call of the model is a batch, of weight 1. What ``run`` yields says nothing then."""
+    reads_output: bool = True
+    """Whether what the model returns is used where it need not run backward."""
+    rows: Rows | None = None
+    """Chooses the rows of an input that statistics of inputs see; None: by the masks the model gets."""
+    digest: str | None = None
+    """Tells data apart, for a cache."""
+
+
+def of_function(train_step: Callable[[], Any]) -> Batches:
+    """Those that a function without arguments runs over, forward and backward."""
+
+    def run(gradients: bool) -> Iterator[None]:
+        train_step()
+        yield None
+
+    return Batches(run, by_call=True)
+
+
+def of_data(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    weighting: str = "batches",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Batches:
+    """Those of a dataloader or sequence.
+
+    Args:
+        loss: a scalar; default the model's own.
+        weighting: of gradients: "batches" or, by the number of their labels, "tokens".
+        forward: runs the model where no gradients are read, instead of :func:`call`.
+
+    Raises:
+        CalibrationError: the data cannot be gone over repeatedly.
+    """
+    if isinstance(data, Iterator):
+        raise CalibrationError(
+            f"The data is an iterator ({type(data).__name__}), which can be gone over only once. Pass something "
+            "that can be gone over again: a DataLoader, or list(data)."
+        )
+    device = device_of(model)
+
+    def run(gradients: bool) -> Iterator[float]:
+        for batch in data:
+            batch = moved(batch, device)
+            if not gradients:
+                with torch.no_grad():
+                    (forward or call)(model, batch)
+                yield 1.0
+                continue
+            weight = 1.0 if weighting == "batches" else _labelled(batch)
+            with torch.enable_grad():
+                value = (loss or own_loss)(model, batch) * weight
+                if value.requires_grad:  # not where the batch reaches no target
+                    value.backward()  # type: ignore[no-untyped-call]
+            yield weight
+
+    return Batches(run, reads_output=False)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, else ``model(batch)``."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The ``loss`` of the model's output."""
+    output = call(model, batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise CalibrationError(
+            f"The model's output ({type(output).__name__}) has no loss. Put labels into the batches, or pass "
+            "loss=, a function of model and batch."
+        )
+    return loss  # type: ignore[no-any-return]
+
+
+def _labelled(batch: Any) -> float:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        raise CalibrationError("weighting='tokens' counts the labels of a batch, and there are none. Put them in.")
+    return float((labels[..., 1:] != IGNORED).sum())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs belong."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device, however they are nested."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+@contextmanager
+def shown(batches: Batches, show: bool) -> Iterator[Batches]:
+    """The batches, counted on a progress bar that is gone afterwards; without rich there is none."""
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        show = False
+    if not show:
+        yield batches
+        return
+    with Progress(transient=True) as progress:
+        task = progress.add_task("Collecting statistics", total=None)
+
+        def run(gradients: bool) -> Iterator[float | None]:
+            for weight in batches.run(gradients):
+                progress.advance(task)
+                yield weight
+
+        yield replace(batches, run=run)
+
+
+def digest_of(batches: Iterable[Any]) -> str:
+    """A hash of everything the batches hold: tensors by shape, dtype and bytes, the rest by its text."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def take(value: Any) -> None:
+        if isinstance(value, Tensor):
+            octets = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(ctypes.string_at(octets.data_ptr(), octets.numel()))
+        elif isinstance(value, Mapping):
+            for key in value:
+                digest.update(str(key).encode())
+                take(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                take(item)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in batches:
+        take(batch)
+    return digest.hexdigest()
