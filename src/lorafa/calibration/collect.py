@@ -17,6 +17,9 @@ from lorafa.calibration.processes import distributed, gathered, of_first, rank
 from lorafa.calibration.sharing import Entry, Sharing, agree
 from lorafa.errors import CalibrationError, shorten
 
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers keeps what a block in training mode hands its computation to."""
+
 
 @dataclass
 class _Masks:
@@ -186,18 +189,43 @@ def _calibrating(model: nn.Module) -> Iterator[None]:
         for parameter in model.parameters():
             cleanup.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
+        blocks = _checkpointed(model)
         for module in model.modules():
             cleanup.callback(setattr, module, "training", module.training)
-            module.training = _checkpoints(module)
-        if any(_checkpoints(module) for module in model.modules()):
+            module.training = module in blocks
+        for block in blocks:
+            checkpoint = getattr(block, CHECKPOINT, None)
+            if checkpoint is not None:
+                cleanup.callback(setattr, block, CHECKPOINT, checkpoint)
+                setattr(block, CHECKPOINT, _in_evaluation(block, checkpoint))
+        if blocks:
             embeddings = getattr(model, "get_input_embeddings", lambda: None)()
             if isinstance(embeddings, nn.Module):  # reentrant checkpointing needs an input with a gradient
                 cleanup.callback(embeddings.register_forward_hook(_require_gradient).remove)
         yield
 
 
-def _checkpoints(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))
+def _checkpointed(model: nn.Module) -> set[nn.Module]:
+    """The modules that checkpoint: of those that have the flag the inner ones, for models have it because of these."""
+    flagged = {module for module in model.modules() if getattr(module, "gradient_checkpointing", False)}
+    return {module for module in flagged if not flagged & set(module.modules()) - {module}}
+
+
+def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """``checkpoint`` of a block that must be in training mode to get there: what it computes it computes in the other,
+    so that dropout applied by a function is off as well."""
+
+    def checkpointed(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def without_dropout(*args: Any, **kwargs: Any) -> Any:
+            block.training = False
+            try:
+                return compute(*args, **kwargs)
+            finally:
+                block.training = True
+
+        return checkpoint(without_dropout, *args, **kwargs)
+
+    return checkpointed
 
 
 def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
