@@ -59,8 +59,9 @@ def collect_statistics(
         dense: add up whole gradients (True), only sketches (False), or whichever is smaller (None).
         halves: keep two half samples of gradients apart, for ranks from data.
         also: further statistics by name, "gradient" or "second_moment".
-        cache: file to take the result from if it was collected like this before, and to write it to otherwise. What a
-            function runs over is not known: delete the file when its data change.
+        cache: file to take the result from if it was collected like this before, and to write it to otherwise. Of
+            ``loss`` and of a function as ``data`` it knows module, name and code, but not what they read from
+            elsewhere, nor which data a function runs over: delete the file when that changes.
         progress: show a bar, where rich is installed.
 
     Raises:
@@ -73,7 +74,7 @@ def collect_statistics(
     options = CalibrationOptions(passes=passes, dense=dense, halves=halves)
     batches = of_function(data) if callable(data) else of_data(inner, data, loss=loss, weighting=weighting)
     if cache is not None:
-        batches = replace(batches, digest=f"{None if callable(data) else digest_of(data)} {weighting}")
+        batches = replace(batches, digest=digest_of(data, loss, weighting))
     with shown(batches, progress) as counted:
         return statistics_of(inner, config, counted, options=options, also=also, cache=cache)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from lorafa.calibration.batches import of_function
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, NotAvailableError
 from lorafa.initialize import collect_statistics
-from lorafa.statistics import Statistics, keep_for
+from lorafa.statistics import Statistics, keep_for, statistics_of
 
 
 def preprocess_loraga(
@@ -70,7 +71,11 @@ def preprocess_corda(
         )
     settings = lora_config.corda_config
     file = None if settings is None else settings.covariance_file or settings.cache_file
-    keep_for(model, collect_statistics(model, lora_config, run_model or _nothing_to_run(file), cache=file))
+    if run_model is None:
+        stats = statistics_of(model, lora_config, of_function(_nothing_to_run(file)), cache=file)
+    else:
+        stats = collect_statistics(model, lora_config, run_model, cache=file)
+    keep_for(model, stats)
 
 
 def _nothing_to_run(file: str | None) -> Callable[[], Any]:

@@ -41,8 +41,8 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
 
     values_by_layer: dict[str, dict[str, Tensor]]
     about: dict[str, Any]
-    """How they were made: ``key`` tells statistics apart that need not be equal, ``base`` is the fingerprint of the
-    layers' weights."""
+    """How they were made: ``key`` tells statistics apart that need not be equal on the same ``data``, of which there is
+    a hash where they came through a cache; ``base`` is the fingerprint of the layers' weights."""
 
     def __getitem__(self, layer: str) -> Mapping[str, Tensor]:
         return self.values_by_layer[layer]
@@ -157,7 +157,7 @@ def statistics_of(
     about = _about(model, config, targets, wanted, options, batches.digest)
     if cache is not None and Path(cache).exists():
         found = Statistics.load(cache)
-        if found.about["key"] == about["key"]:
+        if found.about["key"] == about["key"] and batches.digest in (None, found.about["data"]):
             _say_unsettled(found)
             return found
     layers = {target.full_name: target.base for target in targets}
@@ -256,8 +256,7 @@ def _about(
         "settings": asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else None,
         "ranks": {target.full_name: target.rank for target in targets},
         "options": asdict(options),
-        "data": data,
         "base": base_fingerprint(model, [target.name for target in targets]),
     }
     text = json.dumps(about, sort_keys=True, default=str)
-    return about | {"key": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+    return about | {"data": data, "key": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}

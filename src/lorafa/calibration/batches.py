@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Batches:
     rows: Rows | None = None
     """Chooses the rows of an input that statistics of inputs see; None: by the masks the model gets."""
     digest: str | None = None
-    """Tells data apart, for a cache."""
+    """Tells data apart, for a cache; None: what it holds of any data will do."""
 
 
 def of_function(train_step: Callable[[], Any]) -> Batches:
@@ -154,8 +155,13 @@ def shown(batches: Batches, show: bool) -> Iterator[Batches]:
         yield replace(batches, run=run)
 
 
-def digest_of(batches: Iterable[Any]) -> str:
-    """A hash of everything the batches hold: tensors by shape, dtype and bytes, the rest by its text."""
+def digest_of(*parts: Any) -> str:
+    """A hash of data and of functions, for a cache.
+
+    Tensors count by shape, dtype and bytes, functions by their module, name and code, the rest by its text; iterables
+    by what they hold. What a function reads from elsewhere, the variables around it or the arguments ``partial`` gave
+    it, is not seen, nor what a callable object holds.
+    """
     digest = hashlib.blake2b(digest_size=16)
 
     def take(value: Any) -> None:
@@ -167,12 +173,17 @@ def digest_of(batches: Iterable[Any]) -> str:
             for key in value:
                 digest.update(str(key).encode())
                 take(value[key])
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, CodeType):
+            take((value.co_code, value.co_names, value.co_consts))
+        elif callable(value):
+            function = getattr(value, "func", value)  # of partial
+            named = function if hasattr(function, "__qualname__") else type(function)
+            take((named.__module__, named.__qualname__, getattr(named, "__code__", None)))
+        elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, Set)):
             for item in value:
                 take(item)
         else:
-            digest.update(repr(value).encode())
+            digest.update(repr(sorted(value, key=repr) if isinstance(value, Set) else value).encode())
 
-    for batch in batches:
-        take(batch)
+    take(parts)
     return digest.hexdigest()
