@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,24 @@ import torch
 from torch import nn
 
 from lorafa.calibration.base import CalibrationOptions
-from lorafa.calibration.batches import Loss, device_of, digest_of, moved, of_data, of_function, own_loss, shown
-from lorafa.checks import check_choice
+from lorafa.calibration.batches import (
+    Loss,
+    device_of,
+    digest_of,
+    moved,
+    of_data,
+    of_function,
+    own_loss,
+    require_batches,
+    scalar,
+    shown,
+)
+from lorafa.checks import check_choice, names
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.ranks import RankRule, choose_ranks, with_ranks
-from lorafa.statistics import Statistics, statistics_of
+from lorafa.statistics import Statistics, require_config, require_statistics, statistics_of
 
 Data = Iterable[Any] | Callable[[], Any]
 GAMMAS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
@@ -65,16 +76,24 @@ def collect_statistics(
         progress: show a bar, where rich is installed.
 
     Raises:
-        CalibrationError: the data is empty, no gradient arrives, or a target is no linear layer.
+        CalibrationError: the data is empty or cannot be gone over again, no gradient arrives, or a target is no linear
+            layer.
+        ConfigError: an option that would change nothing.
         TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` cannot be read or written.
     """
+    require_config(config)
     check_choice("weighting", weighting, ("batches", "tokens"))
+    if callable(data) and weighting == "tokens":
+        raise ConfigError(
+            "weighting='tokens' counts the labels of batches, and a function as data shows none: every call of the "
+            "model counts as one batch. Drop weighting='tokens', or pass the batches."
+        )
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     options = CalibrationOptions(passes=passes, dense=dense, halves=halves)
     batches = of_function(data) if callable(data) else of_data(inner, data, loss=loss, weighting=weighting)
     if cache is not None:
-        batches = replace(batches, digest=digest_of(data, loss, weighting))
+        batches = replace(batches, digest=digest_of(data if callable(data) else iter(data), loss, weighting))
     with shown(batches, progress) as counted:
         return statistics_of(inner, config, counted, options=options, also=also, cache=cache)
 
@@ -96,7 +115,7 @@ def initialize(
     Args:
         ranks: choose each layer's rank by the data; None keeps the config's, but for EVA with ``rho`` > 1, which has a
             rule of its own.
-        heldout: batches for ``stable_gamma="auto"``, two to eight rows; not those of ``data``.
+        heldout: batches for ``stable_gamma="auto"``, two to eight rows, as a list; not those of ``data``.
         collecting: as for :func:`collect_statistics`.
 
     Raises:
@@ -107,8 +126,10 @@ def initialize(
         raise AdapterError(
             "The model is a PeftModel already. Call collect_statistics on it, then its add_adapter with stats=."
         )
+    require_config(config)
+    _require_heldout(config, heldout)
     if ranks is not None:
-        collecting = ranks.reads() | collecting
+        collecting = _united(ranks, collecting)
     stats = collect_statistics(model, config, data, loss=loss, **collecting)
     return start_from(
         model, config, stats, adapter_name, ranks=ranks, heldout=heldout, loss=loss,
@@ -128,8 +149,44 @@ def start_from(
     autocast_adapter_dtype: bool = True,
 ) -> PeftModel:
     """The second half of :func:`initialize`, for statistics that are there already."""
+    require_config(config)
+    require_statistics(stats)
+    _require_heldout(config, heldout)
     config = with_start(model, config, stats, ranks=ranks, heldout=heldout, loss=loss)
     return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, stats=stats)
+
+
+def _require_heldout(config: LoraConfig, heldout: Any) -> None:
+    """Raises ConfigError or CalibrationError unless held-out batches are there where they are read, and only there."""
+    gamma = getattr(config.init_config, "stable_gamma", None)
+    if gamma == "auto" and heldout is None:
+        raise ConfigError(
+            "stable_gamma='auto' compares sizes of the step by their loss on held-out rows. Pass heldout=, two to "
+            "eight rows the data does not have, or set a number."
+        )
+    if gamma != "auto" and heldout is not None:
+        raise ConfigError(
+            f"heldout= is read for stable_gamma='auto' only, and init_config has {gamma!r}. Drop heldout=, or set "
+            "init_config={'stable_gamma': 'auto'}."
+        )
+    if heldout is not None:
+        require_batches("heldout", heldout)
+
+
+def _united(rule: RankRule, collecting: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`collect_statistics` is told by the caller, and for the rule.
+
+    Raises:
+        ConfigError: the caller excludes what the rule compares.
+    """
+    read: dict[str, Any] = rule.reads()
+    if rule.rule == "cross_validation" and not collecting.get("halves", True):
+        raise ConfigError(
+            "RankRule('cross_validation') compares two half samples of the gradients, and halves=False keeps none. "
+            "Drop halves=False, or choose another rule."
+        )
+    also = [*names("also", collecting.get("also", ())), *read.pop("also", ())]
+    return read | dict(collecting) | {"also": also}
 
 
 def with_start(
@@ -172,8 +229,9 @@ def best_gamma(
     then no step may be better than this one.
 
     Raises:
-        CalibrationError: no trial has a finite loss.
+        CalibrationError: ``heldout`` is no sequence of batches, or no trial has a finite loss.
     """
+    require_batches("heldout", heldout)
     losses, flags = {}, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for gamma in GAMMAS:
         trial = replace(config, init_config=replace(config.init_config, stable_gamma=gamma))
@@ -208,7 +266,7 @@ def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
     device = device_of(model)
     try:
         model.eval()
-        losses = [float(loss(model, moved(batch, device))) for batch in batches]
+        losses = [float(scalar(loss(model, moved(batch, device)))) for batch in batches]
     finally:
         for module, mode in modes:
             module.training = mode

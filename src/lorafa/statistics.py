@@ -21,8 +21,9 @@ from lorafa.calibration.batches import Batches
 from lorafa.calibration.collect import collect
 from lorafa.calibration.principal import MOST_PASSES
 from lorafa.calibration.projections import Projections
+from lorafa.checks import found, names
 from lorafa.config import LoraConfig, require_available
-from lorafa.errors import CalibrationError, CheckpointError, shorten
+from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
 from lorafa.fingerprint import compare_fingerprints, from_metadata, to_metadata
 from lorafa.initializers import find_start
 from lorafa.io.adapter_files import base_fingerprint
@@ -81,9 +82,14 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                 f"{path} holds no statistics of lorafa. Delete it, or give the path of a file that Statistics.save or "
                 "cache= has written."
             )
-        values: dict[str, dict[str, Tensor]] = {layer: {} for layer in entries["layers"]}
+        values: dict[str, dict[str, Tensor]] = {layer: {} for layer in entries.get("layers", ())}
         for key, tensor in tensors.items():
             layer, _, name = key.partition(_SEPARATOR)
+            if layer not in values:
+                raise CheckpointError(
+                    f"{path} has a tensor {key!r} of a layer that its header does not list. It was changed after it "
+                    "was written: collect the statistics again."
+                )
             values[layer][name] = tensor
         return cls(values, entries["statistics"])
 
@@ -103,6 +109,24 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
             )
 
 
+def require_config(config: Any) -> None:
+    """Raises ConfigError for what is no LoraConfig."""
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"The config must be a LoraConfig, found {found(config)}. Pass "
+            "LoraConfig(init_lora_weights=..., target_modules=...)."
+        )
+
+
+def require_statistics(stats: Any) -> None:
+    """Raises CalibrationError for what is neither None nor a mapping from layers to tensors."""
+    if stats is not None and not isinstance(stats, Mapping):
+        raise CalibrationError(
+            f"stats= must be what collect_statistics has returned, found {found(stats)}. Of a file, pass "
+            "Statistics.load(path)."
+        )
+
+
 def keep_for(model: nn.Module, stats: Statistics) -> None:
     """Leave statistics with a model, for the adapters made of it: PEFT's preprocess functions return nothing."""
     model.__dict__[_KEPT] = stats
@@ -117,8 +141,9 @@ def given(model: nn.Module, config: LoraConfig, stats: Mapping[str, Mapping[str,
     """The statistics an adapter is made with: those passed, or those a preprocess function has left with the model.
 
     Raises:
-        CalibrationError: they were collected on another model.
+        CalibrationError: they were collected on another model, or are no statistics.
     """
+    require_statistics(stats)
     start = find_start(config.init_lora_weights)
     if stats is None and start is not None and start.initializer.needs:
         stats = model.__dict__.get(_KEPT)
@@ -149,17 +174,23 @@ def statistics_of(
         TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` is a file that cannot be read or written.
     """
+    require_config(config)
     config.check()
     require_available(config)
     targets = find_targets(model, config)
-    wanted = _wanted(config, also)
-    options = _as_read(config, options or CalibrationOptions())
+    wanted = _wanted(config, names("also", also))
+    options = _as_read(config, wanted, options or CalibrationOptions())
+    if cache is not None and not Path(cache).parent.is_dir():
+        raise CheckpointError(
+            f"cache={str(cache)!r} is in a folder that does not exist, so what is collected could not be written "
+            "there. Make the folder, or name a file in another one."
+        )
     about = _about(model, config, targets, wanted, options, batches.digest)
     if cache is not None and Path(cache).exists():
-        found = Statistics.load(cache)
-        if found.about["key"] == about["key"] and batches.digest in (None, found.about["data"]):
-            _say_unsettled(found)
-            return found
+        stored = Statistics.load(cache)
+        if stored.about["key"] == about["key"] and batches.digest in (None, stored.about["data"]):
+            _say_unsettled(stored)
+            return stored
     layers = {target.full_name: target.base for target in targets}
     statistics = _statistics(config, targets, wanted, options)
     with disabled(model) if adapter_names(model) else nullcontext():
@@ -184,29 +215,41 @@ def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _as_read(config: LoraConfig, options: CalibrationOptions) -> CalibrationOptions:
-    """The options with the config's seed, and with whole gradients where the start reads them."""
-    options = replace(options, seed=config.init_seed or 0)
+def _as_read(config: LoraConfig, wanted: Sequence[str], options: CalibrationOptions) -> CalibrationOptions:
+    """The options with the config's seed, and with whole gradients where the start reads them.
+
+    Raises:
+        ConfigError: they say how gradients are collected, and none are.
+        CalibrationError: they keep sketches of gradients alone, and the start reads whole ones.
+    """
     start = find_start(config.init_lora_weights)
-    if start is None or not start.initializer.whole_gradients:
-        return options
-    if options.dense is False:
+    assert start is not None  # config.check() has found it
+    usual = CalibrationOptions()
+    of_gradients = {name: getattr(options, name) for name in ("passes", "dense", "halves")}
+    given = [f"{name}={value}" for name, value in of_gradients.items() if value != getattr(usual, name)]
+    if given and not any(STATISTICS.get(name).reads_gradient for name in wanted):
+        raise ConfigError(
+            f"{', '.join(given)} would change nothing: init_lora_weights={config.init_lora_weights!r} reads "
+            f"{', '.join(wanted)}, and no gradients. Drop it, or collect them with also=['gradient']."
+        )
+    if start.initializer.whole_gradients and options.dense is False:
         raise CalibrationError(
             f"init_lora_weights={config.init_lora_weights!r} reads whole gradients, and dense=False keeps sketches of "
             "them only. Drop dense=False."
         )
-    return replace(options, dense=True)
+    dense = True if start.initializer.whole_gradients else options.dense
+    return replace(options, seed=config.init_seed or 0, dense=dense)
 
 
 def _statistics(
     config: LoraConfig, targets: Sequence[Target], wanted: Sequence[str], options: CalibrationOptions
 ) -> dict[str, dict[str, Statistic]]:
-    settings, projections, found = config.start_settings(), Projections(options.seed), {}
+    settings, projections, made = config.start_settings(), Projections(options.seed), {}
     for target in targets:
         out, in_ = _linear_shape(target, target.backend, config)
         measured = Measured(target.full_name, out, in_, target.rank, settings, options, projections)
-        found[target.full_name] = {name: STATISTICS.get(name).of(measured) for name in wanted}
-    return found
+        made[target.full_name] = {name: STATISTICS.get(name).of(measured) for name in wanted}
+    return made
 
 
 def _linear_shape(target: Target, backend: Backend, config: LoraConfig) -> tuple[int, int]:
@@ -219,12 +262,12 @@ def _linear_shape(target: Target, backend: Backend, config: LoraConfig) -> tuple
 
 
 def _say_unsettled(values: Mapping[str, Mapping[str, Tensor]]) -> None:
-    found = {layer: tensors["principal.settled"] for layer, tensors in values.items() if "principal.settled" in tensors}
-    turning = [layer for layer, settled in found.items() if not settled]
+    known = {layer: tensors["principal.settled"] for layer, tensors in values.items() if "principal.settled" in tensors}
+    turning = [layer for layer, settled in known.items() if not settled]
     if turning:
         warnings.warn(
             f"The principal directions of the inputs still turn after {MOST_PASSES} passes over the data on "
-            f"{len(turning)} of {len(found)} layers: {shorten(turning, 3)}. They start from the last ones. Use more or "
+            f"{len(turning)} of {len(known)} layers: {shorten(turning, 3)}. They start from the last ones. Use more or "
             "larger batches, or lower tau or rho of EvaConfig.",
             stacklevel=3,
         )

@@ -211,7 +211,7 @@ def test_data_that_cannot_be_used() -> None:
     model, data = Toy(), inputs()
     with refused(model, CalibrationError, "There was no batch to calibrate with: the data is empty"):
         initialize(model, config(), [], loss=loss)
-    with refused(model, CalibrationError, r"The data is an iterator \(list_iterator\).*list\(data\)"):
+    with refused(model, CalibrationError, r"data= is 'list_iterator', an iterator.*list\(data\)"):
         initialize(model, config(), iter(data), loss=loss)
     with refused(model, CalibrationError, "No gradient arrived at first, second, last"):
         initialize(model, config(), lambda: model(data[0]))

@@ -65,13 +65,9 @@ def of_data(
         forward: runs the model where no gradients are read, instead of :func:`call`.
 
     Raises:
-        CalibrationError: the data cannot be gone over repeatedly.
+        CalibrationError: as :func:`require_batches`.
     """
-    if isinstance(data, Iterator):
-        raise CalibrationError(
-            f"The data is an iterator ({type(data).__name__}), which can be gone over only once. Pass something "
-            "that can be gone over again: a DataLoader, or list(data)."
-        )
+    require_batches("data", data)
     device = device_of(model)
 
     def run(gradients: bool) -> Iterator[float]:
@@ -84,12 +80,41 @@ def of_data(
                 continue
             weight = 1.0 if weighting == "batches" else _labelled(batch)
             with torch.enable_grad():
-                value = (loss or own_loss)(model, batch) * weight
+                value = scalar((loss or own_loss)(model, batch)) * weight
                 if value.requires_grad:  # not where the batch reaches no target
                     value.backward()  # type: ignore[no-untyped-call]
             yield weight
 
     return Batches(run, reads_output=False)
+
+
+def require_batches(name: str, data: Any) -> None:
+    """Raises CalibrationError unless the argument of this name can be gone over repeatedly, batch by batch."""
+    found = f"{name}= is {type(data).__name__!r}"
+    if isinstance(data, (Mapping, Tensor)):
+        raise CalibrationError(f"{found}, one batch and not several. Pass a list of batches, such as [{name}].")
+    if isinstance(data, Iterator):
+        raise CalibrationError(
+            f"{found}, an iterator, which can be gone over only once. Pass something that can be gone over again: a "
+            f"DataLoader, or list({name})."
+        )
+    if isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise CalibrationError(f"{found}, which holds no batches. Pass a DataLoader or a list of batches.")
+
+
+def scalar(loss: Any) -> Tensor:
+    """The loss as it is.
+
+    Raises:
+        CalibrationError: it is not a tensor with one element.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise CalibrationError(
+        f"The loss of a batch must be a tensor with one element, found {found}. Return the mean over the batch from "
+        "loss=, as a tensor: not loss.item(), which has no gradient."
+    )
 
 
 def call(model: nn.Module, batch: Any) -> Any:

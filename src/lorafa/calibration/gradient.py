@@ -246,7 +246,9 @@ class WhitenedGradientSketch(GradientSketch):
     def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:
         super().start_pass(number, done)
         if number == 0:
-            self.whitening = whitening(done["second_moment"].result()["C"])
+            C = done["second_moment"].result()["C"]
+            finite = bool(C.isfinite().all())  # if not, no gradient whitened with it is either, and the result says so
+            self.whitening = whitening(C) if finite else torch.full_like(C, torch.nan)
 
     def _right(self, like: Tensor) -> Tensor:
         return (self.whitening @ super()._right(like).to(self.whitening)).to(like)

@@ -38,7 +38,7 @@ def start_adapter(
     """``get_peft_model``, after collecting what the start or the ranks are chosen by over the first rows.
 
     Raises:
-        DataError: there are fewer rows than that takes.
+        DataError: there are fewer rows than that takes, or fewer batches.
         LoraError: as :func:`lorafa.initialize`.
     """
     start, rule = start_of(init), rank_rule(init)
@@ -53,11 +53,16 @@ def start_adapter(
             f"init reads {count} rows (init.bsz * init.iters), and for stable_gamma=auto a few more; there are "
             f"{len(samples)} to train on. Lower init.iters."
         )
+    if init.ranks == "cross_validation" and init.iters == 1:
+        raise DataError(
+            "init.ranks=cross_validation compares two halves of the batches, and init.iters=1 is one batch. Set "
+            "init.iters to two or more."
+        )
     collecting: dict[str, Any] = {"passes": init.passes} | ({} if rule is None else rule.reads())
     collecting["halves"] = bool(collecting.get("halves")) and init.iters > 1
     batches = _batches(rows, init.bsz, init.max_length, collator)
     stats = collect_statistics(model, adapter, batches, loss=supervised_loss, **collecting)
-    heldout = _batches(held, 1, init.max_length, collator)
+    heldout = _batches(held, 1, init.max_length, collator) if init.stable_gamma == "auto" else None
     chosen = with_start(model, adapter, stats, ranks=rule, heldout=heldout, loss=supervised_loss)
     adapted = get_peft_model(model, chosen, stats=stats)
     record: dict[str, Any] = {
