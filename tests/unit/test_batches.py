@@ -15,6 +15,7 @@ from lorafa import LoraConfig, collect_statistics
 from lorafa.calibration.batches import digest_of
 
 rich = pytest.importorskip("rich")
+Console = pytest.importorskip("rich.console").Console
 CONFIG = LoraConfig(r=2, target_modules=list(LAYERS), init_lora_weights="lora_one", init_seed=0)
 
 
@@ -22,7 +23,7 @@ CONFIG = LoraConfig(r=2, target_modules=list(LAYERS), init_lora_weights="lora_on
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a terminal is sent."""
     sent = io.StringIO()
-    monkeypatch.setattr(rich, "_console", rich.console.Console(file=sent, force_terminal=True, width=80))
+    monkeypatch.setattr(rich, "_console", Console(file=sent, force_terminal=True, width=80))
     return sent
 
 
