@@ -68,7 +68,7 @@ def collect_statistics(
         passes: over the data for gradients: 1, 2, or 4 for a power iteration (97 %, 98 % and 99.9 % of the energy of
             the best directions, docs/starts.md).
         dense: add up whole gradients (True), only sketches (False), or whichever is smaller (None).
-        halves: keep two half samples of gradients apart, for ranks from data.
+        halves: keep two half samples of gradients apart, for ranks from data: every other batch, of two or more.
         also: further statistics by name, "gradient" or "second_moment".
         cache: file to take the result from if it was collected like this before, and to write it to otherwise. Of
             ``loss`` and of a function as ``data`` it knows module, name and code, but not what they read from

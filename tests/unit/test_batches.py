@@ -73,8 +73,16 @@ def test_a_digest_tells_functions_apart_by_their_name_and_code() -> None:
     assert digest_of(Scaled(1)) == digest_of(Scaled(2))
 
 
+def test_a_digest_sees_a_function_through_its_decorators() -> None:
+    decorated = [torch.no_grad()(one) for one in outer(1)]
+    assert len({digest_of(one) for one in decorated}) == len(decorated)
+
+
 def test_a_digest_tells_data_apart_by_shape_dtype_and_bytes() -> None:
     x = torch.arange(6.0)
-    data = [x, x.view(2, 3), x.int(), x + 1, {"x": x}, {"y": x}, [x, x], "x", 1, None, {1, 2}]
+    nested = [[x, x], [[x], x], [[x, x]]]
+    data = [x, x.view(2, 3), x.int(), x + 1, {"x": x}, {"y": x}, *nested, "x", 1, None, {1, 2}]
+    long = torch.arange(2000.0)  # an array's text leaves out its middle
+    data += [x.numpy(), long.numpy(), (long + (long == 1000)).numpy()]
     assert len({digest_of(one) for one in data}) == len(data)
     assert digest_of([x, {"x": x}]) == digest_of(iter([x.clone(), {"x": x.clone()}]))

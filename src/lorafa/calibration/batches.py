@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -183,9 +184,9 @@ def shown(batches: Batches, show: bool) -> Iterator[Batches]:
 def digest_of(*parts: Any) -> str:
     """A hash of data and of functions, for a cache.
 
-    Tensors count by shape, dtype and bytes, functions by their module, name and code, the rest by its text; iterables
-    by what they hold. What a function reads from elsewhere, the variables around it or the arguments ``partial`` gave
-    it, is not seen, nor what a callable object holds.
+    Tensors and arrays count by shape, dtype and bytes, functions by their module, name and code, the rest by its text;
+    iterators by what they give. What a function reads from elsewhere, the variables around it or the arguments
+    ``partial`` gave it, is not seen, nor what a callable object holds.
     """
     digest = hashlib.blake2b(digest_size=16)
 
@@ -194,6 +195,8 @@ def digest_of(*parts: Any) -> str:
             octets = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
             digest.update(ctypes.string_at(octets.data_ptr(), octets.numel()))
+        elif hasattr(value, "__array__") and hasattr(value, "tobytes"):
+            digest.update(f"{value.shape}{value.dtype}".encode() + value.tobytes())
         elif isinstance(value, Mapping):
             for key in value:
                 digest.update(str(key).encode())
@@ -201,12 +204,14 @@ def digest_of(*parts: Any) -> str:
         elif isinstance(value, CodeType):
             take((value.co_code, value.co_names, value.co_consts))
         elif callable(value):
-            function = getattr(value, "func", value)  # of partial
+            function = inspect.unwrap(getattr(value, "func", value))  # of partial, of decorators
             named = function if hasattr(function, "__qualname__") else type(function)
             take((named.__module__, named.__qualname__, getattr(named, "__code__", None)))
-        elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, Set)):
+        elif isinstance(value, (list, tuple, Iterator)):
+            digest.update(b"(")
             for item in value:
                 take(item)
+            digest.update(b")")
         else:
             digest.update(repr(sorted(value, key=repr) if isinstance(value, Set) else value).encode())
 
