@@ -26,6 +26,7 @@ from lorafa.config import LoraConfig, require_available
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
 from lorafa.fingerprint import compare_fingerprints, from_metadata, to_metadata
 from lorafa.initializers import find_start
+from lorafa.initializers.base import Initializer
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.files import read_tensors, write_tensors
 from lorafa.surgery.adapters import disabled
@@ -188,7 +189,7 @@ def statistics_of(
     about = _about(model, config, targets, wanted, options, batches.digest)
     if cache is not None and Path(cache).exists():
         stored = Statistics.load(cache)
-        if stored.about["key"] == about["key"] and batches.digest in (None, stored.about["data"]):
+        if stored.about.get("key") == about["key"] and batches.digest in (None, stored.about.get("data")):
             _say_unsettled(stored)
             return stored
     layers = {target.full_name: target.base for target in targets}
@@ -203,10 +204,14 @@ def statistics_of(
     return result
 
 
-def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
+def _initializer(config: LoraConfig) -> Initializer:
     start = find_start(config.init_lora_weights)
     assert start is not None  # config.check() has found it
-    wanted = list(dict.fromkeys([*start.initializer.needs, *also]))
+    return start.initializer
+
+
+def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
+    wanted = list(dict.fromkeys([*_initializer(config).needs, *also]))
     if not wanted:
         raise CalibrationError(
             f"init_lora_weights={config.init_lora_weights!r} reads no statistics, so there is nothing to collect. Call "
@@ -220,25 +225,27 @@ def _as_read(config: LoraConfig, wanted: Sequence[str], options: CalibrationOpti
 
     Raises:
         ConfigError: they say how gradients are collected, and none are.
-        CalibrationError: they keep sketches of gradients alone, and the start reads whole ones.
+        CalibrationError: they keep sketches of gradients alone, and the start reads whole ones; or there can be none.
     """
-    start = find_start(config.init_lora_weights)
-    assert start is not None  # config.check() has found it
-    usual = CalibrationOptions()
+    whole, usual = _initializer(config).whole_gradients, CalibrationOptions()
+    reads_gradients = any(STATISTICS.get(name).reads_gradient for name in wanted)
+    if reads_gradients and torch.is_inference_mode_enabled():
+        raise CalibrationError(
+            "Gradients are read, and under torch.inference_mode() there are none. Collect outside of it."
+        )
     of_gradients = {name: getattr(options, name) for name in ("passes", "dense", "halves")}
     given = [f"{name}={value}" for name, value in of_gradients.items() if value != getattr(usual, name)]
-    if given and not any(STATISTICS.get(name).reads_gradient for name in wanted):
+    if given and not reads_gradients:
         raise ConfigError(
             f"{', '.join(given)} would change nothing: init_lora_weights={config.init_lora_weights!r} reads "
             f"{', '.join(wanted)}, and no gradients. Drop it, or collect them with also=['gradient']."
         )
-    if start.initializer.whole_gradients and options.dense is False:
+    if whole and options.dense is False:
         raise CalibrationError(
             f"init_lora_weights={config.init_lora_weights!r} reads whole gradients, and dense=False keeps sketches of "
             "them only. Drop dense=False."
         )
-    dense = True if start.initializer.whole_gradients else options.dense
-    return replace(options, seed=config.init_seed or 0, dense=dense)
+    return replace(options, seed=config.init_seed or 0, dense=whole or options.dense)
 
 
 def _statistics(

@@ -134,6 +134,18 @@ def test_options_that_would_change_nothing() -> None:
     refused(ConfigError, text, lambda model: initialize(model, config(), lambda: None, weighting="tokens"))
 
 
+def test_gradients_where_there_can_be_none() -> None:
+    data = inputs()
+    with torch.inference_mode():
+        text = r"Gradients are read, and under torch\.inference_mode\(\) there are none\. Collect outside of it"
+        refused(CalibrationError, text, lambda model: collect_statistics(model, config(), data, loss=loss))
+    with torch.no_grad():
+        assert collect_statistics(Toy(), config(), data, loss=loss)["first"]["gradient.S"].any()
+    other = Toy()
+    text = r"the function that was given for the data never called the model"
+    refused(CalibrationError, text, lambda m: estimate_gradients(m, config(), lambda: loss(other, data[0]).backward()))
+
+
 def test_further_statistics_are_a_list_of_names() -> None:
     text = r"also must be a list of names, found 'principal' \(str\)\. Pass also=\['principal'\]"
     refused(ConfigError, text, lambda model: initialize(model, config(), inputs(), loss=loss, also="principal"))

@@ -222,6 +222,9 @@ def test_passes_are_one_or_even() -> None:
 def test_no_batch_and_no_backward_are_errors() -> None:
     model = Toy()
     with pytest.raises(CalibrationError, match="There was no batch to calibrate with: the data is empty"):
+        collected(model, [], [])
+    text = r"There was no batch to calibrate with: the function .* never called the model\. Let it call the very model"
+    with pytest.raises(CalibrationError, match=text):
         collected(model, [])
     named = statistics(model)
 

@@ -159,13 +159,21 @@ def _weights(current: _Pass, gradients: bool) -> tuple[float, float]:
     """
     ranks = gathered((current.count, current.weights, current.arrived))
     first, second = (sum(weights[half] for _, weights, _ in ranks) for half in (0, 1))
-    if not first + second:
+    count = sum(count for count, _, _ in ranks)
+    if not count and current.batches.by_call:
+        raise CalibrationError(
+            "There was no batch to calibrate with: the function that was given for the data never called the model. "
+            "Let it call the very model that gets the adapter, at least once."
+        )
+    if not count:
         raise CalibrationError(
             "There was no batch to calibrate with: the data is empty. Pass a dataloader (or any sequence of batches) "
             "with at least one."
-            if not any(count for count, _, _ in ranks)
-            else f"None of the {sum(count for count, _, _ in ranks)} batches has a label that counts, so they weigh "
-            "nothing. Pass batches with labels, or weighting='batches'."
+        )
+    if not first + second:
+        raise CalibrationError(
+            f"None of the {count} batches has a label that counts, so they weigh nothing. Pass batches with labels, or "
+            "weighting='batches'."
         )
     if gradients and not any(arrived for _, _, arrived in ranks):
         names = shorten(dict.fromkeys(entry.layer for entry in current.entries), 3)
