@@ -136,6 +136,7 @@ class Gradients:
 
     def _exact(self) -> dict[str, torch.Tensor]:
         from lorafa.calibration.base import Measured, Statistic
+        from lorafa.calibration.batches import of_data
         from lorafa.calibration.collect import collect
 
         class Exact(Statistic):
@@ -155,12 +156,8 @@ class Gradients:
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
         named = {n: {"exact": Exact(Measured(n, m.out_features, m.in_features, RANK))} for n, m in layers.items()}
 
-        def run(gradients: bool) -> Any:
-            for row in self.rows:
-                self.model(**row).loss.backward()
-                yield None
-
-        return {layer: tensors["exact.G"] for layer, tensors in collect(self.model, layers, named, run).items()}
+        found = collect(self.model, layers, named, of_data(self.model, self.rows))
+        return {layer: tensors["exact.G"] for layer, tensors in found.items()}
 
     def bytes_of_statistics(self) -> tuple[int, int]:
         """Bytes of the accumulators and of what is kept of them, before and after the triplets are computed."""

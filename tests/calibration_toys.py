@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
-from lorafa.calibration.collect import Batches, collect
+from lorafa.calibration.batches import Batches
+from lorafa.calibration.collect import collect
 from lorafa.calibration.gradient import GradientSketch
 from lorafa.calibration.projections import Projections
 
@@ -50,9 +51,9 @@ def over(model: nn.Module, data: list[Tensor], weights: list[float] | None = Non
         for index, x in enumerate(data):
             weight = 1.0 if weights is None else weights[index]
             (weight * loss(model, x)).backward()  # type: ignore[no-untyped-call]
-            yield None if weights is None else weight
+            yield weight
 
-    return run
+    return Batches(run, by_call=weights is None)
 
 
 def statistics(

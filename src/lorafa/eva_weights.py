@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.calibration.batches import call, of_data, require_batches, shown
 from lorafa.calibration.spectrum import by_explained_variance
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten
-from lorafa.initialize import call, moved, progress_over
 from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel
 from lorafa.ranks import explained_shares, with_ranks
-from lorafa.statistics import statistics_of
+from lorafa.statistics import require_config, statistics_of
 from lorafa.surgery.adapters import require_adapters, require_unmerged, set_requires_grad
 from lorafa.surgery.targets import find_targets
 
@@ -75,9 +75,10 @@ def get_eva_state_dict(
 
     Raises:
         AdapterError: a base model without ``peft_config``, or an unknown adapter.
-        ConfigError: the config's start is not "eva".
+        ConfigError: the config's start is not "eva", or ``prepare_layer_inputs_fn`` names a layer without the adapter.
         NotAvailableError: ``gather_distributed_inputs=False`` in several processes.
-        CalibrationError: the data is empty, or a target is no linear layer.
+        CalibrationError: the data is empty or cannot be gone over again, a target is no linear layer, or
+            ``prepare_layer_inputs_fn`` returns no rows of what it is given.
     """
     if not gather_distributed_inputs and torch.distributed.is_available() and torch.distributed.is_initialized():
         raise NotAvailableError(
@@ -85,25 +86,48 @@ def get_eva_state_dict(
             "are brought together once, not the inputs of every batch."
         )
     inner, config = _model_and_config(model, peft_config, adapter_name)
+    require_batches("dataloader", dataloader)
+    ranks = {target.full_name: target.rank for target in find_targets(inner, config)}
+    if isinstance(prepare_layer_inputs_fn, Mapping):
+        _require_targets(
+            "prepare_layer_inputs_fn", [key.removeprefix(PREFIX) for key in prepare_layer_inputs_fn], ranks
+        )
     prepared: list[Any] = [None]
 
-    def batches(gradients: bool) -> Iterator[float | None]:
-        for batch in dataloader:
-            batch = moved(batch, next(inner.parameters()).device)
-            prepared[0] = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
-            with torch.no_grad():
-                call(inner, batch) if forward_fn is None else forward_fn(inner, batch)
-            yield 1.0
+    def forward(model: nn.Module, batch: Any) -> Any:
+        prepared[0] = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+        return call(model, batch) if forward_fn is None else forward_fn(model, batch)
 
     def rows(layer: str, x: Tensor) -> Tensor:
         choose = prepare_layer_inputs_fn
         if isinstance(choose, Mapping):
             choose = choose.get(layer, choose.get(PREFIX + layer))
-        return x if choose is None else choose(x, prepared[0], layer)
+        return x if choose is None else _rows_of(layer, x, choose(x, prepared[0], layer))
 
-    with progress_over(show_progress_bar) as watched:
-        stats = statistics_of(inner, config, watched(batches), rows=rows, reads_output=forward_fn is not None)
-    return _state_dict(config, {target.full_name: target.rank for target in find_targets(inner, config)}, stats)
+    batches = replace(of_data(inner, dataloader, forward=forward), rows=rows, reads_output=forward_fn is not None)
+    with shown(batches, show_progress_bar) as counted:
+        stats = statistics_of(inner, config, counted)
+    return _state_dict(config, ranks, stats)
+
+
+def _rows_of(layer: str, x: Tensor, chosen: Any) -> Tensor:
+    """What ``prepare_layer_inputs_fn`` chose of an input."""
+    if isinstance(chosen, Tensor) and chosen.dim() and chosen.shape[-1] == x.shape[-1]:
+        return chosen
+    given = f"a tensor of shape {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
+    raise CalibrationError(
+        f"{layer}: prepare_layer_inputs_fn returned {given} for an input of shape {tuple(x.shape)}. Return some of its "
+        f"rows, (T, {x.shape[-1]})."
+    )
+
+
+def _require_targets(what: str, layers: Iterable[str], targets: Collection[str]) -> None:
+    unknown = [layer for layer in layers if layer not in targets]
+    if unknown:
+        raise ConfigError(
+            f"{what} has {len(unknown)} layers the adapter is not on: {shorten(unknown, 3)}. Drop them; it is on "
+            f"{shorten(targets, 3)}."
+        )
 
 
 def _model_and_config(
@@ -115,6 +139,7 @@ def _model_and_config(
         peft_config = model.peft_config[adapter_name] if peft_config is None else peft_config
     if peft_config is None:
         raise AdapterError("A base model has no config. Pass peft_config=LoraConfig(init_lora_weights='eva', ...).")
+    require_config(peft_config)
     if peft_config.init_lora_weights != "eva":
         raise ConfigError(
             f"EVA reads the settings of init_lora_weights='eva', and the config has "
@@ -160,7 +185,7 @@ def initialize_lora_eva_weights(
     ``target_modules``, ``rank_pattern`` and ``alpha_pattern``. Optimizers made before hold the old factors.
 
     Args:
-        dataloader: not needed with ``eva_state_dict``.
+        dataloader: not read with ``eva_state_dict``, which a warning says.
         eva_state_dict: from :func:`get_eva_state_dict`, whose other arguments these are.
 
     Raises:
@@ -174,6 +199,12 @@ def initialize_lora_eva_weights(
         )
     inner, config = _model_and_config(model, None, adapter_name)
     require_unmerged(inner, adapter_name, "starting it again")
+    if eva_state_dict is not None and dataloader is not None:
+        warnings.warn(
+            "initialize_lora_eva_weights was given eva_state_dict= and dataloader=: the adapter starts from the state "
+            "dict, and the data are not looked at. Leave one of them out.",
+            stacklevel=2,
+        )
     if eva_state_dict is None:
         if dataloader is None:
             raise AdapterError("EVA needs data or a state dict. Pass dataloader= or eva_state_dict=.")
@@ -187,13 +218,9 @@ def initialize_lora_eva_weights(
 def _start_again(model: PeftModel, name: str, config: LoraConfig, directions: Mapping[str, Tensor]) -> None:
     inner, tuner = model.get_base_model(), model.base_model
     targets = {target.full_name: target.rank for target in find_targets(inner, config)}
-    unknown = [layer for layer in directions if layer not in targets]
-    if unknown or not directions:
-        raise ConfigError(
-            f"The state dict has {len(unknown)} layers the adapter is not on: {shorten(unknown, 3)}."
-            if unknown
-            else "The state dict is empty: no layer would have an adapter."
-        )
+    _require_targets("The state dict", directions, targets)
+    if not directions:
+        raise ConfigError("The state dict is empty: no layer would have an adapter. Pass what get_eva_state_dict gave.")
     for layer, A in directions.items():
         if A.dim() != 2 or not bool(A.isfinite().all()):
             raise ConfigError(

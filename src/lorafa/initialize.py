@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafa.calibration.base import CalibrationOptions
-from lorafa.calibration.collect import IGNORED, Batches
-from lorafa.checks import check_choice
+from lorafa.calibration.batches import (
+    Loss,
+    device_of,
+    digest_of,
+    moved,
+    of_data,
+    of_function,
+    own_loss,
+    require_batches,
+    scalar,
+    shown,
+)
+from lorafa.checks import check_choice, names
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
 from lorafa.initializers.gora import GoraConfig
 from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel, get_peft_model
-from lorafa.ranks import RankRule, choose_ranks, with_ranks
-from lorafa.statistics import Statistics, digest_of, statistics_of
+from lorafa.ranks import RankRule, choose_ranks, require_rule, with_ranks
+from lorafa.statistics import Statistics, require_config, require_statistics, statistics_of
 
-Loss = Callable[[nn.Module, Any], Tensor]
 Data = Iterable[Any] | Callable[[], Any]
 GAMMAS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
 """What ``stable_gamma="auto"`` tries."""
@@ -61,36 +70,34 @@ def collect_statistics(
         passes: over the data for gradients: 1, 2, or 4 for a power iteration (97 %, 98 % and 99.9 % of the energy of
             the best directions, docs/starts.md).
         dense: add up whole gradients (True), only sketches (False), or whichever is smaller (None).
-        halves: keep two half samples of gradients apart, for ranks from data.
+        halves: keep two half samples of gradients apart, for ranks from data: every other batch, of two or more.
         also: further statistics by name, "gradient" or "second_moment".
-        cache: file to take the result from if it was collected like this before, and to write it to otherwise. What a
-            function runs over is not known: delete the file when its data change.
+        cache: file to take the result from if it was collected like this before, and to write it to otherwise. Of
+            ``loss`` and of a function as ``data`` it knows module, name and code, but not what they read from
+            elsewhere, nor which data a function runs over: delete the file when that changes.
         progress: show a bar, where rich is installed.
 
     Raises:
-        CalibrationError: the data is empty, no gradient arrives, or a target is no linear layer.
+        CalibrationError: the data is empty or cannot be gone over again, no gradient arrives, or a target is no linear
+            layer.
+        ConfigError: an option that would change nothing.
         TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` cannot be read or written.
     """
+    require_config(config)
     check_choice("weighting", weighting, ("batches", "tokens"))
+    if callable(data) and weighting == "tokens":
+        raise ConfigError(
+            "weighting='tokens' counts the labels of batches, and a function as data shows none: every call of the "
+            "model counts as one batch. Drop weighting='tokens', or pass the batches."
+        )
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    seed = 0 if config.init_seed is None else config.init_seed
-    options = CalibrationOptions(seed=seed, passes=passes, dense=dense, halves=halves)
-    if callable(data):
-        batches, digest = _of_function(data), None
-    else:
-        if isinstance(data, Iterator):
-            raise CalibrationError(
-                f"The data is an iterator ({type(data).__name__}), which can be gone over only once. Pass something "
-                "that can be gone over again: a DataLoader, or list(data)."
-            )
-        batches = _of_batches(inner, data, loss or _own_loss, weighting)
-        digest = digest_of(data) if cache is not None else None
-    with progress_over(progress) as watched:
-        return statistics_of(
-            inner, config, watched(batches), options=options, also=also, data=f"{digest} {weighting}", cache=cache,
-            reads_output=callable(data),
-        )  # fmt: skip
+    options = CalibrationOptions(passes=passes, dense=dense, halves=halves)
+    batches = of_function(data) if callable(data) else of_data(inner, data, loss=loss, weighting=weighting)
+    if cache is not None:
+        batches = replace(batches, digest=digest_of(data if callable(data) else iter(data), loss, weighting))
+    with shown(batches, progress) as counted:
+        return statistics_of(inner, config, counted, options=options, also=also, cache=cache)
 
 
 def initialize(
@@ -108,9 +115,9 @@ def initialize(
     """``get_peft_model`` with a start from data: collect the statistics, then put the adapter on.
 
     Args:
-        ranks: choose each layer's rank by the data; None keeps the config's, but for EVA with ``rho`` > 1, which has a
-            rule of its own.
-        heldout: batches for ``stable_gamma="auto"``, two to eight rows; not those of ``data``.
+        ranks: choose each layer's rank by the data; None keeps the config's, but for EVA with ``rho`` > 1 and GoRA,
+            which have rules of their own.
+        heldout: batches for ``stable_gamma="auto"``, two to eight rows, as a list; not those of ``data``.
         collecting: as for :func:`collect_statistics`.
 
     Raises:
@@ -121,8 +128,10 @@ def initialize(
         raise AdapterError(
             "The model is a PeftModel already. Call collect_statistics on it, then its add_adapter with stats=."
         )
+    require_config(config)
+    _require_heldout(config, heldout)
     if ranks is not None:
-        collecting = ranks.reads() | collecting
+        collecting = _united(ranks, collecting)
     stats = collect_statistics(model, config, data, loss=loss, **collecting)
     return start_from(
         model, config, stats, adapter_name, ranks=ranks, heldout=heldout, loss=loss,
@@ -142,8 +151,48 @@ def start_from(
     autocast_adapter_dtype: bool = True,
 ) -> PeftModel:
     """The second half of :func:`initialize`, for statistics that are there already."""
+    require_config(config)
+    require_statistics(stats)
     config = with_start(model, config, stats, ranks=ranks, heldout=heldout, loss=loss)
     return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, stats=stats)
+
+
+def _require_heldout(config: LoraConfig, heldout: Any) -> None:
+    """Raises ConfigError or CalibrationError unless held-out batches are there where they are read, and only there."""
+    gamma = getattr(config.init_config, "stable_gamma", None)
+    if gamma == "auto" and heldout is None:
+        raise ConfigError(
+            "stable_gamma='auto' compares sizes of the step by their loss on held-out rows. Pass heldout=, two to "
+            "eight rows the data does not have, or set a number."
+        )
+    if gamma != "auto" and heldout is not None:
+        raise ConfigError(
+            f"heldout= is read for stable_gamma='auto' only, and init_config has {gamma!r}. Drop heldout=, or set "
+            "init_config={'stable_gamma': 'auto'}."
+        )
+    if heldout is not None:
+        require_batches("heldout", heldout)
+
+
+def _united(rule: RankRule, collecting: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`collect_statistics` is told by the caller, and for the rule.
+
+    Raises:
+        ConfigError: the caller excludes what the rule compares.
+    """
+    read: dict[str, Any] = require_rule(rule).reads()
+    if rule.rule == "cross_validation" and not collecting.get("halves", True):
+        raise ConfigError(
+            "RankRule('cross_validation') compares two half samples of the gradients, and halves=False keeps none. "
+            "Drop halves=False, or choose another rule."
+        )
+    if rule.rule == "importance" and collecting.get("dense") is False:
+        raise ConfigError(
+            "RankRule('importance') reads single entries of the gradients, and dense=False keeps sketches of them "
+            "only. Drop dense=False, or choose another rule."
+        )
+    also = [*names("also", collecting.get("also", ())), *read.pop("also", ())]
+    return read | dict(collecting) | {"also": also}
 
 
 def with_start(
@@ -160,6 +209,7 @@ def with_start(
     Every layer keeps its scaling when ranks change, but with ``adjust_scaling_factors=False`` of EVA, and where GoRA
     with ``use_rslora`` shares ranks out by its own rule: its scaling is alpha / sqrt(r) of the layer's new rank.
     """
+    _require_heldout(config, heldout)
     rule = _own_rule(config) if ranks is None else ranks
     if rule is not None:
         settings = config.start_settings()
@@ -167,14 +217,7 @@ def with_start(
         if ranks is None and isinstance(settings, GoraConfig) and config.use_rslora:
             keep = False
         config = with_ranks(model, config, choose_ranks(model, config, stats, rule), keep_scaling=keep)
-    if getattr(config.init_config, "stable_gamma", None) != "auto":
-        return config
-    if heldout is None:
-        raise ConfigError(
-            "stable_gamma='auto' compares sizes of the step by their loss on held-out rows. Pass heldout=, two to "
-            "eight rows the data does not have, or set a number."
-        )
-    return best_gamma(model, config, stats, heldout, loss=loss)
+    return config if heldout is None else best_gamma(model, config, stats, heldout, loss=loss)
 
 
 def _own_rule(config: LoraConfig) -> RankRule | None:
@@ -196,8 +239,9 @@ def best_gamma(
     then no step may be better than this one, or the smallest, for then a larger step may be.
 
     Raises:
-        CalibrationError: no trial has a finite loss.
+        CalibrationError: ``heldout`` is no sequence of batches, or no trial has a finite loss.
     """
+    require_batches("heldout", heldout)
     losses, flags = {}, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for gamma in GAMMAS:
         trial = replace(config, init_config=replace(config.init_config, stable_gamma=gamma))
@@ -205,7 +249,7 @@ def best_gamma(
             warnings.simplefilter("ignore")  # those of the layers that fall back come with the start that is kept
             adapted = get_peft_model(model, trial, stats=stats)
         try:
-            losses[gamma] = _mean_loss(adapted, heldout, loss or _own_loss)
+            losses[gamma] = _mean_loss(adapted, heldout, loss or own_loss)
         finally:
             adapted.unload()
             for parameter, flag in flags:
@@ -235,107 +279,13 @@ def best_gamma(
 @torch.no_grad()
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
     modes = [(module, module.training) for module in model.modules()]
-    device = _device(model)
+    device = device_of(model)
     try:
         model.eval()
-        losses = [float(loss(model, moved(batch, device))) for batch in batches]
+        losses = [float(scalar(loss(model, moved(batch, device)))) for batch in batches]
     finally:
         for module, mode in modes:
             module.training = mode
     if not losses:
         raise CalibrationError("heldout is empty: there is no loss to compare. Pass two to eight rows.")
     return sum(losses) / len(losses)
-
-
-def _of_function(train_step: Callable[[], Any]) -> Batches:
-    def run(gradients: bool) -> Iterator[float | None]:
-        train_step()
-        yield None
-
-    return run
-
-
-def _of_batches(model: nn.Module, data: Iterable[Any], loss: Loss, weighting: str) -> Batches:
-    device = _device(model)
-
-    def run(gradients: bool) -> Iterator[float | None]:
-        for batch in data:
-            batch = moved(batch, device)
-            if not gradients:
-                with torch.no_grad():
-                    call(model, batch)
-                yield 1.0
-                continue
-            weight = 1.0 if weighting == "batches" else _labelled(batch)
-            with torch.enable_grad():
-                value = loss(model, batch) * weight
-                if value.requires_grad:  # not where the batch reaches no target
-                    value.backward()  # type: ignore[no-untyped-call]
-            yield weight
-
-    return run
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, else ``model(batch)``."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    output = call(model, batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise CalibrationError(
-            f"The model's output ({type(output).__name__}) has no loss. Put labels into the batches, or pass "
-            "loss=, a function of model and batch."
-        )
-    return loss  # type: ignore[no-any-return]
-
-
-def _labelled(batch: Any) -> float:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
-        raise CalibrationError("weighting='tokens' counts the labels of a batch, and there are none. Put them in.")
-    return float((labels[..., 1:] != IGNORED).sum())
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device, however they are nested."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch
-
-
-@contextmanager
-def progress_over(show: bool) -> Iterator[Callable[[Batches], Batches]]:
-    """Gives a function that counts the batches of a pass on a progress bar."""
-    if not show:
-        yield lambda batches: batches
-        return
-    try:
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda batches: batches
-        return
-    with Progress(transient=True) as progress:
-        task = progress.add_task("Collecting statistics", total=None)
-
-        def watched(batches: Batches) -> Batches:
-            def run(gradients: bool) -> Iterator[float | None]:
-                for weight in batches(gradients):
-                    progress.advance(task)
-                    yield weight
-
-            return run
-
-        yield watched

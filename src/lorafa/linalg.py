@@ -234,16 +234,6 @@ def sylvester(S: Tensor, T: Tensor, right: Tensor) -> Tensor:
     return X + U @ X @ V
 
 
-def spd_power(gram: Tensor, power: float, *, damping: float = 0.0) -> Tensor:
-    """(M + d I)^p of positive semidefinite M (n, n), with d ``damping`` times the mean eigenvalue, in M's dtype.
-
-    Computed as :func:`wide`; a zero eigenvalue nothing damps counts as what rounding made of M.
-    """
-    values, vectors = spd_eigh(gram)
-    values = values + damping * values.mean()
-    return (vectors * values.pow(power)[..., None, :] @ vectors.mT).to(gram.dtype)
-
-
 def leading_right(matrix: Tensor, rank: int, start: Tensor | None = None, steps: int = 0) -> tuple[Tensor, Tensor]:
     """The ``rank`` largest singular values (rank,) of M (t, n) and their right vectors (rank, n).
 

@@ -12,10 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from lorafa.calibration import STATISTICS
+from lorafa.calibration.batches import of_function
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, NotAvailableError
 from lorafa.initialize import collect_statistics
-from lorafa.statistics import Statistics, keep_for
+from lorafa.initializers import Start, find_start
+from lorafa.statistics import Statistics, keep_for, require_config, statistics_of
 
 
 def preprocess_loraga(
@@ -41,7 +44,9 @@ def estimate_gradients(
 
     PEFT leaves whole gradients on the modules; here they are returned, sketched where that is smaller.
     """
-    _require(lora_config, ("lora_ga", "lora_ga_peft", "lora_one", "gora"), "reads gradients", "lora_ga")
+    start = _start_of(lora_config)
+    reads = any(STATISTICS.get(name).reads_gradient for name in (start.initializer.needs if start else ()))
+    _require(reads, lora_config, "reads gradients", "lora_ga")
     return collect_statistics(model, lora_config, train_step, cache=cache_file)
 
 
@@ -63,14 +68,19 @@ def preprocess_corda(
         NotAvailableError: another ``hooked_model``.
         As :func:`lorafa.collect_statistics`; nothing is left with the model then.
     """
-    _require(lora_config, ("corda",), "is CorDA", "corda")
+    start = _start_of(lora_config)
+    _require(start is not None and start.name == "corda", lora_config, "is CorDA", "corda")
     if hooked_model is not None and hooked_model is not model:
         raise NotAvailableError(
             "hooked_model: statistics are collected on the model that gets the adapter. Pass run_model that runs it."
         )
     settings = lora_config.corda_config
     file = None if settings is None else settings.covariance_file or settings.cache_file
-    keep_for(model, collect_statistics(model, lora_config, run_model or _nothing_to_run(file), cache=file))
+    if run_model is None:
+        stats = statistics_of(model, lora_config, of_function(_nothing_to_run(file)), cache=file)
+    else:
+        stats = collect_statistics(model, lora_config, run_model, cache=file)
+    keep_for(model, stats)
 
 
 def _nothing_to_run(file: str | None) -> Callable[[], Any]:
@@ -84,8 +94,13 @@ def _nothing_to_run(file: str | None) -> Callable[[], Any]:
     return run
 
 
-def _require(config: LoraConfig, starts: tuple[str, ...], what: str, instead: str) -> None:
-    if config.init_lora_weights not in starts:
+def _start_of(config: LoraConfig) -> Start | None:
+    require_config(config)
+    return find_start(config.init_lora_weights)
+
+
+def _require(fits: bool, config: LoraConfig, what: str, instead: str) -> None:
+    if not fits:
         raise ConfigError(
             f"This looks at data for a start that {what}, and init_lora_weights is {config.init_lora_weights!r}. Set "
             f"init_lora_weights={instead!r}."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from lorafa.backends.base import Backend
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
-from lorafa.calibration.collect import Batches, Rows, collect
+from lorafa.calibration.batches import Batches
+from lorafa.calibration.collect import collect
 from lorafa.calibration.principal import MOST_PASSES
 from lorafa.calibration.projections import Projections
+from lorafa.checks import found, names
 from lorafa.config import LoraConfig, require_available
-from lorafa.errors import CalibrationError, CheckpointError, shorten
+from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
 from lorafa.fingerprint import compare_fingerprints, from_metadata, to_metadata
 from lorafa.initializers import find_start
+from lorafa.initializers.base import Initializer
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.files import read_tensors, write_tensors
 from lorafa.surgery.adapters import disabled
@@ -40,8 +43,8 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
 
     values_by_layer: dict[str, dict[str, Tensor]]
     about: dict[str, Any]
-    """How they were made: ``key`` tells statistics apart that need not be equal, ``base`` is the fingerprint of the
-    layers' weights."""
+    """How they were made: ``key`` tells statistics apart that need not be equal on the same ``data``, of which there is
+    a hash where they came through a cache; ``base`` is the fingerprint of the layers' weights."""
 
     def __getitem__(self, layer: str) -> Mapping[str, Tensor]:
         return self.values_by_layer[layer]
@@ -80,9 +83,14 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                 f"{path} holds no statistics of lorafa. Delete it, or give the path of a file that Statistics.save or "
                 "cache= has written."
             )
-        values: dict[str, dict[str, Tensor]] = {layer: {} for layer in entries["layers"]}
+        values: dict[str, dict[str, Tensor]] = {layer: {} for layer in entries.get("layers", ())}
         for key, tensor in tensors.items():
             layer, _, name = key.partition(_SEPARATOR)
+            if layer not in values:
+                raise CheckpointError(
+                    f"{path} has a tensor {key!r} of a layer that its header does not list. It was changed after it "
+                    "was written: collect the statistics again."
+                )
             values[layer][name] = tensor
         return cls(values, entries["statistics"])
 
@@ -102,6 +110,24 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
             )
 
 
+def require_config(config: Any) -> None:
+    """Raises ConfigError for what is no LoraConfig."""
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"The config must be a LoraConfig, found {found(config)}. Pass "
+            "LoraConfig(init_lora_weights=..., target_modules=...)."
+        )
+
+
+def require_statistics(stats: Any) -> None:
+    """Raises CalibrationError for what is neither None nor a mapping from layers to tensors."""
+    if stats is not None and not isinstance(stats, Mapping):
+        raise CalibrationError(
+            f"stats= must be what collect_statistics has returned, found {found(stats)}. Of a file, pass "
+            "Statistics.load(path)."
+        )
+
+
 def keep_for(model: nn.Module, stats: Statistics) -> None:
     """Leave statistics with a model, for the adapters made of it: PEFT's preprocess functions return nothing."""
     model.__dict__[_KEPT] = stats
@@ -116,8 +142,9 @@ def given(model: nn.Module, config: LoraConfig, stats: Mapping[str, Mapping[str,
     """The statistics an adapter is made with: those passed, or those a preprocess function has left with the model.
 
     Raises:
-        CalibrationError: they were collected on another model.
+        CalibrationError: they were collected on another model, or are no statistics.
     """
+    require_statistics(stats)
     start = find_start(config.init_lora_weights)
     if stats is None and start is not None and start.initializer.needs:
         stats = model.__dict__.get(_KEPT)
@@ -133,43 +160,42 @@ def statistics_of(
     *,
     options: CalibrationOptions | None = None,
     also: Sequence[str] = (),
-    data: str | None = None,
     cache: str | Path | None = None,
-    rows: Rows | None = None,
-    reads_output: bool = True,
 ) -> Statistics:
     """Collect what the start of ``config`` reads of its targets, over passes of ``batches``.
 
     Args:
         model: the user's model, with or without adapters; they are off meanwhile.
+        options: their seed is the config's.
         also: more statistics, by name.
-        data: a digest of the data, for ``cache``.
         cache: file to take them from if it holds those of this model, config and data, and to write otherwise.
-        rows, reads_output: as :func:`lorafa.calibration.collect.collect` has them.
 
     Raises:
         CalibrationError: nothing to collect, or collecting failed; see :func:`lorafa.calibration.collect.collect`.
         TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` is a file that cannot be read or written.
     """
+    require_config(config)
     config.check()
     require_available(config)
     targets = find_targets(model, config)
-    wanted = _wanted(config, also)
-    options = _as_read(config, options or CalibrationOptions(seed=config.init_seed or 0))
-    about = _about(model, config, targets, wanted, options, data)
+    wanted = _wanted(config, names("also", also))
+    options = _as_read(config, wanted, options or CalibrationOptions())
+    if cache is not None and not Path(cache).parent.is_dir():
+        raise CheckpointError(
+            f"cache={str(cache)!r} is in a folder that does not exist, so what is collected could not be written "
+            "there. Make the folder, or name a file in another one."
+        )
+    about = _about(model, config, targets, wanted, options, batches.digest)
     if cache is not None and Path(cache).exists():
-        found = Statistics.load(cache)
-        if found.about["key"] == about["key"]:
-            _say_unsettled(found)
-            return found
+        stored = Statistics.load(cache)
+        if stored.about.get("key") == about["key"] and batches.digest in (None, stored.about.get("data")):
+            _say_unsettled(stored)
+            return stored
     layers = {target.full_name: target.base for target in targets}
     statistics = _statistics(config, targets, wanted, options)
-    if adapter_names(model):
-        with disabled(model):
-            values = collect(model, layers, statistics, batches, rows=rows, reads_output=reads_output)
-    else:
-        values = collect(model, layers, statistics, batches, rows=rows, reads_output=reads_output)
+    with disabled(model) if adapter_names(model) else nullcontext():
+        values = collect(model, layers, statistics, batches)
     _add_largest(values)
     _say_unsettled(values)
     result = Statistics(values, about)
@@ -178,10 +204,14 @@ def statistics_of(
     return result
 
 
-def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
+def _initializer(config: LoraConfig) -> Initializer:
     start = find_start(config.init_lora_weights)
     assert start is not None  # config.check() has found it
-    wanted = list(dict.fromkeys([*start.initializer.needs, *also]))
+    return start.initializer
+
+
+def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
+    wanted = list(dict.fromkeys([*_initializer(config).needs, *also]))
     if not wanted:
         raise CalibrationError(
             f"init_lora_weights={config.init_lora_weights!r} reads no statistics, so there is nothing to collect. Call "
@@ -190,28 +220,43 @@ def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _as_read(config: LoraConfig, options: CalibrationOptions) -> CalibrationOptions:
-    """The options with whole gradients where the start reads them."""
-    start = find_start(config.init_lora_weights)
-    if start is None or not start.initializer.whole_gradients:
-        return options
-    if options.dense is False:
+def _as_read(config: LoraConfig, wanted: Sequence[str], options: CalibrationOptions) -> CalibrationOptions:
+    """The options with the config's seed, and with whole gradients where the start reads them.
+
+    Raises:
+        ConfigError: they say how gradients are collected, and none are.
+        CalibrationError: they keep sketches of gradients alone, and the start reads whole ones; or there can be none.
+    """
+    whole, usual = _initializer(config).whole_gradients, CalibrationOptions()
+    reads_gradients = any(STATISTICS.get(name).reads_gradient for name in wanted)
+    if reads_gradients and torch.is_inference_mode_enabled():
+        raise CalibrationError(
+            "Gradients are read, and under torch.inference_mode() there are none. Collect outside of it."
+        )
+    of_gradients = {name: getattr(options, name) for name in ("passes", "dense", "halves")}
+    given = [f"{name}={value}" for name, value in of_gradients.items() if value != getattr(usual, name)]
+    if given and not reads_gradients:
+        raise ConfigError(
+            f"{', '.join(given)} would change nothing: init_lora_weights={config.init_lora_weights!r} reads "
+            f"{', '.join(wanted)}, and no gradients. Drop it, or collect them with also=['gradient']."
+        )
+    if whole and options.dense is False:
         raise CalibrationError(
             f"init_lora_weights={config.init_lora_weights!r} reads whole gradients, and dense=False keeps sketches of "
             "them only. Drop dense=False."
         )
-    return replace(options, dense=True)
+    return replace(options, seed=config.init_seed or 0, dense=whole or options.dense)
 
 
 def _statistics(
     config: LoraConfig, targets: Sequence[Target], wanted: Sequence[str], options: CalibrationOptions
 ) -> dict[str, dict[str, Statistic]]:
-    settings, projections, found = config.start_settings(), Projections(options.seed), {}
+    settings, projections, made = config.start_settings(), Projections(options.seed), {}
     for target in targets:
         out, in_ = _linear_shape(target, target.backend, config)
         measured = Measured(target.full_name, out, in_, target.rank, settings, options, projections)
-        found[target.full_name] = {name: STATISTICS.get(name).of(measured) for name in wanted}
-    return found
+        made[target.full_name] = {name: STATISTICS.get(name).of(measured) for name in wanted}
+    return made
 
 
 def _linear_shape(target: Target, backend: Backend, config: LoraConfig) -> tuple[int, int]:
@@ -224,12 +269,12 @@ def _linear_shape(target: Target, backend: Backend, config: LoraConfig) -> tuple
 
 
 def _say_unsettled(values: Mapping[str, Mapping[str, Tensor]]) -> None:
-    found = {layer: tensors["principal.settled"] for layer, tensors in values.items() if "principal.settled" in tensors}
-    turning = [layer for layer, settled in found.items() if not settled]
+    known = {layer: tensors["principal.settled"] for layer, tensors in values.items() if "principal.settled" in tensors}
+    turning = [layer for layer, settled in known.items() if not settled]
     if turning:
         warnings.warn(
             f"The principal directions of the inputs still turn after {MOST_PASSES} passes over the data on "
-            f"{len(turning)} of {len(found)} layers: {shorten(turning, 3)}. They start from the last ones. Use more or "
+            f"{len(turning)} of {len(known)} layers: {shorten(turning, 3)}. They start from the last ones. Use more or "
             "larger batches, or lower tau or rho of EvaConfig.",
             stacklevel=3,
         )
@@ -261,32 +306,7 @@ def _about(
         "settings": asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else None,
         "ranks": {target.full_name: target.rank for target in targets},
         "options": asdict(options),
-        "data": data,
         "base": base_fingerprint(model, [target.name for target in targets]),
     }
     text = json.dumps(about, sort_keys=True, default=str)
-    return about | {"key": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
-
-
-def digest_of(batches: Iterable[Any]) -> str:
-    """A hash of everything the batches hold: tensors by shape, dtype and bytes, the rest by its text."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def take(value: Any) -> None:
-        if isinstance(value, Tensor):
-            octets = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(ctypes.string_at(octets.data_ptr(), octets.numel()))
-        elif isinstance(value, Mapping):
-            for key in value:
-                digest.update(str(key).encode())
-                take(value[key])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                take(item)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in batches:
-        take(batch)
-    return digest.hexdigest()
+    return about | {"data": data, "key": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}

@@ -51,13 +51,15 @@ def batches(rare: str, dtype: torch.dtype) -> list[Batch]:
     return found
 
 
-NOTHING = "all have none"
+NOTHING, EACH, ONE = "all have none", "a batch on each rank", "one in all"
 SPLITS = {
     "one more on one rank": ("RRRRR", (slice(0, None, 2), slice(1, None, 2))),
     "one rank has none": ("RRRRR", (slice(0), slice(None))),
     "a layer one rank never reaches": ("-R-R-", (slice(0, None, 2), slice(1, None, 2))),
     "a layer one rank reaches later": ("-RRRR", (slice(0, None, 2), slice(1, None, 2))),
     NOTHING: ("", (slice(0), slice(0))),
+    EACH: ("RR", (slice(0, 1), slice(1, 2))),
+    ONE: ("R", (slice(0), slice(1))),
 }
 """What each batch reaches, and which of them a rank has."""
 WANTED: dict[str, dict[str, Any]] = {
@@ -70,21 +72,29 @@ WANTED: dict[str, dict[str, Any]] = {
     "corda": {"init_lora_weights": "corda"},
     "principal": {"init_lora_weights": "eva"},
 }
+HALVES: dict[str, dict[str, Any]] = {
+    "dense halves": {"init_lora_weights": "lora_one", "dense": True, "halves": True},
+    "sketched halves, by tokens": {
+        "init_lora_weights": "lora_one", "dense": False, "halves": True, "weighting": "tokens",
+    },
+}  # fmt: skip
 """Each with ranks of 4: sketches and principal directions are exact in 8 dimensions. EVA follows those of a process
 until they settle, so with tau = 1, at which they never do, all have gone over all of their tokens as often."""
 Case = tuple[str, str, torch.dtype]
 CASES: list[Case] = [
-    *((split, wanted, torch.float64) for split in SPLITS if split != NOTHING for wanted in WANTED),
+    *((split, wanted, torch.float64) for split in SPLITS if split not in (NOTHING, EACH, ONE) for wanted in WANTED),
+    *((EACH, wanted, torch.float64) for wanted in HALVES),
     *(
         ("one rank has none", wanted, torch.bfloat16)
         for wanted in ("dense", "sketched", "functional", "corda", "principal")
     ),
 ]
 EMPTY: list[Case] = [(NOTHING, wanted, torch.float64) for wanted in ("sketched", "principal")]
+HALF_EMPTY: list[Case] = [(ONE, "dense halves", torch.float64)]
 
 
 def ask(wanted: str, data: list[Batch], dtype: torch.dtype) -> dict[str, dict[str, Tensor]] | str:
-    settings = dict(WANTED[wanted])
+    settings = dict((WANTED | HALVES)[wanted])
     start = settings.pop("init_lora_weights")
     eva = EvaConfig(tau=1.0) if start == "eva" else None
     config = LoraConfig(r=4, target_modules=list(LAYERS), init_seed=0, init_lora_weights=start, eva_config=eva)
@@ -99,7 +109,7 @@ def work(rank: int, world: int, folder: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     found = {}
-    for split, wanted, dtype in CASES + EMPTY:
+    for split, wanted, dtype in CASES + EMPTY + HALF_EMPTY:
         rare, shares = SPLITS[split]
         data = batches(rare, dtype)
         found[split, wanted, dtype] = ask(wanted, data[shares[rank]] if world > 1 else data, dtype)
@@ -133,7 +143,8 @@ def matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in ("gradient", "whitened_gradient"):
         if f"{name}.S" in tensors:
             found[name] = gradient_matrix(tensors, name)
-            found |= {key: tensors[key] for key in (f"{name}.S", f"{name}.norm2", f"{name}.largest")}
+            keys = ("S", "norm2", "largest", "S_half", "cross")
+            found |= {key: tensors[key] for one in keys if (key := f"{name}.{one}") in tensors}
     if "principal.components" in tensors:
         V, total = tensors["principal.components"], tensors["principal.total_variance"]
         found["principal"] = V.mT * tensors["principal.singular_values"].square() / total @ V
@@ -159,3 +170,9 @@ def test_two_processes_find_what_one_does(found: tuple[Found, Found, Found], cas
 def test_every_process_says_that_there_is_no_data(found: tuple[Found, Found, Found], case: Case) -> None:
     for one in found:
         assert "There was no batch to calibrate with: the data is empty" in one[case]
+
+
+@pytest.mark.parametrize("case", HALF_EMPTY, ids=lambda case: case[1])
+def test_every_process_says_that_half_of_the_data_is_missing(found: tuple[Found, Found, Found], case: Case) -> None:
+    for one in found:
+        assert "one of the two half samples is empty: their batches weigh" in one[case]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers_toys import IDS, llama
+from transformers_toys import IDS, llama, transformers
 
 from lorafa import LoraConfig, collect_statistics
 
@@ -13,16 +13,22 @@ KINDS = ("gradient", "second_moment", "corda_moment", "principal")
 LABELS = IDS.masked_fill(IDS == 0, -100)
 
 
-def statistics(model: nn.Module) -> dict[str, Tensor]:
+def opt(**options: float) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 32, "hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**(settings | sizes | options)))
+
+
+def statistics(model: nn.Module, *targets: str) -> dict[str, Tensor]:
     """Of two batches, all in one pass that runs backward, as a training step does."""
+    targets = targets or ("q_proj", "k_proj", "down_proj", "lm_head")
 
     def step() -> None:
         for rows in (slice(0, 1), slice(1, 2)):
             model(input_ids=IDS[rows], labels=LABELS[rows]).loss.backward()
 
-    config = LoraConfig(
-        r=2, target_modules=["q_proj", "k_proj", "down_proj", "lm_head"], init_lora_weights="lora_one", init_seed=0
-    )
+    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights="lora_one", init_seed=0)
     found = collect_statistics(model, config, step, also=KINDS, dense=True)
     return {f"{layer} {name}": tensor for layer in found for name, tensor in found[layer].items()}
 
@@ -60,6 +66,26 @@ def test_a_tied_head_has_the_gradient_of_its_use_as_a_head(plain: dict[str, Tens
     for name in ("lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         expected = model.get_submodule(name).weight.grad
         torch.testing.assert_close(plain[f"{name} gradient.dense"], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:The principal directions")
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_dropout_by_a_function_is_off_where_a_block_checkpoints(reentrant: bool) -> None:
+    """OPT's blocks call F.dropout(x, p, self.training), and its decoder drops whole layers."""
+    settings = {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}
+    found = {"plain": opt(), "dropping": opt(**settings), "checkpointed": opt(**settings)}
+    found["checkpointed"].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    layer = found["checkpointed"].model.decoder.layers[0]
+    calls, checkpoint = [], layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = counting = lambda *args: calls.append(layer.training) or checkpoint(*args)
+    values = {name: statistics(model.train(), "q_proj", "fc2") for name, model in found.items()}
+    assert calls
+    assert layer._gradient_checkpointing_func is counting
+    assert all(module.training for module in found["checkpointed"].modules())
+    for name in ("dropping", "checkpointed"):
+        for key, value in values["plain"].items():
+            if not key.endswith((".U", ".Vh", ".components")):
+                torch.testing.assert_close(values[name][key], value, rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
 
 
 ROWS = [{"input_ids": IDS[rows], "labels": LABELS[rows]} for rows in (slice(0, 1), slice(1, 2))]

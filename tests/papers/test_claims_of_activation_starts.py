@@ -40,7 +40,7 @@ def stats_of(x: Tensor, *, rank: int = R) -> dict[str, Tensor]:
     for name, kind in STATISTICS.items():
         statistic = kind(Measured("layers.0.q_proj", OUT, IN, rank))
         statistic.update(x, None)
-        statistic.end_pass(0, 1)
+        statistic.end_pass(0, (1, 0))
         tensors |= {f"{name}.{key}": value for key, value in statistic.result().items()}
     return tensors
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calibration_toys import LAYERS, Toy, collected, gradients, inputs, loss, over, statistics
 from lorafa.calibration.base import Measured, Statistic
+from lorafa.calibration.batches import Batches
 from lorafa.calibration.collect import collect
 from lorafa.calibration.gradient import gradient_matrix
 
@@ -86,7 +87,7 @@ def test_weights_get_no_gradient_and_dropout_is_off() -> None:
             modes.append([p.grad for p in model.parameters()] + [model.drop.training])
             yield None
 
-    collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, run)
+    collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, Batches(run, by_call=True))
     assert modes == [[None] * 5 + [False]] * len(data)
 
 
@@ -145,7 +146,7 @@ def of_blocks(reentrant: bool | None, training: bool = True) -> dict[str, Tensor
         yield None
 
     named = statistics(model, layers=names, dense=True)
-    values = collect(model, {name: model.get_submodule(name) for name in names}, named, run)
+    values = collect(model, {name: model.get_submodule(name) for name in names}, named, Batches(run, by_call=True))
     return {name: value["gradient.dense"] for name, value in values.items()}
 
 
@@ -173,7 +174,7 @@ def test_checkpointing_keeps_no_input_of_the_layers() -> None:
         value.backward()
         yield None
 
-    collect(model, {"first.down": model.first.down}, named, run)
+    collect(model, {"first.down": model.first.down}, named, Batches(run, by_call=True))
     assert (2, 5, 32) not in kept
 
 
@@ -192,7 +193,7 @@ def masked(kind: type[Rows], **masks: Tensor) -> Tensor:
         model(x, **masks)
         yield None
 
-    return collect(model, {"second": model.second}, named, run)["second"]["rows.rows"]
+    return collect(model, {"second": model.second}, named, Batches(run, by_call=True))["second"]["rows.rows"]
 
 
 def test_rows_that_do_not_count_are_left_out() -> None:
@@ -215,7 +216,7 @@ def test_forward_statistics_need_no_graph_and_allow_one() -> None:
             graphs.append(model(x).requires_grad)
         yield None
 
-    collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, run)
+    collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, Batches(run, by_call=True))
     assert graphs == [False]
     named = statistics(model, 2, Rows, "rows")
     collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, over(model, [x]))  # calls backward
@@ -248,7 +249,7 @@ def rows_of_gated(model: Gated, batches: list[dict[str, Any]]) -> tuple[dict[str
             yield None
 
     named = statistics(model, 2, Shared, "rows", layers)
-    found = collect(model, {name: model.get_submodule(name) for name in layers}, named, run)
+    found = collect(model, {name: model.get_submodule(name) for name in layers}, named, Batches(run, by_call=True))
     return {name: found[name]["rows.rows"] for name in layers}, len(passes)
 
 

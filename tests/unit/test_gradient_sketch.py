@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from calibration_toys import LAYERS, Toy, collected, gradients, inputs, loss, over, statistics
 from lorafa import LoraConfig, initialize
 from lorafa.calibration.base import CalibrationOptions
+from lorafa.calibration.batches import Batches
 from lorafa.calibration.collect import collect
 from lorafa.calibration.gradient import (
     GradientSketch,
@@ -53,9 +54,9 @@ def test_a_gradient_of_rank_at_most_k_is_recovered_exactly(passes: int) -> None:
 class Kept(GradientSketch):
     """Keeps what was added up."""
 
-    def end_pass(self, number: int, weight: float) -> None:
-        super().end_pass(number, weight)
-        self.kept = self.found.sums[0]
+    def end_pass(self, number: int, weights: tuple[float, float]) -> None:
+        super().end_pass(number, weights)
+        self.kept = self.found.means[0]
 
 
 def test_the_sketches_are_products_with_the_gradient() -> None:
@@ -99,7 +100,7 @@ def planted(G: Tensor, rank: int, noise: float = 0.0, batches: int = 1, **option
             model(eye).backward()
             yield None
 
-    return collect(model, {"layer": model.layer}, named, run)["layer"]
+    return collect(model, {"layer": model.layer}, named, Batches(run, by_call=True))["layer"]
 
 
 SPECTRA = {"i^-1/2": 0.5, "i^-1": 1.0, "i^-2": 2.0}
@@ -277,6 +278,9 @@ def test_passes_are_one_or_even() -> None:
 def test_no_batch_and_no_backward_are_errors() -> None:
     model = Toy()
     with pytest.raises(CalibrationError, match="There was no batch to calibrate with: the data is empty"):
+        collected(model, [], [])
+    text = r"There was no batch to calibrate with: the function .* never called the model\. Let it call the very model"
+    with pytest.raises(CalibrationError, match=text):
         collected(model, [])
     named = statistics(model)
 
@@ -285,4 +289,4 @@ def test_no_batch_and_no_backward_are_errors() -> None:
         yield None
 
     with pytest.raises(CalibrationError, match=r"No gradient arrived at first, second, last: 1 batches ran and none"):
-        collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, forward_only)
+        collect(model, {name: model.get_submodule(name) for name in LAYERS}, named, Batches(forward_only, by_call=True))

@@ -136,6 +136,29 @@ def test_the_cache_serves_the_same_question_and_no_other(tmp_path: Path) -> None
     assert calls
 
 
+@pytest.mark.parametrize("by_step", [False, True], ids=["loss", "train_step"])
+def test_the_cache_of_one_loss_does_not_serve_another(by_step: bool, tmp_path: Path) -> None:
+    """Two lambdas have one name, and a callable object has a type's."""
+
+    class Scaled:
+        def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+            return 3 * loss(model, x)
+
+    cache, model, x = tmp_path / "stats.safetensors", Toy(), inputs(1)[0]
+    losses = [loss, lambda m, b: m(b).square().mean(), lambda m, b: m(b).pow(4).mean(), Scaled()]
+    steps = [
+        lambda: loss(model, x).backward(),
+        lambda: model(x).square().mean().backward(),
+        lambda: model(x).pow(4).mean().backward(),
+    ]
+    for one in steps if by_step else losses:
+        given = {"data": one} if by_step else {"data": [x], "loss": one}
+        found, again, alone = (collect_statistics(model, config(), **given, cache=c) for c in (cache, cache, None))
+        for name in LAYERS:
+            torch.testing.assert_close(found[name]["gradient.S"], alone[name]["gradient.S"])
+        assert found.about["data"] == again.about["data"] != alone.about["data"]
+
+
 def test_a_file_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     get_peft_model(Toy(), config(True)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no statistics of lorafa\. Delete it, or give"):
@@ -188,7 +211,7 @@ def test_data_that_cannot_be_used() -> None:
     model, data = Toy(), inputs()
     with refused(model, CalibrationError, "There was no batch to calibrate with: the data is empty"):
         initialize(model, config(), [], loss=loss)
-    with refused(model, CalibrationError, r"The data is an iterator \(list_iterator\).*list\(data\)"):
+    with refused(model, CalibrationError, r"data= is 'list_iterator', an iterator.*list\(data\)"):
         initialize(model, config(), iter(data), loss=loss)
     with refused(model, CalibrationError, "No gradient arrived at first, second, last"):
         initialize(model, config(), lambda: model(data[0]))

@@ -31,7 +31,7 @@ def run(statistic: Statistic, batches: list[Tensor], passes: int = 1) -> dict[st
         statistic.start_pass(number, {})
         for x in batches:
             statistic.update(x, None)
-        statistic.end_pass(number, len(batches))
+        statistic.end_pass(number, (len(batches), 0))
     return statistic.result()
 
 
@@ -308,7 +308,7 @@ def collected(folder: Path, rank: int, world: int) -> None:
                     statistic.update(x, None)
                 if world > 1:
                     statistic.reduce()
-                statistic.end_pass(number, 4)
+                statistic.end_pass(number, (2, 2))
             found[name, seen] = statistic.result()
     torch.save(found, folder / f"{world}-{rank}.pt")
     if world > 1:

@@ -100,8 +100,8 @@ class Statistic(ABC):
     def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:  # noqa: B027
         """Called before the first batch of a pass; ``done`` has those named in ``after``."""
 
-    def start_batch(self, number: int) -> None:  # noqa: B027
-        """Called before each batch of a pass; batches count from 0."""
+    def start_batch(self, half: int) -> None:  # noqa: B027
+        """Called before each batch of a pass: to which of the two half samples it belongs, 0 or 1."""
 
     @abstractmethod
     def update(self, x: Tensor, d: Tensor | None) -> None:
@@ -128,9 +128,13 @@ class Statistic(ABC):
         for tensor in self.sums():
             add_up(tensor)
 
-    def end_pass(self, number: int, weight: float) -> None:  # noqa: B027
-        """Called after :meth:`reduce`. ``weight`` is the number of batches of all ranks, or the sum of their weights
-        if batches were weighted: a sum over batches divided by it is their mean."""
+    def end_pass(self, number: int, weights: tuple[float, float]) -> None:  # noqa: B027
+        """Called after :meth:`reduce`.
+
+        Args:
+            weights: of both half samples: the number of batches of all ranks, or the sum of their weights if batches
+                were weighted. A sum over all batches divided by the sum of both is their mean. One may be 0.
+        """
 
     @abstractmethod
     def result(self) -> dict[str, Tensor]:

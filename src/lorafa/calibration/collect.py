@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.base import Statistic
-from lorafa.calibration.processes import distributed, gathered, of_first
+from lorafa.calibration.batches import IGNORED, Batches
+from lorafa.calibration.processes import distributed, gathered, of_first, rank
+from lorafa.calibration.sharing import Entry, Sharing, agree
 from lorafa.errors import CalibrationError, shorten
 
-Batches = Callable[[bool], Iterator[float | None]]
-"""One pass over the data: runs the model batch by batch and yields the weight of each when it is done; None: 1 for each
-call of the model since the last. Told whether gradients are read; if not, it need not run backward."""
-Rows = Callable[[str, Tensor], Tensor]
-"""(layer, its input (..., in)) -> the rows (T, in) that count."""
-IGNORED = -100
-
-
-@dataclass(eq=False)
-class _Entry:
-    """One statistic of one layer, on its way through the passes."""
-
-    layer: str
-    name: str
-    statistic: Statistic
-    passes: int = 0
-    done: bool = False
-    dtype: torch.dtype | None = None
-    """Of the inputs; None until there was one."""
-    owner: _Entry | None = None
-    """The same statistic of another layer with the same inputs, which does the work."""
-    parted: bool = False
-    """Whether the owner has had other inputs in this pass: then nothing of it counts."""
-    alone: bool = False
-    """Whether it is to have no owner."""
-
-    @property
-    def value(self) -> Statistic:
-        return self.statistic if self.owner is None else self.owner.statistic
-
-    def start_again(self) -> None:
-        """Before the first pass, without an owner."""
-        self.statistic = type(self.statistic)(self.statistic.layer)
-        self.owner, self.parted, self.alone, self.passes = None, False, True, 0
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers keeps what a block in training mode hands its computation to."""
 
 
 @dataclass
-class _Batch:
-    """What is known of the batch that is running."""
+class _Masks:
+    """Those a batch came with."""
 
-    number: int = -1
     attended: Tensor | None = None
     """(batch, tokens) bool; None: all are."""
     labels: Tensor | None = None
@@ -75,26 +42,34 @@ class _Batch:
         return flat[keep.reshape(-1).to(flat.device)]
 
 
-@dataclass
 class _Pass:
-    entries: list[_Entry]
-    rows: Rows | None = None
-    batch: _Batch = field(default_factory=_Batch)
-    inputs: dict[_Entry, list[weakref.ref[Tensor]]] = field(default_factory=dict)
-    """In this batch, of statistics that share inputs, in order."""
-    first: dict[tuple[str, int], _Entry] = field(default_factory=dict)
-    """(statistic, identity of an input) -> who had it first in this batch."""
-    headless: bool = False
-    """Whether the model is spared all logits but the last."""
-    arrived: bool = False
-    """Whether a gradient has."""
+    """One pass over the data for some entries."""
 
-    def end_batch(self) -> None:
+    def __init__(self, entries: list[Entry], batches: Batches) -> None:
+        self.entries, self.batches = entries, batches
+        self.sharing = Sharing(entries)
+        self.masks = _Masks()
+        self.headless = False
+        """Whether the model is spared all logits but the last."""
+        self.count = 0
+        """Batches that are done."""
+        self.weights = [0.0, 0.0]
+        """Theirs, of each half sample."""
+        self.arrived = False
+        """Whether a gradient has."""
+
+    @property
+    def half(self) -> int:
+        """Of the running batch. Halves take turns, and processes begin with different ones."""
+        return (self.count + rank()) % 2
+
+    def start_batch(self) -> None:
         for entry in self.entries:
-            if entry.owner is not None and len(self.inputs.get(entry, ())) != len(self.inputs.get(entry.owner, ())):
-                entry.parted = True
-        self.inputs.clear()
-        self.first.clear()
+            entry.statistic.start_batch(self.half)
+
+    def end_batch(self, weight: float) -> None:
+        self.weights[self.half] += weight
+        self.count += 1
 
 
 def collect(
@@ -102,9 +77,6 @@ def collect(
     layers: Mapping[str, nn.Module],
     statistics: Mapping[str, Mapping[str, Statistic]],
     batches: Batches,
-    *,
-    rows: Rows | None = None,
-    reads_output: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """Values of ``statistics`` (layer -> name -> statistic) over as many passes as they want.
 
@@ -118,8 +90,6 @@ def collect(
     Args:
         model: called by ``batches``, itself or from inside a larger one.
         layers: layer -> module, whose output is that of a linear map of its input, (..., in) to (..., out).
-        rows: chooses the rows of an input that statistics of inputs see; default: by the masks the model gets.
-        reads_output: whether ``batches`` uses what the model returns where it need not run backward.
 
     Returns:
         layer -> "<statistic>.<tensor>" -> value.
@@ -127,10 +97,10 @@ def collect(
     Raises:
         CalibrationError: there was no batch, or gradients are needed and none arrived.
     """
-    entries = [_Entry(layer, name, s) for layer, named in statistics.items() for name, s in named.items()]
+    entries = [Entry(layer, name, s) for layer, named in statistics.items() for name, s in named.items()]
     with _calibrating(model):
         while active := [entry for entry in entries if not entry.done and _ready(entry, entries)]:
-            _run(model, layers, active, entries, batches, rows, reads_output)
+            _run(model, layers, active, entries, batches)
     values: dict[str, dict[str, Tensor]] = {layer: {} for layer in statistics}
     results: dict[int, dict[str, Tensor]] = {}
     for entry in entries:
@@ -140,53 +110,40 @@ def collect(
     return values
 
 
-def _ready(entry: _Entry, entries: list[_Entry]) -> bool:
+def _ready(entry: Entry, entries: list[Entry]) -> bool:
     return all(other.done for other in entries if other.layer == entry.layer and other.name in entry.statistic.after)
 
 
 def _run(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    active: list[_Entry],
-    entries: list[_Entry],
+    active: list[Entry],
+    entries: list[Entry],
     batches: Batches,
-    rows: Rows | None,
-    reads_output: bool,
 ) -> None:
     """One pass over the data for the ``active`` entries."""
     for entry in active:
         others = {e.name: e.value for e in entries if e.layer == entry.layer and e.name in entry.statistic.after}
         entry.statistic.start_pass(entry.passes, others)
-    current, weight, calls = _Pass(active, rows), 0.0, 0
-    gradients = any(entry.statistic.reads_gradient for entry in active)
-    current.headless = not gradients and not reads_output and _can_spare_logits(model, layers)
+    current, gradients = _Pass(active, batches), any(entry.statistic.reads_gradient for entry in active)
+    current.headless = not gradients and not batches.reads_output and _can_spare_logits(model, layers)
     with _watched(model, layers, current, list(dict.fromkeys(entry.layer for entry in entries))):
-        for share in batches(gradients):
-            weight += current.batch.number + 1 - calls if share is None else share
-            calls = current.batch.number + 1
+        current.start_batch()
+        for weight in batches.run(gradients):
+            if weight is not None and not batches.by_call:
+                current.end_batch(weight)
+                current.start_batch()
             _compare(entries)
             if all(entry.value.satisfied for entry in active):
                 break
-    current.end_batch()
-    weights, arrived = zip(*gathered((weight, current.arrived)), strict=True)
-    weight = sum(weights)
-    if not weight:
-        raise CalibrationError(
-            "There was no batch to calibrate with: the data is empty. Pass a dataloader (or any sequence of batches) "
-            "with at least one."
-        )
-    if gradients and not any(arrived):
-        names = shorten(dict.fromkeys(entry.layer for entry in active), 3)
-        raise CalibrationError(
-            f"No gradient arrived at {names}: {calls} batches ran and none of them called backward() on a loss that "
-            "depends on these layers. Call loss.backward() in the training step, with gradients enabled."
-        )
-    counted = _agree(active, layers)
+    current.sharing.next_call()
+    weights = _weights(current, gradients)
+    counted = agree(active, layers)
     for entry in counted:
         if entry.owner is None:
             if distributed() and entry.dtype is not None:
                 entry.statistic.reduce()
-            entry.statistic.end_pass(entry.passes, weight)
+            entry.statistic.end_pass(entry.passes, weights)
         entry.passes += 1
     _compare(entries)
     more = gathered([entry.value.wants_pass(entry.passes) for entry in counted])[0]
@@ -194,43 +151,43 @@ def _run(
         entry.done = not wanted
 
 
-def _compare(entries: list[_Entry]) -> None:
+def _weights(current: _Pass, gradients: bool) -> tuple[float, float]:
+    """Of the two half samples, over all ranks.
+
+    Raises:
+        CalibrationError: both are empty, or gradients are needed and none arrived.
+    """
+    ranks = gathered((current.count, current.weights, current.arrived))
+    first, second = (sum(weights[half] for _, weights, _ in ranks) for half in (0, 1))
+    count = sum(count for count, _, _ in ranks)
+    if not count and current.batches.by_call:
+        raise CalibrationError(
+            "There was no batch to calibrate with: the function that was given for the data never called the model. "
+            "Let it call the very model that gets the adapter, at least once."
+        )
+    if not count:
+        raise CalibrationError(
+            "There was no batch to calibrate with: the data is empty. Pass a dataloader (or any sequence of batches) "
+            "with at least one."
+        )
+    if not first + second:
+        raise CalibrationError(
+            f"None of the {count} batches has a label that counts, so they weigh nothing. Pass batches with labels, or "
+            "weighting='batches'."
+        )
+    if gradients and not any(arrived for _, _, arrived in ranks):
+        names = shorten(dict.fromkeys(entry.layer for entry in current.entries), 3)
+        raise CalibrationError(
+            f"No gradient arrived at {names}: {current.count} batches ran and none of them called backward() on a loss "
+            "that depends on these layers. Call loss.backward() in the training step, with gradients enabled."
+        )
+    return first, second
+
+
+def _compare(entries: list[Entry]) -> None:
     for kind in dict.fromkeys(type(entry.statistic) for entry in entries):
         same = [entry for entry in entries if type(entry.statistic) is kind]
         kind.compare([(entry.statistic.layer, entry.value) for entry in same])
-
-
-def _agree(active: list[_Entry], layers: Mapping[str, nn.Module]) -> list[_Entry]:
-    """Those whose pass counts, with an owner on all ranks or on none; the others are to start again.
-
-    An owner may do the work of another only if on every rank both had the same inputs, or none. A rank that saw
-    nothing of a layer adds no rows, of the dtype the others saw: what is added up must be the same tensors on all.
-    """
-    places = {entry: place for place, entry in enumerate(active)}
-    ranks = gathered([(e.dtype, None if e.owner is None else places[e.owner], e.parted) for e in active])
-    again: set[_Entry] = set()
-    for entry, said in zip(active, zip(*ranks, strict=True), strict=True):
-        seen = [one for one in said if one[0] is not None]
-        owners = {owner for _, owner, _ in seen}
-        owner = next(iter(owners), None)
-        apart = owner is not None and [rank[owner][0] for rank in ranks] != [dtype for dtype, _, _ in said]
-        if len(owners) > 1 or apart or any(parted for _, _, parted in said):
-            again.add(entry)
-            continue
-        entry.owner = None if owner is None else active[owner]
-        entry.dtype = entry.dtype or (seen[0][0] if seen else None)
-        if distributed() and entry.owner is None and entry.dtype is not None:
-            _count_nothing(entry.statistic, entry.dtype, layers[entry.layer])
-    again |= {entry for entry in active if entry.owner in again}
-    for entry in again:
-        entry.start_again()
-    return [entry for entry in active if entry not in again]
-
-
-def _count_nothing(statistic: Statistic, dtype: torch.dtype, layer: nn.Module) -> None:
-    device = next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), None)
-    x = torch.empty(0, statistic.layer.in_, dtype=dtype, device=device)
-    statistic.update(x, x.new_empty(0, statistic.layer.out) if statistic.reads_gradient else None)
 
 
 @contextmanager
@@ -240,18 +197,43 @@ def _calibrating(model: nn.Module) -> Iterator[None]:
         for parameter in model.parameters():
             cleanup.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
+        blocks = _checkpointed(model)
         for module in model.modules():
             cleanup.callback(setattr, module, "training", module.training)
-            module.training = _checkpoints(module)
-        if any(_checkpoints(module) for module in model.modules()):
+            module.training = module in blocks
+        for block in blocks:
+            checkpoint = getattr(block, CHECKPOINT, None)
+            if checkpoint is not None:
+                cleanup.callback(setattr, block, CHECKPOINT, checkpoint)
+                setattr(block, CHECKPOINT, _in_evaluation(block, checkpoint))
+        if blocks:
             embeddings = getattr(model, "get_input_embeddings", lambda: None)()
             if isinstance(embeddings, nn.Module):  # reentrant checkpointing needs an input with a gradient
                 cleanup.callback(embeddings.register_forward_hook(_require_gradient).remove)
         yield
 
 
-def _checkpoints(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))
+def _checkpointed(model: nn.Module) -> set[nn.Module]:
+    """The modules that checkpoint: of those that have the flag the inner ones, for models have it because of these."""
+    flagged = {module for module in model.modules() if getattr(module, "gradient_checkpointing", False)}
+    return {module for module in flagged if not flagged & set(module.modules()) - {module}}
+
+
+def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """``checkpoint`` of a block that must be in training mode to get there: what it computes it computes in the other,
+    so that dropout applied by a function is off as well."""
+
+    def checkpointed(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def without_dropout(*args: Any, **kwargs: Any) -> Any:
+            block.training = False
+            try:
+                return compute(*args, **kwargs)
+            finally:
+                block.training = True
+
+        return checkpoint(without_dropout, *args, **kwargs)
+
+    return checkpointed
 
 
 def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -279,11 +261,11 @@ def _watched(
 
     Also on those that feed none in this pass: a batch that reaches no other must have a backward pass all the same.
     """
-    by_layer: dict[str, list[_Entry]] = {name: [] for name in names}
+    by_layer: dict[str, list[Entry]] = {name: [] for name in names}
     for entry in current.entries:
         by_layer[entry.layer].append(entry)
     with ExitStack() as cleanup:
-        first = cast(Callable[..., None], _BatchStart(current))
+        first = cast(Callable[..., None], _CallStart(current))
         cleanup.callback(model.register_forward_pre_hook(first, with_kwargs=True).remove)
         for name, entries in by_layer.items():
             watch = _Watch(entries, current)
@@ -292,22 +274,23 @@ def _watched(
         yield
 
 
-class _BatchStart:
+class _CallStart:
     """Reads the masks a batch comes with."""
 
     def __init__(self, current: _Pass) -> None:
         self.current = current
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        batch, mask = self.current.batch, kwargs.get("attention_mask")
-        self.current.end_batch()
-        batch.number += 1
-        batch.attended = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        labels = kwargs.get("labels")
-        batch.labels = labels if isinstance(labels, Tensor) else None
-        for entry in self.current.entries:
-            entry.statistic.start_batch(batch.number)
-        if not self.current.headless:
+        current, mask, labels = self.current, kwargs.get("attention_mask"), kwargs.get("labels")
+        current.sharing.next_call()
+        current.masks = _Masks(
+            mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+            labels if isinstance(labels, Tensor) else None,
+        )
+        if current.batches.by_call:
+            current.start_batch()
+            current.end_batch(1.0)
+        if not current.headless:
             return None
         return args, {key: value for key, value in kwargs.items() if key != "labels"} | {"logits_to_keep": 1}
 
@@ -315,7 +298,7 @@ class _BatchStart:
 class _Watch:
     """The hooks on one layer."""
 
-    def __init__(self, entries: list[_Entry], current: _Pass) -> None:
+    def __init__(self, entries: list[Entry], current: _Pass) -> None:
         self.current = current
         self.forward = [entry for entry in entries if not entry.statistic.reads_gradient]
         self.backward = [entry for entry in entries if entry.statistic.reads_gradient]
@@ -327,7 +310,7 @@ class _Watch:
         self.input = x
         for entry in self.forward if not _recomputing() else ():
             entry.dtype = x.dtype
-            if not self._shared(entry, x):
+            if self.current.sharing.counts(entry, x):
                 entry.statistic.update(self._rows(entry, x.detach()), None)
         if x.requires_grad or not torch.is_grad_enabled() or not x.is_floating_point():
             return None
@@ -337,11 +320,11 @@ class _Watch:
             {key: needing if value is x else value for key, value in kwargs.items()},
         )
 
-    def _rows(self, entry: _Entry, x: Tensor) -> Tensor:
-        if self.current.rows is not None:
-            return self.current.rows(entry.layer, x).reshape(-1, x.shape[-1])
+    def _rows(self, entry: Entry, x: Tensor) -> Tensor:
+        if self.current.batches.rows is not None:
+            return self.current.batches.rows(entry.layer, x).reshape(-1, x.shape[-1])
         ignored = getattr(entry.statistic.layer.settings, "label_mask_value", IGNORED)
-        return self.current.batch.rows(x, entry.statistic.tokens, ignored)
+        return self.current.masks.rows(x, entry.statistic.tokens, ignored)
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         x, self.input = self.input, None
@@ -355,25 +338,6 @@ class _Watch:
         for entry in self.backward:
             entry.dtype = x.dtype
             entry.statistic.update(x, d.to(x.dtype))
-
-    def _shared(self, entry: _Entry, x: Tensor) -> bool:
-        """Whether another layer counts this input, the one that had it first in the first batch."""
-        current = self.current
-        if not entry.statistic.shares_input or entry.alone:
-            return False
-        number = len(current.inputs.setdefault(entry, []))
-        current.inputs[entry].append(weakref.ref(x))
-        if current.batch.number <= 0 and not entry.passes and not number:
-            owner = current.first.get((entry.name, id(x)), entry)
-            if owner is entry or current.inputs[owner][0]() is not x:  # an identity is used again
-                current.first[entry.name, id(x)] = entry
-            elif owner.statistic.layer.rank >= entry.statistic.layer.rank:
-                entry.owner = owner
-        if entry.owner is None:
-            return False
-        theirs = current.inputs.get(entry.owner, [])
-        entry.parted |= number >= len(theirs) or theirs[number]() is not x
-        return True
 
 
 def _recomputing() -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorafa.adapter import working_dtype
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.processes import of_first
+from lorafa.errors import CalibrationError
 from lorafa.linalg import SVD, leading_svd, spd_eigh
 
 CHECK_ROWS = 10
@@ -51,12 +52,10 @@ class _Sums:
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.G, self.Y, self.Z) if tensor is not None]
 
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(_sum(self.G, other.G), _sum(self.Y, other.Y), _sum(self.Z, other.Z))
-
-
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return one if other is None else other if one is None else one + other
+    def mean(self, share: float, other: _Sums) -> _Sums:
+        """Of this with a share in [0, 1] and another with the rest."""
+        pairs = ((self.G, other.G), (self.Y, other.Y), (self.Z, other.Z))
+        return _Sums(*(None if a is None or b is None else share * a + (1 - share) * b for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,10 @@ class _Found:
     """Q (out, k), orthonormal columns."""
     directions: Tensor | None = None
     """V (in, k), orthonormal columns."""
-    sums: list[_Sums] = field(default_factory=list)
-    """Of the last pass, divided by the number of batches."""
+    means: list[_Sums] = field(default_factory=list)
+    """Of the last pass: the sums of each (half) sample, divided by the weight of its batches."""
+    share: float = 1.0
+    """Of the first sample in the weight of all."""
 
 
 class GradientSketch(Statistic):
@@ -110,8 +111,8 @@ class GradientSketch(Statistic):
         self.bases, self.half = None, 0
         self.last = not self.wants_pass(number + 1)
 
-    def start_batch(self, number: int) -> None:
-        self.half = number % len(self.samples)
+    def start_batch(self, half: int) -> None:
+        self.half = half % len(self.samples)
 
     def update(self, x: Tensor, d: Tensor | None) -> None:
         assert d is not None  # reads_gradient
@@ -164,13 +165,12 @@ class GradientSketch(Statistic):
             if bases.left is not None and sample.Z is None:
                 sample.Z = known.new_zeros(bases.left.shape[0], in_)
 
-    def end_pass(self, number: int, weight: float) -> None:
+    def end_pass(self, number: int, weights: tuple[float, float]) -> None:
         self._fill()
-        share = 1 / max(weight, 1e-30) * len(self.samples)  # a half sample has half of the batches
-        self.found.sums = [
-            _Sums(*(None if t is None else self._whiten(t, side).mul_(share) for side, t in vars(sample).items()))
-            for sample in self.samples
-        ]
+        shares = weights if self.layer.options.halves else (sum(weights),)
+        _require_both(shares)
+        self.found.means = [self._mean(sample, share) for sample, share in zip(self.samples, shares, strict=True)]
+        self.found.share = shares[0] / sum(shares)
         self.samples = []
         total = self._total()
         if self.dense or self.layer.options.passes == 1 or not all(t.isfinite().all() for t in total.tensors()):
@@ -181,14 +181,16 @@ class GradientSketch(Statistic):
             assert total.Z is not None
             self.found.directions, self.found.range = of_first(torch.linalg.qr(total.Z.mT).Q), None
 
+    def _mean(self, sample: _Sums, weight: float) -> _Sums:
+        return _Sums(*(None if t is None else self._whiten(t, side).div_(weight) for side, t in vars(sample).items()))
+
     def _whiten(self, sums: Tensor, side: str) -> Tensor:
         return sums
 
     def _total(self) -> _Sums:
         """The mean over the whole sample."""
-        samples = self.found.sums
-        total = samples[0] if len(samples) == 1 else samples[0] + samples[1]
-        return _Sums(*(None if t is None else t / len(samples) for t in vars(total).values()))
+        first, *second = self.found.means
+        return first.mean(self.found.share, second[0]) if second else first
 
     def result(self) -> dict[str, Tensor]:
         total = self._total()
@@ -198,8 +200,8 @@ class GradientSketch(Statistic):
         found = {"U": triplets.U, "S": triplets.S, "Vh": triplets.Vh} | self._norms(total, triplets)
         if total.G is not None:
             found["dense"] = total.G
-        if len(self.found.sums) == 2:
-            first, second = (self._triplets(sums) for sums in self.found.sums)
+        if len(self.found.means) == 2:
+            first, second = (self._triplets(sums) for sums in self.found.means)
             found |= {"cross": cross_validated(first, second), "S_half": first.S}
         self.found = _Found()  # the sketches have served
         return found
@@ -290,6 +292,15 @@ def cross_validated(first: SVD, second: SVD) -> Tensor:
     where S is inflated by noise: near zero for a direction that is noise (ALGORITHMS 2.3).
     """
     return ((first.U.mT @ second.U) * second.S @ (second.Vh @ first.Vh.mT)).diagonal()
+
+
+def _require_both(weights: tuple[float, ...]) -> None:
+    if not all(weights):
+        raise CalibrationError(
+            "halves=True keeps every other batch apart, and one of the two half samples is empty: their batches weigh "
+            f"{' and '.join(f'{weight:g}' for weight in weights)}. Pass at least two batches (over all processes) that "
+            "have something to learn from, or halves=False."
+        )
 
 
 def _add(total: Tensor | None, product: Tensor, dtype: torch.dtype) -> Tensor:

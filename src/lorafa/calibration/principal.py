@@ -216,7 +216,7 @@ class IncrementalPCA(InputStatistic):
         self.scatter = merged([scatter for scatter, _ in everyone], self.k).to(device)
         self.converged = torch.stack([converged for _, converged in everyone]).all(0).to(device)
 
-    def end_pass(self, number: int, weight: float) -> None:
+    def end_pass(self, number: int, weights: tuple[float, float]) -> None:
         self._flush()
 
     def result(self) -> dict[str, Tensor]:

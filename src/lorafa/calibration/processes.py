@@ -18,6 +18,11 @@ def distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def rank() -> int:
+    """Which of them this is."""
+    return torch.distributed.get_rank() if distributed() else 0
+
+
 def gathered(thing: T) -> list[T]:
     """What each has, in their order. Tensors inside must be on the CPU."""
     if not distributed():

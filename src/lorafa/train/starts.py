@@ -57,7 +57,7 @@ def start_adapter(
     collecting["halves"] = bool(collecting.get("halves")) and init.iters > 1
     batches = _batches(rows, init.bsz, init.max_length, collator)
     stats = collect_statistics(model, adapter, batches, loss=supervised_loss, **collecting)
-    heldout = _batches(held, 1, init.max_length, collator)
+    heldout = _batches(held, 1, init.max_length, collator) if init.stable_gamma == "auto" else None
     chosen = with_start(model, adapter, stats, ranks=rule, heldout=heldout, loss=supervised_loss)
     adapted = get_peft_model(model, chosen, stats=stats)
     record: dict[str, Any] = {
