@@ -211,9 +211,10 @@ def _of_few_rows(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The same for inference on at most r rows, as in generation, where what is done to A and B would cost the most.
+    """The same for inference on at most r rows, as in generation, with factors of another dtype, usually float32.
 
-    The rows take on the dtype of the factors, which has the fewer numbers to convert, and A is not scaled.
+    To convert and to scale them would cost the most there: the rows take on their dtype instead, and the sum the
+    scaling.
     """
     x, linear = _as(x, dtype), nn.functional.linear
     wide = torch.promote_types(dtype, A.dtype)
@@ -283,12 +284,9 @@ def low_rank_linear(
     if is_traced():
         return _in_plain_operations(x, weight, bias, gain, A, B, scaling, dropout)
     dtype = compute_dtype(x)
-    differentiated = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, gain, A, B)
-    )
     few = x.numel() <= A.shape[0] * x.shape[-1]
     with _without_autocast(x):
-        if few and not dropout and not differentiated:
+        if few and dtype is not A.dtype and not dropout and not torch.is_grad_enabled():
             return _of_few_rows(x, weight, bias, gain, A, B, scaling, dtype)
         seed = draw_seed() if dropout else 0
         y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
