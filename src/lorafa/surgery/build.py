@@ -12,7 +12,7 @@ from lorafa.adapter import update_factors
 from lorafa.backends.base import Backend
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError
-from lorafa.initializers import INITIALIZERS, find_start
+from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, factor_shapes
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
@@ -54,9 +54,7 @@ class Builder:
         self.config, self.name, self.options, self.stats = config, name, options, stats
         self.seed = torch.initial_seed() if config.init_seed is None else config.init_seed
         self.variant = variant_of(config).of(config)
-        start = find_start(config.init_lora_weights)
-        assert start is not None  # config.check() has found it
-        self.initializer, self.number = INITIALIZERS.get(start.name), start.number
+        self.initializer, self.number = config.start.initializer, config.start.number
         self.settings = config.start_settings()
         filled = options.from_file or options.shapes_only
         if options.low_cpu_mem_usage and self.initializer.reads_weight and not filled:

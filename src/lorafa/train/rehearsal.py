@@ -10,7 +10,6 @@ from torch import nn
 
 from lorafa.config import LoraConfig
 from lorafa.config_checks import START_SETTINGS
-from lorafa.initializers import find_start
 from lorafa.peft_model import get_peft_model
 from lorafa.train.optimizers import kind_of, pair_optimizer
 from lorafa.train.schema import OptimConfig
@@ -45,8 +44,7 @@ def rehearse(layers: Sequence[tuple[str, str]], config: LoraConfig, optim: Optim
 
 
 def _start(config: LoraConfig) -> dict[str, Any]:
-    start = find_start(config.init_lora_weights)
-    assert start is not None  # the config has found it
+    start = config.start
     if start.initializer.variant is None and (start.initializer.needs or start.initializer.quantizer):
         return {}
     return {name: getattr(config, name) for name in ("init_lora_weights", *START_SETTINGS)}
