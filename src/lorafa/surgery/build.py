@@ -75,40 +75,50 @@ class Builder:
             CalibrationError: the start needs statistics that were not given.
             CheckpointError: so does that of a file which does not hold it.
         """
-        config, variant, kind = self.config, self.variant, target.backend.host
-        if kind not in variant.hosts:
+        self._check(target)
+        spec, weight = self._spec(target), self._weight(target)
+        result = self._empty(target, weight, spec) if self.filled_later else self._start(weight, spec)
+        return self._parts(target, weight, spec, result)
+
+    def _check(self, target: Target) -> None:
+        """Raise unless variant, start and settings go with the layer."""
+        name, kind = target.full_name, target.backend.host
+        if kind not in self.variant.hosts:
             raise ConfigError(
-                f"{target.full_name}: {variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA."
+                f"{name}: {self.variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA."
             )
         if self.initializer.needs and kind != "linear" and not self.filled_later:
             raise ConfigError(
-                f"{target.full_name}: init_lora_weights={config.init_lora_weights!r} reads statistics of linear "
-                f"layers, and this is {kind}. Leave it out with exclude_modules, or choose another start."
+                f"{name}: init_lora_weights={self.config.init_lora_weights!r} reads statistics of linear layers, and "
+                f"this is {kind}. Leave it out with exclude_modules, or choose another start."
             )
         if self.quantizes(target):
-            require_replaceable(target, str(config.init_lora_weights))
-        layer_class = LAYERS.get(kind)
-        layer_class.check(target.full_name, target.base, target.rank, config)
-        scaling, groups = config.scaling(target.rank, target.alpha), layer_class.groups(target.base)
-        spec = LayerSpec(
+            require_replaceable(target, str(self.config.init_lora_weights))
+        LAYERS.get(kind).check(name, target.base, target.rank, self.config)
+
+    def _spec(self, target: Target) -> LayerSpec:
+        kind = target.backend.host
+        scaling, groups = self.config.scaling(target.rank, target.alpha), LAYERS.get(kind).groups(target.base)
+        return LayerSpec(
             target.full_name, kind, target.rank, scaling, self.seed, self.name, groups, self.settings,
-            config.freeze_A, self.number, self.repeats,
+            self.config.freeze_A, self.number, self.repeats,
         )  # fmt: skip
-        weight = self._weight(target)
-        result = self._empty(target, weight, spec) if self.filled_later else self._start(weight, spec)
-        base = None if result.quantized is None else standing_in(target.base, result.quantized)
-        if result.quantized is not None and self.variant.reads_weight:
-            weight = result.quantized.dequantize()
+
+    def _parts(self, target: Target, weight: Tensor, spec: LayerSpec, result: InitResult) -> AdapterParts:
+        """The start in the adapter's dtype, with what goes with it: the variant's extras, a bias, a quantized base."""
+        config, base = self.config, None
+        if result.quantized is not None:
+            base = standing_in(target.base, result.quantized)
+            if self.variant.reads_weight:
+                weight = result.quantized.dequantize()
         dtype = _adapter_dtype(target.base, target.backend, self.options)
-        A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)
-        start = result.taken
-        if result.subtract_from_base:
-            start = A.clone(), B.clone()
+        A, B = result.A.to(dtype), result.B[..., : spec.rank // spec.groups].to(dtype)
+        start = (A.clone(), B.clone()) if result.subtract_from_base else result.taken
         extras = self._empty_extras(weight, A) if self.filled_later else self._extras(weight, A, B, start, spec)
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
-            A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
-            start, extras | dict(result.extras), self.trains, result.fallback, base=base,
+            A, B, spec.rank, target.alpha, spec.scaling, self.variant, dtype, bias, config.lora_dropout,
+            config.use_rslora, start, extras | dict(result.extras), self.trains, result.fallback, base=base,
         )  # fmt: skip
 
     def quantizes(self, target: Target) -> bool:
