@@ -24,6 +24,24 @@ Stats = Mapping[str, Mapping[str, Tensor]]
 """Full name of a target -> name of a statistic -> its value: what data-aware starts read."""
 
 
+class LayerStats(dict[str, Tensor]):
+    """The statistics of one layer. What its start reads and does not find is refused by name.
+
+    Raises:
+        CalibrationError: where it is indexed by what it does not have.
+    """
+
+    def __init__(self, layer: str, start: bool | str, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self._layer, self._start = layer, start
+
+    def __missing__(self, name: str) -> Tensor:
+        raise CalibrationError(
+            f"{self._layer}: its statistics have no {name!r}, which init_lora_weights={self._start!r} reads; they have "
+            f"{', '.join(self)}. Pass what collect_statistics returns as stats=."
+        )
+
+
 @dataclass(frozen=True)
 class Options:
     """How adapters are made, apart from what the config says."""
@@ -49,13 +67,16 @@ class Builder:
         """Take a config that has been checked.
 
         Raises:
-            ConfigError: the start is computed from the weight, and ``low_cpu_mem_usage`` computes none.
+            ConfigError: the start is computed from the weight, and ``low_cpu_mem_usage`` computes none; or it reads no
+                statistics, and some were given.
+            CalibrationError: ``stats`` is something else.
         """
         self.config, self.name, self.options, self.stats = config, name, options, stats
         self.seed = torch.initial_seed() if config.init_seed is None else config.init_seed
         self.variant = variant_of(config).of(config)
         self.initializer, self.number = config.start.initializer, config.start.number
         self.settings = config.start_settings()
+        self._check_given()
         filled = options.from_file or options.shapes_only
         if options.low_cpu_mem_usage and self.initializer.reads_weight and not filled:
             raise ConfigError(
@@ -65,6 +86,22 @@ class Builder:
         self.repeats = options.from_file and self.initializer.moves_base and not options.file_has_starts
         self.filled_later = options.low_cpu_mem_usage or (options.from_file and not self.repeats)
         self.trains = "".join(f for f in self.initializer.trains if not (config.freeze_A and f == "A"))
+
+    def _check_given(self) -> None:
+        """Raise unless ``stats`` are statistics, and read."""
+        tables = [self.stats, *self.stats.values()] if isinstance(self.stats, Mapping) else [self.stats]
+        for table in tables:
+            if not isinstance(table, Mapping):
+                raise CalibrationError(
+                    "stats= takes what collect_statistics returns: by the name of each layer a table of its tensors by "
+                    f"name. Found a {type(table).__name__} in the place of a table."
+                )
+        if self.stats and not self.initializer.needs:
+            reading = (name for name in INITIALIZERS.names() if INITIALIZERS.get(name).needs)
+            raise ConfigError(
+                f"stats= was given, and init_lora_weights={self.config.init_lora_weights!r} reads none. Drop stats=, "
+                f"or set a start that reads them: {', '.join(map(repr, reading))}."
+            )
 
     def build(self, target: Target) -> AdapterParts:
         """The adapter of one target.
@@ -136,9 +173,9 @@ class Builder:
         return torch.empty(target.backend.full_shape(target.base), device="meta")
 
     def _start(self, weight: Tensor, spec: LayerSpec) -> InitResult:
-        stats = self.stats.get(spec.name, {})
+        stats = LayerStats(spec.name, self.config.init_lora_weights, self.stats.get(spec.name, {}))
         missing = [need for need in self.initializer.needs if not any(_is_of(name, need) for name in stats)]
-        if missing and self.initializer.waits and not stats:
+        if missing and self.initializer.waits and not self.stats:
             return replace(by_default(weight, spec), fallback="its statistics are not collected yet")
         if missing and self.repeats:
             raise CheckpointError(

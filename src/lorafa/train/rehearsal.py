@@ -40,7 +40,8 @@ def rehearse(layers: Sequence[tuple[str, str]], config: LoraConfig, optim: Optim
         settings: dict[str, Any] = {"init_seed": 0, "freeze_A": config.freeze_A, **_start(config)}
         toy_config = LoraConfig(r=_RANK, target_modules=list(first.values()), **settings)
         gradient = {"gradient.S": torch.ones(_SIZE), "gradient.dense": torch.randn(_SIZE, _SIZE)}
-        pair_optimizer(get_peft_model(toy, toy_config, stats=dict.fromkeys(first.values(), gradient)), optim)
+        stats = dict.fromkeys(first.values(), gradient) if toy_config.start.initializer.needs else None
+        pair_optimizer(get_peft_model(toy, toy_config, stats=stats), optim)
 
 
 def _start(config: LoraConfig) -> dict[str, Any]:
