@@ -310,10 +310,19 @@ def test_dependent_rows_of_A_are_refused() -> None:
     model = adapted()
     with torch.no_grad():
         pairs_of(model)[1].A[2] = 2 * pairs_of(model)[1].A[0]
-    refuse(model, AdapterError, r"second, adapter 'default': A has dependent rows.*Nothing was changed")
+    text = r"second, adapter 'default': A has dependent rows.*which init_lora_weights='orthogonal' has not\. Nothing was"
+    refuse(model, AdapterError, text)
     with torch.no_grad():
         pairs_of(model)[1].A.zero_()
     refuse(model, AdapterError, r"second, adapter 'default': A is zero.*freeze_A=True")
+
+
+@pytest.mark.parametrize("freeze_A", [True, False])
+def test_the_advice_for_a_start_without_full_rank_does_not_name_what_would_not_help(freeze_A: bool) -> None:
+    config = LoraConfig(r=2, target_modules=["first"], init_lora_weights="orthogonal", freeze_A=freeze_A)
+    with pytest.raises(AdapterError, match="A has dependent rows") as refused:
+        create_lorafa_optimizer(get_peft_model(Mlp(), config), lr=1e-3)
+    assert "freeze_A" not in str(refused.value)
 
 
 def test_factors_that_are_not_finite_are_refused() -> None:
