@@ -73,6 +73,16 @@ def test_a_statistic_without_its_parts_is_refused_by_the_name_of_layer_and_part(
     assert_unchanged(before, model)
 
 
+@pytest.mark.parametrize("start", FROM_DATA)
+def test_statistics_for_factors_without_values_are_refused(start: str) -> None:
+    model = Toy()
+    before = everything(model)
+    text = rf"init_lora_weights='{start}' computes its start from the \w+, but low_cpu_mem_usage=True computes none\."
+    with pytest.raises(ConfigError, match=text):
+        get_peft_model(model, config(start), low_cpu_mem_usage=True, stats=stats_of(model))
+    assert_unchanged(before, model)
+
+
 @pytest.mark.parametrize(("stats", "found"), [("file.safetensors", "str"), ([1], "list"), ({"first": 1}, "int")])
 def test_what_is_no_table_of_statistics_is_refused(stats: Any, found: str) -> None:
     model = Toy()

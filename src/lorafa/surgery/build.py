@@ -50,8 +50,6 @@ class Options:
     """Keep adapters in float32 where the base is float16 or bfloat16."""
     low_cpu_mem_usage: bool = False
     """Make the factors on the meta device, to be filled from a file."""
-    shapes_only: bool = False
-    """With ``low_cpu_mem_usage``: the factors are counted only, and never filled."""
     from_file: bool = False
     """The config comes with a file that will fill every tensor: patterns may match nothing, starts are not drawn."""
     file_has_starts: bool = False
@@ -67,8 +65,7 @@ class Builder:
         """Take a config that has been checked.
 
         Raises:
-            ConfigError: the start is computed from the weight, and ``low_cpu_mem_usage`` computes none; or it reads no
-                statistics, and some were given.
+            ConfigError: the start reads no statistics, and some were given.
             CalibrationError: ``stats`` is something else.
         """
         self.config, self.name, self.options, self.stats = config, name, options, stats
@@ -77,12 +74,6 @@ class Builder:
         self.initializer, self.number = config.start.initializer, config.start.number
         self.settings = config.start_settings()
         self._check_given()
-        filled = options.from_file or options.shapes_only
-        if options.low_cpu_mem_usage and self.initializer.reads_weight and not filled:
-            raise ConfigError(
-                f"init_lora_weights={config.init_lora_weights!r} computes its start from the weight, but "
-                "low_cpu_mem_usage=True computes none. Drop one of the two."
-            )
         self.repeats = options.from_file and self.initializer.moves_base and not options.file_has_starts
         self.filled_later = options.low_cpu_mem_usage or (options.from_file and not self.repeats)
         self.trains = "".join(f for f in self.initializer.trains if not (config.freeze_A and f == "A"))

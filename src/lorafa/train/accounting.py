@@ -127,7 +127,7 @@ def _planned(model: nn.Module, config: LoraConfig, factors: str) -> Plan:
     """The adapter with these factors trained, and a start that reads nothing unless the formula is the start's own."""
     if config.start.initializer.variant is None:
         config = replace(config, init_lora_weights=True, **dict.fromkeys(START_SETTINGS))  # type: ignore[arg-type]
-    planned = plan(model, config, _NAME, Options(low_cpu_mem_usage=True, shapes_only=True))
+    planned = plan(model, config, _NAME, Options(low_cpu_mem_usage=True))
     layers = [replace(layer, parts=replace(layer.parts, trains=factors)) for layer in planned.layers]
     return replace(planned, layers=layers)
 
