@@ -317,14 +317,6 @@ def test_dependent_rows_of_A_are_refused() -> None:
     refuse(model, AdapterError, r"second, adapter 'default': A is zero.*freeze_A=True")
 
 
-@pytest.mark.parametrize("freeze_A", [True, False])
-def test_the_advice_for_a_start_without_full_rank_does_not_name_what_would_not_help(freeze_A: bool) -> None:
-    config = LoraConfig(r=2, target_modules=["first"], init_lora_weights="orthogonal", freeze_A=freeze_A)
-    with pytest.raises(AdapterError, match="A has dependent rows") as refused:
-        create_lorafa_optimizer(get_peft_model(Mlp(), config), lr=1e-3)
-    assert "freeze_A" not in str(refused.value)
-
-
 def test_factors_that_are_not_finite_are_refused() -> None:
     model = adapted()
     with torch.no_grad():
