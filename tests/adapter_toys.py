@@ -110,6 +110,11 @@ def config_for(kind: str, **settings: Any) -> LoraConfig:
     return LoraConfig(target_modules=["layer"], **settings)
 
 
+def read_by(start: bool | str, stats: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]] | None:
+    """The statistics for a start that reads some, None for the others, which are refused any."""
+    return stats if initializer_of(start).needs else None
+
+
 def settings_of(start: bool | str) -> dict[str, Any]:
     """The start with the settings that it does not go without: as in PEFT, LoftQ's are to be given."""
     return {"init_lora_weights": start} | ({"loftq_config": {"loftq_iter": 2}} if start == "loftq" else {})
@@ -117,8 +122,8 @@ def settings_of(start: bool | str) -> dict[str, Any]:
 
 def with_adapter(model: nn.Module, kind: str, **settings: Any) -> PeftModel:
     """The model of one layer with a fresh adapter."""
-    stats = {"layer": stats_for(weight_for(kind))}
-    return get_peft_model(model, config_for(kind, **settings), stats=stats)
+    config, stats = config_for(kind, **settings), {"layer": stats_for(weight_for(kind))}
+    return get_peft_model(model, config, stats=read_by(config.init_lora_weights, stats))
 
 
 def adapted(

@@ -13,7 +13,7 @@ from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
 from lorafa.config_checks import START_SETTINGS, check_config, settings_field
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
-from lorafa.initializers import find_start
+from lorafa.initializers import Start, known_start
 from lorafa.method_configs import (
     ArrowConfig,
     BdLoraConfig,
@@ -204,9 +204,7 @@ class LoraConfig:
 
     def _take_start(self) -> None:
         """Bring the start to its one form and fill in its default settings, which all but LoftQ have."""
-        start = find_start(self.init_lora_weights)
-        if start is None:
-            return
+        start = self.start
         self.init_lora_weights = start.value
         field_name = settings_field(start)
         own = start.initializer.settings if field_name == "init_config" else None
@@ -215,9 +213,18 @@ class LoraConfig:
             given = copy.deepcopy(from_nested(kind, getattr(self, field_name), field_name))
             setattr(self, field_name, kind() if given is None else given)
 
+    @property
+    def start(self) -> Start:
+        """What ``init_lora_weights`` means: a line of the table of initializers, and the number in its name.
+
+        Raises:
+            ConfigError: there is no such start.
+        """
+        return known_start(self.init_lora_weights)
+
     def start_settings(self) -> Any:
         """The settings of the start as its initializer reads them: an object of its class of settings, or None."""
-        field_name = settings_field(find_start(self.init_lora_weights))
+        field_name = settings_field(self.start)
         value = None if field_name is None else getattr(self, field_name)
         return from_nested(LoftQConfig, value, field_name) if field_name == "loftq_config" else value
 
@@ -277,7 +284,7 @@ class LoraConfig:
                 "if you are sure that it changes nothing."
             )
         given = {key: value for key, value in values.items() if key in known and key != "runtime_config"}
-        own = settings_field(find_start(given.get("init_lora_weights", True)))
+        own = settings_field(known_start(given.get("init_lora_weights", True)))
         for name in START_SETTINGS:
             if name != own:  # the start of a trained adapter is history: files converted to plain LoRA still carry it
                 given.pop(name, None)
@@ -330,8 +337,7 @@ def unavailable(config: LoraConfig) -> list[str]:
         for name, feature in _LATER_FIELDS.items()
         if getattr(config, name) and name not in built
     ]
-    start = find_start(config.init_lora_weights)
-    if start is not None and (formula := _LATER_FORMULAS.get(start.initializer.variant or "")):
+    if formula := _LATER_FORMULAS.get(config.start.initializer.variant or ""):
         asked.append(f"{formula} (init_lora_weights={config.init_lora_weights!r})")
     if config.runtime_config.ephemeral_gpu_offload:
         asked.append("Computing DoRA's start on the GPU (runtime_config.ephemeral_gpu_offload=True)")

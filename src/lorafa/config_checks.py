@@ -16,8 +16,8 @@ from lorafa.checks import (
     is_int,
     names,
 )
-from lorafa.errors import ConfigError, did_you_mean
-from lorafa.initializers import Start, find_start, start_values
+from lorafa.errors import ConfigError
+from lorafa.initializers import Start
 from lorafa.method_configs import from_nested
 from lorafa.variants import variant_of
 
@@ -40,10 +40,8 @@ FLAGS = (
 )
 
 
-def settings_field(start: Start | None) -> str | None:
+def settings_field(start: Start) -> str | None:
     """The field of LoraConfig with the settings of a start, None where it has none."""
-    if start is None:
-        return None
     declared = start.initializer.settings
     own = declared if isinstance(declared, str) else f"{start.name}_config"
     if own in START_SETTINGS:
@@ -126,18 +124,12 @@ def _check_layers(config: LoraConfig) -> None:
 
 
 def _check_start(config: LoraConfig) -> None:
-    value = config.init_lora_weights
-    start = find_start(value)
-    if start is None:
-        known = start_values()
-        raise ConfigError(
-            f"init_lora_weights has no value {value!r}.{did_you_mean(str(value), map(str, known))} Pass "
-            f"{', '.join(map(repr, known))}; where there is an N put a number."
-        )
+    start = config.start
     _check_settings(config, start)
     if config.freeze_A and start.initializer.trains == "A":
         raise ConfigError(
-            f"freeze_A=True leaves nothing to train: init_lora_weights={value!r} trains A alone. Drop one of the two."
+            f"freeze_A=True leaves nothing to train: init_lora_weights={start.value!r} trains A alone. Drop one of the "
+            "two."
         )
     check_rank = start.initializer.check_rank
     ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}

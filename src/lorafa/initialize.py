@@ -154,7 +154,8 @@ def start_from(
     require_config(config)
     require_statistics(stats)
     config = with_start(model, config, stats, ranks=ranks, heldout=heldout, loss=loss)
-    return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, stats=stats)
+    read = stats if config.start.initializer.needs else None  # else they were for the ranks alone
+    return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, stats=read)
 
 
 def _require_heldout(config: LoraConfig, heldout: Any) -> None:

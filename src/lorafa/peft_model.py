@@ -250,12 +250,16 @@ class PeftModel(nn.Module):
 
         Raises:
             AdapterError: the name is taken or unusable.
-            ConfigError, TargetError: as :func:`get_peft_model`; nothing was changed.
+            CalibrationError, ConfigError, TargetError: as :func:`get_peft_model`; nothing was changed.
         """
-        config = _with_base_name(peft_config, self.get_base_model())
-        stats = given(self.get_base_model(), config, stats)
-        self.base_model.inject_adapter(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
-        forget_kept(self.get_base_model())
+        options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
+        self._add(_with_base_name(peft_config, self.get_base_model()), adapter_name, options, stats)
+
+    def _add(self, config: LoraConfig, name: str, options: Options, stats: Stats | None) -> None:
+        model = self.get_base_model()
+        self.base_model.inject_adapter(config, name, options, given(model, config, stats))
+        if stats is None and config.start.initializer.needs:  # it has taken what a preprocess function left
+            forget_kept(model)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make exactly this adapter count, and train unless ``inference_mode``.
@@ -374,7 +378,7 @@ def get_peft_model(
     Raises:
         TargetError: a pattern matches nothing, or something that cannot carry an adapter.
         CalibrationError: the start reads statistics that are not given, or not of this model.
-        ConfigError: a setting is wrong, or does not go with a layer.
+        ConfigError: a setting is wrong, or does not go with a layer; or ``stats`` for a start that reads none.
         NotAvailableError: the config asks for a feature this version does not have.
         AdapterError: the adapter's name is unusable, or the model is a PeftModel already.
 
@@ -389,9 +393,7 @@ def get_peft_model(
     config = _with_base_name(peft_config, model)
     if revision is not None:
         config.revision = revision
-    options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
-    wrapped.base_model.inject_adapter(config, adapter_name, options, given(model, config, stats))
-    forget_kept(model)
+    wrapped._add(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
     wrapped.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
     if is_checkpointed(model):
         let_inputs_require_grad(model)

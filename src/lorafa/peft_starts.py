@@ -41,9 +41,10 @@ def replace_lora_weights_loftq(
             not, they are as before, bit for bit. The layers come in the order of the model.
 
     Raises:
-        AdapterError: an unknown or merged adapter, or one that is not plain LoRA.
+        AdapterError: an unknown or merged adapter, or one that is not plain LoRA, or whose scaling is (almost) zero.
         TargetError: none of its layers is quantized.
-        SourceError, CheckpointError: a file or tensor is missing or damaged, or is not what the layer was made from.
+        SourceError, CheckpointError: a file or tensor is missing, damaged or not finite, or is not what the layer was
+            made from.
         ConfigError: a rank is larger than the weight's.
 
     After any of them, and after an error in ``callback``, the adapter is as it was.
@@ -114,8 +115,13 @@ def _own_name(peft_model: PeftModel) -> str:
 
 
 def _fitted(peft_model: PeftModel, name: str, adapter: Adapter, weights: BaseWeights) -> tuple[Tensor, Tensor]:
-    """A and B for the dense weight of one layer."""
+    """A and B for the dense weight of one layer, in their dtypes."""
     layer, config = adapter.layer, peft_model.peft_config[adapter.name]
+    if adapter.scaling == 0:
+        raise AdapterError(
+            f"{name}: adapter {adapter.name!r} has scaling 0, with which no factors make up for anything. Set another "
+            "one (set_scale). Nothing was changed."
+        )
     seed = torch.initial_seed() if config.init_seed is None else config.init_seed
     spec = LayerSpec(name, layer.kind, layer.r[adapter.name], adapter.scaling, seed, adapter.name)
     codes, stored = layer.base_weight(), weights.read(_names(peft_model, name))
@@ -123,6 +129,11 @@ def _fitted(peft_model: PeftModel, name: str, adapter: Adapter, weights: BaseWei
         raise CheckpointError(
             f"{weights.path} has {name}.weight as {'x'.join(map(str, stored.shape))}, the model as "
             f"{'x'.join(map(str, codes.shape))}. Name the weights of the model that was quantized. Nothing was changed."
+        )
+    if not bool(stored.isfinite().all()):
+        raise CheckpointError(
+            f"{weights.path}: {name}.weight holds nan or inf, which nothing can be fitted to. Fetch or save the file "
+            "again. Nothing was changed."
         )
     check_rank(spec, codes)
     weight = stored.to(codes)
@@ -132,7 +143,13 @@ def _fitted(peft_model: PeftModel, name: str, adapter: Adapter, weights: BaseWei
             f"{weights.path}: {name}.weight is not what the layer was quantized from; it differs from the codes by "
             f"more than {_FAR:.0%} of its size. Name the weights of the model that was quantized. Nothing was changed."
         )
-    return fit(lost, size, spec)
+    A, B = (factor.to(old) for factor, old in zip(fit(lost, size, spec), (adapter.A, adapter.B), strict=True))
+    if not bool(A.isfinite().all() & B.isfinite().all()):
+        raise AdapterError(
+            f"{name}: the factors fitted for adapter {adapter.name!r} are too large for {A.dtype}; its scaling is "
+            f"{adapter.scaling:g}. Set another one (set_scale). Nothing was changed."
+        )
+    return A, B
 
 
 def _names(peft_model: PeftModel, name: str) -> list[str]:

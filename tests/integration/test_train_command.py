@@ -173,6 +173,7 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(workplace: Path, tmp_path: 
         ["init=lora_ga", "init.iters=2", "peft.r=2"],
         ["init=eva", "init.iters=2"],
         ["init=functional", "init.iters=2", "init.passes=4", "init.ranks=budget", "peft.r=2"],
+        ["init=default", "init.iters=2", "init.ranks=budget", "peft.r=2"],
         ["peft=qv", "init=gaussian", "train.chunked_loss=false"],
         ["optim=sgd", "train.gradient_checkpointing=true"],
         ["optim=adafactor", "train.accumulation=2", "train.group_by_length=false"],

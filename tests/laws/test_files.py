@@ -21,6 +21,7 @@ from adapter_toys import (
     everything,
     initializer_of,
     input_for,
+    read_by,
     starts_of,
     stats_for,
     train,
@@ -103,7 +104,8 @@ def test_outputs_come_back_bit_for_bit_at_a_size_where_strides_choose_the_kernel
     settings = VARIANT[variant] | {"init_lora_weights": start}
     targets = ["0", "2"] if "conv" in VARIANTS.get(variant).hosts else ["0"]
     config = LoraConfig(target_modules=targets, r=rank, lora_alpha=12, use_rslora=True, **settings)
-    model = get_peft_model(base(), config, stats={"0": stats_for(base()[0].weight)}).eval()  # type: ignore[arg-type]
+    stats = read_by(start, {"0": stats_for(base()[0].weight)})  # type: ignore[arg-type]
+    model = get_peft_model(base(), config, stats=stats).eval()
     train(model)
     model.save_pretrained(tmp_path)
     x = torch.randn(33, 96).to(dtype)

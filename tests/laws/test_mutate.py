@@ -188,6 +188,13 @@ def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
     refused(model, mutate_base, AdapterError, "merged into the base weights")
 
 
+@pytest.mark.parametrize("model", [None, "model", {}], ids=str)
+@pytest.mark.parametrize("action", [mutate_base, restore_base])
+def test_what_is_no_model_is_refused(action: Callable[[Any], None], model: Any) -> None:
+    with pytest.raises(AdapterError, match=rf"{action.__name__} takes a model with adapters, found {model!r}"):
+        action(model)
+
+
 def test_an_adapter_without_a_start_has_nothing_to_take_out() -> None:
     refused(adapted(LINEAR), mutate_base, AdapterError, "'default' has no start that belongs to the base weights")
 

@@ -18,6 +18,7 @@ from adapter_toys import (
     config_for,
     input_for,
     only_layer,
+    read_by,
     settings_of,
     stats_for,
     train,
@@ -145,7 +146,7 @@ def test_without_init_seed_the_start_follows_manual_seed() -> None:
 def test_making_an_adapter_draws_nothing_from_the_global_random_state(start: bool | str) -> None:
     model, before = Pair(), torch.get_rng_state()
     stats = {name: stats_for(model.q_proj.weight) for name in ("q_proj", "v_proj")}
-    get_peft_model(model, with_targets("q_proj", "v_proj", **settings_of(start)), stats=stats)
+    get_peft_model(model, with_targets("q_proj", "v_proj", **settings_of(start)), stats=read_by(start, stats))
     assert torch.equal(torch.get_rng_state(), before)
 
 

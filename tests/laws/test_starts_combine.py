@@ -18,6 +18,7 @@ from adapter_toys import (
     initializer_of,
     input_for,
     only_layer,
+    read_by,
     stats_for,
     with_adapter,
 )
@@ -124,7 +125,7 @@ def test_two_starts_on_one_base_add_up_and_train_one_at_a_time(first: bool | str
     x, base = input_for(LINEAR, torch.float64), base_layer(LINEAR, dtype=torch.float64)
     model = with_adapter(Single(base), LINEAR, init_lora_weights=first).eval()
     beside = config_for(LINEAR, init_lora_weights=second, r=2)
-    stats = {"layer": stats_for(base.weight)}  # type: ignore[arg-type]
+    stats = read_by(second, {"layer": stats_for(base.weight)})  # type: ignore[arg-type]
     if initializer_of(second).quantizer is not None:
         text = f"init_lora_weights={second!r} quantizes dense linear layers, but 'layer' carries other .*'default'"
         with pytest.raises(AdapterError, match=text):

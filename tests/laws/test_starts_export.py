@@ -18,6 +18,7 @@ from adapter_toys import (
     base_layer,
     initializer_of,
     input_for,
+    read_by,
     settings_of,
     stats_for,
     train,
@@ -57,7 +58,7 @@ def trained(start: bool | str, *, poor: bool = False, **settings: Any) -> PeftMo
     if poor:
         stats["second"] = {key: torch.zeros_like(value) for key, value in stats["second"].items()}
     config = LoraConfig(r=2, target_modules=list(LAYERS), init_seed=0, **settings_of(start), **settings)
-    adapted = get_peft_model(model, config, stats=stats)
+    adapted = get_peft_model(model, config, stats=read_by(start, stats))
     train(adapted)
     return adapted.eval()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adapter_toys import read_by
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS
@@ -60,7 +61,8 @@ class Model(nn.Module):
 
 def adapted(name: str, **settings: Any) -> PeftModel:
     settings = {"r": R, "lora_alpha": S * R, "init_seed": 0, "init_lora_weights": name} | settings
-    return get_peft_model(Model(), LoraConfig(target_modules=["layer"], **settings), stats={"layer": stats_of()})
+    stats = read_by(settings["init_lora_weights"], {"layer": stats_of()})
+    return get_peft_model(Model(), LoraConfig(target_modules=["layer"], **settings), stats=stats)
 
 
 def weight_of(model: PeftModel) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 
 import lorafa.method_configs as methods
 from lorafa.config import LoraConfig, PeftType, TaskType, require_available, unavailable
-from lorafa.errors import CheckpointError, NotAvailableError
+from lorafa.errors import CheckpointError, ConfigError, NotAvailableError
 from lorafa.version import VERSION
 
 NESTED = [
@@ -84,6 +84,19 @@ def test_task_types_are_those_of_peft():
     peft = pytest.importorskip("peft")
     assert [item.value for item in TaskType] == [item.value for item in peft.TaskType]
     assert peft.PeftType.LORA.value == PeftType.LORA
+
+
+def test_the_start_of_a_config_is_the_line_of_the_table_that_its_value_means():
+    assert [LoraConfig(init_lora_weights=value).start.name for value in (True, False, "PiSSA")] == [
+        "kaiming",
+        "random",
+        "pissa",
+    ]
+    assert LoraConfig(init_lora_weights="pissa_niter_4").start.number == 4
+    changed = LoraConfig()
+    changed.init_lora_weights = "pisa"
+    with pytest.raises(ConfigError, match=r"init_lora_weights has no value 'pisa'\. Did you mean 'pissa'\? Pass True,"):
+        changed.start  # noqa: B018
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

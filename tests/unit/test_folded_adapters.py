@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from adapter_toys import Single, base_layer, close, only_layer, stats_for, train, with_adapter
+from adapter_toys import Single, base_layer, close, only_layer, read_by, stats_for, train, with_adapter
 from lorafa import (
     LoraConfig,
     PeftModel,
@@ -53,8 +53,8 @@ def config_of(start: bool | str, **settings: object) -> LoraConfig:
 
 def adapted(start: str, dtype: torch.dtype = torch.float32, *, keep: bool = True, **settings: object) -> PeftModel:
     model = base(dtype)
-    put_on = get_peft_model(model, config_of(start, **settings), stats={"layer": stats_for(model.layer.weight)},
-                            autocast_adapter_dtype=keep).eval()  # fmt: skip
+    stats = read_by(start, {"layer": stats_for(model.layer.weight)})
+    put_on = get_peft_model(model, config_of(start, **settings), stats=stats, autocast_adapter_dtype=keep).eval()
     train(put_on)
     return put_on
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adapter_toys import KINDS, input_for
 from adapter_toys import adapted as adapted_kind
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa.errors import AdapterError
 from lorafa.optimizers import create_lorafa_optimizer
 from lorafa.optimizers.pairs import pairs_of
 from optimizer_toys import IN, Mlp, adapted, batch, loss
@@ -40,6 +41,14 @@ def test_a_frozen_A_is_frozen_on_every_kind_of_layer_and_starts_with_independent
     model(x).square().sum().backward()
     torch.optim.SGD([pair.B for pair in pairs_of(model)], lr=0.1).step()
     assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("freeze_A", [True, False])
+def test_the_advice_for_a_start_without_full_rank_does_not_name_what_would_not_help(freeze_A: bool) -> None:
+    config = LoraConfig(r=2, target_modules=["first"], init_lora_weights="orthogonal", freeze_A=freeze_A)
+    with pytest.raises(AdapterError, match="A has dependent rows") as refused:
+        create_lorafa_optimizer(get_peft_model(Mlp(), config), lr=1e-3)
+    assert "freeze_A" not in str(refused.value)
 
 
 def test_switching_adapters_keeps_it() -> None:

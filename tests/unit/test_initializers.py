@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from adapter_toys import stats_for
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec
+from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer
 from lorafa.initializers.goat import GoatConfig
 from lorafa.linalg import fix_signs, truncated_svd
 
@@ -71,6 +72,22 @@ def test_start_that_does_not_read_the_weight_takes_a_shape_alone(name: str) -> N
 def test_experts_start_differently(name: str) -> None:
     A = start(name, EXPERTS, 4, kind="experts").A
     assert not torch.equal(A[0], A[1])
+
+
+@pytest.mark.parametrize("name", INITIALIZERS.names())
+def test_an_initializer_goes_by_the_name_and_docstring_of_its_function(name: str) -> None:
+    start = INITIALIZERS.get(name)
+    assert (start.__name__, start.__doc__) == (name, start.function.__doc__)
+
+
+def test_an_initializer_declares_what_it_says_and_nothing_else() -> None:
+    function = INITIALIZERS.get("kaiming").function
+    start = initializer(needs=("gradient",), trains="A")(function)
+    assert (start.needs, start.trains, start.also, start.keeps_function) == (("gradient",), "A", (), True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'need'"):
+        initializer(need=("gradient",))(function)  # type: ignore[call-arg]
+    with pytest.raises(FrozenInstanceError):
+        start.needs = ()  # type: ignore[misc]
 
 
 def test_kaiming_is_uniform_with_bound_one_over_root_in_and_B_zero() -> None:

@@ -170,6 +170,43 @@ def test_a_step_that_fails_leaves_the_gradients_as_they_were(name: str) -> None:
     assert all(torch.equal(p.grad, before[key]) for key, p in model.named_parameters() if p.grad is not None)
 
 
+def used(name: str) -> tuple[PeftModel, Optimizer]:
+    """A model after one step, with gradients for the next; its four factors have three different shapes."""
+    model = adapted(modules_to_save=["norm"])
+    optimizer = MAKERS[name](model)
+    ready(model)
+    optimizer.step()
+    ready(model)
+    return model, optimizer
+
+
+def refused_whole(model: PeftModel, optimizer: Optimizer, match: str) -> None:
+    """As :func:`refused`, and the optimizer is as it was too."""
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    refused(model, optimizer.step, AdapterError, match)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["preconditioned", "pro full"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_gradient_that_is_not_finite_in_the_last_layer_stops_the_step_in_the_first(
+    name: str, value: float, factor: str
+) -> None:
+    model, optimizer = used(name)
+    getattr(model.get_base_model().second, f"lora_{factor}")["default"].weight.grad[0, 0] = value
+    text = rf"second, adapter 'default': the gradient of {factor} holds nan or inf\. .* Nothing was changed\."
+    refused_whole(model, optimizer, text)
+
+
+@pytest.mark.parametrize("name", ["preconditioned", "pro full"])
+def test_a_factor_that_was_spoilt_in_the_last_layer_stops_the_step_in_the_first(name: str) -> None:
+    model, optimizer = used(name)
+    with torch.no_grad():
+        model.get_base_model().second.lora_B["default"].weight.fill_(torch.nan)
+    refused_whole(model, optimizer, r"second, adapter 'default': B \(rank 3\) holds nan or inf")
+
+
 class Sparse(Mlp):
     def __init__(self) -> None:
         super().__init__()

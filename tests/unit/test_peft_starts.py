@@ -224,9 +224,22 @@ def test_files_that_do_not_fit_are_refused(folder: Path) -> None:
     refused(model, CheckpointError, text, stored(folder, second=torch.zeros(80, 47)))
     text = r"body\.second\.weight is not what the layer was quantized from; it differs from the codes by more than 50%"
     refused(model, CheckpointError, text, stored(folder, second=torch.randn(80, 48)))
-    refused(model, CheckpointError, text, stored(folder, second=torch.full((80, 48), float("nan"))))
+    for value in (float("nan"), float("inf")):
+        weight = Model().body.second.weight.detach().clone()
+        weight[3, 5] = value
+        text = r"model\.safetensors: body\.second\.weight holds nan or inf, .* Nothing was changed"
+        refused(model, CheckpointError, text, stored(folder, second=weight))
     whole(folder).write_bytes(b"nothing of the kind")
     refused(model, CheckpointError, r"model\.safetensors is no safetensors file, or is damaged", folder)
+
+
+def test_a_scaling_that_no_finite_factors_go_with_is_refused(folder: Path) -> None:
+    model = adapted()
+    model.get_base_model().body.second.set_scale("default", 0.0)
+    refused(model, AdapterError, r"body\.second: adapter 'default' has scaling 0.*Set another one", folder)
+    model.get_base_model().body.second.set_scale("default", 1e-90)
+    text = r"the factors fitted for adapter 'default' are too large for torch\.float32.* scaling is .*e-90"
+    refused(model, AdapterError, text, folder)
 
 
 def test_a_sharded_model_that_is_not_whole_is_refused(folder: Path) -> None:

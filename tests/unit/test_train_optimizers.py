@@ -16,7 +16,7 @@ from lorafa.conf.typed import build, plain
 from lorafa.errors import ConfigError
 from lorafa.optimizers import LoraFAOptimizer, create_lorafa_optimizer
 from lorafa.optimizers.pairs import pairs_of
-from lorafa.train.optimizers import KINDS, OPTIONS, pair_optimizer
+from lorafa.train.optimizers import FORMS, KINDS, NAMES, OPTIONS, pair_optimizer
 from lorafa.train.schema import OptimConfig, RunConfig
 from lorafa.train.trainer import LoraTrainer
 
@@ -110,19 +110,20 @@ def test_an_option_of_another_optimizer_is_refused(case: str) -> None:
 
 
 def test_the_table_has_every_optimizer_of_the_settings() -> None:
-    assert {line.partition(" ")[0] for line in KINDS} == set(get_args(get_type_hints(OptimConfig)["name"]))
+    assert set(NAMES) == set(get_args(get_type_hints(OptimConfig)["name"]))
     with pytest.raises(ConfigError, match=r"optim.name has no value 'adam'. Did you mean 'adamw'\?"):
         OptimConfig(name="adam")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("line", [line for line, kind in KINDS.items() if kind.make is not None])
-def test_a_default_of_the_settings_is_that_of_the_library(line: str) -> None:
-    name, _, form = line.partition(" optim.")
-    optim = OptimConfig(name=name, **(dict([form.split("=")]) if form else {}))  # type: ignore[arg-type]
-    make = KINDS[line].make
+@pytest.mark.parametrize("key", [key for key, kind in KINDS.items() if kind.make is not None], ids=str)
+def test_a_default_of_the_settings_is_that_of_the_library(key: tuple[str, ...]) -> None:
+    name, *chosen = key
+    form = {FORMS[name]: chosen[0]} if chosen else {}
+    optim = OptimConfig(name=name, **form)  # type: ignore[arg-type]
+    make = KINDS[key].make
     assert make is not None
     parameters = inspect.signature(make).parameters
-    for ours, theirs in KINDS[line].reads.items():
+    for ours, theirs in KINDS[key].reads.items():
         default = parameters[theirs].default if theirs in parameters else inspect.Parameter.empty
         if default is not inspect.Parameter.empty and ours not in form:
             assert getattr(optim, ours) == default, ours

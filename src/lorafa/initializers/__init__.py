@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lorafa.errors import ConfigError, did_you_mean
 from lorafa.initializers.base import Initializer
 from lorafa.registry import Registry
 
@@ -63,6 +64,22 @@ def find_start(value: object) -> Start | None:
             switches = (also for also in found.initializer.also if isinstance(also, bool))
             return next((Start(name, switch) for switch in switches), found)
     return None
+
+
+def known_start(value: object) -> Start:
+    """The start that a value of ``init_lora_weights`` means.
+
+    Raises:
+        ConfigError: there is no such start.
+    """
+    start = find_start(value)
+    if start is None:
+        known = start_values()
+        raise ConfigError(
+            f"init_lora_weights has no value {value!r}.{did_you_mean(str(value), map(str, known))} Pass "
+            f"{', '.join(map(repr, known))}; where there is an N put a number."
+        )
+    return start
 
 
 def start_values() -> list[bool | str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -77,83 +77,71 @@ class InitResult:
     """Start values of the variant's extras, by its names for them, where they are not the variant's own."""
 
 
-class Initializer(Protocol):
-    """Call signature of every entry of the registry."""
-
-    needs: tuple[str, ...]
-    """Statistics of the layer it reads."""
-    reads_weight: bool
-    """Whether it reads the base weight's values; if not it is handed a tensor of the right shape on the meta device."""
-    also: tuple[bool | str, ...]
-    """Other values of ``init_lora_weights`` that mean it; a number may stand in place of the N in "..._N"."""
-    settings: type | str | None
-    """A dataclass of its settings, all with defaults, given as ``LoraConfig(init_config=...)``; or the field PEFT's
-    LoraConfig has for them, which is found without if it is called after the start ("eva_config")."""
-    check_rank: Callable[[int, str], None] | None
-    """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
-    trains: str
-    """The factors that are trained: "AB", or the one the method trains while the other stays at its start."""
-    moves_base: bool
-    """Whether it takes something out of the base, so that A and B alone do not say what was trained."""
-    waits: bool
-    """Whether its statistics may come after the adapter is on; until then it starts as by default."""
-    keeps_function: bool
-    """Whether the model computes at step 0 what the base does."""
-    quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None
-    """Makes the layer that takes the base's place (:attr:`InitResult.quantized`), of a weight (out, in). It depends on
-    the weight, the rank and the settings alone, and is run again where an adapter is loaded on the dense base."""
-    whole_gradients: bool
-    """Whether it reads single entries of a gradient, which a sketch does not have: ``gradient.dense``."""
-    variant: str | None
-    """The formula it is a start of, which it then asks for; None: any."""
-    otherwise: Callable[[Tensor, LayerSpec], InitResult] | None
-    """Starts a layer on which it raises DegenerateError, computing what the base does; None: as by default."""
-
-    def __call__(self, weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult: ...
-
-
 Function = Callable[[Tensor, Mapping[str, Tensor], LayerSpec], InitResult]
+"""(weight, stats, spec) -> A and B."""
+Declarations = ParamSpec("Declarations")
+_NAMES = ("__module__", "__name__", "__qualname__", "__doc__")
 
 
-def initializer(
-    *,
-    needs: tuple[str, ...] = (),
-    reads_weight: bool = False,
-    also: tuple[bool | str, ...] = (),
-    settings: type | str | None = None,
-    check_rank: Callable[[int, str], None] | None = None,
-    trains: str = "AB",
-    moves_base: bool = False,
-    waits: bool = False,
-    keeps_function: bool = True,
-    quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None = None,
-    whole_gradients: bool = False,
-    variant: str | None = None,
-    otherwise: Callable[[Tensor, LayerSpec], InitResult] | None = None,
-) -> Callable[[Function], Initializer]:
-    """Mark a function as an initializer and declare what goes with it; see :class:`Initializer`.
+@dataclass(frozen=True, eq=False)
+class Initializer:
+    """A function that starts a layer, and what it declares of itself; made by :func:`initializer`.
 
     Only the statistics and weights declared here are collected and dequantized for it.
     """
 
-    def mark(function: Function) -> Initializer:
-        marked = cast(Initializer, function)
-        marked.needs = needs
-        marked.reads_weight = reads_weight
-        marked.also = also
-        marked.settings = settings
-        marked.check_rank = check_rank
-        marked.trains = trains
-        marked.moves_base = moves_base
-        marked.waits = waits
-        marked.keeps_function = keeps_function
-        marked.quantizer = quantizer
-        marked.whole_gradients = whole_gradients
-        marked.variant = variant
-        marked.otherwise = otherwise
-        return marked
+    function: Function
+    _: KW_ONLY
+    needs: tuple[str, ...] = ()
+    """Statistics of the layer it reads."""
+    reads_weight: bool = False
+    """Whether it reads the base weight's values; if not it is handed a tensor of the right shape on the meta device."""
+    also: tuple[bool | str, ...] = ()
+    """Other values of ``init_lora_weights`` that mean it; a number may stand in place of the N in "..._N"."""
+    settings: type | str | None = None
+    """A dataclass of its settings, all with defaults, given as ``LoraConfig(init_config=...)``; or the field PEFT's
+    LoraConfig has for them, which is found without if it is called after the start ("eva_config")."""
+    check_rank: Callable[[int, str], None] | None = None
+    """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
+    trains: str = "AB"
+    """The factors that are trained: "AB", or the one the method trains while the other stays at its start."""
+    moves_base: bool = False
+    """Whether it takes something out of the base, so that A and B alone do not say what was trained."""
+    waits: bool = False
+    """Whether its statistics may come after the adapter is on; until then it starts as by default."""
+    keeps_function: bool = True
+    """Whether the model computes at step 0 what the base does."""
+    quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None = None
+    """Makes the layer that takes the base's place (:attr:`InitResult.quantized`), of a weight (out, in). It depends on
+    the weight, the rank and the settings alone, and is run again where an adapter is loaded on the dense base."""
+    whole_gradients: bool = False
+    """Whether it reads single entries of a gradient, which a sketch does not have: ``gradient.dense``."""
+    variant: str | None = None
+    """The formula it is a start of, which it then asks for; None: any."""
+    otherwise: Callable[[Tensor, LayerSpec], InitResult] | None = None
+    """Starts a layer on which it raises DegenerateError, computing what the base does; None: as by default."""
 
-    return mark
+    def __post_init__(self) -> None:
+        """Go by the function's own name and docstring."""
+        vars(self).update((name, getattr(self.function, name)) for name in _NAMES if hasattr(self.function, name))
+
+    def __call__(self, weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
+        return self.function(weight, stats, spec)
+
+
+def _decorator(
+    make: Callable[Concatenate[Function, Declarations], Initializer],
+) -> Callable[Declarations, Callable[[Function], Initializer]]:
+    """From make(function, ...) to declared(...)(function): type checkers see the same keywords, named once."""
+
+    def declared(*args: Declarations.args, **kwargs: Declarations.kwargs) -> Callable[[Function], Initializer]:
+        return lambda function: make(function, *args, **kwargs)
+
+    return declared
+
+
+initializer = _decorator(Initializer)
+"""``@initializer(needs=..., ...)`` over a function: it becomes an :class:`Initializer` that declares this."""
 
 
 def factor_shapes(weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

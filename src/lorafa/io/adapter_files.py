@@ -20,7 +20,6 @@ from lorafa.config import CONFIG_NAME, LoraConfig, read_config
 from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import CheckpointError, shorten
 from lorafa.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
-from lorafa.initializers import find_start
 from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, require_values, write_tensors
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
 from lorafa.layers.base import LoraLayer
@@ -110,8 +109,7 @@ def save_adapter(
     fallbacks = {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}
     if fallbacks:
         side["fallbacks"] = fallbacks
-    start = find_start(config.init_lora_weights)
-    if start is not None and start.initializer.quantizer is not None:
+    if config.start.initializer.quantizer is not None:
         layers = [(path, layer) for path, layer in _fingerprinted(model) if name in layer.adapters and layer.origin]
         side["quantized"] = fingerprint((path, layer.base_weight()) for path, layer in layers)
     require_values(folder / WEIGHTS_NAME, tensors)

@@ -152,22 +152,40 @@ def file_tensors(
     """
     found = list(entries(model, name, config, embeddings=embeddings))
     values = {e.key: e.tensor.detach() for e in found} if state_dict is None else _gathered(found, state_dict, name)
-    halved = _factors_applied_twice(model, name, config)
-    values |= {key: values[key] / 2 for key in halved}
     for path, layer in _folding(model, name):
         key_B = f"{path}.{layer.factor_names[1]}"
         values |= {f"{path}.{UNFOLDED_B}": values[key_B], key_B: _folded(path, layer, name, values[key_B], values)}
     for path, layer, start in _starts(model, name) if with_start else ():
-        A0, B0 = layer.stored_A(start[0]), layer.stored_B(start[1])
-        if not layer.adapters[name].variant.plain:
-            values |= {f"{path}.{START_A}": A0, f"{path}.{START_B}": B0}
-            continue
-        key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
-        A, B = layer.matrix_A(values[key_A]), layer.matrix_B(values[key_B])
-        values[key_A] = layer.stored_A(torch.cat([A, start[0].to(A)], dim=-2))
-        B0 = start[1].to(B) / 2 if key_B in halved else start[1].to(B)
-        values[key_B] = layer.stored_B(torch.cat([B, -B0], dim=-1))
+        values |= _stacked(path, layer, layer.adapters[name].variant.plain, start, values)
+    values |= {key: values[key] / 2 for key in _factors_applied_twice(model, name, config)}
     return values | tied_tensors(model, name, values)
+
+
+def _stacked(
+    path: str, layer: LoraLayer, plain: bool, start: tuple[Tensor, Tensor], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a file holds of one layer's A, B and start (A0, B0), for A and B among ``values``."""
+    A0, B0 = start
+    if not plain:
+        return {f"{path}.{START_A}": layer.stored_A(A0), f"{path}.{START_B}": layer.stored_B(B0)}
+    key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
+    A, B = layer.matrix_A(values[key_A]), layer.matrix_B(values[key_B])
+    return {
+        key_A: layer.stored_A(torch.cat([A, A0.to(A)], dim=-2)),
+        key_B: layer.stored_B(torch.cat([B, -B0.to(B)], dim=-1)),
+    }
+
+
+def _split(
+    path: str, layer: LoraLayer, plain: bool, rank: int, values: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """The inverse of :func:`_stacked`: A and B by their keys where they change, and (A0, B0)."""
+    if not plain:
+        return {}, (layer.matrix_A(values[f"{path}.{START_A}"]), layer.matrix_B(values[f"{path}.{START_B}"]))
+    key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
+    A, B = layer.matrix_A(values[key_A]), layer.matrix_B(values[key_B])
+    own = {key_A: layer.stored_A(A[..., :rank, :]), key_B: layer.stored_B(B[..., :, :rank])}
+    return own, (A[..., rank:, :], -B[..., :, rank:])
 
 
 def _gathered(found: list[Stored], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -284,15 +302,9 @@ def load_tensors(
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(model, name, config) if key in tensors}
     starts: list[tuple[Tensor, Tensor]] = []
     for path, layer, start in _starts(model, name) if with_start else ():
-        if layer.adapters[name].variant.plain:
-            key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
-            A, B = layer.matrix_A(tensors[key_A]), layer.matrix_B(tensors[key_B])
-            rank = start[0].shape[-2]
-            tensors[key_A], tensors[key_B] = layer.stored_A(A[..., :rank, :]), layer.stored_B(B[..., :, :rank])
-            A0, B0 = A[..., rank:, :], -B[..., :, rank:]
-        else:
-            A0, B0 = layer.matrix_A(tensors[f"{path}.{START_A}"]), layer.matrix_B(tensors[f"{path}.{START_B}"])
-        starts += zip(start, (A0, B0), strict=True)
+        own, stored = _split(path, layer, layer.adapters[name].variant.plain, start[0].shape[-2], tensors)
+        tensors |= own
+        starts += zip(start, stored, strict=True)
     tensors = _unfold(model, name, tensors)
     for live, value in starts:
         live.copy_(value)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import working_dtype
-from lorafa.optimizers.pairs import Pair, by_shape
+from lorafa.errors import AdapterError
+from lorafa.optimizers.pairs import Pair, by_shape, check_finite
 
 CACHED_BYTES = 8 * 2**20
 """Of the factors in a batch on a CPU: small enough that a stack is still in the cache when it is multiplied."""
@@ -78,6 +79,24 @@ class PairBatch:
         if all(live):
             return self
         return PairBatch(list(compress(self.pairs, live))) if any(live) else None
+
+    def check_gradients(self) -> None:
+        """For steps that would lose more than a stock optimizer's by a gradient that is not finite; all have one.
+
+        Raises:
+            AdapterError: a gradient, or a factor itself, holds nan or inf.
+        """
+        if bool((self.A.gradients().sum() + self.B.gradients().sum()).isfinite()):
+            return
+        for pair in self.pairs:  # one of them, unless the sum of finite ones was too large
+            check_finite(pair)
+            for factor, gradient in (("A", pair.A.grad), ("B", pair.B.grad)):
+                if gradient is not None and not bool(gradient.isfinite().all()):
+                    raise AdapterError(
+                        f"{pair.path}, adapter {pair.name!r}: the gradient of {factor} holds nan or inf. Leave out the "
+                        "batch whose loss is not finite; training in float16 takes torch.amp.GradScaler, which skips "
+                        "such steps. Nothing was changed."
+                    )
 
     def scalings(self) -> Tensor:
         """s of every matrix, (N, 1, 1)."""

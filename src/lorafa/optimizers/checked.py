@@ -43,9 +43,10 @@ class PairOptimizer(Optimizer, ABC):
         """One step; ``closure`` computes the loss and its gradients again, and the loss is returned.
 
         Raises:
-            AdapterError: the adapters this optimizer was made for are not the active ones, or a decomposition fails
-                because they hold nan or inf.
+            AdapterError: the adapters this optimizer was made for are not the active ones, or hold nan or inf; or
+                their gradients do, in optimizers that would lose more by that than a stock one.
             BackendError: a gradient is sparse.
+            Nothing was changed in either case.
         """
         check_pairs(self, self.pairs)
         loss = None

@@ -28,7 +28,7 @@ from lorafa.checks import check_choice, check_number
 from lorafa.errors import ConfigError
 from lorafa.linalg import damped_gram, exceeds, spd_inverse, sylvester, wide
 from lorafa.optimizers.adamw import AdamW, add_moments_
-from lorafa.optimizers.batches import PairBatch
+from lorafa.optimizers.batches import PairBatch, live_batches
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
 from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import precondition
@@ -182,19 +182,25 @@ class LoraProAdamW(PairOptimizer):
     def update(self) -> None:
         """Every pair, then what is trained besides."""
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        for pair in self.pairs:  # one at a time: each needs matrices of the weight's size
-            if pair.A.grad is not None and pair.B.grad is not None:
-                self._move(pair, group_of[pair.B])
+        live = live_batches(PairBatch([pair]) for pair in self.pairs)
+        found = [self._adjusted(batch) for batch in live]  # what fails, fails before the first of them is moved
+        for batch, gradients in zip(live, found, strict=True):  # one pair at a time: matrices of the weight's size
+            self._move(batch, group_of[batch.pairs[0].B], *gradients)
         AdamW(self).step_others(than=factors_of(self.pairs))
 
-    def _move(self, pair: Pair, group: dict[str, Any]) -> None:
-        batch = PairBatch([pair])
-        A, B, s = batch.A.values(), batch.B.values(), batch.scalings()
+    def _adjusted(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """h_A and h_B of X = 0: s (B h_A + h_B A) is what A and B can reach of the weight's gradient."""
+        factors, gradients = (batch.A.values(), batch.B.values()), (batch.A.gradients(), batch.B.gradients())
+        adjusted = adjusted_gradients(*factors, *gradients, batch.scalings(), "zero", self.damping)
+        batch.check_gradients()  # a nan would stay in the moments of the whole weight
+        return adjusted
+
+    def _move(self, batch: PairBatch, group: dict[str, Any], for_A: Tensor, for_B: Tensor) -> None:
+        A, B, s, (pair,) = batch.A.values(), batch.B.values(), batch.scalings(), batch.pairs
         state = self.state[pair.B]
         add_moments_(state, pair.B, self._weight_shape(pair))
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        for_A, for_B = adjusted_gradients(A, B, batch.A.gradients(), batch.B.gradients(), s, "zero", self.damping)
         G = s * (B @ for_A + for_B @ A)
         m, v = state["exp_avg"], state["exp_avg_sq"]
         m.lerp_(G, 1 - beta1)

@@ -90,15 +90,21 @@ class PreconditionedAdamW(PairOptimizer):
 
     def update(self) -> None:
         """A of every pair, then its B with the new A, then what is trained besides."""
-        adamw = AdamW(self, correct_bias=False)
-        for batch in live_batches(self._batches):
-            B = batch.B.values()
-            inverse = damped_inverse(B.mT @ B, self.prec_reg, relative=False)
-            adamw.step(batch.A.parameters, batch.A.split(inverse.to(B.dtype) @ batch.A.gradients()))
+        adamw, live = AdamW(self, correct_bias=False), live_batches(self._batches)
+        for_A = [self._for_A(batch) for batch in live]  # what fails, fails before the first of them is moved
+        for batch, gradients in zip(live, for_A, strict=True):
+            adamw.step(batch.A.parameters, batch.A.split(gradients))
             A = batch.A.values()
             inverse = damped_inverse(A @ A.mT, self.prec_reg, relative=False)
             adamw.step(batch.B.parameters, batch.B.split(batch.B.gradients() @ inverse.to(A.dtype)))
         adamw.step_others(than=factors_of(self.pairs))
+
+    def _for_A(self, batch: PairBatch) -> Tensor:
+        """(B^T B + d I)^-1 g_A, (N, r, n)."""
+        B = batch.B.values()
+        inverse = damped_inverse(B.mT @ B, self.prec_reg, relative=False)
+        batch.check_gradients()  # an A that is moved by nan cannot be decomposed for its B
+        return inverse.to(B.dtype) @ batch.A.gradients()
 
 
 def create_preconditioned_adamw(

@@ -44,12 +44,16 @@ def row_factors(pair: Pair) -> Tensor:
         )
     L, ratio = gram_cholesky(matrices.cpu())
     if bool((ratio < SMALLEST_PIVOT).any()):
-        zero = not bool(pair.A.detach().any())
-        kind = "is zero" if zero else "has dependent rows"
+        where = f"{pair.path}, adapter {pair.name!r}: A"
+        if not bool(pair.A.detach().any()):
+            raise AdapterError(
+                f"{where} is zero, so that a frozen A leaves B nothing to move the weight with. Make the adapter with "
+                "LoraConfig(freeze_A=True), whose default start makes every A random, those of embeddings too. Nothing "
+                "was changed."
+            )
         raise AdapterError(
-            f"{pair.path}, adapter {pair.name!r}: A {kind}, so a frozen A leaves B nothing, or less than its rank, to "
-            "move the weight with. Make the adapter with LoraConfig(freeze_A=True), which starts every A, those of "
-            "embeddings too, with independent rows; or choose a start with full rank. Nothing was changed."
+            f"{where} has dependent rows, so that a frozen A leaves B less than its rank to move the weight with. "
+            "Choose a start whose A has full rank, which init_lora_weights='orthogonal' has not. Nothing was changed."
         )
     return L
 

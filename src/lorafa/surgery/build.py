@@ -12,7 +12,7 @@ from lorafa.adapter import update_factors
 from lorafa.backends.base import Backend
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError
-from lorafa.initializers import INITIALIZERS, find_start
+from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, factor_shapes
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
@@ -24,6 +24,24 @@ Stats = Mapping[str, Mapping[str, Tensor]]
 """Full name of a target -> name of a statistic -> its value: what data-aware starts read."""
 
 
+class LayerStats(dict[str, Tensor]):
+    """The statistics of one layer. What its start reads and does not find is refused by name.
+
+    Raises:
+        CalibrationError: where it is indexed by what it does not have.
+    """
+
+    def __init__(self, layer: str, start: bool | str, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self._layer, self._start = layer, start
+
+    def __missing__(self, name: str) -> Tensor:
+        raise CalibrationError(
+            f"{self._layer}: its statistics have no {name!r}, which init_lora_weights={self._start!r} reads; they have "
+            f"{', '.join(self)}. Pass what collect_statistics returns as stats=."
+        )
+
+
 @dataclass(frozen=True)
 class Options:
     """How adapters are made, apart from what the config says."""
@@ -32,8 +50,6 @@ class Options:
     """Keep adapters in float32 where the base is float16 or bfloat16."""
     low_cpu_mem_usage: bool = False
     """Make the factors on the meta device, to be filled from a file."""
-    shapes_only: bool = False
-    """With ``low_cpu_mem_usage``: the factors are counted only, and never filled."""
     from_file: bool = False
     """The config comes with a file that will fill every tensor: patterns may match nothing, starts are not drawn."""
     file_has_starts: bool = False
@@ -49,24 +65,34 @@ class Builder:
         """Take a config that has been checked.
 
         Raises:
-            ConfigError: the start is computed from the weight, and ``low_cpu_mem_usage`` computes none.
+            ConfigError: the start reads no statistics, and some were given.
+            CalibrationError: ``stats`` is something else.
         """
         self.config, self.name, self.options, self.stats = config, name, options, stats
         self.seed = torch.initial_seed() if config.init_seed is None else config.init_seed
         self.variant = variant_of(config).of(config)
-        start = find_start(config.init_lora_weights)
-        assert start is not None  # config.check() has found it
-        self.initializer, self.number = INITIALIZERS.get(start.name), start.number
+        self.initializer, self.number = config.start.initializer, config.start.number
         self.settings = config.start_settings()
-        filled = options.from_file or options.shapes_only
-        if options.low_cpu_mem_usage and self.initializer.reads_weight and not filled:
-            raise ConfigError(
-                f"init_lora_weights={config.init_lora_weights!r} computes its start from the weight, but "
-                "low_cpu_mem_usage=True computes none. Drop one of the two."
-            )
+        self._check_given()
         self.repeats = options.from_file and self.initializer.moves_base and not options.file_has_starts
         self.filled_later = options.low_cpu_mem_usage or (options.from_file and not self.repeats)
         self.trains = "".join(f for f in self.initializer.trains if not (config.freeze_A and f == "A"))
+
+    def _check_given(self) -> None:
+        """Raise unless ``stats`` are statistics, and read."""
+        tables = [self.stats, *self.stats.values()] if isinstance(self.stats, Mapping) else [self.stats]
+        for table in tables:
+            if not isinstance(table, Mapping):
+                raise CalibrationError(
+                    "stats= takes what collect_statistics returns: by the name of each layer a table of its tensors by "
+                    f"name. Found a {type(table).__name__} in the place of a table."
+                )
+        if self.stats and not self.initializer.needs:
+            reading = (name for name in INITIALIZERS.names() if INITIALIZERS.get(name).needs)
+            raise ConfigError(
+                f"stats= was given, and init_lora_weights={self.config.init_lora_weights!r} reads none. Drop stats=, "
+                f"or set a start that reads them: {', '.join(map(repr, reading))}."
+            )
 
     def build(self, target: Target) -> AdapterParts:
         """The adapter of one target.
@@ -77,40 +103,50 @@ class Builder:
             CalibrationError: the start needs statistics that were not given.
             CheckpointError: so does that of a file which does not hold it.
         """
-        config, variant, kind = self.config, self.variant, target.backend.host
-        if kind not in variant.hosts:
+        self._check(target)
+        spec, weight = self._spec(target), self._weight(target)
+        result = self._empty(target, weight, spec) if self.filled_later else self._start(weight, spec)
+        return self._parts(target, weight, spec, result)
+
+    def _check(self, target: Target) -> None:
+        """Raise unless variant, start and settings go with the layer."""
+        name, kind = target.full_name, target.backend.host
+        if kind not in self.variant.hosts:
             raise ConfigError(
-                f"{target.full_name}: {variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA."
+                f"{name}: {self.variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA."
             )
         if self.initializer.needs and kind != "linear" and not self.filled_later:
             raise ConfigError(
-                f"{target.full_name}: init_lora_weights={config.init_lora_weights!r} reads statistics of linear "
-                f"layers, and this is {kind}. Leave it out with exclude_modules, or choose another start."
+                f"{name}: init_lora_weights={self.config.init_lora_weights!r} reads statistics of linear layers, and "
+                f"this is {kind}. Leave it out with exclude_modules, or choose another start."
             )
         if self.quantizes(target):
-            require_replaceable(target, str(config.init_lora_weights))
-        layer_class = LAYERS.get(kind)
-        layer_class.check(target.full_name, target.base, target.rank, config)
-        scaling, groups = config.scaling(target.rank, target.alpha), layer_class.groups(target.base)
-        spec = LayerSpec(
+            require_replaceable(target, str(self.config.init_lora_weights))
+        LAYERS.get(kind).check(name, target.base, target.rank, self.config)
+
+    def _spec(self, target: Target) -> LayerSpec:
+        kind = target.backend.host
+        scaling, groups = self.config.scaling(target.rank, target.alpha), LAYERS.get(kind).groups(target.base)
+        return LayerSpec(
             target.full_name, kind, target.rank, scaling, self.seed, self.name, groups, self.settings,
-            config.freeze_A, self.number, self.repeats,
+            self.config.freeze_A, self.number, self.repeats,
         )  # fmt: skip
-        weight = self._weight(target)
-        result = self._empty(target, weight, spec) if self.filled_later else self._start(weight, spec)
-        base = None if result.quantized is None else standing_in(target.base, result.quantized)
-        if result.quantized is not None and self.variant.reads_weight:
-            weight = result.quantized.dequantize()
+
+    def _parts(self, target: Target, weight: Tensor, spec: LayerSpec, result: InitResult) -> AdapterParts:
+        """The start in the adapter's dtype, with what goes with it: the variant's extras, a bias, a quantized base."""
+        config, base = self.config, None
+        if result.quantized is not None:
+            base = standing_in(target.base, result.quantized)
+            if self.variant.reads_weight:
+                weight = result.quantized.dequantize()
         dtype = _adapter_dtype(target.base, target.backend, self.options)
-        A, B = result.A.to(dtype), result.B[..., : target.rank // groups].to(dtype)
-        start = result.taken
-        if result.subtract_from_base:
-            start = A.clone(), B.clone()
+        A, B = result.A.to(dtype), result.B[..., : spec.rank // spec.groups].to(dtype)
+        start = (A.clone(), B.clone()) if result.subtract_from_base else result.taken
         extras = self._empty_extras(weight, A) if self.filled_later else self._extras(weight, A, B, start, spec)
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
-            A, B, target.rank, target.alpha, scaling, variant, dtype, bias, config.lora_dropout, config.use_rslora,
-            start, extras | dict(result.extras), self.trains, result.fallback, base=base,
+            A, B, spec.rank, target.alpha, spec.scaling, self.variant, dtype, bias, config.lora_dropout,
+            config.use_rslora, start, extras | dict(result.extras), self.trains, result.fallback, base=base,
         )  # fmt: skip
 
     def quantizes(self, target: Target) -> bool:
@@ -128,9 +164,9 @@ class Builder:
         return torch.empty(target.backend.full_shape(target.base), device="meta")
 
     def _start(self, weight: Tensor, spec: LayerSpec) -> InitResult:
-        stats = self.stats.get(spec.name, {})
+        stats = LayerStats(spec.name, self.config.init_lora_weights, self.stats.get(spec.name, {}))
         missing = [need for need in self.initializer.needs if not any(_is_of(name, need) for name in stats)]
-        if missing and self.initializer.waits and not stats:
+        if missing and self.initializer.waits and not self.stats:
             return replace(by_default(weight, spec), fallback="its statistics are not collected yet")
         if missing and self.repeats:
             raise CheckpointError(

@@ -73,7 +73,18 @@ class LoraModel(nn.Module):
     def inject_adapter(
         self, config: LoraConfig, adapter_name: str, options: Options | None = None, stats: Stats | None = None
     ) -> None:
-        """Add an adapter; a failure leaves the model as it was."""
+        """Add a new adapter; a failure leaves the model as it was.
+
+        Raises:
+            ConfigError: its start is computed from the weights or from ``stats``, and ``low_cpu_mem_usage`` computes
+                none.
+        """
+        if options is not None and options.low_cpu_mem_usage and (config.start.initializer.reads_weight or stats):
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r} computes its start from the "
+                f"{'weight' if config.start.initializer.reads_weight else 'statistics'}, but low_cpu_mem_usage=True "
+                "computes none. Drop one of the two."
+            )
         self.apply_plan(self.plan_adapter(config, adapter_name, options, stats))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorafa.checks import found
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.weights import with_changes
 from lorafa.surgery.adapters import require_adapters, require_nothing_merged
@@ -24,11 +25,12 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
     changed weights, and belongs into a model that is changed alike.
 
     Raises:
-        AdapterError: an unknown adapter; it is not the only active one; others are on its layers; one is merged; it has
-            no start to take out, or that was done.
+        AdapterError: no model, or an unknown adapter; it is not the only active one; others are on its layers; one is
+            merged; it has no start to take out, or that was done.
         BackendError: a layer adds its update to the weight, or cannot hold another one (a quantized base).
             Nothing was changed in either case.
     """
+    _require_model(model, "mutate_base")
     require_adapters(model, [adapter_name])
     require_nothing_merged(model)
     carriers = [(path, layer) for path, layer in lora_layers(model) if adapter_name in layer.adapters]
@@ -64,7 +66,19 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
 
 
 def restore_base(model: nn.Module) -> None:
-    """Bring the pristine weights back, bit for bit; the start is subtracted beside them again."""
+    """Bring the pristine weights back, bit for bit; the start is subtracted beside them again.
+
+    Nothing is done to a model whose weights are pristine.
+
+    Raises:
+        AdapterError: ``model`` is no model.
+    """
+    _require_model(model, "restore_base")
     for _, layer in lora_layers(model):
         if layer.without_start:
             layer.unmerge()
+
+
+def _require_model(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"{function} takes a model with adapters, found {found(model)}. Pass the PeftModel.")

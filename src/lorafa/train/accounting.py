@@ -14,7 +14,6 @@ from torch import nn
 from lorafa.config import LoraConfig, require_available
 from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import ConfigError
-from lorafa.initializers import find_start
 from lorafa.io.peft_format import file_tensors, keeps_embeddings
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
@@ -126,20 +125,17 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
 
 def _planned(model: nn.Module, config: LoraConfig, factors: str) -> Plan:
     """The adapter with these factors trained, and a start that reads nothing unless the formula is the start's own."""
-    start = find_start(config.init_lora_weights)
-    if start is None or start.initializer.variant is None:
+    if config.start.initializer.variant is None:
         config = replace(config, init_lora_weights=True, **dict.fromkeys(START_SETTINGS))  # type: ignore[arg-type]
-    planned = plan(model, config, _NAME, Options(low_cpu_mem_usage=True, shapes_only=True))
+    planned = plan(model, config, _NAME, Options(low_cpu_mem_usage=True))
     layers = [replace(layer, parts=replace(layer.parts, trains=factors)) for layer in planned.layers]
     return replace(planned, layers=layers)
 
 
 def _trained_factors(config: LoraConfig, optim: OptimConfig) -> str:
     """ "AB", or the one factor that the start, the config and the optimizer leave."""
-    start = find_start(config.init_lora_weights)
-    assert start is not None  # the config has found it
     frozen = "A" if config.freeze_A or kind_of(optim).freezes_A else ""
-    return start.initializer.trains.replace(frozen, "")
+    return config.start.initializer.trains.replace(frozen, "")
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

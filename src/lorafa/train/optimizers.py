@@ -55,39 +55,50 @@ _PRO = {"form": "form", "X": "X", "gram_damping": "damping"}
 _riemannian = partial(create_riemannian_optimizer, optimizer_cls=AdamW, fused=True)
 _lora_plus = partial(create_loraplus_optimizer, optimizer_cls=AdamW, fused=True)
 
-KINDS: Mapping[str, Kind] = {
-    "adamw": Kind(None, _ADAM, two_moments),
-    "adafactor": Kind(None, {}, rows_and_columns),
-    "sgd": Kind(None, {}, nothing),
-    "lora_fa": Kind(create_lorafa_optimizer, _LORA_FA, two_wide_moments, eps=1e-6, freezes_A=True),
-    "lora_fa optim.algorithm=fold": Kind(create_lorafa_optimizer, _LORA_FA, two_moments, eps=1e-6, freezes_A=True),
-    "lora_plus": Kind(_lora_plus, {**_ADAM, "lr_ratio": "loraplus_lr_ratio"}, two_moments),
-    "riemannian": Kind(_riemannian, {**_ADAM, "reg": "reg", "damping": "damping"}, two_moments),
-    "preconditioned": Kind(create_preconditioned_adamw, {**_ADAM, "prec_reg": "prec_reg"}, two_wide_moments),
-    "lora_pro": Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, two_moments),
-    "lora_pro optim.form=sgd": Kind(create_lorapro_optimizer, {**_PRO, "momentum": "momentum"}, one_buffer),
-    "lora_pro optim.form=full": Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, moments_of_weights),
+KINDS: Mapping[tuple[str, ...], Kind] = {
+    ("adamw",): Kind(None, _ADAM, two_moments),
+    ("adafactor",): Kind(None, {}, rows_and_columns),
+    ("sgd",): Kind(None, {}, nothing),
+    ("lora_fa",): Kind(create_lorafa_optimizer, _LORA_FA, two_wide_moments, eps=1e-6, freezes_A=True),
+    ("lora_fa", "fold"): Kind(create_lorafa_optimizer, _LORA_FA, two_moments, eps=1e-6, freezes_A=True),
+    ("lora_plus",): Kind(_lora_plus, {**_ADAM, "lr_ratio": "loraplus_lr_ratio"}, two_moments),
+    ("riemannian",): Kind(_riemannian, {**_ADAM, "reg": "reg", "damping": "damping"}, two_moments),
+    ("preconditioned",): Kind(create_preconditioned_adamw, {**_ADAM, "prec_reg": "prec_reg"}, two_wide_moments),
+    ("lora_pro",): Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, two_moments),
+    ("lora_pro", "sgd"): Kind(create_lorapro_optimizer, {**_PRO, "momentum": "momentum"}, one_buffer),
+    ("lora_pro", "full"): Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, moments_of_weights),
 }
-"""What is written after ``optim=`` -> the optimizer; forms that are not listed are as the optimizer itself."""
-_FORMS = {"lora_fa": "algorithm", "lora_pro": "form"}
+"""(name,) or (name, form) -> the optimizer; a form that is not listed is as the name alone."""
+FORMS = {"lora_fa": "algorithm", "lora_pro": "form"}
 """Optimizers that come in several forms -> the setting that chooses."""
+NAMES = tuple(dict.fromkeys(name for name, *_ in KINDS))
+
+
+def _key(optim: OptimConfig) -> tuple[str, ...]:
+    """The line of ``KINDS`` for these settings."""
+    option = FORMS.get(optim.name)
+    form = (optim.name, getattr(optim, option)) if option else ()
+    return form if form in KINDS else (optim.name,)
+
+
+def _written(name: str, *form: str) -> str:
+    """A line of ``KINDS`` as it is asked for after ``optim=``."""
+    return f"{name} optim.{FORMS[name]}={form[0]}" if form else name
 
 
 def words(optim: OptimConfig) -> str:
-    """The line of ``KINDS`` for these settings."""
-    option = _FORMS.get(optim.name)
-    with_form = f"{optim.name} optim.{option}={getattr(optim, option)}" if option else optim.name
-    return with_form if with_form in KINDS else optim.name
+    """What is written after ``optim=`` to have this optimizer."""
+    return _written(*_key(optim))
 
 
 def kind_of(optim: OptimConfig) -> Kind:
-    return KINDS[words(optim)]
+    return KINDS[_key(optim)]
 
 
 def owners(option: str) -> list[str]:
-    """The lines of ``KINDS`` that read a setting; a form only where the optimizer's other forms do not."""
-    reading = [line for line, kind in KINDS.items() if option in kind.reads]
-    return [line for line in reading if line == (name := line.partition(" ")[0]) or name not in reading]
+    """The optimizers that read a setting, as :func:`words`; a form only where the name alone does not."""
+    reading = [key for key, kind in KINDS.items() if option in kind.reads]
+    return [_written(*key) for key in reading if len(key) == 1 or key[:1] not in reading]
 
 
 OPTIONS = tuple(dict.fromkeys(option for kind in KINDS.values() for option in kind.reads))

@@ -10,7 +10,6 @@ from torch import nn
 
 from lorafa.config import LoraConfig
 from lorafa.config_checks import START_SETTINGS
-from lorafa.initializers import find_start
 from lorafa.peft_model import get_peft_model
 from lorafa.train.optimizers import kind_of, pair_optimizer
 from lorafa.train.schema import OptimConfig
@@ -41,12 +40,12 @@ def rehearse(layers: Sequence[tuple[str, str]], config: LoraConfig, optim: Optim
         settings: dict[str, Any] = {"init_seed": 0, "freeze_A": config.freeze_A, **_start(config)}
         toy_config = LoraConfig(r=_RANK, target_modules=list(first.values()), **settings)
         gradient = {"gradient.S": torch.ones(_SIZE), "gradient.dense": torch.randn(_SIZE, _SIZE)}
-        pair_optimizer(get_peft_model(toy, toy_config, stats=dict.fromkeys(first.values(), gradient)), optim)
+        stats = dict.fromkeys(first.values(), gradient) if toy_config.start.initializer.needs else None
+        pair_optimizer(get_peft_model(toy, toy_config, stats=stats), optim)
 
 
 def _start(config: LoraConfig) -> dict[str, Any]:
-    start = find_start(config.init_lora_weights)
-    assert start is not None  # the config has found it
+    start = config.start
     if start.initializer.variant is None and (start.initializer.needs or start.initializer.quantizer):
         return {}
     return {name: getattr(config, name) for name in ("init_lora_weights", *START_SETTINGS)}

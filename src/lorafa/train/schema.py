@@ -13,7 +13,7 @@ from typing import Literal
 from lorafa.checks import check_betas, check_choice, check_int, check_number
 from lorafa.errors import ConfigError
 from lorafa.train.init_config import InitConfig
-from lorafa.train.optimizers import KINDS, OPTIONS, kind_of, owners, words
+from lorafa.train.optimizers import NAMES, OPTIONS, kind_of, owners, words
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -156,7 +156,7 @@ class OptimConfig:
     """lora_pro, form sgd: share of the step before that is added to the next, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        check_choice("optim.name", self.name, list(dict.fromkeys(line.partition(" ")[0] for line in KINDS)))
+        check_choice("optim.name", self.name, NAMES)
         self._require_that_options_are_read()
         check_number("optim.lr", self.lr, "a number > 0", 0)
         check_number("optim.weight_decay", self.weight_decay, "a number >= 0", 0, closed="[")

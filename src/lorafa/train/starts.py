@@ -59,7 +59,7 @@ def start_adapter(
     stats = collect_statistics(model, adapter, batches, loss=supervised_loss, **collecting)
     heldout = _batches(held, 1, init.max_length, collator) if init.stable_gamma == "auto" else None
     chosen = with_start(model, adapter, stats, ranks=rule, heldout=heldout, loss=supervised_loss)
-    adapted = get_peft_model(model, chosen, stats=stats)
+    adapted = get_peft_model(model, chosen, stats=stats if needs else None)
     record: dict[str, Any] = {
         "rows": count,
         "bytes": stats.nbytes,
