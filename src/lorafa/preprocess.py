@@ -17,7 +17,6 @@ from lorafa.calibration.batches import of_function
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, NotAvailableError
 from lorafa.initialize import collect_statistics
-from lorafa.initializers import Start, find_start
 from lorafa.statistics import Statistics, keep_for, require_config, statistics_of
 
 
@@ -44,8 +43,8 @@ def estimate_gradients(
 
     PEFT leaves whole gradients on the modules; here they are returned, sketched where that is smaller.
     """
-    start = _start_of(lora_config)
-    reads = any(STATISTICS.get(name).reads_gradient for name in (start.initializer.needs if start else ()))
+    require_config(lora_config)
+    reads = any(STATISTICS.get(name).reads_gradient for name in lora_config.start.initializer.needs)
     _require(reads, lora_config, "reads gradients", "lora_ga")
     return collect_statistics(model, lora_config, train_step, cache=cache_file)
 
@@ -68,8 +67,8 @@ def preprocess_corda(
         NotAvailableError: another ``hooked_model``.
         As :func:`lorafa.collect_statistics`; nothing is left with the model then.
     """
-    start = _start_of(lora_config)
-    _require(start is not None and start.name == "corda", lora_config, "is CorDA", "corda")
+    require_config(lora_config)
+    _require(lora_config.start.name == "corda", lora_config, "is CorDA", "corda")
     if hooked_model is not None and hooked_model is not model:
         raise NotAvailableError(
             "hooked_model: statistics are collected on the model that gets the adapter. Pass run_model that runs it."
@@ -92,11 +91,6 @@ def _nothing_to_run(file: str | None) -> Callable[[], Any]:
         )
 
     return run
-
-
-def _start_of(config: LoraConfig) -> Start | None:
-    require_config(config)
-    return find_start(config.init_lora_weights)
 
 
 def _require(fits: bool, config: LoraConfig, what: str, instead: str) -> None:

@@ -25,8 +25,6 @@ from lorafa.checks import found, names
 from lorafa.config import LoraConfig, require_available
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
 from lorafa.fingerprint import compare_fingerprints, from_metadata, to_metadata
-from lorafa.initializers import find_start
-from lorafa.initializers.base import Initializer
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.files import read_tensors, write_tensors
 from lorafa.surgery.adapters import disabled
@@ -145,8 +143,7 @@ def given(model: nn.Module, config: LoraConfig, stats: Mapping[str, Mapping[str,
         CalibrationError: they were collected on another model, or are no statistics.
     """
     require_statistics(stats)
-    start = find_start(config.init_lora_weights)
-    if stats is None and start is not None and start.initializer.needs:
+    if stats is None and config.start.initializer.needs:
         stats = model.__dict__.get(_KEPT)
     if isinstance(stats, Statistics):
         stats.check_fits(model)
@@ -204,14 +201,8 @@ def statistics_of(
     return result
 
 
-def _initializer(config: LoraConfig) -> Initializer:
-    start = find_start(config.init_lora_weights)
-    assert start is not None  # config.check() has found it
-    return start.initializer
-
-
 def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
-    wanted = list(dict.fromkeys([*_initializer(config).needs, *also]))
+    wanted = list(dict.fromkeys([*config.start.initializer.needs, *also]))
     if not wanted:
         raise CalibrationError(
             f"init_lora_weights={config.init_lora_weights!r} reads no statistics, so there is nothing to collect. Call "
@@ -227,7 +218,7 @@ def _as_read(config: LoraConfig, wanted: Sequence[str], options: CalibrationOpti
         ConfigError: they say how gradients are collected, and none are.
         CalibrationError: they keep sketches of gradients alone, and the start reads whole ones; or there can be none.
     """
-    whole, usual = _initializer(config).whole_gradients, CalibrationOptions()
+    whole, usual = config.start.initializer.whole_gradients, CalibrationOptions()
     reads_gradients = any(STATISTICS.get(name).reads_gradient for name in wanted)
     if reads_gradients and torch.is_inference_mode_enabled():
         raise CalibrationError(

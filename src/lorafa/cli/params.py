@@ -157,18 +157,15 @@ def _plain(costs: Mapping[str, AdapterCost]) -> dict[str, Any]:
 
 def _notes(model: nn.Module, config: RunConfig) -> list[str]:
     """What the numbers leave out, where they leave something out."""
-    from lorafa.initializers import find_start
     from lorafa.train.recipe import lora_config
 
-    notes = []
-    start = find_start(lora_config(config).init_lora_weights)
-    assert start is not None  # the config has found it
-    if start.initializer.moves_base:
+    notes, initializer = [], lora_config(config).start.initializer
+    if initializer.moves_base:
         notes.append(
             f"init={config.init.mode} is computed from the weights, which are not there. What it takes out of the base "
             "stays with the adapter: frozen copies of A and B are in memory and in the file as well."
         )
-    if start.initializer.quantizer:
+    if initializer.quantizer:
         notes.append(f"init={config.init.mode} quantizes the base; it is counted as if it did not.")
     if getattr(model.config, "quantization_config", None):
         notes.append("The model is stored quantized; the base is counted as if it were not.")

@@ -203,5 +203,5 @@ def _ignored_in_reading(init: InitConfig) -> dict[str, str]:
 
 def _settings_class(start: Start) -> type[Any] | None:
     """The dataclass of a start's settings."""
-    field, declared = settings_field(start), start.initializer.settings if start.initializer else None
+    field, declared = settings_field(start), start.initializer.settings
     return OF_PEFT.get(field or "") or (declared if isinstance(declared, type) else None)

@@ -41,8 +41,7 @@ def start_adapter(
         DataError: there are fewer rows than that takes.
         LoraError: as :func:`lorafa.initialize`.
     """
-    start, rule = start_of(init), rank_rule(init)
-    needs = start.initializer.needs if start.initializer else ()
+    needs, rule = start_of(init).initializer.needs, rank_rule(init)
     if not needs and rule is None:
         return Started(get_peft_model(model, adapter))
     began = time.monotonic()
