@@ -118,11 +118,13 @@ def require_config(config: Any) -> None:
 
 
 def require_statistics(stats: Any) -> None:
-    """Raises CalibrationError for what is neither None nor a mapping from layers to tensors."""
-    if stats is not None and not isinstance(stats, Mapping):
+    """Raises CalibrationError for what is neither None nor a table of tensors for each layer."""
+    tables = [stats, *stats.values()] if isinstance(stats, Mapping) else [] if stats is None else [stats]
+    wrong = next((table for table in tables if not isinstance(table, Mapping)), None)
+    if wrong is not None:
         raise CalibrationError(
-            f"stats= must be what collect_statistics has returned, found {found(stats)}. Of a file, pass "
-            "Statistics.load(path)."
+            "stats= must be what collect_statistics has returned, by the name of each layer a table of its tensors by "
+            f"name, found {found(wrong)} in the place of a table. Of a file, pass Statistics.load(path)."
         )
 
 

@@ -173,7 +173,7 @@ def test_a_file_to_write_to_in_a_folder_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_statistics_that_are_none() -> None:
-    text = r"stats= must be what collect_statistics has returned, found 'stats\.safetensors' \(str\).*Statistics\.load"
+    text = r"stats= must be what collect_statistics has returned.*found 'stats\.safetensors' \(str\).*Statistics\.load"
     for call in (start_from, lambda model, config, stats: get_peft_model(model, config, stats=stats)):
         refused(CalibrationError, text, lambda model, call=call: call(model, config(), "stats.safetensors"))
 

@@ -87,7 +87,7 @@ def test_statistics_for_factors_without_values_are_refused(start: str) -> None:
 def test_what_is_no_table_of_statistics_is_refused(stats: Any, found: str) -> None:
     model = Toy()
     before = everything(model)
-    text = rf"stats= takes what collect_statistics returns: .*Found a {found} in the place of a table\."
+    text = rf"must be what collect_statistics has returned.*found .*\({found}\) in the place of a table\. Of a file"
     with pytest.raises(CalibrationError, match=text):
         get_peft_model(model, config("lora_ga"), stats=stats)
     assert_unchanged(before, model)

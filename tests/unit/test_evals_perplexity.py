@@ -12,6 +12,7 @@ from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.evals.perplexity import answer_loss
+from lorafa.train.loss import supervised_nll
 
 SAMPLES = [
     Sample([1, 2, 3, 4], [IGNORE, IGNORE, 3, 4]),
@@ -30,6 +31,13 @@ def test_every_supervised_token_weighs_the_same_whatever_the_batch_size(batch_si
         losses += [-logs[i - 1, t].item() for i, t in enumerate(sample.labels) if i and t != IGNORE]
     assert len(losses) == 9
     assert answer_loss(model, SAMPLES, Collator(0), batch_size) == pytest.approx(sum(losses) / 9, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_loss_at_supervised_positions_alone_is_the_same(batch_size):
+    model = tiny_llama().eval()
+    of_all = answer_loss(model, SAMPLES, Collator(0), batch_size)
+    assert answer_loss(model, SAMPLES, Collator(0), batch_size, supervised_nll) == pytest.approx(of_all, rel=1e-5)
 
 
 def test_a_model_that_knows_nothing_loses_the_log_of_its_vocabulary():

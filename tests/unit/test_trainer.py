@@ -108,6 +108,8 @@ except t.Killed:
 assert trainer.own_loss_reason is None
 if trainer.is_world_process_zero():
     torch.save(t.weights(trainer.model), folder / "weights.pt")
+if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
+    torch.distributed.destroy_process_group()
 """
 PARALLEL = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
 PARALLEL |= {"learning_rate": 0.5, "max_grad_norm": 0.0, "train_sampling_strategy": "group_by_length"}

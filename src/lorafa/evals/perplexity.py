@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lorafa.data.chat import IGNORE, Sample
@@ -16,31 +18,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def answer_loss(model: PreTrainedModel, samples: Sequence[Sample], collator: Collator, batch_size: int) -> float:
+SummedLoss = Callable[["PreTrainedModel", Mapping[str, Tensor]], tuple[Tensor, int]]
+"""(model, batch with labels) -> the summed loss of the supervised tokens, in nats, and their number."""
+
+
+def answer_loss(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    collator: Collator,
+    batch_size: int,
+    summed_loss: SummedLoss | None = None,
+) -> float:
     """Mean negative log-likelihood of a supervised token, in nats; every token weighs the same.
 
     Samples of similar length share a batch; the result does not depend on ``batch_size``. exp of it is the
     perplexity of the answers. The model is left as it was.
 
+    Args:
+        summed_loss: computes it for a batch; by default from all logits, which any causal model has.
+
     Raises:
         DataError: no supervised token in ``samples``.
     """
     device = next(model.parameters()).device
-    ordered = sorted(samples, key=lambda sample: len(sample.input_ids), reverse=True)
-    total, count = 0.0, 0
-    with evaluating(model):
-        for first in range(0, len(ordered), batch_size):
-            batch = {name: tensor.to(device) for name, tensor in collator(ordered[first : first + batch_size]).items()}
-            targets = batch.pop("labels")[:, 1:]
-            supervised = targets != IGNORE
-            logits = model(**batch, use_cache=False).logits[:, :-1]
-            # Row by row, so that the float32 copy of the logits is one row's supervised positions, not the batch.
-            for row, target, chosen in zip(logits, targets, supervised, strict=True):
-                total += F.cross_entropy(row[chosen].float(), target[chosen], reduction="sum").item()
-            count += int(supervised.sum())
-    if not count:
+    answered = [sample for sample in samples if any(label != IGNORE for label in sample.labels[1:])]
+    if not answered:
         raise DataError(
             f"None of the {len(samples)} samples has a supervised token, so there is no loss to average. "
             "Raise data.eval_size or data.max_length."
         )
+    answered.sort(key=lambda sample: len(sample.input_ids), reverse=True)
+    total, count = 0.0, 0
+    with evaluating(model):
+        for first in range(0, len(answered), batch_size):
+            batch = {name: tensor.to(device) for name, tensor in collator(answered[first : first + batch_size]).items()}
+            loss, terms = (summed_loss or _from_all_logits)(model, batch)
+            total, count = total + float(loss), count + terms
     return total / count
+
+
+def _from_all_logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    inputs = dict(batch)
+    targets = inputs.pop("labels")[:, 1:]
+    supervised = targets != IGNORE
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    # Row by row, so that the float32 copy of the logits is one row's supervised positions, not the batch.
+    losses = [
+        F.cross_entropy(row[chosen].float(), target[chosen], reduction="sum")
+        for row, target, chosen in zip(logits, targets, supervised, strict=True)
+    ]
+    return torch.stack(losses).sum(), int(supervised.sum())

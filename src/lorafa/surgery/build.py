@@ -66,7 +66,6 @@ class Builder:
 
         Raises:
             ConfigError: the start reads no statistics, and some were given.
-            CalibrationError: ``stats`` is something else.
         """
         self.config, self.name, self.options, self.stats = config, name, options, stats
         self.seed = torch.initial_seed() if config.init_seed is None else config.init_seed
@@ -79,14 +78,7 @@ class Builder:
         self.trains = "".join(f for f in self.initializer.trains if not (config.freeze_A and f == "A"))
 
     def _check_given(self) -> None:
-        """Raise unless ``stats`` are statistics, and read."""
-        tables = [self.stats, *self.stats.values()] if isinstance(self.stats, Mapping) else [self.stats]
-        for table in tables:
-            if not isinstance(table, Mapping):
-                raise CalibrationError(
-                    "stats= takes what collect_statistics returns: by the name of each layer a table of its tensors by "
-                    f"name. Found a {type(table).__name__} in the place of a table."
-                )
+        """Raise for ``stats`` that are not read."""
         if self.stats and not self.initializer.needs:
             reading = (name for name in INITIALIZERS.names() if INITIALIZERS.get(name).needs)
             raise ConfigError(

@@ -33,6 +33,7 @@ from lorafa.storage import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.init_config import start_fields
+from lorafa.train.loss import supervised_nll, supports_chunked_loss
 from lorafa.train.optimizers import STOCK, pair_optimizer
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.schema import DataConfig, EvalConfig, RunConfig
@@ -172,7 +173,9 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         total, interval (95 %), unparsed.
     """
     settings = config.eval
-    loss = answer_loss(prepared.model, prepared.heldout.samples, prepared.collator, settings.batch_size)
+    chunked = config.train.chunked_loss and supports_chunked_loss(prepared.model) is None
+    summed = supervised_nll if chunked else None
+    loss = answer_loss(prepared.model, prepared.heldout.samples, prepared.collator, settings.batch_size, summed)
     asked = graded(prepared.records, settings)
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
