@@ -182,7 +182,8 @@ def _refuse_ignored(init: InitConfig) -> None:
 def _ignored_by_ranks(init: InitConfig) -> dict[str, str]:
     """Settings of how ranks are chosen, where they are not or by another rule; each with the reason."""
     if init.ranks is None:
-        bounds = [name for name in ("r_min", "r_max") if getattr(init, name) is not None]
+        nothing = {"r_min": (None, 1), "r_max": (None,)}  # every rank is at least 1, which older runs have written down
+        bounds = [name for name, unset in nothing.items() if getattr(init, name) not in unset]
         return dict.fromkeys(bounds, "it bounds the ranks that init.ranks chooses, and init.ranks is null")
     rank_rule(init)
     return {} if init.share_ranks is None else {"share_ranks": f"init.ranks={init.ranks} chooses the ranks"}
