@@ -267,7 +267,9 @@ def low_rank_linear(
 
     Args:
         x: (..., in), any floating dtype, contiguous or not, empty or not. Products are taken in its dtype (under
-            autocast, in autocast's), whatever the dtype of A and B; gradients come back in each tensor's own dtype.
+            autocast, in autocast's), whatever the dtype of A and B; but those with A and B in theirs, if that is
+            wider, where gradients are off and x has at most r rows: generating a token is rounded less than reading
+            the same one in a prompt. Gradients come back in each tensor's own dtype.
         A: (r, in). If it does not require a gradient and neither does ``weight``, x is not kept for backward.
         B: (out, r).
         scaling: the factor s.

@@ -301,3 +301,23 @@ def test_decay_by_all_of_B_leaves_zero() -> None:
     loss(model, batch()).backward()
     optimizer.step()
     assert not any(bool(pair.B.any()) for pair in pairs_of(model))
+
+
+@pytest.mark.parametrize("length", [0.25, 2.0])
+def test_where_rows_have_another_length_the_first_step_of_fold_is_that_of_exact_over_it(length: float) -> None:
+    """Adam's step of B has the same size in every basis; what it moves the weight by is that times the rows of A."""
+    moved = []
+    for algorithm in ("exact", "fold"):
+        torch.manual_seed(1)
+        model = adapted()
+        for pair in pairs_of(model):
+            pair.A.data = length * torch.linalg.qr(pair.A.detach().T)[0].T.contiguous()
+        before = {pair.path: update(pair) for pair in pairs_of(model)}
+        optimizer = create_lorafa_optimizer(model, lr=1e-2, eps=1e-14, algorithm=algorithm)
+        torch.manual_seed(2)
+        loss(model, batch()).backward()
+        optimizer.step()
+        moved.append({pair.path: update(pair) - before[pair.path] for pair in pairs_of(model)})
+    exact, fold = moved
+    for path in exact:
+        torch.testing.assert_close(fold[path], exact[path] / length, rtol=1e-6, atol=1e-9)

@@ -115,8 +115,9 @@ def test_what_is_trained_besides_is_trained_by_the_same_optimizer(settings: dict
         assert torch.equal(value, before[name]) != value.requires_grad, name
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
-    vectors = [p for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
-    assert all(p.dim() == 1 for p in vectors)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {decay[id(p)] for p in model.parameters() if p.requires_grad and p.dim() == 1} <= {0.0}
+    assert {decay[id(p)] for p in model.parameters() if p.requires_grad and p.dim() > 1} == {0.1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,6 +281,17 @@ def test_arguments_the_model_does_not_have_are_refused_with_both_values() -> Non
     refuse(model, ConfigError, r"r=128 was given, but the adapters have r=3", r=128)
     refuse(model, ConfigError, r"lora_alpha=32 was given, but the adapters have lora_alpha=5", lora_alpha=32)
     refuse(model, ConfigError, r"use_rslora=True was given, but the adapters have use_rslora=False", use_rslora=True)
+
+
+def test_arguments_that_only_some_of_the_adapters_have_are_refused() -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=5.0, target_modules=["first", "second"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(
+        ConfigError, match=r"r=3 was given, but the adapters have r=2, 3\. .* from each layer: leave it"
+    ):
+        create_lorafa_optimizer(model, r=3, lr=1e-3)
+    create_lorafa_optimizer(model, lora_alpha=5.0, lr=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -392,3 +392,31 @@ def test_settings_lora_pro_does_not_know_are_refused(settings: dict[str, Any], m
 def test_numbers_of_adam_out_of_range_are_refused(name: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(settings))} must be"):
         MAKERS[name](adapted(), **settings)
+
+
+STOCK = [
+    torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax, torch.optim.Adadelta, torch.optim.Rprop,
+    torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adafactor, torch.optim.Adam,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("create", [create_loraplus_optimizer, create_riemannian_optimizer])
+@pytest.mark.parametrize("stock", STOCK, ids=lambda stock: stock.__name__)
+def test_any_stock_optimizer_goes_on_from_its_own_state(stock: type[Optimizer], create: Make) -> None:
+    def made(model: nn.Module) -> Optimizer:
+        own = {"loraplus_lr_ratio": 4} if create is create_loraplus_optimizer else {}
+        return create(model, stock, lr=1e-3, **own)
+
+    torch.manual_seed(0)
+    model = adapted()
+    other = copy.deepcopy(model)
+    optimizer = made(model)
+    run(model, optimizer, steps=2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    resumed = made(other)
+    resumed.load_state_dict(saved)
+    for one, its in ((model, optimizer), (other, resumed)):
+        run(one, its, steps=2, seed=6)
+    for (name, value), after in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(value, after, rtol=1e-6, atol=1e-9, msg=name)  # NAdam keeps a product in float32

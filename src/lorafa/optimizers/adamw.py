@@ -94,7 +94,7 @@ def _packed(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in tensors]
 
 
-class AdamW:
+class AdamWSteps:
     """One step of AdamW on parameters of an optimizer, a few after the others, counted in their states.
 
     Args:
@@ -118,8 +118,8 @@ class AdamW:
         for (_, step, *_), batch in batches.items():
             group = self._group_of[batch[0][0]]
             settings = {name: group[name] for name in _SETTINGS if name in group}
-            params, grads, states = ([entry[i] for entry in batch] for i in range(3))
-            adamw_(params, grads, states, step=step, **settings, **self._form)
+            moved, by, states = ([entry[i] for entry in batch] for i in range(3))
+            adamw_(moved, by, states, step=step, **settings, **self._form)
 
     def step_others(self, than: Iterable[Tensor]) -> None:
         """Move every other parameter that has a gradient."""

@@ -80,7 +80,7 @@ class PairBatch:
             return self
         return PairBatch(list(compress(self.pairs, live))) if any(live) else None
 
-    def check_gradients(self) -> None:
+    def check_finite_gradients(self) -> None:
         """For steps that would lose more than a stock optimizer's by a gradient that is not finite; all have one.
 
         Raises:

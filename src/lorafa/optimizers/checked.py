@@ -46,7 +46,7 @@ class PairOptimizer(Optimizer, ABC):
             AdapterError: the adapters this optimizer was made for are not the active ones, or hold nan or inf; or
                 their gradients do, in optimizers that would lose more by that than a stock one.
             BackendError: a gradient is sparse.
-            Nothing was changed in either case.
+            Nothing was changed in either case, unless the step itself takes a factor out of all bounds.
         """
         check_pairs(self, self.pairs)
         loss = None
@@ -166,6 +166,10 @@ def _numbered(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[t
     return zip(saved, mine, strict=True)
 
 
+_ADAMS = (PairOptimizer, torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that keep a count and two moments of a parameter; others keep what they like."""
+
+
 def check_state(
     optimizer: Optimizer, state_dict: dict[str, Any], shapes: Mapping[Tensor, tuple[int, ...]] | None = None
 ) -> None:
@@ -200,7 +204,7 @@ def check_state(
     for index, parameter in _numbered(optimizer, state_dict):
         shape = tuple((shapes or {}).get(parameter, parameter.shape))
         missing = sorted(_OF_ADAM - state_dict["state"].get(index, {}).keys())
-        if 0 < len(missing) < len(_OF_ADAM):
+        if isinstance(optimizer, _ADAMS) and 0 < len(missing) < len(_OF_ADAM):
             raise CheckpointError(
                 f"The saved state of parameter {index} lacks {' and '.join(missing)}; nothing was loaded. The file is "
                 "incomplete: take an earlier one."

@@ -7,10 +7,11 @@ Two algorithms, by name:
 * ``fold`` makes the rows of A orthonormal once, with B changed so that the function stays: A = L Q, B <- B L, A <- Q.
   Then A A^T = I, the transform is the number 1/s^2, and any stock optimizer does the rest at its own speed.
 
-For SGD, momentum and decoupled decay the two move the weight alike. For Adam they coincide where A A^T is diagonal
-(most data-aware starts) and eps is negligible, and differ otherwise: Adam's scaling of single entries depends on the
-basis B is written in. ``exact`` adds eps before the bias correction and decays after the step, as documented; torch's
-AdamW the other way round.
+For SGD, momentum and decoupled decay the two move the weight alike. For Adam they coincide where the rows of A are
+orthonormal and eps is negligible. Where A A^T is diagonal (most data-aware starts) ``exact`` is AdamW on B, and the
+weight's step of ``fold`` is longer by what the rows of A were shorter than 1; for other A Adam's scaling of single
+entries depends on the basis B is written in, too. ``exact`` adds eps before the bias correction and decays after the
+step, as documented; torch's AdamW the other way round.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 from lorafa.checks import check_choice, check_flag
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.optimizers.adamw import AdamW
+from lorafa.optimizers.adamw import AdamWSteps
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_idle_pairs, check_state
 from lorafa.optimizers.pairs import Pair, filled, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
@@ -89,7 +90,7 @@ class LoraFAOptimizer(PairOptimizer):
 
     def update(self) -> None:
         """AdamW with the projected gradient of every B, then on what is trained besides."""
-        adamw = AdamW(self, eps_corrected=False, decay_last=True)
+        adamw = AdamWSteps(self, eps_corrected=False, decay_last=True)
         for Bs, gradients in self.row_space.projected():
             adamw.step(Bs, gradients)
         adamw.step_others(than=[pair.B for pair in self.pairs])
@@ -260,17 +261,17 @@ def _require_unwrapped(model: nn.Module, pairs: Iterable[Pair]) -> None:
 def _check_arguments(
     model: nn.Module, pairs: Sequence[Pair], r: int | None, alpha: float | None, use_rslora: bool | None
 ) -> None:
-    """What the caller says must be what the adapters' configs say; where there are none, what some layer has."""
+    """What the caller says must be what the adapters' configs all say; where there are none, what some layer has."""
     configs = [config for _, table in _configs(model, pairs) for config in table.values()]
 
     def check(what: str, said: object, of_layer: Callable[[LoraLayer, str], object]) -> None:
         found = {getattr(config, what) for config in configs} or {of_layer(pair.layer, pair.name) for pair in pairs}
         values = sorted(found, key=str)
-        if said is not None and said not in values:
-            have = ", ".join(map(str, values))
+        if said is not None and (said not in values or (configs and len(values) > 1)):
+            have, instead = ", ".join(map(str, values)), f"pass {what}={values[0]}, or " if len(values) == 1 else ""
             raise ConfigError(
                 f"{what}={said!r} was given, but the adapters have {what}={have}. The optimizer reads it from each "
-                f"layer: pass {what}={values[0]}, or leave it out. Nothing was changed."
+                f"layer: {instead}leave it out. Nothing was changed."
             )
 
     check("r", r, lambda layer, name: layer.r[name])

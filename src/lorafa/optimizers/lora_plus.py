@@ -40,7 +40,9 @@ def create_loraplus_optimizer(
 
     Raises:
         ConfigError: a number is out of range, or not the optimizer's.
-        AdapterError: there are no adapters; in a step, the adapters without a gradient are no longer the active ones.
+        AdapterError: there are no adapters, or one is merged or holds nan or inf; in a step, the adapters without a
+            gradient are no longer the active ones.
+        BackendError: a factor has no values (meta), is sharded or quantized.
     """
     check_number("lr", lr, "a number >= 0", 0, closed="[")
     check_number("loraplus_lr_ratio", loraplus_lr_ratio, "a number > 0", 0)

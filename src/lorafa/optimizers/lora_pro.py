@@ -16,7 +16,6 @@ Where B has (nearly) lost its rank, at the start above all, h_A = g_A and h_B = 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.optim import Optimizer
 from lorafa.checks import check_choice, check_number
 from lorafa.errors import ConfigError
 from lorafa.linalg import damped_gram, exceeds, spd_inverse, sylvester, wide
-from lorafa.optimizers.adamw import AdamW, add_moments_
+from lorafa.optimizers.adamw import AdamWSteps, adamw_, add_moments_
 from lorafa.optimizers.batches import PairBatch, live_batches
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
 from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
@@ -126,7 +125,9 @@ def create_lorapro_optimizer(
 
     Raises:
         ConfigError: an argument is out of range, or belongs to another form.
-        AdapterError: there are no adapters, or a factor is frozen.
+        AdapterError: there are no adapters, or one is merged, holds nan or inf, has a frozen factor, a scaling of 0 or
+            a matrix between its factors.
+        BackendError: a factor has no values (meta), is sharded or quantized.
     """
     check_choice("form", form, FORMS)
     check_choice("X", X, CHOICES)
@@ -186,13 +187,13 @@ class LoraProAdamW(PairOptimizer):
         found = [self._adjusted(batch) for batch in live]  # what fails, fails before the first of them is moved
         for batch, gradients in zip(live, found, strict=True):  # one pair at a time: matrices of the weight's size
             self._move(batch, group_of[batch.pairs[0].B], *gradients)
-        AdamW(self).step_others(than=factors_of(self.pairs))
+        AdamWSteps(self).step_others(than=factors_of(self.pairs))
 
     def _adjusted(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """h_A and h_B of X = 0: s (B h_A + h_B A) is what A and B can reach of the weight's gradient."""
         factors, gradients = (batch.A.values(), batch.B.values()), (batch.A.gradients(), batch.B.gradients())
         adjusted = adjusted_gradients(*factors, *gradients, batch.scalings(), "zero", self.damping)
-        batch.check_gradients()  # a nan would stay in the moments of the whole weight
+        batch.check_finite_gradients()  # a nan would stay in the moments of the whole weight
         return adjusted
 
     def _move(self, batch: PairBatch, group: dict[str, Any], for_A: Tensor, for_B: Tensor) -> None:
@@ -200,14 +201,11 @@ class LoraProAdamW(PairOptimizer):
         state = self.state[pair.B]
         add_moments_(state, pair.B, self._weight_shape(pair))
         state["step"] += 1
-        beta1, beta2 = group["betas"]
         G = s * (B @ for_A + for_B @ A)
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.lerp_(G, 1 - beta1)
-        v.mul_(beta2).addcmul_(G, G, value=1 - beta2)
-        root = math.sqrt(1 - beta2 ** state["step"])
-        direction = m / (1 - beta1 ** state["step"]) / (v.sqrt() / root + group["eps"])
-        for_A, for_B = s * B.mT @ direction, s * direction @ A.mT
+        moved = torch.zeros_like(G)
+        numbers = {"betas": group["betas"], "eps": group["eps"], "weight_decay": 0.0}
+        adamw_([moved], [G], [state], step=state["step"], lr=1.0, **numbers)
+        for_A, for_B = -s * B.mT @ moved, -s * moved @ A.mT
         for_A, for_B = adjusted_gradients(A, B, for_A, for_B, s, self.X, self.damping)
         lr, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
         for factor, step in ((pair.A, batch.A.split(for_A)[0]), (pair.B, batch.B.split(for_B)[0])):

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_number
 from lorafa.linalg import damped_inverse
-from lorafa.optimizers.adamw import AdamW
+from lorafa.optimizers.adamw import AdamWSteps
 from lorafa.optimizers.batches import PairBatch, batches_of, live_batches
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_stock, name_of
 from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
@@ -42,11 +42,14 @@ def create_riemannian_optimizer(
         reg: how much is added to the diagonals.
         damping: ``"relative"``: ``reg`` times the mean eigenvalue, the same for factors of any size;
             ``"absolute"``: ``reg`` itself, as PEFT and the authors do.
-        **kwargs: passed to ``optimizer_cls``. ``weight_decay`` spares vectors.
+        **kwargs: passed to ``optimizer_cls``. ``weight_decay`` spares vectors, and is 0 if not given, whatever the
+            class would take.
 
     Raises:
         ConfigError: an argument is out of range or not the optimizer's, or it needs a closure.
-        AdapterError: there are no adapters, or a factor is frozen.
+        AdapterError: there are no adapters, or one is merged, holds nan or inf, has a frozen factor or a matrix between
+            its factors.
+        BackendError: a factor has no values (meta), is sharded or quantized.
     """
     check_number("lr", lr, "a number >= 0", 0, closed="[")
     check_number("reg", reg, "a number >= 0", 0, closed="[")
@@ -90,7 +93,7 @@ class PreconditionedAdamW(PairOptimizer):
 
     def update(self) -> None:
         """A of every pair, then its B with the new A, then what is trained besides."""
-        adamw, live = AdamW(self, correct_bias=False), live_batches(self._batches)
+        adamw, live = AdamWSteps(self, correct_bias=False), live_batches(self._batches)
         for_A = [self._for_A(batch) for batch in live]  # what fails, fails before the first of them is moved
         for batch, gradients in zip(live, for_A, strict=True):
             adamw.step(batch.A.parameters, batch.A.split(gradients))
@@ -103,7 +106,7 @@ class PreconditionedAdamW(PairOptimizer):
         """(B^T B + d I)^-1 g_A, (N, r, n)."""
         B = batch.B.values()
         inverse = damped_inverse(B.mT @ B, self.prec_reg, relative=False)
-        batch.check_gradients()  # an A that is moved by nan cannot be decomposed for its B
+        batch.check_finite_gradients()  # an A that is moved by nan cannot be decomposed for its B
         return inverse.to(B.dtype) @ batch.A.gradients()
 
 
@@ -120,7 +123,7 @@ def create_preconditioned_adamw(
 
     Raises:
         ConfigError: a number is out of range.
-        AdapterError: there are no adapters, or a factor is frozen.
+        AdapterError, BackendError: as :func:`create_riemannian_optimizer`.
     """
     check_adam_numbers(lr, betas, eps, weight_decay)
     check_number("prec_reg", prec_reg, "a number > 0", 0)
