@@ -39,7 +39,7 @@ class Stack:
         """Whether each is stored as the matrix it is."""
 
     @property
-    def live(self) -> list[bool]:
+    def have_gradients(self) -> list[bool]:
         """Which of them have a gradient."""
         return [parameter.grad is not None for parameter in self.parameters]
 
@@ -75,10 +75,10 @@ class PairBatch:
 
     def live(self) -> PairBatch | None:
         """The pairs both of whose factors have a gradient, None if there are none."""
-        live = [A and B for A, B in zip(self.A.live, self.B.live, strict=True)]
-        if all(live):
+        both = [A and B for A, B in zip(self.A.have_gradients, self.B.have_gradients, strict=True)]
+        if all(both):
             return self
-        return PairBatch(list(compress(self.pairs, live))) if any(live) else None
+        return PairBatch(list(compress(self.pairs, both))) if any(both) else None
 
     def check_finite_gradients(self) -> None:
         """For steps that would lose more than a stock optimizer's by a gradient that is not finite; all have one.

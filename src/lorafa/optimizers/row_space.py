@@ -146,11 +146,12 @@ class _Batch:
         return torch.cat(list(inverses)).to(B.device, working_dtype(B.dtype))
 
     def projected(self) -> Iterator[tuple[Sequence[nn.Parameter], Sequence[Tensor]]]:
-        live, B, inverses = self._B.live, self._B, self._stack
-        if not all(live):
-            if not any(live):
+        with_gradient, B, inverses = self._B.have_gradients, self._B, self._stack
+        if not all(with_gradient):
+            if not any(with_gradient):
                 return
-            B, inverses = PairBatch(list(compress(self.pairs, live))).B, self._stacked(compress(self._inverses, live))
+            B = PairBatch(list(compress(self.pairs, with_gradient))).B
+            inverses = self._stacked(compress(self._inverses, with_gradient))
         with full_precision(inverses):
             projected = B.split(torch.bmm(B.gradients(), inverses))
         yield B.parameters, projected
