@@ -420,3 +420,17 @@ def test_any_stock_optimizer_goes_on_from_its_own_state(stock: type[Optimizer], 
         run(one, its, steps=2, seed=6)
     for (name, value), after in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(value, after, rtol=1e-6, atol=1e-9, msg=name)  # NAdam keeps a product in float32
+
+
+@pytest.mark.parametrize("name", ["riemannian", "riemannian sgd", "pro adamw", "pro sgd"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps], ids=lambda f: f.__name__)
+def test_what_would_be_left_without_its_transform_is_not_copied(name: str, copied: Callable[[Any], Any]) -> None:
+    model = adapted()
+    optimizer = MAKERS[name](model)
+    with pytest.raises(
+        AdapterError, match=r"cannot be copied or pickled\. Keep its state_dict\(\), make the optimizer"
+    ):
+        copied(optimizer)
+    run(model, optimizer)
+    assert isinstance(optimizer, SGD if "sgd" in name else AdamW)
+    assert copy.deepcopy(optimizer.state_dict())["param_groups"]

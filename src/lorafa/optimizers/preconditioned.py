@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lorafa.errors import ConfigError
+from lorafa.errors import AdapterError, ConfigError
 from lorafa.optimizers.batches import PairBatch, Stack, batches_of, live_batches
 from lorafa.optimizers.checked import check_pairs, check_state, computing
 from lorafa.optimizers.pairs import Pair
@@ -28,11 +28,21 @@ def _replace_gradients(stack: Stack, matrices: Tensor) -> None:
         parameter.grad = gradient
 
 
+class _Bound:
+    """Refuses to be copied or pickled: torch leaves hooks behind, and the copy would step on the plain gradients."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise AdapterError(
+            f"This {type(self).__name__} reads the factors of one model before its step and cannot be copied or "
+            "pickled. Keep its state_dict(), make the optimizer anew for the copy of the model, and load it there."
+        )
+
+
 def precondition(optimizer: Optimizer, pairs: Sequence[Pair], transform: Transform) -> Optimizer:
     """Let ``optimizer`` step on transformed gradients of ``pairs``; returns it.
 
     ``.grad`` is replaced, not written into; pairs of which a factor has no gradient are left alone. The optimizer stays
-    the stock one: its state, its schedule and its file are unchanged. Copying or unpickling it loses the transform.
+    the stock one: its state, its schedule and its file are unchanged. It can no longer be copied or pickled.
 
     Raises:
         ConfigError: the optimizer computes gradients inside its step.
@@ -55,6 +65,8 @@ def precondition(optimizer: Optimizer, pairs: Sequence[Pair], transform: Transfo
                 _replace_gradients(batch.A, for_A)
                 _replace_gradients(batch.B, for_B)
 
+    kind = type(optimizer)
+    optimizer.__class__ = type(kind.__name__, (_Bound, kind), {"__module__": kind.__module__})
     optimizer.register_step_pre_hook(hook)
     optimizer.register_load_state_dict_pre_hook(check_state)
     return optimizer
