@@ -74,7 +74,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     except AdapterError as error:  # there is no adapter yet: settings that do not go together
         raise ConfigError(str(error)) from error
     if args.json:
-        console.print_json(data={"model": config.model.name, "costs": [_plain(*each) for each in costs], "notes": notes})
+        console.print_json(
+            data={"model": config.model.name, "costs": [_plain(*each) for each in costs], "notes": notes}
+        )
         return 0
     console.print(kinds_table(costs[0][1]))
     console.print(costs_table(costs))
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def adapter_costs(model: nn.Module, config: RunConfig) -> list[tuple[str, AdapterCost]]:
-    """The words of an optimizer and the cost: with the optimizer of the settings, and with A frozen where B can be trained alone."""
+    """(words of an optimizer, cost): the optimizer of the settings, then A frozen where B can be trained alone."""
     from lorafa.train.accounting import adapter_cost
     from lorafa.train.optimizers import words
     from lorafa.train.recipe import lora_config
