@@ -2,8 +2,8 @@
 
     python benchmarks/bench_optimizers.py [--repeats 15] [--threads 2] [--only lora_fa together]
 
-The gradients are fixed random numbers, equal in all contenders. First thirty steps of LoRA-FA are compared with PEFT's,
-whose own runs under bfloat16 autocast are turned off for the comparison and left on for the timing.
+The gradients are fixed random numbers, equal in all contenders. First, thirty steps of LoRA-FA are compared with
+PEFT's. PEFT's optimizer computes under bfloat16 autocast; that is turned off for the comparison and on for the timing.
 """
 
 from __future__ import annotations

@@ -57,8 +57,9 @@ def test_tables_tell_what_is_added_and_what_it_costs(output: Any) -> None:
 def test_json_holds_the_same_numbers(output: Any) -> None:
     assert params(*OPT, "--json") == 0
     found = json.loads(output()[0])
-    assert list(found["costs"]) == ["A and B trained, adamw", "A frozen, lora_fa"]
-    trained, frozen = found["costs"].values()
+    trained, frozen = found["costs"]
+    assert (trained["optimizer"], trained["trained"]) == ("adamw", "A and B")
+    assert (frozen["optimizer"], frozen["trained"]) == ("lora_fa", "B")
     assert (trained["trainable"], frozen["trainable"]) == (1_179_648, 589_824)
     assert trained["state_bytes"] == 2 * 4 * 1_179_648
     assert found["notes"] == []
@@ -67,7 +68,7 @@ def test_json_holds_the_same_numbers(output: Any) -> None:
 def test_default_run_is_counted_without_fetching_its_model(output: Any, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert params(f"model.cache_dir={cache}", "--json") == 0
-    assert next(iter(json.loads(output()[0])["costs"].values()))["trainable"] == 4_884_480
+    assert json.loads(output()[0])["costs"][0]["trainable"] == 4_884_480
     assert not cache.exists()
 
 
@@ -75,7 +76,7 @@ def test_a_folder_needs_a_config_only(output: Any, tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
     LlamaConfig(**sizes, num_attention_heads=2).save_pretrained(tmp_path)
     assert params(f"model={tmp_path}", "peft=qv", "peft.r=3", "model.dtype=bfloat16", "--json") == 0
-    cost = next(iter(json.loads(output()[0])["costs"].values()))
+    cost = json.loads(output()[0])["costs"][0]
     assert cost["trainable"] == 2 * 2 * 3 * 16
     assert cost["base_bytes"] == 2 * cost["base"]
 
@@ -83,9 +84,15 @@ def test_a_folder_needs_a_config_only(output: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("setting", "optimizer"), [("optim=lora_fa", "lora_fa"), ("peft.freeze_A=true", "adamw")])
 def test_where_A_is_frozen_anyway_there_is_one_column(output: Any, setting: str, optimizer: str) -> None:
     assert params(*OPT, setting, "--json") == 0
-    costs = json.loads(output()[0])["costs"]
-    assert list(costs) == [f"A frozen, {optimizer}"]
-    assert costs[f"A frozen, {optimizer}"]["trainable"] == 589_824
+    (cost,) = json.loads(output()[0])["costs"]
+    assert (cost["optimizer"], cost["trained"], cost["trainable"]) == (optimizer, "B", 589_824)
+
+
+def test_headings_name_the_form_of_an_optimizer(output: Any) -> None:
+    assert params(*OPT, "optim=lora_pro", "optim.form=full") == 0
+    assert "A and B trained, lora_pro optim.form=full" in " ".join(re.sub("[┃━]", " ", output()[0]).split())
+    assert params(*OPT, "peft.freeze_A=true") == 0
+    assert "A frozen, adamw" in output()[0]
 
 
 def test_what_is_trained_in_full_has_a_row(output: Any) -> None:
@@ -112,15 +119,14 @@ def test_a_start_that_quantizes_the_base_is_noted(output: Any) -> None:
 
 def test_a_start_that_trains_A_alone_has_one_column(output: Any) -> None:
     assert params(*OPT, "init=mica", "--json") == 0
-    costs = json.loads(output()[0])["costs"]
-    assert list(costs) == ["B frozen, adamw"]
-    cost = costs["B frozen, adamw"]
+    (cost,) = json.loads(output()[0])["costs"]
+    assert (cost["optimizer"], cost["trained"]) == ("adamw", "A")
     assert (cost["trainable"], cost["gradient_bytes"], cost["state_bytes"]) == (589_824, 4 * 589_824, 8 * 589_824)
 
 
 def test_a_start_that_lora_fa_does_not_take_has_no_column_of_it(output: Any) -> None:
     assert params(*OPT, "init=orthogonal", "--json") == 0
-    assert list(json.loads(output()[0])["costs"]) == ["A and B trained, adamw"]
+    assert [cost["trained"] for cost in json.loads(output()[0])["costs"]] == ["A and B"]
 
 
 def test_a_quantized_base_is_noted(output: Any, tmp_path: Path) -> None:
@@ -145,10 +151,10 @@ def test_settings_that_change_nothing_counted_are_refused(output: Any) -> None:
         (["peft.target_modules=[q_prj]"], 2, "'q_prj' matches nothing in the model. Did you mean 'q_proj'?"),
         (
             ["optim=riemannian", "peft.freeze_A=true"],
-            1,
+            2,
             "A is frozen, but Riemannian preconditioning moves A and B",
         ),
-        (["optim=lora_fa", "init=mica"], 1, "B is frozen and A is trained, and LoRA-FA trains B alone"),
+        (["optim=lora_fa", "init=mica"], 2, "B is frozen and A is trained, and LoRA-FA trains B alone"),
         (["model=opt-12m"], 1, f"No model 'opt-12m': there is no such folder. .*by name: {', '.join(SHAPES)}."),
         (["model=opt-125m", "model.revision=main"], 1, "No model 'opt-125m': there is no such folder"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,33 +69,39 @@ def run(args: argparse.Namespace, console: Console) -> int:
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     dtype = DTYPES.get(config.model.dtype)
     model = shape_model(config.model.name, dtype, cache_dir=cache, revision=config.model.revision)
-    costs, notes = adapter_costs(model, config), _notes(model, config)
+    try:
+        costs, notes = adapter_costs(model, config), _notes(model, config)
+    except AdapterError as error:  # there is no adapter yet: settings that do not go together
+        raise ConfigError(str(error)) from error
     if args.json:
-        console.print_json(data={"model": config.model.name, "costs": _plain(costs), "notes": notes})
+        console.print_json(
+            data={"model": config.model.name, "costs": [_plain(*each) for each in costs], "notes": notes}
+        )
         return 0
-    console.print(kinds_table(next(iter(costs.values()))))
+    console.print(kinds_table(costs[0][1]))
     console.print(costs_table(costs))
     for note in notes:
         console.print(note, highlight=False)
     return 0
 
 
-def adapter_costs(model: nn.Module, config: RunConfig) -> dict[str, AdapterCost]:
-    """Heading -> cost: with the optimizer of the settings, and with A frozen where B can be trained alone."""
+def adapter_costs(model: nn.Module, config: RunConfig) -> list[tuple[str, AdapterCost]]:
+    """(words of an optimizer, cost): the optimizer of the settings, then A frozen where B can be trained alone."""
     from lorafa.train.accounting import adapter_cost
+    from lorafa.train.optimizers import words
     from lorafa.train.recipe import lora_config
     from lorafa.train.schema import OptimConfig
 
     adapter = lora_config(config)
     as_set = adapter_cost(model, adapter, config.optim)
-    costs = {f"{_TRAINED[as_set.factors]}, {config.optim.name}": as_set}
+    costs = [(words(config.optim), as_set)]
     if as_set.factors != "AB":
         return costs
     try:
         frozen = adapter_cost(model, replace(adapter, freeze_A=True), OptimConfig(name="lora_fa"))
     except AdapterError:  # not what was asked for: a start whose A LoRA-FA does not take has one column
         return costs
-    return costs | {"A frozen, lora_fa": frozen}
+    return [*costs, ("lora_fa", frozen)]
 
 
 def kinds_table(cost: AdapterCost) -> Table:
@@ -117,15 +123,15 @@ def kinds_table(cost: AdapterCost) -> Table:
     return table
 
 
-def costs_table(costs: Mapping[str, AdapterCost]) -> Table:
+def costs_table(costs: Sequence[tuple[str, AdapterCost]]) -> Table:
     """One column a way of training the adapter; MiB and GiB are powers of two."""
-    first = next(iter(costs.values()))
+    first = costs[0][1]
     table = Table(title=f"What it costs on {first.base:,} parameters, {_size(first.base_bytes)}", title_justify="left")
     table.add_column("")
-    for heading in costs:
-        table.add_column(heading, justify="right")
+    for optimizer, cost in costs:
+        table.add_column(f"{_TRAINED[cost.factors]}, {optimizer}", justify="right")
     for name, cell in _ROWS.items():
-        table.add_row(name, *map(cell, costs.values()))
+        table.add_row(name, *(cell(cost) for _, cost in costs))
     return table
 
 
@@ -149,10 +155,10 @@ _ROWS: Mapping[str, Callable[[AdapterCost], str]] = {
 }
 
 
-def _plain(costs: Mapping[str, AdapterCost]) -> dict[str, Any]:
-    return {
-        heading: {**asdict(cost), "trainable": cost.trainable, "share": cost.share} for heading, cost in costs.items()
-    }
+def _plain(optimizer: str, cost: AdapterCost) -> dict[str, Any]:
+    trained = " and ".join(cost.factors)
+    numbers = {**asdict(cost), "trainable": cost.trainable, "share": cost.share}
+    return {"optimizer": optimizer, "trained": trained, **numbers}
 
 
 def _notes(model: nn.Module, config: RunConfig) -> list[str]:
