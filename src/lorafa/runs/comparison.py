@@ -29,7 +29,7 @@ from rich.markup import escape
 from lorafa.checks import is_int
 from lorafa.conf.compose import compose
 from lorafa.conf.typed import plain
-from lorafa.errors import ConfigError, TrainingError, first_line
+from lorafa.errors import ConfigError, DivergedError, first_line
 from lorafa.runs.experiment import start_run
 from lorafa.runs.record import RunDirectory
 from lorafa.storage import write_json
@@ -165,7 +165,7 @@ def compare(
         console.rule(escape(f"{method.name}, learning rate {rate:.4g}, seed {seed}"))
         try:
             start(config, console, ["lorafa", "compare"])
-        except TrainingError as error:  # it diverged: a result too, of the rate
+        except DivergedError as error:  # a result too, of the rate
             RunDirectory(path).update_result(diverged=True)
             console.print(f"Diverged: {error}", markup=False, highlight=False)
         return_freed_memory()
