@@ -16,7 +16,7 @@ from rich.console import Console
 from lorafa.cli.main import main
 from lorafa.conf.typed import plain
 from lorafa.errors import ConfigError, DivergedError, TrainingError
-from lorafa.report.comparison import HEADINGS, markdown, write_comparison
+from lorafa.report.comparison import HEADINGS, cells, read_rows, write_comparison
 from lorafa.runs.comparison import Plan, compare, interval, steps_to
 from lorafa.train.schema import RunConfig
 
@@ -132,6 +132,66 @@ def test_a_mistake_in_the_wiring_is_no_result_of_a_rate(tmp_path: Path) -> None:
     assert "lora/lr-0.001-seed-0" in again.started
 
 
+@pytest.mark.parametrize("end", [DivergedError("The loss is nan in step 3."), math.nan], ids=["stopped", "finished"])
+def test_a_method_of_which_a_seed_diverged_has_no_mean(end: float | Exception, tmp_path: Path) -> None:
+    row = run(tmp_path, Fake(BEST, ends={"fa/lr-0.001-seed-1": end}))["fa"]
+    assert (row["seeds"], row["diverged"]) == (3, 1)
+    assert row["loss"] is row["difference"] is row["steps_to_baseline"] is None
+    assert cells(row)[2:6] == ("3, 1 diverged", "diverged", "diverged", "diverged")
+    assert "3, 1 diverged" in write_comparison(tmp_path).read_text()
+
+
+def test_nothing_is_measured_against_a_baseline_that_diverged(tmp_path: Path) -> None:
+    row = run(tmp_path, Fake(BEST, ends={"lora/lr-0.002-seed-1": math.nan}))["fa"]
+    assert row["diverged"] == 0
+    assert row["loss"]["values"] == pytest.approx([0.0, 0.1, 0.2])
+    assert cells(row)[4:6] == ("-", "-")
+
+
+def test_a_method_that_diverges_at_every_rate_keeps_its_row(tmp_path: Path) -> None:
+    """The grid grows downwards twice, and no other seed runs at a rate that is known to diverge."""
+    lower = {f"fa/lr-{rate}-seed-0": math.nan for rate in (0.00025, 0.0005, 0.001, 0.002)}
+    fake = Fake(BEST, ends=lower)
+    row = run(tmp_path, fake)["fa"]
+    assert {name for name in fake.started if name.startswith("fa/")} == set(lower)
+    assert (row["lr"], row["seeds"], row["diverged"]) == (2.5e-4, 1, 1)
+    assert cells(row)[2:4] == ("1, 1 diverged", "diverged")
+
+
+def test_the_command_fails_if_no_method_has_a_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal folds words
+    run(tmp_path, Fake(BEST, diverges_above=0.0))
+    assert main(["compare", str(tmp_path / "plan.yaml"), str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "diverged" in shown.out
+    assert "No method has a result: each has a run that diverged. Give the plan lower learning rates." in shown.err
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_a_rate_at_the_end_of_those_tried_is_marked(tmp_path: Path) -> None:
+    rows = run(tmp_path, Fake({"adamw": 64e-3, "lora_fa": 1e-3}), seeds=[0])
+    assert (rows["lora"]["lr"], rows["lora"]["at_end"]) == (16e-3, True)
+    assert rows["fa"]["at_end"] is False
+    marked = "0.016 (at the end of the rates tried)"
+    assert cells(rows["lora"])[1] == marked
+    assert marked in write_comparison(tmp_path).read_text()
+
+
+def test_a_single_rate_is_given_and_not_at_an_end(tmp_path: Path) -> None:
+    methods = {"lora": {"settings": ["optim=adamw"], "rates": [1e-3]}}
+    assert run(tmp_path, Fake(BEST), methods=methods, seeds=[0])["lora"]["at_end"] is False
+
+
+def test_the_result_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
+    earlier = Path(__file__).parents[2] / "docs" / "results" / "optimizers" / "comparison.json"
+    (tmp_path / "comparison.json").write_text(earlier.read_text())
+    lora = next(row for row in read_rows(tmp_path) if row["method"] == "lora")
+    assert cells(lora)[1:4] == ("0.004", "3", "0.6914 +- 0.0031")
+    assert "0.6914 +- 0.0031" in write_comparison(tmp_path).read_text()
+
+
 def test_steps_to_the_baseline_are_counted_on_one_curve(tmp_path: Path) -> None:
     """The baseline reaches its own last loss at its last measurement."""
     rows = run(tmp_path, Fake(BEST), seeds=[0])
@@ -159,13 +219,11 @@ def test_the_step_a_loss_is_reached_at_lies_between_two_measurements() -> None:
     assert steps_to(curve, 0.5) is None
 
 
-def test_the_page_and_the_table_name_every_method(tmp_path: Path) -> None:
-    rows = run(tmp_path, Fake(BEST))
+def test_the_page_names_every_method(tmp_path: Path) -> None:
+    run(tmp_path, Fake(BEST))
     page = write_comparison(tmp_path).read_text()
-    table = markdown(list(rows.values()))
     for name in ("lora", "fa", *HEADINGS):
         assert name in page
-        assert name in table
     assert page.count("<svg") == 2
 
 
