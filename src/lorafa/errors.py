@@ -9,6 +9,7 @@ LoraError
   CheckpointError     a file does not fit the model, or is damaged     (also a RuntimeError)
   BackendError        a base layer cannot do what was asked of it      (also a TypeError)
   TrainingError       training cannot go on                            (also a RuntimeError)
+    DivergedError     its loss or its weights are not finite
   DataError           a dataset or a sample cannot be used             (also a ValueError)
   SourceError         a model or dataset could not be fetched          (also an OSError)
 """
@@ -52,7 +53,11 @@ class BackendError(LoraError, TypeError):
 
 
 class TrainingError(LoraError, RuntimeError):
-    """Training cannot go on: a loss that is not finite, or gradients that never arrive."""
+    """Training cannot go on: it diverged, or gradients never arrive."""
+
+
+class DivergedError(TrainingError):
+    """The loss or the trained weights are not finite: the learning rate is too high, not the wiring wrong."""
 
 
 class DataError(LoraError, ValueError):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from rich.console import Console
 
 from lorafa.cli.main import main
 from lorafa.conf.typed import plain
-from lorafa.errors import ConfigError, TrainingError
-from lorafa.report.comparison import HEADINGS, markdown, write_comparison
+from lorafa.errors import ConfigError, DivergedError, TrainingError
+from lorafa.report.comparison import HEADINGS, cells, read_rows, write_comparison
 from lorafa.runs.comparison import Plan, compare, interval, steps_to
 from lorafa.train.schema import RunConfig
 
@@ -29,6 +30,9 @@ PLAN: dict[str, Any] = {
     },
 }
 
+BEST = {"adamw": 2e-3, "lora_fa": 1e-3}
+"""Best rates that lie inside the grids, or grow them by one rate."""
+
 
 def plan_file(folder: Path, **changes: Any) -> Path:
     path = folder / "plan.yaml"
@@ -37,10 +41,21 @@ def plan_file(folder: Path, **changes: Any) -> Path:
 
 
 class Fake:
-    """Runs whose final loss is the squared distance of log2(rate) from the method's best rate, plus the seed."""
+    """Runs whose final loss is the squared distance of log2(rate) from the method's best rate, plus the seed.
 
-    def __init__(self, best: dict[str, float], fail_after: int = 10**6, diverges_above: float = math.inf) -> None:
-        self.best, self.fail_after, self.diverges_above = best, fail_after, diverges_above
+    Args:
+        diverges_above: a learning rate.
+        ends: what comes of a run instead, by "method/run": another loss, or an error.
+    """
+
+    def __init__(
+        self,
+        best: dict[str, float],
+        fail_after: int = 10**6,
+        diverges_above: float = math.inf,
+        ends: Mapping[str, float | Exception] = MappingProxyType({}),
+    ) -> None:
+        self.best, self.fail_after, self.diverges_above, self.ends = best, fail_after, diverges_above, ends
         self.started: list[str] = []
 
     def __call__(self, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
@@ -49,13 +64,17 @@ class Fake:
         (path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
         if len(self.started) == self.fail_after:
             raise KeyboardInterrupt
-        self.started.append(f"{path.parent.name}/{path.name}")
+        name = f"{path.parent.name}/{path.name}"
+        self.started.append(name)
         loss = math.log2(config.optim.lr / self.best[config.optim.name]) ** 2 + 0.1 * config.train.seed
         curve = [{"step": s, "eval_loss": loss + 1 - s / 20, "seconds": 0.5 * s} for s in (10, 20)]
         (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, curve)))
         if config.optim.lr > self.diverges_above:
-            raise TrainingError("The loss is nan in step 3.")
-        result = {"status": "finished", "after": {"loss": loss}, "parameters": {"trainable": 7, "all": 9}}
+            raise DivergedError("The loss is nan in step 3.")
+        end = self.ends.get(name, loss)
+        if isinstance(end, Exception):
+            raise end
+        result = {"status": "finished", "after": {"loss": end}, "parameters": {"trainable": 7, "all": 9}}
         result |= {"steps": 20, "seconds": {"train": 10.0}}
         (path / "result.json").write_text(json.dumps(result))
         return path
@@ -67,7 +86,7 @@ def run(folder: Path, fake: Fake, **changes: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_the_first_seed_chooses_the_rate_and_the_others_run_at_it(tmp_path: Path) -> None:
-    fake = Fake({"adamw": 2e-3, "lora_fa": 1e-3})
+    fake = Fake(BEST)
     rows = run(tmp_path, fake)
     assert rows["lora"]["lr"] == 2e-3
     assert rows["lora"]["loss"]["values"] == pytest.approx([0.0, 0.1, 0.2])
@@ -83,15 +102,14 @@ def test_the_grid_grows_where_the_best_rate_is_at_its_end(tmp_path: Path) -> Non
 
 
 def test_what_is_finished_is_not_run_again_and_what_broke_off_is_kept_beside(tmp_path: Path) -> None:
-    best = {"adamw": 2e-3, "lora_fa": 1e-3}
-    first = Fake(best, fail_after=3)
+    first = Fake(BEST, fail_after=3)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, first)
-    second = Fake(best)
+    second = Fake(BEST)
     run(tmp_path, second)
     assert not set(first.started) & set(second.started)
     assert len(list(tmp_path.glob("*/*.unfinished-1"))) == 1
-    third = Fake(best)
+    third = Fake(BEST)
     assert run(tmp_path, third)["lora"]["seeds"] == 3
     assert third.started == []
 
@@ -105,18 +123,86 @@ def test_a_rate_that_diverges_is_no_candidate_and_is_not_run_again(tmp_path: Pat
     assert second.started == []
 
 
+def test_a_mistake_in_the_wiring_is_no_result_of_a_rate(tmp_path: Path) -> None:
+    wrong = Fake(BEST, ends={"lora/lr-0.001-seed-0": TrainingError("None of the 8 weights got a gradient.")})
+    with pytest.raises(TrainingError, match=r"None of the 8 weights got a gradient"):
+        run(tmp_path, wrong)
+    again = Fake(BEST)
+    run(tmp_path, again)
+    assert "lora/lr-0.001-seed-0" in again.started
+
+
+@pytest.mark.parametrize("end", [DivergedError("The loss is nan in step 3."), math.nan], ids=["stopped", "finished"])
+def test_a_method_of_which_a_seed_diverged_has_no_mean(end: float | Exception, tmp_path: Path) -> None:
+    row = run(tmp_path, Fake(BEST, ends={"fa/lr-0.001-seed-1": end}))["fa"]
+    assert (row["seeds"], row["diverged"]) == (3, 1)
+    assert row["loss"] is row["difference"] is row["steps_to_baseline"] is None
+    assert cells(row)[2:6] == ("3, 1 diverged", "diverged", "diverged", "diverged")
+    assert "3, 1 diverged" in write_comparison(tmp_path).read_text()
+
+
+def test_nothing_is_measured_against_a_baseline_that_diverged(tmp_path: Path) -> None:
+    row = run(tmp_path, Fake(BEST, ends={"lora/lr-0.002-seed-1": math.nan}))["fa"]
+    assert row["diverged"] == 0
+    assert row["loss"]["values"] == pytest.approx([0.0, 0.1, 0.2])
+    assert cells(row)[4:6] == ("-", "-")
+
+
+def test_a_method_that_diverges_at_every_rate_keeps_its_row(tmp_path: Path) -> None:
+    """The grid grows downwards twice, and no other seed runs at a rate that is known to diverge."""
+    lower = {f"fa/lr-{rate}-seed-0": math.nan for rate in (0.00025, 0.0005, 0.001, 0.002)}
+    fake = Fake(BEST, ends=lower)
+    row = run(tmp_path, fake)["fa"]
+    assert {name for name in fake.started if name.startswith("fa/")} == set(lower)
+    assert (row["lr"], row["seeds"], row["diverged"]) == (2.5e-4, 1, 1)
+    assert cells(row)[2:4] == ("1, 1 diverged", "diverged")
+
+
+def test_the_command_fails_if_no_method_has_a_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal folds words
+    run(tmp_path, Fake(BEST, diverges_above=0.0))
+    assert main(["compare", str(tmp_path / "plan.yaml"), str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "diverged" in shown.out
+    assert "No method has a result: each has a run that diverged. Give the plan lower learning rates." in shown.err
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_a_rate_at_the_end_of_those_tried_is_marked(tmp_path: Path) -> None:
+    rows = run(tmp_path, Fake({"adamw": 64e-3, "lora_fa": 1e-3}), seeds=[0])
+    assert (rows["lora"]["lr"], rows["lora"]["at_end"]) == (16e-3, True)
+    assert rows["fa"]["at_end"] is False
+    marked = "0.016 (at the end of the rates tried)"
+    assert cells(rows["lora"])[1] == marked
+    assert marked in write_comparison(tmp_path).read_text()
+
+
+def test_a_single_rate_is_given_and_not_at_an_end(tmp_path: Path) -> None:
+    methods = {"lora": {"settings": ["optim=adamw"], "rates": [1e-3]}}
+    assert run(tmp_path, Fake(BEST), methods=methods, seeds=[0])["lora"]["at_end"] is False
+
+
+def test_the_result_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
+    earlier = Path(__file__).parents[2] / "docs" / "results" / "optimizers" / "comparison.json"
+    (tmp_path / "comparison.json").write_text(earlier.read_text())
+    lora = next(row for row in read_rows(tmp_path) if row["method"] == "lora")
+    assert cells(lora)[1:4] == ("0.004", "3", "0.6914 +- 0.0031")
+    assert "0.6914 +- 0.0031" in write_comparison(tmp_path).read_text()
+
+
 def test_steps_to_the_baseline_are_counted_on_one_curve(tmp_path: Path) -> None:
     """The baseline reaches its own last loss at its last measurement."""
-    rows = run(tmp_path, Fake({"adamw": 2e-3, "lora_fa": 1e-3}), seeds=[0])
+    rows = run(tmp_path, Fake(BEST), seeds=[0])
     assert rows["lora"]["steps_to_baseline"] == pytest.approx(20.0)
     assert rows["lora"]["seconds_a_step"] == pytest.approx(0.5)
 
 
 def test_runs_with_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
-    best = {"adamw": 2e-3, "lora_fa": 1e-3}
-    run(tmp_path, Fake(best))
+    run(tmp_path, Fake(BEST))
     with pytest.raises(ConfigError, match=r"finished, but with other settings \(peft\).*another folder"):
-        run(tmp_path, Fake(best), settings=["train.steps=20", "peft.r=4"])
+        run(tmp_path, Fake(BEST), settings=["train.steps=20", "peft.r=4"])
 
 
 def test_an_interval_is_students() -> None:
@@ -133,13 +219,11 @@ def test_the_step_a_loss_is_reached_at_lies_between_two_measurements() -> None:
     assert steps_to(curve, 0.5) is None
 
 
-def test_the_page_and_the_table_name_every_method(tmp_path: Path) -> None:
-    rows = run(tmp_path, Fake({"adamw": 2e-3, "lora_fa": 1e-3}))
+def test_the_page_names_every_method(tmp_path: Path) -> None:
+    run(tmp_path, Fake(BEST))
     page = write_comparison(tmp_path).read_text()
-    table = markdown(list(rows.values()))
     for name in ("lora", "fa", *HEADINGS):
         assert name in page
-        assert name in table
     assert page.count("<svg") == 2
 
 

@@ -18,7 +18,8 @@ examples:
   lorafa compare recipes/optimizers_on_gsm8k.yaml runs/optimizers data=short.jsonl
   lorafa compare recipes/optimizers_on_gsm8k.yaml runs/optimizers data=short.jsonl threads=2
 
-exit status: 0 done, 1 a run failed (what is finished stays), 2 wrong arguments, plan or settings, 130 interrupted"""
+exit status: 0 done, 1 a run failed (what is finished stays) or no method has a result since all diverged, 2 wrong
+arguments, plan or settings, 130 interrupted"""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.train.memory import keep_freed_memory
 
     keep_freed_memory()  # before the first tensor
+    from lorafa.errors import DivergedError
     from lorafa.report.comparison import HEADINGS, cells, write_comparison
     from lorafa.runs.comparison import Plan, compare
 
@@ -53,4 +55,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
         table.add_row(*map(Text, cells(row)))
     console.print(table)
     console.print(f"Report: {write_comparison(args.folder)}", highlight=False, markup=False, soft_wrap=True)
+    if all(row["diverged"] for row in rows):
+        raise DivergedError("No method has a result: each has a run that diverged. Give the plan lower learning rates.")
     return 0

@@ -1,7 +1,8 @@
-"""A comparison as a table for the terminal and the docs, and as one HTML page with its curves."""
+"""A comparison as rows of text for the terminal, and as one HTML page with its curves."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lorafa.errors import ConfigError
 from lorafa.report.plots import svg
-from lorafa.runs.comparison import RESULT
+from lorafa.runs.comparison import RESULT, final_loss, heldout_curve, is_over
 from lorafa.runs.record import RunDirectory
 from lorafa.storage import read_json, written_whole
 
@@ -28,6 +29,7 @@ HEADINGS = (
     "trained",
 )
 PAGE = "comparison.html"
+MISSING, DIVERGED = "-", "diverged"
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -43,19 +45,21 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One row as text, in the order of ``HEADINGS``."""
-    steps = row["steps_to_baseline"]
+    """One row as text, in the order of ``HEADINGS``; rows of earlier versions say neither at_end nor diverged."""
+    diverged, missing = row.get("diverged", 0), DIVERGED if row.get("diverged") else MISSING
+    difference, steps, seconds, trainable = (
+        row[key] for key in ("difference", "steps_to_baseline", "seconds_a_step", "trainable")
+    )
     return (
-        row["method"], f"{row['lr']:.3g}", str(row["seeds"]), _interval(row["loss"]),
-        "-" if not row["difference"] else _interval(row["difference"], sign="+"),
-        "-" if steps is None else f"{steps:.0f}", f"{row['seconds_a_step']:.2f}", f"{row['trainable']:,}",
-    )  # fmt: skip
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table in markdown."""
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *(cells(row) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        row["method"],
+        f"{row['lr']:.3g}" + (" (at the end of the rates tried)" if row.get("at_end") else ""),
+        str(row["seeds"]) + (f", {diverged} diverged" if diverged else ""),
+        _interval(row["loss"]) if row["loss"] else missing,
+        _interval(difference, sign="+") if difference else missing,
+        missing if steps is None else f"{steps:.0f}",
+        MISSING if seconds is None else f"{seconds:.2f}",
+        MISSING if trainable is None else f"{trainable:,}",
+    )
 
 
 def write_comparison(folder: str | Path) -> Path:
@@ -88,26 +92,25 @@ def _interval(values: Mapping[str, Any], sign: str = "") -> str:
 
 
 def _runs(folder: Path, method: str) -> dict[tuple[float, int], RunDirectory]:
-    """The finished runs of a method by (learning rate, seed)."""
+    """The runs of a method that finished or diverged, by (learning rate, seed)."""
     runs = [RunDirectory(path.parent) for path in sorted((folder / method).glob("*/config.yaml"))]
-    done = [run for run in runs if run.result().get("status") == "finished"]
-    return {(config.optim.lr, config.train.seed): run for run in done for config in (run.config(),)}
+    return {(config.optim.lr, config.train.seed): run for run in runs if is_over(run) for config in (run.config(),)}
 
 
 def _curves(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out loss by step at each method's rate, mean over seeds."""
+    """Held-out loss by step at each method's rate, mean over seeds: up to where the first of them diverged."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for row in rows:
-        by_step: dict[int, list[float]] = {}
-        for (rate, _), run in _runs(folder, row["method"]).items():
-            if rate == row["lr"]:
-                for line in run.metrics():
-                    if "eval_loss" in line:
-                        by_step.setdefault(line["step"], []).append(line["eval_loss"])
-        if by_step:
-            steps = sorted(by_step)
-            axes.plot(steps, [statistics.mean(by_step[step]) for step in steps], marker=".", label=row["method"])
+        runs = [run for (rate, _), run in _runs(folder, row["method"]).items() if rate == row["lr"]]
+        by_step: dict[float, list[float]] = {}
+        for run in runs:
+            for step, loss in heldout_curve(run.metrics()):
+                if math.isfinite(loss):
+                    by_step.setdefault(step, []).append(loss)
+        points = [(step, statistics.mean(at)) for step, at in sorted(by_step.items()) if len(at) == len(runs)]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=row["method"])
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss, nats per answer token")
     _finish(axes)
@@ -121,7 +124,7 @@ def _rates(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         runs = _runs(folder, row["method"])
         swept = {rate: run for (rate, seed), run in runs.items() if seed == row["swept_with"]}
-        points = sorted((rate, run.result()["after"]["loss"]) for rate, run in swept.items())
+        points = sorted((rate, loss) for rate, run in swept.items() if math.isfinite(loss := final_loss(run)))
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=row["method"])
     axes.set_xscale("log")

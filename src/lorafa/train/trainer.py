@@ -12,7 +12,7 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lorafa.errors import TrainingError, shorten
+from lorafa.errors import DivergedError, TrainingError, shorten
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.loss import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
@@ -196,7 +196,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
 
     def _stop(self, what: str) -> None:
         newest = last_checkpoint(self.args.output_dir)
-        raise TrainingError(
+        raise DivergedError(
             f"{what} Lower the learning rate, or clip gradients (max_grad_norm). "
             f"The last good checkpoint: {newest or 'none was written'}."
         )
