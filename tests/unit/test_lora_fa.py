@@ -283,17 +283,6 @@ def test_arguments_the_model_does_not_have_are_refused_with_both_values() -> Non
     refuse(model, ConfigError, r"use_rslora=True was given, but the adapters have use_rslora=False", use_rslora=True)
 
 
-def test_arguments_that_only_some_of_the_adapters_have_are_refused() -> None:
-    model = adapted()
-    model.add_adapter("other", LoraConfig(r=2, lora_alpha=5.0, target_modules=["first", "second"]))
-    model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(
-        ConfigError, match=r"r=3 was given, but the adapters have r=2, 3\. .* from each layer: leave it"
-    ):
-        create_lorafa_optimizer(model, r=3, lr=1e-3)
-    create_lorafa_optimizer(model, lora_alpha=5.0, lr=1e-3)
-
-
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

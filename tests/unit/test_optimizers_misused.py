@@ -359,3 +359,14 @@ def test_clipping_to_no_length_is_refused(max_norm: Any) -> None:
     assert isinstance(optimizer, LoraFAOptimizer)
     with pytest.raises(ConfigError, match="max_norm must be a number >= 0"):
         optimizer.row_space.clip_norm_(max_norm)
+
+
+def test_arguments_that_only_some_of_the_adapters_have_are_refused() -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=5.0, target_modules=["first", "second"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(
+        ConfigError, match=r"r=3 was given, but the adapters have r=2, 3\. .* from each layer: leave it"
+    ):
+        create_lorafa_optimizer(model, r=3, lr=1e-3)
+    create_lorafa_optimizer(model, lora_alpha=5.0, lr=1e-3)
