@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lorafa.optimizers import create_lorafa_optimizer, create_lorapro_optimizer
 from lorafa.optimizers.pairs import pairs_of
 from optimizer_toys import adapted, batch, loss
+from process_toys import leave_group
 
 MAKERS = {"lora_fa": create_lorafa_optimizer, "lora_pro": create_lorapro_optimizer}
 
@@ -34,7 +35,7 @@ def train(optimizer: str, rank: int, world: int, folder: str) -> None:
         made.step()
     torch.save([pair.B.detach() for pair in pairs_of(step_on)], f"{folder}/{optimizer}-{world}-{rank}.pt")
     if world > 1:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.parametrize("optimizer", MAKERS)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorafa import EvaConfig, LoraConfig, collect_statistics
 from lorafa.calibration.gradient import gradient_matrix
 from lorafa.errors import CalibrationError
+from process_toys import leave_group
 
 IN = 8
 Batch = dict[str, Tensor]
@@ -115,7 +116,7 @@ def work(rank: int, world: int, folder: str) -> None:
         found[split, wanted, dtype] = ask(wanted, data[shares[rank]] if world > 1 else data, dtype)
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     if world > 1:
-        dist.destroy_process_group()
+        leave_group()
 
 
 Found = dict[Case, Any]

@@ -96,6 +96,7 @@ import sys
 from pathlib import Path
 import torch
 import test_trainer as t
+from process_toys import leave_group
 
 folder, kill, batch = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 args = {"per_device_train_batch_size": batch, **t.PARALLEL}
@@ -108,8 +109,8 @@ except t.Killed:
 assert trainer.own_loss_reason is None
 if trainer.is_world_process_zero():
     torch.save(t.weights(trainer.model), folder / "weights.pt")
-if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
-    torch.distributed.destroy_process_group()
+if torch.distributed.is_initialized():
+    leave_group()
 """
 PARALLEL = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
 PARALLEL |= {"learning_rate": 0.5, "max_grad_norm": 0.0, "train_sampling_strategy": "group_by_length"}
