@@ -9,7 +9,7 @@ LoraError
   CheckpointError     a file does not fit the model, or is damaged     (also a RuntimeError)
   BackendError        a base layer cannot do what was asked of it      (also a TypeError)
   TrainingError       training cannot go on                            (also a RuntimeError)
-    DivergedError     its loss or its weights are not finite
+    DivergedError     its loss, gradients or weights are not finite
   DataError           a dataset or a sample cannot be used             (also a ValueError)
   SourceError         a model or dataset could not be fetched          (also an OSError)
 """
@@ -57,7 +57,7 @@ class TrainingError(LoraError, RuntimeError):
 
 
 class DivergedError(TrainingError):
-    """The loss or the trained weights are not finite: the learning rate is too high, not the wiring wrong."""
+    """Loss, gradients or trained weights are not finite: the learning rate is too high, not the wiring wrong."""
 
 
 class DataError(LoraError, ValueError):

@@ -18,7 +18,7 @@ from lorafa.adapter import working_dtype
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.processes import of_first
 from lorafa.errors import CalibrationError
-from lorafa.linalg import SVD, leading_svd, spd_eigh
+from lorafa.linalg import SVD, leading_svd, spd_eigh, svd_within
 
 CHECK_ROWS = 10
 """Rows of Theta: the estimate of a squared norm has a relative standard deviation of at most sqrt(2 / 10)."""
@@ -219,11 +219,11 @@ class GradientSketch(Statistic):
         assert sums.Z is not None
         Z = sums.Z[:-CHECK_ROWS]
         if self.found.range is not None:
-            return svd_within_range(self.found.range, Z)
+            return svd_within(self.found.range, Z, self.k)
         assert sums.Y is not None
         Q = torch.linalg.qr(sums.Y).Q
         Psi = self._bases_used().left[: self.l].to(Q)  # type: ignore[index]
-        return svd_within_range(Q, torch.linalg.lstsq(Psi @ Q, Z).solution)
+        return svd_within(Q, torch.linalg.lstsq(Psi @ Q, Z).solution, self.k)
 
     def _bases_used(self) -> _Bases:
         assert self.bases is not None
@@ -277,12 +277,6 @@ def whitening(C: Tensor) -> Tensor:
     values = values + WHITENING * values.mean()
     values = values.maximum(values[-1] / WHITENED_CONDITION)
     return (vectors * values.rsqrt() @ vectors.mT).to(C.dtype)
-
-
-def svd_within_range(Q: Tensor, Z: Tensor) -> SVD:
-    """All triplets of Q Z for orthonormal columns Q (out, k) and any Z (k, in)."""
-    U, S, Vh = torch.linalg.svd(Z, full_matrices=False)
-    return SVD(Q @ U, S, Vh)
 
 
 def cross_validated(first: SVD, second: SVD) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import working_dtype
-from lorafa.errors import AdapterError
+from lorafa.errors import DivergedError
 from lorafa.optimizers.pairs import Pair, by_shape, check_finite
 
 CACHED_BYTES = 8 * 2**20
@@ -84,7 +84,8 @@ class PairBatch:
         """For steps that would lose more than a stock optimizer's by a gradient that is not finite; all have one.
 
         Raises:
-            AdapterError: a gradient, or a factor itself, holds nan or inf.
+            DivergedError: a gradient holds nan or inf.
+            AdapterError: a factor itself does.
         """
         if bool((self.A.gradients().sum() + self.B.gradients().sum()).isfinite()):
             return
@@ -92,7 +93,7 @@ class PairBatch:
             check_finite(pair)
             for factor, gradient in (("A", pair.A.grad), ("B", pair.B.grad)):
                 if gradient is not None and not bool(gradient.isfinite().all()):
-                    raise AdapterError(
+                    raise DivergedError(
                         f"{pair.path}, adapter {pair.name!r}: the gradient of {factor} holds nan or inf. Leave out the "
                         "batch whose loss is not finite; training in float16 takes torch.amp.GradScaler, which skips "
                         "such steps. Nothing was changed."

@@ -43,10 +43,10 @@ class PairOptimizer(Optimizer, ABC):
         """One step; ``closure`` computes the loss and its gradients again, and the loss is returned.
 
         Raises:
-            AdapterError: the adapters this optimizer was made for are not the active ones, or hold nan or inf; or
-                their gradients do, in optimizers that would lose more by that than a stock one.
+            AdapterError: the adapters this optimizer was made for are not the active ones, or hold nan or inf.
+            DivergedError: their gradients do, in optimizers that would lose more by that than a stock one.
             BackendError: a gradient is sparse.
-            Nothing was changed in either case, unless the step itself takes a factor out of all bounds.
+            Nothing was changed in any case, unless the step itself takes a factor out of all bounds.
         """
         check_pairs(self, self.pairs)
         loss = None
