@@ -3,9 +3,8 @@
     python benchmarks/bench_starts.py --data gsm8k_train.jsonl [--rows 64] [--repeats 3] [--only gradient weights ...]
 
 gradient: 64 rows, one at a time, bfloat16, rank 8. Bytes of the statistics against dense float32 gradients, the peak
-above the model and the time against PEFT's preprocess_loraga, with the model's own loss and with the one over labelled
-tokens alone, and the share of the energy of each exact gradient's best eight directions (summed in float64 over the
-same rows) that the sketched ones hold.
+above the model and the time, each in a fresh process, against PEFT's preprocess_loraga, and the share of the energy of
+each exact gradient's best eight directions (summed in float64 over the same rows) that the sketched ones hold.
 weights: seconds get_peft_model takes with starts computed from weights, and what pissa's triplets hold of the energy of
 the exact ones.
 inputs: seconds from the plain model to an adapter started by CorDA or EVA over the same rows, one at a time, float32,
@@ -19,7 +18,6 @@ import argparse
 import ctypes
 import gc
 import json
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +45,6 @@ def rows_of(path: str, count: int, tokenizer: Any) -> list[dict[str, torch.Tenso
     return [dict(collator([sample])) for sample in encode_all(records, tokenizer, 1024).samples]
 
 
-def highest() -> float:
-    """Peak resident memory so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def held() -> float:
     """Resident memory now, MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -63,11 +56,10 @@ def held() -> float:
 class Gradients:
     """A model and rows; ``run`` collects gradients of them and throws them away."""
 
-    def __init__(self, library: str, data: str, rows: int, labelled: bool = False) -> None:
+    def __init__(self, library: str, data: str, rows: int) -> None:
         from lorafa.data.models import load_model
 
         torch.manual_seed(0)
-        self.labelled = labelled
         self.model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
         self.model.config.use_cache = False
         self.rows = rows_of(data, rows, tokenizer)
@@ -90,29 +82,19 @@ class Gradients:
 
     def _lorafa(self, rows: list[Any], **options: Any) -> Any:
         import lorafa
-        from lorafa.train.loss import supervised_loss
 
-        if self.labelled:
-            options["loss"] = supervised_loss
         return lorafa.collect_statistics(self.model, self._config(lorafa), rows, **options)
 
-    def run(self) -> float:
-        """Seconds for all rows."""
-        start = time.perf_counter()
-        self._peft(self.rows) if self.library == "peft" else self._lorafa(self.rows)
-        seconds = time.perf_counter() - start
-        gc.collect()
-        return seconds
-
-    def peak(self) -> float:
-        """Peak memory of a run above the model, MiB."""
+    def peak(self) -> tuple[float, float]:
+        """Peak memory of a run above the model, MiB, and the seconds for all rows."""
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading the model has freed would hide a part
         Path("/proc/self/clear_refs").write_text("5")
-        before = held()
-        self.run()
+        before, start = held(), time.perf_counter()
+        self._peft(self.rows) if self.library == "peft" else self._lorafa(self.rows)
+        seconds = time.perf_counter() - start
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 1024 - before
+        return int(peak.split()[1]) / 1024 - before, seconds
 
     def captured(self) -> dict[str, dict[str, float]]:
         """Mean and smallest share over the layers, left and right, of one pass and of two with a power iteration."""
@@ -183,20 +165,22 @@ def sketch_bytes(sketch: Any) -> int:
 
 
 def gradient(data: str, rows: int, repeats: int) -> None:
-    who: dict[str, dict[str, Any]] = {
-        "lorafa": {"library": "lorafa"},
-        "lorafa, labelled tokens": {"library": "lorafa", "labelled": True},
-        "peft": {"library": "peft"},
-    }
-    peaks = {}
-    for name, settings in who.items():  # in fresh processes: holes in a used heap count as memory
-        fresh = Contender(name, Gradients, data=data, rows=min(rows, 8), **settings)
-        peaks[name] = fresh("peak")
-        fresh.close()
-    emit(benchmark=NAME, peak_mib_above_model={name: round(value) for name, value in peaks.items()})
-    for name in (name for name in who if name != "peft"):
-        verdict(NAME, f"{name}: peak above the model / PEFT's", peaks[name] / peaks["peft"], 0.6)
-    ours, labelled, theirs = (Contender(name, Gradients, data=data, rows=rows, **who[name]) for name in who)
+    peaks: dict[str, list[float]] = {"lorafa": [], "peft": []}
+    taken: dict[str, list[float]] = {"lorafa": [], "peft": []}
+    for turn in range(repeats):
+        # in fresh processes: holes in a used heap count as memory, and kernels once made are kept
+        for library in sorted(peaks, reverse=turn % 2 == 1):
+            fresh = Contender(library, Gradients, library=library, data=data, rows=rows)
+            mib, elapsed = fresh("peak")
+            fresh.close()
+            peaks[library].append(mib)
+            taken[library].append(elapsed)
+    peak, seconds = ({name: median(found) for name, found in each.items()} for each in (peaks, taken))
+    emit(benchmark=NAME, rows=rows, peak_mib_above_model={name: round(value) for name, value in peak.items()})
+    emit(benchmark=NAME, seconds_per_row={name: round(value / rows, 3) for name, value in seconds.items()})
+    verdict(NAME, "peak above the model / PEFT's preprocess_loraga", peak["lorafa"] / peak["peft"], 0.6)
+    verdict(NAME, "time / PEFT's preprocess_loraga", seconds["lorafa"] / seconds["peft"], 0.7)
+    ours = Contender("lorafa", Gradients, library="lorafa", data=data, rows=rows)
     shares = ours("captured")
     emit(benchmark=NAME, check="energy of the best 8 directions", rows=rows, **shares)
     for name, target in {"one pass": 0.97, "power iteration": 0.999}.items():
@@ -206,12 +190,7 @@ def gradient(data: str, rows: int, repeats: int) -> None:
     accumulators, kept = ours("bytes_of_statistics")
     verdict(NAME, "bytes of the accumulators / dense float32 gradients", accumulators / dense, 0.2)
     verdict(NAME, "bytes of the result / dense float32 gradients", kept / dense, 0.2)
-    taken = {name: median(values) for name, values in interleave([ours, labelled, theirs], "run", repeats).items()}
-    emit(benchmark=NAME, seconds_per_row={name: round(value / rows, 3) for name, value in taken.items()})
-    for name in (name for name in who if name != "peft"):
-        verdict(NAME, f"{name}: time / PEFT's preprocess_loraga", taken[name] / taken["peft"], 0.7)
-    for each in (ours, labelled, theirs):
-        each.close()
+    ours.close()
 
 
 class Weights:

@@ -73,7 +73,7 @@ class Step:
 
     def forward(self) -> torch.Tensor:
         if self.loss == "chunked":
-            from lorafa.train.loss import supervised_loss
+            from lorafa.losses import supervised_loss
 
             return supervised_loss(self.model, self.batch)
         return self.model(**self.batch).loss

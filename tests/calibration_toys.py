@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
-from lorafa.calibration.batches import Batches
+from lorafa.calibration.batches import Asked, Batches
 from lorafa.calibration.collect import collect
 from lorafa.calibration.gradient import GradientSketch
 from lorafa.calibration.projections import Projections
@@ -47,7 +47,7 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def over(model: nn.Module, data: list[Tensor], weights: list[float] | None = None) -> Batches:
-    def run(gradients: bool) -> Iterator[float | None]:
+    def run(asked: Asked) -> Iterator[float | None]:
         for index, x in enumerate(data):
             weight = 1.0 if weights is None else weights[index]
             (weight * loss(model, x)).backward()  # type: ignore[no-untyped-call]

@@ -9,18 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.batches import (
     Loss,
+    default_loss,
     device_of,
     digest_of,
     moved,
     of_data,
     of_function,
-    own_loss,
     require_batches,
     scalar,
     shown,
@@ -30,6 +29,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
 from lorafa.initializers.gora import GoraConfig
 from lorafa.method_configs import EvaConfig
+from lorafa.modes import evaluating
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.ranks import RankRule, choose_ranks, require_rule, with_ranks
 from lorafa.statistics import Statistics, require_config, require_statistics, statistics_of
@@ -64,7 +64,8 @@ def collect_statistics(
         data: batches that can be gone over repeatedly (a DataLoader, a list), each a mapping of the model's keyword
             arguments, or its one positional argument; or a function without arguments that runs forward and backward
             over all of them itself, as PEFT's ``train_step``.
-        loss: ``loss(model, batch)``, a scalar; default the ``loss`` of the model's output.
+        loss: ``loss(model, batch)``, a scalar; default the ``loss`` of the model's output, which a causal model of
+            transformers need not compute from all its logits.
         weighting: "batches" averages the gradients of the batches' losses; "tokens" that of the mean over all
             labelled tokens.
         passes: over the data for gradients: 1, 2, or 4 for a power iteration (97 %, 98 % and 99.9 % of the energy of
@@ -243,6 +244,7 @@ def best_gamma(
         CalibrationError: ``heldout`` is no sequence of batches, or no trial has a finite loss.
     """
     require_batches("heldout", heldout)
+    loss = loss or default_loss(model)
     losses, flags = {}, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for gamma in GAMMAS:
         trial = replace(config, init_config=replace(config.init_config, stable_gamma=gamma))
@@ -250,7 +252,7 @@ def best_gamma(
             warnings.simplefilter("ignore")  # those of the layers that fall back come with the start that is kept
             adapted = get_peft_model(model, trial, stats=stats)
         try:
-            losses[gamma] = _mean_loss(adapted, heldout, loss or own_loss)
+            losses[gamma] = _mean_loss(adapted, heldout, loss)
         finally:
             adapted.unload()
             for parameter, flag in flags:
@@ -277,16 +279,10 @@ def best_gamma(
     return replace(config, init_config=replace(config.init_config, stable_gamma=best))
 
 
-@torch.no_grad()
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
-    modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
-    try:
-        model.eval()
+    with evaluating(model):
         losses = [float(scalar(loss(model, moved(batch, device)))) for batch in batches]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if not losses:
         raise CalibrationError("heldout is empty: there is no loss to compare. Pass two to eight rows.")
     return sum(losses) / len(losses)

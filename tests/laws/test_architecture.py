@@ -19,8 +19,8 @@ MAX_LINES = 400
 
 LEVELS = (
     ("errors", "version"),
-    ("registry", "linalg", "checks", "storage", "fingerprint"),
-    ("functional", "adapter", "backends", "calibration"),
+    ("registry", "linalg", "checks", "storage", "fingerprint", "modes"),
+    ("functional", "adapter", "backends", "losses", "calibration"),
     ("variants", "initializers", "method_configs", "config_checks"),
     ("config", "layers"),
     ("surgery",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,17 @@ def test_model_computes_the_same_function_at_step_zero(start: bool | str, varian
     x = input_for(kind, torch.float64)
     tolerance = 1e-5 if backend_for(kind).quantized else 1e-12  # the factors on a quantized layer are float32
     torch.testing.assert_close(model(x), base(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("start", [s for s, variant, kind in STARTED_AT_BASE if (variant, kind) == ("lora", LINEAR)])
+def test_a_warning_says_where_dropout_takes_away_of_the_base(start: bool | str) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        base, model = fresh(LINEAR, torch.float64, init_lora_weights=start, lora_dropout=0.5)
+    x = input_for(LINEAR, torch.float64)
+    kept = torch.allclose(model.train()(x), base(x), rtol=1e-9, atol=1e-9)
+    told = any("of which dropout takes away too" in str(each.message) for each in said)
+    assert told == (not kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -277,6 +277,21 @@ def test_starts_of_the_documents_become_configs(
 
 
 @pytest.mark.parametrize(
+    ("overrides", "dropout"),
+    [
+        ("", 0.05),
+        ("peft=dora init=lora_one", 0.05),
+        ("init=pissa", 0.0),
+        ("init=gradient init.direction=ArB2r", 0.0),
+        ("init=pissa peft.lora_dropout=0.1", 0.1),
+        ("peft.lora_dropout=0", 0.0),
+    ],
+)
+def test_dropout_is_left_out_where_it_would_act_on_a_part_of_the_base(overrides: str, dropout: float) -> None:
+    assert lora_config(compose(overrides.split())).lora_dropout == dropout
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         "init=kaiming init.ranks=entropy init.bsz=2 init.iters=3 init.max_length=99 init.passes=4 init.r_min=1",

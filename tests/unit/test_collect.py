@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calibration_toys import LAYERS, Toy, collected, gradients, inputs, loss, over, statistics
 from lorafa.calibration.base import Measured, Statistic
-from lorafa.calibration.batches import Batches
+from lorafa.calibration.batches import Asked, Batches
 from lorafa.calibration.collect import collect
 from lorafa.calibration.gradient import gradient_matrix
 
@@ -81,7 +81,7 @@ def test_weights_get_no_gradient_and_dropout_is_off() -> None:
     model, data, modes = Toy(), inputs(), []
     named = statistics(model)
 
-    def run(gradients):  # type: ignore[no-untyped-def]
+    def run(asked):  # type: ignore[no-untyped-def]
         for x in data:
             loss(model, x).backward()
             modes.append([p.grad for p in model.parameters()] + [model.drop.training])
@@ -141,7 +141,7 @@ def of_blocks(reentrant: bool | None, training: bool = True) -> dict[str, Tensor
     names = ("first.up", "first.down", "second.up", "second.down")
     ids = torch.arange(10).view(2, 5)
 
-    def run(gradients):  # type: ignore[no-untyped-def]
+    def run(asked):  # type: ignore[no-untyped-def]
         model(ids).backward()
         yield None
 
@@ -168,7 +168,7 @@ def test_checkpointing_keeps_no_input_of_the_layers() -> None:
     model, ids = Blocks(False), torch.arange(10).view(2, 5)
     named = statistics(model, layers=("first.down",), dense=True)
 
-    def run(gradients):  # type: ignore[no-untyped-def]
+    def run(asked):  # type: ignore[no-untyped-def]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             value = model(ids)
         value.backward()
@@ -189,7 +189,7 @@ def masked(kind: type[Rows], **masks: Tensor) -> Tensor:
     model, x = Toy(), inputs(1)[0]
     named = statistics(model, 2, kind, "rows", ("second",))
 
-    def run(gradients):  # type: ignore[no-untyped-def]
+    def run(asked):  # type: ignore[no-untyped-def]
         model(x, **masks)
         yield None
 
@@ -211,8 +211,8 @@ def test_forward_statistics_need_no_graph_and_allow_one() -> None:
     model, x = Toy(), inputs(1)[0]
     named, graphs = statistics(model, 2, Rows, "rows"), []
 
-    def run(gradients):  # type: ignore[no-untyped-def]
-        with torch.set_grad_enabled(gradients):
+    def run(asked):  # type: ignore[no-untyped-def]
+        with torch.set_grad_enabled(asked.gradients):
             graphs.append(model(x).requires_grad)
         yield None
 
@@ -242,8 +242,8 @@ def rows_of_gated(model: Gated, batches: list[dict[str, Any]]) -> tuple[dict[str
     """Of each layer, and the number of passes that took."""
     layers, passes = ("first", "second", "third"), []
 
-    def run(gradients: bool) -> Any:
-        passes.append(gradients)
+    def run(asked: Asked) -> Any:
+        passes.append(asked.gradients)
         for batch in batches:
             model(**batch)
             yield None

@@ -14,8 +14,9 @@ from lorafa.data.chat import encode_prompt
 from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals import gsm8k
-from lorafa.evals.generation import evaluating, generate_greedy
+from lorafa.evals.generation import generate_greedy
 from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream, wilson_interval
+from lorafa.modes import evaluating
 
 
 @pytest.mark.parametrize(

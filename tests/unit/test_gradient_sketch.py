@@ -94,7 +94,7 @@ def planted(G: Tensor, rank: int, noise: float = 0.0, batches: int = 1, **option
     eye, generator = torch.eye(G.shape[1], dtype=G.dtype), torch.Generator().manual_seed(5)
     named = statistics(model, rank, layers=("layer",), **options)
 
-    def run(gradients):  # type: ignore[no-untyped-def]
+    def run(asked):  # type: ignore[no-untyped-def]
         for _ in range(batches):
             model.G = G + noise * torch.randn(G.shape, generator=generator, dtype=G.dtype)
             model(eye).backward()
@@ -284,7 +284,7 @@ def test_no_batch_and_no_backward_are_errors() -> None:
         collected(model, [])
     named = statistics(model)
 
-    def forward_only(gradients):  # type: ignore[no-untyped-def]
+    def forward_only(asked):  # type: ignore[no-untyped-def]
         model(inputs()[0])
         yield None
 

@@ -15,21 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.errors import CalibrationError
+from lorafa.losses import IGNORE_INDEX, supervised_loss, supports_chunked_loss
 
-IGNORED = -100
-"""The label of a token that has none."""
+LENGTHS = 64
+"""On a CPU, batches are padded to multiples of so many tokens where nothing but gradients is read."""
 Loss = Callable[[nn.Module, Any], Tensor]
 Rows = Callable[[str, Tensor], Tensor]
 """(layer, its input (..., in)) -> the rows (T, in) that count."""
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a pass over the data is for."""
+
+    gradients: bool
+    """Whether gradients are read; if not, the model need not run backward."""
+    inputs: bool
+    """Whether inputs of layers are."""
+    announce: Callable[[Any], None]
+    """To be told of a batch before the model runs, or a part of it that is not told of the masks."""
+
+
+@dataclass(frozen=True)
 class Batches:
     """How the model is run over the data, once for each pass."""
 
-    run: Callable[[bool], Iterator[float | None]]
-    """Runs the model batch by batch and yields the weight of each when it is done. Told whether gradients are read; if
-    not, it need not run backward."""
+    run: Callable[[Asked], Iterator[float | None]]
+    """Runs the model batch by batch and yields the weight of each when it is done. The call itself comes before the
+    model is watched."""
     by_call: bool = False
     """Whether every call of the model is a batch, of weight 1. What ``run`` yields says nothing then."""
     reads_output: bool = True
@@ -43,7 +56,7 @@ class Batches:
 def of_function(train_step: Callable[[], Any]) -> Batches:
     """Those that a function without arguments runs over, forward and backward."""
 
-    def run(gradients: bool) -> Iterator[None]:
+    def run(asked: Asked) -> Iterator[None]:
         train_step()
         yield None
 
@@ -61,7 +74,7 @@ def of_data(
     """Those of a dataloader or sequence.
 
     Args:
-        loss: a scalar; default the model's own.
+        loss: a scalar; default :func:`default_loss`.
         weighting: of gradients: "batches" or, by the number of their labels, "tokens".
         forward: runs the model where no gradients are read, instead of :func:`call`.
 
@@ -71,20 +84,29 @@ def of_data(
     require_batches("data", data)
     device = device_of(model)
 
-    def run(gradients: bool) -> Iterator[float]:
+    def run(asked: Asked) -> Iterator[float]:
+        return with_gradients(asked, loss or default_loss(model)) if asked.gradients else without(asked)
+
+    def with_gradients(asked: Asked, chosen: Loss) -> Iterator[float]:
+        pads = chosen is _frugal_loss and not asked.inputs and device.type == "cpu"
         for batch in data:
             batch = moved(batch, device)
-            if not gradients:
-                with torch.no_grad():
-                    (forward or call)(model, batch)
-                yield 1.0
-                continue
+            batch = _padded(batch, model) if pads else batch
+            asked.announce(batch)
             weight = 1.0 if weighting == "batches" else _labelled(batch)
             with torch.enable_grad():
-                value = scalar((loss or own_loss)(model, batch)) * weight
+                value = scalar(chosen(model, batch)) * weight
                 if value.requires_grad:  # not where the batch reaches no target
                     value.backward()  # type: ignore[no-untyped-call]
             yield weight
+
+    def without(asked: Asked) -> Iterator[float]:
+        for batch in data:
+            batch = moved(batch, device)
+            asked.announce(batch)
+            with torch.no_grad():
+                (forward or call)(model, batch)
+            yield 1.0
 
     return Batches(run, reads_output=False)
 
@@ -137,11 +159,44 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss  # type: ignore[no-any-return]
 
 
+def default_loss(model: nn.Module) -> Loss:
+    """The model's own loss; of a causal model of transformers, computed at the labelled positions alone.
+
+    A model is tried on a few tokens first, so this is not to be called while hooks look on.
+    """
+    return own_loss if supports_chunked_loss(model) else _frugal_loss
+
+
+def _frugal_loss(model: nn.Module, batch: Any) -> Tensor:
+    labelled = isinstance(batch, Mapping) and batch.keys() & {"labels", "shift_labels"}
+    return supervised_loss(model, batch) if labelled else own_loss(model, batch)
+
+
+def _padded(batch: Any, model: nn.Module) -> Any:
+    """A batch of tokens, padded on the right to a multiple of :data:`LENGTHS`; anything else as it is.
+
+    A causal model's gradients do not depend on such padding. The matrix library of a CPU keeps kernels for every
+    length it has met, a dozen MB each for a model of 135M parameters.
+    """
+    known = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+    if not isinstance(batch, Mapping) or batch.keys() - known or not batch.keys() >= {"input_ids", "labels"}:
+        return batch
+    ids = batch["input_ids"]
+    if any(value.dim() != 2 or value.shape != ids.shape for value in batch.values()):
+        return batch
+    more = -ids.shape[1] % LENGTHS
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] + more > longest:
+        return batch
+    whole = {"attention_mask": torch.ones_like(ids), **batch}
+    return {name: nn.functional.pad(value, (0, more), value=known[name]) for name, value in whole.items()}
+
+
 def _labelled(batch: Any) -> float:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
         raise CalibrationError("weighting='tokens' counts the labels of a batch, and there are none. Put them in.")
-    return float((labels[..., 1:] != IGNORED).sum())
+    return float((labels[..., 1:] != IGNORE_INDEX).sum())
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -173,8 +228,8 @@ def shown(batches: Batches, show: bool) -> Iterator[Batches]:
     with Progress(transient=True) as progress:
         task = progress.add_task("Collecting statistics", total=None)
 
-        def run(gradients: bool) -> Iterator[float | None]:
-            for weight in batches.run(gradients):
+        def run(asked: Asked) -> Iterator[float | None]:
+            for weight in batches.run(asked):
                 progress.advance(task)
                 yield weight
 

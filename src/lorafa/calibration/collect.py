@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.base import Statistic
-from lorafa.calibration.batches import IGNORED, Batches
+from lorafa.calibration.batches import Asked, Batches
 from lorafa.calibration.processes import distributed, gathered, of_first, rank
 from lorafa.calibration.sharing import Entry, Sharing, agree
 from lorafa.errors import CalibrationError, shorten
+from lorafa.losses import IGNORE_INDEX
 
 CHECKPOINT = "_gradient_checkpointing_func"
 """Where transformers keeps what a block in training mode hands its computation to."""
@@ -30,7 +31,17 @@ class _Masks:
     labels: Tensor | None = None
     """(batch, tokens)."""
 
-    def rows(self, x: Tensor, tokens: str, ignored: int = IGNORED) -> Tensor:
+    @classmethod
+    def of(cls, batch: Any) -> _Masks:
+        """Those among a model's keyword arguments."""
+        given = batch if isinstance(batch, Mapping) else {}
+        mask, labels = given.get("attention_mask"), given.get("labels")
+        return cls(
+            mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+            labels if isinstance(labels, Tensor) else None,
+        )
+
+    def rows(self, x: Tensor, tokens: str, ignored: int = IGNORE_INDEX) -> Tensor:
         """The rows (T, in) of an input (..., in) that count."""
         keep = None if tokens == "all" else self.attended
         if tokens == "labelled" and self.labels is not None:
@@ -49,6 +60,8 @@ class _Pass:
         self.entries, self.batches = entries, batches
         self.sharing = Sharing(entries)
         self.masks = _Masks()
+        self.announced = False
+        """Whether the next call of the model begins no batch of its own: the running one was announced."""
         self.headless = False
         """Whether the model is spared all logits but the last."""
         self.count = 0
@@ -62,6 +75,12 @@ class _Pass:
     def half(self) -> int:
         """Of the running batch. Halves take turns, and processes begin with different ones."""
         return (self.count + rank()) % 2
+
+    def announce(self, batch: Any) -> None:
+        """Before the model runs over a batch. A loss may then run parts of the model alone, which are not told of the
+        masks."""
+        self.sharing.next_call()
+        self.masks, self.announced = _Masks.of(batch), True
 
     def start_batch(self) -> None:
         for entry in self.entries:
@@ -127,9 +146,11 @@ def _run(
         entry.statistic.start_pass(entry.passes, others)
     current, gradients = _Pass(active, batches), any(entry.statistic.reads_gradient for entry in active)
     current.headless = not gradients and not batches.reads_output and _can_spare_logits(model, layers)
+    inputs = any(not entry.statistic.reads_gradient for entry in active)
+    running = batches.run(Asked(gradients, inputs, current.announce))
     with _watched(model, layers, current, list(dict.fromkeys(entry.layer for entry in entries))):
         current.start_batch()
-        for weight in batches.run(gradients):
+        for weight in running:
             if weight is not None and not batches.by_call:
                 current.end_batch(weight)
                 current.start_batch()
@@ -281,12 +302,10 @@ class _CallStart:
         self.current = current
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        current, mask, labels = self.current, kwargs.get("attention_mask"), kwargs.get("labels")
-        current.sharing.next_call()
-        current.masks = _Masks(
-            mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-            labels if isinstance(labels, Tensor) else None,
-        )
+        current = self.current
+        if not current.announced:
+            current.sharing.next_call()
+        current.masks, current.announced = _Masks.of(kwargs), False
         if current.batches.by_call:
             current.start_batch()
             current.end_batch(1.0)
@@ -323,7 +342,7 @@ class _Watch:
     def _rows(self, entry: Entry, x: Tensor) -> Tensor:
         if self.current.batches.rows is not None:
             return self.current.batches.rows(entry.layer, x).reshape(-1, x.shape[-1])
-        ignored = getattr(entry.statistic.layer.settings, "label_mask_value", IGNORED)
+        ignored = getattr(entry.statistic.layer.settings, "label_mask_value", IGNORE_INDEX)
         return self.current.masks.rows(x, entry.statistic.tokens, ignored)
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
-from lorafa.evals.generation import evaluating
+from lorafa.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -67,6 +67,8 @@ def plan(
     require_unshared(places(model), list(filter(builder.quantizes, targets)), str(config.init_lora_weights))
     layers = [layer for target in targets if target not in tied for layer in _layers(target, builder)]
     _say_fallbacks(config, layers)
+    if config.lora_dropout and not options.from_file:
+        _say_what_dropout_does(config, layers)
     return Plan(name, config, targets, layers, ties, auxiliary)
 
 
@@ -77,6 +79,18 @@ def _say_fallbacks(config: LoraConfig, layers: list[PlannedLayer]) -> None:
             f"init_lora_weights={config.init_lora_weights!r} has nothing to start from on {len(reasons)} of "
             f"{len(layers)} layers, which start at random and compute what the base does: {shorten(reasons, 3)}. The "
             "adapter's file says so.",
+            stacklevel=3,
+        )
+
+
+def _say_what_dropout_does(config: LoraConfig, layers: list[PlannedLayer]) -> None:
+    """Of a start that takes something out of the base: A and B put it back, but for the columns that are dropped."""
+    moved = (layer.parts.B for layer in layers if layer.parts.start is not None and not layer.parts.B.is_meta)
+    if any(bool(B.any()) for B in moved):
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout} with init_lora_weights={config.init_lora_weights!r}: A and B hold a "
+            "part of the base, of which dropout takes away too, so in training the first outputs are not those of the "
+            "base but worse. Set lora_dropout=0, as the methods' authors do.",
             stacklevel=3,
         )
 

@@ -28,12 +28,12 @@ from lorafa.errors import DataError
 from lorafa.evals.generation import check_prompts
 from lorafa.evals.gsm8k import EvalResult, evaluate
 from lorafa.evals.perplexity import answer_loss
+from lorafa.losses import supervised_nll, supports_chunked_loss
 from lorafa.peft_model import PeftModel
 from lorafa.storage import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
-from lorafa.train.init_config import start_fields
-from lorafa.train.loss import supervised_nll, supports_chunked_loss
+from lorafa.train.init_config import start_fields, start_of
 from lorafa.train.optimizers import STOCK, pair_optimizer
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.schema import DataConfig, EvalConfig, RunConfig
@@ -213,7 +213,7 @@ def lora_config(config: RunConfig) -> LoraConfig:
         task_type="CAUSAL_LM",
         r=peft.r,
         lora_alpha=peft.lora_alpha,
-        lora_dropout=peft.lora_dropout,
+        lora_dropout=_dropout(config),
         target_modules=peft.target_modules,
         exclude_modules=peft.exclude_modules,
         layers_to_transform=peft.layers_to_transform,
@@ -230,6 +230,13 @@ def lora_config(config: RunConfig) -> LoraConfig:
         init_seed=config.train.seed,
         **start_fields(config.init),
     )
+
+
+def _dropout(config: RunConfig) -> float:
+    given = config.peft.lora_dropout
+    if given is not None:
+        return given
+    return 0.0 if start_of(config.init).initializer.moves_base else 0.05
 
 
 def read_records(data: DataConfig) -> Records:

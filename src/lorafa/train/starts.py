@@ -16,7 +16,6 @@ from lorafa.errors import DataError
 from lorafa.initialize import collect_statistics, with_start
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.train.init_config import InitConfig, rank_rule, start_of
-from lorafa.train.loss import supervised_loss
 
 HELD_OUT = 8
 """Rows after those of the statistics that ``stable_gamma=auto`` compares losses on."""
@@ -55,9 +54,9 @@ def start_adapter(
     collecting: dict[str, Any] = {"passes": init.passes} | ({} if rule is None else rule.reads())
     collecting["halves"] = bool(collecting.get("halves")) and init.iters > 1
     batches = _batches(rows, init.bsz, init.max_length, collator)
-    stats = collect_statistics(model, adapter, batches, loss=supervised_loss, **collecting)
+    stats = collect_statistics(model, adapter, batches, **collecting)
     heldout = _batches(held, 1, init.max_length, collator) if init.stable_gamma == "auto" else None
-    chosen = with_start(model, adapter, stats, ranks=rule, heldout=heldout, loss=supervised_loss)
+    chosen = with_start(model, adapter, stats, ranks=rule, heldout=heldout)
     adapted = get_peft_model(model, chosen, stats=stats if needs else None)
     record: dict[str, Any] = {
         "rows": count,

@@ -13,9 +13,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lorafa.errors import DivergedError, TrainingError, shorten
+from lorafa.losses import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.checkpoints import last_checkpoint
-from lorafa.train.loss import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
 from lorafa.train.sampling import LengthSampler, lengths_of
 
 DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -24,7 +24,7 @@ DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
     """`transformers.Trainer` for a causal language model with adapters.
 
-    What it adds: the loss is computed at supervised positions only (`lorafa.train.loss`) and announced when it cannot
+    What it adds: the loss is computed at supervised positions only (`lorafa.losses`) and announced when it cannot
     be; checkpoints hold the adapters, not the base; N steps equal k steps, a checkpoint, and N - k more, bit for bit;
     the evaluation loss is a mean over tokens, not over batches; ``train_sampling_strategy="group_by_length"`` orders by
     seed and epoch alone; a loss that is not finite, or adapters without a gradient, stop the training.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorafa.errors import BackendError, DataError
-from lorafa.evals.generation import evaluating
+from lorafa.modes import evaluating
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on, as in transformers and `torch.nn.functional.cross_entropy`."""
