@@ -12,7 +12,7 @@ from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.moments import CordaMoment, MomentSketch, SecondMoment
 from lorafa.errors import CalibrationError
-from lorafa.linalg import damped_until_invertible, nystrom
+from lorafa.linalg import add_gram, damped_until_invertible, mirrored, nystrom
 from lorafa.method_configs import CordaConfig
 
 IN = 12
@@ -189,3 +189,14 @@ def test_damping_makes_an_indefinite_matrix_invertible() -> None:
     damped, L = damped_until_invertible(C, 0.01, 0.05)
     assert torch.linalg.eigvalsh(damped).min() > 0
     assert (damped @ torch.cholesky_inverse(L) - torch.eye(3)).norm() < 0.05
+
+
+@pytest.mark.parametrize("in_", [1, 5, 128, 129, 270])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_half_the_products_make_the_whole_gram_matrix(in_: int, rows: int) -> None:
+    total, x = torch.randn(in_, in_, dtype=torch.float64), torch.randn(rows, in_, dtype=torch.float64)
+    total = total + total.mT
+    expected = 0.25 * total + 3 * x.mT @ x
+    add_gram(total, x, beta=0.25, alpha=3)
+    torch.testing.assert_close(mirrored(total), expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(mirrored(total), mirrored(total).mT)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.processes import add_up
 from lorafa.errors import CalibrationError
-from lorafa.linalg import float_matrix, nystrom
+from lorafa.linalg import add_gram, float_matrix, mirrored, nystrom
 
 
 class InputStatistic(Statistic):
@@ -56,7 +56,7 @@ class SecondMoment(InputStatistic):
         return like.new_zeros(self.layer.in_, self.layer.in_)
 
     def _add(self, total: Tensor, x: Tensor) -> None:
-        total.addmm_(x.mT, x)
+        add_gram(total, x)
 
     def sums(self) -> list[Tensor]:
         if self.sum is None:
@@ -64,9 +64,12 @@ class SecondMoment(InputStatistic):
         return [self.sum, self.count]
 
     def result(self) -> dict[str, Tensor]:
+        return {"C": mirrored(self._mean()), "tokens": self.count}
+
+    def _mean(self) -> Tensor:
         self.require(float(self.count))
         assert self.sum is not None
-        return {"C": self.sum / self.count.to(self.sum), "tokens": self.count}
+        return self.sum / self.count.to(self.sum)
 
 
 class MomentSketch(SecondMoment):
@@ -96,7 +99,7 @@ class MomentSketch(SecondMoment):
         return [*super().sums(), self.trace]
 
     def result(self) -> dict[str, Tensor]:
-        Y = super().result()["C"]
+        Y = self._mean()
         values, vectors = nystrom(Y, self._omega(Y))
         return {"values": values, "vectors": vectors, "trace": self.trace / self.count.to(Y), "tokens": self.count}
 
@@ -129,7 +132,7 @@ class CordaMoment(InputStatistic):
         if self.half:
             self.mean.lerp_((x.mT @ x).half(), share)
         else:
-            self.mean.addmm_(x.mT, x, beta=1 - share, alpha=share)
+            add_gram(self.mean, x, beta=1 - share, alpha=share)
 
     def _zeros(self, like: Tensor) -> Tensor:
         dtype = torch.float16 if self.half else like.dtype
@@ -145,7 +148,7 @@ class CordaMoment(InputStatistic):
     def result(self) -> dict[str, Tensor]:
         self.require(float(self.count))
         assert self.mean is not None
-        return {"C": float_matrix(self.mean), "batches": self.batches, "tokens": self.count}
+        return {"C": mirrored(float_matrix(self.mean)), "batches": self.batches, "tokens": self.count}
 
 
 def _counter(device: torch.device | None = None) -> Tensor:
