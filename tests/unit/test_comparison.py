@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,13 +13,15 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from rich.console import Console
 
 from lorafa.cli.main import main
+from lorafa.conf.compose import compose
 from lorafa.conf.typed import plain
 from lorafa.errors import ConfigError, DivergedError, TrainingError
 from lorafa.report.comparison import HEADINGS, cells, read_rows, write_comparison
-from lorafa.runs.comparison import Plan, compare, interval, steps_to
+from lorafa.runs.comparison import LOCKS, Plan, compare, interval, steps_to
 from lorafa.train.schema import RunConfig
 
 PLAN: dict[str, Any] = {
@@ -99,6 +103,43 @@ def test_the_grid_grows_where_the_best_rate_is_at_its_end(tmp_path: Path) -> Non
     rows = run(tmp_path, Fake({"adamw": 16e-3, "lora_fa": 0.5e-3}))
     assert rows["lora"]["lr"] == pytest.approx(16e-3)
     assert rows["fa"]["lr"] == pytest.approx(0.5e-3)
+
+
+def test_several_processes_share_the_runs_of_one_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process is at two runs: all others are made meanwhile, and what it finishes is taken over."""
+    monkeypatch.setattr("lorafa.runs.comparison.WAIT", 0.01)
+    ours, theirs, done = Fake(BEST), Fake(BEST), threading.Event()
+    console = Console(file=io.StringIO(), width=200)
+    plan = Plan.read(plan_file(tmp_path))
+    taken = [("lora", 1e-3, 0), ("fa", 1e-3, 1)]
+    paths = [tmp_path / LOCKS / name / f"lr-{rate:.4g}-seed-{seed}.lock" for name, rate, seed in taken]
+    locks, configs = [FileLock(path, thread_local=False) for path in paths], []
+    for lock, (name, rate, seed) in zip(locks, taken, strict=True):
+        Path(lock.lock_file).parent.mkdir(parents=True)
+        lock.acquire()
+        method = next(method for method in plan.methods if method.name == name)
+        place = f"run_dir={tmp_path / name / f'lr-{rate:.4g}-seed-{seed}'}"
+        configs.append(compose([*plan.overrides(method, rate, seed), place]))
+
+    def other_process() -> None:
+        assert done.wait(60)
+        for lock, config in zip(locks, configs, strict=True):
+            theirs(config, console, [])
+            lock.release()
+
+    def started(config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+        path = ours(config, console, command)
+        if len(ours.started) == 6:  # five rates, one of which the grid grew by, and another seed
+            done.set()
+        return path
+
+    thread = threading.Thread(target=other_process)
+    thread.start()
+    rows = compare(plan, tmp_path, console, start=started)
+    thread.join()
+    assert not set(ours.started) & set(theirs.started)
+    assert {row["method"]: row["seeds"] for row in rows} == {"lora": 3, "fa": 3}
+    assert "Waiting for runs that other processes are at." in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_what_is_finished_is_not_run_again_and_what_broke_off_is_kept_beside(tmp_path: Path) -> None:

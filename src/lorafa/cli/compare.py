@@ -11,7 +11,8 @@ Run a comparison of methods and print its table.
 
 The plan is a yaml file: methods with their settings and learning rates, seeds, a baseline (see recipes/). The first
 seed chooses every method's learning rate; the other seeds run at it. Each run has a directory of its own in FOLDER;
-a comparison that was cut short goes on where it stopped. Writes comparison.json and comparison.html into FOLDER."""
+a comparison that was cut short goes on where it stopped, and the same command in several processes shares the runs
+out. Writes comparison.json and comparison.html into FOLDER."""
 
 EXAMPLES = """\
 examples:

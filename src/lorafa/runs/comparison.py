@@ -9,6 +9,7 @@ A comparison is a yaml file:
       lora: {settings: [optim=adamw], rates: [1.0e-3, 2.0e-3]}
 
 Every (method, rate, seed) is a run directory of its own, so a comparison that was cut short goes on where it stopped.
+Several processes may work on one comparison: each takes the runs no other is at.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -34,8 +37,12 @@ from lorafa.runs.experiment import start_run
 from lorafa.runs.record import RunDirectory
 from lorafa.storage import write_json
 from lorafa.train.memory import return_freed_memory
+from lorafa.train.schema import RunConfig
 
 RESULT = "comparison.json"
+LOCKS = ".locks"
+WAIT = 5.0
+"""Seconds between looks at what other processes have done meanwhile."""
 MORE_RATES = 2
 """How often the grid grows by one rate beyond its end when the best one lies there."""
 OWN = {
@@ -165,34 +172,74 @@ def compare(
     """
     chosen: dict[str, Choice] = {}
 
-    def run(method: Method, rate: float, seed: int) -> RunDirectory:
+    def run(method: Method, rate: float, seed: int) -> RunDirectory | None:
+        """The run, which is over; None where another process is at it."""
         path = run_path(folder, method.name, rate, seed)
         config = compose([*plan.overrides(method, rate, seed), *extra, f"run_dir={path}"])
-        if (path / "config.yaml").is_file():
-            earlier = RunDirectory.open(path)
-            if is_over(earlier):
-                _check_same(plain(config), plain(earlier.config()), path)
-                return earlier
-            number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
-            path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
-        console.rule(escape(f"{method.name}, learning rate {rate:.4g}, seed {seed}"))
+        lock = folder / LOCKS / method.name / f"{path.name}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            start(config, console, ["lorafa", "compare"])
-        except DivergedError as error:  # a result too, of the rate
-            RunDirectory(path).update_result(diverged=True)
-            console.print(f"Diverged: {error}", markup=False, highlight=False)
-        return_freed_memory()
-        return RunDirectory(path)
+            with FileLock(lock, blocking=False):
+                title = f"{method.name}, learning rate {rate:.4g}, seed {seed}"
+                return _finished(path, config) or _run(config, console, start, title)
+        except Timeout:
+            return None
 
-    for method in plan.methods:
-        chosen[method.name] = _choose(method, lambda m, r: final_loss(run(m, r, plan.seeds[0])))
-        write_json(folder / RESULT, {"methods": rows(plan, folder, chosen)})
-    for seed in plan.seeds[1:]:
+    def work() -> bool:
+        """Run what is missing and free; whether something is left to other processes."""
+        busy = False
         for method in plan.methods:
-            if not chosen[method.name].diverged:
-                run(method, chosen[method.name].rate, seed)
-                write_json(folder / RESULT, {"methods": rows(plan, folder, chosen)})
+            if method.name in chosen:
+                continue
+            choice = _choose(method, lambda m, r: _loss_of(run(m, r, plan.seeds[0])))
+            if choice is None:
+                busy = True
+                continue
+            chosen[method.name] = choice
+            write_json(folder / RESULT, {"methods": rows(plan, folder, chosen)})
+        for seed in plan.seeds[1:]:
+            for method in (method for method in plan.methods if method.name in chosen):
+                if not chosen[method.name].diverged:
+                    busy |= run(method, chosen[method.name].rate, seed) is None
+                    write_json(folder / RESULT, {"methods": rows(plan, folder, chosen)})
+        return busy
+
+    told = False
+    while work():
+        if not told:
+            console.print("Waiting for runs that other processes are at.")
+        told = True
+        time.sleep(WAIT)
     return rows(plan, folder, chosen)
+
+
+def _finished(path: Path, config: RunConfig) -> RunDirectory | None:
+    """The run that is there, if it is over; one that was cut short is set aside.
+
+    Raises:
+        ConfigError: it is over and had other settings.
+    """
+    if not (path / "config.yaml").is_file():
+        return None
+    earlier = RunDirectory.open(path)
+    if is_over(earlier):
+        _check_same(plain(config), plain(earlier.config()), path)
+        return earlier
+    number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
+    path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
+    return None
+
+
+def _run(config: RunConfig, console: Console, start: Callable[..., Path], title: str) -> RunDirectory:
+    console.rule(escape(title))
+    run = RunDirectory(Path(str(config.run_dir)))
+    try:
+        start(config, console, ["lorafa", "compare"])
+    except DivergedError as error:  # a result too, of the rate
+        run.update_result(diverged=True)
+        console.print(f"Diverged: {error}", markup=False, highlight=False)
+    return_freed_memory()
+    return run
 
 
 def run_path(folder: Path, method: str, rate: float, seed: int) -> Path:
@@ -213,19 +260,29 @@ def final_loss(run: RunDirectory) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _choose(method: Method, loss_at: Callable[[Method, float], float]) -> Choice:
-    """The rate with the lowest loss; the grid grows where that is at one of its ends, downwards where all diverge."""
-    rates = list(method.rates)
-    losses = {rate: loss_at(method, rate) for rate in rates}
+def _loss_of(run: RunDirectory | None) -> float | None:
+    return None if run is None else final_loss(run)
+
+
+def _choose(method: Method, loss_at: Callable[[Method, float], float | None]) -> Choice | None:
+    """The rate with the lowest loss; the grid grows where that is at one of its ends, downwards where all diverge.
+
+    None where a loss that decides is not there yet.
+    """
+    rates, losses = list(method.rates), {}
+    found = {rate: loss_at(method, rate) for rate in rates}
     for growth in range(MORE_RATES + 1):
+        losses = {rate: loss for rate, loss in found.items() if loss is not None}
+        if len(losses) < len(found):
+            return None
         best = min(rates, key=lambda rate: losses[rate])  # the lowest of equals
         at_end = len(rates) > 1 and best in (rates[0], rates[-1])
         if not at_end or growth == MORE_RATES:
             break
         beside = rates[1] if best == rates[0] else rates[-2]
         more = float(f"{best * best / beside:.4g}")  # the digits its folder is named with
-        losses[more] = loss_at(method, more)
-        rates = sorted(losses)
+        found[more] = loss_at(method, more)
+        rates = sorted(found)
     return Choice(best, at_end, diverged=math.isinf(losses[best]))
 
 
