@@ -3,8 +3,8 @@
 from lorafa.config import LoraConfig, PeftType, TaskType
 from lorafa.errors import LoraError
 from lorafa.eva_weights import get_eva_state_dict, initialize_lora_eva_weights
-from lorafa.initialize import collect_statistics, initialize, start_from
 from lorafa.io.state import get_peft_model_state_dict, set_peft_model_state_dict
+from lorafa.loftq_weights import replace_lora_weights_loftq
 from lorafa.method_configs import (
     ArrowConfig,
     BdLoraConfig,
@@ -26,9 +26,9 @@ from lorafa.optimizers import (
     create_riemannian_optimizer,
 )
 from lorafa.peft_model import PeftModel, get_peft_model
-from lorafa.peft_starts import replace_lora_weights_loftq
 from lorafa.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
 from lorafa.ranks import RankRule, choose_ranks, with_ranks
+from lorafa.starting import collect_statistics, initialize, start_from
 from lorafa.statistics import Statistics
 from lorafa.surgery.model import LoraModel, inject_adapter_in_model
 from lorafa.surgery.mutate import mutate_base, restore_base

@@ -16,7 +16,7 @@ from lorafa.calibration import STATISTICS
 from lorafa.calibration.batches import of_function
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, NotAvailableError
-from lorafa.initialize import collect_statistics
+from lorafa.starting import collect_statistics
 from lorafa.statistics import Statistics, keep_for, require_config, statistics_of
 
 

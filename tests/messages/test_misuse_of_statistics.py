@@ -29,7 +29,7 @@ from lorafa import (
     start_from,
 )
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, LoraError
-from lorafa.initialize import best_gamma
+from lorafa.starting import best_gamma
 
 AUTO = {"stable_gamma": "auto"}
 

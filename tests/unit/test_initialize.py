@@ -16,9 +16,9 @@ from calibration_toys import LAYERS, Toy, gradients, inputs, loss
 from lorafa import EvaConfig, LoraConfig, PeftModel, RankRule, collect_statistics, get_peft_model, initialize
 from lorafa.calibration.gradient import gradient_matrix
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError
-from lorafa.initialize import GAMMAS
 from lorafa.initializers.lora_one import LoraOneConfig
 from lorafa.linalg import full_svd
+from lorafa.starting import GAMMAS
 from lorafa.statistics import Statistics
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from calibration_toys import LAYERS, Toy, gradients, inputs, loss
 from lorafa import LoraConfig, PeftModel, RankRule, choose_ranks, collect_statistics, initialize
 from lorafa.errors import CalibrationError, ConfigError
-from lorafa.initialize import start_from
 from lorafa.initializers.gora import GoraConfig
+from lorafa.starting import start_from
 
 
 def config(start: str = "gora", **settings: Any) -> LoraConfig:

@@ -13,8 +13,8 @@ from lorafa.config import LoraConfig
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
-from lorafa.initialize import collect_statistics, with_start
 from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.starting import collect_statistics, with_start
 from lorafa.train.init_config import InitConfig, rank_rule, start_of
 
 HELD_OUT = 8
