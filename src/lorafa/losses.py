@@ -97,7 +97,7 @@ def supervised_loss(
 
     Raises:
         BackendError: the model cannot be cut before its head.
-        DataError: the batch has no labels, or none of them counts.
+        DataError: the batch has no labels, none of them counts, or they are no labels of its tokens.
     """
     total, count = supervised_nll(model, batch, chunk_tokens)
     return total / (count if num_items is None else num_items)
@@ -118,7 +118,24 @@ def supervised_nll(model: nn.Module, batch: Mapping[str, Any], chunk_tokens: int
     if "use_cache" in inspect.signature(parts.body.forward).parameters:
         inputs["use_cache"] = False
     hidden = parts.body(**inputs)[0]
+    _require_fit(targets, hidden, parts.head)
     return _head_nll(hidden, parts, targets, chunk_tokens)
+
+
+def _require_fit(targets: Tensor, hidden: Tensor, head: nn.Linear) -> None:
+    """Raises DataError unless there is a label for each position, which the head has an output for or which is -100."""
+    if targets.shape != hidden.shape[:-1]:
+        raise DataError(
+            f"The labels are of shape {tuple(targets.shape)}, and the model's positions {tuple(hidden.shape[:-1])}. A "
+            f"label for each token is needed, {IGNORE_INDEX} where none counts."
+        )
+    known = ((targets >= 0) & (targets < head.out_features)) | (targets == IGNORE_INDEX)
+    if targets.is_floating_point() or not bool(known.all()):
+        found = targets.dtype if targets.is_floating_point() else int(targets[~known][0])
+        raise DataError(
+            f"Labels must be integers from 0 to {head.out_features - 1}, or {IGNORE_INDEX} where none counts, found "
+            f"{found}."
+        )
 
 
 def _padding_is_behind(mask: Tensor | None, next_labels: Tensor) -> bool:

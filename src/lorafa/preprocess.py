@@ -16,7 +16,7 @@ from lorafa.calibration import STATISTICS
 from lorafa.calibration.batches import of_function
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, NotAvailableError
-from lorafa.starting import collect_statistics
+from lorafa.starting import collect_statistics, file_named_by
 from lorafa.statistics import Statistics, keep_for, require_config, statistics_of
 
 
@@ -73,12 +73,11 @@ def preprocess_corda(
         raise NotAvailableError(
             "hooked_model: statistics are collected on the model that gets the adapter. Pass run_model that runs it."
         )
-    settings = lora_config.corda_config
-    file = None if settings is None else settings.covariance_file or settings.cache_file
     if run_model is None:
+        file = file_named_by(lora_config)
         stats = statistics_of(model, lora_config, of_function(_nothing_to_run(file)), cache=file)
     else:
-        stats = collect_statistics(model, lora_config, run_model, cache=file)
+        stats = collect_statistics(model, lora_config, run_model)
     keep_for(model, stats)
 
 

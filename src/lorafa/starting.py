@@ -12,18 +12,8 @@ from typing import Any
 from torch import nn
 
 from lorafa.calibration.base import CalibrationOptions
-from lorafa.calibration.batches import (
-    Loss,
-    default_loss,
-    device_of,
-    digest_of,
-    moved,
-    of_data,
-    of_function,
-    require_batches,
-    scalar,
-    shown,
-)
+from lorafa.calibration.batches import device_of, digest_of, moved, of_data, of_function, require_batches, shown
+from lorafa.calibration.loss import Loss, default_loss, scalar
 from lorafa.checks import check_choice, names
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
@@ -33,6 +23,8 @@ from lorafa.modes import evaluating
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.ranks import RankRule, choose_ranks, require_rule, with_ranks
 from lorafa.statistics import Statistics, require_config, require_statistics, statistics_of
+from lorafa.surgery.build import Options
+from lorafa.surgery.plan import plan
 
 Data = Iterable[Any] | Callable[[], Any]
 GAMMAS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
@@ -62,20 +54,22 @@ def collect_statistics(
         model: the base model, or one with adapters, which are off meanwhile.
         config: names targets, ranks and the start.
         data: batches that can be gone over repeatedly (a DataLoader, a list), each a mapping of the model's keyword
-            arguments, or its one positional argument; or a function without arguments that runs forward and backward
-            over all of them itself, as PEFT's ``train_step``.
-        loss: ``loss(model, batch)``, a scalar; default the ``loss`` of the model's output, which a causal model of
+            arguments, a tuple or list of its positional ones, or its one argument; or a function without arguments
+            that runs forward and backward over all of them itself, as PEFT's ``train_step``.
+        loss: of batches, where gradients are read: ``loss(model, batch)``, a scalar; default the ``loss`` of the
+            model's output, which a causal model of
             transformers need not compute from all its logits.
         weighting: "batches" averages the gradients of the batches' losses; "tokens" that of the mean over all
             labelled tokens.
-        passes: over the data for gradients: 1, 2, or 4 for a power iteration (97 %, 98 % and 99.9 % of the energy of
-            the best directions, docs/starts.md).
-        dense: add up whole gradients (True), only sketches (False), or whichever is smaller (None).
+        passes: over the data for gradients: 1, 2, or 4 for a power iteration (with 1 97 % of the energy of the best
+            directions, with 4 99.9 %, docs/LOG.md).
+        dense: add up whole gradients (True), only sketches (False), or whichever is less work (None).
         halves: keep two half samples of gradients apart, for ranks from data: every other batch, of two or more.
         also: further statistics by name, "gradient" or "second_moment".
-        cache: file to take the result from if it was collected like this before, and to write it to otherwise. Of
-            ``loss`` and of a function as ``data`` it knows module, name and code, but not what they read from
-            elsewhere, nor which data a function runs over: delete the file when that changes.
+        cache: file to take the result from if it was collected like this before, and to write it to otherwise; by
+            default the one CorDA's config names. Of ``loss`` and of a function as ``data`` it knows module, name and
+            code, but not what they read from elsewhere, nor which data a function runs over: delete the file when
+            that changes.
         progress: show a bar, where rich is installed.
 
     Raises:
@@ -92,13 +86,25 @@ def collect_statistics(
             "weighting='tokens' counts the labels of batches, and a function as data shows none: every call of the "
             "model counts as one batch. Drop weighting='tokens', or pass the batches."
         )
+    if callable(data) and loss is not None:
+        raise ConfigError(
+            "loss= is of batches, and a function as data runs forward and backward by itself. Drop loss=, or pass the "
+            "batches."
+        )
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    cache = file_named_by(config) if cache is None else cache
     options = CalibrationOptions(passes=passes, dense=dense, halves=halves)
     batches = of_function(data) if callable(data) else of_data(inner, data, loss=loss, weighting=weighting)
     if cache is not None:
         batches = replace(batches, digest=digest_of(data if callable(data) else iter(data), loss, weighting))
     with shown(batches, progress) as counted:
         return statistics_of(inner, config, counted, options=options, also=also, cache=cache)
+
+
+def file_named_by(config: LoraConfig) -> str | None:
+    """Where the config says its statistics are kept: ``covariance_file`` or else ``cache_file`` of CorDA's."""
+    settings = config.start_settings()
+    return getattr(settings, "covariance_file", None) or getattr(settings, "cache_file", None)
 
 
 def initialize(
@@ -133,11 +139,19 @@ def initialize(
     _require_heldout(config, heldout)
     if ranks is not None:
         collecting = _united(ranks, collecting)
+    _require_room(model, config, adapter_name)
     stats = collect_statistics(model, config, data, loss=loss, **collecting)
     return start_from(
-        model, config, stats, adapter_name, ranks=ranks, heldout=heldout, loss=loss,
+        model, config, stats, adapter_name, ranks=ranks, heldout=heldout, loss=None if heldout is None else loss,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )  # fmt: skip
+
+
+def _require_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+    """Raise for an adapter that could not be put on whatever the data says, before any is read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come with the adapter that is kept
+        plan(model, config, adapter_name, Options(low_cpu_mem_usage=True))
 
 
 def start_from(
@@ -154,8 +168,10 @@ def start_from(
     """The second half of :func:`initialize`, for statistics that are there already."""
     require_config(config)
     require_statistics(stats)
-    config = with_start(model, config, stats, ranks=ranks, heldout=heldout, loss=loss)
-    read = stats if config.start.initializer.needs else None  # else they were for the ranks alone
+    if loss is not None and heldout is None:
+        raise ConfigError("loss= is that of held-out rows here, and there are none. Drop loss=, or pass heldout=.")
+    config = _with_start(model, config, stats, ranks=ranks, heldout=heldout, loss=loss)
+    read = None if ranks is not None and not config.start.initializer.needs else stats  # else for the ranks alone
     return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, stats=read)
 
 
@@ -197,7 +213,7 @@ def _united(rule: RankRule, collecting: Mapping[str, Any]) -> dict[str, Any]:
     return read | dict(collecting) | {"also": also}
 
 
-def with_start(
+def _with_start(
     model: nn.Module,
     config: LoraConfig,
     stats: Statistics,
@@ -212,6 +228,8 @@ def with_start(
     with ``use_rslora`` shares ranks out by its own rule: its scaling is alpha / sqrt(r) of the layer's new rank.
     """
     _require_heldout(config, heldout)
+    if isinstance(stats, Statistics):
+        stats.check_fits(model)
     rule = _own_rule(config) if ranks is None else ranks
     if rule is not None:
         settings = config.start_settings()
@@ -237,14 +255,13 @@ def best_gamma(
 ) -> LoraConfig:
     """The config with the ``stable_gamma`` of :data:`GAMMAS` whose start has the smallest loss on held-out batches.
 
-    The factors are only rescaled between trials: a few forward passes. Warns if the best is the largest tried, for
+    Every trial puts the adapter on and runs over the batches. Warns if the best is the largest tried, for
     then no step may be better than this one, or the smallest, for then a larger step may be.
 
     Raises:
         CalibrationError: ``heldout`` is no sequence of batches, or no trial has a finite loss.
     """
     require_batches("heldout", heldout)
-    loss = loss or default_loss(model)
     losses, flags = {}, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for gamma in GAMMAS:
         trial = replace(config, init_config=replace(config.init_config, stable_gamma=gamma))
@@ -252,7 +269,7 @@ def best_gamma(
             warnings.simplefilter("ignore")  # those of the layers that fall back come with the start that is kept
             adapted = get_peft_model(model, trial, stats=stats)
         try:
-            losses[gamma] = _mean_loss(adapted, heldout, loss)
+            losses[gamma] = _mean_loss(adapted, heldout, loss or default_loss(adapted))
         finally:
             adapted.unload()
             for parameter, flag in flags:

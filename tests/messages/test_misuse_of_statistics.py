@@ -28,7 +28,7 @@ from lorafa import (
     preprocess_corda,
     start_from,
 )
-from lorafa.errors import CalibrationError, CheckpointError, ConfigError, LoraError
+from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError, LoraError, TargetError
 from lorafa.starting import best_gamma
 
 AUTO = {"stable_gamma": "auto"}
@@ -235,3 +235,29 @@ def test_inputs_that_are_not_finite_are_the_recorded_fallback() -> None:
             assert torch.equal(adapted.eval()(data[0]), Toy(in_=16).eval()(data[0]))
             for _, layer in adapted.base_model.lora_layers():
                 assert "is not finite" in layer.fallbacks["default"]
+
+
+def test_what_no_data_could_mend_is_said_before_any_is_read() -> None:
+    refused(AdapterError, r"without a dot, found 'a\.b'", lambda m: initialize(m, config(), inputs(), "a.b", loss=loss))
+    text = r"modules_to_save.*'heads'"
+    typo = config(modules_to_save=["heads"])
+    refused(TargetError, text, lambda model: initialize(model, typo, inputs(), loss=loss))
+
+
+def test_a_loss_that_would_not_be_called() -> None:
+    text = r"loss= is of batches, and a function as data runs forward and backward by itself\. Drop loss="
+    refused(ConfigError, text, lambda model: collect_statistics(model, config(), lambda: None, loss=loss))
+    stats = collect_statistics(Toy(), config(), inputs(), loss=loss)
+    text = r"loss= is that of held-out rows here, and there are none\. Drop loss=, or pass heldout="
+    refused(ConfigError, text, lambda model: start_from(model, config(), stats, loss=loss))
+
+
+def test_statistics_that_would_not_be_read_or_are_of_other_weights() -> None:
+    stats = collect_statistics(Toy(), config(), inputs(), loss=loss)
+    text = r"stats= was given, and init_lora_weights='pissa' reads none"
+    refused(ConfigError, text, lambda model: start_from(model, config("pissa"), stats))
+    other = Toy()
+    with torch.no_grad():
+        other.first.weight.add_(1)
+    with pytest.raises(CalibrationError, match=r"The statistics were collected on another model: 1 of 3 layers"):
+        start_from(other, config("gaussian"), stats, ranks=RankRule("energy"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -86,3 +88,31 @@ def test_a_digest_tells_data_apart_by_shape_dtype_and_bytes() -> None:
     data += [x.numpy(), long.numpy(), (long + (long == 1000)).numpy()]
     assert len({digest_of(one) for one in data}) == len(data)
     assert digest_of([x, {"x": x}]) == digest_of(iter([x.clone(), {"x": x.clone()}]))
+
+
+def test_parts_of_data_are_told_apart() -> None:
+    @dataclasses.dataclass
+    class Batch:
+        ids: Tensor
+
+    pairs = [
+        ([[1, 23]], [[12, 3]]),
+        ({"a": "b", "c": "d"}, {"a": "bc", "": "d"}),
+        ([Batch(torch.zeros(2000))], [Batch(torch.zeros(2000).index_fill(0, torch.tensor([1000]), 1.0))]),
+    ]
+    for one, other in pairs:
+        assert digest_of(one) != digest_of(other)
+        assert digest_of(one) == digest_of(copy.deepcopy(one))
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    scale: float
+
+
+def test_batches_may_be_named_tuples() -> None:
+    batches = [Pair(x, 2.0) for x in inputs()]
+    found = collect_statistics(Toy(), CONFIG, batches, loss=lambda model, pair: pair.scale * loss(model, pair.x))
+    once = collect_statistics(Toy(), CONFIG, inputs(), loss=loss)
+    for name in LAYERS:
+        torch.testing.assert_close(found[name]["gradient.S"], 2 * once[name]["gradient.S"])

@@ -250,6 +250,7 @@ DOCUMENTED = "+init=gradient ++init.direction=LoRA-FA ++init.scale=stable ++init
         (DOCUMENTED, "lora_one", "init_config", {"scale": "stable", "stable_gamma": 128.0}),
         ('+init=gradient ++init.weight="stable"', "lora_one", "init_config", {"scale": "stable"}),
         ("+init=gradient init.stable_gamma=auto", "lora_one", "init_config", {"stable_gamma": "auto"}),
+        ("+init=gradient init.direction=ArBr", "lora_ga", "lora_ga_config", {"scale": "stable", "stable_gamma": 16}),
         ("+init=gradient init.direction=ArBr init.scale=gd", "lora_ga", "lora_ga_config", {"scale": "gd_scale"}),
         ("init=lora_ga init.direction=random", "lora_ga", "lora_ga_config", {"direction": "random"}),
         ("init=functional init.normalize=global", "functional", "init_config", {"normalize": "global"}),

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafa import LoraConfig, Statistics, collect_statistics
-from lorafa.calibration.batches import LENGTHS
+from lorafa import LoraConfig, Statistics, collect_statistics, initialize
+from lorafa.calibration.loss import LENGTHS
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
+from lorafa.errors import CalibrationError
+from lorafa.starting import GAMMAS
 from lorafa.train.init_config import InitConfig, start_fields
 from lorafa.train.starts import start_adapter
 
@@ -63,7 +65,6 @@ BATCHES = {
     "padded behind": [rows_of(9, 5, 7)],
     "padded in front": [rows_of(9, 5, 7, left=True)],
     "long": [rows_of(POSITIONS - 1), rows_of(LENGTHS + 1)],
-    "positions given": [rows_of(8) | {"position_ids": torch.arange(8).unsqueeze(0)}],
 }
 
 
@@ -125,6 +126,96 @@ def test_moments_beside_gradients_leave_padding_out(left: bool) -> None:
     for layer in expected:
         assert found[layer]["second_moment.tokens"] == 14
         torch.testing.assert_close(found[layer]["second_moment.C"], expected[layer]["second_moment.C"])
+
+
+def test_the_head_itself_may_be_a_target() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights="lora_one", init_seed=0)
+    found, expected = (collect_statistics(causal_lm(), config, [rows_of(9)], dense=True, loss=f) for f in (None, own))
+    for layer in ("lm_head", "model.layers.1.self_attn.q_proj"):  # the model's own loss is in float32
+        torch.testing.assert_close(found[layer]["gradient.S"], expected[layer]["gradient.S"], rtol=1e-4, atol=1e-7)
+    auto = LoraConfig(
+        r=2, target_modules=["lm_head"], init_lora_weights="lora_one", init_config={"stable_gamma": "auto"}
+    )
+    model = initialize(causal_lm(), auto, [rows_of(9)], heldout=[rows_of(8)])
+    assert model.peft_config["default"].init_config.stable_gamma in GAMMAS
+
+
+def test_a_batch_without_a_label_that_counts() -> None:
+    empty = rows_of(6) | {"labels": torch.full((1, 6), -100)}
+    with pytest.raises(CalibrationError, match=r"Batch 2 of the data has labels, but none that counts: all are -100"):
+        collected([rows_of(9), empty])
+    with pytest.raises(CalibrationError, match=r"None of the 1 batches has a label that counts"):
+        collected([empty], weighting="tokens")
+    alone, beside = (collected(data, weighting="tokens", dense=True) for data in ([rows_of(9)], [rows_of(9), empty]))
+    for layer in alone:
+        assert torch.equal(beside[layer]["gradient.S"], alone[layer]["gradient.S"])
+
+
+def test_shifted_labels_weigh_as_much_as_those_that_are_not() -> None:
+    shifted = [batch | {"shift_labels": nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)} for batch in
+               (rows_of(9), rows_of(5, 7))]  # fmt: skip
+    for batch in shifted:
+        del batch["labels"]
+    found = collected(shifted, weighting="tokens", dense=True)
+    expected = collected([rows_of(9), rows_of(5, 7)], weighting="tokens", dense=True)
+    for layer in expected:
+        torch.testing.assert_close(found[layer]["gradient.S"], expected[layer]["gradient.S"], rtol=1e-9, atol=1e-13)
+
+
+def test_every_label_of_a_classifier_counts() -> None:
+    settings = causal_lm().config.to_dict() | {"num_labels": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**settings)).double()
+    rows = rows_of(6, 6, 6, 6) | {"labels": torch.tensor([0, 1, 1, 0])}
+    parts = [{name: value[part] for name, value in rows.items()} for part in (slice(3), slice(3, 4))]
+    config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="lora_one", init_seed=0)
+    whole, split = (collect_statistics(model, config, d, weighting="tokens", dense=True) for d in ([rows], parts))
+    for layer in whole:
+        torch.testing.assert_close(split[layer]["gradient.S"], whole[layer]["gradient.S"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"num_items_in_batch": torch.tensor(1000.0)}, {"position_ids": (torch.arange(9) % 4).unsqueeze(0)}],
+    ids=["num_items_in_batch", "position_ids"],
+)
+def test_what_else_a_batch_says_is_read_by_the_models_own_loss(more: dict[str, Any]) -> None:
+    batch = rows_of(9) | more
+    found, expected = collected([batch], dense=True), collected([batch], dense=True, loss=lambda m, b: m(**b).loss)
+    for layer in expected:
+        assert torch.equal(found[layer]["gradient.S"], expected[layer]["gradient.S"])
+
+
+def test_a_training_step_that_begins_with_train_has_no_dropout_either() -> None:
+    model = causal_lm(attention_dropout=0.5)
+    config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="lora_one", init_seed=0)
+
+    def step() -> None:
+        model.train()
+        model(**rows_of(9)).loss.backward()
+
+    first, second = (collect_statistics(model.eval(), config, step) for _ in range(2))
+    assert not model.training
+    for layer in first:
+        assert torch.equal(first[layer]["gradient.S"], second[layer]["gradient.S"])
+
+
+def test_masks_given_by_position_leave_padding_out() -> None:
+    batch = rows_of(9, 5)
+    config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="corda", init_seed=0)
+    by_name = {name: value for name, value in batch.items() if name != "labels"}
+    for data in ([by_name], [(batch["input_ids"], batch["attention_mask"])]):
+        stats = collect_statistics(causal_lm(), config, data)
+        assert {int(tensors["corda_moment.tokens"]) for tensors in stats.values()} == {14}
+
+
+def test_label_of_a_token_classifier_counts_at_the_first_position_too() -> None:
+    settings = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = transformers.BertForTokenClassification(transformers.BertConfig(**settings, num_attention_heads=2))
+    labels = torch.full((1, 6), -100).index_fill(1, torch.tensor([0]), 1)
+    config = LoraConfig(r=2, target_modules=["query"], init_lora_weights="lora_one", init_seed=0)
+    stats = collect_statistics(model, config, [rows_of(6) | {"labels": labels}], weighting="tokens")
+    assert all(bool(tensors["gradient.S"][0] > 0) for tensors in stats.values())
 
 
 def test_a_run_on_a_model_whose_loss_is_its_own() -> None:

@@ -38,8 +38,8 @@ def train_step(model: nn.Module, data: list[Tensor]) -> Any:
 def test_a_dataloader_and_a_training_step_give_the_gradient_of_autograd() -> None:
     model, data = Toy(), inputs()
     expected = gradients(model, data)
-    for source in (data, train_step(model, data)):
-        stats = collect_statistics(model, config(), source, loss=loss, dense=True)
+    for source, given in ((data, loss), (train_step(model, data), None)):
+        stats = collect_statistics(model, config(), source, loss=given, dense=True)
         for name in LAYERS:
             torch.testing.assert_close(gradient_matrix(stats[name]), expected[name], rtol=1e-10, atol=1e-14)
 

@@ -380,3 +380,21 @@ def test_positions_of_packed_rows_keep_the_mask() -> None:
     positions = torch.arange(TOKENS).remainder(TOKENS // 2).unsqueeze(0)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "position_ids": positions}
     assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (
+            torch.zeros(BATCH, TOKENS - 2, dtype=torch.long),
+            r"The labels are of shape \(3, 10\), and the model's positions",
+        ),
+        (torch.zeros(BATCH, TOKENS + 1, dtype=torch.long), r"The labels are of shape \(3, 13\)"),
+        (torch.full((BATCH, TOKENS), VOCAB), r"Labels must be integers from 0 to 210, or -100 .*, found 211"),
+        (torch.full((BATCH, TOKENS), -1), r"found -1"),
+        (torch.zeros(BATCH, TOKENS), r"found torch\.float32"),
+    ],
+)
+def test_labels_that_are_none_of_the_tokens(labels: Tensor, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        supervised_loss(causal_lm(), batch_of() | {"labels": labels})

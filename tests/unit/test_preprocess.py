@@ -22,6 +22,7 @@ from lorafa import (
     estimate_gradients,
     get_eva_state_dict,
     get_peft_model,
+    initialize,
     initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
@@ -296,3 +297,18 @@ def test_eva_of_one_adapter_leaves_the_others_alone() -> None:
     now = model.state_dict()
     assert all(torch.equal(now[key], value) for key, value in kept.items())
     assert model.active_adapters == ["default"]
+
+
+def test_initialize_keeps_covariances_in_the_file_the_config_names(tmp_path: Path) -> None:
+    model, data, file, calls = Toy(), inputs(), tmp_path / "covariance.safetensors", [0]
+    settings = config("corda", corda_config=CordaConfig(covariance_file=str(file)))
+
+    def counted(module: Any, args: Any) -> None:
+        calls[0] += 1
+
+    model.register_forward_pre_hook(counted)
+    first = initialize(model, settings, data)
+    passes = calls[0]
+    assert file.is_file()
+    initialize(first.unload(), settings, data)
+    assert calls[0] == passes

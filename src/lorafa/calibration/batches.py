@@ -5,21 +5,18 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.calibration.loss import Loss, call, causal_loss, count_labels, default_loss, padded, require_label, scalar
 from lorafa.errors import CalibrationError
-from lorafa.losses import IGNORE_INDEX, supervised_loss, supports_chunked_loss
 
-LENGTHS = 64
-"""On a CPU, batches are padded to multiples of so many tokens where nothing but gradients is read."""
-Loss = Callable[[nn.Module, Any], Tensor]
 Rows = Callable[[str, Tensor], Tensor]
 """(layer, its input (..., in)) -> the rows (T, in) that count."""
 
@@ -32,6 +29,8 @@ class Asked:
     """Whether gradients are read; if not, the model need not run backward."""
     inputs: bool
     """Whether inputs of layers are."""
+    watched: Collection[nn.Module]
+    """The layers that are looked on."""
     announce: Callable[[Any], None]
     """To be told of a batch before the model runs, or a part of it that is not told of the masks."""
 
@@ -85,15 +84,20 @@ def of_data(
     device = device_of(model)
 
     def run(asked: Asked) -> Iterator[float]:
-        return with_gradients(asked, loss or default_loss(model)) if asked.gradients else without(asked)
+        return with_gradients(asked, loss or default_loss(model, asked.watched)) if asked.gradients else without(asked)
 
     def with_gradients(asked: Asked, chosen: Loss) -> Iterator[float]:
-        pads = chosen is _frugal_loss and not asked.inputs and device.type == "cpu"
-        for batch in data:
+        pads = chosen is causal_loss and not asked.inputs and device.type == "cpu"
+        for number, batch in enumerate(data, 1):
             batch = moved(batch, device)
-            batch = _padded(batch, model) if pads else batch
+            weight = 1.0 if weighting == "batches" else float(count_labels(model, batch))
+            if chosen is causal_loss:
+                require_label(model, batch, number, weight)
+            if not weight:
+                yield 0.0
+                continue
+            batch = padded(batch, model) if pads else batch
             asked.announce(batch)
-            weight = 1.0 if weighting == "batches" else _labelled(batch)
             with torch.enable_grad():
                 value = scalar(chosen(model, batch)) * weight
                 if value.requires_grad:  # not where the batch reaches no target
@@ -125,80 +129,6 @@ def require_batches(name: str, data: Any) -> None:
         raise CalibrationError(f"{found}, which holds no batches. Pass a DataLoader or a list of batches.")
 
 
-def scalar(loss: Any) -> Tensor:
-    """The loss as it is.
-
-    Raises:
-        CalibrationError: it is not a tensor with one element.
-    """
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss
-    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    raise CalibrationError(
-        f"The loss of a batch must be a tensor with one element, found {found}. Return the mean over the batch from "
-        "loss=, as a tensor: not loss.item(), which has no gradient."
-    )
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, else ``model(batch)``."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The ``loss`` of the model's output."""
-    output = call(model, batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise CalibrationError(
-            f"The model's output ({type(output).__name__}) has no loss. Put labels into the batches, or pass "
-            "loss=, a function of model and batch."
-        )
-    return loss  # type: ignore[no-any-return]
-
-
-def default_loss(model: nn.Module) -> Loss:
-    """The model's own loss; of a causal model of transformers, computed at the labelled positions alone.
-
-    A model is tried on a few tokens first, so this is not to be called while hooks look on.
-    """
-    return own_loss if supports_chunked_loss(model) else _frugal_loss
-
-
-def _frugal_loss(model: nn.Module, batch: Any) -> Tensor:
-    labelled = isinstance(batch, Mapping) and batch.keys() & {"labels", "shift_labels"}
-    return supervised_loss(model, batch) if labelled else own_loss(model, batch)
-
-
-def _padded(batch: Any, model: nn.Module) -> Any:
-    """A batch of tokens, padded on the right to a multiple of :data:`LENGTHS`; anything else as it is.
-
-    A causal model's gradients do not depend on such padding. The matrix library of a CPU keeps kernels for every
-    length it has met, a dozen MB each for a model of 135M parameters.
-    """
-    known = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
-    if not isinstance(batch, Mapping) or batch.keys() - known or not batch.keys() >= {"input_ids", "labels"}:
-        return batch
-    ids = batch["input_ids"]
-    if any(value.dim() != 2 or value.shape != ids.shape for value in batch.values()):
-        return batch
-    more = -ids.shape[1] % LENGTHS
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if longest is not None and ids.shape[1] + more > longest:
-        return batch
-    whole = {"attention_mask": torch.ones_like(ids), **batch}
-    return {name: nn.functional.pad(value, (0, more), value=known[name]) for name, value in whole.items()}
-
-
-def _labelled(batch: Any) -> float:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
-        raise CalibrationError("weighting='tokens' counts the labels of a batch, and there are none. Put them in.")
-    return float((labels[..., 1:] != IGNORE_INDEX).sum())
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs belong."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -211,7 +141,8 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(moved(value, device) for value in batch)
+        values = [moved(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
 
 
@@ -254,8 +185,9 @@ def digest_of(*parts: Any) -> str:
             digest.update(f"{value.shape}{value.dtype}".encode() + value.tobytes())
         elif isinstance(value, Mapping):
             for key in value:
-                digest.update(str(key).encode())
+                digest.update(f"{key!r}:".encode())
                 take(value[key])
+                digest.update(b",")
         elif isinstance(value, CodeType):
             take((value.co_code, value.co_names, value.co_consts))
         elif callable(value):
@@ -266,7 +198,10 @@ def digest_of(*parts: Any) -> str:
             digest.update(b"(")
             for item in value:
                 take(item)
+                digest.update(b",")
             digest.update(b")")
+        elif is_dataclass(value):
+            take({one.name: getattr(value, one.name) for one in fields(value)})
         else:
             digest.update(repr(sorted(value, key=repr) if isinstance(value, Set) else value).encode())
 

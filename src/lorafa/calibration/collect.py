@@ -15,11 +15,9 @@ from lorafa.calibration.base import Statistic
 from lorafa.calibration.batches import Asked, Batches
 from lorafa.calibration.processes import distributed, gathered, of_first, rank
 from lorafa.calibration.sharing import Entry, Sharing, agree
+from lorafa.calibration.state import calibrating
 from lorafa.errors import CalibrationError, shorten
 from lorafa.losses import IGNORE_INDEX
-
-CHECKPOINT = "_gradient_checkpointing_func"
-"""Where transformers keeps what a block in training mode hands its computation to."""
 
 
 @dataclass
@@ -56,8 +54,8 @@ class _Masks:
 class _Pass:
     """One pass over the data for some entries."""
 
-    def __init__(self, entries: list[Entry], batches: Batches) -> None:
-        self.entries, self.batches = entries, batches
+    def __init__(self, entries: list[Entry], batches: Batches, set_modes: Callable[[], None]) -> None:
+        self.entries, self.batches, self.set_modes = entries, batches, set_modes
         self.sharing = Sharing(entries)
         self.masks = _Masks()
         self.announced = False
@@ -81,6 +79,7 @@ class _Pass:
         masks."""
         self.sharing.next_call()
         self.masks, self.announced = _Masks.of(batch), True
+        self.set_modes()
 
     def start_batch(self) -> None:
         for entry in self.entries:
@@ -117,9 +116,9 @@ def collect(
         CalibrationError: there was no batch, or gradients are needed and none arrived.
     """
     entries = [Entry(layer, name, s) for layer, named in statistics.items() for name, s in named.items()]
-    with _calibrating(model):
+    with calibrating(model) as set_modes:
         while active := [entry for entry in entries if not entry.done and _ready(entry, entries)]:
-            _run(model, layers, active, entries, batches)
+            _run(model, layers, active, entries, batches, set_modes)
     values: dict[str, dict[str, Tensor]] = {layer: {} for layer in statistics}
     results: dict[int, dict[str, Tensor]] = {}
     for entry in entries:
@@ -139,15 +138,16 @@ def _run(
     active: list[Entry],
     entries: list[Entry],
     batches: Batches,
+    set_modes: Callable[[], None],
 ) -> None:
     """One pass over the data for the ``active`` entries."""
     for entry in active:
         others = {e.name: e.value for e in entries if e.layer == entry.layer and e.name in entry.statistic.after}
         entry.statistic.start_pass(entry.passes, others)
-    current, gradients = _Pass(active, batches), any(entry.statistic.reads_gradient for entry in active)
+    current, gradients = _Pass(active, batches, set_modes), any(entry.statistic.reads_gradient for entry in active)
     current.headless = not gradients and not batches.reads_output and _can_spare_logits(model, layers)
     inputs = any(not entry.statistic.reads_gradient for entry in active)
-    running = batches.run(Asked(gradients, inputs, current.announce))
+    running = batches.run(Asked(gradients, inputs, layers.values(), current.announce))
     with _watched(model, layers, current, list(dict.fromkeys(entry.layer for entry in entries))):
         current.start_batch()
         for weight in running:
@@ -211,57 +211,6 @@ def _compare(entries: list[Entry]) -> None:
         kind.compare([(entry.statistic.layer, entry.value) for entry in same])
 
 
-@contextmanager
-def _calibrating(model: nn.Module) -> Iterator[None]:
-    """Frozen weights and no dropout; blocks that checkpoint their activations still do."""
-    with ExitStack() as cleanup:
-        for parameter in model.parameters():
-            cleanup.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        blocks = _checkpointed(model)
-        for module in model.modules():
-            cleanup.callback(setattr, module, "training", module.training)
-            module.training = module in blocks
-        for block in blocks:
-            checkpoint = getattr(block, CHECKPOINT, None)
-            if checkpoint is not None:
-                cleanup.callback(setattr, block, CHECKPOINT, checkpoint)
-                setattr(block, CHECKPOINT, _in_evaluation(block, checkpoint))
-        if blocks:
-            embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-            if isinstance(embeddings, nn.Module):  # reentrant checkpointing needs an input with a gradient
-                cleanup.callback(embeddings.register_forward_hook(_require_gradient).remove)
-        yield
-
-
-def _checkpointed(model: nn.Module) -> set[nn.Module]:
-    """The modules that checkpoint: of those that have the flag the inner ones, for models have it because of these."""
-    flagged = {module for module in model.modules() if getattr(module, "gradient_checkpointing", False)}
-    return {module for module in flagged if not flagged & set(module.modules()) - {module}}
-
-
-def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """``checkpoint`` of a block that must be in training mode to get there: what it computes it computes in the other,
-    so that dropout applied by a function is off as well."""
-
-    def checkpointed(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def without_dropout(*args: Any, **kwargs: Any) -> Any:
-            block.training = False
-            try:
-                return compute(*args, **kwargs)
-            finally:
-                block.training = True
-
-        return checkpoint(without_dropout, *args, **kwargs)
-
-    return checkpointed
-
-
-def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_(True)
-
-
 def _can_spare_logits(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
     """Whether the model, one of transformers', can be asked for the last logits only without any layer missing rows.
 
@@ -305,7 +254,9 @@ class _CallStart:
         current = self.current
         if not current.announced:
             current.sharing.next_call()
-        current.masks, current.announced = _Masks.of(kwargs), False
+            current.set_modes()
+        names = inspect.signature(model.forward).parameters
+        current.masks, current.announced = _Masks.of(dict(zip(names, args, strict=False)) | dict(kwargs)), False
         if current.batches.by_call:
             current.start_batch()
             current.end_batch(1.0)

@@ -29,8 +29,6 @@ OF_PEFT: Mapping[str, type[Any]] = {
 SCALES = {"gd": "gd_scale", "weightS": "weight_svd"}
 """Scales of LoRA-GA by their names in its authors' scripts -> PEFT's."""
 
-GROUP_GAMMA = 128.0
-"""What conf/init/gradient.yaml says of stable_gamma, whatever the scale and the direction."""
 _READING = ("bsz", "iters", "max_length", "passes")
 """Settings of how data is read."""
 
@@ -172,7 +170,7 @@ def start_fields(init: InitConfig) -> dict[str, Any]:
 def _refuse_ignored(init: InitConfig) -> None:
     """Raises ConfigError for what was set and would change nothing."""
     ignored = _ignored_by_ranks(init) | _ignored_in_reading(init)
-    if init.scale not in (None, "stable") and init.stable_gamma not in (None, GROUP_GAMMA):
+    if init.scale not in (None, "stable") and init.stable_gamma is not None:
         ignored |= {"stable_gamma": f"it is the gamma of init.scale=stable, and init.scale is {init.scale}"}
     if ignored:
         name, reason = next(iter(ignored.items()))

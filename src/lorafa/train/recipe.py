@@ -236,7 +236,8 @@ def _dropout(config: RunConfig) -> float:
     given = config.peft.lora_dropout
     if given is not None:
         return given
-    return 0.0 if start_of(config.init).initializer.moves_base else 0.05
+    start = start_of(config.init).initializer
+    return 0.0 if start.moves_base and start.variant is None else 0.05
 
 
 def read_records(data: DataConfig) -> Records:

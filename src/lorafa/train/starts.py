@@ -14,7 +14,7 @@ from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.peft_model import PeftModel, get_peft_model
-from lorafa.starting import collect_statistics, with_start
+from lorafa.starting import collect_statistics, start_from
 from lorafa.train.init_config import InitConfig, rank_rule, start_of
 
 HELD_OUT = 8
@@ -56,8 +56,7 @@ def start_adapter(
     batches = _batches(rows, init.bsz, init.max_length, collator)
     stats = collect_statistics(model, adapter, batches, **collecting)
     heldout = _batches(held, 1, init.max_length, collator) if init.stable_gamma == "auto" else None
-    chosen = with_start(model, adapter, stats, ranks=rule, heldout=heldout)
-    adapted = get_peft_model(model, chosen, stats=stats if needs else None)
+    adapted = start_from(model, adapter, stats, ranks=rule, heldout=heldout)
     record: dict[str, Any] = {
         "rows": count,
         "bytes": stats.nbytes,
@@ -66,7 +65,7 @@ def start_adapter(
         "fallbacks": {path: layer.fallbacks["default"] for path, layer in _fallen_back(adapted)},
         "spectra": _spectra(stats),
     }
-    gamma = getattr(chosen.init_config, "stable_gamma", None)
+    gamma = getattr(adapted.peft_config["default"].init_config, "stable_gamma", None)
     return Started(adapted, record | ({} if gamma is None else {"stable_gamma": gamma}))
 
 
