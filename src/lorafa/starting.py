@@ -57,8 +57,7 @@ def collect_statistics(
             arguments, a tuple or list of its positional ones, or its one argument; or a function without arguments
             that runs forward and backward over all of them itself, as PEFT's ``train_step``.
         loss: of batches, where gradients are read: ``loss(model, batch)``, a scalar; default the ``loss`` of the
-            model's output, which a causal model of
-            transformers need not compute from all its logits.
+            model's output, which a causal model of transformers need not compute from all its logits.
         weighting: "batches" averages the gradients of the batches' losses; "tokens" that of the mean over all
             labelled tokens.
         passes: over the data for gradients: 1, 2, or 4 for a power iteration (with 1 97 % of the energy of the best
