@@ -141,27 +141,24 @@ class Gradients:
         found = collect(self.model, layers, named, of_data(self.model, self.rows))
         return {layer: tensors["exact.G"] for layer, tensors in found.items()}
 
-    def bytes_of_statistics(self) -> tuple[int, int]:
-        """Bytes of the accumulators and of what is kept of them, before and after the triplets are computed."""
+    def bytes_of_statistics(self) -> tuple[int, int, int]:
+        """Bytes of the accumulators, of what is kept of them, and of dense float32 gradients."""
         from lorafa.calibration.base import CalibrationOptions, Measured
         from lorafa.calibration.gradient import GradientSketch
 
-        accumulators = 0
+        accumulators = dense = 0
         for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
                 layer = Measured(name, module.out_features, module.in_features, RANK, None, CalibrationOptions())
                 accumulators += sketch_bytes(GradientSketch(layer))
-        return accumulators, self._lorafa(self.rows[:1]).nbytes
+                dense += 4 * module.weight.numel()
+        return accumulators, self._lorafa(self.rows[:1]).nbytes, dense
 
 
 def sketch_bytes(sketch: Any) -> int:
     """Bytes of the accumulators of a gradient statistic."""
-    from lorafa.calibration.gradient import CHECK_ROWS
-
-    layer = sketch.layer
-    if sketch.dense:
-        return int(4 * layer.out * layer.in_)
-    return int(4 * (sketch.k * layer.out + (sketch.l + CHECK_ROWS) * layer.in_))
+    sketch.start_pass(0, {})
+    return sum(tensor.nbytes for tensor in sketch.sums())
 
 
 def gradient(data: str, rows: int, repeats: int) -> None:
@@ -186,8 +183,7 @@ def gradient(data: str, rows: int, repeats: int) -> None:
     for name, target in {"one pass": 0.97, "power iteration": 0.999}.items():
         mean = min(shares[name]["left"], shares[name]["right"])
         emit(benchmark=NAME, figure=f"captured energy, {name}", value=round(mean, 5), target=target, met=mean >= target)
-    dense = 4 * 106_168_320  # numbers in the weights of the 210 linears
-    accumulators, kept = ours("bytes_of_statistics")
+    accumulators, kept, dense = ours("bytes_of_statistics")
     verdict(NAME, "bytes of the accumulators / dense float32 gradients", accumulators / dense, 0.2)
     verdict(NAME, "bytes of the result / dense float32 gradients", kept / dense, 0.2)
     ours.close()

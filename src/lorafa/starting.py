@@ -13,7 +13,7 @@ from torch import nn
 
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.batches import device_of, digest_of, moved, of_data, of_function, require_batches, shown
-from lorafa.calibration.loss import Loss, default_loss, scalar
+from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_label, scalar
 from lorafa.checks import check_choice, names
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
@@ -296,9 +296,13 @@ def best_gamma(
 
 
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
-    device = device_of(model)
+    device, losses = device_of(model), []
     with evaluating(model):
-        losses = [float(scalar(loss(model, moved(batch, device)))) for batch in batches]
+        for number, batch in enumerate(batches, 1):
+            batch = moved(batch, device)
+            if loss is causal_loss:
+                require_label(model, batch, f"batch {number} of heldout")
+            losses.append(float(scalar(loss(model, batch))))
     if not losses:
         raise CalibrationError("heldout is empty: there is no loss to compare. Pass two to eight rows.")
     return sum(losses) / len(losses)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import io
+import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import LoraConfig, collect_statistics
 from lorafa.calibration.batches import digest_of
+from lorafa.errors import CalibrationError
 
 rich = pytest.importorskip("rich")
 Console = pytest.importorskip("rich.console").Console
@@ -116,3 +119,21 @@ def test_batches_may_be_named_tuples() -> None:
     once = collect_statistics(Toy(), CONFIG, inputs(), loss=loss)
     for name in LAYERS:
         torch.testing.assert_close(found[name]["gradient.S"], 2 * once[name]["gradient.S"])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes since Python 3.11")
+def test_what_fails_on_a_batch_names_it() -> None:
+    bad = [*inputs(2), torch.zeros(2, 3)]
+    for start in ("lora_one", "corda"):
+        config = LoraConfig(r=2, target_modules=list(LAYERS), init_lora_weights=start, init_seed=0)
+        with pytest.raises(RuntimeError) as raised:
+            collect_statistics(Toy(), config, bad, loss=loss)
+        assert raised.value.__notes__ == ["Raised on batch 3 of the data: a tensor (2, 3)."]
+
+
+def test_a_function_that_returns_a_generator_has_not_run() -> None:
+    def batches() -> Iterator[Tensor]:
+        yield from inputs()
+
+    with pytest.raises(CalibrationError, match=r"returned an iterator, and none of its code has run.*list\(function"):
+        collect_statistics(Toy(), CONFIG, batches)

@@ -142,10 +142,13 @@ def test_the_head_itself_may_be_a_target() -> None:
 
 def test_a_batch_without_a_label_that_counts() -> None:
     empty = rows_of(6) | {"labels": torch.full((1, 6), -100)}
-    with pytest.raises(CalibrationError, match=r"Batch 2 of the data has labels, but none that counts: all are -100"):
+    with pytest.raises(CalibrationError, match=r"In batch 2 of the data no label counts: all are -100"):
         collected([rows_of(9), empty])
     with pytest.raises(CalibrationError, match=r"None of the 1 batches has a label that counts"):
         collected([empty], weighting="tokens")
+    auto = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="lora_one", init_config={"stable_gamma": "auto"})
+    with pytest.raises(CalibrationError, match=r"In batch 1 of heldout no label counts"):
+        initialize(causal_lm(), auto, [rows_of(9)], heldout=[empty])
     alone, beside = (collected(data, weighting="tokens", dense=True) for data in ([rows_of(9)], [rows_of(9), empty]))
     for layer in alone:
         assert torch.equal(beside[layer]["gradient.S"], alone[layer]["gradient.S"])

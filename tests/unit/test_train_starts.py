@@ -48,3 +48,10 @@ def test_rows_are_held_out_where_the_size_of_the_step_is_chosen_by_them() -> Non
     assert start(ROWS[:2], mode="lora_one", iters=2, stable_gamma=128.0).record["stable_gamma"] == 128
     with pytest.raises(DataError, match=r"init reads 2 rows .* for stable_gamma=auto a few more; there are 2"):
         start(ROWS[:2], mode="lora_one", iters=2, stable_gamma="auto")
+
+
+def test_rows_whose_answers_are_cut_off() -> None:
+    rows = [*ROWS[:2], Sample([1, 2, 3, 4], [-100, -100, -100, 4])]
+    with pytest.raises(DataError, match=r"row 3 of the training rows has no trained token among its first 3\. Raise"):
+        start(rows, mode="lora_one", iters=3, max_length=3)
+    assert start(rows, mode="corda", iters=3, max_length=3).record["rows"] == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.loss import Loss, call, causal_loss, count_labels, default_loss, padded, require_label, scalar
-from lorafa.errors import CalibrationError
+from lorafa.errors import CalibrationError, LoraError
 
 Rows = Callable[[str, Tensor], Tensor]
 """(layer, its input (..., in)) -> the rows (T, in) that count."""
@@ -56,7 +57,11 @@ def of_function(train_step: Callable[[], Any]) -> Batches:
     """Those that a function without arguments runs over, forward and backward."""
 
     def run(asked: Asked) -> Iterator[None]:
-        train_step()
+        if isinstance(train_step(), Iterator):
+            raise CalibrationError(
+                "The function that was given for the data returned an iterator, and none of its code has run. Let it "
+                "run forward and backward itself, or pass the batches: list(function())."
+            )
         yield None
 
     return Batches(run, by_call=True)
@@ -91,28 +96,49 @@ def of_data(
         for number, batch in enumerate(data, 1):
             batch = moved(batch, device)
             weight = 1.0 if weighting == "batches" else float(count_labels(model, batch))
-            if chosen is causal_loss:
-                require_label(model, batch, number, weight)
             if not weight:
                 yield 0.0
                 continue
+            if chosen is causal_loss:
+                require_label(model, batch, f"batch {number} of the data")
             batch = padded(batch, model) if pads else batch
             asked.announce(batch)
-            with torch.enable_grad():
+            with _noting(number, batch), torch.enable_grad():
                 value = scalar(chosen(model, batch)) * weight
                 if value.requires_grad:  # not where the batch reaches no target
                     value.backward()  # type: ignore[no-untyped-call]
             yield weight
 
     def without(asked: Asked) -> Iterator[float]:
-        for batch in data:
+        for number, batch in enumerate(data, 1):
             batch = moved(batch, device)
             asked.announce(batch)
-            with torch.no_grad():
+            with _noting(number, batch), torch.no_grad():
                 (forward or call)(model, batch)
             yield 1.0
 
     return Batches(run, reads_output=False)
+
+
+@contextmanager
+def _noting(number: int, batch: Any) -> Iterator[None]:
+    """Say with what another library, or the caller's code, raises on a batch which one it was."""
+    try:
+        yield
+    except Exception as error:
+        if sys.version_info >= (3, 11) and not isinstance(error, LoraError):
+            error.add_note(f"Raised on batch {number} of the data: {_described(batch)}.")
+        raise
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"a tensor {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_described(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)) and len(batch) <= 8:
+        return f"{type(batch).__name__} of " + ", ".join(map(_described, batch))
+    return type(batch).__name__
 
 
 def require_batches(name: str, data: Any) -> None:

@@ -103,12 +103,12 @@ def count_labels(model: nn.Module, batch: Any) -> int:
     return int((labels[..., _first_label(model, batch) :] != IGNORE_INDEX).sum())
 
 
-def require_label(model: nn.Module, batch: Any, number: int, weight: float) -> None:
-    """Raises CalibrationError for a batch of a causal model whose labels are all -100, unless it weighs nothing."""
-    if weight and _labels(batch) is not None and not count_labels(model, batch):
+def require_label(model: nn.Module, batch: Any, where: str) -> None:
+    """Raises CalibrationError for a batch ("batch 2 of the data") of a causal model whose labels are all -100."""
+    if _labels(batch) is not None and not count_labels(model, batch):
         raise CalibrationError(
-            f"Batch {number} of the data has labels, but none that counts: all are {IGNORE_INDEX}, so there is no loss "
-            "whose gradient could be taken. Leave such batches out; weighting='tokens' passes over them."
+            f"In {where} no label counts: all are {IGNORE_INDEX}, so it has no loss. Leave it out, or see why its "
+            "answers are missing: cut off by a limit of length, for example."
         )
 
 

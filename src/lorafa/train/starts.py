@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorafa.calibration import STATISTICS
 from lorafa.config import LoraConfig
-from lorafa.data.chat import Sample
+from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.peft_model import PeftModel, get_peft_model
@@ -53,6 +54,8 @@ def start_adapter(
         )
     collecting: dict[str, Any] = {"passes": init.passes} | ({} if rule is None else rule.reads())
     collecting["halves"] = bool(collecting.get("halves")) and init.iters > 1
+    if rule is not None or any(STATISTICS.get(need).reads_gradient for need in needs):
+        _require_answers([*rows, *held], init.max_length)
     batches = _batches(rows, init.bsz, init.max_length, collator)
     stats = collect_statistics(model, adapter, batches, **collecting)
     heldout = _batches(held, 1, init.max_length, collator) if init.stable_gamma == "auto" else None
@@ -67,6 +70,16 @@ def start_adapter(
     }
     gamma = getattr(adapted.peft_config["default"].init_config, "stable_gamma", None)
     return Started(adapted, record | ({} if gamma is None else {"stable_gamma": gamma}))
+
+
+def _require_answers(rows: Sequence[Sample], longest: int) -> None:
+    """Raises DataError for a row none of whose first tokens is trained."""
+    for number, row in enumerate(rows, 1):
+        if not any(label != IGNORE for label in row.labels[1:longest]):
+            raise DataError(
+                f"init reads gradients, and row {number} of the training rows has no trained token among its first "
+                f"{longest}. Raise init.max_length."
+            )
 
 
 def _fallen_back(model: PeftModel) -> list[tuple[str, Any]]:
