@@ -293,3 +293,12 @@ def test_weights_that_are_not_finite_are_not_merged() -> None:
         model, AdapterError, "Merging 'default' gives inf or nan in a Linear once rounded to its dtype; nothing was"
     ):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", None])
+def test_a_name_is_no_model(model: Any) -> None:
+    settings = lorafa.LoraConfig(target_modules=["q_proj"], init_lora_weights="lora_one")
+    text = r"The model must be a torch\.nn\.Module, found .*\. Load it first"
+    for call in (get_peft_model, lambda *given: lorafa.collect_statistics(*given, [torch.zeros(1)])):
+        with pytest.raises(AdapterError, match=text):
+            call(model, settings)

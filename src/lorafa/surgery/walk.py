@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorafa.checks import found
+from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.saved import ModulesToSaveWrapper
@@ -41,7 +43,7 @@ def places(model: nn.Module) -> Iterator[Place]:
 
     A wrapped module is given as its wrapper; what wrappers hold of their own is not entered.
     """
-    stack = [Place("", "", model)]
+    stack = [Place("", "", _module(model))]
     while stack:
         place = stack.pop()
         yield place
@@ -53,6 +55,15 @@ def places(model: nn.Module) -> Iterator[Place]:
             continue
         children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
         stack.extend(reversed(children))
+
+
+def _module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"The model must be a torch.nn.Module, found {found(model)}. Load it first, for example with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    return model
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -67,7 +78,7 @@ def _join(prefix: str, name: str) -> str:
 def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without what wrappers hold for adapters: no longer with a hundred than with one."""
     seen: set[int] = set()
-    stack = [("", model)]
+    stack = [("", _module(model))]
     while stack:
         path, module = stack.pop()
         if id(module) in seen:
