@@ -25,6 +25,7 @@ from lorafa.ranks import RankRule, choose_ranks, require_rule, with_ranks
 from lorafa.statistics import Statistics, require_config, require_statistics, statistics_of
 from lorafa.surgery.build import Options
 from lorafa.surgery.plan import plan
+from lorafa.surgery.walk import require_module
 
 Data = Iterable[Any] | Callable[[], Any]
 GAMMAS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
@@ -78,6 +79,7 @@ def collect_statistics(
         TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` cannot be read or written.
     """
+    require_module(model)
     require_config(config)
     check_choice("weighting", weighting, ("batches", "tokens"))
     if callable(data) and weighting == "tokens":

@@ -43,7 +43,7 @@ def places(model: nn.Module) -> Iterator[Place]:
 
     A wrapped module is given as its wrapper; what wrappers hold of their own is not entered.
     """
-    stack = [Place("", "", _module(model))]
+    stack = [Place("", "", require_module(model))]
     while stack:
         place = stack.pop()
         yield place
@@ -57,7 +57,8 @@ def places(model: nn.Module) -> Iterator[Place]:
         stack.extend(reversed(children))
 
 
-def _module(model: object) -> nn.Module:
+def require_module(model: object) -> nn.Module:
+    """The model; raises AdapterError for what is none, such as the name of one."""
     if not isinstance(model, nn.Module):
         raise AdapterError(
             f"The model must be a torch.nn.Module, found {found(model)}. Load it first, for example with "
@@ -78,7 +79,7 @@ def _join(prefix: str, name: str) -> str:
 def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without what wrappers hold for adapters: no longer with a hundred than with one."""
     seen: set[int] = set()
-    stack = [("", _module(model))]
+    stack = [("", require_module(model))]
     while stack:
         path, module = stack.pop()
         if id(module) in seen:
