@@ -45,10 +45,9 @@ def noisy(rank: int, seed: int, out: int = 60, in_: int = 70) -> Spectrum:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     signal = torch.linalg.qr(rand(out, max(rank, 1))).Q @ torch.linalg.qr(rand(in_, max(rank, 1))).Q.mT
-    halves = [full_svd((50 if rank else 0) * signal + rand(out, in_)) for _ in range(2)]
-    whole = full_svd((halves[0].product() + halves[1].product()) / 2)
-    cross = cross_validated(*halves)
-    return Spectrum(out, in_, whole.S, float(whole.S.square().sum()), cross, halves[0].S)
+    first, second = ((50 if rank else 0) * signal + rand(out, in_) for _ in range(2))
+    whole, half = full_svd((first + second) / 2), full_svd(first)
+    return Spectrum(out, in_, whole.S, float(whole.S.square().sum()), cross_validated(half, second), half.S)
 
 
 def test_cross_validation_finds_planted_ranks() -> None:
