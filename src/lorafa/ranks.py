@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from lorafa.calibration.spectrum import (
+    SHARE,
     THRESHOLD,
     Spectrum,
     by_budget,
@@ -21,17 +21,18 @@ from lorafa.calibration.spectrum import (
     by_importance,
     by_stable_rank,
     importance_of,
+    most_components,
     variance_shares,
 )
 from lorafa.checks import check_choice, check_int, check_number, found
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, ConfigError, shorten
+from lorafa.initializers.base import Initializer
+from lorafa.initializers.stages import numerical_rank
 from lorafa.surgery.targets import Target, find_targets
 from lorafa.surgery.walk import places
 
 RULES = ("budget", "cross_validation", "energy", "stable_rank", "entropy", "explained_variance", "importance")
-SHARE = 0.9
-"""Of "energy"."""
 RHO = 2.0
 """Of "explained_variance"."""
 _OWNERS = {"share": "energy", "threshold": "cross_validation", "rho": "explained_variance"}
@@ -52,13 +53,17 @@ class RankRule:
     gradients; better with halves); "cross_validation": as many as hold what they promise in the other half sample
     (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "entropy": as many equal ones as
     would be spread as widely; "explained_variance": EVA's (needs "principal"); "importance": GoRA's, by mean |W o G|
-    (needs whole gradients: out x in numbers of float32 for every layer at once, where a sketch takes some twelve
-    r (out + in))."""
+    (needs whole gradients: out x in numbers of float32 for every layer at once, where a sketch of one pass takes
+    4 r out + 8 r in)."""
     r_min: int | None = None
     """None: 1, and 2 of "budget" where the config's ranks are above 2 on average (ALGORITHMS 2.3; at 2 nothing would be
     left to share out). "explained_variance" has none: a layer may get 0."""
     r_max: int | None = None
-    """None: four times the config's r. "explained_variance" has round(rho r) of each layer."""
+    """None: four times the config's r. "explained_variance" has round(rho r) of each layer. A start that takes
+    directions from the statistics gets no more ranks than they have directions for, nor do the rules of a gradient's
+    directions, "budget", "cross_validation", "energy" and "entropy": the statistics of a layer hold 4 r of its own r in
+    the config they were collected with, with more than one pass 2 r + 8, and LoRA-GA takes two for each rank. For more,
+    collect with a larger r."""
     share: float | None = None
     """Of "energy", None: 0.9."""
     threshold: float | None = None
@@ -110,6 +115,7 @@ def require_rule(rule: object) -> RankRule:
 def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankRule | None = None) -> dict[str, int]:
     """The rank of every target by its full name; the model is only read.
 
+    No layer gets more than the config's start can be made with: min(out, in), and the directions its statistics hold.
     A layer whose gradient is not finite keeps the rank it has in the config, which a warning says; the others share
     what theirs cost.
 
@@ -121,25 +127,37 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
     rule = RankRule() if rule is None else require_rule(rule)
     targets = find_targets(model, config)
     before = {target.full_name: target.rank for target in targets}
-    if rule.rule == "explained_variance":
-        ratios = {name: _ratios(name, stats.get(name, {})) for name in before}
-        return _some(by_explained_variance(ratios, before, rule.rho or RHO))
     shapes = {target.full_name: target.backend.shape(target.base) for target in targets}
+    start = config.start.initializer
+    most = {name: _most(start, shape, stats.get(name, {})) for name, shape in shapes.items()}
+    if rule.rule == "explained_variance":
+        rho = rule.rho or RHO
+        ratios = {target.full_name: _ratios(target, stats, rho)[: most[target.full_name]] for target in targets}
+        return _some(by_explained_variance(ratios, before, rho))
     spectra = _finite({name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()})
     targets = [target for target in targets if target.full_name in spectra]
     shapes = {name: shapes[name] for name in spectra}
-    average = sum(before[name] * one.cost for name, one in spectra.items()) / sum(o.cost for o in spectra.values())
+    budget = sum(before[name] * one.cost for name, one in spectra.items())
+    average = budget / sum(one.cost for one in spectra.values())
     r_max = rule.r_max or 4 * config.r
     r_min = rule.r_min or (2 if rule.rule == "budget" and average > 2 and r_max >= 2 else 1)
     choose: dict[str, Callable[[], dict[str, int]]] = {
-        "budget": lambda: by_budget(spectra, average, r_max, r_min),
+        "budget": lambda: by_budget({n: one.first(most[n]) for n, one in spectra.items()}, budget, r_max, r_min),
         "cross_validation": lambda: by_cross_validation(spectra, r_max, r_min, rule.threshold or THRESHOLD),
         "energy": lambda: by_energy(spectra, r_max, r_min, rule.share or SHARE),
         "stable_rank": lambda: by_stable_rank(spectra, r_max, r_min),
         "entropy": lambda: by_entropy(spectra, r_max, r_min),
         "importance": lambda: by_importance(_importance(targets, stats), shapes, average, r_min, r_max),
     }
-    return before | {name: min(rank, *shapes[name]) for name, rank in choose[rule.rule]().items()}
+    return before | {name: min(rank, most[name]) for name, rank in choose[rule.rule]().items()}
+
+
+def _most(start: Initializer, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> int:
+    """The largest rank a layer (out, in) can start with; 1 where there is none, for the start says what it lacks."""
+    known = [tensors.get(f"{name}.{values}") for name in start.needs for values in ("S", "singular_values")]
+    taken = [] if start.whole_gradients else [S for S in known if S is not None]
+    directions = min([*shape, *(numerical_rank(S, S[0], max(shape)) for S in taken if len(S))])
+    return max(directions // start.per_rank, 1)
 
 
 def _finite(spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:
@@ -177,11 +195,20 @@ def explained_shares(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     return variance_shares(S, total)
 
 
-def _ratios(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+def _ratios(target: Target, stats: Stats, rho: float) -> Tensor:
+    name, tensors = target.full_name, stats.get(target.full_name, {})
     if "principal.singular_values" not in tensors:
         raise CalibrationError(
             f"There are no principal directions of the input of {name!r} to choose a rank by. Collect statistics with "
             "also=['principal'], or use another rule."
+        )
+    held, in_ = len(tensors["principal.singular_values"]), target.backend.shape(target.base)[1]
+    wanted = min(most_components(rho, target.rank), in_)
+    if held < wanted:
+        raise CalibrationError(
+            f"'explained_variance' with rho={rho:g} chooses among the first {wanted} principal directions of the input "
+            f"of {name!r}, and its statistics hold {held}: round(rho r), with the rho of EvaConfig where that is the "
+            "start's and 2 otherwise. Set the same rho in the rule and in EvaConfig, or collect with a larger r."
         )
     return explained_shares(name, tensors)
 
@@ -216,7 +243,7 @@ def with_ranks(
     alpha_pattern: dict[str, int | float] = {}
     for target in kept:
         rank, key = ranks[target.full_name], f"^{re.escape(target.full_name)}"
-        alpha = target.alpha * (_per_scaling(rank, config) / _per_scaling(target.rank, config) if keep_scaling else 1)
+        alpha = target.alpha * (_rescaling(target.rank, rank, config) if keep_scaling else 1)
         if rank != config.r:
             rank_pattern[key] = rank
         if alpha != config.lora_alpha:
@@ -270,6 +297,7 @@ def _ends_in(name: str, ends: Collection[str]) -> bool:
     return any(".".join(parts[start:]) in ends for start in range(1, len(parts)))
 
 
-def _per_scaling(rank: int, config: LoraConfig) -> float:
-    """alpha / s for a rank."""
-    return math.sqrt(rank) if config.use_rslora else float(rank)
+def _rescaling(old: int, new: int, config: LoraConfig) -> float:
+    """What alpha is multiplied with for a scaling that stays: of alpha / r exactly new / old."""
+    alpha = float(old * new)  # divides by both without rounding
+    return config.scaling(old, alpha) / config.scaling(new, alpha)

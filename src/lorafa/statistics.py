@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -14,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.backends.base import Backend
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
 from lorafa.calibration.batches import Batches
 from lorafa.calibration.collect import collect
-from lorafa.calibration.principal import MOST_PASSES
 from lorafa.calibration.projections import Projections
 from lorafa.checks import found, names
 from lorafa.config import LoraConfig, require_available
@@ -189,14 +186,13 @@ def statistics_of(
     if cache is not None and Path(cache).exists():
         stored = Statistics.load(cache)
         if stored.about.get("key") == about["key"] and batches.digest in (None, stored.about.get("data")):
-            _say_unsettled(stored)
+            _finish(wanted, stored.values_by_layer)
             return stored
     layers = {target.full_name: target.base for target in targets}
     statistics = _statistics(config, targets, wanted, options)
     with disabled(model) if adapter_names(model) else nullcontext():
         values = collect(model, layers, statistics, batches)
-    _add_largest(values)
-    _say_unsettled(values)
+    _finish(wanted, values)
     result = Statistics(values, about)
     if cache is not None:
         result.save(cache)
@@ -246,42 +242,23 @@ def _statistics(
 ) -> dict[str, dict[str, Statistic]]:
     settings, projections, made = config.start_settings(), Projections(options.seed), {}
     for target in targets:
-        out, in_ = _linear_shape(target, target.backend, config)
-        measured = Measured(target.full_name, out, in_, target.rank, settings, options, projections)
-        made[target.full_name] = {name: STATISTICS.get(name).of(measured) for name in wanted}
+        measured = Measured(target.full_name, *_linear_shape(target), target.rank, settings, options, projections)
+        made[target.full_name] = {name: STATISTICS.get(name)(measured) for name in wanted}
     return made
 
 
-def _linear_shape(target: Target, backend: Backend, config: LoraConfig) -> tuple[int, int]:
-    if backend.host != "linear":
+def _linear_shape(target: Target) -> tuple[int, int]:
+    if target.backend.host != "linear":
         raise CalibrationError(
-            f"{target.full_name}: statistics are collected of linear layers, and this is {backend.host}. Leave it out "
-            "with exclude_modules, or choose another start."
+            f"{target.full_name}: statistics are collected of linear layers, and this is {target.backend.host}. Leave "
+            "it out with exclude_modules, or choose another start."
         )
-    return backend.shape(target.base)
+    return target.backend.shape(target.base)
 
 
-def _say_unsettled(values: Mapping[str, Mapping[str, Tensor]]) -> None:
-    known = {layer: tensors["principal.settled"] for layer, tensors in values.items() if "principal.settled" in tensors}
-    turning = [layer for layer, settled in known.items() if not settled]
-    if turning:
-        warnings.warn(
-            f"The principal directions of the inputs still turn after {MOST_PASSES} passes over the data on "
-            f"{len(turning)} of {len(known)} layers: {shorten(turning, 3)}. They start from the last ones. Use more or "
-            "larger batches, or lower tau or rho of EvaConfig.",
-            stacklevel=3,
-        )
-
-
-def _add_largest(values: Mapping[str, dict[str, Tensor]]) -> None:
-    """Every layer gets the largest singular value of all layers, for starts that share one scale."""
-    for name in ("gradient", "whitened_gradient"):
-        tops = [tensors[f"{name}.S"][:1] for tensors in values.values() if f"{name}.S" in tensors]
-        finite = [top.max() for top in tops if top.numel() and bool(torch.isfinite(top).all())]
-        if finite:
-            largest = torch.stack([top.cpu() for top in finite]).max()
-            for tensors in values.values():
-                tensors[f"{name}.largest"] = largest.to(tensors[f"{name}.S"].device)
+def _finish(wanted: Sequence[str], values: Mapping[str, dict[str, Tensor]]) -> None:
+    for name in wanted:
+        STATISTICS.get(name).finish(name, values)
 
 
 def _about(

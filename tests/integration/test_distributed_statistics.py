@@ -78,6 +78,7 @@ HALVES: dict[str, dict[str, Any]] = {
     "sketched halves, by tokens": {
         "init_lora_weights": "lora_one", "dense": False, "halves": True, "weighting": "tokens",
     },
+    "four passes, halves": {"init_lora_weights": "lora_one", "dense": False, "halves": True, "passes": 4},
 }  # fmt: skip
 """Each with ranks of 4: sketches and principal directions are exact in 8 dimensions. EVA follows those of a process
 until they settle, so with tau = 1, at which they never do, all have gone over all of their tokens as often."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,9 +13,6 @@ from lorafa.calibration.processes import add_up
 from lorafa.calibration.projections import Projections
 from lorafa.checks import check_flag, check_int
 from lorafa.errors import ConfigError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Tokens = Literal["all", "attended", "labelled"]
 """Which rows of a layer's input count: all, those the attention mask keeps, or those of these that have a label."""
@@ -31,9 +28,10 @@ class CalibrationOptions:
     """Over the data, for a gradient: 1 keeps a range and a co-range sketch; 2 finds the range first and then projects
     on it; every further two passes are a power iteration."""
     dense: bool | None = None
-    """Whether to add up whole gradients; None: where that is no larger than a sketch."""
+    """Whether to add up whole gradients; None: where that is no more work than sketching."""
     halves: bool = False
-    """Keep a gradient's two half samples apart, for ranks from data."""
+    """Keep a gradient's two half samples apart, for ranks from data. With more than one pass the first half is followed
+    by itself beside the whole sample, which doubles the products of all passes but the first."""
 
     def __post_init__(self) -> None:
         check_int("seed", self.seed, at_least=0)
@@ -78,10 +76,6 @@ class Statistic(ABC):
 
     def __init__(self, layer: Measured) -> None:
         self.layer = layer
-
-    @classmethod
-    def of(cls, layer: Measured) -> Self:
-        return cls(layer)
 
     @property
     def tokens(self) -> Tokens:
@@ -142,4 +136,14 @@ class Statistic(ABC):
 
         Raises:
             CalibrationError: nothing was seen of this layer.
+        """
+
+    @classmethod  # noqa: B027
+    def finish(cls, name: str, values: Mapping[str, dict[str, Tensor]]) -> None:
+        """Called once all layers have their values, and again where they are read from a file: add to them what all
+        decide together, or warn.
+
+        Args:
+            name: of the statistic; its tensors are "<name>.<tensor>".
+            values: of all layers.
         """

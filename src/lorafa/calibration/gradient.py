@@ -4,11 +4,15 @@ G = sum over tokens of d x^T, with x (in,) the layer's input and d (out,) the gr
 random matrices follow the sum exactly:  G Omega = sum d (x^T Omega)  and  Psi G = sum (Psi d) x^T. From a range sketch
 Y = G Omega (out, k) and a co-range sketch Z = Psi G (l, in) the leading triplets are recovered: Tropp, Yurtsever, Udell
 and Cevher 2017, arXiv:1609.00048, algorithms 4 and 7. A third sketch, Theta G with ten rows, tells the error.
+
+Of two half samples the first has a range and triplets of its own, in which the second has no part: what the second
+holds of them is then an unbiased estimate. With more than one pass it is followed beside the whole sample, in further
+columns and rows of the same sketches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +51,7 @@ class _Sums:
     Y: Tensor | None = None
     """(out, k) = G Omega."""
     Z: Tensor | None = None
-    """(l + q, in) = [Psi; Theta] G, or (k + q, in) = [Q^T; Theta] G once a range Q is known."""
+    """(l + q, in) = [Psi; Theta] G, or [Q^T; Theta] G once a range Q is known."""
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.G, self.Y, self.Z) if tensor is not None]
@@ -73,9 +77,9 @@ class _Found:
     """What passes have found so far."""
 
     range: Tensor | None = None
-    """Q (out, k), orthonormal columns."""
+    """Q (out, k), orthonormal columns; of halves (out, 2 k), the last k those of the first half alone."""
     directions: Tensor | None = None
-    """V (in, k), orthonormal columns."""
+    """V (in, k), orthonormal columns; of halves (in, 2 k), likewise."""
     means: list[_Sums] = field(default_factory=list)
     """Of the last pass: the sums of each (half) sample, divided by the weight of its batches."""
     share: float = 1.0
@@ -85,7 +89,7 @@ class _Found:
 class GradientSketch(Statistic):
     """Result: U (out, k), S (k,), Vh (k, in), ``norm2`` = ||G||^2 and ``error2`` = ||G - U S Vh||^2 (estimates where G
     was not formed); ``dense``, G itself (out, in), where it was; with ``halves`` also ``cross`` (k,), see
-    :func:`cross_validated`, and ``S_half`` (k,).
+    :func:`cross_validated`, and ``S_half`` (k,), of the first half. :meth:`finish` adds ``largest`` ().
     """
 
     reads_gradient = True
@@ -95,8 +99,10 @@ class GradientSketch(Statistic):
         options = layer.options
         self.k, self.l = sketch_sizes(layer.rank, options.passes)
         self.k = min(self.k, layer.out, layer.in_)
-        sketched = (self.k + self.l + CHECK_ROWS) * (layer.out + layer.in_)
-        self.dense = layer.out * layer.in_ <= sketched if options.dense is None else options.dense
+        self.whole, self.first = slice(self.k), slice(-self.k, None)
+        """Where sketches have the whole sample's columns, and those of its first half: the same if there are only k."""
+        sketching = (self.k + self.l + CHECK_ROWS) * (layer.out + layer.in_)  # products for each token
+        self.dense = layer.out * layer.in_ <= sketching if options.dense is None else options.dense
         self.found = _Found()
         self.samples: list[_Sums] = []
         self.bases: _Bases | None = None
@@ -175,11 +181,12 @@ class GradientSketch(Statistic):
         total = self._total()
         if self.dense or self.layer.options.passes == 1 or not all(t.isfinite().all() for t in total.tensors()):
             return
+        followed = [(total, self.whole), *((first, self.first) for first in self.found.means[:-1])]
         if total.Y is not None:
-            self.found.range = of_first(torch.linalg.qr(total.Y).Q)
+            self.found.range = _beside(sums.Y[:, part] for sums, part in followed if sums.Y is not None)
         elif not self.last:
-            assert total.Z is not None
-            self.found.directions, self.found.range = of_first(torch.linalg.qr(total.Z.mT).Q), None
+            self.found.directions = _beside(sums.Z[part].mT for sums, part in followed if sums.Z is not None)
+            self.found.range = None
 
     def _mean(self, sample: _Sums, weight: float) -> _Sums:
         return _Sums(*(None if t is None else self._whiten(t, side).div_(weight) for side, t in vars(sample).items()))
@@ -196,13 +203,12 @@ class GradientSketch(Statistic):
         total = self._total()
         if not all(bool(tensor.isfinite().all()) for tensor in total.tensors()):
             return self._nothing(total.tensors()[0])
-        triplets = self._triplets(total)
+        triplets = self._within(total, self.whole)[0]
         found = {"U": triplets.U, "S": triplets.S, "Vh": triplets.Vh} | self._norms(total, triplets)
         if total.G is not None:
             found["dense"] = total.G
         if len(self.found.means) == 2:
-            first, second = (self._triplets(sums) for sums in self.found.means)
-            found |= {"cross": cross_validated(first, second), "S_half": first.S}
+            found |= self._confirmed(*self.found.means)
         self.found = _Found()  # the sketches have served
         return found
 
@@ -212,33 +218,65 @@ class GradientSketch(Statistic):
         bad = {name: like.new_tensor(torch.nan) for name in ("norm2", "error2")}
         return {"U": U, "S": like.new_full((self.k,), torch.nan), "Vh": Vh} | bad
 
-    def _triplets(self, sums: _Sums) -> SVD:
-        generator = torch.Generator().manual_seed(self.layer.options.seed)
+    def _confirmed(self, first: _Sums, second: _Sums) -> dict[str, Tensor]:
+        """What the triplets of the first half hold in the second, whose sketches are read within the first's range."""
+        triplets, Q = self._within(first, self.first)
+        if Q is None:
+            assert second.G is not None
+            return {"cross": cross_validated(triplets, second.G), "S_half": triplets.S}
+        inside = SVD(Q.mT @ triplets.U, triplets.S, triplets.Vh)
+        return {"cross": cross_validated(inside, self._coordinates(second, Q, self.first)), "S_half": triplets.S}
+
+    def _within(self, sums: _Sums, part: slice) -> tuple[SVD, Tensor | None]:
+        """The leading triplets, and the range Q (out, k) they were found in; None where G was formed."""
         if sums.G is not None:
-            return leading_svd(sums.G, self.k, generator)
+            return leading_svd(sums.G, self.k, torch.Generator().manual_seed(self.layer.options.seed)), None
+        if self.found.range is not None:
+            Q = self.found.range[:, part]
+        else:
+            assert sums.Y is not None
+            Q = torch.linalg.qr(sums.Y).Q
+        return svd_within(Q, self._coordinates(sums, Q, part), self.k), Q
+
+    def _coordinates(self, sums: _Sums, Q: Tensor, part: slice) -> Tensor:
+        """X (k, in) with G ~ Q X; linear in G."""
         assert sums.Z is not None
         Z = sums.Z[:-CHECK_ROWS]
-        if self.found.range is not None:
-            return svd_within(self.found.range, Z, self.k)
-        assert sums.Y is not None
-        Q = torch.linalg.qr(sums.Y).Q
+        if self.layer.options.passes > 1:
+            return Z[part]
         Psi = self._bases_used().left[: self.l].to(Q)  # type: ignore[index]
-        return svd_within(Q, torch.linalg.lstsq(Psi @ Q, Z).solution, self.k)
+        solution: Tensor = torch.linalg.lstsq(Psi @ Q, Z).solution
+        return solution
 
     def _bases_used(self) -> _Bases:
         assert self.bases is not None
         return self.bases
 
     def _norms(self, total: _Sums, triplets: SVD) -> dict[str, Tensor]:
+        """``norm2`` and ``error2``.
+
+        U S Vh lies in a range Q: where it is Q Q^T G, the squares of S and of the error add up to those of G. With one
+        pass it also holds what Psi confuses of the rest R with the range, k / (l - k - 1) times ||R||^2 on average:
+        all of it for l = 2 k + 1, so that the squares of S alone are an unbiased estimate.
+        """
+        held = triplets.S.square().sum()
         if total.G is not None:
             norm2 = total.G.square().sum()
-            return {"norm2": norm2, "error2": (norm2 - triplets.S.square().sum()).clamp(min=0)}
+            return {"norm2": norm2, "error2": (norm2 - held).clamp(min=0)}
         assert total.Z is not None
         E = total.Z[-CHECK_ROWS:]
-        scale = self.layer.out / CHECK_ROWS  # Theta has variance 1 / out
         Theta = self._check(self._bases_used().left).to(E)  # type: ignore[arg-type]
         rest = E - Theta @ triplets.U * triplets.S @ triplets.Vh
-        return {"norm2": E.square().sum() * scale, "error2": rest.square().sum() * scale}
+        error2 = rest.square().sum() * self.layer.out / CHECK_ROWS  # Theta has variance 1 / out
+        return {"norm2": held if self.layer.options.passes == 1 else held + error2, "error2": error2}
+
+    @classmethod
+    def finish(cls, name: str, values: Mapping[str, dict[str, Tensor]]) -> None:
+        """Every layer gets the largest singular value of all layers, for starts that share one scale."""
+        tops = [tensors[f"{name}.S"][:1] for tensors in values.values()]
+        finite = [top.max().cpu() for top in tops if top.numel() and bool(torch.isfinite(top).all())]
+        for tensors in values.values() if finite else ():
+            tensors[f"{name}.largest"] = torch.stack(finite).max().to(tensors[f"{name}.S"].device)
 
 
 class WhitenedGradientSketch(GradientSketch):
@@ -279,13 +317,14 @@ def whitening(C: Tensor) -> Tensor:
     return (vectors * values.rsqrt() @ vectors.mT).to(C.dtype)
 
 
-def cross_validated(first: SVD, second: SVD) -> Tensor:
-    """u_i^T G2 v_i for the triplets of one half sample and the gradient of the other, (k,).
+def cross_validated(first: SVD, second: Tensor) -> Tensor:
+    """u_i^T G2 v_i for the triplets of one half sample and the gradient (out, in) of the other, (k,).
 
-    The halves are independent, so this is an unbiased estimate of what direction i holds of the population's gradient,
-    where S is inflated by noise: near zero for a direction that is noise (ALGORITHMS 2.3).
+    The halves are independent and G2 enters linearly, so this is an unbiased estimate of what direction i holds of the
+    population's gradient, where S is inflated by noise: near zero for a direction that is noise (ALGORITHMS 2.3). With
+    one pass G2 is known through its sketch only, within the range of the first half.
     """
-    return ((first.U.mT @ second.U) * second.S @ (second.Vh @ first.Vh.mT)).diagonal()
+    return (first.U * (second @ first.Vh.mT)).sum(0)
 
 
 def _require_both(weights: tuple[float, ...]) -> None:
@@ -295,6 +334,11 @@ def _require_both(weights: tuple[float, ...]) -> None:
             f"{' and '.join(f'{weight:g}' for weight in weights)}. Pass at least two batches (over all processes) that "
             "have something to learn from, or halves=False."
         )
+
+
+def _beside(columns: Iterable[Tensor]) -> Tensor:
+    """Orthonormal bases of matrices of one height, side by side; the same on all processes."""
+    return of_first(torch.cat([torch.linalg.qr(one).Q for one in columns], dim=1))
 
 
 def _add(total: Tensor | None, product: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,6 +16,7 @@ from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.moments import InputStatistic
 from lorafa.calibration.processes import gathered
 from lorafa.calibration.spectrum import by_explained_variance, most_components, variance_shares
+from lorafa.errors import shorten
 from lorafa.linalg import fix_signs, float_matrix, leading_right
 
 MOST_PASSES = 10
@@ -32,7 +34,8 @@ class PCASettings:
     tau: float = 0.99
     use_label_mask: bool = True
     center: bool = True
-    """Subtract the mean, as the paper and PEFT do; EvaConfig has no such field. The mean direction is lost then."""
+    """Subtract the mean, as the paper and PEFT do; the mean direction is lost then. EvaConfig has no such field: a
+    start of one's own that needs "principal" sets it by a field ``center`` of its settings."""
 
     @classmethod
     def of(cls, settings: Any) -> PCASettings:
@@ -230,3 +233,15 @@ class IncrementalPCA(InputStatistic):
             "converged": self.converged,
             "settled": torch.tensor(self.satisfied),
         }
+
+    @classmethod
+    def finish(cls, name: str, values: Mapping[str, dict[str, Tensor]]) -> None:
+        """Warn of directions that never settled."""
+        turning = [layer for layer, tensors in values.items() if not tensors[f"{name}.settled"]]
+        if turning:
+            warnings.warn(
+                f"The principal directions of the inputs still turn after {MOST_PASSES} passes over the data on "
+                f"{len(turning)} of {len(values)} layers: {shorten(turning, 3)}. They start from the last ones. Use "
+                "more or larger batches, or lower tau or rho of EvaConfig.",
+                stacklevel=4,
+            )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from lorafa.errors import CalibrationError, ConfigError
 
 THRESHOLD = 0.25
 """Share of its singular value that a direction must hold in the other half sample to count (ALGORITHMS 2.3)."""
+SHARE = 0.9
+"""Share of a gradient's energy that its ranks must hold (ALGORITHMS 2.3)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Spectrum:
     def cost(self) -> int:
         """Parameters a rank costs."""
         return self.out + self.in_
+
+    def first(self, count: int) -> Spectrum:
+        """With this many of its directions, of which there are no others to choose."""
+        return replace(self, S=self.S[:count])
 
     @property
     def finite(self) -> bool:
@@ -63,8 +69,9 @@ Spectra = Mapping[str, Spectrum]
 def by_cross_validation(spectra: Spectra, r_max: int, r_min: int = 1, threshold: float = THRESHOLD) -> dict[str, int]:
     """As many ranks as there are directions u_i, v_i with u_i^T G' v_i >= threshold sigma_i, in the other half G'.
 
-    Directions of noise hold next to nothing there, however large their sigma: planted ranks are found exactly. The
-    count ends at the first direction that fails: further down sigma is small, and noise passes now and then.
+    Directions of noise hold next to nothing there, however large their sigma: planted ranks are found exactly where
+    they stand out, with one pass also from the noise that the sketch adds. The count ends at the first direction that
+    fails: further down sigma is small, and noise passes now and then.
 
     Raises:
         CalibrationError: the statistics do not keep two halves apart.
@@ -87,14 +94,20 @@ def _halves(name: str, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     return spectrum.cross, spectrum.S_half
 
 
-def by_energy(spectra: Spectra, r_max: int, r_min: int = 1, share: float = 0.9) -> dict[str, int]:
-    """The smallest rank whose triplets hold ``share`` of ||G||^2."""
+def by_energy(spectra: Spectra, r_max: int, r_min: int = 1, share: float = SHARE) -> dict[str, int]:
+    """The smallest rank whose triplets hold ``share`` of ||G||^2; all that the statistics hold where that is less.
+
+    Where the spectrum decays slowly, as i^-0.75, a sketch of one pass spreads what its range misses over the directions
+    it holds, and the rank comes out too small; with two passes they hold too little, and it comes out too large. Four
+    passes mend it.
+    """
     return {name: _clip(_energy_rank(one, share), r_min, r_max) for name, one in spectra.items()}
 
 
 def _energy_rank(spectrum: Spectrum, share: float) -> int:
     held = spectrum.S.double().square().cumsum(0)
-    return int((held < share * spectrum.norm2 * (1 - 1e-12)).sum()) + 1 if spectrum.norm2 > 0 else 0
+    below = int((held < share * spectrum.norm2 * (1 - 1e-12)).sum())
+    return min(below + 1, len(held)) if spectrum.norm2 > 0 else 0
 
 
 def by_stable_rank(spectra: Spectra, r_max: int, r_min: int = 1) -> dict[str, int]:
@@ -120,20 +133,21 @@ def entropy_rank(S: Tensor) -> float:
     return float(torch.exp(-torch.xlogy(shares, shares).sum())) if shares.any() else 0.0
 
 
-def by_budget(spectra: Spectra, average: float, r_max: int, r_min: int = 1) -> dict[str, int]:
-    """The directions worth most for their parameters, over all layers, as many as a uniform rank ``average`` costs.
+def by_budget(spectra: Spectra, budget: int, r_max: int, r_min: int = 1) -> dict[str, int]:
+    """The directions worth most for their parameters, over all layers, as many as ``budget`` parameters pay for.
 
     A direction is worth max(e_i, 0)^2 / (out + in), with e_i what it holds in the other half sample, or its singular
-    value where there are no halves. Every layer keeps at least ``r_min`` and at most ``r_max``; what is left over once
-    the best direction no longer fits goes to the next best that does.
+    value where there are no halves. Ranks are prefixes of a spectrum, so a layer offers direction i once i - 1 is
+    bought, however little that is worth. Every layer keeps at least ``r_min`` and at most ``r_max``; what is left over
+    once the best direction no longer fits goes to the next best that does.
 
     Raises:
         ConfigError: the budget does not pay for ``r_min`` in every layer.
     """
-    budget = average * sum(one.cost for one in spectra.values())
     ranks = {name: min(r_min, _largest(one)) for name, one in spectra.items()}
     spent = sum(ranks[name] * one.cost for name, one in spectra.items())
     if spent > budget:
+        average = budget / sum(one.cost for one in spectra.values())
         raise ConfigError(
             f"A budget of rank {average:g} does not pay for at least {r_min} in every layer. Lower r_min, or raise r."
         )
@@ -142,7 +156,7 @@ def by_budget(spectra: Spectra, average: float, r_max: int, r_min: int = 1) -> d
     while heap:
         *_, name = heapq.heappop(heap)
         one = spectra[name]
-        if ranks[name] >= min(r_max, _largest(one), len(one.S)) or spent + one.cost > budget:
+        if ranks[name] >= min(r_max, _largest(one)) or spent + one.cost > budget:
             continue
         ranks[name] += 1
         spent += one.cost
@@ -165,22 +179,22 @@ def by_importance(
     average: float,
     r_min: int,
     r_max: int,
-    size: Callable[[float], float] = math.sqrt,
 ) -> dict[str, int]:
     """GoRA's ranks (He et al. 2025, arXiv:2502.12171, equations 5-7): a share of the budget by mean |W o G|.
 
-    r = round(B I / sum I) / f(m + n) with the budget B = average * sum f(m + n), between ``r_min`` and ``r_max``.
+    r = round(B I / sum I) / sqrt(m + n) with the budget B = average * sum sqrt(m + n), between ``r_min`` and ``r_max``.
+    The root is that of the authors' code.
 
     Args:
         importance: of each layer, :func:`importance_of`.
-        size: f, the square root in the authors' code.
     """
     total = sum(importance.values())
-    budget = average * sum(size(out + in_) for out, in_ in shapes.values())
+    sizes = {name: math.sqrt(out + in_) for name, (out, in_) in shapes.items()}
+    budget = average * sum(sizes.values())
     ranks = {}
     for name, value in importance.items():
-        share = round(budget * value / total) if total > 0 else average * size(sum(shapes[name]))
-        ranks[name] = _clip(round(share / size(sum(shapes[name]))), r_min, min(r_max, *shapes[name]))
+        share = round(budget * value / total) if total > 0 else average * sizes[name]
+        ranks[name] = _clip(round(share / sizes[name]), r_min, min(r_max, *shapes[name]))
     return ranks
 
 
@@ -223,7 +237,8 @@ def by_explained_variance(ratios: Mapping[str, Tensor], ranks: Mapping[str, int]
 
 
 def _largest(spectrum: Spectrum) -> int:
-    return min(spectrum.out, spectrum.in_)
+    """Rank that there are directions for."""
+    return min(spectrum.out, spectrum.in_, len(spectrum.S))
 
 
 def _clip(rank: int, r_min: int, r_max: int) -> int:

@@ -116,6 +116,8 @@ class Initializer:
     the weight, the rank and the settings alone, and is run again where an adapter is loaded on the dense base."""
     whole_gradients: bool = False
     """Whether it reads single entries of a gradient, which a sketch does not have: ``gradient.dense``."""
+    per_rank: int = 1
+    """Directions it takes for each rank."""
     variant: str | None = None
     """The formula it is a start of, which it then asks for; None: any."""
     otherwise: Callable[[Tensor, LayerSpec], InitResult] | None = None

@@ -19,7 +19,7 @@ from lorafa.linalg import SVD, leading_svd
 from lorafa.method_configs import LoraGAConfig
 
 
-@initializer(needs=("gradient",), reads_weight=True, settings="lora_ga_config", moves_base=True)
+@initializer(needs=("gradient",), reads_weight=True, settings="lora_ga_config", moves_base=True, per_rank=2)
 def lora_ga(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A has the right and B the left singular vectors of two disjoint halves of the first 2 r triplets.
 
@@ -39,7 +39,7 @@ def lora_ga(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
     return InitResult(factor * A, factor * B, subtract_from_base=True)
 
 
-@initializer(needs=("gradient",), reads_weight=True, settings="lora_ga_config", moves_base=True)
+@initializer(needs=("gradient",), reads_weight=True, settings="lora_ga_config", moves_base=True, per_rank=2)
 def lora_ga_peft(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """LoRA-GA as PEFT 0.21 has it, for numbers to compare with: B carries the singular values and the whole scale.
 

@@ -1,0 +1,40 @@
+"""The law of ranks from data: whatever a rule finds, every start can be made with it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+from calibration_toys import LAYERS, Toy, inputs, loss
+from lorafa import LoraConfig, RankRule, initialize
+from lorafa.ranks import RULES
+
+STARTS = ("lora_one", "lora_ga", "lora_ga_peft", "functional", "gora", "eva", "pissa", "kaiming")
+WHOLE = ("gora",)
+"""Starts that read whole gradients."""
+SHAPES = {"first": (30, 40), "second": (30, 40), "last": (20, 30)}
+FAR = {"explained_variance": {"rho": 2.0}, "energy": {"r_max": 40, "share": 0.999}}
+"""Settings with which a rule asks for much; of the others the largest rank."""
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("start", STARTS)
+def test_every_rule_ends_in_an_adapter(start: str, rule: str, passes: int) -> None:
+    """With a layer's rank far below and one's far above those of the others; none starts as by default instead."""
+    collecting: dict[str, Any] = {"also": ["gradient"], "passes": passes}
+    if rule != "importance" and start not in WHOLE:
+        collecting["dense"] = False
+    config = LoraConfig(
+        r=4, target_modules=list(LAYERS), rank_pattern={"first": 1, "last": 9}, init_lora_weights=start, init_seed=0
+    )
+    per_rank = 2 if start in ("lora_ga", "lora_ga_peft") else 1
+    for settings in ({}, FAR.get(rule, {"r_max": 40})):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message="The principal directions of the inputs still turn")
+            adapted = initialize(Toy(), config, inputs(6), loss=loss, ranks=RankRule(rule, **settings), **collecting)
+        ranks = {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()}
+        assert all(1 <= rank <= min(SHAPES[name]) // per_rank for name, rank in ranks.items())
