@@ -14,7 +14,7 @@ from lorafa.backends.quantized import QuantizedLinear
 from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
-from lorafa.linalg import leading_svd
+from lorafa.linalg import NOISE_STEPS, leading_svd
 from lorafa.method_configs import LoftQConfig
 
 QUANTIZERS: Mapping[int, type[QuantizedLinear]] = {4: NF4Linear, 8: Int8Linear}
@@ -46,7 +46,7 @@ def fit(lost: Tensor, size: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
         lost: W - Q, (out, in).
         size: the norm of W: what is smaller than its rounding is zero.
     """
-    found = leading_svd(lost, spec.rank, spec.generator())
+    found = leading_svd(lost, spec.rank, spec.generator(), NOISE_STEPS)
     A, B = halves(found, 1 / spec.scaling)
     nothing = found.S.le(torch.finfo(lost.dtype).eps * size)
     random = kaiming(lost, {}, spec).A.to(A)
