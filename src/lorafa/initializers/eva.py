@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lorafa.initializers.base import InitResult, LayerSpec, initializer
@@ -16,7 +17,8 @@ from lorafa.method_configs import EvaConfig
 def eva(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A = V_r^T, orthonormal rows, and B = 0; with ``whiten`` row i is divided by sqrt(sigma_i), as in PEFT.
 
-    That is not whitening: the projections then have the variances sigma_i, not 1.
+    That is not whitening: of the T inputs gone over, the projections have the variances sigma_i^2 / T before and
+    sigma_i / T after, not 1.
 
     Raises:
         ConfigError: r > min(out, in).
@@ -27,5 +29,12 @@ def eva(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRes
     V = float_matrix(stats["principal.components"])
     inputs = SVD(V.mT, stats["principal.singular_values"], V)
     found = require_triplets(inputs, spec.rank, weight, spec, "its input")
-    A = found.Vh / found.S.sqrt()[:, None] if settings.whiten else found.Vh.clone()
+    A = directions_as_A(found.Vh, found.S, settings)
     return InitResult(A, A.new_zeros(weight.shape[0], spec.rank))
+
+
+def directions_as_A(V: Tensor, S: Tensor, settings: EvaConfig) -> Tensor:
+    """A (r, in) of principal directions (r, in) and their singular values (r,); zero where there is no direction,
+    sigma_i = 0."""
+    A = V / S.sqrt()[:, None] if settings.whiten else V
+    return torch.where(S[:, None] > 0, A, 0.0)

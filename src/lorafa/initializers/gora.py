@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafa.calibration.gradient import gradient_matrix
 from lorafa.checks import check_flag, check_number
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer
+from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
 from lorafa.linalg import gram_cholesky, spd_inverse
 
@@ -48,8 +48,7 @@ def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
     if spec.rank > weight.shape[-1]:
         raise ConfigError(
             f"{spec.name}: GoRA fits B by the {spec.rank} rows of A, of which only {weight.shape[-1]} can be "
-            f"independent on a weight {tuple(weight.shape)}. Lower the rank to {weight.shape[-1]} (rank_pattern sets "
-            "it for single layers) or leave the layer out with exclude_modules."
+            f"independent on a weight {tuple(weight.shape)}. {lower_the_rank(f' to {weight.shape[-1]}')}"
         )
     settings: GoraConfig = spec.settings or GoraConfig()
     G = gradient_matrix(stats)

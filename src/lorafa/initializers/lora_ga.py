@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_triplets
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, LayerSpec, initializer, lower_the_rank
 from lorafa.initializers.stages import mean_root_of_weight, require_triplets
 from lorafa.linalg import SVD, leading_svd
 from lorafa.method_configs import LoraGAConfig
@@ -67,8 +67,7 @@ def _first_2r(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> S
     if 2 * spec.rank > min(weight.shape):
         raise ConfigError(
             f"{spec.name}: LoRA-GA takes 2 r = {2 * spec.rank} singular vectors, and a weight {tuple(weight.shape)} "
-            f"has {min(weight.shape)}. Lower the rank to {min(weight.shape) // 2} (rank_pattern sets it for single "
-            "layers) or leave the layer out with exclude_modules."
+            f"has {min(weight.shape)}. {lower_the_rank(f' to {min(weight.shape) // 2}')}"
         )
     return require_triplets(gradient_triplets(stats), 2 * spec.rank, weight, spec, "its gradient")
 
