@@ -54,9 +54,14 @@ class SVD(NamedTuple):
         return self.U * self.S[..., None, :] @ self.Vh
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype weights are computed in: float64 stays, everything else becomes float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def float_matrix(matrix: Tensor) -> Tensor:
-    """Detached, in float32; float64 stays."""
-    return matrix.detach().to(matrix.dtype if matrix.dtype is torch.float64 else torch.float32)
+    """Detached, in its :func:`working_dtype`."""
+    return matrix.detach().to(working_dtype(matrix.dtype))
 
 
 def full_svd(matrix: Tensor) -> SVD:

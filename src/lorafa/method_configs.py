@@ -89,8 +89,8 @@ class CordaConfig:
     """CorDA (arXiv:2406.05223): start from the SVD of the weight times the covariance of its inputs."""
 
     cache_file: str | None = None
-    """Where PEFT keeps the decompositions between runs. Here it is a second name for covariance_file, read where that is
-    None: decompositions are made of the covariances, for the rank at hand, and not kept."""
+    """Where PEFT keeps the decompositions between runs. Here it is a second name for covariance_file, read where that
+    is None: decompositions are made of the covariances, for the rank at hand, and not kept."""
     covariance_file: str | None = None
     """File that keeps the covariances between runs; about as large as the model."""
     corda_method: str = "ipm"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_matrix
@@ -13,6 +12,7 @@ from lorafa.checks import check_flag, check_number
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
+from lorafa.initializers.stages import require_finite
 from lorafa.linalg import gram_cholesky, spd_inverse
 
 
@@ -52,8 +52,7 @@ def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
         )
     settings: GoraConfig = spec.settings or GoraConfig()
     G = gradient_matrix(stats)
-    if not bool(torch.isfinite(G).all()):
-        raise DegenerateError("its gradient is not finite")
+    require_finite(G, "its gradient")
     if not G.any():
         raise DegenerateError("its gradient is zero")
     A = kaiming(weight, {}, spec).A.to(G)

@@ -55,7 +55,7 @@ def lora_ga_peft(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -
     left = triplets.at(index_B)
     A, B = triplets.at(index_A).Vh, left.U * left.S
     if settings.scale == "stable":
-        B = B * weight.shape[-2] ** 0.25 / settings.stable_gamma**0.5
+        B = B * _stable(settings, weight)
     elif settings.scale == "weight_svd":
         B = B * leading_svd(weight, 1, spec.generator()).S / left.S[:1]
     elif settings.scale == "gd_scale":
@@ -84,9 +84,14 @@ def halves_of_2r(direction: str, spec: LayerSpec) -> tuple[Tensor, Tensor]:
     return (second, first) if direction == "A2rBr" else (first, second)
 
 
+def _stable(settings: LoraGAConfig, weight: Tensor) -> float:
+    """m^(1/4) / sqrt(gamma) for m outputs."""
+    return float(weight.shape[-2] ** 0.25 / settings.stable_gamma**0.5)
+
+
 def _scale(settings: LoraGAConfig, weight: Tensor, spec: LayerSpec) -> float:
     if settings.scale == "stable":
-        return float(weight.shape[-2] ** 0.25 / settings.stable_gamma**0.5)
+        return _stable(settings, weight)
     if settings.scale == "gd_scale":
         return 1 / spec.scaling
     if settings.scale == "weight_svd":

@@ -68,7 +68,7 @@ class Builder:
             ConfigError: the start reads no statistics, and some were given.
         """
         self.config, self.name, self.options, self.stats = config, name, options, stats
-        self.seed = torch.initial_seed() if config.init_seed is None else config.init_seed
+        self.seed = config.seed
         self.variant = variant_of(config).of(config)
         self.initializer, self.number = config.start.initializer, config.start.number
         self.settings = config.start_settings()
