@@ -103,6 +103,12 @@ class Initializer:
     LoraConfig has for them, which is found without if it is called after the start ("eva_config")."""
     check_rank: Callable[[int, str], None] | None = None
     """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
+    own_ranks: Callable[[Any, int], Mapping[str, Any] | None] | None = None
+    """(settings, r of the config) -> the fields of a :class:`lorafa.RankRule` that shares its ranks out where the
+    caller names none; None where the settings leave ranks as they are, or the start has no rule of its own."""
+    own_scaling: bool = False
+    """Whether, with ``use_rslora``, a layer's scaling is that of the rank :attr:`own_ranks` gave it; otherwise, and
+    where the caller chooses ranks, it stays as it was."""
     trains: str = "AB"
     """The factors that are trained: "AB", or the one the method trains while the other stays at its start."""
     moves_base: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,12 @@ from lorafa.linalg import SVD, float_matrix
 from lorafa.method_configs import EvaConfig
 
 
-@initializer(needs=("principal",), settings="eva_config", waits=True)
+def own_ranks(settings: EvaConfig, r: int) -> dict[str, Any] | None:
+    """By explained variance (section 3.3 of the paper), unless ``rho`` is 1."""
+    return {"rule": "explained_variance", "rho": settings.rho} if settings.rho > 1 else None
+
+
+@initializer(needs=("principal",), settings="eva_config", own_ranks=own_ranks, waits=True)
 def eva(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A = V_r^T, orthonormal rows, and B = 0; with ``whiten`` row i is divided by sqrt(sigma_i), as in PEFT.
 
