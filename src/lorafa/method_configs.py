@@ -74,7 +74,7 @@ class EvaConfig:
     """Divide direction i by the root of its singular value, sqrt(sigma_i), as in PEFT: this brings the variances of the
     projections nearer to each other, not to 1."""
     adjust_scaling_factors: bool = True
-    """Scale alpha with the layer's rank, so that alpha / r stays as configured."""
+    """Change alpha with the layer's rank, so that its scaling stays as configured, with rsLoRA too."""
 
     def __post_init__(self) -> None:
         check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lorafa import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig, RankRule
+from lorafa import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    RankRule,
+    get_peft_model,
+    preprocess_corda,
+)
 from lorafa.config_checks import settings_class, settings_field
 from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS, known_start
@@ -64,6 +75,33 @@ def test_random_starts_are_drawn_from_init_seed_or_torchs_own() -> None:
     assert LoraConfig().seed == 1234
     assert LoraConfig(init_seed=0).seed == 0
     assert "seed" not in LoraConfig(init_seed=0).to_dict()
+
+
+def test_corda_keeps_its_covariances_in_covariance_file_and_in_cache_file_where_there_is_none(tmp_path: Path) -> None:
+    """PEFT keeps decompositions in the second; both together are usual there."""
+    names, kept = ("covariance_file", "cache_file"), []
+    for given in (names, names[1:]):
+        files = {name: str(tmp_path / f"{len(given)}_{name}.safetensors") for name in given}
+        config = LoraConfig(target_modules=["0"], init_lora_weights="corda", r=2, corda_config=CordaConfig(**files))
+        model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(9, 6)
+        preprocess_corda(model, config, lambda model=model, x=x: model(x))
+        kept.append([file.name for file in sorted(tmp_path.iterdir())])
+    assert kept[0] == ["2_covariance_file.safetensors"]
+    assert kept[1] == ["1_cache_file.safetensors", "2_covariance_file.safetensors"]
+
+
+def test_what_corda_takes_for_pefts_sake_alone_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    x, starts = torch.randn(9, 6), []
+    for switch in (False, True):
+        torch.manual_seed(0)
+        settings = CordaConfig(verbose=switch, prune_temporary_fields=switch)
+        config = LoraConfig(target_modules=["0"], init_lora_weights="corda", r=2, corda_config=settings)
+        model = nn.Sequential(nn.Linear(6, 6))
+        preprocess_corda(model, config, lambda model=model: model(x))
+        starts.append(get_peft_model(model, config).get_base_model()[0].factor_A("default"))  # type: ignore[operator]
+        assert not {"eigens", "covariance_matrix"} & vars(model[0]).keys()
+    assert torch.equal(*starts)
+    assert capsys.readouterr() == ("", "")
 
 
 RULES: list[tuple[str, Any, int, dict[str, Any] | None]] = [
