@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafa import EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
 from lorafa.calibration.masks import counted
-from lorafa.errors import ConfigError
+from lorafa.errors import ConfigError, NotAvailableError
 from lorafa.eva_weights import prepare_layer_inputs_fn_language_modeling, prepare_model_inputs_fn_language_modeling
 
 IGNORED = -100
@@ -68,6 +68,18 @@ def test_whitened_directions_are_divided_by_the_root_of_their_singular_value() -
     torch.testing.assert_close(nn.functional.normalize(whitened), plain)
     sigma, variances = torch.linalg.svdvals(x - x.mean(0))[:4], (x @ whitened.mT).var(0)
     torch.testing.assert_close(variances / variances[0], sigma / sigma[0])
+
+
+def test_a_start_of_its_own_for_each_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = nn.Sequential(nn.Linear(8, 8)), [torch.randn(9, 8)]
+    settings: dict[str, Any] = {"gather_distributed_inputs": False, "show_progress_bar": False}
+    assert get_eva_state_dict(model, data, config(2), **settings)["0"].shape[1] == 8  # of one process there is no other
+    monkeypatch.setattr("lorafa.eva_weights.distributed", lambda: True)
+    text = (
+        r"^gather_distributed_inputs=False: every process would start elsewhere\. Leave it True; principal directions"
+    )
+    with pytest.raises(NotAvailableError, match=text):
+        get_eva_state_dict(model, data, config(2), **settings)
 
 
 ATTENDED = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
