@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lorafa.linalg import working_dtype as working_dtype
+
 if TYPE_CHECKING:
     from lorafa.layers.base import LoraLayer
     from lorafa.variants.base import Variant
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype weights are computed in: float64 stays, everything else becomes float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def scaling(rank: int, alpha: float, use_rslora: bool) -> float:

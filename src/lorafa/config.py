@@ -9,9 +9,11 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
-from lorafa.config_checks import START_SETTINGS, check_config, settings_field
+from lorafa.config_checks import SETTINGS_OF_PEFT, START_SETTINGS, check_config, settings_class, settings_field
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.initializers import Start, known_start
 from lorafa.method_configs import (
@@ -36,12 +38,10 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 _NESTED: dict[str, type[Any]] = {
+    **{name: kind for name, kind in SETTINGS_OF_PEFT.items() if kind is not LoftQConfig},  # which is kept as a dict
     "velora_config": VeloraConfig,
     "kasa_config": KasaConfig,
     "monteclora_config": MontecloraConfig,
-    "eva_config": EvaConfig,
-    "corda_config": CordaConfig,
-    "lora_ga_config": LoraGAConfig,
     "arrow_config": ArrowConfig,
     "use_bdlora": BdLoraConfig,
 }
@@ -206,10 +206,8 @@ class LoraConfig:
         """Bring the start to its one form and fill in its default settings, which all but LoftQ have."""
         start = self.start
         self.init_lora_weights = start.value
-        field_name = settings_field(start)
-        own = start.initializer.settings if field_name == "init_config" else None
-        kind = own if isinstance(own, type) else _NESTED.get(field_name or "")
-        if field_name is not None and kind is not None:
+        field_name, kind = settings_field(start), settings_class(start)
+        if field_name is not None and kind is not None and kind is not LoftQConfig:
             given = copy.deepcopy(from_nested(kind, getattr(self, field_name), field_name))
             setattr(self, field_name, kind() if given is None else given)
 
@@ -222,11 +220,16 @@ class LoraConfig:
         """
         return known_start(self.init_lora_weights)
 
+    @property
+    def seed(self) -> int:
+        """What random starts are drawn from: ``init_seed``, or torch.initial_seed() where that is None."""
+        return torch.initial_seed() if self.init_seed is None else self.init_seed
+
     def start_settings(self) -> Any:
         """The settings of the start as its initializer reads them: an object of its class of settings, or None."""
-        field_name = settings_field(self.start)
+        field_name, kind = settings_field(self.start), settings_class(self.start)
         value = None if field_name is None else getattr(self, field_name)
-        return from_nested(LoftQConfig, value, field_name) if field_name == "loftq_config" else value
+        return value if field_name is None or kind is None else from_nested(kind, value, field_name)
 
     def check(self) -> None:
         """Check every field again, for a config whose attributes were set after it was made.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from lorafa.checks import (
     check_choice,
@@ -18,15 +19,22 @@ from lorafa.checks import (
 )
 from lorafa.errors import ConfigError
 from lorafa.initializers import Start
-from lorafa.method_configs import from_nested
+from lorafa.method_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, from_nested
 from lorafa.variants import variant_of
 
 if TYPE_CHECKING:
     from lorafa.config import LoraConfig
 
 BIASES = ("none", "all", "lora_only")
-START_SETTINGS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_config")
-"""The nested configs of starts: PEFT's, each called after its start, and the one for all others."""
+SETTINGS_OF_PEFT: Mapping[str, type[Any]] = {
+    "loftq_config": LoftQConfig,
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+}
+"""The nested configs of starts that PEFT has, each called after its start, and their classes."""
+START_SETTINGS = (*SETTINGS_OF_PEFT, "init_config")
+"""Those, and the one for all other starts."""
 FLAGS = (
     "inference_mode",
     "fan_in_fan_out",
@@ -47,6 +55,12 @@ def settings_field(start: Start) -> str | None:
     if own in START_SETTINGS:
         return own
     return "init_config" if declared else None
+
+
+def settings_class(start: Start) -> type[Any] | None:
+    """The dataclass of a start's settings, None where it has none or takes any."""
+    declared = start.initializer.settings
+    return SETTINGS_OF_PEFT.get(settings_field(start) or "") or (declared if isinstance(declared, type) else None)
 
 
 def check_config(config: LoraConfig) -> None:
@@ -149,5 +163,6 @@ def _check_settings(config: LoraConfig, start: Start) -> None:
             )
     if own == "loftq_config" and not config.loftq_config:
         raise ConfigError("init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).")
-    if own == "init_config" and isinstance(start.initializer.settings, type):
-        from_nested(start.initializer.settings, config.init_config, "init_config")
+    kind = settings_class(start)
+    if own == "init_config" and kind is not None:
+        from_nested(kind, config.init_config, own)

@@ -7,13 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.batches import call, of_data, require_batches, shown
+from lorafa.calibration.masks import counted
+from lorafa.calibration.processes import distributed
 from lorafa.calibration.spectrum import by_explained_variance
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten
+from lorafa.initializers.base import check_singular_vectors
+from lorafa.initializers.eva import directions_as_A
+from lorafa.io.peft_format import PREFIX
 from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel
 from lorafa.ranks import explained_shares, with_ranks
@@ -22,7 +26,6 @@ from lorafa.surgery.adapters import require_adapters, require_unmerged, set_requ
 from lorafa.surgery.targets import find_targets
 
 LayerInputs = Callable[[Tensor, Any, str], Tensor]
-PREFIX = "base_model.model."
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor | None:
@@ -31,11 +34,10 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Lor
         return None
     settings = peft_config.eva_config or EvaConfig()
     attended, labels = model_input.get("attention_mask"), model_input.get("labels")
-    counts: Tensor | None = None if attended is None else attended.bool()
-    if settings.use_label_mask and labels is not None:
-        labelled = labels != settings.label_mask_value
-        counts = labelled if counts is None else counts & labelled
-    return counts
+    tokens = attended if attended is not None else labels
+    if tokens is None:
+        return None
+    return counted(tokens.shape, attended, labels if settings.use_label_mask else None, settings.label_mask_value)
 
 
 def prepare_layer_inputs_fn_language_modeling(
@@ -75,19 +77,24 @@ def get_eva_state_dict(
 
     Raises:
         AdapterError: a base model without ``peft_config``, or an unknown adapter.
-        ConfigError: the config's start is not "eva", or ``prepare_layer_inputs_fn`` names a layer without the adapter.
+        ConfigError: the config's start is not "eva", ``prepare_layer_inputs_fn`` names a layer without the adapter, or
+            with ``rho`` = 1 a rank is larger than min(out, in) of its layer.
         NotAvailableError: ``gather_distributed_inputs=False`` in several processes.
         CalibrationError: the data is empty or cannot be gone over again, a target is no linear layer, or
             ``prepare_layer_inputs_fn`` returns no rows of what it is given.
     """
-    if not gather_distributed_inputs and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not gather_distributed_inputs and distributed():
         raise NotAvailableError(
             "gather_distributed_inputs=False: every process would start elsewhere. Leave it True; principal directions "
             "are brought together once, not the inputs of every batch."
         )
     inner, config = _model_and_config(model, peft_config, adapter_name)
     require_batches("dataloader", dataloader)
-    ranks = {target.full_name: target.rank for target in find_targets(inner, config)}
+    settings, targets = config.eva_config or EvaConfig(), find_targets(inner, config)
+    if settings.rho == 1:  # otherwise ranks are those the data explain
+        for target in targets:
+            check_singular_vectors(target.full_name, target.rank, target.backend.full_shape(target.base))
+    ranks = {target.full_name: target.rank for target in targets}
     if isinstance(prepare_layer_inputs_fn, Mapping):
         _require_targets(
             "prepare_layer_inputs_fn", [key.removeprefix(PREFIX) for key in prepare_layer_inputs_fn], ranks
@@ -107,7 +114,7 @@ def get_eva_state_dict(
     batches = replace(of_data(inner, dataloader, forward=forward), rows=rows, reads_output=forward_fn is not None)
     with shown(batches, show_progress_bar) as counted:
         stats = statistics_of(inner, config, counted)
-    return _state_dict(config, ranks, stats)
+    return _state_dict(settings, ranks, stats)
 
 
 def _rows_of(layer: str, x: Tensor, chosen: Any) -> Tensor:
@@ -149,22 +156,16 @@ def _model_and_config(
 
 
 def _state_dict(
-    config: LoraConfig, ranks: Mapping[str, int], stats: Mapping[str, Mapping[str, Tensor]]
+    settings: EvaConfig, ranks: Mapping[str, int], stats: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    settings = config.eva_config or EvaConfig()
     ratios = {name: explained_shares(name, tensors) for name, tensors in stats.items()}
     if settings.rho > 1:
         ranks = by_explained_variance(ratios, ranks, settings.rho)
     found = {}
     for name, rank in ranks.items():
         V, S = stats[name]["principal.components"][:rank], stats[name]["principal.singular_values"][:rank]
-        if len(V) < rank:
-            raise CalibrationError(
-                f"{name}: the data has {len(V)} directions, and rank {rank} takes as many. Use more data or lower r."
-            )
         if rank:
-            directions = V / S.sqrt()[:, None] if settings.whiten else V
-            found[name] = torch.where(S[:, None] > 0, directions, 0.0)  # what does not vary has no direction
+            found[name] = directions_as_A(V, S, settings)
     return found
 
 

@@ -122,8 +122,14 @@ def _fitted(peft_model: PeftModel, name: str, adapter: Adapter, weights: BaseWei
             f"{name}: adapter {adapter.name!r} has scaling 0, with which no factors make up for anything. Set another "
             "one (set_scale). Nothing was changed."
         )
-    seed = torch.initial_seed() if config.init_seed is None else config.init_seed
-    spec = LayerSpec(name, layer.kind, layer.r[adapter.name], adapter.scaling, seed, adapter.name)
+    spec = LayerSpec(
+        name=name,
+        kind=layer.kind,
+        rank=layer.r[adapter.name],
+        scaling=adapter.scaling,
+        seed=config.seed,
+        key=adapter.name,
+    )
     codes, stored = layer.base_weight(), weights.read(_names(peft_model, name))
     if stored.shape != codes.shape:
         raise CheckpointError(

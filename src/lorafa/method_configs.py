@@ -71,9 +71,10 @@ class EvaConfig:
     """Leave out positions whose label is label_mask_value."""
     label_mask_value: int = -100
     whiten: bool = False
-    """Scale the directions to unit variance."""
+    """Divide direction i by the root of its singular value, sqrt(sigma_i), as in PEFT: this brings the variances of the
+    projections nearer to each other, not to 1."""
     adjust_scaling_factors: bool = True
-    """Scale alpha with the layer's rank, so that alpha / r stays as configured."""
+    """Change alpha with the layer's rank, so that its scaling stays as configured, with rsLoRA too."""
 
     def __post_init__(self) -> None:
         check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")
@@ -88,15 +89,19 @@ class CordaConfig:
     """CorDA (arXiv:2406.05223): start from the SVD of the weight times the covariance of its inputs."""
 
     cache_file: str | None = None
-    """File that keeps the decompositions between runs."""
+    """Where PEFT keeps the decompositions between runs. Here it is a second name for covariance_file, read where that
+    is None: decompositions are made of the covariances, for the rank at hand, and not kept."""
     covariance_file: str | None = None
     """File that keeps the covariances between runs; about as large as the model."""
     corda_method: str = "ipm"
     """"ipm" adapts the directions that matter for the data, "kpm" the ones that matter least."""
     verbose: bool = False
+    """No effect, accepted for PEFT's sake: it shows a bar over the decompositions there, which are a part of making the
+    adapter here. ``progress`` of :func:`lorafa.collect_statistics` shows one over the data."""
     use_float16_for_covariance: bool = False
     """Half the memory of the covariances, at the risk of instability."""
     prune_temporary_fields: bool = True
+    """No effect, accepted for PEFT's sake: it removes from the modules what was kept on them. Here nothing is."""
 
     def __post_init__(self) -> None:
         check_choice("corda_method", self.corda_method, ("ipm", "kpm"))

@@ -38,7 +38,7 @@ def stats_of(x: Tensor, *, rank: int = R) -> dict[str, Tensor]:
     """All statistics of one batch of inputs."""
     tensors = {}
     for name, kind in STATISTICS.items():
-        statistic = kind(Measured("layers.0.q_proj", OUT, IN, rank))
+        statistic = kind(Measured("layers.0.q_proj", OUT, x.shape[1], rank))
         statistic.update(x, None)
         statistic.end_pass(0, (1, 0))
         tensors |= {f"{name}.{key}": value for key, value in statistic.result().items()}
@@ -210,6 +210,18 @@ def test_lora_null_changes_nothing_on_data_that_leave_r_directions_free() -> Non
     close(torch.linalg.svdvals(torch.linalg.qr(result.A.mT).Q.mT @ basis), torch.ones(R).double(), 1e-7)
 
 
+@pytest.mark.parametrize("largest", [1e3, 1e4])
+def test_lora_null_finds_the_least_energies_beside_a_channel_that_dwarfs_them(largest: float) -> None:
+    """In float32 an eigendecomposition rounds to 1e-7 of the largest eigenvalue, which hides the smallest."""
+    spread = torch.logspace(0, -1.5, 128)
+    x = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0)) * spread
+    x[:, 1:] @= torch.linalg.qr(rand(127, 127, seed=5)).Q.float()
+    x[:, 0] *= largest
+    A = start("lora_null", stats=stats_of(x), weight=rand(96, 128, seed=6).float()).A.double()
+    Q, x = torch.linalg.qr(A.mT).Q, x.double()
+    close((x @ Q).square().sum(), torch.linalg.eigvalsh(x.mT @ x)[:R].sum(), 1e-2)
+
+
 # All of them
 
 
@@ -273,7 +285,7 @@ def test_statistics_of_a_half_precision_model_give_float32_factors(name: str) ->
 
 
 def test_principal_directions_of_batches_are_those_of_the_whole_for_eva() -> None:
-    """ALGORITHMS 1.9: cosines above 0.99 with the exact subspace on a small set."""
+    """All cosines with the exact subspace are above 0.99: what an incremental PCA drops of early batches is small."""
     statistic = IncrementalPCA(Measured("x", OUT, IN, R))
     for batch in X.split(25):
         statistic.update(batch, None)

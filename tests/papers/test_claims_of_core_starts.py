@@ -1,4 +1,4 @@
-"""Starts with something between B and A, or of several experts: LoRA-SB, KaSA, GOAT (the sheets 1.19, 1.13, 1.14)."""
+"""Starts with something between B and A, or of several experts: LoRA-SB, KaSA, GOAT."""
 
 from __future__ import annotations
 
@@ -87,6 +87,16 @@ def test_lora_sb_starts_at_the_first_step_of_adam_cut_to_rank_r(eta: float, scal
         close(core, torch.diag(eta / scaling * torch.linalg.svdvals(G.sign())[:R]))
     assert not result.subtract_from_base
     assert result.taken is None
+
+
+def test_lora_sb_of_a_wide_layer_leaves_no_more_of_the_step_than_it_must() -> None:
+    """Signs are noise, of which the leading triplets are not exact here: ||M - s B R A|| is that of M - [M]_r."""
+    signs = rand(384, 320, seed=3).sign().float()
+    stats = {"gradient.dense": signs, "gradient.S": torch.ones(R)}
+    result = start("lora_sb", LoraSBConfig(1.0), stats)
+    left = torch.linalg.matrix_norm(-signs - S * result.B @ result.extras["core"] @ result.A)
+    tail = torch.linalg.svdvals(signs.double())[R:].square().sum().sqrt()
+    torch.testing.assert_close(left.double(), tail, rtol=1e-5, atol=0)
 
 
 def test_a_lora_sb_model_starts_there_and_trains_the_core_alone() -> None:

@@ -1,4 +1,4 @@
-"""Starts from gradients: each property as its paper states it, in float64 (the sheets 1.11, 1.12, 1.17 and 2.3 ii)."""
+"""Starts from gradients: each property as its paper states it, in float64."""
 
 from __future__ import annotations
 
@@ -176,12 +176,36 @@ def test_functional_start_on_white_inputs_is_lora_one() -> None:
     close(two.B @ two.A / (two.B @ two.A).norm(), one.B @ one.A / (one.B @ one.A).norm())
 
 
+def test_stable_steps_are_of_one_size_in_the_metric_of_the_start_where_the_layer_normalizes_them() -> None:
+    """||s B A|| = s / gamma for LoRA-One, ||s B A M^1/2|| = s / gamma for the functional start, and not otherwise."""
+    M = torch.linalg.inv(whitening(C))
+    for name, metric in (("lora_one", torch.eye(IN, dtype=torch.float64)), ("functional", M)):
+        for normalize in ("layer", "none"):
+            settings = LoraOneConfig(stable_gamma=64, normalize=normalize)
+            result = start(name, settings)
+            size = float(torch.linalg.matrix_norm(S * result.B @ result.A @ metric, 2))
+            assert (size == pytest.approx(S / 64)) is (normalize == "layer")
+    result = start("functional", LoraOneConfig(stable_gamma=64))
+    assert float(torch.linalg.matrix_norm(S * result.B @ result.A, 2)) != pytest.approx(S / 64)
+
+
 def test_gora_fits_the_gradient_within_the_rows_of_its_A() -> None:
     """s B A = -step sqrt(n / r) G P_A: the residual of least squares is what A cannot see."""
     result, plain = start("gora", GoraConfig(step=0.05)), start("kaiming")
     close(result.A, plain.A.double())
     P = torch.linalg.pinv(result.A) @ result.A
     close(S * result.B @ result.A, -0.05 * (IN / R) ** 0.5 * G @ P, 1e-10)
+
+
+def test_gora_needs_no_more_rows_than_the_layer_has_inputs() -> None:
+    text = (
+        r"^layers\.0\.q_proj: GoRA fits B by the 33 rows of A, of which only 32 can be independent on a weight "
+        r"\(24, 32\)\. Lower the rank to 32 \(rank_pattern sets it for single layers\) or leave the layer out with "
+        r"exclude_modules\.$"
+    )
+    with pytest.raises(ConfigError, match=text):
+        start("gora", rank=33)
+    assert start("gora", rank=32).B.shape == (OUT, 32)
 
 
 NAMES = ("lora_ga", "lora_ga_peft", "lora_one", "functional", "gora")

@@ -16,6 +16,7 @@ from lorafa.errors import AdapterError, ConfigError
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec
 from lorafa.initializers.olora import OloraConfig
+from lorafa.initializers.pissa import PissaConfig
 from lorafa.linalg import leading_columns
 from lorafa.optimizers import create_lorapro_optimizer, create_preconditioned_adamw
 from optimizer_toys import Mlp, adapted, batch, loss
@@ -47,6 +48,91 @@ def weight(request: pytest.FixtureRequest) -> Tensor:
 
 def identity(weight: Tensor) -> Tensor:
     return torch.eye(RANK, dtype=weight.dtype).expand(*weight.shape[:-2], RANK, RANK)
+
+
+# ---- PiSSA, arXiv:2404.02948
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.25, 4.0])
+def test_pissa_takes_the_leading_triplets_and_leaves_the_tail_spectrum(weight: Tensor, scaling: float) -> None:
+    """Equations 2-4: A A^T = B^T B = diag(sigma / s)."""
+    result = start("pissa", weight, scaling=scaling)
+    assert result.subtract_from_base
+    sigma = torch.linalg.svdvals(weight)
+    left = torch.linalg.svdvals(weight - scaling * result.B @ result.A)
+    close(left[..., :-RANK], sigma[..., RANK:])
+    assert left[..., -RANK:].abs().max() < 1e-12
+    largest = torch.diag_embed(sigma[..., :RANK] / scaling)
+    close(result.A @ result.A.mT, largest)
+    close(result.B.mT @ result.B, largest)
+
+
+def slowly_decaying(rows: int, columns: int) -> Tensor:
+    """A weight whose singular values fall like i^-1/4, as slowly as those of trained ones, and its values."""
+    values = torch.arange(1, min(rows, columns) + 1, dtype=torch.float64) ** -0.25
+    generator = torch.Generator().manual_seed(3)
+    U, V = (
+        torch.linalg.qr(torch.randn(n, len(values), dtype=torch.float64, generator=generator)).Q
+        for n in (rows, columns)
+    )
+    return U * values @ V.mT
+
+
+def test_pissa_of_a_wide_layer_holds_almost_all_the_best_triplets_do_and_exact_all_of_it() -> None:
+    """Wide enough for the block Krylov method: 99.77 % of their energy is the least that was seen of real weights."""
+    wide = slowly_decaying(320, 288)
+    sigma = torch.linalg.svdvals(wide)
+    result, exact = start("pissa", wide), start("pissa", wide, settings=PissaConfig(exact=True))
+    found = SCALING * (result.A @ result.A.mT)
+    close(result.B.mT @ result.B, result.A @ result.A.mT)
+    close(found, torch.diag(found.diagonal()))
+    assert 0.9977 < found.diagonal().square().sum() / sigma[:RANK].square().sum() < 1 - 1e-12
+    left = torch.linalg.svdvals(wide - SCALING * result.B @ result.A)
+    assert (left[:-RANK] > sigma[RANK:] - 1e-12).all()  # no approximation leaves less
+    torch.testing.assert_close(left.square().sum(), sigma[RANK:].square().sum(), rtol=1e-3, atol=0)
+    close(torch.linalg.svdvals(wide - SCALING * exact.B @ exact.A)[:-RANK], sigma[RANK:])
+
+
+def test_pissa_of_full_rank_takes_everything() -> None:
+    result = start("pissa", WEIGHT, 32)
+    close(SCALING * result.B @ result.A, WEIGHT)
+
+
+def test_pissa_is_computed_in_float32_from_a_half_precision_weight() -> None:
+    result = start("pissa", WEIGHT.bfloat16())
+    assert result.A.dtype is torch.float32
+    sigma = torch.linalg.svdvals(WEIGHT.bfloat16().double())[:RANK]
+    found = (result.A @ result.A.T).diagonal().double() * SCALING
+    torch.testing.assert_close(found, sigma, rtol=1e-5, atol=1e-5)
+
+
+def of_rank(rank: int) -> Tensor:
+    """A random (48, 32) matrix of that rank, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(48, rank, generator=generator) @ torch.randn(rank, 32, generator=generator)
+
+
+POOR = {"zeros": torch.zeros(48, 32), "rank 3": of_rank(3), "experts": torch.stack([of_rank(8), of_rank(3)])}
+
+
+@pytest.mark.parametrize("poor", POOR.values(), ids=POOR)
+def test_pissa_of_a_weight_without_enough_singular_values_is_degenerate(poor: Tensor) -> None:
+    """sigma = 0 makes a row of A and a column of B zero, and then the gradients of both."""
+    found = 0 if not poor.any() else 3
+    with pytest.raises(DegenerateError, match=f"^its weight has {found} singular values other than zero where 4 are"):
+        start("pissa", poor, 4)
+    if found:
+        start("pissa", poor, 3)
+
+
+def test_a_random_start_of_peft_is_not_found_again() -> None:
+    text = (
+        r"^The file does not hold what PEFT's 'pissa_niter_4' took from the base, and it was random\. Save it in PEFT "
+        r"with path_initial_model_for_weight_conversion, or merged\.$"
+    )
+    with pytest.raises(ConfigError, match=text):
+        start("pissa", WEIGHT, repeats=True, number=4)
+    close(start("pissa", WEIGHT, repeats=True).A, start("pissa", WEIGHT, settings=PissaConfig(exact=True)).A)
 
 
 # ---- OLoRA, arXiv:2406.01775

@@ -13,7 +13,7 @@ from adapter_toys import stats_for
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, LayerSpec, initializer
 from lorafa.initializers.goat import GoatConfig
 from lorafa.linalg import fix_signs, truncated_svd
 
@@ -151,55 +151,6 @@ def test_orthogonal_needs_an_even_rank() -> None:
         start("orthogonal", WEIGHT, 3)
 
 
-@pytest.mark.parametrize("scaling", [1.0, 0.25, 4.0])
-@pytest.mark.parametrize("weight", [WEIGHT, WEIGHT.T.contiguous(), EXPERTS], ids=["tall", "wide", "experts"])
-def test_pissa_takes_the_leading_singular_triplets_out_of_the_base(weight: Tensor, scaling: float) -> None:
-    """PiSSA (2404.02948) equations 2-4: the residual has the tail spectrum, A A^T = B^T B = diag(sigma / s)."""
-    rank = 6
-    result = start("pissa", weight, rank, scaling=scaling, kind="experts" if weight.dim() == 3 else "linear")
-    assert result.subtract_from_base
-    sigma = torch.linalg.svdvals(weight)
-    update = scaling * result.B @ result.A
-    residual = torch.linalg.svdvals(weight - update)
-    tail = residual.shape[-1] - rank
-    torch.testing.assert_close(residual[..., :tail], sigma[..., rank:], rtol=1e-10, atol=1e-10)
-    assert residual[..., tail:].abs().max() < 1e-12
-    wanted = torch.diag_embed(sigma[..., :rank] / scaling)
-    torch.testing.assert_close(result.A @ result.A.mT, wanted, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(result.B.mT @ result.B, wanted, rtol=1e-10, atol=1e-10)
-
-
-def test_pissa_of_full_rank_takes_everything() -> None:
-    result = start("pissa", WEIGHT, 32)
-    torch.testing.assert_close(1.5 * result.B @ result.A, WEIGHT, rtol=1e-10, atol=1e-10)
-
-
-def test_pissa_is_computed_in_float32_from_a_half_precision_weight() -> None:
-    result = start("pissa", WEIGHT.bfloat16(), 4)
-    assert result.A.dtype is torch.float32
-    sigma = torch.linalg.svdvals(WEIGHT.bfloat16().double())[:4]
-    torch.testing.assert_close((result.A @ result.A.T).diagonal().double() * 1.5, sigma, rtol=1e-5, atol=1e-5)
-
-
-def of_rank(rank: int) -> Tensor:
-    """A random (48, 32) matrix of that rank, in float32."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(48, rank, generator=generator) @ torch.randn(rank, 32, generator=generator)
-
-
-POOR = {"zeros": torch.zeros(48, 32), "rank 3": of_rank(3), "experts": torch.stack([of_rank(8), of_rank(3)])}
-
-
-@pytest.mark.parametrize("weight", POOR.values(), ids=POOR)
-def test_pissa_of_a_weight_without_enough_singular_values_is_degenerate(weight: Tensor) -> None:
-    """sigma = 0 makes a row of A and a column of B zero, and then the gradients of both."""
-    found = 0 if not weight.any() else 3
-    with pytest.raises(DegenerateError, match=f"^its weight has {found} singular values other than zero where 4 are"):
-        start("pissa", weight, 4, kind="experts" if weight.dim() == 3 else "linear")
-    if found:
-        start("pissa", weight, 3, kind="experts" if weight.dim() == 3 else "linear")
-
-
 @pytest.mark.parametrize("rank", [33, 100])
 def test_rank_beyond_the_singular_vectors_is_refused(rank: int) -> None:
     text = rf"q_proj: rank {rank} is larger than min\(out, in\) = 32 of its weight \(48, 32\).* exclude_modules"
@@ -218,21 +169,23 @@ def test_svd_has_fixed_signs_and_the_right_factors() -> None:
 
 
 def output_spread(rank: int, *, use_rslora: bool) -> float:
-    """Standard deviation of s B A x with A and B of fixed variance."""
+    """Standard deviation of s B A x with A and B of fixed variance, over forty draws of them."""
     model = nn.Sequential(nn.Linear(256, 256, bias=False))
     peft = get_peft_model(model, LoraConfig(target_modules=["0"], r=rank, lora_alpha=8, use_rslora=use_rslora))
-    layer = model[0]
+    layer, squares = model[0], []
     with torch.no_grad():
-        layer.lora_A["default"].weight.normal_()
-        layer.lora_B["default"].weight.normal_()
         layer.base_layer.weight.zero_()
-        return float(peft(torch.randn(500, 256)).std())
+        for _ in range(40):
+            layer.lora_A["default"].weight.normal_()
+            layer.lora_B["default"].weight.normal_()
+            squares.append(peft(torch.randn(100, 256)).square().mean())
+    return float(torch.stack(squares).mean().sqrt())
 
 
 def test_rank_stabilized_updates_are_of_one_size_whatever_the_rank() -> None:
     """rsLoRA (2312.03732): s = alpha / sqrt(r) keeps the size; alpha / r shrinks it like 1 / sqrt(r)."""
-    assert output_spread(64, use_rslora=True) / output_spread(4, use_rslora=True) == pytest.approx(1, rel=0.1)
-    assert output_spread(64, use_rslora=False) / output_spread(4, use_rslora=False) == pytest.approx(0.25, rel=0.1)
+    assert output_spread(64, use_rslora=True) / output_spread(4, use_rslora=True) == pytest.approx(1, rel=0.05)
+    assert output_spread(64, use_rslora=False) / output_spread(4, use_rslora=False) == pytest.approx(0.25, rel=0.05)
 
 
 @pytest.mark.parametrize(("settings", "scaling"), [({}, 3.0), ({"use_rslora": True}, 6.0)])

@@ -57,6 +57,16 @@ def test_a_and_b_are_the_best_that_rank_r_can_do_for_the_codes_whatever_the_scal
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_the_fit_is_as_good_where_the_whole_matrix_is_not_decomposed(bits: int) -> None:
+    """What rounding lost is noise, whose singular values lie close together: the block Krylov method's worst case."""
+    weight = torch.randn(384, 320, generator=torch.Generator().manual_seed(1))
+    result = start(weight, bits=bits, rank=4)
+    lost = weight.double() - codes_of(result)
+    left = torch.linalg.matrix_norm(lost - SCALING * result.B.double() @ result.A.double())
+    torch.testing.assert_close(left, torch.linalg.svdvals(lost)[4:].square().sum().sqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_codes_after_t_alternations_are_those_of_the_weight_without_the_fit_before(bits: int) -> None:
     def best(matrix: Tensor) -> Tensor:
         U, S, Vh = torch.linalg.svd(matrix)

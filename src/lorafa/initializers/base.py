@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Concatenate, ParamSpec
 
@@ -18,8 +18,8 @@ class DegenerateError(CalibrationError):
     """What a start is computed from has no directions to offer: all zero, not finite, or of too low a rank.
 
     Raised by an initializer with the reason, "its gradient is zero". The layer then starts as by default, with a
-    Kaiming A and B = 0 (ALGORITHMS 0.2), or as :attr:`Initializer.otherwise` says, which is told in a warning and
-    recorded in the adapter's file.
+    Kaiming A and B = 0, or as :attr:`Initializer.otherwise` says, which is told in a warning and recorded in the
+    adapter's file: one such layer is no reason to give up all others.
     """
 
 
@@ -103,6 +103,12 @@ class Initializer:
     LoraConfig has for them, which is found without if it is called after the start ("eva_config")."""
     check_rank: Callable[[int, str], None] | None = None
     """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
+    own_ranks: Callable[[Any, int], Mapping[str, Any] | None] | None = None
+    """(settings, r of the config) -> the fields of a :class:`lorafa.RankRule` that shares its ranks out where the
+    caller names none; None where the settings leave ranks as they are, or the start has no rule of its own."""
+    own_scaling: bool = False
+    """Whether, with ``use_rslora``, a layer's scaling is that of the rank :attr:`own_ranks` gave it; otherwise, and
+    where the caller chooses ranks, it stays as it was."""
     trains: str = "AB"
     """The factors that are trained: "AB", or the one the method trains while the other stays at its start."""
     moves_base: bool = False
@@ -152,12 +158,25 @@ def factor_shapes(weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int
     return (*experts, rank, in_), (*experts, out, rank)
 
 
-def check_rank(spec: LayerSpec, weight: Tensor) -> None:
-    """Raise unless the weight has ``spec.rank`` singular vectors (ALGORITHMS 0.2: slices would be silently short)."""
-    largest = min(weight.shape[-2:])
-    if spec.rank > largest:
+def lower_the_rank(to: str = "") -> str:
+    """What to do about a layer whose rank is too large; ``to``: " to 4" or " below 5", where that is known."""
+    return f"Lower the rank{to} (rank_pattern sets it for single layers) or leave the layer out with exclude_modules."
+
+
+def check_singular_vectors(name: str, rank: int, shape: Sequence[int]) -> None:
+    """Raise unless a weight (..., out, in) has ``rank`` singular vectors: a slice of them would be silently short.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    largest = min(shape[-2:])
+    if rank > largest:
         raise ConfigError(
-            f"{spec.name}: rank {spec.rank} is larger than min(out, in) = {largest} of its weight "
-            f"{tuple(weight.shape)}, so it has no {spec.rank} singular vectors. Lower the rank (rank_pattern sets it "
-            "for single layers) or leave the layer out with exclude_modules."
+            f"{name}: rank {rank} is larger than min(out, in) = {largest} of its weight {tuple(shape)}, so it has no "
+            f"{rank} singular vectors. {lower_the_rank()}"
         )
+
+
+def check_rank(spec: LayerSpec, weight: Tensor) -> None:
+    """:func:`check_singular_vectors` of the layer's weight and rank."""
+    check_singular_vectors(spec.name, spec.rank, weight.shape)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_matrix
 from lorafa.checks import check_flag, check_number
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer
+from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
+from lorafa.initializers.stages import require_finite
 from lorafa.linalg import gram_cholesky, spd_inverse
 
 
@@ -24,14 +25,26 @@ class GoraConfig:
     """s B A is about this much of the gradient's norm (gamma in the paper, 5e-2 in the authors' code)."""
     share_ranks: bool = True
     """Whether :func:`lorafa.initialize` gives every layer a rank by its mean |W o G|, from r / 2 to 4 r, as the method
-    has it (:func:`own_ranks`); False keeps the config's ranks."""
+    has it (:func:`own_ranks`); False keeps the config's."""
 
     def __post_init__(self) -> None:
         check_number("step", self.step, "a number > 0", 0)
         check_flag("share_ranks", self.share_ranks)
 
 
-@initializer(needs=("gradient",), settings=GoraConfig, keeps_function=False, whole_gradients=True)
+def own_ranks(settings: GoraConfig, r: int) -> dict[str, Any] | None:
+    """By importance, from r / 2 to 4 r, unless ``share_ranks`` is off."""
+    return {"rule": "importance", "r_min": max(r // 2, 1), "r_max": 4 * r} if settings.share_ranks else None
+
+
+@initializer(
+    needs=("gradient",),
+    settings=GoraConfig,
+    own_ranks=own_ranks,
+    own_scaling=True,
+    keeps_function=False,
+    whole_gradients=True,
+)
 def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A as by default, B = -(step / s) sqrt(in / r) G A^+, so that s B A = -step sqrt(in / r) G P_A.
 
@@ -48,13 +61,11 @@ def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
     if spec.rank > weight.shape[-1]:
         raise ConfigError(
             f"{spec.name}: GoRA fits B by the {spec.rank} rows of A, of which only {weight.shape[-1]} can be "
-            f"independent on a weight {tuple(weight.shape)}. Lower the rank to {weight.shape[-1]} (rank_pattern sets "
-            "it for single layers) or leave the layer out with exclude_modules."
+            f"independent on a weight {tuple(weight.shape)}. {lower_the_rank(f' to {weight.shape[-1]}')}"
         )
     settings: GoraConfig = spec.settings or GoraConfig()
     G = gradient_matrix(stats)
-    if not bool(torch.isfinite(G).all()):
-        raise DegenerateError("its gradient is not finite")
+    require_finite(G, "its gradient")
     if not G.any():
         raise DegenerateError("its gradient is zero")
     A = kaiming(weight, {}, spec).A.to(G)

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
+from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.stages import random_start
 
 
 @initializer(also=(True,))
 def kaiming(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
-    """For an embedding A = 0 and B ~ N(0, 1): a row of A is met only when its token is, B always.
-
-    A frozen A is random there too.
-    """
-    A_shape, B_shape = factor_shapes(weight, spec.rank)
-    if spec.kind == "embedding" and not spec.freeze_A:
-        return InitResult(torch.zeros(A_shape), torch.empty(B_shape).normal_(generator=spec.generator()))
+    """Embeddings: A = 0, B ~ N(0, 1), but for a frozen A."""
     bound = weight.shape[-1] ** -0.5
-    A = torch.empty(A_shape).uniform_(-bound, bound, generator=spec.generator())
-    return InitResult(A, torch.zeros(B_shape))
+    return random_start(weight, spec, lambda A, generator: A.uniform_(-bound, bound, generator=generator))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, LayerSpec, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
 from lorafa.linalg import full_svd
@@ -29,8 +29,7 @@ def kasa(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
     if spec.rank >= values:
         raise ConfigError(
             f"{spec.name}: KaSA drops the r = {spec.rank} smallest singular values of a weight {tuple(weight.shape)}, "
-            f"which has {values}. Lower the rank below {values} (rank_pattern sets it for single layers) or leave the "
-            "layer out with exclude_modules."
+            f"which has {values}. {lower_the_rank(f' below {values}')}"
         )
     require_finite(weight, "its weight")
     dropped = full_svd(weight).at(slice(-spec.rank, None))

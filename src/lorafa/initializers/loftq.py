@@ -7,14 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafa.adapter import working_dtype
 from lorafa.backends.int8 import Int8Linear
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.backends.quantized import QuantizedLinear
 from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
-from lorafa.linalg import leading_svd
+from lorafa.linalg import NOISE_STEPS, float_matrix, leading_svd
 from lorafa.method_configs import LoftQConfig
 
 QUANTIZERS: Mapping[int, type[QuantizedLinear]] = {4: NF4Linear, 8: Int8Linear}
@@ -46,7 +45,7 @@ def fit(lost: Tensor, size: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
         lost: W - Q, (out, in).
         size: the norm of W: what is smaller than its rounding is zero.
     """
-    found = leading_svd(lost, spec.rank, spec.generator())
+    found = leading_svd(lost, spec.rank, spec.generator(), NOISE_STEPS)
     A, B = halves(found, 1 / spec.scaling)
     nothing = found.S.le(torch.finfo(lost.dtype).eps * size)
     random = kaiming(lost, {}, spec).A.to(A)
@@ -63,7 +62,7 @@ def loftq(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitR
     """
     check_rank(spec, weight)
     require_finite(weight, "its weight")
-    W = weight.detach().to(working_dtype(weight.dtype))
+    W = float_matrix(weight)
     quantized = quantize(weight, spec)
     A, B = fit(W - quantized.dequantize(W.dtype), torch.linalg.matrix_norm(W), spec)
     return InitResult(A, B, quantized=quantized)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_triplets
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, LayerSpec, initializer, lower_the_rank
 from lorafa.initializers.stages import mean_root_of_weight, require_triplets
 from lorafa.linalg import SVD, leading_svd
 from lorafa.method_configs import LoraGAConfig
@@ -55,7 +55,7 @@ def lora_ga_peft(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -
     left = triplets.at(index_B)
     A, B = triplets.at(index_A).Vh, left.U * left.S
     if settings.scale == "stable":
-        B = B * weight.shape[-2] ** 0.25 / settings.stable_gamma**0.5
+        B = B * _stable(settings, weight)
     elif settings.scale == "weight_svd":
         B = B * leading_svd(weight, 1, spec.generator()).S / left.S[:1]
     elif settings.scale == "gd_scale":
@@ -67,8 +67,7 @@ def _first_2r(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> S
     if 2 * spec.rank > min(weight.shape):
         raise ConfigError(
             f"{spec.name}: LoRA-GA takes 2 r = {2 * spec.rank} singular vectors, and a weight {tuple(weight.shape)} "
-            f"has {min(weight.shape)}. Lower the rank to {min(weight.shape) // 2} (rank_pattern sets it for single "
-            "layers) or leave the layer out with exclude_modules."
+            f"has {min(weight.shape)}. {lower_the_rank(f' to {min(weight.shape) // 2}')}"
         )
     return require_triplets(gradient_triplets(stats), 2 * spec.rank, weight, spec, "its gradient")
 
@@ -85,9 +84,14 @@ def halves_of_2r(direction: str, spec: LayerSpec) -> tuple[Tensor, Tensor]:
     return (second, first) if direction == "A2rBr" else (first, second)
 
 
+def _stable(settings: LoraGAConfig, weight: Tensor) -> float:
+    """m^(1/4) / sqrt(gamma) for m outputs."""
+    return float(weight.shape[-2] ** 0.25 / settings.stable_gamma**0.5)
+
+
 def _scale(settings: LoraGAConfig, weight: Tensor, spec: LayerSpec) -> float:
     if settings.scale == "stable":
-        return float(weight.shape[-2] ** 0.25 / settings.stable_gamma**0.5)
+        return _stable(settings, weight)
     if settings.scale == "gd_scale":
         return 1 / spec.scaling
     if settings.scale == "weight_svd":

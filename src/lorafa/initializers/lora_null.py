@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
 from lorafa.initializers.stages import leading, require_moment, taken_from_base
-from lorafa.linalg import float_matrix
+from lorafa.linalg import float_matrix, spd_eigh
 
 
 @initializer(needs=("second_moment",), reads_weight=True, moves_base=True)
@@ -25,6 +24,8 @@ def lora_null(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> I
     """
     check_rank(spec, weight)
     W = float_matrix(weight)
-    Q = torch.linalg.eigh(require_moment(stats, "second_moment", spec).to(W)).eigenvectors[:, : spec.rank]
+    C = require_moment(stats, "second_moment", spec).to(W.device)
+    _, vectors = spd_eigh(C)  # in float64: in float32 one large input hides the smallest eigenvalues
+    Q = vectors[:, : spec.rank].to(W)
     triplets = leading(W @ Q, spec, "its weight along the directions its input leaves free", exact=True)
     return taken_from_base(triplets._replace(Vh=triplets.Vh @ Q.mT), spec.scaling)

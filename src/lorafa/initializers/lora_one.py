@@ -24,8 +24,9 @@ class LoraOneConfig:
     """How large the step is."""
 
     scale: str = "stable"
-    """What A and B are multiplied with beyond the roots of the singular values: "stable" 1 / sqrt(gamma), so that
-    ||s B A|| = s / gamma in every layer; "gd" 1 / s; "unit" 1; "weightS" the mean of sqrt(sigma_i(W) / s)."""
+    """What A and B are multiplied with beyond the roots of the singular values: "stable" 1 / sqrt(gamma); "gd" 1 / s;
+    "unit" 1; "weightS" the mean of sqrt(sigma_i(W) / s). With "stable" and normalize="layer" the largest singular value
+    of s B A is s / gamma in every layer; for ``functional`` that of s B A M^1/2, in the metric M of its inputs."""
     stable_gamma: float | str = 128.0
     """gamma of "stable": larger means a smaller step. "auto" picks it by the loss on held-out rows, which
     :func:`lorafa.initialize` does."""
@@ -65,8 +66,9 @@ def lora_one(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> In
 def functional(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B A = -c [G C^-1/2]_r C^-1/2: the rank-r step that lowers the loss most for its change of the layer's outputs.
 
-    The minimiser of <G, D> + ||D C^1/2||^2 / (2 c) over D of rank r, with C the second moment of the inputs
-    (ALGORITHMS 2.3 ii). Scales are those of LoRA-One, in units of the largest singular value of G C^-1/2.
+    The minimiser of <G, D> + ||D C^1/2||^2 / (2 c) over D of rank r, with C the second moment of the inputs, damped as
+    in :func:`~lorafa.calibration.gradient.whitening`: in D C^1/2 it is LoRA-One's step, by Eckart and Young's theorem.
+    Scales are those of LoRA-One, in units of the largest singular value of G C^-1/2.
 
     Raises:
         ConfigError, CalibrationError, DegenerateError: as :func:`lora_one`.

@@ -15,6 +15,7 @@ from lorafa.checks import check_number
 from lorafa.errors import CalibrationError
 from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
 from lorafa.initializers.stages import leading, require_finite
+from lorafa.linalg import NOISE_STEPS
 
 
 @dataclass
@@ -67,6 +68,6 @@ def lora_sb(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
             f"{spec.name}: LoRA-SB takes the sign of every entry of the gradient, and the statistics hold a sketch, "
             "which does not have them. Collect them with dense=True, or with init_lora_weights='lora_sb'."
         )
-    step = leading(-stats["gradient.dense"].sign(), spec, "the sign of its gradient")
+    step = leading(-stats["gradient.dense"].sign(), spec, "the sign of its gradient", steps=NOISE_STEPS)
     core = torch.diag(settings.eta / spec.scaling * step.S)
     return InitResult(step.Vh, step.U, extras={"core": core})

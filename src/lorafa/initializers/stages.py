@@ -1,15 +1,27 @@
-"""What starts are made of: triplets of a matrix are picked, split over A and B, and scaled (ALGORITHMS 2.1)."""
+"""What starts are made of: triplets of a matrix are picked, split over A and B, and scaled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from lorafa.errors import CalibrationError
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, check_rank
+from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, check_rank, factor_shapes
 from lorafa.linalg import SVD, full_svd, leading_svd, truncated_svd
+
+
+def random_start(weight: Tensor, spec: LayerSpec, draw: Callable[[Tensor, torch.Generator], Tensor]) -> InitResult:
+    """A as ``draw`` fills an empty tensor, B = 0.
+
+    For an embedding A = 0 and B ~ N(0, 1): a row of A is met only when its token is, B always. A frozen A is drawn
+    there too.
+    """
+    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    if spec.kind == "embedding" and not spec.freeze_A:
+        return InitResult(torch.zeros(A_shape), torch.empty(B_shape).normal_(generator=spec.generator()))
+    return InitResult(draw(torch.empty(A_shape), spec.generator()), torch.zeros(B_shape))
 
 
 def halves(triplets: SVD, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class Builder:
             ConfigError: the start reads no statistics, and some were given.
         """
         self.config, self.name, self.options, self.stats = config, name, options, stats
-        self.seed = torch.initial_seed() if config.init_seed is None else config.init_seed
+        self.seed = config.seed
         self.variant = variant_of(config).of(config)
         self.initializer, self.number = config.start.initializer, config.start.number
         self.settings = config.start_settings()
@@ -120,9 +120,18 @@ class Builder:
         kind = target.backend.host
         scaling, groups = self.config.scaling(target.rank, target.alpha), LAYERS.get(kind).groups(target.base)
         return LayerSpec(
-            target.full_name, kind, target.rank, scaling, self.seed, self.name, groups, self.settings,
-            self.config.freeze_A, self.number, self.repeats,
-        )  # fmt: skip
+            name=target.full_name,
+            kind=kind,
+            rank=target.rank,
+            scaling=scaling,
+            seed=self.seed,
+            key=self.name,
+            groups=groups,
+            settings=self.settings,
+            freeze_A=self.config.freeze_A,
+            number=self.number,
+            repeats=self.repeats,
+        )
 
     def _parts(self, target: Target, weight: Tensor, spec: LayerSpec, result: InitResult) -> AdapterParts:
         """The start in the adapter's dtype, with what goes with it: the variant's extras, a bias, a quantized base."""
@@ -137,9 +146,22 @@ class Builder:
         extras = self._empty_extras(weight, A) if self.filled_later else self._extras(weight, A, B, start, spec)
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
-            A, B, spec.rank, target.alpha, spec.scaling, self.variant, dtype, bias, config.lora_dropout,
-            config.use_rslora, start, extras | dict(result.extras), self.trains, result.fallback, base=base,
-        )  # fmt: skip
+            A=A,
+            B=B,
+            rank=spec.rank,
+            alpha=target.alpha,
+            scaling=spec.scaling,
+            variant=self.variant,
+            dtype=dtype,
+            bias=bias,
+            dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            start=start,
+            extras=extras | dict(result.extras),
+            trains=self.trains,
+            fallback=result.fallback,
+            base=base,
+        )
 
     def quantizes(self, target: Target) -> bool:
         """Whether a quantized layer takes the place of the target's base."""
