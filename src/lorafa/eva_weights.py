@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafa.calibration.batches import call, of_data, require_batches, shown
+from lorafa.calibration.batches import of_data, require_batches, shown
+from lorafa.calibration.loss import call
 from lorafa.calibration.masks import counted
 from lorafa.calibration.processes import distributed
-from lorafa.calibration.spectrum import by_explained_variance
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten
 from lorafa.initializers.base import check_singular_vectors
@@ -20,7 +20,7 @@ from lorafa.initializers.eva import directions_as_A
 from lorafa.io.peft_format import PREFIX
 from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel
-from lorafa.ranks import explained_shares, with_ranks
+from lorafa.ranks import RankRule, choose_ranks, with_ranks
 from lorafa.statistics import require_config, statistics_of
 from lorafa.surgery.adapters import require_adapters, require_unmerged, set_requires_grad
 from lorafa.surgery.targets import find_targets
@@ -114,6 +114,13 @@ def get_eva_state_dict(
     batches = replace(of_data(inner, dataloader, forward=forward), rows=rows, reads_output=forward_fn is not None)
     with shown(batches, show_progress_bar) as counted:
         stats = statistics_of(inner, config, counted)
+    bad = [name for name, tensors in stats.items() if not tensors["principal.singular_values"].isfinite().all()]
+    if bad:
+        raise CalibrationError(
+            f"The inputs of {shorten(bad, 3)} are not finite, so they have no directions. Check the data and the model."
+        )
+    if settings.rho > 1:
+        ranks = choose_ranks(inner, config, stats, RankRule("explained_variance", rho=settings.rho))
     return _state_dict(settings, ranks, stats)
 
 
@@ -158,9 +165,6 @@ def _model_and_config(
 def _state_dict(
     settings: EvaConfig, ranks: Mapping[str, int], stats: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    ratios = {name: explained_shares(name, tensors) for name, tensors in stats.items()}
-    if settings.rho > 1:
-        ranks = by_explained_variance(ratios, ranks, settings.rho)
     found = {}
     for name, rank in ranks.items():
         V, S = stats[name]["principal.components"][:rank], stats[name]["principal.singular_values"][:rank]

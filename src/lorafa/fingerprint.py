@@ -67,6 +67,20 @@ def _hash(values: Tensor) -> str:
     return hashlib.blake2b(ctypes.string_at(octets.data_ptr(), octets.numel()), digest_size=8).hexdigest()
 
 
+def digest_of_all(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Tells models apart by all their tensors: name, shape, dtype, and norm and sum of each, to the digits that do not
+    depend on the order in which they are added up."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        values = tensor.detach()
+        wide = values if values.is_floating_point() and values.dtype.itemsize > 1 else values.to(torch.float64)
+        total = float(wide.sum(dtype=torch.float64))
+        norm = float(torch.linalg.vector_norm(wide, dtype=torch.float64))
+        share = total / norm if norm else 0.0
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype} {norm:.8e} {share:.8f}\n".encode())
+    return digest.hexdigest()
+
+
 def compare_fingerprints(stored: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """Names of the layers both describe whose weights differ; layers that were not readable are passed over."""
     both = [name for name in stored if stored[name] is not None and actual.get(name) is not None]

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -29,8 +30,9 @@ from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, ConfigError, shorten
 from lorafa.initializers.base import Initializer
 from lorafa.initializers.stages import numerical_rank
+from lorafa.statistics import Statistics, require_config, require_statistics
 from lorafa.surgery.targets import Target, find_targets
-from lorafa.surgery.walk import places
+from lorafa.surgery.walk import places, user_model
 
 RULES = ("budget", "cross_validation", "energy", "stable_rank", "entropy", "explained_variance", "importance")
 RHO = 2.0
@@ -38,6 +40,7 @@ RHO = 2.0
 _OWNERS = {"share": "energy", "threshold": "cross_validation", "rho": "explained_variance"}
 """Settings that one rule alone reads."""
 Stats = Mapping[str, Mapping[str, Tensor]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,23 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
     """The rank of every target by its full name; the model is only read.
 
     No layer gets more than the config's start can be made with: min(out, in), and the directions its statistics hold.
-    A layer whose gradient is not finite keeps the rank it has in the config, which a warning says; the others share
+    A layer whose statistics are not finite keeps the rank it has in the config, which a warning says; the others share
     what theirs cost.
 
     Raises:
-        CalibrationError: the statistics lack what the rule reads, or no layer's are finite.
+        CalibrationError: the statistics are of another model, lack what the rule reads, or are finite for no layer.
         ConfigError: ``rule`` is no RankRule, the budget is too small, or every layer would get rank 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
-    rule = RankRule() if rule is None else require_rule(rule)
+    rule, model = RankRule() if rule is None else require_rule(rule), user_model(model)
+    require_config(config)
+    if stats is None:
+        raise CalibrationError(
+            "Ranks are chosen by statistics, and stats is None. Pass what collect_statistics returned."
+        )
+    require_statistics(stats)
+    if isinstance(stats, Statistics):
+        stats.check_fits(model)
     targets = find_targets(model, config)
     before = {target.full_name: target.rank for target in targets}
     shapes = {target.full_name: target.backend.shape(target.base) for target in targets}
@@ -133,8 +144,10 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
     if rule.rule == "explained_variance":
         rho = rule.rho or RHO
         ratios = {target.full_name: _ratios(target, stats, rho)[: most[target.full_name]] for target in targets}
-        return _some(by_explained_variance(ratios, before, rho))
-    spectra = _finite({name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()})
+        ratios = _finite("input", ratios, lambda one: bool(one.isfinite().all()))
+        return before | _all_of(by_explained_variance(ratios, {name: before[name] for name in ratios}, rho), before)
+    spectra = {name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()}
+    spectra = _finite("gradient", spectra, lambda one: one.finite)
     targets = [target for target in targets if target.full_name in spectra]
     shapes = {name: shapes[name] for name in spectra}
     budget = sum(before[name] * one.cost for name, one in spectra.items())
@@ -160,39 +173,36 @@ def _most(start: Initializer, shape: tuple[int, int], tensors: Mapping[str, Tens
     return max(directions // start.per_rank, 1)
 
 
-def _finite(spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:
-    """Those of finite gradients: one that is not would spoil what all layers share (ALGORITHMS 0.2)."""
-    bad = [name for name, one in spectra.items() if not one.finite]
-    if len(bad) == len(spectra):
+def _finite(what: str, layers: dict[str, T], is_finite: Callable[[T], bool]) -> dict[str, T]:
+    """Those whose statistics are: one that is not would spoil what all layers share."""
+    found = {name: one for name, one in layers.items() if is_finite(one)}
+    bad = [name for name in layers if name not in found]
+    if not found:
         raise CalibrationError(
-            "No layer has a finite gradient, so there is nothing to choose ranks by. Check the data, and that the "
+            f"No layer has a finite {what}, so there is nothing to choose ranks by. Check the data, and that the "
             "model's loss on them is finite."
         )
     if bad:
         warnings.warn(
-            f"The gradient of {len(bad)} of {len(spectra)} layers is not finite, and their ranks stay as they are: "
+            f"The {what} of {len(bad)} of {len(layers)} layers is not finite, and their ranks stay as they are: "
             f"{shorten(bad, 3)}.",
             stacklevel=3,
         )
-    return {name: one for name, one in spectra.items() if one.finite}
+    return found
 
 
-def _some(ranks: dict[str, int]) -> dict[str, int]:
-    if not any(ranks.values()):
+def _all_of(ranks: dict[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    """Warn where there were fewer directions than the config has ranks; raise where there were none."""
+    given, asked = sum(ranks.values()), sum(before[name] for name in ranks)
+    if not given:
         raise ConfigError("Every layer would get rank 0: the statistics see no direction at all. Use more data.")
+    if given < asked:
+        warnings.warn(
+            f"The data has {given} principal directions for the {asked} ranks of the config: the adapter is smaller "
+            "than it says. Use more data.",
+            stacklevel=3,
+        )
     return ranks
-
-
-def explained_shares(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """:func:`variance_shares` of a layer's input by its statistics, (k,).
-
-    Raises:
-        CalibrationError: the inputs held nan or inf.
-    """
-    S, total = tensors["principal.singular_values"], tensors["principal.total_variance"]
-    if not bool(S.isfinite().all() & total.isfinite().all()):
-        raise CalibrationError(f"The inputs of {name!r} are not finite. Check the data and the model.")
-    return variance_shares(S, total)
 
 
 def _ratios(target: Target, stats: Stats, rho: float) -> Tensor:
@@ -210,7 +220,7 @@ def _ratios(target: Target, stats: Stats, rho: float) -> Tensor:
             f"of {name!r}, and its statistics hold {held}: round(rho r), with the rho of EvaConfig where that is the "
             "start's and 2 otherwise. Set the same rho in the rule and in EvaConfig, or collect with a larger r."
         )
-    return explained_shares(name, tensors)
+    return variance_shares(tensors["principal.singular_values"], tensors["principal.total_variance"])
 
 
 def _importance(targets: list[Target], stats: Stats) -> dict[str, float]:
@@ -236,6 +246,8 @@ def with_ranks(
         ConfigError: a target has no rank, a rank no target, or all are 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
+    model = user_model(model)
+    require_config(config)
     targets = find_targets(model, config)
     _check_ranks(targets, ranks)
     kept = [target for target in targets if ranks[target.full_name]]
@@ -263,6 +275,8 @@ def with_ranks(
 
 
 def _check_ranks(targets: list[Target], ranks: Mapping[str, int]) -> None:
+    if not isinstance(ranks, Mapping):
+        raise ConfigError(f"ranks must be a mapping of full names to ranks, found {found(ranks)}.")
     names = [target.full_name for target in targets]
     missing, unknown = [name for name in names if name not in ranks], [name for name in ranks if name not in names]
     if missing or unknown:

@@ -17,11 +17,9 @@ from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_lab
 from lorafa.checks import check_choice, names
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError
-from lorafa.initializers.gora import GoraConfig
-from lorafa.method_configs import EvaConfig
 from lorafa.modes import evaluating
 from lorafa.peft_model import PeftModel, get_peft_model
-from lorafa.ranks import RankRule, choose_ranks, require_rule, with_ranks
+from lorafa.ranks import RHO, RankRule, choose_ranks, require_rule, with_ranks
 from lorafa.statistics import Statistics, require_config, require_statistics, statistics_of
 from lorafa.surgery.build import Options
 from lorafa.surgery.plan import plan
@@ -139,7 +137,7 @@ def initialize(
     require_config(config)
     _require_heldout(config, heldout)
     if ranks is not None:
-        collecting = _united(ranks, collecting)
+        collecting = _united(config, ranks, collecting)
     _require_room(model, config, adapter_name)
     stats = collect_statistics(model, config, data, loss=loss, **collecting)
     return start_from(
@@ -193,7 +191,7 @@ def _require_heldout(config: LoraConfig, heldout: Any) -> None:
         require_batches("heldout", heldout)
 
 
-def _united(rule: RankRule, collecting: Mapping[str, Any]) -> dict[str, Any]:
+def _united(config: LoraConfig, rule: RankRule, collecting: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`collect_statistics` is told by the caller, and for the rule.
 
     Raises:
@@ -209,6 +207,12 @@ def _united(rule: RankRule, collecting: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             "RankRule('importance') reads single entries of the gradients, and dense=False keeps sketches of them "
             "only. Drop dense=False, or choose another rule."
+        )
+    rho = getattr(config.start_settings(), "rho", RHO)
+    if rule.rule == "explained_variance" and (rule.rho or RHO) > rho:
+        raise ConfigError(
+            f"RankRule('explained_variance') with rho={rule.rho or RHO:g} chooses among more directions than are "
+            f"collected, those of rho={rho:g}: of EvaConfig with EVA, {RHO:g} otherwise. Set the same rho in both."
         )
     also = [*names("also", collecting.get("also", ())), *read.pop("also", ())]
     return read | dict(collecting) | {"also": also}
@@ -229,26 +233,19 @@ def _with_start(
     with ``use_rslora`` shares ranks out by its own rule: its scaling is alpha / sqrt(r) of the layer's new rank.
     """
     _require_heldout(config, heldout)
-    if isinstance(stats, Statistics):
-        stats.check_fits(model)
     rule = _own_rule(config) if ranks is None else ranks
     if rule is not None:
-        settings = config.start_settings()
-        keep = getattr(settings, "adjust_scaling_factors", True)
-        if ranks is None and isinstance(settings, GoraConfig) and config.use_rslora:
-            keep = False
+        of_new_rank = ranks is None and config.use_rslora and config.start.initializer.own_scaling
+        keep = getattr(config.start_settings(), "adjust_scaling_factors", True) and not of_new_rank
         config = with_ranks(model, config, choose_ranks(model, config, stats, rule), keep_scaling=keep)
     return config if heldout is None else best_gamma(model, config, stats, heldout, loss=loss)
 
 
 def _own_rule(config: LoraConfig) -> RankRule | None:
-    """EVA shares its ranks out unless ``rho`` is 1, GoRA unless ``share_ranks`` is off."""
-    settings = config.start_settings()
-    if isinstance(settings, EvaConfig) and settings.rho > 1:
-        return RankRule("explained_variance", rho=settings.rho)
-    if isinstance(settings, GoraConfig) and settings.share_ranks:
-        return RankRule("importance", r_min=max(config.r // 2, 1), r_max=4 * config.r)
-    return None
+    """What the start shares its ranks out by where the caller names no rule; None: the config's ranks stay."""
+    own = config.start.initializer.own_ranks
+    fields = None if own is None else own(config.start_settings(), config.r)
+    return None if fields is None else RankRule(**fields)
 
 
 def best_gamma(

@@ -21,12 +21,12 @@ from lorafa.calibration.projections import Projections
 from lorafa.checks import found, names
 from lorafa.config import LoraConfig, require_available
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
-from lorafa.fingerprint import compare_fingerprints, from_metadata, to_metadata
+from lorafa.fingerprint import compare_fingerprints, digest_of_all, from_metadata, to_metadata
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.files import read_tensors, write_tensors
 from lorafa.surgery.adapters import disabled
 from lorafa.surgery.targets import Target, find_targets
-from lorafa.surgery.walk import adapter_names
+from lorafa.surgery.walk import adapter_names, skeleton
 
 _SEPARATOR = "::"
 _KEPT = "_lorafa_statistics"
@@ -183,6 +183,8 @@ def statistics_of(
             "there. Make the folder, or name a file in another one."
         )
     about = _about(model, config, targets, wanted, options, batches.digest)
+    if cache is not None:
+        about["key"] += digest_of_all(_base_tensors(model))
     if cache is not None and Path(cache).exists():
         stored = Statistics.load(cache)
         if stored.about.get("key") == about["key"] and batches.digest in (None, stored.about.get("data")):
@@ -254,6 +256,14 @@ def _linear_shape(target: Target) -> tuple[int, int]:
             "it out with exclude_modules, or choose another start."
         )
     return target.backend.shape(target.base)
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of the model without those of adapters."""
+    for path, module in skeleton(model):
+        plain = path.replace(".base_layer", "")
+        held = module._parameters | module._buffers
+        yield from ((f"{plain}.{name}", tensor) for name, tensor in held.items() if tensor is not None)
 
 
 def _finish(wanted: Sequence[str], values: Mapping[str, dict[str, Tensor]]) -> None:

@@ -19,6 +19,7 @@ from lorafa import (
     LoraConfig,
     RankRule,
     Statistics,
+    choose_ranks,
     collect_statistics,
     estimate_gradients,
     get_eva_state_dict,
@@ -27,6 +28,7 @@ from lorafa import (
     initialize_lora_eva_weights,
     preprocess_corda,
     start_from,
+    with_ranks,
 )
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError, LoraError, TargetError
 from lorafa.starting import best_gamma
@@ -261,3 +263,47 @@ def test_statistics_that_would_not_be_read_or_are_of_other_weights() -> None:
         other.first.weight.add_(1)
     with pytest.raises(CalibrationError, match=r"The statistics were collected on another model: 1 of 3 layers"):
         start_from(other, config("gaussian"), stats, ranks=RankRule("energy"))
+
+
+def test_ranks_from_statistics_that_are_none_or_of_another_model() -> None:
+    stats = collect_statistics(Toy(), config(), inputs(), loss=loss)
+    refused(
+        CalibrationError,
+        r"Ranks are chosen by statistics, and stats is None",
+        lambda m: choose_ranks(m, config(), None),
+    )
+    refused(
+        ConfigError,
+        r"ranks must be a mapping of full names to ranks, found \[4, 4\]",
+        lambda m: with_ranks(m, config(), [4, 4]),
+    )
+    other = Toy()
+    with torch.no_grad():
+        other.second.weight.mul_(2)
+    with pytest.raises(CalibrationError, match=r"The statistics were collected on another model"):
+        choose_ranks(other, config(), stats)
+    adapted = get_peft_model(Toy(), config("gaussian"))
+    assert choose_ranks(adapted, config(), stats) == choose_ranks(Toy(), config(), stats)
+
+
+def test_rho_of_a_rule_beyond_what_is_collected() -> None:
+    text = r"with rho=4 chooses among more directions than are collected, those of rho=2: of EvaConfig with EVA, 2"
+    rule = RankRule("explained_variance", rho=4)
+    refused(ConfigError, text, lambda model: initialize(model, config(), inputs(), loss=loss, ranks=rule))
+
+
+def test_fewer_directions_than_ranks_make_a_smaller_adapter_and_it_is_said() -> None:
+    few = [torch.randn(1, 3, 40, dtype=torch.float64)]
+    with pytest.warns(UserWarning, match=r"The data has \d+ principal directions for the 36 ranks of the config"):
+        initialize(Toy(), config("eva", r=12), few)
+
+
+def test_inputs_that_are_not_finite_leave_a_layer_its_rank() -> None:
+    data = inputs(in_=16)
+    model = Toy(in_=16)
+    with torch.no_grad():
+        model.first.weight[0, 0] = torch.inf  # what follows sees inputs that are not finite
+    with pytest.warns(UserWarning, match=r"The input of 1 of 3 layers is not finite, and their ranks stay"):
+        adapted = initialize(model, config("eva"), data)
+    ranks = {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()}
+    assert ranks["last"] == 2

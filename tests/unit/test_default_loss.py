@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafa import LoraConfig, Statistics, collect_statistics, initialize
+from lorafa import LoraConfig, Statistics, collect_statistics, get_eva_state_dict, initialize
 from lorafa.calibration.loss import LENGTHS
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
@@ -228,3 +228,16 @@ def test_a_run_on_a_model_whose_loss_is_its_own() -> None:
     adapter = LoraConfig(r=2, target_modules=TARGETS, init_seed=0, **start_fields(init))
     rows = [Sample([1, 2, n, 4], [-100, 2, n, 4]) for n in range(3, 20)]
     assert start_adapter(model, adapter, init, rows, Collator(0)).record["stable_gamma"] > 0
+
+
+def test_one_label_for_a_row_says_nothing_of_its_tokens() -> None:
+    """EVA leaves out tokens without a label; a classifier has labels for whole rows."""
+    settings = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**settings, num_attention_heads=2))
+    batches = [rows_of(9, 5) | {"labels": torch.tensor([0, 1])} for _ in range(2)]
+    adapter = LoraConfig(r=2, target_modules=["query"], init_lora_weights="eva", eva_config={"rho": 1.0, "tau": 1.0})
+    stats = collect_statistics(model, adapter, batches)
+    without = collect_statistics(model, adapter, [{k: v for k, v in b.items() if k != "labels"} for b in batches])
+    for layer in stats:
+        assert torch.equal(stats[layer]["principal.tokens"], without[layer]["principal.tokens"])
+    assert set(get_eva_state_dict(model, batches, adapter, show_progress_bar=False)) == set(stats)

@@ -136,6 +136,26 @@ def test_the_cache_serves_the_same_question_and_no_other(tmp_path: Path) -> None
     assert calls
 
 
+def test_the_cache_of_one_model_does_not_serve_another(tmp_path: Path) -> None:
+    """Other weights anywhere are another model, an adapter that is off is not."""
+    settings, calls, file = config(target_modules=["first"]), [0], tmp_path / "statistics.safetensors"
+
+    def counted(model: nn.Module, x: Tensor) -> Tensor:
+        calls[0] += 1
+        return loss(model, x)
+
+    def collects(model: nn.Module) -> bool:
+        before = calls[0]
+        collect_statistics(model, settings, inputs(1), loss=counted, cache=file)
+        return calls[0] > before
+
+    changed = Toy()
+    with torch.no_grad():
+        changed.last.weight[1, 1] += 0.1
+    adapted = get_peft_model(Toy(), config("gaussian", target_modules=["second"]))
+    assert [collects(model) for model in (Toy(), Toy(), adapted, changed, changed)] == [True, False, False, True, False]
+
+
 @pytest.mark.parametrize("by_step", [False, True], ids=["loss", "train_step"])
 def test_the_cache_of_one_loss_does_not_serve_another(by_step: bool, tmp_path: Path) -> None:
     """Two lambdas have one name, and a callable object has a type's."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorafa.calibration.base import Statistic
 from lorafa.calibration.batches import Asked, Batches
+from lorafa.calibration.masks import counted
 from lorafa.calibration.processes import distributed, gathered, of_first, rank
 from lorafa.calibration.sharing import Entry, Sharing, agree
 from lorafa.calibration.state import calibrating
@@ -41,14 +42,10 @@ class _Masks:
 
     def rows(self, x: Tensor, tokens: str, ignored: int = IGNORE_INDEX) -> Tensor:
         """The rows (T, in) of an input (..., in) that count."""
-        keep = None if tokens == "all" else self.attended
-        if tokens == "labelled" and self.labels is not None:
-            labelled = self.labels != ignored
-            keep = labelled if keep is None or keep.shape != labelled.shape else keep & labelled
+        attended = None if tokens == "all" else self.attended
+        keep = counted(x.shape[:-1], attended, self.labels if tokens == "labelled" else None, ignored)
         flat = x.reshape(-1, x.shape[-1])
-        if keep is None or keep.shape != x.shape[:-1]:
-            return flat
-        return flat[keep.reshape(-1).to(flat.device)]
+        return flat if keep is None else flat[keep.reshape(-1).to(flat.device)]
 
 
 class _Pass:

@@ -9,23 +9,15 @@ from typing import Any, Literal
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.checks import check_int, found
-from lorafa.config_checks import settings_field
+from lorafa.config_checks import settings_class, settings_field
 from lorafa.errors import ConfigError, did_you_mean
 from lorafa.initializers import INITIALIZERS, Start, find_start
-from lorafa.method_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from lorafa.ranks import RankRule
 
 STARTS: Mapping[str, bool | str] = {"default": True, "kaiming": True, "random": False, "svd": "pissa"}
 """Names of starts that LoraConfig spells otherwise; "svd" is what LoRA-One's scripts call PiSSA."""
 ONE_STEP = ("LoRA-One", "LoRA-FA")
 """Directions of mode "gradient" that are LoRA-One's; the second is what some documents call it."""
-OF_PEFT: Mapping[str, type[Any]] = {
-    "eva_config": EvaConfig,
-    "corda_config": CordaConfig,
-    "loftq_config": LoftQConfig,
-    "lora_ga_config": LoraGAConfig,
-}
-"""The fields of LoraConfig for the settings of single starts, and their classes."""
 SCALES = {"gd": "gd_scale", "weightS": "weight_svd"}
 """Scales of LoRA-GA by their names in its authors' scripts -> PEFT's."""
 
@@ -153,7 +145,7 @@ def start_fields(init: InitConfig) -> dict[str, Any]:
         "exact": init.exact,
         "pivoted": init.pivoted,
     }
-    field, kind = settings_field(start), _settings_class(start)
+    field, kind = settings_field(start), settings_class(start)
     known = {one.name for one in fields(kind)} if kind is not None else set()
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
@@ -198,9 +190,3 @@ def _ignored_in_reading(init: InitConfig) -> dict[str, str]:
         return {}
     reason = "only a sketch of gradients takes more than one pass, and none is made here"
     return dict.fromkeys([name for name in changed if name == "passes"], reason)
-
-
-def _settings_class(start: Start) -> type[Any] | None:
-    """The dataclass of a start's settings."""
-    field, declared = settings_field(start), start.initializer.settings
-    return OF_PEFT.get(field or "") or (declared if isinstance(declared, type) else None)
