@@ -15,7 +15,7 @@ from lorafa.calibration.base import CalibrationOptions, Measured
 from lorafa.calibration.gradient import GradientSketch
 from lorafa.calibration.projections import Projections
 from lorafa.calibration.spectrum import Spectrum, by_budget, by_energy, by_stable_rank
-from lorafa.errors import CalibrationError
+from lorafa.errors import CalibrationError, ConfigError
 
 
 def sketched(G: Tensor, rank: int, passes: int, seed: int) -> Spectrum:
@@ -134,6 +134,7 @@ class Fed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.few, self.many, self.more = (nn.Linear(48, 48) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +171,10 @@ def test_explained_variance_is_refused_statistics_of_fewer_directions_than_rho_a
     with pytest.raises(CalibrationError, match=text):
         choose_ranks(Fed(), small, collect_statistics(Fed(), small, white()), RankRule("explained_variance"))
     rule = RankRule("explained_variance", rho=3.0)
+    given = collect_statistics(Fed(), fed("lora_one"), white(), also=["principal"], **both)
     with pytest.raises(CalibrationError, match=r"rho=3 chooses among the first 6 .* hold 4: .* collect with a larger"):
+        choose_ranks(Fed(), fed("lora_one"), given, rule)
+    with pytest.raises(ConfigError, match=r"rho=3 chooses among more directions than are collected, those of rho=2"):
         initialize(Fed(), fed("lora_one"), white(), ranks=rule, **both)
     stats = collect_statistics(Fed(), fed("lora_one", r=3), white(), also=["principal"], **both)
     assert choose_ranks(Fed(), fed("lora_one"), stats, rule)["few"] == 6

@@ -333,9 +333,14 @@ def test_a_layer_whose_input_does_not_vary_gets_no_rank() -> None:
 
 
 def test_inputs_that_are_not_finite_choose_no_ranks() -> None:
-    stats = {"first": directions(3.0, 1.0, total=10.0), "second": directions(torch.nan, 1.0, total=torch.nan)}
-    with pytest.raises(CalibrationError, match="The inputs of 'second' are not finite"):
-        choose_ranks(Model(), CONFIG, stats, RankRule("explained_variance"))
+    bad = directions(torch.nan, 1.0, total=torch.nan)
+    stats = {"first": directions(3.0, 1.0, 0.1, 0.1, total=10.0), "second": bad}
+    rule = RankRule("explained_variance")
+    before = CONFIG.r
+    with pytest.warns(UserWarning, match="The input of 1 of 2 layers is not finite, and their ranks stay .*: second"):
+        assert choose_ranks(Model(), CONFIG, stats, rule) == {"first": before, "second": before}
+    with pytest.raises(CalibrationError, match="No layer has a finite input, so there is nothing to choose ranks by"):
+        choose_ranks(Model(), CONFIG, {"first": bad, "second": bad}, rule)
 
 
 def broken(values: list[float]) -> dict[str, Tensor]:
