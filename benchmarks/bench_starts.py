@@ -8,7 +8,8 @@ each exact gradient's best eight directions (summed in float64 over the same row
 weights: seconds get_peft_model takes with starts computed from weights, and what pissa's triplets hold of the energy of
 the exact ones.
 inputs: seconds from the plain model to an adapter started by CorDA or EVA over the same rows, one at a time, float32,
-rank 16, and what CorDA's triplets hold of the energy of the exact ones.
+rank 16; of CorDA also without those from the first to the last call of the model, which both libraries need alike, and
+what its triplets hold of the energy of the exact ones.
 paper: bytes of the sketches of larger models at rank 8, from shapes alone.
 """
 
@@ -254,6 +255,9 @@ class Inputs:
         self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.rows = rows_of(data, rows, tokenizer)
         self.library, self.start = library, start
+        self.calls: list[float] = []
+        self.model.register_forward_pre_hook(lambda *_: self.calls.append(time.perf_counter()))
+        self.model.register_forward_hook(lambda *_: self.calls.append(time.perf_counter()))
 
     def _config(self, library: Any) -> Any:
         import peft.tuners.lora.config
@@ -291,11 +295,16 @@ class Inputs:
     def run(self) -> float:
         """Seconds from the plain model to the started adapter."""
         start = time.perf_counter()
+        self.calls.clear()
         adapted = self._adapted()
         seconds = time.perf_counter() - start
         self.model = adapted.unload()
         self.model.load_state_dict(self.state)
         return seconds
+
+    def run_alone(self) -> float:
+        """The same without those from the first to the last call of the model."""
+        return self.run() - (self.calls[-1] - self.calls[0])
 
     def captured(self) -> dict[str, float]:
         """What B's columns hold of the energy of the best directions of W C, mean and smallest over the layers."""
@@ -325,6 +334,10 @@ def inputs(data: str, rows: int, repeats: int) -> None:
         taken = {name: median(values) for name, values in interleave([ours, theirs], "run", repeats).items()}
         emit(benchmark=NAME, start=start, seconds={name: round(value, 2) for name, value in taken.items()})
         verdict(NAME, f"{start} / PEFT's", taken["lorafa"] / taken["peft"], target)
+        if start == "corda":
+            alone = {n: median(v) for n, v in interleave([ours, theirs], "run_alone", repeats, warmups=0).items()}
+            emit(benchmark=NAME, start=start, seconds_without_passes={n: round(v, 2) for n, v in alone.items()})
+            verdict(NAME, "corda without the passes / PEFT's", alone["lorafa"] / alone["peft"], target)
         ours.close()
         theirs.close()
 

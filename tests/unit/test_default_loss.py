@@ -89,10 +89,9 @@ def lengths_seen(model: Any, batches: list[Batch]) -> list[int]:
 
 
 def test_a_cpu_meets_few_lengths_and_none_beyond_the_positions_of_the_model() -> None:
-    assert lengths_seen(causal_lm(), [rows_of(n) for n in (3, 40, LENGTHS, LENGTHS + 1)]) == [
-        *(LENGTHS, LENGTHS, LENGTHS),
-        LENGTHS + 1,  # the next multiple is beyond what the model has positions for
-    ]
+    beyond = POSITIONS - 1  # there are no positions for the next multiple
+    seen = lengths_seen(causal_lm(), [rows_of(n) for n in (3, LENGTHS, LENGTHS + 1, beyond)])
+    assert seen == [LENGTHS, LENGTHS, 2 * LENGTHS, beyond]
 
 
 class Doubled(transformers.LlamaForCausalLM):  # type: ignore[misc]

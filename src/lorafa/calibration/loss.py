@@ -15,7 +15,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> a scalar."""
 _PLAIN = {"input_ids", "inputs_embeds", "attention_mask", "labels", "shift_labels"}
 """What a batch may have without the model's own loss reading more than labels."""
-LENGTHS = 64
+LENGTHS = 32
 """On a CPU, batches are padded to multiples of so many tokens where nothing but gradients is read."""
 
 
