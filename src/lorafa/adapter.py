@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorafa.linalg import working_dtype as working_dtype
+from lorafa.linalg import working_dtype
 
 if TYPE_CHECKING:
     from lorafa.layers.base import LoraLayer

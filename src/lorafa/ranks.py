@@ -59,7 +59,7 @@ class RankRule:
     (needs whole gradients: out x in numbers of float32 for every layer at once, where a sketch of one pass takes
     4 r out + 8 r in)."""
     r_min: int | None = None
-    """None: 1, and 2 of "budget" where the config's ranks are above 2 on average (ALGORITHMS 2.3; at 2 nothing would be
+    """None: 1, and 2 of "budget" where the config's ranks are above 2 on average (at 2 nothing would be
     left to share out). "explained_variance" has none: a layer may get 0."""
     r_max: int | None = None
     """None: four times the config's r. "explained_variance" has round(rho r) of each layer. A start that takes

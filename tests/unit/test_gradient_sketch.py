@@ -1,4 +1,4 @@
-"""Gradients without gradients: against autograd's weight gradients, in float64 (ALGORITHMS 3.7)."""
+"""Gradients without gradients: against autograd's weight gradients, in float64."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ SPECTRA = {"i^-1/2": 0.5, "i^-1": 1.0, "i^-2": 2.0}
 @pytest.mark.parametrize("power", SPECTRA.values(), ids=SPECTRA)
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_error_on_decaying_spectra_is_close_to_the_best(power: float, passes: int) -> None:
-    """||G - [G^]_r|| <= 2 times that of the best rank-r matrix, 1.1 times with a power iteration (ALGORITHMS 3.6)."""
+    """||G - [G^]_r|| <= 2 times that of the best rank-r matrix, 1.1 times with a power iteration."""
     values = torch.arange(1, 301, dtype=torch.float64).pow(-power)
     G, r = with_spectrum(values, 300, 400), 8
     top = gradient_triplets(planted(G, r, dense=False, passes=passes)).at(slice(0, r))
@@ -183,7 +183,7 @@ def rotated(values: Tensor) -> Tensor:
 
 
 def test_whitening_caps_the_condition_of_the_damped_second_moment_at_ten_thousand() -> None:
-    """One direction of the inputs dwarfs 399 others: damping alone leaves a condition of 4e4 (ALGORITHMS 2.3 ii)."""
+    """One direction of the inputs dwarfs 399 others: damping alone leaves a condition of 4e4."""
     values = torch.cat([torch.linspace(1e-9, 1e-3, 399, dtype=torch.float64), torch.tensor([4e2]).double()])
     found = torch.linalg.eigvalsh(whitening(rotated(values))).pow(-2)
     largest = values[-1] + 0.01 * values.mean()
@@ -267,7 +267,7 @@ def test_a_layer_no_batch_reached_has_a_gradient_of_zero() -> None:
 
 
 def test_whole_gradients_are_added_up_where_that_is_no_more_work_than_sketching() -> None:
-    """(k + l + q) (m + n) products for each token against m n (ALGORITHMS 3.5): at r = 4, 59 (m + n)."""
+    """(k + l + q) (m + n) products for each token against m n: at r = 4, 59 (m + n)."""
     for size, dense in ((118, True), (119, False)):
         layer = nn.Sequential(nn.Linear(size, size))
         assert statistics(layer, 4, layers=("0",))["0"]["gradient"].dense == dense  # type: ignore[attr-defined]

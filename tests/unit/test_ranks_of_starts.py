@@ -1,4 +1,4 @@
-"""Starts that choose their own ranks: GoRA's by importance, of whole gradients (ALGORITHMS 1.17)."""
+"""Starts that choose their own ranks: GoRA's by importance, of whole gradients."""
 
 from __future__ import annotations
 

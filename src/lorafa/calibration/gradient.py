@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorafa.adapter import working_dtype
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.processes import of_first
 from lorafa.errors import CalibrationError
-from lorafa.linalg import SVD, leading_svd, spd_eigh, svd_within
+from lorafa.linalg import SVD, leading_svd, spd_eigh, svd_within, working_dtype
 
 CHECK_ROWS = 10
 """Rows of Theta: the estimate of a squared norm has a relative standard deviation of at most sqrt(2 / 10)."""
@@ -36,8 +35,8 @@ alone leaves 1e2 times in."""
 def sketch_sizes(rank: int, passes: int) -> tuple[int, int]:
     """(k, l): columns of the range sketch and rows of the co-range sketch for ``rank`` triplets.
 
-    With one pass k = 4 r and l = 2 k + 1 (ALGORITHMS 3.6: 97 % of the energy of the best r triplets and more). With
-    more passes k = 2 r + 8, and there is no co-range sketch.
+    With one pass k = 4 r and l = 2 k + 1, which hold 97 % of the energy of the best r triplets and more on SmolLM2-135M
+    (docs/LOG.md). With more passes k = 2 r + 8, and there is no co-range sketch.
     """
     return (4 * rank, 8 * rank + 1) if passes == 1 else (2 * rank + 8, 0)
 
@@ -280,7 +279,7 @@ class GradientSketch(Statistic):
 
 
 class WhitenedGradientSketch(GradientSketch):
-    """The same for G C^-1/2, with C the damped second moment of the inputs (ALGORITHMS 2.3 ii)."""
+    """The same for G C^-1/2, with C the damped second moment of the inputs: see ``functional``."""
 
     after = ("second_moment",)
 
@@ -303,7 +302,7 @@ class WhitenedGradientSketch(GradientSketch):
 
 
 def whitening(C: Tensor) -> Tensor:
-    """M^-1/2 of the metric M that a second moment C (in, in) stands for, in C's dtype (ALGORITHMS 2.3 ii).
+    """M^-1/2 of the metric M that a second moment C (in, in) stands for, in C's dtype.
 
     M is C + d I with d = 0.01 of C's mean eigenvalue, and its eigenvalues below 1e-4 of the largest are raised to that.
     Sketch and start both call this, so that the step is undone in the metric it was found in. nan where C is not
@@ -321,7 +320,7 @@ def cross_validated(first: SVD, second: Tensor) -> Tensor:
     """u_i^T G2 v_i for the triplets of one half sample and the gradient (out, in) of the other, (k,).
 
     The halves are independent and G2 enters linearly, so this is an unbiased estimate of what direction i holds of the
-    population's gradient, where S is inflated by noise: near zero for a direction that is noise (ALGORITHMS 2.3). With
+    population's gradient, where S is inflated by noise: near zero for a direction that is noise. With
     one pass G2 is known through its sketch only, within the range of the first half.
     """
     return (first.U * (second @ first.Vh.mT)).sum(0)

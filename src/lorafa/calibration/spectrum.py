@@ -13,9 +13,9 @@ from torch import Tensor
 from lorafa.errors import CalibrationError, ConfigError
 
 THRESHOLD = 0.25
-"""Share of its singular value that a direction must hold in the other half sample to count (ALGORITHMS 2.3)."""
+"""Share of its singular value that a direction must hold in the other half sample to count: noise scores near zero."""
 SHARE = 0.9
-"""Share of a gradient's energy that its ranks must hold (ALGORITHMS 2.3)."""
+"""Share of a gradient's energy that its ranks must hold."""
 
 
 @dataclass(frozen=True)

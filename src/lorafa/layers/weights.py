@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import full_precision, working_dtype
+from lorafa.adapter import full_precision
 from lorafa.backends.base import is_finite
 from lorafa.errors import AdapterError, BackendError
+from lorafa.linalg import working_dtype
 
 if TYPE_CHECKING:
     from lorafa.adapter import Adapter

@@ -8,8 +8,8 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import working_dtype
 from lorafa.errors import DivergedError
+from lorafa.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair, by_shape, check_finite
 
 CACHED_BYTES = 8 * 2**20

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lorafa.adapter import working_dtype
 from lorafa.checks import check_betas, check_number, found
 from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigError
+from lorafa.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair, check_finite
 
 _OF_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})

@@ -17,10 +17,10 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import full_precision, working_dtype
+from lorafa.adapter import full_precision
 from lorafa.checks import check_number
 from lorafa.errors import AdapterError
-from lorafa.linalg import gram_cholesky, spd_inverse
+from lorafa.linalg import gram_cholesky, spd_inverse, working_dtype
 from lorafa.optimizers.batches import PairBatch, batches_of
 from lorafa.optimizers.pairs import Pair, check_finite
 

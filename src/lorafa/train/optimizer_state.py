@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lorafa.adapter import working_dtype
+from lorafa.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafa.adapter import Adapter, full_precision, working_dtype
+from lorafa.adapter import Adapter, full_precision
 from lorafa.functional import low_rank_linear
 from lorafa.initializers.base import LayerSpec
+from lorafa.linalg import working_dtype
 from lorafa.variants.base import Variant
 
 _TINY = 1e-30  # of a squared norm in float32: an all-zero row keeps a finite gain

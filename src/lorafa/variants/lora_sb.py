@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafa.adapter import full_precision, working_dtype
+from lorafa.adapter import full_precision
 from lorafa.initializers.base import LayerSpec
+from lorafa.linalg import working_dtype
 from lorafa.variants.lora import LoRA
 
 
