@@ -196,10 +196,14 @@ def test_a_training_step_that_begins_with_train_has_no_dropout_either() -> None:
         model.train()
         model(**rows_of(9)).loss.backward()
 
-    first, second = (collect_statistics(model.eval(), config, step) for _ in range(2))
-    assert not model.training
-    for layer in first:
-        assert torch.equal(first[layer]["gradient.S"], second[layer]["gradient.S"])
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return own(model.train(), batch)
+
+    for data, given in ((step, None), ([rows_of(9)], loss)):
+        first, second = (collect_statistics(model.eval(), config, data, loss=given) for _ in range(2))
+        assert not model.training
+        for layer in first:
+            assert torch.equal(first[layer]["gradient.S"], second[layer]["gradient.S"])
 
 
 def test_masks_given_by_position_leave_padding_out() -> None:

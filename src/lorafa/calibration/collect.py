@@ -251,7 +251,7 @@ class _CallStart:
         current = self.current
         if not current.announced:
             current.sharing.next_call()
-            current.set_modes()
+        current.set_modes()  # a loss or a training step may have begun with model.train()
         names = inspect.signature(model.forward).parameters
         current.masks, current.announced = _Masks.of(dict(zip(names, args, strict=False)) | dict(kwargs)), False
         if current.batches.by_call:
