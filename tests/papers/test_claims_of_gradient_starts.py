@@ -234,5 +234,12 @@ def test_lora_ga_needs_two_r_directions() -> None:
 def test_gamma_auto_is_for_initialize() -> None:
     with pytest.raises(ConfigError, match=r"stable_gamma='auto' is found by the loss on held-out rows\. Call lorafa"):
         start("lora_one", LoraOneConfig(stable_gamma="auto"))
-    with pytest.raises(ConfigError, match=r"'auto' searches the gamma of scale='stable', and scale is 'unit'"):
-        LoraOneConfig(scale="unit", stable_gamma="auto")
+
+
+@pytest.mark.parametrize("scale", ["unit", "gd", "weightS"])
+@pytest.mark.parametrize("gamma", ["auto", 64.0])
+def test_gamma_is_that_of_stable(scale: str, gamma: float | str) -> None:
+    assert LoraOneConfig(scale="stable", stable_gamma=gamma).stable_gamma == gamma
+    text = rf"stable_gamma={gamma!r} is the gamma of scale='stable', and scale is '{scale}'\. Set"
+    with pytest.raises(ConfigError, match=text):
+        LoraOneConfig(scale=scale, stable_gamma=gamma)

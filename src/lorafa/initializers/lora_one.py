@@ -38,9 +38,9 @@ class LoraOneConfig:
         check_choice("normalize", self.normalize, ("layer", "global", "none"))
         if self.stable_gamma != "auto":
             check_number("stable_gamma", self.stable_gamma, "a number > 0, or 'auto'", 0)
-        elif self.scale != "stable":
+        if self.scale != "stable" and self.stable_gamma != type(self).stable_gamma:
             raise ConfigError(
-                f"stable_gamma='auto' searches the gamma of scale='stable', and scale is {self.scale!r}. Set "
+                f"stable_gamma={self.stable_gamma!r} is the gamma of scale='stable', and scale is {self.scale!r}. Set "
                 "scale='stable' or drop stable_gamma."
             )
 
