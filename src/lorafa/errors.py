@@ -1,4 +1,4 @@
-"""Every error the library raises on purpose.
+"""Every error the library raises on purpose, and how it warns.
 
 LoraError
   ConfigError         a setting is wrong before any work started       (also a ValueError)
@@ -17,7 +17,10 @@ LoraError
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
 
 
 class LoraError(Exception):
@@ -66,6 +69,18 @@ class DataError(LoraError, ValueError):
 
 class SourceError(LoraError, OSError):
     """A model or dataset could not be fetched, or is not what it should be."""
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the caller's line: the nearest one outside of lorafa, and of torch, through which it calls."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in ("lorafa", "torch", "contextlib")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

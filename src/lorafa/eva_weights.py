@@ -14,7 +14,7 @@ from lorafa.calibration.loss import call
 from lorafa.calibration.masks import counted
 from lorafa.calibration.processes import distributed
 from lorafa.config import LoraConfig
-from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten
+from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten, warn
 from lorafa.initializers.base import check_singular_vectors
 from lorafa.initializers.eva import directions_as_A
 from lorafa.io.peft_format import PREFIX
@@ -205,10 +205,9 @@ def initialize_lora_eva_weights(
     inner, config = _model_and_config(model, None, adapter_name)
     require_unmerged(inner, adapter_name, "starting it again")
     if eva_state_dict is not None and dataloader is not None:
-        warnings.warn(
+        warn(
             "initialize_lora_eva_weights was given eva_state_dict= and dataloader=: the adapter starts from the state "
             "dict, and the data are not looked at. Leave one of them out.",
-            stacklevel=2,
         )
     if eva_state_dict is None:
         if dataloader is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -27,7 +26,7 @@ from lorafa.calibration.spectrum import (
 )
 from lorafa.checks import check_choice, check_int, check_number, found
 from lorafa.config import LoraConfig
-from lorafa.errors import CalibrationError, ConfigError, shorten
+from lorafa.errors import CalibrationError, ConfigError, shorten, warn
 from lorafa.initializers.base import Initializer
 from lorafa.initializers.stages import numerical_rank
 from lorafa.statistics import Statistics, require_config, require_statistics
@@ -183,10 +182,9 @@ def _finite(what: str, layers: dict[str, T], is_finite: Callable[[T], bool]) -> 
             "model's loss on them is finite."
         )
     if bad:
-        warnings.warn(
+        warn(
             f"The {what} of {len(bad)} of {len(layers)} layers is not finite, and their ranks stay as they are: "
             f"{shorten(bad, 3)}.",
-            stacklevel=3,
         )
     return found
 
@@ -197,10 +195,9 @@ def _all_of(ranks: dict[str, int], before: Mapping[str, int]) -> dict[str, int]:
     if not given:
         raise ConfigError("Every layer would get rank 0: the statistics see no direction at all. Use more data.")
     if given < asked:
-        warnings.warn(
+        warn(
             f"The data has {given} principal directions for the {asked} ranks of the config: the adapter is smaller "
             "than it says. Use more data.",
-            stacklevel=3,
         )
     return ranks
 

@@ -16,7 +16,7 @@ from lorafa.calibration.batches import device_of, digest_of, moved, of_data, of_
 from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_label, scalar
 from lorafa.checks import check_choice, names
 from lorafa.config import LoraConfig
-from lorafa.errors import AdapterError, CalibrationError, ConfigError
+from lorafa.errors import AdapterError, CalibrationError, ConfigError, warn
 from lorafa.modes import evaluating
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.ranks import RHO, RankRule, choose_ranks, require_rule, with_ranks
@@ -280,16 +280,14 @@ def best_gamma(
         )
     best = min(finite, key=finite.__getitem__)
     if best == GAMMAS[0]:
-        warnings.warn(
+        warn(
             f"stable_gamma='auto': the loss falls down to the smallest gamma tried, {best:g}: a larger step than any "
             f"may be better. Compare it with a smaller number, stable_gamma={best / 2:g}.",
-            stacklevel=3,
         )
     if best == GAMMAS[-1]:
-        warnings.warn(
+        warn(
             f"stable_gamma='auto': the loss falls up to the largest gamma tried, {best:g}: a smaller step than any may "
             "be better, and the default start none at all.",
-            stacklevel=3,
         )
     return replace(config, init_config=replace(config.init_config, stable_gamma=best))
 

@@ -240,8 +240,6 @@ def test_gamma_auto_says_when_the_best_is_an_end_of_its_range_and_when_none_work
 def test_saved_starts_from_data_load_with_equal_outputs(tmp_path: Path) -> None:
     data, x = inputs(), inputs()[0]
     for start in ("lora_ga", "lora_one", "functional", "gora"):
-        if start == "functional":
-            pytest.importorskip("lorafa.calibration.moments")
         adapted = initialize(Toy(), config(start), data, loss=loss).eval()
         adapted.save_pretrained(tmp_path / start)
         assert torch.equal(PeftModel.from_pretrained(Toy(), tmp_path / start)(x), adapted(x))

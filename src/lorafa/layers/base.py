@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from lorafa.adapter import Adapter, Start, scaling
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
-from lorafa.errors import AdapterError, BackendError, ConfigError
+from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
 from lorafa.layers.weights import device_of, updated_bias, with_changes
 
@@ -86,9 +85,8 @@ class LoraLayer(nn.Module):
                 f"{name}: lora_bias is not defined on {cls.kind} layers. Exclude it, or set lora_bias=False."
             )
         if config.lora_dropout and not cls.takes_dropout:
-            warnings.warn(
+            warn(
                 f"{name}: lora_dropout does not act on {cls.kind} layers: the update has no input to drop there.",
-                stacklevel=2,
             )
 
     @classmethod

@@ -16,7 +16,6 @@ step, as documented; torch's AdamW the other way round.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafa.checks import check_choice, check_flag
-from lorafa.errors import AdapterError, ConfigError
+from lorafa.errors import AdapterError, ConfigError, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import AdamWSteps
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_idle_pairs, check_state
@@ -178,10 +177,9 @@ def _freeze(model: nn.Module, pairs: Sequence[Pair]) -> None:
         for table, configs in _configs(model, pairs)
     ]
     if not frozen:
-        warnings.warn(
+        warn(
             f"{type(model).__name__} holds no config of its adapters, so a file of theirs will not say that A is "
             "frozen. Pass the PeftModel itself.",
-            stacklevel=3,
         )
     for pair in pairs:
         pair.layer.trains[pair.name] = "B"

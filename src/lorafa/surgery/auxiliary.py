@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -11,7 +10,7 @@ from itertools import chain
 from torch import nn
 
 from lorafa.config import LoraConfig, TaskType
-from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten
+from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
@@ -86,10 +85,9 @@ def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = Fals
             "ensure_weight_tying=False."
         )
     if not (to_save or to_adapt or config.trainable_token_indices):
-        warnings.warn(
+        warn(
             "ensure_weight_tying=True has nothing to tie: no module that target_modules or modules_to_save names "
             "shares its weight with another one.",
-            stacklevel=2,
         )
     saved_names = [*(config.modules_to_save or ()), *chain(*to_save.values())]
     target_names = list(chain(*to_adapt.values()))
@@ -153,7 +151,7 @@ def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -
             )
             if not lenient:
                 raise TargetError(message)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
         for place in hits:
             if not isinstance(place.module, ModulesToSaveWrapper) and any(True for _ in hosts(place.module)):
                 raise TargetError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import nn
 
+from lorafa.errors import warn
 from lorafa.surgery.adapters import require_adapters
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import Parents, hosts, lora_layers
@@ -77,8 +77,7 @@ def _loosen(model: nn.Module, tied: bool) -> None:
         head.weight = embedding.weight
         return
     model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    warnings.warn(
+    warn(
         "After merging, the output head and the input embedding hold different weights, so config.tie_word_embeddings "
         "was set to False: saved with it set to True, one of the two would be lost.",
-        stacklevel=3,
     )

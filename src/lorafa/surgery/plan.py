@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lorafa.config import LoraConfig, require_available
-from lorafa.errors import AdapterError, shorten
+from lorafa.errors import AdapterError, shorten, warn
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_tied_ends
@@ -75,11 +74,10 @@ def plan(
 def _say_fallbacks(config: LoraConfig, layers: list[PlannedLayer]) -> None:
     reasons = [f"{layer.target.full_name} ({layer.parts.fallback})" for layer in layers if layer.parts.fallback]
     if reasons:
-        warnings.warn(
+        warn(
             f"init_lora_weights={config.init_lora_weights!r} has nothing to start from on {len(reasons)} of "
             f"{len(layers)} layers, which start at random and compute what the base does: {shorten(reasons, 3)}. The "
             "adapter's file says so.",
-            stacklevel=3,
         )
 
 
@@ -87,11 +85,10 @@ def _say_what_dropout_does(config: LoraConfig, layers: list[PlannedLayer]) -> No
     """Of a start that takes something out of the base: A and B put it back, but for the columns that are dropped."""
     moved = (layer.parts.B for layer in layers if layer.parts.start is not None and not layer.parts.B.is_meta)
     if any(bool(B.any()) for B in moved):
-        warnings.warn(
+        warn(
             f"lora_dropout={config.lora_dropout} with init_lora_weights={config.init_lora_weights!r}: A and B hold a "
             "part of the base, of which dropout takes away too, so in training the first outputs are not those of the "
             "base but worse. Set lora_dropout=0, as the methods' authors do.",
-            stacklevel=3,
         )
 
 
@@ -116,10 +113,9 @@ def _with_layout(config: LoraConfig, targets: list[Target]) -> LoraConfig:
     if not config.fan_in_fan_out or False not in stored:
         return config
     layer = stored[False]
-    warnings.warn(
+    warn(
         f"fan_in_fan_out=True means weights stored as (in, out), but that of {layer.full_name!r}, a "
         f"{type(layer.base).__name__}, is (out, in): it is False there. Drop it; a layer's type says how it stores.",
-        stacklevel=2,
     )
     return config if True in stored else replace(config, fan_in_fan_out=False)
 

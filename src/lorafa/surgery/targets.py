@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig
-from lorafa.errors import TargetError, did_you_mean, shorten
+from lorafa.errors import TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
@@ -167,7 +166,7 @@ class _Patterns:
                 continue
             message = _no_match(config, field, unused, everything)
             if warn_only or field == "exclude_modules":
-                warnings.warn(message, stacklevel=2)
+                warn(message)
             else:
                 raise TargetError(message)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lorafa.errors import DivergedError, TrainingError, shorten
+from lorafa.errors import DivergedError, TrainingError, shorten, warn
 from lorafa.losses import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.checkpoints import last_checkpoint
@@ -62,9 +61,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         self.own_loss_reason = self._own_loss_reason() if chunked_loss else "chunked_loss=False"
         """Why the model's own loss is used, or None where the chunked one is."""
         if chunked_loss and self.own_loss_reason is not None:
-            warnings.warn(
-                f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.", stacklevel=2
-            )
+            warn(f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.")
         self._eval_sums = [0.0, 0.0]  # negative log-likelihood and tokens of the evaluation that runs
 
     # ---- loss -------------------------------------------------------------------------------------------------------
