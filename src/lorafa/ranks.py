@@ -122,7 +122,8 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
     what theirs cost.
 
     Raises:
-        CalibrationError: the statistics are of another model, lack what the rule reads, or are finite for no layer.
+        CalibrationError: the statistics are of another model or by other settings, lack what the rule reads, or are
+            finite for no layer.
         ConfigError: ``rule`` is no RankRule, the budget is too small, or every layer would get rank 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
@@ -135,6 +136,7 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
     require_statistics(stats)
     if isinstance(stats, Statistics):
         stats.check_fits(model)
+        stats.check_read_as(config)
     targets = find_targets(model, config)
     before = {target.full_name: target.rank for target in targets}
     shapes = {target.full_name: target.backend.shape(target.base) for target in targets}

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.batches import device_of, digest_of, moved, of_data, of_function, require_batches, shown
 from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_label, scalar
+from lorafa.calibration.processes import gathered
 from lorafa.checks import check_choice, names
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, warn
@@ -123,7 +125,8 @@ def initialize(
     Args:
         ranks: choose each layer's rank by the data; None keeps the config's, but for EVA with ``rho`` > 1 and GoRA,
             which have rules of their own.
-        heldout: batches for ``stable_gamma="auto"``, two to eight rows, as a list; not those of ``data``.
+        heldout: batches for ``stable_gamma="auto"``, two to eight rows, as a list; not those of ``data``. In several
+            processes each has its own share.
         collecting: as for :func:`collect_statistics`.
 
     Raises:
@@ -293,6 +296,7 @@ def best_gamma(
 
 
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
+    """Of the batches of all processes, in which it is the same number."""
     device, losses = device_of(model), []
     with evaluating(model):
         for number, batch in enumerate(batches, 1):
@@ -300,6 +304,7 @@ def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
             if loss is causal_loss:
                 require_label(model, batch, f"batch {number} of heldout")
             losses.append(float(scalar(loss(model, batch))))
+    losses = list(chain.from_iterable(gathered(losses)))
     if not losses:
         raise CalibrationError("heldout is empty: there is no loss to compare. Pass two to eight rows.")
     return sum(losses) / len(losses)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
-from lorafa.calibration.batches import Batches
+from lorafa.calibration.batches import Batches, digest_of
 from lorafa.calibration.collect import collect
+from lorafa.calibration.processes import gathered, rank
 from lorafa.calibration.projections import Projections
 from lorafa.checks import found, names
 from lorafa.config import LoraConfig, require_available
@@ -104,6 +105,22 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                 f"have other weights here: {shorten(other, 3)}. Collect them on this model."
             )
 
+    def check_read_as(self, config: LoraConfig) -> None:
+        """Refuse statistics that were collected by other settings than those of the config's start.
+
+        Raises:
+            CalibrationError: a setting that a statistic of this start goes by differs.
+        """
+        collected, now = self.about.get("settings") or {}, config.start_settings()
+        for need in config.start.initializer.needs:
+            for name, usual in STATISTICS.get(need).settings_read.items():
+                then, wanted = collected.get(name, usual), getattr(now, name, usual)
+                if then != wanted:
+                    raise CalibrationError(
+                        f"The statistics were collected with {name}={then!r}, and the config has {name}={wanted!r}. "
+                        "Collect them with this config, or set it as it was."
+                    )
+
 
 def require_config(config: Any) -> None:
     """Raises ConfigError for what is no LoraConfig."""
@@ -139,13 +156,14 @@ def given(model: nn.Module, config: LoraConfig, stats: Mapping[str, Mapping[str,
     """The statistics an adapter is made with: those passed, or those a preprocess function has left with the model.
 
     Raises:
-        CalibrationError: they were collected on another model, or are no statistics.
+        CalibrationError: they were collected on another model or by other settings, or are no statistics.
     """
     require_statistics(stats)
     if stats is None and config.start.initializer.needs:
         stats = model.__dict__.get(_KEPT)
     if isinstance(stats, Statistics):
         stats.check_fits(model)
+        stats.check_read_as(config)
     return stats
 
 
@@ -182,12 +200,11 @@ def statistics_of(
             f"cache={str(cache)!r} is in a folder that does not exist, so what is collected could not be written "
             "there. Make the folder, or name a file in another one."
         )
-    about = _about(model, config, targets, wanted, options, batches.digest)
+    data = _together(batches.digest)
+    about = _about(model, config, targets, wanted, options, data)
     if cache is not None:
         about["key"] += digest_of_all(_base_tensors(model))
-    if cache is not None and Path(cache).exists():
-        stored = Statistics.load(cache)
-        if stored.about.get("key") == about["key"] and batches.digest in (None, stored.about.get("data")):
+        if (stored := _stored(cache, about["key"], data)) is not None:
             _finish(wanted, stored.values_by_layer)
             return stored
     layers = {target.full_name: target.base for target in targets}
@@ -196,9 +213,34 @@ def statistics_of(
         values = collect(model, layers, statistics, batches)
     _finish(wanted, values)
     result = Statistics(values, about)
-    if cache is not None:
+    if cache is not None and rank() == 0:
         result.save(cache)
     return result
+
+
+def _together(digest: str | None) -> str | None:
+    """What tells the data of all processes apart, of which each knows its own share."""
+    digests = gathered(digest)
+    return digest if len(digests) == 1 or None in digests else digest_of(digests)
+
+
+def _stored(cache: str | Path, key: str, data: str | None) -> Statistics | None:
+    """What the file holds of this key and data; None where a process finds nothing, for all of them collect together.
+
+    Raises:
+        CheckpointError: a process cannot read it.
+    """
+    found: Statistics | CheckpointError | None = None
+    try:
+        found = Statistics.load(cache) if Path(cache).exists() else None
+    except CheckpointError as unreadable:
+        found = unreadable
+    if isinstance(found, Statistics) and (found.about.get("key") != key or data not in (None, found.about.get("data"))):
+        found = None
+    for outcome in (everyone := gathered(found if isinstance(found, CheckpointError) else found is not None)):
+        if isinstance(outcome, CheckpointError):
+            raise outcome
+    return found if isinstance(found, Statistics) and all(everyone) else None
 
 
 def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:

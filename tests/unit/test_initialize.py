@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from adapter_toys import assert_unchanged, everything
 from calibration_toys import LAYERS, Toy, gradients, inputs, loss
-from lorafa import EvaConfig, LoraConfig, PeftModel, RankRule, collect_statistics, get_peft_model, initialize
+from lorafa import (
+    CordaConfig,
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    RankRule,
+    choose_ranks,
+    collect_statistics,
+    get_peft_model,
+    initialize,
+)
 from lorafa.calibration.gradient import gradient_matrix
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers.lora_one import LoraOneConfig
@@ -129,6 +139,25 @@ def test_statistics_for_another_config_are_refused() -> None:
     swapped = dict.fromkeys(LAYERS, stats["last"])
     with refused(model, CalibrationError, r"first: its statistics are those of a layer of another shape"):
         get_peft_model(model, config(), stats=swapped)
+
+
+def test_statistics_by_other_settings_are_refused() -> None:
+    """Those that change what is collected; rho and r only say how much."""
+    model, data = Toy(), inputs()
+    stats = collect_statistics(model, config("eva", eva_config=EvaConfig(use_label_mask=False)), data)
+    said = (
+        r"collected with use_label_mask=False, and the config has use_label_mask=True\. Collect them with this config, "
+        r"or set it as it was\."
+    )
+    with refused(model, CalibrationError, said):
+        get_peft_model(model, config("eva"), stats=stats)
+    with refused(model, CalibrationError, said):
+        choose_ranks(model, config("eva"), stats, RankRule("explained_variance"))
+    get_peft_model(model, config("eva", eva_config=EvaConfig(use_label_mask=False, rho=1)), stats=stats)
+    in_half = CordaConfig(use_float16_for_covariance=True)
+    stats = collect_statistics(Toy(), config("lora_one"), data, loss=loss, also=["corda_moment"])
+    with refused(Toy(), CalibrationError, r"use_float16_for_covariance=False, and the config has .*=True\. Collect"):
+        get_peft_model(Toy(), config("corda", corda_config=in_half), stats=stats)
 
 
 def test_data_that_cannot_be_used() -> None:

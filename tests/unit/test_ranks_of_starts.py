@@ -91,8 +91,12 @@ def test_importance_is_that_of_whole_gradients(start: str) -> None:
         choose_ranks(Toy(**wide), settings, sketched, rule)
 
 
-def test_gora_of_sketches_keeps_the_ranks_of_the_config_where_told_to() -> None:
+def test_gora_is_not_made_of_a_sketch() -> None:
     model, data = Toy(in_=240, hidden=200), inputs(in_=240)
     sketched = collect_statistics(model, config("lora_one"), data, loss=loss, dense=False)
-    adapted = start_from(model, config(init_config=GoraConfig(share_ranks=False)), sketched)
-    assert ranks_of(adapted) == dict.fromkeys(LAYERS, 4)
+    said = (
+        r"first: GoRA fits B to all entries of the gradient, and the statistics hold a sketch, which does not have "
+        r"it\. Collect them with dense=True, or with the config of this start\."
+    )
+    with pytest.raises(CalibrationError, match=said):
+        start_from(model, config(init_config=GoraConfig(share_ranks=False)), sketched)

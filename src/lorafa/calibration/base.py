@@ -71,6 +71,9 @@ class Statistic(ABC):
 
     reads_gradient: ClassVar[bool] = False
     """Whether :meth:`update` needs the output's gradient; otherwise a forward pass is enough."""
+    settings_read: ClassVar[Mapping[str, Any]] = {}
+    """Fields of a start's settings that change what is collected, with what holds where the settings lack them; other
+    than those that only say how much of it."""
     after: ClassVar[tuple[str, ...]] = ()
     """Statistics of the same layer that must be complete before this one's first pass."""
 

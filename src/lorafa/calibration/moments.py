@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -111,6 +114,8 @@ class CordaMoment(InputStatistic):
     With ``use_float16_for_covariance`` of CordaConfig C is kept in float16, rounded after every batch; it overflows,
     and the start falls back, if a batch has more than 65504 tokens.
     """
+
+    settings_read: ClassVar[Mapping[str, Any]] = {"use_float16_for_covariance": False}
 
     def __init__(self, layer: Measured) -> None:
         super().__init__(layer)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lorafa.calibration.processes import gathered
 from lorafa.calibration.spectrum import by_explained_variance, most_components, variance_shares
 from lorafa.errors import shorten, warn
 from lorafa.linalg import fix_signs, float_matrix, leading_right
+from lorafa.losses import IGNORE_INDEX
 
 MOST_PASSES = 10
 """Over the data, where directions do not settle: with few batches the last of them may keep turning."""
@@ -32,6 +33,7 @@ class PCASettings:
     rho: float = 2.0
     tau: float = 0.99
     use_label_mask: bool = True
+    label_mask_value: int = IGNORE_INDEX
     center: bool = True
     """Subtract the mean, as the paper and PEFT do; the mean direction is lost then. EvaConfig has no such field: a
     start of one's own that needs "principal" sets it by a field ``center`` of its settings."""
@@ -125,6 +127,10 @@ class IncrementalPCA(InputStatistic):
     Under torch.distributed every rank follows its own tokens in a pass; :meth:`reduce` joins what they kept. In the
     next pass each carries an equal share of it, so that nothing counts twice.
     """
+
+    settings_read: ClassVar[Mapping[str, Any]] = {
+        one.name: one.default for one in fields(PCASettings) if one.name != "rho"
+    }
 
     def __init__(self, layer: Measured) -> None:
         super().__init__(layer)

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafa.calibration.gradient import gradient_matrix
 from lorafa.checks import check_flag, check_number
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
-from lorafa.initializers.stages import require_finite
+from lorafa.initializers.stages import require_finite, whole_gradient
 from lorafa.linalg import gram_cholesky, spd_inverse
 
 
@@ -49,13 +48,13 @@ def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
     """A as by default, B = -(step / s) sqrt(in / r) G A^+, so that s B A = -step sqrt(in / r) G P_A.
 
     P_A projects on the rows of A, and a random one keeps about r / in of a gradient's energy: hence the root. Whole
-    gradients are collected, out x in numbers of float32 for every layer at once; statistics that hold a sketch, which
-    were collected for another start, count as the product of its triplets.
+    gradients are collected, out x in numbers of float32 for every layer at once.
 
     The method's scaling is alpha / sqrt(r) with the layer's own r: set ``use_rslora``.
 
     Raises:
         ConfigError: r > in: the rows of A are dependent, and A A^T has no inverse.
+        CalibrationError: the statistics hold a sketch of the gradient, collected for another start.
         DegenerateError: the gradient is zero or not finite.
     """
     if spec.rank > weight.shape[-1]:
@@ -64,7 +63,7 @@ def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
             f"independent on a weight {tuple(weight.shape)}. {lower_the_rank(f' to {weight.shape[-1]}')}"
         )
     settings: GoraConfig = spec.settings or GoraConfig()
-    G = gradient_matrix(stats)
+    G = whole_gradient(stats, spec, "GoRA fits B to all entries")
     require_finite(G, "its gradient")
     if not G.any():
         raise DegenerateError("its gradient is zero")

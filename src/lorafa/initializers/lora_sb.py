@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from lorafa.checks import check_number
-from lorafa.errors import CalibrationError
 from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
-from lorafa.initializers.stages import leading, require_finite
+from lorafa.initializers.stages import leading, require_finite, whole_gradient
 from lorafa.linalg import NOISE_STEPS
 
 
@@ -63,11 +62,7 @@ def lora_sb(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
     """
     settings: LoraSBConfig = spec.settings or LoraSBConfig()
     require_finite(stats["gradient.S"], "its gradient")
-    if "gradient.dense" not in stats:
-        raise CalibrationError(
-            f"{spec.name}: LoRA-SB takes the sign of every entry of the gradient, and the statistics hold a sketch, "
-            "which does not have them. Collect them with dense=True, or with init_lora_weights='lora_sb'."
-        )
-    step = leading(-stats["gradient.dense"].sign(), spec, "the sign of its gradient", steps=NOISE_STEPS)
+    G = whole_gradient(stats, spec, "LoRA-SB takes the signs of all entries")
+    step = leading(-G.sign(), spec, "the sign of its gradient", steps=NOISE_STEPS)
     core = torch.diag(settings.eta / spec.scaling * step.S)
     return InitResult(step.Vh, step.U, extras={"core": core})

@@ -103,6 +103,23 @@ def require_triplets(found: SVD, count: int, weight: Tensor, spec: LayerSpec, wh
     return top
 
 
+def whole_gradient(stats: Mapping[str, Tensor], spec: LayerSpec, why: str) -> Tensor:
+    """The gradient (out, in) itself.
+
+    Args:
+        why: a start needs it, for the error.
+
+    Raises:
+        CalibrationError: the statistics hold a sketch of it, collected for another start.
+    """
+    if "gradient.dense" not in stats:
+        raise CalibrationError(
+            f"{spec.name}: {why} of the gradient, and the statistics hold a sketch, which does not have it. Collect "
+            "them with dense=True, or with the config of this start."
+        )
+    return stats["gradient.dense"]
+
+
 def require_moment(stats: Mapping[str, Tensor], name: str, spec: LayerSpec) -> Tensor:
     """C (in, in) of the statistic ``name``, a second moment of the inputs.
 

@@ -1,0 +1,112 @@
+"""Two processes take one decision: whether a cache is used, and how large a step is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from calibration_toys import LAYERS, Toy, inputs, loss
+from lorafa import LoraConfig, collect_statistics, initialize
+from lorafa.errors import CheckpointError
+from lorafa.initializers.lora_one import LoraOneConfig
+from process_toys import leave_group
+
+DATA = inputs(4)
+WEIGHTS = (1.0, -2.0)
+"""Of a step's size in the loss on held-out rows of each process: one wants it small, the other large, and more so."""
+
+
+def config(**settings: Any) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=list(LAYERS), init_lora_weights="lora_one", init_seed=0, **settings)
+
+
+def counted_loss(calls: list[int]) -> Any:
+    def one(model: nn.Module, x: Tensor) -> Tensor:
+        calls.append(1)
+        return loss(model, x)
+
+    return one
+
+
+def by_size(model: nn.Module, batch: tuple[Tensor, float]) -> Tensor:
+    x, weight = batch
+    return loss(model, x) if torch.is_grad_enabled() else weight * (model(x) - Toy().eval()(x)).square().mean()
+
+
+def through_a_cache(share: slice, folder: Path) -> dict[str, Any]:
+    """What is found, and how often the model's loss was computed: first, again, when one has more, and damaged."""
+    found: dict[str, Any] = {}
+    more = [*DATA[share], *DATA[: share.start]]
+    for time, data in (("first", DATA[share]), ("again", DATA[share]), ("one has more", more)):
+        calls: list[int] = []
+        stats = collect_statistics(Toy(), config(), data, loss=counted_loss(calls), cache=folder / "cache.safetensors")
+        found[time] = {"calls": len(calls), "values": stats.values_by_layer}
+    if dist.is_initialized():
+        dist.barrier()
+    (folder / "cache.safetensors").write_bytes(b"{")
+    try:
+        collect_statistics(Toy(), config(), DATA[share], loss=loss, cache=folder / "cache.safetensors")
+    except CheckpointError as error:
+        found["damaged"] = str(error)
+    return found
+
+
+def gamma(heldout: list[tuple[Tensor, float]]) -> float:
+    auto = config(init_config=LoraOneConfig(stable_gamma="auto"))
+    with pytest.warns(UserWarning, match="gamma tried"):
+        model = initialize(Toy(), auto, [(x, 1.0) for x in DATA], heldout=heldout, loss=by_size)
+    return model.peft_config["default"].init_config.stable_gamma
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = through_a_cache(slice(rank, None, 2), Path(folder))
+    found["gamma"] = gamma([(DATA[0], WEIGHTS[rank])])
+    found["gamma of one's rows"] = gamma([(DATA[0], WEIGHTS[0])] if rank else [])
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes finds."""
+    folder = tmp_path_factory.mktemp("starts")
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_a_cache_serves_all_processes_or_none(found: list[dict[str, Any]]) -> None:
+    for rank, one in enumerate(found):
+        assert [one[time]["calls"] for time in ("first", "again", "one has more")] == [2, 0, 2 + rank]
+        for layer, tensors in one["first"]["values"].items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, one["again"]["values"][layer][name]), (layer, name)
+
+
+def test_the_cache_of_two_is_not_that_of_one_with_a_share(found: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone = through_a_cache(slice(0, None, 2), tmp_path)["first"]["values"]
+    assert not torch.equal(alone["first"]["gradient.S"], found[0]["first"]["values"]["first"]["gradient.S"])
+
+
+def test_every_process_says_that_the_cache_is_damaged(found: list[dict[str, Any]]) -> None:
+    assert all("cache.safetensors" in one["damaged"] for one in found)
+
+
+def test_gamma_is_that_of_all_held_out_rows(found: list[dict[str, Any]]) -> None:
+    alone = [gamma([(DATA[0], weight)]) for weight in WEIGHTS]
+    assert alone == [2048.0, 64.0]
+    assert [one["gamma"] for one in found] == [64.0, 64.0] == [gamma([(DATA[0], w) for w in WEIGHTS])] * 2
+    assert [one["gamma of one's rows"] for one in found] == [2048.0, 2048.0]
