@@ -123,18 +123,6 @@ def svd_within(basis: Tensor, small: Tensor, rank: int) -> SVD:
     return SVD(U, S[..., :rank], Vh)
 
 
-def low_rank_svd(B: Tensor, A: Tensor) -> SVD:
-    """All singular triplets of B A for B (..., m, r) and A (..., r, n), without forming the product.
-
-    B = Q_B R_B, A^T = Q_A R_A and an SVD of R_B R_A^T, r x r: O((m + n) r^2).
-    """
-    Q_B, R_B = torch.linalg.qr(float_matrix(B))
-    Q_A, R_A = torch.linalg.qr(float_matrix(A).mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    U, Vh = fix_signs(Q_B @ U, Vh @ Q_A.mT)
-    return SVD(U, S, Vh)
-
-
 def leading_qr(matrix: Tensor, rank: int, *, pivoted: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The first ``rank`` columns of Q and rows of R in M = Q R, for M (..., m, n); only so many columns are decomposed.
 

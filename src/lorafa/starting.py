@@ -22,7 +22,7 @@ from lorafa.errors import AdapterError, CalibrationError, ConfigError, warn
 from lorafa.modes import evaluating
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.ranks import RHO, RankRule, choose_ranks, require_rule, with_ranks
-from lorafa.statistics import Statistics, require_config, require_statistics, statistics_of
+from lorafa.statistics import Statistics, require_config, require_gradients, require_statistics, statistics_of
 from lorafa.surgery.build import Options
 from lorafa.surgery.plan import plan
 from lorafa.surgery.walk import require_module
@@ -57,15 +57,17 @@ def collect_statistics(
         data: batches that can be gone over repeatedly (a DataLoader, a list), each a mapping of the model's keyword
             arguments, a tuple or list of its positional ones, or its one argument; or a function without arguments
             that runs forward and backward over all of them itself, as PEFT's ``train_step``.
-        loss: of batches, where gradients are read: ``loss(model, batch)``, a scalar; default the ``loss`` of the
-            model's output, which a causal model of transformers need not compute from all its logits.
+        loss: runs the model over a batch: ``loss(model, batch)``, a scalar, whose gradients are taken where any are
+            read; default the ``loss`` of the model's output, which a causal model of transformers need not compute from
+            all its logits.
         weighting: "batches" averages the gradients of the batches' losses; "tokens" that of the mean over all
             labelled tokens.
         passes: over the data for gradients: 1, 2, or 4 for a power iteration (with 1 97 % of the energy of the best
             directions, with 4 99.9 %, docs/LOG.md).
         dense: add up whole gradients (True), only sketches (False), or whichever is less work (None).
         halves: keep two half samples of gradients apart, for ranks from data: every other batch, of two or more.
-        also: further statistics by name, "gradient" or "second_moment".
+        also: further statistics by name: "gradient", "principal" (for ranks by explained variance), "second_moment",
+            "moment_sketch" (the same of thin memory), "corda_moment", "whitened_gradient".
         cache: file to take the result from if it was collected like this before, and to write it to otherwise; by
             default the one CorDA's config names. Of ``loss`` and of a function as ``data`` it knows module, name and
             code, but not what they read from elsewhere, nor which data a function runs over: delete the file when
@@ -75,7 +77,7 @@ def collect_statistics(
     Raises:
         CalibrationError: the data is empty or cannot be gone over again, no gradient arrives, or a target is no linear
             layer.
-        ConfigError: an option that would change nothing.
+        ConfigError: ``weighting``, ``passes``, ``dense`` or ``halves`` where no gradients are read.
         TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` cannot be read or written.
     """
@@ -92,6 +94,8 @@ def collect_statistics(
             "loss= is of batches, and a function as data runs forward and backward by itself. Drop loss=, or pass the "
             "batches."
         )
+    if weighting != "batches":
+        require_gradients(config, names("also", also), {"weighting": weighting})
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     cache = file_named_by(config) if cache is None else cache
     options = CalibrationOptions(passes=passes, dense=dense, halves=halves)

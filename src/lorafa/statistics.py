@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -243,8 +243,24 @@ def _stored(cache: str | Path, key: str, data: str | None) -> Statistics | None:
     return found if isinstance(found, Statistics) and all(everyone) else None
 
 
+def require_gradients(config: LoraConfig, also: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for arguments that say how gradients are collected, where none are."""
+    wanted = _wanted(config, also)
+    if given and not _read_gradients(wanted):
+        raise ConfigError(
+            f"{', '.join(f'{name}={value}' for name, value in given.items())} would change nothing: init_lora_weights="
+            f"{config.init_lora_weights!r} reads {', '.join(wanted)}, and no gradients. Drop it, or collect them with "
+            "also=['gradient']."
+        )
+
+
+def _read_gradients(wanted: Iterable[str]) -> bool:
+    return any(STATISTICS.get(name).reads_gradient for name in wanted)
+
+
 def _wanted(config: LoraConfig, also: Sequence[str]) -> list[str]:
-    wanted = list(dict.fromkeys([*config.start.initializer.needs, *also]))
+    asked = [*config.start.initializer.needs, *also]
+    wanted = list(dict.fromkeys(name for one in asked for name in (*STATISTICS.get(one).after, one)))
     if not wanted:
         raise CalibrationError(
             f"init_lora_weights={config.init_lora_weights!r} reads no statistics, so there is nothing to collect. Call "
@@ -261,18 +277,12 @@ def _as_read(config: LoraConfig, wanted: Sequence[str], options: CalibrationOpti
         CalibrationError: they keep sketches of gradients alone, and the start reads whole ones; or there can be none.
     """
     whole, usual = config.start.initializer.whole_gradients, CalibrationOptions()
-    reads_gradients = any(STATISTICS.get(name).reads_gradient for name in wanted)
-    if reads_gradients and torch.is_inference_mode_enabled():
+    if _read_gradients(wanted) and torch.is_inference_mode_enabled():
         raise CalibrationError(
             "Gradients are read, and under torch.inference_mode() there are none. Collect outside of it."
         )
     of_gradients = {name: getattr(options, name) for name in ("passes", "dense", "halves")}
-    given = [f"{name}={value}" for name, value in of_gradients.items() if value != getattr(usual, name)]
-    if given and not reads_gradients:
-        raise ConfigError(
-            f"{', '.join(given)} would change nothing: init_lora_weights={config.init_lora_weights!r} reads "
-            f"{', '.join(wanted)}, and no gradients. Drop it, or collect them with also=['gradient']."
-        )
+    require_gradients(config, wanted, {name: of for name, of in of_gradients.items() if of != getattr(usual, name)})
     if whole and options.dense is False:
         raise CalibrationError(
             f"init_lora_weights={config.init_lora_weights!r} reads whole gradients, and dense=False keeps sketches of "
@@ -330,5 +340,9 @@ def _about(
         "options": asdict(options),
         "base": base_fingerprint(model, [target.name for target in targets]),
     }
-    text = json.dumps(about, sort_keys=True, default=str)
+    kinds, decides = [STATISTICS.get(name) for name in wanted], about
+    if not any(kind.depends_on_rank for kind in kinds):  # such as the covariances CorDA keeps, which serve any rank
+        read = {name: getattr(settings, name, usual) for kind in kinds for name, usual in kind.settings_read.items()}
+        decides = {"statistics": about["statistics"], "base": about["base"], "read": read}
+    text = json.dumps(decides, sort_keys=True, default=str)
     return about | {"data": data, "key": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}

@@ -126,7 +126,11 @@ def test_held_out_rows_that_are_missing_unread_or_gone_after_one_look() -> None:
 
 def test_options_that_would_change_nothing() -> None:
     data = inputs()
-    for options, said in (({"passes": 2}, "passes=2"), ({"dense": True, "halves": True}, "dense=True, halves=True")):
+    for options, said in (
+        ({"passes": 2}, "passes=2"),
+        ({"dense": True, "halves": True}, "dense=True, halves=True"),
+        ({"weighting": "tokens"}, "weighting=tokens"),
+    ):
         text = rf"{said} would change nothing: init_lora_weights='eva' reads principal, and no gradients\. Drop it, or"
         refused(ConfigError, text, lambda model, options=options: initialize(model, config("eva"), data, **options))
     assert collect_statistics(Toy(), config("eva"), data, loss=loss, passes=2, also=["gradient"])

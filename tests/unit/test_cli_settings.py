@@ -344,9 +344,11 @@ def test_a_start_that_is_no_name_is_refused() -> None:
                 "init=corda init.passes=2",
                 "init=gora init.passes=2",
                 "init=lora_one init.ranks=importance init.passes=2",
+                "init=corda init.ranks=explained_variance init.passes=2",
             )
         ),
         ("init=gora init.r_min=2", r"init\.r_min=2 would change nothing: it bounds the ranks that init\.ranks chooses"),
+        ("init=pissa init.ranks=explained_variance init.r_max=9", r"gives a layer 0 to .* and does not read r_max"),
         ("init.r_max=2", r"init\.r_max=2 would change nothing: .*, and init\.ranks is null\. Drop it"),
         ("init=gora init.ranks=budget init.share_ranks=true", r"init\.share_ranks=True .*: init\.ranks=budget chooses"),
         (

@@ -141,6 +141,24 @@ def test_statistics_for_another_config_are_refused() -> None:
         get_peft_model(model, config(), stats=swapped)
 
 
+def test_loss_runs_the_model_where_no_gradients_are_read() -> None:
+    """Its batches need not be what the model takes."""
+    data, plain = [{"question": x, "answer": 2} for x in inputs()], inputs()
+    stats = collect_statistics(Toy(), config("eva"), data, loss=lambda model, batch: loss(model, batch["question"]))
+    expected = collect_statistics(Toy(), config("eva"), plain)
+    for layer in LAYERS:
+        for name, value in expected[layer].items():
+            assert torch.equal(stats[layer][name], value), (layer, name)
+
+
+def test_what_a_statistic_needs_is_collected_with_it() -> None:
+    stats = collect_statistics(Toy(), config(), inputs(), loss=loss, also=["whitened_gradient"])
+    expected = collect_statistics(Toy(), config("functional"), inputs(), loss=loss)
+    for layer in LAYERS:
+        assert {"second_moment.C", "whitened_gradient.S", "gradient.S"} <= set(stats[layer])
+        torch.testing.assert_close(stats[layer]["whitened_gradient.S"], expected[layer]["whitened_gradient.S"])
+
+
 def test_statistics_by_other_settings_are_refused() -> None:
     """Those that change what is collected; rho and r only say how much."""
     model, data = Toy(), inputs()

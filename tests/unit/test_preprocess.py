@@ -130,6 +130,26 @@ def test_corda_takes_its_covariances_from_a_run_or_from_a_file(tmp_path: Path) -
         preprocess_corda(model, settings, run, hooked_model=nn.Linear(2, 2))
 
 
+def test_covariances_in_a_file_serve_any_rank_and_method(tmp_path: Path) -> None:
+    def settings(mode: str = "ipm", name: str = "covariance", half: bool = False, **own: Any) -> LoraConfig:
+        file = str(tmp_path / f"{name}.safetensors")
+        corda = CordaConfig(covariance_file=file, corda_method=mode, use_float16_for_covariance=half)
+        return config("corda", corda_config=corda, **own)
+
+    model, data = Toy().eval(), inputs()
+    preprocess_corda(model, settings(), lambda: [model(x) for x in data])
+    (tmp_path / "covariance.safetensors").rename(tmp_path / "moved.safetensors")
+    other = settings("kpm", "moved", r=5, init_seed=7)
+    preprocess_corda(model, other)
+    from_file = get_peft_model(Toy().eval(), other, stats=collect_statistics(model, other, data))
+    from_data = initialize(Toy().eval(), settings("kpm", "new", r=5, init_seed=7), data)
+    for name in LAYERS:
+        for one, another in zip(factors(from_file, name), factors(from_data, name), strict=True):
+            torch.testing.assert_close(one, another)
+    with pytest.raises(ConfigError, match=r"and '.*moved\.safetensors' does not hold them\. Pass run_model="):
+        preprocess_corda(Toy(), settings("kpm", "moved", half=True))
+
+
 def test_functions_for_another_start_say_so() -> None:
     model = Toy()
     with pytest.raises(ConfigError, match=r"a start that reads gradients, and init_lora_weights is 'corda'\. Set"):

@@ -71,6 +71,8 @@ class Statistic(ABC):
 
     reads_gradient: ClassVar[bool] = False
     """Whether :meth:`update` needs the output's gradient; otherwise a forward pass is enough."""
+    depends_on_rank: ClassVar[bool] = True
+    """Whether ranks, random projections or other settings than those in ``settings_read`` make it another one."""
     settings_read: ClassVar[Mapping[str, Any]] = {}
     """Fields of a start's settings that change what is collected, with what holds where the settings lack them; other
     than those that only say how much of it."""

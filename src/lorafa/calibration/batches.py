@@ -78,9 +78,9 @@ def of_data(
     """Those of a dataloader or sequence.
 
     Args:
-        loss: a scalar; default :func:`default_loss`.
+        loss: a scalar; default :func:`default_loss`. Where no gradients are read it runs the model all the same.
         weighting: of gradients: "batches" or, by the number of their labels, "tokens".
-        forward: runs the model where no gradients are read, instead of :func:`call`.
+        forward: runs the model where no gradients are read, instead of ``loss`` or :func:`call`.
 
     Raises:
         CalibrationError: as :func:`require_batches`.
@@ -114,10 +114,10 @@ def of_data(
             batch = moved(batch, device)
             asked.announce(batch)
             with _noting(number, batch), torch.no_grad():
-                (forward or call)(model, batch)
+                (forward or loss or call)(model, batch)
             yield 1.0
 
-    return Batches(run, reads_output=False)
+    return Batches(run, reads_output=forward is not None or loss is not None)
 
 
 @contextmanager

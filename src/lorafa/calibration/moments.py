@@ -43,6 +43,8 @@ class SecondMoment(InputStatistic):
     smallest eigenvectors and all inverses of C are made. float16 would overflow.
     """
 
+    depends_on_rank = False
+
     def __init__(self, layer: Measured) -> None:
         super().__init__(layer)
         self.sum: Tensor | None = None
@@ -82,6 +84,8 @@ class MomentSketch(SecondMoment):
     k = 4 r), ``trace`` of C, () (exact: what the sketch misses is ``trace`` - ``values.sum()``), and ``tokens``.
     """
 
+    depends_on_rank = True
+
     def __init__(self, layer: Measured) -> None:
         super().__init__(layer)
         self.k = min(4 * layer.rank, layer.in_)
@@ -115,6 +119,7 @@ class CordaMoment(InputStatistic):
     and the start falls back, if a batch has more than 65504 tokens.
     """
 
+    depends_on_rank = False
     settings_read: ClassVar[Mapping[str, Any]] = {"use_float16_for_covariance": False}
 
     def __init__(self, layer: Measured) -> None:

@@ -71,10 +71,14 @@ class InitConfig:
     """Longest of these rows in tokens; longer ones are cut."""
     passes: int = 1
     """Times a gradient statistic goes over them: 1, 2, or 4 for a power iteration."""
-    ranks: Literal["budget", "cross_validation", "energy", "stable_rank", "entropy", "importance"] | None = None
+    ranks: (
+        Literal["budget", "cross_validation", "energy", "stable_rank", "entropy", "importance", "explained_variance"]
+        | None
+    ) = None
     """Choose each layer's rank by its gradient: the parameters of peft.r shared out (budget), or a rule for each layer;
-    null keeps peft.r everywhere, but for eva and gora, which have rules of their own. budget and cross_validation
-    compare halves of the batches; of a single one, budget goes by singular values."""
+    by its inputs as EVA does (explained_variance); null keeps peft.r everywhere, but for eva and gora, which have rules
+    of their own. budget and cross_validation compare halves of the batches; of a single one, budget goes by singular
+    values."""
     r_min: int | None = None
     """ranks: the smallest a layer gets; null is 1, and 2 of budget where peft.r is above 2."""
     r_max: int | None = None
@@ -84,13 +88,13 @@ class InitConfig:
         for name in _READING:
             check_int(f"init.{name}", getattr(self, name), at_least=1)
         CalibrationOptions(passes=self.passes)
+        _refuse_ignored(self)
         start_fields(self)
         if self.ranks == "cross_validation" and self.iters == 1:
             raise ConfigError(
                 "init.ranks=cross_validation compares two halves of the batches, and init.iters is 1. Set it to 2 or "
                 "more, or choose another rule."
             )
-        _refuse_ignored(self)
 
 
 def start_of(init: InitConfig) -> Start:
@@ -117,7 +121,10 @@ def start_of(init: InitConfig) -> Start:
 
 def rank_rule(init: InitConfig) -> RankRule | None:
     """How ranks are chosen by the data; None: they are not."""
-    return None if init.ranks is None else RankRule(init.ranks, r_min=init.r_min, r_max=init.r_max)
+    if init.ranks is None:
+        return None
+    rho = init.rho if init.ranks == "explained_variance" else None
+    return RankRule(init.ranks, r_min=init.r_min, r_max=init.r_max, rho=rho)
 
 
 def start_fields(init: InitConfig) -> dict[str, Any]:
@@ -185,7 +192,8 @@ def _ignored_in_reading(init: InitConfig) -> dict[str, str]:
     start = start_of(init).initializer
     if not start.needs and init.ranks is None:
         return dict.fromkeys(changed, f"init.mode={init.mode} reads no data")
-    sketches = init.ranks is not None or any(STATISTICS.get(need).reads_gradient for need in start.needs)
+    by_gradient = init.ranks not in (None, "explained_variance")
+    sketches = by_gradient or any(STATISTICS.get(need).reads_gradient for need in start.needs)
     if sketches and not start.whole_gradients and init.ranks != "importance":
         return {}
     reason = "only a sketch of gradients takes more than one pass, and none is made here"

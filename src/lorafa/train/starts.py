@@ -21,7 +21,7 @@ from lorafa.train.init_config import InitConfig, rank_rule, start_of
 HELD_OUT = 8
 """Rows after those of the statistics that ``stable_gamma=auto`` compares losses on."""
 SHOWN = 64
-"""Singular values of a layer that are recorded."""
+"""Singular values of a layer that are recorded, or more where a rank is larger."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,22 @@ def start_adapter(
             f"init reads {count} rows (init.bsz * init.iters), and for stable_gamma=auto a few more; there are "
             f"{len(samples)} to train on. Lower init.iters."
         )
-    collecting: dict[str, Any] = {"passes": init.passes} | ({} if rule is None else rule.reads())
+    collecting: dict[str, Any] = {"passes": init.passes, "also": ()} | ({} if rule is None else rule.reads())
     collecting["halves"] = bool(collecting.get("halves")) and init.iters > 1
-    if rule is not None or any(STATISTICS.get(need).reads_gradient for need in needs):
+    if any(STATISTICS.get(name).reads_gradient for name in (*needs, *collecting["also"])):
         _require_answers([*rows, *held], init.max_length)
     batches = _batches(rows, init.bsz, init.max_length, collator)
     stats = collect_statistics(model, adapter, batches, **collecting)
     heldout = _batches(held, 1, init.max_length, collator) if init.stable_gamma == "auto" else None
     adapted = start_from(model, adapter, stats, ranks=rule, heldout=heldout)
+    ranks = {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()}
     record: dict[str, Any] = {
         "rows": count,
         "bytes": stats.nbytes,
         "seconds": round(time.monotonic() - began, 1),
-        "ranks": {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()},
+        "ranks": dict.fromkeys(stats, 0) | ranks,
         "fallbacks": {path: layer.fallbacks["default"] for path, layer in _fallen_back(adapted)},
-        "spectra": _spectra(stats),
+        "spectra": _spectra(stats, max(SHOWN, *ranks.values())),
     }
     gamma = getattr(adapted.peft_config["default"].init_config, "stable_gamma", None)
     return Started(adapted, record | ({} if gamma is None else {"stable_gamma": gamma}))
@@ -91,12 +92,12 @@ def _batches(rows: Sequence[Sample], size: int, longest: int, collator: Collator
     return [dict(collator(cut[at : at + size])) for at in range(0, len(cut), size)]
 
 
-def _spectra(stats: Any) -> dict[str, list[float]]:
-    """The leading singular values of each layer's statistic, three digits of them."""
+def _spectra(stats: Any, most: int) -> dict[str, list[float]]:
+    """The leading singular values of each layer's statistic, at most so many, three digits of them."""
     found = {}
     for layer, tensors in stats.items():
         for name in ("gradient.S", "whitened_gradient.S", "principal.singular_values"):
             if name in tensors:
-                found[layer] = [float(f"{value:.3g}") for value in tensors[name][:SHOWN].tolist()]
+                found[layer] = [float(f"{value:.3g}") for value in tensors[name][:most].tolist()]
                 break
     return found
