@@ -61,6 +61,8 @@ def get_eva_state_dict(
 ) -> dict[str, Tensor]:
     """What EVA starts from: full name of a layer -> A, (r', in) with orthonormal rows.
 
+    With ``whiten`` their lengths differ, and rows beyond the directions that the data has are zero.
+
     Ranks r' are shared out by explained variance up to ``rho`` times the layer's; a layer that gets none is left out.
 
     Args:
@@ -81,7 +83,7 @@ def get_eva_state_dict(
             with ``rho`` = 1 a rank is larger than min(out, in) of its layer.
         NotAvailableError: ``gather_distributed_inputs=False`` in several processes.
         CalibrationError: the data is empty or cannot be gone over again, a target is no linear layer, or
-            ``prepare_layer_inputs_fn`` returns no rows of what it is given.
+            ``prepare_layer_inputs_fn`` returns no rows of what it is given, or the inputs of a layer are not finite.
     """
     if not gather_distributed_inputs and distributed():
         raise NotAvailableError(

@@ -175,7 +175,7 @@ class PeftModel(nn.Module):
                 does not; "auto" adds them, as PEFT does, if "embed_tokens" or "lm_head" is a target.
             is_main_process: False writes nothing, for all ranks but one.
             path_initial_model_for_weight_conversion: not needed here and not read: what PEFT makes of it, plain LoRA on
-                the pristine base, is what every file of lorafa holds.
+                the pristine base, is what a file of lorafa holds anyway, but for DoRA.
             state_dict: take the tensors from this gathered state dict of the PeftModel.
 
         Raises:

@@ -100,7 +100,7 @@ def _factor(settings: LoraOneConfig, weight: Tensor, spec: LayerSpec) -> float:
     if settings.stable_gamma == "auto":
         raise ConfigError(
             "stable_gamma='auto' is found by the loss on held-out rows. Call lorafa.initialize(model, config, data, "
-            "heldout=rows), or set a number: 128 is the authors', 256 to 1024 suits small models."
+            "heldout=rows), or set a number: 128 is the authors', for a model of 7 billion parameters."
         )
     return 1 / float(settings.stable_gamma)
 

@@ -15,13 +15,13 @@ _KINDS = ("linear", "embedding", "conv")
 
 
 def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
-    """Let W - s B0 A0 run in the place of W + (-s B0 A0), which a start from the weights or data subtracts beside it.
+    """Use W - s B0 A0 as the layer's weight, instead of subtracting s B0 A0 x from its output on every call.
 
     A training step then computes with rank r instead of 2 r. What it costs: W - s B0 A0 is rounded to the dtype of the
-    weights, about 1.6e-3 of a bfloat16 base, so the model no longer starts where the base is to the
-    bit, and the file, which says s (B A - B0 A0) on W, differs from what was trained by as much. The pristine weights
-    are kept: adapters can be disabled, merged and saved as before, and :func:`restore_base` takes this back. Merging,
-    and a change of the scaling, do so too. Save with ``save_pretrained``: a ``state_dict`` of the whole model holds the
+    weights, about 1.6e-3 of a bfloat16 base, so the model no longer starts where the base is to the bit, and the file,
+    which says s (B A - B0 A0) on W, differs from what was trained by as much. The pristine weights are kept: adapters
+    can be disabled, merged and saved as before, and :func:`restore_base` takes this back. Merging, and a change of the
+    scaling, do so too. Save with ``save_pretrained``: a ``state_dict`` of the whole model holds the
     changed weights, and belongs into a model that is changed alike.
 
     Raises:
