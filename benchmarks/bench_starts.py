@@ -3,7 +3,8 @@
     python benchmarks/bench_starts.py --data gsm8k_train.jsonl [--rows 64] [--repeats 3] [--only gradient weights ...]
 
 gradient: 64 rows, one at a time, bfloat16, rank 8. Bytes of the statistics against dense float32 gradients, the peak
-above the model and the time, each in a fresh process, against PEFT's preprocess_loraga, and the share of the energy of
+above the model and the time, each in a fresh process, against PEFT's preprocess_loraga (of the rows, whose loss is
+computed at labelled positions, and of the train_step PEFT is given, with the model's own loss), and the share of the energy of
 each exact gradient's best eight directions (summed in float64 over the same rows) that the sketched ones hold.
 weights: seconds get_peft_model takes with starts computed from weights, and what pissa's triplets hold of the energy of
 the exact ones.
@@ -30,6 +31,7 @@ from harness import Contender, emit, interleave, median, verdict
 NAME = "starts"
 RANK = 8
 WEIGHT_RANK = 16
+TRAIN_STEP = "lorafa with PEFT's train_step"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -70,21 +72,22 @@ class Gradients:
         settings: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": LINEARS}
         return library.LoraConfig(**settings, task_type="CAUSAL_LM", init_lora_weights="lora_ga", **more)
 
-    def _peft(self, rows: list[Any]) -> None:
+    def _train_step(self) -> None:
+        for row in self.rows:
+            self.model(**row).loss.backward()
+
+    def _peft(self) -> None:
         import peft
 
-        def train_step() -> None:
-            for row in rows:
-                self.model(**row).loss.backward()
-
-        peft.preprocess_loraga(self.model, self._config(peft, lora_ga_config=peft.LoraGAConfig()), train_step)
+        config = self._config(peft, lora_ga_config=peft.LoraGAConfig())
+        peft.preprocess_loraga(self.model, config, self._train_step)
         for module in self.model.modules():
             module.__dict__.pop("_peft_loraga_grad", None)
 
-    def _lorafa(self, rows: list[Any], **options: Any) -> Any:
+    def _lorafa(self, data: Any, **options: Any) -> Any:
         import lorafa
 
-        return lorafa.collect_statistics(self.model, self._config(lorafa), rows, **options)
+        return lorafa.collect_statistics(self.model, self._config(lorafa), data, **options)
 
     def peak(self) -> tuple[float, float]:
         """Peak memory of a run above the model, MiB, and the seconds for all rows."""
@@ -92,7 +95,11 @@ class Gradients:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading the model has freed would hide a part
         Path("/proc/self/clear_refs").write_text("5")
         before, start = held(), time.perf_counter()
-        self._peft(self.rows) if self.library == "peft" else self._lorafa(self.rows)
+        {
+            "peft": self._peft,
+            "lorafa": lambda: self._lorafa(self.rows),
+            TRAIN_STEP: lambda: self._lorafa(self._train_step),
+        }[self.library]()
         seconds = time.perf_counter() - start
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) / 1024 - before, seconds
@@ -163,8 +170,8 @@ def sketch_bytes(sketch: Any) -> int:
 
 
 def gradient(data: str, rows: int, repeats: int) -> None:
-    peaks: dict[str, list[float]] = {"lorafa": [], "peft": []}
-    taken: dict[str, list[float]] = {"lorafa": [], "peft": []}
+    peaks: dict[str, list[float]] = {"lorafa": [], TRAIN_STEP: [], "peft": []}
+    taken: dict[str, list[float]] = {name: [] for name in peaks}
     for turn in range(repeats):
         # in fresh processes: holes in a used heap count as memory, and kernels once made are kept
         for library in sorted(peaks, reverse=turn % 2 == 1):

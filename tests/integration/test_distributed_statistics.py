@@ -71,6 +71,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "four passes": {"init_lora_weights": "lora_one", "dense": False, "passes": 4},
     "functional": {"init_lora_weights": "functional", "dense": False},
     "corda": {"init_lora_weights": "corda"},
+    "moment sketch": {"init_lora_weights": "corda", "also": ["moment_sketch"]},
     "principal": {"init_lora_weights": "eva"},
 }
 HALVES: dict[str, dict[str, Any]] = {
@@ -147,6 +148,10 @@ def matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             found[name] = gradient_matrix(tensors, name)
             keys = ("S", "norm2", "largest", "S_half", "cross")
             found |= {key: tensors[key] for one in keys if (key := f"{name}.{one}") in tensors}
+    if "moment_sketch.values" in tensors:
+        V = tensors["moment_sketch.vectors"]
+        found["moment_sketch"] = V * tensors["moment_sketch.values"] @ V.mT
+        found["moment_sketch.trace"] = tensors["moment_sketch.trace"]
     if "principal.components" in tensors:
         V, total = tensors["principal.components"], tensors["principal.total_variance"]
         found["principal"] = V.mT * tensors["principal.singular_values"].square() / total @ V
