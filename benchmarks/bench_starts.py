@@ -2,10 +2,11 @@
 
     python benchmarks/bench_starts.py --data gsm8k_train.jsonl [--rows 64] [--repeats 3] [--only gradient weights ...]
 
-gradient: 64 rows, one at a time, bfloat16, rank 8. Bytes of the statistics against dense float32 gradients, the peak
-above the model and the time, each in a fresh process, against PEFT's preprocess_loraga (of the rows, whose loss is
-computed at labelled positions, and of the train_step PEFT is given, with the model's own loss), and the share of the energy of
-each exact gradient's best eight directions (summed in float64 over the same rows) that the sketched ones hold.
+gradient: 64 rows, one at a time, bfloat16, rank 8. Bytes of the statistics against dense float32 gradients; the peak
+above the model and the time, each in a fresh process, against PEFT's preprocess_loraga: of the rows, whose loss is
+computed at labelled positions, and of the train_step PEFT is given, with the model's own loss; and the share of the
+energy of each exact gradient's best eight directions (summed in float64 over the same rows) that the sketched ones
+hold.
 weights: seconds get_peft_model takes with starts computed from weights, and what pissa's triplets hold of the energy of
 the exact ones.
 inputs: seconds from the plain model to an adapter started by CorDA or EVA over the same rows, one at a time, float32,

@@ -74,6 +74,12 @@ def collect_statistics(
             that changes.
         progress: show a bar, where rich is installed.
 
+    Returns:
+        By the name of each layer (out, in) a table of tensors, by the name of each statistic: "gradient.U" (out, k),
+        ".S" (k,), ".Vh" (k, in), k = 4 r or 2 r + 8 leading triplets of the gradient; ".norm2" (), its squared norm as
+        estimated, ".error2" (), the squared norm of what the sketch misses; ".dense" (out, in) where it is whole.
+        "second_moment.C", "corda_moment.C" (in, in). "principal.components" (k, in), ".singular_values" (k,).
+
     Raises:
         CalibrationError: the data is empty or cannot be gone over again, no gradient arrives, or a target is no linear
             layer.
@@ -127,6 +133,8 @@ def initialize(
     """``get_peft_model`` with a start from data: collect the statistics, then put the adapter on.
 
     Args:
+        model, config, adapter_name, autocast_adapter_dtype: as for :func:`lorafa.get_peft_model`.
+        data, loss: as for :func:`collect_statistics`; ``loss`` is that of the held-out rows, too.
         ranks: choose each layer's rank by the data; None keeps the config's, but for EVA with ``rho`` > 1 and GoRA,
             which have rules of their own.
         heldout: batches for ``stable_gamma="auto"``, two to eight rows, as a list; not those of ``data``. In several
@@ -171,7 +179,16 @@ def start_from(
     loss: Loss | None = None,
     autocast_adapter_dtype: bool = True,
 ) -> PeftModel:
-    """The second half of :func:`initialize`, for statistics that are there already."""
+    """The second half of :func:`initialize`, for statistics that are there already; arguments are as there.
+
+    Unlike ``get_peft_model(..., stats=stats)`` it chooses ranks, where ``ranks``, EVA or GoRA ask for it: a layer to
+    which EVA gives none is left without adapter.
+
+    Raises:
+        CalibrationError: the statistics are of another model, of other settings, or not what the start or rule reads.
+        ConfigError: ``loss`` or ``heldout`` where they are not read, or missing ``heldout``.
+        As :func:`lorafa.choose_ranks` and :func:`lorafa.get_peft_model`; the model is unchanged then.
+    """
     require_config(config)
     require_statistics(stats)
     if loss is not None and heldout is None:
