@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -18,6 +19,7 @@ from adapter_toys import (
     backend_for,
     base_layer,
     config_for,
+    initializer_of,
     input_for,
     only_layer,
     read_by,
@@ -43,6 +45,32 @@ def test_model_computes_the_same_function_at_step_zero(start: bool | str, varian
     x = input_for(kind, torch.float64)
     tolerance = 1e-5 if backend_for(kind).quantized else 1e-12  # the factors on a quantized layer are float32
     torch.testing.assert_close(model(x), base(x), rtol=tolerance, atol=tolerance)
+
+
+IN_UNITS_OF_S = (False, "lora_one", "functional")
+"""Starts whose s B A is as large as s is: a random one, and steps of size s / gamma."""
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_with_rslora_a_start_is_what_it_is_without_or_as_much_larger_as_s_is(start: bool | str) -> None:
+    """s = alpha / sqrt(r) in the place of alpha / r. Files of both are in tests/laws/test_starts_export.py."""
+    base, x = base_layer(LINEAR, dtype=torch.float64), input_for(LINEAR, torch.float64)
+    weights, outputs = [], []
+    for stable in (False, True):
+        model = with_adapter(Single(copy.deepcopy(base)), LINEAR, init_lora_weights=start, use_rslora=stable)
+        layer = only_layer(model)
+        assert layer.scaling["default"] == (6 / 4**0.5 if stable else 6 / 4)
+        weights.append(layer.base_weight().double() + layer.get_delta_weight("default"))
+        outputs.append(model(x))
+    tolerance = 1e-5 if initializer_of(start).quantizer else 1e-12
+    if start in IN_UNITS_OF_S:
+        weights[0] = base.weight + 2 * (weights[0] - base.weight)
+        assert not torch.allclose(weights[0], base.weight, atol=1e-4)
+    else:
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weights[1], weights[0], rtol=tolerance, atol=tolerance)
+    if initializer_of(start).keeps_function:
+        torch.testing.assert_close(outputs[1], Single(base)(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("start", [s for s, variant, kind in STARTED_AT_BASE if (variant, kind) == ("lora", LINEAR)])
