@@ -33,11 +33,14 @@ VARIANT: dict[str, dict[str, Any]] = {
 }
 """The settings that ask for each variant."""
 STARTS: list[bool | str] = [
-    find_start(name).value  # type: ignore[union-attr]
-    for name in INITIALIZERS.names()
-    if INITIALIZERS.get(name).variant in (None, *VARIANTS.names())
+    *(
+        find_start(name).value  # type: ignore[union-attr]
+        for name in INITIALIZERS.names()
+        if INITIALIZERS.get(name).variant in (None, *VARIANTS.names())
+    ),
+    "pissa_niter_4",
 ]
-"""Every start there is a formula for."""
+"""Every start there is a formula for, and the one whose name has a number."""
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Tolerance of a comparison of a few dozen terms of size 1, by dtype."""
 

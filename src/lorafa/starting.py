@@ -65,7 +65,8 @@ def collect_statistics(
         passes: over the data for gradients: 1, 2, or 4 for a power iteration (with 1 97 % of the energy of the best
             directions, with 4 99.9 %, docs/LOG.md).
         dense: add up whole gradients (True), only sketches (False), or whichever is less work (None).
-        halves: keep two half samples of gradients apart, for ranks from data: every other batch, of two or more.
+        halves: keep two half samples of gradients apart, for ranks from data: every other batch, of two or more, which
+            with several passes come in the same order each time.
         also: further statistics by name: "gradient", "principal" (for ranks by explained variance), "second_moment",
             "moment_sketch" (the same of thin memory), "corda_moment", "whitened_gradient".
         cache: file to take the result from if it was collected like this before, and to write it to otherwise; by

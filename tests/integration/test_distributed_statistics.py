@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,13 @@ HALVES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Each with ranks of 4: sketches and principal directions are exact in 8 dimensions. EVA follows those of a process
 until they settle, so with tau = 1, at which they never do, all have gone over all of their tokens as often."""
+FEWER: dict[str, dict[str, Any]] = {
+    "two directions of eight": {"init_lora_weights": "eva", "r": 1, "scale": [2.0**-i for i in range(IN)]},
+    "the two directions there are": {"init_lora_weights": "eva", "r": 1, "scale": [1.0, 0.5] + [0.0] * (IN - 2)},
+}
+"""EVA with rho = 2, on inputs whose columns are scaled."""
+TURNING = "halves, in another order in each pass on one rank"
+ALL = WANTED | HALVES | FEWER | {TURNING: HALVES["four passes, halves"]}
 Case = tuple[str, str, torch.dtype]
 CASES: list[Case] = [
     *((split, wanted, torch.float64) for split in SPLITS if split not in (NOTHING, EACH, ONE) for wanted in WANTED),
@@ -92,17 +100,36 @@ CASES: list[Case] = [
         for wanted in ("dense", "sketched", "functional", "corda", "principal")
     ),
 ]
+FEWER_CASES: list[Case] = [
+    (split, wanted, torch.float64)
+    for split in ("one more on one rank", "one rank has none", "a layer one rank reaches later")
+    for wanted in FEWER
+]
 EMPTY: list[Case] = [(NOTHING, wanted, torch.float64) for wanted in ("sketched", "principal")]
 HALF_EMPTY: list[Case] = [(ONE, "dense halves", torch.float64)]
+TURNED: list[Case] = [("one more on one rank", TURNING, torch.float64)]
+
+
+class Turning:
+    """Batches whose order is reversed with every pass."""
+
+    def __init__(self, data: list[Batch]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.data = self.data[::-1]
+        return iter(self.data)
 
 
 def ask(wanted: str, data: list[Batch], dtype: torch.dtype) -> dict[str, dict[str, Tensor]] | str:
-    settings = dict((WANTED | HALVES)[wanted])
-    start = settings.pop("init_lora_weights")
+    settings = dict(ALL[wanted])
+    start, r, scale = (settings.pop(name, other) for name, other in (("init_lora_weights", 0), ("r", 4), ("scale", 1)))
+    data = [batch | {"x": batch["x"] * torch.tensor(scale, dtype=dtype)} for batch in data]
+    turns = wanted == TURNING and dist.is_initialized() and dist.get_rank() == 1
     eva = EvaConfig(tau=1.0) if start == "eva" else None
-    config = LoraConfig(r=4, target_modules=list(LAYERS), init_seed=0, init_lora_weights=start, eva_config=eva)
+    config = LoraConfig(r=r, target_modules=list(LAYERS), init_seed=0, init_lora_weights=start, eva_config=eva)
     try:
-        return collect_statistics(Routed(dtype), config, data, **settings).values_by_layer
+        return collect_statistics(Routed(dtype), config, Turning(data) if turns else data, **settings).values_by_layer
     except CalibrationError as error:
         return str(error)
 
@@ -112,7 +139,7 @@ def work(rank: int, world: int, folder: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     found = {}
-    for split, wanted, dtype in CASES + EMPTY + HALF_EMPTY:
+    for split, wanted, dtype in CASES + FEWER_CASES + EMPTY + HALF_EMPTY + TURNED:
         rare, shares = SPLITS[split]
         data = batches(rare, dtype)
         found[split, wanted, dtype] = ask(wanted, data[shares[rank]] if world > 1 else data, dtype)
@@ -173,6 +200,40 @@ def test_two_processes_find_what_one_does(found: tuple[Found, Found, Found], cas
             torch.testing.assert_close(values[name], value, rtol=0, atol=tolerance * size, msg=f"{layer} {name}")
 
 
+def labelled(split: str, scale: list[float]) -> Tensor:
+    """The tokens (T, IN) of all batches that EVA reads, around their mean."""
+    data = batches(SPLITS[split][0], torch.float64)
+    x = torch.cat([batch["x"][batch["labels"] != -100] for batch in data]) * torch.tensor(scale, dtype=torch.float64)
+    return x - x.mean(0)
+
+
+@pytest.mark.parametrize("case", FEWER_CASES, ids=lambda case: ", ".join(case[:2]))
+def test_with_fewer_directions_than_inputs_processes_agree_and_hold_as_much_as_one(
+    found: tuple[Found, Found, Found], case: Case
+) -> None:
+    """As docs/starts.md says: bit for bit the same on all of them, but what is kept depends on the order of the data,
+    so that it is that of one process where nothing is left out only."""
+    split, wanted, _ = case
+    whole, first, second = (one[case] for one in found)
+    exact = "there are" in wanted
+    for layer in LAYERS:
+        assert all(torch.equal(tensor, second[layer][name]) for name, tensor in first[layer].items()), layer
+    for layer in ("q", "k"):  # the others have other inputs
+        x = labelled(split, FEWER[wanted]["scale"])
+        best = torch.linalg.svd(x).Vh[:2]
+        V, alone = (one[layer]["principal.components"] for one in (first, whole))
+        assert V.shape == (2, IN)
+        torch.testing.assert_close(V @ V.mT, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-10)
+        if exact:
+            torch.testing.assert_close(V, alone, rtol=0, atol=1e-6)
+            torch.testing.assert_close(V.mT @ V, best.mT @ best, rtol=0, atol=1e-6)
+        elif split == "one more on one rank":
+            assert (V - alone).abs().max() > 1e-6
+        for directions in (V, alone):
+            held = (x @ directions.mT).square().sum() / (x @ best.mT).square().sum()
+            assert 0.97 < held < 1 + 1e-9
+
+
 @pytest.mark.parametrize("case", EMPTY, ids=lambda case: case[1])
 def test_every_process_says_that_there_is_no_data(found: tuple[Found, Found, Found], case: Case) -> None:
     for one in found:
@@ -183,3 +244,11 @@ def test_every_process_says_that_there_is_no_data(found: tuple[Found, Found, Fou
 def test_every_process_says_that_half_of_the_data_is_missing(found: tuple[Found, Found, Found], case: Case) -> None:
     for one in found:
         assert "one of the two half samples is empty: their batches weigh" in one[case]
+
+
+@pytest.mark.parametrize("case", TURNED, ids=lambda case: case[1])
+def test_every_process_says_that_the_halves_of_one_were_mixed(found: tuple[Found, Found, Found], case: Case) -> None:
+    whole, first, second = (one[case] for one in found)
+    assert whole.keys() == set(LAYERS)
+    for one in (first, second):
+        assert "The batches came in another order, or were others, than in the pass before" in one

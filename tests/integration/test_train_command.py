@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,12 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(workplace: Path, tmp_path: 
         ["+init=gradient", "++init.direction=LoRA-FA", "++init.iters=2", "init.stable_gamma=auto"],
         ["init=lora_ga", "init.iters=2", "peft.r=2"],
         ["init=eva", "init.iters=2"],
+        ["+init=svd"],
+        ["+init=kaiming"],
+        ["+init=gaussian"],
+        ["+init=corda", "init.iters=2"],
+        ["+init=olora"],
+        ["+init=loftq"],
         ["init=functional", "init.iters=2", "init.passes=4", "init.ranks=budget", "peft.r=2"],
         ["init=default", "init.iters=2", "init.ranks=budget", "peft.r=2"],
         ["peft=qv", "init=gaussian", "train.chunked_loss=false"],
@@ -184,7 +191,10 @@ def test_every_kind_of_setting_trains(workplace: Path, tmp_path: Path, method: l
     run = tmp_path / "run"
     short = ["eval.size=0", "train.steps=2", "train.checkpoint_every=0"]
     assert main(["train", *settings(workplace, run), *method, *short]) == 0
-    assert read(run / "result.json")["status"] == "finished"
+    result = read(run / "result.json")
+    assert result["status"] == "finished"
+    assert math.isfinite(result["after"]["loss"])
+    assert result["after"]["loss"] != result["before"]["loss"]
     assert len(metrics(run)) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -18,6 +19,7 @@ from adapter_toys import (
     backend_for,
     base_layer,
     config_for,
+    initializer_of,
     input_for,
     only_layer,
     read_by,
@@ -43,6 +45,39 @@ def test_model_computes_the_same_function_at_step_zero(start: bool | str, varian
     x = input_for(kind, torch.float64)
     tolerance = 1e-5 if backend_for(kind).quantized else 1e-12  # the factors on a quantized layer are float32
     torch.testing.assert_close(model(x), base(x), rtol=tolerance, atol=tolerance)
+
+
+IN_UNITS_OF_S = (False, "lora_one", "functional")
+"""Starts whose s B A is as large as s is: a random one, and steps of size s / gamma."""
+TAKEN_IN_UNITS_OF_S = ("olora", "lora_ga", "lora_ga_peft")
+"""Starts that take s B A out of the base for A and B in which there is no s; of the others B A has 1 / s."""
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_with_rslora_a_start_is_what_it_is_without_or_as_much_larger_as_s_is(start: bool | str) -> None:
+    """s = alpha / sqrt(r) in the place of alpha / r. Files of both are in tests/laws/test_starts_export.py."""
+    base, x = base_layer(LINEAR, dtype=torch.float64), input_for(LINEAR, torch.float64)
+    weights, outputs, taken = [], [], []
+    for stable in (False, True):
+        model = with_adapter(Single(copy.deepcopy(base)), LINEAR, init_lora_weights=start, use_rslora=stable)
+        layer = only_layer(model)
+        assert layer.scaling["default"] == (6 / 4**0.5 if stable else 6 / 4)
+        weights.append(layer.base_weight().double() + layer.get_delta_weight("default"))
+        outputs.append(model(x))
+        own = layer.adapters["default"]
+        taken.append(torch.zeros(()) if own.start is None else own.start_product())
+    tolerance = 1e-5 if initializer_of(start).quantizer else 1e-12
+    if start in IN_UNITS_OF_S:
+        weights[0] = base.weight + 2 * (weights[0] - base.weight)
+        assert not torch.allclose(weights[0], base.weight, atol=1e-4)
+    else:
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weights[1], weights[0], rtol=tolerance, atol=tolerance)
+    if initializer_of(start).keeps_function:
+        torch.testing.assert_close(outputs[1], Single(base)(x), rtol=1e-12, atol=1e-12)
+    larger = 2 if start in TAKEN_IN_UNITS_OF_S else 1
+    torch.testing.assert_close(taken[1], larger * taken[0], rtol=1e-10, atol=1e-12)
+    assert bool(taken[0].any()) == initializer_of(start).moves_base
 
 
 @pytest.mark.parametrize("start", [s for s, variant, kind in STARTED_AT_BASE if (variant, kind) == ("lora", LINEAR)])

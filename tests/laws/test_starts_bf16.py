@@ -7,14 +7,17 @@ as A and B are at their start: nothing is rounded, so there is nothing to differ
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import STARTS, VARIANT, initializer_of, settings_of, starts_of, stats_for
+from adapter_toys import STARTS, VARIANT, initializer_of, settings_of, starts_of, stats_for, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, initialize
 from lorafa.initializers.base import LayerSpec
 
@@ -71,16 +74,20 @@ TOYS: dict[str, Toy] = {
 }
 
 
-def started(start: bool | str, toy: str, **settings: Any) -> tuple[nn.Module, PeftModel]:
-    """A bfloat16 model, and a copy with a fresh adapter, from data where the start reads data."""
+def started(start: bool | str, toy: str, *, narrow: bool = False, **settings: Any) -> tuple[nn.Module, PeftModel]:
+    """A bfloat16 model, and a copy with a fresh adapter, from data where the start reads data.
+
+    Args:
+        narrow: keep A and B in bfloat16 too.
+    """
     make, targets, rows = TOYS[toy]
     base = make().bfloat16().eval()
     config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_seed=0, **settings_of(start), **settings)
     model = copy.deepcopy(base)
     if initializer_of(start).needs:
         data = [labelled(rows(2, 12)) for _ in range(4)]
-        return base, initialize(model, config, data, loss=loss).eval()
-    return base, get_peft_model(model, config).eval()
+        return base, initialize(model, config, data, loss=loss, autocast_adapter_dtype=not narrow).eval()
+    return base, get_peft_model(model, config, autocast_adapter_dtype=not narrow).eval()
 
 
 def outputs(base: nn.Module, model: nn.Module, toy: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,13 +111,21 @@ def promises_bits(start: bool | str) -> bool:
 PROMISED = [start for start in STARTS if promises_bits(start)]
 
 
-@pytest.mark.parametrize("toy", TOYS)
+def dtypes(model: PeftModel) -> set[torch.dtype]:
+    """Of all that belongs to its adapter, frozen starts and magnitudes too."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {tensor.dtype for name, tensor in tensors if "lora_" in name}
+
+
+@pytest.mark.parametrize(("toy", "narrow"), [("mlp", False), ("llama", False), ("mlp", True)])
 @pytest.mark.parametrize(("start", "variant"), [(s, v) for v in VARIANT for s in starts_of(v, *STARTS)])
 def test_outputs_are_the_bits_of_the_base_where_the_start_promises_it(
-    start: bool | str, toy: str, variant: str
+    start: bool | str, toy: str, narrow: bool, variant: str
 ) -> None:
+    """Also where A and B are rounded to bfloat16: what is subtracted is the product of the rounded ones."""
     formula = {} if initializer_of(start).variant else VARIANT[variant]
-    base, model = started(start, toy, **formula)
+    base, model = started(start, toy, narrow=narrow, **formula)
+    assert dtypes(model) == {torch.bfloat16 if narrow else torch.float32}
     if start in PROMISED:
         for theirs, ours in outputs(base, model, toy):
             assert torch.equal(ours, theirs)
@@ -119,6 +134,29 @@ def test_outputs_are_the_bits_of_the_base_where_the_start_promises_it(
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
     else:
         assert any(not torch.equal(ours, theirs) for theirs, ours in outputs(base, model, toy))
+
+
+ON_THE_BASE = [start for start in STARTS if initializer_of(start).quantizer is None]
+"""Starts whose adapter sits on the base as it was."""
+
+
+@pytest.mark.parametrize("start", ON_THE_BASE)
+def test_factors_in_half_precision_are_plain_lora_on_the_base_as_it_was(start: bool | str, tmp_path: Path) -> None:
+    """Compared in float32, where the bfloat16 factors are exact. With a matrix between B and A the file has their
+    product, rounded."""
+    base, model = started(start, "mlp", narrow=True)
+    train(model, 0.1)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False).eval()
+    assert dtypes(again) == {torch.bfloat16}
+    x = vectors(2, 7)
+    assert not torch.allclose(model(**x), base(**x), atol=1e-2)
+    assert torch.equal(again(**x), model(**x))
+    wide, x = base.float(), {"x": x["x"].float()}
+    with warnings.catch_warnings(action="ignore"):  # of keys that only lorafa has
+        theirs = peft.PeftModel.from_pretrained(wide, tmp_path).eval()
+    tolerance = 2e-2 if initializer_of(start).variant else 1e-5
+    torch.testing.assert_close(theirs(**x), model.float()(**x), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("start", PROMISED)

@@ -27,6 +27,8 @@ from adapter_toys import (
 from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import LoraConfig, collect_statistics, get_peft_model, initialize
 from lorafa.backends.int8 import Int8Linear
+from lorafa.backends.nf4 import NF4Linear
+from lorafa.backends.quantized import QuantizedLinear
 from lorafa.calibration import STATISTICS
 from lorafa.errors import CalibrationError, ConfigError, LoraError
 
@@ -135,27 +137,30 @@ def test_statistics_of_other_weights_or_another_start_are_refused(start: bool | 
 
 
 class Quantized(nn.Module):
-    """Two layers, the first of which is stored in 8 bits."""
+    """Two layers, the first of which is stored in 8 or 4 bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[QuantizedLinear]) -> None:
         super().__init__()
-        self.first, self.last = Int8Linear(torch.randn(30, 40)), nn.Linear(30, 20)
+        self.first, self.last = kind(torch.randn(30, 40)), nn.Linear(30, 20)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.last(self.first(x).relu())
         return y
 
 
+@pytest.mark.parametrize("kind", [Int8Linear, NF4Linear])
 @pytest.mark.parametrize("start", STARTS)
-def test_a_quantized_base_is_read_as_the_weight_it_stands_for_or_refused(start: bool | str) -> None:
+def test_a_quantized_base_is_read_as_the_weight_it_stands_for_or_refused(
+    start: bool | str, kind: type[QuantizedLinear]
+) -> None:
     """The reference is the same model with that weight stored in float32."""
-    model, dense = Quantized(), Quantized()
+    model, dense = Quantized(kind), Quantized(kind)
     weight = model.first.dequantize()
     dense.first, dense.last = nn.Linear(40, 30, bias=False), model.last
     dense.first.weight = nn.Parameter(weight)
     settings, data = config(start, target_modules=["first"]), inputs(dtype=torch.float32)
     if initializer_of(start).quantizer is not None:
-        text = "'first' is a Int8Linear, quantized already. Put an ordinary adapter on it"
+        text = f"'first' is a {kind.__name__}, quantized already. Put an ordinary adapter on it"
         refused(model, LoraError, text, lambda: get_peft_model(model, settings))
         return
     layers = []
@@ -165,3 +170,4 @@ def test_a_quantized_base_is_read_as_the_weight_it_stands_for_or_refused(start: 
             layers.append(only_layer(get_peft_model(base, settings, **given)))
     products = [layer.factor_B("default") @ layer.factor_A("default") for layer in layers]
     torch.testing.assert_close(products[0], products[1], rtol=1e-3, atol=1e-4)
+    assert [type(layer.get_base_layer()) for layer in layers] == [kind, nn.Linear]

@@ -241,7 +241,11 @@ def test_every_setting_is_read_by_something() -> None:
 
 # ---- starts ---------------------------------------------------------------------------------------------------------
 
-DOCUMENTED = "+init=gradient ++init.direction=LoRA-FA ++init.scale=stable ++init.stable_gamma=128 ++init.bsz=1"
+DOCUMENTED = (
+    "+init=gradient ++init.direction=LoRA-FA ++init.scale=stable ++init.stable_gamma=128 ++init.bsz=1 ++init.iters=8 "
+    "++init.max_length=1024"
+)
+"""The command of the issue and of docs/starts.md."""
 
 
 @pytest.mark.parametrize(
@@ -275,6 +279,13 @@ def test_starts_of_the_documents_become_configs(
         assert getattr(getattr(config, str(field)), name) == value
     if start == "loftq":
         assert config.loftq_config == {"loftq_bits": 8, "loftq_iter": 3}
+
+
+def test_the_documented_command_sets_what_it_names_and_nothing_else() -> None:
+    named = {"direction": "LoRA-FA", "scale": "stable", "stable_gamma": 128.0, "bsz": 1, "iters": 8, "max_length": 1024}
+    default = plain(compose(["init=gradient"]))
+    assert plain(compose(DOCUMENTED.split())) == default | {"init": default["init"] | named}
+    assert DOCUMENTED in (Path(__file__).parents[2] / "docs" / "starts.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -234,9 +234,9 @@ def test_lora_plus_has_nothing_to_do_for_lora_sb() -> None:
         create_loraplus_optimizer(adapted("lora_sb"), SGD, lr=0.1, loraplus_lr_ratio=16)
 
 
+@pytest.mark.parametrize("kind", ["lorafa.backends.int8.Int8Linear", "lorafa.backends.nf4.NF4Linear"])
 @FOLDING
-def test_loftqs_fit_after_the_fact_is_for_plain_lora(start: str) -> None:
-    kind = "lorafa.backends.int8.Int8Linear"
+def test_loftqs_fit_after_the_fact_is_for_plain_lora(start: str, kind: str) -> None:
     put_on = with_adapter(Single(base_layer(kind)), kind, init_lora_weights=start)
     with pytest.raises(AdapterError, match=rf"no plain LoRA, .* it has {start}\."):
         replace_lora_weights_loftq(put_on, model_path="nowhere")

@@ -242,14 +242,16 @@ def quadratic(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:stable_gamma='auto'")
-def test_gamma_auto_takes_the_smallest_loss_on_held_out_rows() -> None:
+@pytest.mark.parametrize("start", ["lora_one", "functional"])
+def test_gamma_auto_takes_the_smallest_loss_on_held_out_rows(start: str) -> None:
     data, heldout = inputs(4), inputs(6)[4:]
-    auto = config(init_config=LoraOneConfig(stable_gamma="auto"))
+    auto = config(start, init_config=LoraOneConfig(stable_gamma="auto"))
     chosen = initialize(Toy(), auto, data, heldout=heldout, loss=loss)
     gamma = chosen.peft_config["default"].init_config.stable_gamma
     losses = {}
     for trial in GAMMAS:
-        adapted = initialize(Toy(), config(init_config=LoraOneConfig(stable_gamma=trial)), data, loss=loss).eval()
+        settings = config(start, init_config=LoraOneConfig(stable_gamma=trial))
+        adapted = initialize(Toy(), settings, data, loss=loss).eval()
         losses[trial] = sum(loss(adapted, x).item() for x in heldout)
     assert gamma == min(losses, key=losses.__getitem__)
     assert len(chosen.base_model.lora_layers()) == 3

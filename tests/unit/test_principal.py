@@ -85,6 +85,25 @@ def test_with_as_many_components_as_dimensions_it_is_the_pca_of_all_tokens(sizes
     assert found["tokens"] == 200
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rank", "sizes"), [(10, [200]), (10, [50] * 4), (3, [200])], ids=str)
+def test_inputs_in_half_precision_lose_nothing_beyond_their_own_rounding(
+    dtype: torch.dtype, rank: int, sizes: list[int]
+) -> None:
+    """Against the PCA in float64 of the rounded inputs: what is left is float32's rounding of sums of 200 products."""
+    x = (data() * 5 + 3).to(dtype)
+    found = run(pca(rank=rank, tau=1.0), list(x.split(sizes)))
+    k = min(2 * rank, IN)
+    S, Vh = exact(x.double())
+    assert {value.dtype for key, value in found.items() if key in ("components", "singular_values")} == {torch.float32}
+    torch.testing.assert_close(found["singular_values"].double(), S[:k], rtol=0, atol=2e-6 * float(S[0]))
+    torch.testing.assert_close(found["total_variance"].double(), S.square().sum(), rtol=1e-5, atol=0)
+    gaps = S[: k - 1] - S[1:k]
+    turned = 1 - (found["components"].double() * Vh[:k]).sum(1).abs()
+    assert (turned[: k - 1] < (1e-5 * S[0] / gaps).square() + 1e-6).all()
+    torch.testing.assert_close(cosines(found["components"].double(), Vh[:k]), torch.ones(k).double(), rtol=0, atol=1e-6)
+
+
 def test_data_of_a_low_rank_are_recovered_exactly_and_have_no_directions_beyond_it() -> None:
     x = data(rank=4)
     found = run(pca(rank=3, tau=1.0), list(x.split(40)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from drawing_toys import axes_of, curves, heights, legend
 from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.report.page import write_report
@@ -66,10 +67,32 @@ def test_a_start_from_data_is_shown_with_its_ranks_and_spectra(finished: RunDire
     page = write_report(finished.path).read_text(encoding="utf-8")
     texts = ("The start", "3.0 MiB, 4.2 s", "512", "layers that started as by default", "2 to 4, median 3")
     assert [text for text in texts if text not in page] == []
-    assert page.count("<svg") == 2
     assert rank_rows(START) == [("q_proj", "2", "2 to 4, median 3", "25.0%"), ("up_proj", "2", "3", "-")]
     assert rank_rows({}) == []
     assert spectra_and_ranks({}) is None
+
+
+DRAWN = START | {"spectra": START["spectra"] | {"layers.1.up_proj": [2.0, 1.0]}}
+UNDRAWN = DRAWN | {"spectra": DRAWN["spectra"] | {"layers.0.q_proj": [0.0, 0.0], "layers.1.q_proj": []}}
+
+
+def test_kinds_of_layer_are_named_and_every_chosen_rank_is_drawn(finished: RunDirectory) -> None:
+    finished.update_result(start=DRAWN)
+    page = write_report(finished.path).read_text(encoding="utf-8")
+    assert page.count("<svg") == 2  # the loss, and the start
+    left, right = axes_of(page, drawing=1)
+    colours = legend(left)
+    assert list(colours) == ["q_proj", "up_proj"]
+    assert curves(left) == list(colours.values())
+    assert heights(right) == {colours["q_proj"]: pytest.approx([2, 4]), colours["up_proj"]: pytest.approx([3, 3])}
+
+
+def test_a_kind_without_a_spectrum_does_not_change_the_colours_of_the_others() -> None:
+    """Its ranks are drawn, and those of a kind are in the colour that the legend of the spectra gives it."""
+    left, right = axes_of(str(spectra_and_ranks(UNDRAWN)), drawing=0)
+    assert list(legend(left)) == ["up_proj"]
+    assert list(heights(right).values()) == [pytest.approx([2, 4]), pytest.approx([3, 3])]
+    assert list(heights(right))[1] == legend(left)["up_proj"]
 
 
 def test_the_page_needs_no_other_file(finished: RunDirectory) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.base import Statistic
-from lorafa.calibration.batches import Asked, Batches
+from lorafa.calibration.batches import Asked, Batches, digest_of
 from lorafa.calibration.masks import counted
 from lorafa.calibration.processes import distributed, gathered, of_first, rank
 from lorafa.calibration.sharing import Entry, Sharing, agree
@@ -65,6 +65,8 @@ class _Pass:
         """Theirs, of each half sample."""
         self.arrived = False
         """Whether a gradient has."""
+        self.order: list[str] | None = [] if any(_keeps_halves(entry) for entry in entries) else None
+        """The batches by their digests, where half samples are kept apart over several passes."""
 
     @property
     def half(self) -> int:
@@ -76,7 +78,13 @@ class _Pass:
         masks."""
         self.sharing.next_call()
         self.masks, self.announced = _Masks.of(batch), True
+        self.note(batch)
         self.set_modes()
+
+    def note(self, batch: Any) -> None:
+        """Keep in mind which batch comes next."""
+        if self.order is not None:
+            self.order.append(digest_of(list(_contents(batch))))
 
     def start_batch(self) -> None:
         for entry in self.entries:
@@ -85,6 +93,15 @@ class _Pass:
     def end_batch(self, weight: float) -> None:
         self.weights[self.half] += weight
         self.count += 1
+
+
+def _contents(batch: Any) -> Iterator[Tensor | str | int | float]:
+    """What tells batches apart. Other objects are made anew in every pass, and need not be equal then."""
+    if isinstance(batch, (Tensor, str, int, float)):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _contents(part)
 
 
 def collect(
@@ -110,12 +127,14 @@ def collect(
         layer -> "<statistic>.<tensor>" -> value.
 
     Raises:
-        CalibrationError: there was no batch, or gradients are needed and none arrived.
+        CalibrationError: there was no batch, gradients are needed and none arrived, or batches changed places between
+            passes that keep half samples apart.
     """
     entries = [Entry(layer, name, s) for layer, named in statistics.items() for name, s in named.items()]
+    order: list[str] | None = None
     with calibrating(model) as set_modes:
         while active := [entry for entry in entries if not entry.done and _ready(entry, entries)]:
-            _run(model, layers, active, entries, batches, set_modes)
+            order = _run(model, layers, active, entries, batches, set_modes, order)
     values: dict[str, dict[str, Tensor]] = {layer: {} for layer in statistics}
     results: dict[int, dict[str, Tensor]] = {}
     for entry in entries:
@@ -136,8 +155,16 @@ def _run(
     entries: list[Entry],
     batches: Batches,
     set_modes: Callable[[], None],
-) -> None:
-    """One pass over the data for the ``active`` entries."""
+    order: list[str] | None,
+) -> list[str] | None:
+    """One pass over the data for the ``active`` entries.
+
+    Args:
+        order: of the batches, in the last pass that kept half samples apart over several passes.
+
+    Returns:
+        It, for the next pass.
+    """
     for entry in active:
         others = {e.name: e.value for e in entries if e.layer == entry.layer and e.name in entry.statistic.after}
         entry.statistic.start_pass(entry.passes, others)
@@ -156,6 +183,7 @@ def _run(
                 break
     current.sharing.next_call()
     weights = _weights(current, gradients)
+    _require_order(current, order)
     counted = agree(active, layers)
     for entry in counted:
         if entry.owner is None:
@@ -167,6 +195,25 @@ def _run(
     more = gathered([entry.value.wants_pass(entry.passes) for entry in counted])[0]
     for entry, wanted in zip(counted, more, strict=True):
         entry.done = not wanted
+    return order if current.order is None else current.order
+
+
+def _keeps_halves(entry: Entry) -> bool:
+    """Whether what it finds of a half sample in one pass meets the data again in another."""
+    statistic = entry.statistic
+    several = entry.passes > 0 or statistic.wants_pass(entry.passes + 1)
+    return statistic.reads_gradient and statistic.layer.options.halves and several
+
+
+def _require_order(current: _Pass, before: list[str] | None) -> None:
+    """Raises CalibrationError, on all processes, if batches of one half sample are in the other in this pass."""
+    again = any(_keeps_halves(entry) and entry.passes > 0 for entry in current.entries)
+    if again and any(gathered(current.order != before)):
+        raise CalibrationError(
+            "The batches came in another order, or were others, than in the pass before, so that the two half samples "
+            "of the gradients are not kept apart: the ranks would be confirmed by the data they were found in. Pass "
+            "batches that stay as they are, a DataLoader with shuffle=False or list(loader), or passes=1."
+        )
 
 
 def _weights(current: _Pass, gradients: bool) -> tuple[float, float]:
@@ -255,6 +302,7 @@ class _CallStart:
         names = inspect.signature(model.forward).parameters
         current.masks, current.announced = _Masks.of(dict(zip(names, args, strict=False)) | dict(kwargs)), False
         if current.batches.by_call:
+            current.note((args, kwargs))
             current.start_batch()
             current.end_batch(1.0)
         if not current.headless:

@@ -18,7 +18,7 @@ def kind_of(layer: str) -> str:
 
 
 def rank_rows(start: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(kind of layer, layers, ranks, singular value at the rank as a share of the largest)."""
+    """(kind of layer, layers, ranks, share of the leading singular value the last rank has)."""
     ranks, spectra = start.get("ranks") or {}, start.get("spectra") or {}
     rows = []
     for kind, layers in _by_kind(ranks).items():
@@ -57,14 +57,14 @@ def spectra_and_ranks(start: Mapping[str, Any]) -> str | None:
         return None
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for index, (kind, layers) in enumerate(_by_kind(ranks).items()):
-        colour = f"C{index % 10}"
+    for number, (kind, layers) in enumerate(_by_kind(ranks).items()):
+        color = f"C{number}"  # the legend on the left is that of the right too, where a kind may have no spectrum
         curves = [_relative(spectra[layer]) for layer in layers if spectra.get(layer) and spectra[layer][0] > 0]
         if curves:
             middle = [statistics.median(values) for values in zip(*curves, strict=False)]
-            left.plot(range(1, len(middle) + 1), middle, label=kind, color=colour, linewidth=1.5)
+            left.plot(range(1, len(middle) + 1), middle, label=kind, color=color, linewidth=1.5)
         blocks, chosen = [_number(layer) for layer in layers], [ranks[layer] for layer in layers]
-        right.plot(blocks, chosen, ".-", color=colour, linewidth=0.8)
+        right.plot(blocks, chosen, ".-", color=color, linewidth=0.8)
     left.set_xlabel("direction")
     left.set_ylabel("singular value / largest")
     left.set_yscale("log")
