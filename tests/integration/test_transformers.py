@@ -217,7 +217,8 @@ def test_the_trainer_of_transformers_trains_the_adapter_alone(tmp_path: Path) ->
 )
 def test_the_trainer_of_transformers_trains_in_its_usual_modes(tmp_path: Path, options: dict[str, Any]) -> None:
     run = trainer(adapted(), tmp_path, save_strategy="no", **options)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]

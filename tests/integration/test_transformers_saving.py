@@ -89,7 +89,8 @@ def test_the_embeddings_of_t5_are_adapted_in_encoder_and_decoder(tmp_path: Path)
     assert len(model.get_layer_status()) == 2
     with torch.no_grad():
         expected = model(input_ids=IDS, decoder_input_ids=IDS).logits
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         merged = model.merge_and_unload()
         merged.save_pretrained(tmp_path)
         loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -114,12 +115,14 @@ def test_unloading_a_transformer_gives_the_pristine_model_back() -> None:
 
 def test_an_adapter_with_new_rows_is_loaded_on_a_resized_model(tmp_path: Path) -> None:
     base = llama()
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         base.resize_token_embeddings(36)
     model = adapted(base, target_modules=["q_proj", "embed_tokens", "lm_head"])
     model.save_pretrained(tmp_path)
     other = llama()
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.manual_seed(9)
         other.resize_token_embeddings(36)  # new rows at random, other ones than before
     assert not torch.equal(other.model.embed_tokens.weight, llama().model.embed_tokens.weight[:36])
@@ -129,7 +132,8 @@ def test_an_adapter_with_new_rows_is_loaded_on_a_resized_model(tmp_path: Path) -
 
 def test_an_adapter_for_a_resized_model_says_so_on_the_old_one(tmp_path: Path) -> None:
     base = llama()
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         base.resize_token_embeddings(36)
     adapted(base, target_modules=["embed_tokens"]).save_pretrained(tmp_path)
     with pytest.raises(lorafa.errors.CheckpointError, match=r"Call model.resize_token_embeddings\(36\) before loading"):

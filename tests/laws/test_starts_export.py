@@ -64,7 +64,8 @@ def trained(start: bool | str, *, poor: bool = False, **settings: Any) -> PeftMo
 
 
 def to_peft(base: nn.Module, folder: Path) -> nn.Module:
-    with warnings.catch_warnings(action="ignore"):  # of keys that only lorafa has
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that only lorafa has
         return peft.PeftModel.from_pretrained(base, folder).eval()
 
 

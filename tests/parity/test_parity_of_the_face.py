@@ -308,7 +308,8 @@ def test_a_second_adapter_can_be_injected_as_in_peft() -> None:
 
 def test_several_adapters_of_peft_are_loaded_from_its_folders(two: Pair, tmp_path) -> None:
     pair = two  # PEFT cannot save adapters with and without token rows together
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         pair.theirs.save_pretrained(tmp_path)
         loaded = lorafa.PeftModel.from_pretrained(base(), tmp_path)
         loaded.load_adapter(tmp_path / "second", "second")

@@ -99,7 +99,8 @@ def test_trained_it_is_plain_lora_on_the_base_as_it_was(number: int, tmp_path: P
     model, x = started(f"pissa_niter_{number}", torch.float32), torch.randn(7, IN)
     train(model, 0.05)
     model.save_pretrained(tmp_path)
-    with warnings.catch_warnings(action="ignore"):  # of keys that only lorafa has
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that only lorafa has
         theirs = peft.PeftModel.from_pretrained(base(torch.float32), tmp_path).eval()
     assert theirs.peft_config["default"].r == 2 * RANK
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
