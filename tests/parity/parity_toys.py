@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,12 @@ class Case:
             return peft.get_peft_model(base or self.base(), peft.LoraConfig(**copy.deepcopy(self.settings))).eval()
 
 
-def quiet() -> warnings.catch_warnings:
+@contextmanager
+def quiet() -> Iterator[None]:
     """A with-block in which neither library warns; what they warn of is tested elsewhere."""
-    return warnings.catch_warnings(action="ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def trained(model: nn.Module, seed: int = 11) -> nn.Module:
