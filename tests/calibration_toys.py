@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
 from lorafa.calibration.batches import Asked, Batches
 from lorafa.calibration.collect import collect
-from lorafa.calibration.gradient import GradientSketch
+from lorafa.calibration.gradient import GradientSketch, gradient_triplets
 from lorafa.calibration.projections import Projections
 
 
@@ -89,3 +89,8 @@ def gradients(model: nn.Module, data: list[Tensor], weights: list[float] | None 
     found = torch.autograd.grad(total, [model.get_submodule(name).weight for name in LAYERS])  # type: ignore[arg-type]
     model.train()
     return dict(zip(LAYERS, found, strict=True))
+
+
+def gradient_matrix(stats: Mapping[str, Tensor], name: str = "gradient") -> Tensor:
+    """The gradient (out, in): itself where it was formed, otherwise the product of its triplets."""
+    return stats[f"{name}.dense"] if f"{name}.dense" in stats else gradient_triplets(stats, name).product()

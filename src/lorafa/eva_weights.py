@@ -209,7 +209,7 @@ def initialize_lora_eva_weights(
     if eva_state_dict is not None and dataloader is not None:
         warn(
             "initialize_lora_eva_weights was given eva_state_dict= and dataloader=: the adapter starts from the state "
-            "dict, and the data are not looked at. Leave one of them out.",
+            "dict, and the data are not looked at. Leave one of them out."
         )
     if eva_state_dict is None:
         if dataloader is None:

@@ -24,7 +24,7 @@ from lorafa.calibration.spectrum import (
     most_components,
     variance_shares,
 )
-from lorafa.checks import check_choice, check_int, check_number, found
+from lorafa.checks import check_choice, check_int, check_number, found, names
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, ConfigError, shorten, warn
 from lorafa.initializers.base import Initializer
@@ -136,7 +136,7 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
     require_statistics(stats)
     if isinstance(stats, Statistics):
         stats.check_fits(model)
-        stats.check_read_as(config)
+        stats.check_read_as(config, names("also", rule.reads()["also"]))
     targets = find_targets(model, config)
     before = {target.full_name: target.rank for target in targets}
     shapes = {target.full_name: target.backend.shape(target.base) for target in targets}
@@ -186,7 +186,7 @@ def _finite(what: str, layers: dict[str, T], is_finite: Callable[[T], bool]) -> 
     if bad:
         warn(
             f"The {what} of {len(bad)} of {len(layers)} layers is not finite, and their ranks stay as they are: "
-            f"{shorten(bad, 3)}.",
+            f"{shorten(bad, 3)}."
         )
     return found
 
@@ -199,7 +199,7 @@ def _all_of(ranks: dict[str, int], before: Mapping[str, int]) -> dict[str, int]:
     if given < asked:
         warn(
             f"The data has {given} principal directions for the {asked} ranks of the config: the adapter is smaller "
-            "than it says. Use more data.",
+            "than it says. Use more data."
         )
     return ranks
 

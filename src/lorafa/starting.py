@@ -15,7 +15,7 @@ from torch import nn
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.batches import device_of, digest_of, moved, of_data, of_function, require_batches, shown
 from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_label, scalar
-from lorafa.calibration.processes import gathered
+from lorafa.calibration.processes import gathered, together
 from lorafa.checks import check_choice, names
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, warn
@@ -307,12 +307,12 @@ def best_gamma(
     if best == GAMMAS[0]:
         warn(
             f"stable_gamma='auto': the loss falls down to the smallest gamma tried, {best:g}: a larger step than any "
-            f"may be better. Compare it with a smaller number, stable_gamma={best / 2:g}.",
+            f"may be better. Compare it with a smaller number, stable_gamma={best / 2:g}."
         )
     if best == GAMMAS[-1]:
         warn(
             f"stable_gamma='auto': the loss falls up to the largest gamma tried, {best:g}: a smaller step than any may "
-            "be better, and the default start none at all.",
+            "be better, and the default start none at all."
         )
     return replace(config, init_config=replace(config.init_config, stable_gamma=best))
 
@@ -320,7 +320,7 @@ def best_gamma(
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
     """Of the batches of all processes, in which it is the same number."""
     device, losses = device_of(model), []
-    with evaluating(model):
+    with together(), evaluating(model):
         for number, batch in enumerate(batches, 1):
             batch = moved(batch, device)
             if loss is causal_loss:

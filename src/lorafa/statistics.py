@@ -17,7 +17,7 @@ from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
 from lorafa.calibration.batches import Batches, digest_of
 from lorafa.calibration.collect import collect
-from lorafa.calibration.processes import gathered, rank
+from lorafa.calibration.processes import gathered, rank, together
 from lorafa.calibration.projections import Projections
 from lorafa.checks import found, names
 from lorafa.config import LoraConfig, require_available
@@ -105,14 +105,17 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                 f"have other weights here: {shorten(other, 3)}. Collect them on this model."
             )
 
-    def check_read_as(self, config: LoraConfig) -> None:
+    def check_read_as(self, config: LoraConfig, also: Sequence[str] = ()) -> None:
         """Refuse statistics that were collected by other settings than those of the config's start.
 
+        Args:
+            also: what is read beside those of the start.
+
         Raises:
-            CalibrationError: a setting that a statistic of this start goes by differs.
+            CalibrationError: a setting that one of these statistics goes by differs.
         """
         collected, now = self.about.get("settings") or {}, config.start_settings()
-        for need in config.start.initializer.needs:
+        for need in (*config.start.initializer.needs, *also):
             for name, usual in STATISTICS.get(need).settings_read.items():
                 then, wanted = collected.get(name, usual), getattr(now, name, usual)
                 if then != wanted:
@@ -195,11 +198,7 @@ def statistics_of(
     targets = find_targets(model, config)
     wanted = _wanted(config, names("also", also))
     options = _as_read(config, wanted, options or CalibrationOptions())
-    if cache is not None and not Path(cache).parent.is_dir():
-        raise CheckpointError(
-            f"cache={str(cache)!r} is in a folder that does not exist, so what is collected could not be written "
-            "there. Make the folder, or name a file in another one."
-        )
+    _require_folder(cache)
     data = _together(batches.digest)
     about = _about(model, config, targets, wanted, options, data)
     if cache is not None:
@@ -213,9 +212,26 @@ def statistics_of(
         values = collect(model, layers, statistics, batches)
     _finish(wanted, values)
     result = Statistics(values, about)
-    if cache is not None and rank() == 0:
-        result.save(cache)
+    if cache is not None:
+        with together():
+            if rank() == 0:
+                result.save(cache)
     return result
+
+
+def _require_folder(cache: str | Path | None) -> None:
+    """Raises CheckpointError for a file that could not be written, ConfigError where a process has none."""
+    if len({given is None for given in gathered(cache)}) > 1:
+        raise ConfigError(
+            "cache= is given in some processes and not in others. Pass it in all: it serves all of them or none, and "
+            "the first one writes it."
+        )
+    with together():
+        if cache is not None and not Path(cache).parent.is_dir():
+            raise CheckpointError(
+                f"cache={str(cache)!r} is in a folder that does not exist, so what is collected could not be written "
+                "there. Make the folder, or name a file in another one."
+            )
 
 
 def _together(digest: str | None) -> str | None:
@@ -230,17 +246,10 @@ def _stored(cache: str | Path, key: str, data: str | None) -> Statistics | None:
     Raises:
         CheckpointError: a process cannot read it.
     """
-    found: Statistics | CheckpointError | None = None
-    try:
-        found = Statistics.load(cache) if Path(cache).exists() else None
-    except CheckpointError as unreadable:
-        found = unreadable
-    if isinstance(found, Statistics) and (found.about.get("key") != key or data not in (None, found.about.get("data"))):
-        found = None
-    for outcome in (everyone := gathered(found if isinstance(found, CheckpointError) else found is not None)):
-        if isinstance(outcome, CheckpointError):
-            raise outcome
-    return found if isinstance(found, Statistics) and all(everyone) else None
+    with together():
+        stored = Statistics.load(cache) if Path(cache).exists() else None
+    fits = stored is not None and stored.about.get("key") == key and data in (None, stored.about.get("data"))
+    return stored if all(gathered(fits)) else None
 
 
 def require_gradients(config: LoraConfig, also: Sequence[str], given: Mapping[str, Any]) -> None:

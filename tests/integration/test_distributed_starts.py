@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,44 @@ def through_a_cache(share: slice, folder: Path) -> dict[str, Any]:
         found[time] = {"calls": len(calls), "values": stats.values_by_layer}
     if dist.is_initialized():
         dist.barrier()
-    (folder / "cache.safetensors").write_bytes(b"{")
+    cache = folder / "cache.safetensors"
+    shutil.copy(cache, folder / "whole.safetensors")
+    if dist.is_initialized():
+        dist.barrier()
+    cache.write_bytes(b"{")
     try:
         collect_statistics(Toy(), config(), DATA[share], loss=loss, cache=folder / "cache.safetensors")
     except CheckpointError as error:
         found["damaged"] = str(error)
     return found
+
+
+def refusals(rank: int, folder: Path) -> dict[str, str]:
+    """What each process says where one of them cannot go on."""
+
+    def cache_of(name: str) -> Path:
+        return folder / ("missing" if rank else "") / name
+
+    def fails(model: nn.Module, x: Tensor) -> Tensor:
+        if rank and not torch.is_grad_enabled():
+            raise RuntimeError("no room\nfor this")
+        return loss(model, x)
+
+    auto = config(init_config=LoraOneConfig(stable_gamma="auto"))
+    tried: dict[str, Any] = {
+        "no folder": lambda: collect_statistics(Toy(), config(), DATA, loss=loss, cache=cache_of("x.safetensors")),
+        "one cache": lambda: collect_statistics(
+            Toy(), config(), DATA, loss=loss, cache=None if rank else folder / "y.safetensors"
+        ),
+        "held out": lambda: initialize(Toy(), auto, DATA, heldout=DATA[:1], loss=fails),
+    }
+    said = {}
+    for name, call in tried.items():
+        try:
+            call()
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
 
 
 def gamma(heldout: list[tuple[Tensor, float]]) -> float:
@@ -68,6 +101,7 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = through_a_cache(slice(rank, None, 2), Path(folder))
+    found["refusals"] = refusals(rank, Path(folder))
     found["gamma"] = gamma([(DATA[0], WEIGHTS[rank])])
     found["gamma of one's rows"] = gamma([(DATA[0], WEIGHTS[0])] if rank else [])
     torch.save(found, f"{folder}/{rank}.pt")
@@ -75,9 +109,13 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("starts")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes finds."""
-    folder = tmp_path_factory.mktemp("starts")
     context = mp.get_context("spawn")
     processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(2)]
     for process in processes:
@@ -96,9 +134,21 @@ def test_a_cache_serves_all_processes_or_none(found: list[dict[str, Any]]) -> No
                 assert torch.equal(tensor, one["again"]["values"][layer][name]), (layer, name)
 
 
-def test_the_cache_of_two_is_not_that_of_one_with_a_share(found: list[dict[str, Any]], tmp_path: Path) -> None:
-    alone = through_a_cache(slice(0, None, 2), tmp_path)["first"]["values"]
-    assert not torch.equal(alone["first"]["gradient.S"], found[0]["first"]["values"]["first"]["gradient.S"])
+def test_the_cache_of_two_is_not_that_of_one_with_a_share(found: list[dict[str, Any]], folder: Path) -> None:
+    calls: list[int] = []
+    cache, share = folder / "whole.safetensors", DATA[slice(0, None, 2)]
+    collect_statistics(Toy(), config(), share, loss=counted_loss(calls), cache=cache)
+    assert len(calls) == len(share)
+
+
+def test_what_one_process_cannot_do_all_refuse(found: list[dict[str, Any]]) -> None:
+    first, second = (one["refusals"] for one in found)
+    assert first["no folder"] == second["no folder"]
+    assert "is in a folder that does not exist" in first["no folder"]
+    assert first["one cache"] == second["one cache"]
+    assert first["one cache"].startswith("ConfigError: cache= is given in some processes and not in others. Pass it in")
+    assert first["held out"] == "CalibrationError: Process 1 raised RuntimeError: no room."
+    assert second["held out"] == "RuntimeError: no room\nfor this"
 
 
 def test_every_process_says_that_the_cache_is_damaged(found: list[dict[str, Any]]) -> None:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from calibration_toys import gradient_matrix
 from lorafa import EvaConfig, LoraConfig, collect_statistics
-from lorafa.calibration.gradient import gradient_matrix
 from lorafa.errors import CalibrationError
 from process_toys import leave_group
 

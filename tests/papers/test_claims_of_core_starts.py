@@ -140,7 +140,8 @@ def test_lora_sb_refuses_a_gradient_that_is_not_finite_and_one_without_entries()
         start("lora_sb", stats=bad)
     sketch = {key: value for key, value in stats_of().items() if key != "gradient.dense"}
     text = (
-        r"q_proj: LoRA-SB takes the signs of all entries of .* a sketch, which does not have .*\. Collect .* dense=True"
+        r"q_proj: LoRA-SB takes the signs of all entries of the gradient, and the statistics hold a sketch, which does "
+        r"not have them\. Collect them with dense=True"
     )
     with pytest.raises(CalibrationError, match=text):
         start("lora_sb", stats=sketch)

@@ -245,7 +245,7 @@ DOCUMENTED = (
     "+init=gradient ++init.direction=LoRA-FA ++init.scale=stable ++init.stable_gamma=128 ++init.bsz=1 ++init.iters=8 "
     "++init.max_length=1024"
 )
-"""The command of the issue and of docs/starts.md."""
+"""The command of docs/starts.md."""
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from calibration_toys import LAYERS, Toy, gradients, inputs, loss
+from calibration_toys import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
 from lorafa import LoraConfig, RankRule, collect_statistics, initialize
-from lorafa.calibration.gradient import gradient_matrix
 from lorafa.errors import CalibrationError
 from lorafa.statistics import Statistics
 
@@ -29,7 +28,6 @@ WANTED: dict[str, dict[str, Any]] = {
     "eva": {"start": "eva"},
     "corda": {"start": "corda"},
 }
-READING_GRADIENTS = [name for name in WANTED if name not in ("eva", "corda")]
 
 
 def config(start: str = "lora_one", **settings: Any) -> LoraConfig:
@@ -84,7 +82,7 @@ def test_one_in_order_gives_what_the_list_gives_and_is_served_by_its_cache(wante
     first = collected(wanted, loader(), loss=seen, cache=cache)
     assert_same(first, listed, 1e-8)
     count = len(seen.batches)
-    assert (count > 0) == (wanted in READING_GRADIENTS)
+    assert count > 0
     written = cache.stat().st_mtime_ns
     for data in (loader(), BATCHES):  # the list is the same data
         assert_same(collected(wanted, data, loss=seen, cache=cache), first)

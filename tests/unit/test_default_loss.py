@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -244,3 +245,27 @@ def test_one_label_for_a_row_says_nothing_of_its_tokens() -> None:
     for layer in stats:
         assert torch.equal(stats[layer]["principal.tokens"], without[layer]["principal.tokens"])
     assert set(get_eva_state_dict(model, batches, adapter, show_progress_bar=False)) == set(stats)
+
+
+@pytest.mark.parametrize("start", ["lora_one", "functional", "eva"])
+def test_halves_of_batches_that_are_padded_in_some_passes_are_those_of_one_order(start: str) -> None:
+    """Rows are padded where gradients alone are read: the same batches look different from pass to pass."""
+    batches = [rows_of(n) for n in (9, 14, 32, 7)]
+    options: dict[str, Any] = {"passes": 2, "dense": False, "halves": True, "also": ["gradient"]}
+    stats = collected(batches, start, **options)
+    assert all("gradient.cross" in tensors for tensors in stats.values())
+    unlabelled = rows_of(5) | {"labels": torch.full((1, 5), -100)}
+    mixed = Shuffled([*batches, unlabelled])
+    with pytest.raises(CalibrationError, match="The batches came in another order, or were others"):
+        collected(mixed, start, **options, weighting="tokens")  # type: ignore[arg-type]
+
+
+class Shuffled:
+    """Goes over the same batches, each time with the last one first."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.batches = [self.batches[-1], *self.batches[:-1]]
+        return iter(self.batches)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, collected, gradients, inputs, loss, over, statistics
+from calibration_toys import LAYERS, Toy, collected, gradient_matrix, gradients, inputs, loss, over, statistics
 from lorafa import LoraConfig, initialize
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.batches import Batches
@@ -14,7 +14,6 @@ from lorafa.calibration.collect import collect
 from lorafa.calibration.gradient import (
     GradientSketch,
     WhitenedGradientSketch,
-    gradient_matrix,
     gradient_triplets,
     whitening,
 )

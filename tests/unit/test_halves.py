@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, gradients, inputs, loss
+from calibration_toys import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
 from lorafa import LoraConfig, RankRule, collect_statistics, initialize
-from lorafa.calibration.gradient import gradient_matrix
 from lorafa.errors import CalibrationError
 from lorafa.linalg import full_svd
 

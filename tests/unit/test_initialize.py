@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter_toys import assert_unchanged, everything
-from calibration_toys import LAYERS, Toy, gradients, inputs, loss
+from calibration_toys import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
 from lorafa import (
     CordaConfig,
     EvaConfig,
@@ -24,7 +24,6 @@ from lorafa import (
     get_peft_model,
     initialize,
 )
-from lorafa.calibration.gradient import gradient_matrix
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers.lora_one import LoraOneConfig
 from lorafa.linalg import full_svd
@@ -171,6 +170,8 @@ def test_statistics_by_other_settings_are_refused() -> None:
         get_peft_model(model, config("eva"), stats=stats)
     with refused(model, CalibrationError, said):
         choose_ranks(model, config("eva"), stats, RankRule("explained_variance"))
+    with refused(model, CalibrationError, said):
+        choose_ranks(model, config("lora_one"), stats, RankRule("explained_variance"))
     get_peft_model(model, config("eva", eva_config=EvaConfig(use_label_mask=False, rho=1)), stats=stats)
     in_half = CordaConfig(use_float16_for_covariance=True)
     stats = collect_statistics(Toy(), config("lora_one"), data, loss=loss, also=["corda_moment"])

@@ -96,7 +96,7 @@ def test_gora_is_not_made_of_a_sketch() -> None:
     sketched = collect_statistics(model, config("lora_one"), data, loss=loss, dense=False)
     said = (
         r"first: GoRA fits B to all entries of the gradient, and the statistics hold a sketch, which does not have "
-        r"it\. Collect them with dense=True, or with the config of this start\."
+        r"them\. Collect them with dense=True, or with the config of this start\."
     )
     with pytest.raises(CalibrationError, match=said):
         start_from(model, config(init_config=GoraConfig(share_ranks=False)), sketched)

@@ -34,6 +34,8 @@ class Asked:
     """The layers that are looked on."""
     announce: Callable[[Any], None]
     """To be told of a batch before the model runs, or a part of it that is not told of the masks."""
+    note: Callable[[Any], None]
+    """To be told of every batch as it came."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def of_data(
     def with_gradients(asked: Asked, chosen: Loss) -> Iterator[float]:
         pads = chosen is causal_loss and not asked.inputs and device.type == "cpu"
         for number, batch in enumerate(data, 1):
+            asked.note(batch)
             batch = moved(batch, device)
             weight = 1.0 if weighting == "batches" else float(count_labels(model, batch))
             if not weight:

@@ -78,7 +78,6 @@ class _Pass:
         masks."""
         self.sharing.next_call()
         self.masks, self.announced = _Masks.of(batch), True
-        self.note(batch)
         self.set_modes()
 
     def note(self, batch: Any) -> None:
@@ -97,7 +96,7 @@ class _Pass:
 
 def _contents(batch: Any) -> Iterator[Tensor | str | int | float]:
     """What tells batches apart. Other objects are made anew in every pass, and need not be equal then."""
-    if isinstance(batch, (Tensor, str, int, float)):
+    if isinstance(batch, (str, int, float)) or (isinstance(batch, Tensor) and batch.layout is torch.strided):
         yield batch
     elif isinstance(batch, (Mapping, list, tuple)):
         for part in batch.values() if isinstance(batch, Mapping) else batch:
@@ -171,7 +170,7 @@ def _run(
     current, gradients = _Pass(active, batches, set_modes), any(entry.statistic.reads_gradient for entry in active)
     current.headless = not gradients and not batches.reads_output and _can_spare_logits(model, layers)
     inputs = any(not entry.statistic.reads_gradient for entry in active)
-    running = batches.run(Asked(gradients, inputs, layers.values(), current.announce))
+    running = batches.run(Asked(gradients, inputs, layers.values(), current.announce, current.note))
     with _watched(model, layers, current, list(dict.fromkeys(entry.layer for entry in entries))):
         current.start_batch()
         for weight in running:

@@ -347,8 +347,3 @@ def _add(total: Tensor | None, product: Tensor, dtype: torch.dtype) -> Tensor:
 def gradient_triplets(stats: Mapping[str, Tensor], name: str = "gradient") -> SVD:
     """The triplets a gradient statistic found."""
     return SVD(stats[f"{name}.U"], stats[f"{name}.S"], stats[f"{name}.Vh"])
-
-
-def gradient_matrix(stats: Mapping[str, Tensor], name: str = "gradient") -> Tensor:
-    """The gradient (out, in): itself where it was formed, otherwise the product of its triplets."""
-    return stats[f"{name}.dense"] if f"{name}.dense" in stats else gradient_triplets(stats, name).product()

@@ -247,5 +247,5 @@ class IncrementalPCA(InputStatistic):
             warn(
                 f"The principal directions of the inputs still turn after {MOST_PASSES} passes over the data on "
                 f"{len(turning)} of {len(values)} layers: {shorten(turning, 3)}. They start from the last ones. Use "
-                "more or larger batches, or lower tau or rho of EvaConfig.",
+                "more or larger batches, or lower tau or rho of EvaConfig."
             )

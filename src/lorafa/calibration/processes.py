@@ -5,10 +5,14 @@ Each of these is to be called by all of them, in the same order. Where there is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from lorafa.errors import CalibrationError, LoraError, first_line
 
 T = TypeVar("T")
 
@@ -30,6 +34,27 @@ def gathered(thing: T) -> list[T]:
     everyone: list[T | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, thing)
     return cast(list[T], everyone)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What one of them raises in this block all raise after it: the others would wait for it otherwise."""
+    if not distributed():
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    told: LoraError | None = own if isinstance(own, LoraError) else None
+    if own is not None and told is None:
+        told = CalibrationError(f"Process {rank()} raised {type(own).__name__}: {first_line(own)}.")
+    errors = [error for error in gathered(told) if error is not None]
+    if own is not None:
+        raise own
+    if errors:
+        raise errors[0]
 
 
 def add_up(tensor: Tensor) -> None:

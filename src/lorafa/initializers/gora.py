@@ -12,7 +12,7 @@ from lorafa.checks import check_flag, check_number
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
-from lorafa.initializers.stages import require_finite, whole_gradient
+from lorafa.initializers.stages import whole_gradient
 from lorafa.linalg import gram_cholesky, spd_inverse
 
 
@@ -64,7 +64,6 @@ def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
         )
     settings: GoraConfig = spec.settings or GoraConfig()
     G = whole_gradient(stats, spec, "GoRA fits B to all entries")
-    require_finite(G, "its gradient")
     if not G.any():
         raise DegenerateError("its gradient is zero")
     A = kaiming(weight, {}, spec).A.to(G)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorafa.checks import check_number
 from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
-from lorafa.initializers.stages import leading, require_finite, whole_gradient
+from lorafa.initializers.stages import leading, whole_gradient
 from lorafa.linalg import NOISE_STEPS
 
 
@@ -61,7 +61,6 @@ def lora_sb(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
         DegenerateError: the gradient is not finite, or its signs have fewer than r singular values other than zero.
     """
     settings: LoraSBConfig = spec.settings or LoraSBConfig()
-    require_finite(stats["gradient.S"], "its gradient")
     G = whole_gradient(stats, spec, "LoRA-SB takes the signs of all entries")
     step = leading(-G.sign(), spec, "the sign of its gradient", steps=NOISE_STEPS)
     core = torch.diag(settings.eta / spec.scaling * step.S)

@@ -110,11 +110,13 @@ def whole_gradient(stats: Mapping[str, Tensor], spec: LayerSpec, why: str) -> Te
         why: a start needs it, for the error.
 
     Raises:
+        DegenerateError: it is not finite.
         CalibrationError: the statistics hold a sketch of it, collected for another start.
     """
+    require_finite(stats["gradient.S"], "its gradient")
     if "gradient.dense" not in stats:
         raise CalibrationError(
-            f"{spec.name}: {why} of the gradient, and the statistics hold a sketch, which does not have it. Collect "
+            f"{spec.name}: {why} of the gradient, and the statistics hold a sketch, which does not have them. Collect "
             "them with dense=True, or with the config of this start."
         )
     return stats["gradient.dense"]

@@ -185,7 +185,7 @@ def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
         warn(
             f"{len(different)} of {len(stored.quantized)} layers are quantized to other codes than those the adapter "
             f"was trained on: {shorten(different, 3)}. The base is in another dtype than it was then; load it in that "
-            "one for equal outputs.",
+            "one for equal outputs."
         )
 
 

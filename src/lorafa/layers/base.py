@@ -85,9 +85,7 @@ class LoraLayer(nn.Module):
                 f"{name}: lora_bias is not defined on {cls.kind} layers. Exclude it, or set lora_bias=False."
             )
         if config.lora_dropout and not cls.takes_dropout:
-            warn(
-                f"{name}: lora_dropout does not act on {cls.kind} layers: the update has no input to drop there.",
-            )
+            warn(f"{name}: lora_dropout does not act on {cls.kind} layers: the update has no input to drop there.")
 
     @classmethod
     def groups(cls, base: nn.Module) -> int:

@@ -179,7 +179,7 @@ def _freeze(model: nn.Module, pairs: Sequence[Pair]) -> None:
     if not frozen:
         warn(
             f"{type(model).__name__} holds no config of its adapters, so a file of theirs will not say that A is "
-            "frozen. Pass the PeftModel itself.",
+            "frozen. Pass the PeftModel itself."
         )
     for pair in pairs:
         pair.layer.trains[pair.name] = "B"

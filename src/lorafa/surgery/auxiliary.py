@@ -87,7 +87,7 @@ def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = Fals
     if not (to_save or to_adapt or config.trainable_token_indices):
         warn(
             "ensure_weight_tying=True has nothing to tie: no module that target_modules or modules_to_save names "
-            "shares its weight with another one.",
+            "shares its weight with another one."
         )
     saved_names = [*(config.modules_to_save or ()), *chain(*to_save.values())]
     target_names = list(chain(*to_adapt.values()))

@@ -79,5 +79,5 @@ def _loosen(model: nn.Module, tied: bool) -> None:
     model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     warn(
         "After merging, the output head and the input embedding hold different weights, so config.tie_word_embeddings "
-        "was set to False: saved with it set to True, one of the two would be lost.",
+        "was set to False: saved with it set to True, one of the two would be lost."
     )

@@ -77,7 +77,7 @@ def _say_fallbacks(config: LoraConfig, layers: list[PlannedLayer]) -> None:
         warn(
             f"init_lora_weights={config.init_lora_weights!r} has nothing to start from on {len(reasons)} of "
             f"{len(layers)} layers, which start at random and compute what the base does: {shorten(reasons, 3)}. The "
-            "adapter's file says so.",
+            "adapter's file says so."
         )
 
 
@@ -88,7 +88,7 @@ def _say_what_dropout_does(config: LoraConfig, layers: list[PlannedLayer]) -> No
         warn(
             f"lora_dropout={config.lora_dropout} with init_lora_weights={config.init_lora_weights!r}: A and B hold a "
             "part of the base, of which dropout takes away too, so in training the first outputs are not those of the "
-            "base but worse. Set lora_dropout=0, as the methods' authors do.",
+            "base but worse. Set lora_dropout=0, as the methods' authors do."
         )
 
 
@@ -115,7 +115,7 @@ def _with_layout(config: LoraConfig, targets: list[Target]) -> LoraConfig:
     layer = stored[False]
     warn(
         f"fan_in_fan_out=True means weights stored as (in, out), but that of {layer.full_name!r}, a "
-        f"{type(layer.base).__name__}, is (out, in): it is False there. Drop it; a layer's type says how it stores.",
+        f"{type(layer.base).__name__}, is (out, in): it is False there. Drop it; a layer's type says how it stores."
     )
     return config if True in stored else replace(config, fan_in_fan_out=False)
 
