@@ -26,6 +26,10 @@ IGNORE_INDEX = -100
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk of float32 logits: large enough for an efficient product, small beside any model's activations."""
 
+ROW_MULTIPLE = 32
+"""On a CPU, rows are filled up with zeros to a multiple of so many where that changes no result: for every number of
+rows it has met the matrix library keeps kernels, and the allocator holes."""
+
 # What models do between the head and the loss, by the name of the config field that says how much.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 _DIVISORS = ("logits_scaling",)  # Granite, HyperCLOVA X
@@ -227,6 +231,12 @@ def _next_labels(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
+def filled_up(rows: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:
+    """Rows (T, n), on a CPU followed by zeros up to a multiple."""
+    more = -len(rows) % multiple if rows.device.type == "cpu" else 0
+    return nn.functional.pad(rows, (0, 0, 0, more)) if more else rows
+
+
 def _uncompiled(function: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, int]]:
     """Leave the number of chunks, which differs from batch to batch, to Python: a graph break, not a recompile."""
     return cast(Callable[..., tuple[Tensor, int]], torch.compiler.disable(function))  # type: ignore[no-untyped-call]
@@ -249,7 +259,9 @@ def _head_nll(hidden: Tensor, parts: CausalParts, next_labels: Tensor, chunk_tok
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        fitting = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        chunk_tokens = fitting - fitting % ROW_MULTIPLE or fitting
+    rows = filled_up(rows, min(ROW_MULTIPLE, chunk_tokens))
     total = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         rows, weight, bias, flat_labels[positions], parts.transform, chunk_tokens, torch.is_grad_enabled()
     )
@@ -258,6 +270,8 @@ def _head_nll(hidden: Tensor, parts: CausalParts, next_labels: Tensor, chunk_tok
 
 class _HeadLoss(torch.autograd.Function):
     """Summed cross entropy of transform(rows @ weight.T + bias); the gradients are taken in the forward pass.
+
+    Rows after the last target count for nothing.
 
     They are those of the *sum*, of order one, and are scaled in the backward pass by what arrives there: fp16 loss
     scaling keeps working, and the division by the token count is plain autograd's.
@@ -286,11 +300,12 @@ class _HeadLoss(torch.autograd.Function):
                 target = targets[chunk].unsqueeze(1)
                 logits = transform.apply_(nn.functional.linear(rows[chunk], weight, bias).to(wide))
                 log_probs = logits.log_softmax(dim=-1)
-                total -= log_probs.gather(1, target).sum()
+                total -= log_probs[: len(target)].gather(1, target).sum()
                 if not any(wanted):
                     continue
                 grad = log_probs.exp_()  # softmax - onehot, in the buffer of the log probabilities
-                grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+                grad[: len(target)].scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+                grad[len(target) :] = 0.0
                 grad = transform.gradient_(grad, logits)
                 if grad_rows is not None:
                     torch.mm(grad.to(weight.dtype), weight, out=grad_rows[chunk])

@@ -206,6 +206,33 @@ def test_rows_that_do_not_count_are_left_out() -> None:
     assert torch.equal(masked(Attended), x.flatten(0, 1))
 
 
+class Fed(Statistic):
+    """How many rows it is given, and the sum of d x^T over them."""
+
+    reads_gradient = True
+
+    def __init__(self, layer: Measured) -> None:
+        super().__init__(layer)
+        self.counts: list[int] = []
+        self.G = torch.zeros(layer.out, layer.in_, dtype=torch.float64)
+
+    def update(self, x: Tensor, d: Tensor | None) -> None:
+        self.counts.append(len(x))
+        self.G += d.mT @ x
+
+    def result(self) -> dict[str, Tensor]:
+        return {"G": self.G, "counts": torch.tensor(self.counts)}
+
+
+def test_on_a_cpu_gradients_come_with_zero_rows_up_to_few_sizes() -> None:
+    model, data = Toy(), [torch.randn(1, rows, inputs()[0].shape[-1], dtype=torch.float64) for rows in (1, 31, 32, 33)]
+    named = statistics(model, 2, Fed, "fed", ("first",))
+    found = collect(model, {"first": model.first}, named, over(model, data))["first"]
+    assert set(found["fed.counts"].tolist()) == {32, 64}
+    total = sum(gradients(model, [x])["first"] for x in data)
+    torch.testing.assert_close(found["fed.G"], total, rtol=1e-12, atol=1e-14)
+
+
 def test_forward_statistics_need_no_graph_and_allow_one() -> None:
     model, x = Toy(), inputs(1)[0]
     named, graphs = statistics(model, 2, Rows, "rows"), []

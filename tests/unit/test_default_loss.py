@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, Statistics, collect_statistics, get_eva_state_dict, initialize
-from lorafa.calibration.loss import LENGTHS
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import CalibrationError
+from lorafa.losses import ROW_MULTIPLE as LENGTHS
 from lorafa.starting import GAMMAS
 from lorafa.train.init_config import InitConfig, start_fields
 from lorafa.train.starts import start_adapter

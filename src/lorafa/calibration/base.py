@@ -106,7 +106,8 @@ class Statistic(ABC):
     def update(self, x: Tensor, d: Tensor | None) -> None:
         """One call of the layer: its input (T, in) and, if it reads gradients, that of its output (T, out).
 
-        Both are in the model's dtype and detached, and must not be kept.
+        Both are in the model's dtype and detached, and must not be kept. What reads gradients may be given zero rows
+        too, which add nothing to a sum of d x^T.
         """
 
     @property

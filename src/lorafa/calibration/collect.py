@@ -18,7 +18,7 @@ from lorafa.calibration.processes import distributed, gathered, of_first, rank
 from lorafa.calibration.sharing import Entry, Sharing, agree
 from lorafa.calibration.state import calibrating
 from lorafa.errors import CalibrationError, shorten
-from lorafa.losses import IGNORE_INDEX
+from lorafa.losses import IGNORE_INDEX, filled_up
 
 
 @dataclass
@@ -348,7 +348,7 @@ class _Watch:
 
     def _feed(self, x: Tensor, d: Tensor) -> None:
         self.current.arrived = True
-        x, d = x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1])
+        x, d = filled_up(x.reshape(-1, x.shape[-1])), filled_up(d.reshape(-1, d.shape[-1]))
         for entry in self.backward:
             entry.dtype = x.dtype
             entry.statistic.update(x, d.to(x.dtype))

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.errors import CalibrationError
-from lorafa.losses import IGNORE_INDEX, supervised_loss, supports_chunked_loss
+from lorafa.losses import IGNORE_INDEX, ROW_MULTIPLE, supervised_loss, supports_chunked_loss
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> a scalar."""
 _PLAIN = {"input_ids", "inputs_embeds", "attention_mask", "labels", "shift_labels"}
 """What a batch may have without the model's own loss reading more than labels."""
-LENGTHS = 32
-"""On a CPU, batches are padded to multiples of so many tokens where nothing but gradients is read."""
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -72,10 +70,10 @@ def causal_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def padded(batch: Any, model: nn.Module) -> Any:
-    """A batch of tokens, padded on the right to a multiple of :data:`LENGTHS`; anything else as it is.
+    """A batch of tokens, padded on the right to a multiple of :data:`ROW_MULTIPLE`; anything else as it is.
 
-    A causal model's gradients do not depend on such padding. The matrix library of a CPU keeps kernels for every
-    length it has met, a dozen MB each for a model of 135M parameters.
+    A causal model's gradients do not depend on such padding. On a CPU every length costs a dozen MB for a model of 135M
+    parameters.
     """
     known = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
     if not isinstance(batch, Mapping) or batch.keys() - known or not batch.keys() >= {"input_ids", "labels"}:
@@ -83,7 +81,7 @@ def padded(batch: Any, model: nn.Module) -> Any:
     ids = batch["input_ids"]
     if any(not isinstance(value, Tensor) or value.dim() != 2 or value.shape != ids.shape for value in batch.values()):
         return batch
-    more = -ids.shape[1] % LENGTHS
+    more = -ids.shape[1] % ROW_MULTIPLE
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None and ids.shape[1] + more > longest:
         return batch
