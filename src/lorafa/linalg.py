@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -294,22 +295,29 @@ def add_gram(total: Tensor, X: Tensor, *, beta: float = 1.0, alpha: float = 1.0)
     """total = beta total + alpha X^T X in place, on and above the diagonal alone: five eighths of the products of a
     large one.
 
-    What is below is undefined; :func:`mirrored` fills it in at the end.
+    What is below is undefined; :func:`mirror_` fills it in at the end.
 
     Args:
         total: (n, n).
         X: (T, n).
     """
-    n = X.shape[1]
-    blocks = _GRAM_BLOCKS if n > _SMALL else 1
-    cuts = [n * block // blocks for block in range(blocks + 1)]
-    for start, end in pairwise(cuts):
+    for start, end in _bands(X.shape[1]):
         total[start:end, start:].addmm_(X[:, start:end].mT, X[:, start:], beta=beta, alpha=alpha)
 
 
-def mirrored(total: Tensor) -> Tensor:
-    """The symmetric matrix that has the part of ``total`` (n, n) on and above its diagonal."""
-    return total.triu() + total.triu(1).mT
+def mirror_(total: Tensor) -> Tensor:
+    """Make ``total`` (n, n) symmetric in place by what it has on and above its diagonal, and return it."""
+    for start, end in _bands(len(total)):
+        diagonal = total[start:end, start:end]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
+        total[end:, start:end] = total[start:end, end:].mT
+    return total
+
+
+def _bands(n: int) -> Iterator[tuple[int, int]]:
+    """First row and the one after the last of each band of rows of an (n, n) matrix."""
+    blocks = _GRAM_BLOCKS if n > _SMALL else 1
+    return pairwise(n * block // blocks for block in range(blocks + 1))
 
 
 def damped_until_invertible(gram: Tensor, damping: float, error: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.moments import CordaMoment, MomentSketch, SecondMoment
 from lorafa.errors import CalibrationError
-from lorafa.linalg import add_gram, damped_until_invertible, mirrored, nystrom
+from lorafa.linalg import add_gram, damped_until_invertible, mirror_, nystrom
 from lorafa.method_configs import CordaConfig
 
 IN = 12
@@ -198,5 +198,5 @@ def test_half_the_products_make_the_whole_gram_matrix(in_: int, rows: int) -> No
     total = total + total.mT
     expected = 0.25 * total + 3 * x.mT @ x
     add_gram(total, x, beta=0.25, alpha=3)
-    torch.testing.assert_close(mirrored(total), expected, rtol=1e-13, atol=1e-13)
-    assert torch.equal(mirrored(total), mirrored(total).mT)
+    torch.testing.assert_close(mirror_(total), expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(total, total.mT)

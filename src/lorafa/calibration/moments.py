@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.processes import add_up
 from lorafa.errors import CalibrationError
-from lorafa.linalg import add_gram, float_matrix, mirrored, nystrom
+from lorafa.linalg import add_gram, float_matrix, mirror_, nystrom
 
 
 class InputStatistic(Statistic):
@@ -69,7 +69,7 @@ class SecondMoment(InputStatistic):
         return [self.sum, self.count]
 
     def result(self) -> dict[str, Tensor]:
-        return {"C": mirrored(self._mean()), "tokens": self.count}
+        return {"C": mirror_(self._mean()), "tokens": self.count}
 
     def _mean(self) -> Tensor:
         self.require(float(self.count))
@@ -158,7 +158,7 @@ class CordaMoment(InputStatistic):
     def result(self) -> dict[str, Tensor]:
         self.require(float(self.count))
         assert self.mean is not None
-        return {"C": mirrored(float_matrix(self.mean)), "batches": self.batches, "tokens": self.count}
+        return {"C": mirror_(float_matrix(self.mean)), "batches": self.batches, "tokens": self.count}
 
 
 def _counter(device: torch.device | None = None) -> Tensor:
