@@ -260,7 +260,7 @@ def _head_nll(hidden: Tensor, parts: CausalParts, next_labels: Tensor, chunk_tok
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     if chunk_tokens is None:
         fitting = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        chunk_tokens = fitting - fitting % ROW_MULTIPLE or fitting
+        chunk_tokens = fitting - fitting % ROW_MULTIPLE if fitting > ROW_MULTIPLE else fitting
     rows = filled_up(rows, min(ROW_MULTIPLE, chunk_tokens))
     total = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         rows, weight, bias, flat_labels[positions], parts.transform, chunk_tokens, torch.is_grad_enabled()

@@ -13,7 +13,7 @@ from lorafa import LoraConfig, Statistics, collect_statistics, get_eva_state_dic
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import CalibrationError
-from lorafa.losses import ROW_MULTIPLE as LENGTHS
+from lorafa.losses import ROW_MULTIPLE
 from lorafa.starting import GAMMAS
 from lorafa.train.init_config import InitConfig, start_fields
 from lorafa.train.starts import start_adapter
@@ -62,10 +62,10 @@ def collected(batches: list[Batch], start: str = "lora_one", **options: Any) -> 
 
 BATCHES = {
     "one row": [rows_of(7), rows_of(30)],
-    "no mask": [unmasked(7), unmasked(LENGTHS)],
+    "no mask": [unmasked(7), unmasked(ROW_MULTIPLE)],
     "padded behind": [rows_of(9, 5, 7)],
     "padded in front": [rows_of(9, 5, 7, left=True)],
-    "long": [rows_of(POSITIONS - 1), rows_of(LENGTHS + 1)],
+    "long": [rows_of(POSITIONS - 1), rows_of(ROW_MULTIPLE + 1)],
 }
 
 
@@ -91,8 +91,8 @@ def lengths_seen(model: Any, batches: list[Batch]) -> list[int]:
 
 def test_a_cpu_meets_few_lengths_and_none_beyond_the_positions_of_the_model() -> None:
     beyond = POSITIONS - 1  # there are no positions for the next multiple
-    seen = lengths_seen(causal_lm(), [rows_of(n) for n in (3, LENGTHS, LENGTHS + 1, beyond)])
-    assert seen == [LENGTHS, LENGTHS, 2 * LENGTHS, beyond]
+    seen = lengths_seen(causal_lm(), [rows_of(n) for n in (3, ROW_MULTIPLE, ROW_MULTIPLE + 1, beyond)])
+    assert seen == [ROW_MULTIPLE, ROW_MULTIPLE, 2 * ROW_MULTIPLE, beyond]
 
 
 class Doubled(transformers.LlamaForCausalLM):  # type: ignore[misc]
