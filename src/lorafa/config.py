@@ -13,7 +13,14 @@ import torch
 
 from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
-from lorafa.config_checks import SETTINGS_OF_PEFT, START_SETTINGS, check_config, settings_class, settings_field
+from lorafa.config_checks import (
+    SETTINGS_OF_PEFT,
+    START_SETTINGS,
+    check_config,
+    settings_class,
+    settings_field,
+    start_meant,
+)
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.initializers import Start, known_start
 from lorafa.method_configs import (
@@ -40,7 +47,6 @@ CONFIG_NAME = "adapter_config.json"
 _NESTED: dict[str, type[Any]] = {
     **{name: kind for name, kind in SETTINGS_OF_PEFT.items() if kind is not LoftQConfig},  # which is kept as a dict
     "velora_config": VeloraConfig,
-    "kasa_config": KasaConfig,
     "monteclora_config": MontecloraConfig,
     "arrow_config": ArrowConfig,
     "use_bdlora": BdLoraConfig,
@@ -54,7 +60,6 @@ _LATER_FIELDS = {
     "alora_invocation_tokens": "Activated LoRA (aLoRA)",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
-    "kasa_config": "KaSA",
     "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow routing",
     "megatron_config": "LoRA on Megatron's parallel layers",
@@ -204,6 +209,7 @@ class LoraConfig:
 
     def _take_start(self) -> None:
         """Bring the start to its one form and fill in its default settings, which all but LoftQ have."""
+        self.init_lora_weights = start_meant(self.init_lora_weights, vars(self))
         start = self.start
         self.init_lora_weights = start.value
         field_name, kind = settings_field(start), settings_class(start)
@@ -287,7 +293,7 @@ class LoraConfig:
                 "if you are sure that it changes nothing."
             )
         given = {key: value for key, value in values.items() if key in known and key != "runtime_config"}
-        own = settings_field(known_start(given.get("init_lora_weights", True)))
+        own = settings_field(known_start(start_meant(given.get("init_lora_weights", True), given)))
         for name in START_SETTINGS:
             if name != own:  # the start of a trained adapter is history: files converted to plain LoRA still carry it
                 given.pop(name, None)

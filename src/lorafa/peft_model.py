@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lorafa.config import LoraConfig, PeftType
@@ -308,11 +309,13 @@ class PeftModel(nn.Module):
         _refuse_mixed_batch(kwargs)
         if labels is not None:
             kwargs["labels"] = labels
-        return self.get_base_model()(*args, **kwargs)
+        return self.base_model.calling(self.base_model, args, kwargs, keeps=torch.is_grad_enabled())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments and result are those of the wrapped model's ``generate``."""
         _refuse_mixed_batch(kwargs)
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        generate = self.get_base_model().generate
+        return self.base_model.calling(generate, args, kwargs, keeps=False)  # type: ignore[arg-type]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn activation checkpointing on, of either kind: the embedding's output is made to require a gradient."""

@@ -104,3 +104,9 @@ def is_hooked(layer: nn.Module) -> bool:
     """Whether somebody wants to see or change what passes through the layer."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return any(hooks) or "forward" in layer.__dict__
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where the layer's own tensors are; the CPU if it has none."""
+    own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+    return own[0].device if own else torch.device("cpu")

@@ -176,8 +176,8 @@ def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
     That is why layers did not start as the config says, and the dense weight of layers that the start has quantized.
     """
     for path, layer in lora_layers(model):
-        if path in stored.fallbacks:
-            layer.fallbacks[name] = stored.fallbacks[path]
+        if path in stored.fallbacks and name in layer.adapters:
+            layer.adapters[name].fallback = stored.fallbacks[path]
     for path, layer in _fingerprinted(model):
         if path in stored.quantized:
             layer.origin = stored.base[path]

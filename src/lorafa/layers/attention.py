@@ -6,7 +6,7 @@ of a forward pass. Both projections carry an adapter; that of out_proj sits insi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 from torch.func import functional_call
@@ -14,9 +14,6 @@ from torch.func import functional_call
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.weights import updated_tensors
-
-if TYPE_CHECKING:
-    from lorafa.config import LoraConfig
 
 
 class LoraAttention(LoraLayer):
@@ -33,13 +30,13 @@ class LoraAttention(LoraLayer):
     """Not as in the base layer: where it is True, nn.TransformerEncoderLayer reads the weights and never calls this."""
 
     @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
-        if config.lora_bias and cast(nn.MultiheadAttention, base).in_proj_bias is None:
+    def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
+        if bias and cast(nn.MultiheadAttention, base).in_proj_bias is None:
             raise ConfigError(
                 f"{name}: lora_bias has nothing to act on in nn.MultiheadAttention(bias=False). Exclude it, or set "
                 "lora_bias=False."
             )
-        super().check(name, base, rank, config)
+        super().check(name, base, rank, bias=bias, dropout=dropout)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base_layer, name) if name in self._READ_BY_CALLERS else super().__getattr__(name)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-
-if TYPE_CHECKING:
-    from lorafa.config import LoraConfig
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -26,13 +23,13 @@ class LoraConv(LoraLayer):
         self.in_features = cast(Conv, base_layer).in_channels  # as PEFT counts them: without the taps
 
     @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
+    def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
         if rank % cls.groups(base):
             raise ConfigError(
                 f"{name}: rank {rank} is not divisible by the convolution's groups={cls.groups(base)}. "
                 "Choose another rank (rank_pattern), or exclude the layer."
             )
-        super().check(name, base, rank, config)
+        super().check(name, base, rank, bias=bias, dropout=dropout)
 
     @classmethod
     def groups(cls, base: nn.Module) -> int:
@@ -65,7 +62,7 @@ class LoraConv(LoraLayer):
     def per_output(self, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * (self.weight.dim() - 2))
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         base = cast(Any, self.get_base_layer())
         x = nn.functional.dropout(x, dropout) if dropout else x
         dims = base.weight.dim() - 2

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
-
-if TYPE_CHECKING:
-    from lorafa.config import LoraConfig
 
 
 class LoraEmbedding(LoraLayer):
@@ -22,7 +17,7 @@ class LoraEmbedding(LoraLayer):
     takes_bias = False
 
     @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
+    def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
         if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
             raise BackendError(
                 f"{name}: {type(base).__name__} has a forward of its own, so which rows it looks up cannot be known "
@@ -33,7 +28,7 @@ class LoraEmbedding(LoraLayer):
                 f"{name}: max_norm={base.max_norm} makes every lookup renormalise the rows it reads in the table "
                 "itself, so an update beside the table is not one of the table. Leave it out with exclude_modules."
             )
-        super().check(name, base, rank, config)
+        super().check(name, base, rank, bias=bias, dropout=dropout)
 
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         self.lora_embedding_A[name] = nn.Parameter(A)
@@ -50,7 +45,7 @@ class LoraEmbedding(LoraLayer):
     def factor_bias(self, name: str) -> Tensor | None:
         return None
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         base = self.get_base_layer()
         rows = nn.functional.embedding(x, A.T, getattr(base, "padding_idx", None))  # that row is not trained
         change = nn.functional.linear(rows, B) * scaling

@@ -14,7 +14,7 @@ class LoraLinear(LoraLayer):
 
     kind = "linear"
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         return low_rank_linear(x, A, B, scaling, dropout=dropout)
 
     def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:

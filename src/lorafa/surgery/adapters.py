@@ -102,7 +102,7 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the base model alone for the length of a with-block, merged or not; what was enabled is so again after it."""
-    was = [(host, host._disable_adapters) for _, host in hosts(model)]
+    was = [(host, host.disable_adapters) for _, host in hosts(model)]
     enable_adapters(model, False)
     try:
         yield model

@@ -54,7 +54,7 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     parents = Parents(model)
     for _, host in reversed(list(hosts(model))):  # inner wrappers first
         chosen = host.active_adapters if adapter_names is None else list(adapter_names)
-        parents.replace(host, host.plain(chosen if merge else []))
+        parents.replace(host, host.unwrapped(chosen if merge else []))
     if merge:
         _loosen(model, ties)
     return model

@@ -6,7 +6,6 @@ from torch import nn
 
 from lorafa.checks import found
 from lorafa.errors import AdapterError, BackendError
-from lorafa.layers.weights import with_changes
 from lorafa.surgery.adapters import require_adapters, require_nothing_merged
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import lora_layers
@@ -57,7 +56,7 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
             )
     names = [adapter_name]
     changed = [
-        (layer, with_changes(layer, [-layer.adapters[adapter_name].start_product()], names), names)
+        (layer, layer.with_changes([-layer.adapters[adapter_name].start_product()], names), names)
         for _, layer in started
     ]
     share_merged(changed)

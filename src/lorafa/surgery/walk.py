@@ -11,13 +11,7 @@ from lorafa.checks import found
 from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
-from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.layers.tokens import TrainableTokensWrapper
-
-Host = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
-"""A wrapper of lorafa. All have ``wrapped_path``, ``stored``, ``set_adapter``, ``set_requires_grad``,
-``enable_adapters``, ``detach_adapter`` and ``plain``; an adapter that has nothing there is nothing to them."""
-HOSTS = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
+from lorafa.layers.host import Host
 
 
 def user_model(model: nn.Module) -> nn.Module:
@@ -51,7 +45,7 @@ def places(model: nn.Module) -> Iterator[Place]:
         if isinstance(inside, LoraExperts):  # it wraps a whole module, whose children are the model's
             while isinstance(inside, LoraLayer):
                 inside, path = inside.base_layer, _join(path, "base_layer")
-        elif isinstance(inside, HOSTS):
+        elif isinstance(inside, Host):
             continue
         children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
         stack.extend(reversed(children))
@@ -86,7 +80,7 @@ def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        if isinstance(module, HOSTS):
+        if isinstance(module, Host):
             children = [(module.wrapped_path, module.get_submodule(module.wrapped_path))]
         else:
             children = list(_children(module))
@@ -104,7 +98,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
     """Every wrapper of lorafa in the model with its path, each once, in the order of the model."""
     for path, module in skeleton(model):
-        if isinstance(module, HOSTS):
+        if isinstance(module, Host):
             yield path, module
 
 
