@@ -32,6 +32,7 @@ from lorafa.starting import collect_statistics, initialize, start_from
 from lorafa.statistics import Statistics
 from lorafa.surgery.model import LoraModel, inject_adapter_in_model
 from lorafa.surgery.mutate import mutate_base, restore_base
+from lorafa.surgery.penalty import penalty
 from lorafa.surgery.status import get_layer_status, get_model_status
 from lorafa.version import VERSION as __version__
 
@@ -73,6 +74,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "mutate_base",
+    "penalty",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",

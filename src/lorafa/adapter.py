@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.context import CurrentCall
-from lorafa.errors import AdapterError
+from lorafa.errors import AdapterError, BackendError
 from lorafa.linalg import working_dtype
 from lorafa.spec import LayerSpec, Shape, factor_shapes
 
@@ -109,6 +109,7 @@ class AdaptedLayer(Protocol):
 
     training: bool
     takes_dropout: ClassVar[bool]
+    adapters: dict[str, Adapter]
     lora_dropout: nn.ModuleDict
     lora_start: nn.ModuleDict
     call: CurrentCall
@@ -380,12 +381,16 @@ class Variant(ABC):
 
     # ---- the formula
 
-    @abstractmethod
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """The update as a dense (out, in) matrix in float32 or float64; ``weight`` (out, in) is in that dtype.
 
-        Where the update is no single matrix (``uniform = False``), that of the call in force.
+        Raises:
+            BackendError: the update changes with the input (``uniform = False``), so it is no matrix.
         """
+        raise BackendError(
+            f"The update of {self.name} changes with the input, so there is no matrix that could be added to the "
+            "weight. Keep the adapter beside it."
+        )
 
     @abstractmethod
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:

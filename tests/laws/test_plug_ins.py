@@ -17,7 +17,6 @@ from lorafa.config import unavailable
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import InitResult, initializer
-from lorafa.registry import Registry
 from lorafa.spec import LayerSpec
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
@@ -104,22 +103,14 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    added: list[tuple[Registry[object], str]] = []
-
-    def add(registry: Registry[object], name: str, entry: object) -> None:
-        registry.add(name, entry)
-        added.append((registry, name))
-
-    try:
-        add(INITIALIZERS, "constant", constant)  # type: ignore[arg-type]
-        add(INITIALIZERS, "from_mean", from_mean)  # type: ignore[arg-type]
-        add(INITIALIZERS, "direction", direction)  # type: ignore[arg-type]
-        add(VARIANTS, "diagonal", Diagonal)  # type: ignore[arg-type]
-        add(VARIANTS, "other", Other)  # type: ignore[arg-type]
+    with (
+        INITIALIZERS.added("constant", constant),
+        INITIALIZERS.added("from_mean", from_mean),
+        INITIALIZERS.added("direction", direction),
+        VARIANTS.added("diagonal", Diagonal),
+        VARIANTS.added("other", Other),
+    ):
         yield
-    finally:
-        for registry, name in added:
-            del registry._table[name]
 
 
 def A_of(model: PeftModel) -> Tensor:
@@ -207,7 +198,8 @@ def test_a_registered_variant_is_chosen_by_its_switch_trained_merged_saved_and_l
 
 def test_switches_of_two_variants_exclude_each_other() -> None:
     message = (
-        r"use_qalora=True and velora_config=VeloraConfig\(.*\) ask for two formulas, diagonal and other, .* Drop one of the two"
+        r"use_qalora=True and velora_config=VeloraConfig\(.*\) ask for two formulas, diagonal and other, .* "
+        "Drop one of the two"
     )
     with pytest.raises(ConfigError, match=message):
         LoraConfig(use_qalora=True, velora_config={})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lorafa.errors import warn
-from lorafa.surgery.adapters import require_adapters
+from lorafa.surgery.adapters import require_adapters, require_uniform
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import Parents, hosts, lora_layers
 
@@ -25,6 +25,7 @@ def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) 
     if adapter_names is not None:
         require_adapters(model, adapter_names)
     layers = [(layer, layer.mergeable(adapter_names)) for _, layer in lora_layers(model)]
+    require_uniform(model, [*dict.fromkeys(name for _, names in layers for name in names)], "Merging")
     merged = [(layer, layer.merged_base(names), names) for layer, names in layers if names != layer.merged_adapters]
     share_merged(merged)
     for layer, base, names in merged:

@@ -6,7 +6,7 @@ from torch import nn
 
 from lorafa.checks import found
 from lorafa.errors import AdapterError, BackendError
-from lorafa.surgery.adapters import require_adapters, require_nothing_merged
+from lorafa.surgery.adapters import require_adapters, require_nothing_merged, require_uniform
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import lora_layers
 
@@ -32,6 +32,7 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
     _require_model(model, "mutate_base")
     require_adapters(model, [adapter_name])
     require_nothing_merged(model)
+    require_uniform(model, [adapter_name], "Taking the start out of the base of")
     carriers = [(path, layer) for path, layer in lora_layers(model) if adapter_name in layer.adapters]
     started = [(path, layer) for path, layer in carriers if layer.adapters[adapter_name].start is not None]
     if not started:
