@@ -209,9 +209,9 @@ class LoraConfig:
 
     def _take_start(self) -> None:
         """Bring the start to its one form and fill in its default settings, which all but LoftQ have."""
-        self.init_lora_weights = start_meant(self.init_lora_weights, vars(self))
         start = self.start
-        self.init_lora_weights = start.value
+        if self.init_lora_weights is not True:  # which stays where settings ask for the start
+            self.init_lora_weights = start.value
         field_name, kind = settings_field(start), settings_class(start)
         if field_name is not None and kind is not None and kind is not LoftQConfig:
             given = copy.deepcopy(from_nested(kind, getattr(self, field_name), field_name))
@@ -224,7 +224,11 @@ class LoraConfig:
         Raises:
             ConfigError: there is no such start.
         """
-        return known_start(self.init_lora_weights)
+        value = start_meant(self.init_lora_weights, vars(self))
+        known: tuple[Any, Start] | None = self.__dict__.get("_start")
+        if known is None or known[0] != value:  # parsed once, and again where it was set since
+            known = self.__dict__["_start"] = value, known_start(value)
+        return known[1]
 
     @property
     def seed(self) -> int:

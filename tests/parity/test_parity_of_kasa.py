@@ -47,7 +47,8 @@ def moved(model: nn.Module) -> nn.Module:
 def test_the_config_asks_for_it_as_in_peft() -> None:
     model = adapted_by(lorafa)
     assert [type(adapter.variant).__name__ for adapter in _adapters(model)] == ["KaSA", "KaSA"]
-    assert model.peft_config["default"].init_lora_weights == "kasa"
+    assert model.peft_config["default"].start.name == "kasa"
+    assert model.peft_config["default"].init_lora_weights is True  # as PEFT reads it
     assert LoraConfig(kasa_config={"beta": 0.5}).kasa_config == KasaConfig(beta=0.5)
     assert LoraConfig(init_lora_weights="kasa").kasa_config == KasaConfig()
     assert LoraConfig.from_dict(LoraConfig(kasa_config={"beta": 0.5}).to_dict()).kasa_config == KasaConfig(beta=0.5)

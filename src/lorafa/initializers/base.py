@@ -59,7 +59,7 @@ class Initializer:
     """Statistics of the layer it reads."""
     reads_weight: bool = False
     """Whether it reads the base weight's values; if not it is handed a tensor of the right shape on the meta device."""
-    also: tuple[bool | str, ...] = ()
+    also: tuple[str, ...] = ()
     """Other values of ``init_lora_weights`` that mean it; a number may stand in place of the N in "..._N"."""
     settings: type | str | None = None
     """A dataclass of its settings, all with defaults, given as ``LoraConfig(init_config=...)``; or the field PEFT's

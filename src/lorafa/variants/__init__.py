@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from lorafa.adapter import STAGES, Stage, Variant
 from lorafa.errors import ConfigError
-from lorafa.initializers import INITIALIZERS, find_start
+from lorafa.initializers import INITIALIZERS, Start
 from lorafa.registry import Registry
 from lorafa.spec import LayerSpec
 
@@ -17,6 +19,13 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "kasa": "lorafa.variants.kasa:KaSA",
     },
 )
+
+
+class HasStart(Protocol):
+    """A :class:`lorafa.LoraConfig`, of which the fields that variants call their switches are read too."""
+
+    @property
+    def start(self) -> Start: ...
 
 
 def switches() -> dict[str, str]:
@@ -34,16 +43,16 @@ def asking_settings() -> dict[str, str]:
     return by_start | {name: switch for switch, name in switches().items()}
 
 
-def variant_types(config: object) -> tuple[type[Variant], ...]:
+def variant_types(config: HasStart) -> tuple[type[Variant], ...]:
     """The formulas a LoraConfig asks for, from the inside out: one that forms B A first, plain LoRA unless it says so.
 
     Raises:
         ConfigError: it asks for two of one stage.
     """
     asked = {name: switch for switch, name in switches().items() if getattr(config, switch, None)}
-    start = find_start(getattr(config, "init_lora_weights", None))
-    if start is not None and start.initializer.variant in VARIANTS.names():
-        asked.setdefault(start.initializer.variant, "init_lora_weights")
+    own = config.start.initializer.variant
+    if own is not None and own in VARIANTS.names():
+        asked.setdefault(own, "init_lora_weights")
     found: dict[Stage, type[Variant]] = {}
     for name in asked:
         variant = VARIANTS.get(name)
@@ -58,7 +67,7 @@ def variant_types(config: object) -> tuple[type[Variant], ...]:
     return tuple(found[stage] for stage in STAGES if stage in found)
 
 
-def formula_of(config: object, spec: LayerSpec) -> Variant:
+def formula_of(config: HasStart, spec: LayerSpec) -> Variant:
     """The formula of a config on one layer, each over the one inside it.
 
     Raises:
@@ -71,6 +80,6 @@ def formula_of(config: object, spec: LayerSpec) -> Variant:
     return formula
 
 
-def is_plain_lora(config: object) -> bool:
+def is_plain_lora(config: HasStart) -> bool:
     """Whether the update a config asks for is s B A with A and B as they are stored."""
     return all(variant.plain and variant.factors_are_stored for variant in variant_types(config))
