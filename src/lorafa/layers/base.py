@@ -13,7 +13,7 @@ from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
-from lorafa.layers.weights import device_of, updated_bias, with_changes
+from lorafa.layers.weights import added, device_of, updated_bias, with_changes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -389,7 +389,7 @@ class LoraLayer(nn.Module):
         y = self.base_layer(x, *args, **kwargs)
         out = y
         for adapter in adapters:
-            out = out + adapter.delta_output(x, y).to(y.dtype)
+            out = added(self.base_layer, out, adapter.delta_output(x, y))
         return out
 
     def extra_repr(self) -> str:

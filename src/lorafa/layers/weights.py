@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorafa.adapter import full_precision
 from lorafa.backends.base import is_finite
+from lorafa.backends.oddities import described
 from lorafa.errors import AdapterError, BackendError
 from lorafa.linalg import working_dtype
 
@@ -62,6 +63,13 @@ def with_changes(
         AdapterError: it would not be finite; ``names`` are the adapters the changes come from.
         BackendError: the layer cannot hold it.
     """
+    odd = layer.backend.merges(layer.pristine)
+    if odd is not None:
+        raise BackendError(
+            f"Nothing can be merged into this {described(layer.pristine)}: {odd}, so another weight in it would not "
+            "change its output as the adapter does; nothing was changed. Keep the adapter unmerged, or remove what is "
+            "odd (hook, parametrization, replaced forward) first."
+        )
     weight = layer.base_weight()
     total = weight.to(working_dtype(weight.dtype))
     for change in changes:
@@ -82,6 +90,21 @@ def require_finite(merged: nn.Module, base: nn.Module, names: Sequence[str]) -> 
 
 
 def device_of(base: nn.Module) -> torch.device:
-    """Where the layer's own tensors are; the CPU if it has none."""
-    own = (*base.parameters(recurse=False), *base.buffers(recurse=False))
+    """Where the layer's tensors are, its own or those it computes them from; the CPU if it has none."""
+    own = (*base.parameters(recurse=False), *base.buffers(recurse=False), *base.parameters())
     return own[0].device if own else torch.device("cpu")
+
+
+def added(base: nn.Module, y: Tensor, change: Tensor) -> Tensor:
+    """The output of ``base`` with an adapter's change, in the output's dtype.
+
+    Raises:
+        BackendError: the two have not one shape, or the output is no tensor.
+    """
+    if not isinstance(y, Tensor) or y.shape != change.shape:
+        found = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise BackendError(
+            f"A {described(base)} gives {found} where an adapter on it gives {tuple(change.shape)}: its forward or a "
+            "hook makes something else of x W^T + b. Leave it out with exclude_modules."
+        )
+    return y + change.to(y.dtype)

@@ -34,7 +34,7 @@ class Undo:
         for host in self.carriers:
             host.detach_adapter(self.name)
         for parameter, flag in self.requires_grad:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag  # by method, a lazy layer's parameter refuses
 
 
 def apply(model: nn.Module, planned: Plan) -> Undo:
@@ -45,9 +45,9 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
     parents, before = Parents(model), [host for _, host in hosts(model)]
     flags = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
     undo = Undo(planned.name, flags, parents.history, before)
-    if not before:
-        model.requires_grad_(False)
     try:
+        for parameter, _ in flags if not before else ():
+            parameter.requires_grad = False
         carriers: dict[Target, LoraLayer] = {}
         for layer in planned.layers:
             carriers[layer.target] = _host_for(model, layer.target, parents, layer.parts.base)
