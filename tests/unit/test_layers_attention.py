@@ -203,7 +203,7 @@ def test_reads_as_the_attention_it_wraps() -> None:
 
 
 def test_separate_projections_are_refused() -> None:
-    with pytest.raises(BackendError, match="three separate projections"):
+    with pytest.raises(TargetError, match=r"kdim or vdim .* three separate projections.* exclude_modules"):
         adapted(kdim=4, vdim=4)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Concatenate, ParamSpec
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafa.backends.quantized import QuantizedLinear
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.spec import LayerSpec
 
@@ -32,8 +31,8 @@ class InitResult:
     """Whether s B A at step 0 belongs to the base weight and must not count."""
     fallback: str | None = None
     """Why the layer starts as by default instead of as asked."""
-    quantized: QuantizedLinear | None = None
-    """Takes the place of the base layer, which gives it its bias."""
+    quantized: nn.Module | None = None
+    """Takes the place of the base layer, which gives it its bias; its back end says what it computes with."""
     taken: tuple[Tensor, Tensor] | None = None
     """A0 and B0, shaped as A and B, where something else than the start belongs to the base and must not count."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -80,7 +79,7 @@ class Initializer:
     """Whether its statistics may come after the adapter is on; until then it starts as by default."""
     keeps_function: bool = True
     """Whether the model computes at step 0 what the base does."""
-    quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None = None
+    quantizer: Callable[[Tensor, LayerSpec], nn.Module] | None = None
     """Makes the layer that takes the base's place (:attr:`InitResult.quantized`), of a weight (out, in). It depends on
     the weight, the rank and the settings alone, and is run again where an adapter is loaded on the dense base."""
     whole_gradients: bool = False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorafa.adapter import Adapter, Start
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend, device_of, is_finite
+from lorafa.backends.oddities import described
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers.by_name import Table, number
@@ -353,6 +354,13 @@ class LoraLayer(Host):
             AdapterError: it would not be finite; ``names`` are the adapters the changes come from.
             BackendError: the layer cannot hold it.
         """
+        odd = self.backend.merges(self.pristine)
+        if odd is not None:
+            raise BackendError(
+                f"Nothing can be merged into this {described(self.pristine)}: {odd}, so another weight in it would not "
+                "change its output as the adapter does; nothing was changed. Keep the adapter unmerged, or remove what "
+                "is odd (hook, parametrization, replaced forward) first."
+            )
         weight = self.base_weight()
         total = weight.to(working_dtype(weight.dtype))
         for change in changes:
@@ -429,8 +437,22 @@ class LoraLayer(Host):
         y = self.base_layer(x, *args, **kwargs)
         out = y
         for adapter in adapters:
-            out = out + adapter.delta_output(x, y).to(y.dtype)
+            out = self._added(out, adapter.delta_output(x, y))
         return out
+
+    def _added(self, y: Any, change: Tensor) -> Tensor:
+        """The output so far with an adapter's change, in the output's dtype.
+
+        Raises:
+            BackendError: the two have not one shape, or the output is no tensor.
+        """
+        if not isinstance(y, Tensor) or y.shape != change.shape:
+            found = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise BackendError(
+                f"A {described(self.base_layer)} gives {found} where an adapter on it gives {tuple(change.shape)}: its "
+                "forward or a hook makes something else of x W^T + b. Leave it out with exclude_modules."
+            )
+        return y + change.to(y.dtype)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={a.rank}, scaling={float(a.scaling):g}" for name, a in self.adapters.items())

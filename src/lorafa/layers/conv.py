@@ -35,6 +35,10 @@ class LoraConv(LoraLayer):
     def groups(cls, base: nn.Module) -> int:
         return cast(Conv, base).groups
 
+    def _dims(self) -> int:
+        """1, 2 or 3, without a look at the weight: one that is computed may change when it is read."""
+        return len(cast(Conv, self.get_base_layer()).kernel_size)
+
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         base = cast(Conv, self.get_base_layer())
         ones = (1,) * (A.dim() - 2)
@@ -45,10 +49,10 @@ class LoraConv(LoraLayer):
 
     def stored_A(self, matrix: Tensor) -> Tensor:
         base = cast(Conv, self.get_base_layer())
-        return matrix.reshape(matrix.shape[0], base.in_channels, *base.weight.shape[2:])
+        return matrix.reshape(matrix.shape[0], base.in_channels, *base.kernel_size)
 
     def stored_B(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(*matrix.shape, *(1,) * (self.weight.dim() - 2))
+        return matrix.reshape(*matrix.shape, *(1,) * self._dims())
 
     def matrix_A(self, stored: Tensor) -> Tensor:
         return stored.flatten(1)
@@ -57,15 +61,15 @@ class LoraConv(LoraLayer):
         return stored.flatten(1)
 
     def store_extra(self, value: Tensor) -> Tensor:
-        return value.reshape(1, -1, *(1,) * (self.weight.dim() - 2))
+        return value.reshape(1, -1, *(1,) * self._dims())
 
     def per_output(self, vector: Tensor) -> Tensor:
-        return vector.reshape(-1, *(1,) * (self.weight.dim() - 2))
+        return vector.reshape(-1, *(1,) * self._dims())
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         base = cast(Any, self.get_base_layer())
         x = nn.functional.dropout(x, dropout) if dropout else x
-        dims = base.weight.dim() - 2
+        dims = self._dims()
         convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[dims - 1]
         kernel = self.stored_A(A).to(x.dtype)
         padding = base.padding

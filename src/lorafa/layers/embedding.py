@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
 
 
@@ -15,20 +14,6 @@ class LoraEmbedding(LoraLayer):
     factor_names = ("lora_embedding_A", "lora_embedding_B")
     takes_dropout = False
     takes_bias = False
-
-    @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
-        if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
-            raise BackendError(
-                f"{name}: {type(base).__name__} has a forward of its own, so which rows it looks up cannot be known "
-                "here, and an adapter on it might be wrong. Leave it out with exclude_modules."
-            )
-        if getattr(base, "max_norm", None) is not None:
-            raise BackendError(
-                f"{name}: max_norm={base.max_norm} makes every lookup renormalise the rows it reads in the table "
-                "itself, so an update beside the table is not one of the table. Leave it out with exclude_modules."
-            )
-        super().check(name, base, rank, bias=bias, dropout=dropout)
 
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         self.lora_embedding_A[name] = nn.Parameter(A)

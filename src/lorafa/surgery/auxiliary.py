@@ -9,6 +9,8 @@ from itertools import chain
 
 from torch import nn
 
+from lorafa.backends import backend_of
+from lorafa.backends.oddities import computed, described, tensor_like
 from lorafa.config import LoraConfig, TaskType
 from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
@@ -210,7 +212,8 @@ def _token_rows(
                     f"trainable_token_indices: {name!r} is also trained by {taken[id(module)]}. Take it out of one."
                 )
             base = module.original_module if isinstance(module, TrainableTokensWrapper) else module
-            rows = getattr(base, "weight", None)
+            hosted = isinstance(module, (LoraLayer, ModulesToSaveWrapper))
+            rows = getattr(base, "weight", None) if hosted else tensor_like(base, "weight")
             if rows is None or rows.dim() != 2:
                 raise TargetError(f"trainable_token_indices: {name!r} is a {type(base).__name__}, not a table of rows.")
             outside = [i for i in indices if i >= rows.shape[0]]
@@ -219,13 +222,27 @@ def _token_rows(
                     f"trainable_token_indices: {outside[0]} is outside the {rows.shape[0]} rows of {name!r}. "
                     "Resize the embedding first if these tokens are new."
                 )
-            if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            if hosted:
                 raise TargetError(
                     f"trainable_token_indices: {name!r} is adapted or trained in full by another adapter already, so "
                     "its rows cannot be trained too. Use the same way for all adapters."
                 )
+            odd = _odd_table(base)
+            if odd is not None:
+                raise TargetError(
+                    f"trainable_token_indices: rows of {name!r} cannot be trained: of this {described(base)}, {odd}. "
+                    "Take it out."
+                )
             found.append((place, list(indices)))
     return found
+
+
+def _odd_table(table: nn.Module) -> str | None:
+    """Why other rows in its weight may not be what the module then looks up or multiplies with."""
+    backend = backend_of(table)
+    if backend is None:
+        return "it is no layer that a back end knows"
+    return backend.serves(table) or backend.reads(table) or computed(table, backend.weight_name)
 
 
 def _with_followers(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import LooseTensors, Variant, update_factors
+from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
+from lorafa.backends.oddities import described
 from lorafa.config import LoraConfig
-from lorafa.errors import CalibrationError, CheckpointError, ConfigError
+from lorafa.errors import BackendError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.layers import LAYERS
@@ -134,9 +136,25 @@ class Builder:
             )
         if self.quantizes(target):
             require_replaceable(target, str(self.config.init_lora_weights))
+        self._check_weight(target, variant)
         LAYERS.get(kind).check(
             name, target.base, target.rank, bias=self.config.lora_bias, dropout=self.config.lora_dropout
         )
+
+    def _check_weight(self, target: Target, variant: Variant) -> None:
+        """Raise unless what the variant and the start take the weight for is what the layer computes with."""
+        depends = self.initializer.reads_weight or self.initializer.moves_base
+        started = depends and (self.repeats or not self.options.from_file)
+        reading = next((one.name for one in variant.chain() if one.reads_weight), None)
+        odd = target.backend.reads(target.base) if started or reading else None
+        if odd is not None:
+            start = f"init_lora_weights={self.config.init_lora_weights!r}"
+            raise BackendError(
+                f"{target.full_name}: {reading or start} needs the weight "
+                f"that the layer multiplies with, and of this {described(target.base)} no back end is sure: {odd}. "
+                "Leave it out with exclude_modules, remove what is odd about it, or use plain LoRA with "
+                "init_lora_weights=True, which does not depend on it."
+            )
 
     def _spec(self, target: Target) -> LayerSpec:
         kind = target.backend.host
@@ -162,8 +180,9 @@ class Builder:
         config, base = self.config, None
         if result.quantized is not None:
             base = standing_in(target.base, result.quantized)
-            if self.reads_weight:
-                weight = result.quantized.dequantize()
+            backend = backend_of(base)
+            if self.reads_weight and backend is not None:
+                weight = backend.weight(base)
         dtype = _adapter_dtype(target.base, target.backend, self.options)
         A, B = result.A.to(dtype), result.B[..., : spec.rank // spec.groups].to(dtype)
         start = (A.clone(), B.clone()) if result.subtract_from_base else result.taken
@@ -200,7 +219,13 @@ class Builder:
     def _weight(self, target: Target) -> Tensor:
         """The pristine weight where something reads it, else a tensor of its shape without values."""
         if self.reads_weight:
-            return target.weight().detach()
+            weight = target.weight().detach()
+            if weight.is_meta and not self.filled_later:
+                raise BackendError(
+                    f"{target.full_name}: its weight is on the meta device and has no values to read. Load it first, "
+                    "or use plain LoRA with init_lora_weights=True."
+                )
+            return weight
         return torch.empty(target.backend.full_shape(target.base), device="meta")
 
     def _start(self, weight: Tensor, spec: LayerSpec) -> InitResult:

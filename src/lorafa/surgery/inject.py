@@ -36,7 +36,7 @@ class Undo:
         for host in self.carriers:
             host.detach_adapter(self.name)
         for parameter, flag in self.requires_grad:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag  # by method, a lazy layer's parameter refuses
 
 
 def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> Undo:
@@ -51,9 +51,9 @@ def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> U
     flags = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
     call = CurrentCall() if call is None else call
     undo = Undo(planned.name, flags, parents.history, before)
-    if not before:
-        model.requires_grad_(False)
     try:
+        for parameter, _ in flags if not before else ():
+            parameter.requires_grad = False
         carriers: dict[Target, LoraLayer] = {}
         for layer in planned.layers:
             carriers[layer.target] = _host_for(model, layer.target, parents, call, layer.parts.base)

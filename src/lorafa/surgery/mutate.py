@@ -6,6 +6,7 @@ from torch import nn
 
 from lorafa.checks import found
 from lorafa.errors import AdapterError, BackendError
+from lorafa.layers.base import LoraLayer
 from lorafa.surgery.adapters import require_adapters, require_nothing_merged, require_uniform
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import lora_layers
@@ -56,13 +57,17 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
                 "start out of it would save nothing. Nothing was changed."
             )
     names = [adapter_name]
-    changed = [
-        (layer, layer.with_changes([-layer.adapters[adapter_name].start_product()], names), names)
-        for _, layer in started
-    ]
+    changed = [(layer, _without_start(path, layer, adapter_name), names) for path, layer in started]
     share_merged(changed)
     for layer, base, _ in changed:
         layer.put_merged(base, [])
+
+
+def _without_start(path: str, layer: LoraLayer, adapter_name: str) -> nn.Module:
+    try:
+        return layer.with_changes([-layer.adapters[adapter_name].start_product()], [adapter_name])
+    except BackendError as error:
+        raise BackendError(f"{path}: {error}") from error
 
 
 def restore_base(model: nn.Module) -> None:
