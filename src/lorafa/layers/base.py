@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from lorafa.config import LoraConfig
 
+_NOT_THE_BASE = ("_", "lora_")
+_MISSING = object()
+
 
 class LoraLayer(nn.Module):
     """The storage and names are PEFT's (``lora_A[name].weight``, ``scaling[name]``, ``merged_adapters`` ...).
@@ -88,7 +91,7 @@ class LoraLayer(nn.Module):
             warn(f"{name}: lora_dropout does not act on {cls.kind} layers: the update has no input to drop there.")
 
     @classmethod
-    def groups(cls, base: nn.Module) -> int:
+    def rank_groups(cls, base: nn.Module) -> int:
         """How many groups of outputs see only their share of the ranks: B has r / groups columns."""
         return 1
 
@@ -391,6 +394,18 @@ class LoraLayer(nn.Module):
         for adapter in adapters:
             out = out + adapter.delta_output(x, y).to(y.dtype)
         return out
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer lacks is the base layer's: ``stride``, ``num_embeddings``, ``head_dim`` ...
+
+        Not what is private, nor what adapters have: of these the base layer's are no answer.
+        """
+        modules = self.__dict__.get("_modules") or {}
+        if name in modules:
+            return modules[name]
+        base = None if name.startswith(_NOT_THE_BASE) or hasattr(type(self), name) else modules.get("base_layer")
+        found = _MISSING if base is None else getattr(self.running_base(), name, _MISSING)
+        return super().__getattr__(name) if found is _MISSING else found
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={self.r[name]}, scaling={self.scaling[name]:g}" for name in self.adapters)

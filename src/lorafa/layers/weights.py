@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lorafa.adapter import full_precision
 from lorafa.backends.base import is_finite
@@ -35,16 +36,40 @@ def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = 
     return tensors if bias is None else tensors | {str(bias_name): bias}
 
 
+def bias_change(adapters: Sequence[Adapter]) -> Tensor | None:
+    """The sum of the adapters' biases, scaled; None where none has one."""
+    changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
+    return torch.stack(changes).sum(0) if changes else None
+
+
+def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``module(*args, **kwargs)`` with other tensors under these names (dotted paths) for the length of the call.
+
+    Under FSDP1 (torch's FullyShardedDataParallel) parameters are ordinary attributes while the module runs, which
+    ``functional_call`` does not swap; they are swapped here.
+    """
+    held = [(module.get_submodule(path), name) for path, _, name in (key.rpartition(".") for key in tensors)]
+    if not any(name in owner.__dict__ for owner, name in held):
+        return functional_call(module, dict(tensors), args, kwargs)
+    was = [owner.__dict__[name] for owner, name in held]
+    try:
+        for (owner, name), tensor in zip(held, tensors.values(), strict=True):
+            owner.__dict__[name] = tensor
+        return module(*args, **kwargs)
+    finally:
+        for (owner, name), tensor in zip(held, was, strict=True):
+            owner.__dict__[name] = tensor
+
+
 def updated_bias(layer: LoraLayer, adapters: Sequence[Adapter]) -> Tensor | None:
     """The base's bias plus those of the adapters; None where none of these has one.
 
     Raises:
         BackendError: the base has no bias that could take theirs.
     """
-    changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
-    if not changes:
+    change, bias = bias_change(adapters), layer.backend.bias(layer.pristine)
+    if change is None:
         return None
-    change, bias = torch.stack(changes).sum(0), layer.backend.bias(layer.pristine)
     if bias is None:
         raise BackendError(
             f"lora_bias cannot be merged into a {type(layer.pristine).__name__} without a bias; nothing was merged. "

@@ -11,7 +11,9 @@ from lorafa.fingerprint import describe
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
+from lorafa.layers.linear import LoraLinear
 from lorafa.layers.tied import attach_tied
+from lorafa.surgery.bypassed import weight_is_read
 from lorafa.surgery.plan import Plan
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Host, Parents, base_parameters, hosts, lora_layers
@@ -79,6 +81,8 @@ def _host_for(model: nn.Module, target: Target, parents: Parents, base: nn.Modul
         else:
             module = model.get_submodule(target.path)  # with the wrappers of its other parameters around it
             wrapper = LoraExperts(module, target.parameter)
+        if isinstance(wrapper, LoraLinear):
+            wrapper.weight_is_read = weight_is_read(module, parents)
         parents.replace(module, wrapper)
     return wrapper
 
