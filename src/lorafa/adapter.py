@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -275,6 +275,12 @@ class Adapter:
     def delta_output(self, x: Tensor, y: Tensor) -> Tensor:
         """The change of the layer's output, given its input x and the base layer's output y."""
         return self.variant.delta_output(self, x, y)
+
+
+def bias_change(adapters: Sequence[Adapter]) -> Tensor | None:
+    """The sum of the adapters' biases, scaled, (out,); None where none has one."""
+    changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
+    return torch.stack(changes).sum(0) if changes else None
 
 
 class Variant(ABC):

@@ -196,10 +196,30 @@ def test_inside_a_transformer_encoder_whose_fused_kernel_would_pass_it_by(traini
 def test_reads_as_the_attention_it_wraps() -> None:
     host = adapted().get_base_model().attention
     base = host.base_layer
-    for name in ("embed_dim", "num_heads", "head_dim", "dropout", "batch_first", "in_proj_weight", "out_proj"):
+    for name in ("embed_dim", "num_heads", "head_dim", "dropout", "batch_first", "out_proj"):
         assert getattr(host, name) is getattr(base, name), name
     with pytest.raises(AttributeError, match="'LoraAttention' object has no attribute 'nonsense'"):
         _ = host.nonsense
+
+
+def test_weights_that_others_read_hold_the_updates_of_the_adapters_that_count() -> None:
+    model, x = adapted({"lora_bias": True}).eval(), sequence()
+    host = model.get_base_model().attention
+
+    def by_hand() -> Tensor:
+        """The attention as code that multiplies by the weights itself computes it."""
+        y, _ = nn.functional.multi_head_attention_forward(
+            *(x.transpose(0, 1),) * 3, DIM, HEADS, host.in_proj_weight, host.in_proj_bias, None, None, False, 0.0,
+            host.out_proj.weight, host.out_proj.bias, training=False,
+        )  # fmt: skip
+        return y.transpose(0, 1)
+
+    close(by_hand(), model(x, x, x)[0])
+    by_hand().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        assert host.in_proj_weight is host.base_layer.in_proj_weight
+        close(by_hand(), model(x, x, x)[0])
 
 
 def test_separate_projections_are_refused() -> None:

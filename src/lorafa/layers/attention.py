@@ -8,26 +8,22 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.weights import updated_tensors
+from lorafa.layers.weights import call_with, updated_tensors
 
 
 class LoraAttention(LoraLayer):
-    """Arguments and results are nn.MultiheadAttention's. Dropout cannot act: there is no adapter input."""
+    """Arguments and results are nn.MultiheadAttention's. Dropout cannot act: there is no adapter input.
+
+    nn.TransformerEncoderLayer reads ``in_proj_weight`` in evaluation instead of calling: it gets the updated one.
+    """
 
     kind = "attention"
     takes_dropout = False
     inner_layers = ("out_proj",)
-    _READ_BY_CALLERS = frozenset({
-        "embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn",
-        "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj",
-    })  # fmt: skip
-    _qkv_same_embed_dim = False
-    """Not as in the base layer: where it is True, nn.TransformerEncoderLayer reads the weights and never calls this."""
 
     @classmethod
     def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
@@ -38,14 +34,26 @@ class LoraAttention(LoraLayer):
             )
         super().check(name, base, rank, bias=bias, dropout=dropout)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.base_layer, name) if name in self._READ_BY_CALLERS else super().__getattr__(name)
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """(3 dim, dim), with the updates of the adapters that count."""
+        if not self.counting():
+            return self.running_base().in_proj_weight  # type: ignore[return-value]
+        return updated_tensors(self, "weight")["weight"]
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """(3 dim,), with the biases of the adapters that count."""
+        bias = cast("Tensor | None", self.running_base().in_proj_bias)
+        change = None if bias is None else self.updated_bias(self.counting())
+        return bias if change is None else change
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return True  # asked for by nn.TransformerEncoderLayer; others cannot carry an adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.counting():
             return self.running_base()(*args, **kwargs)
-        tensors = updated_tensors(self, "in_proj_weight", "in_proj_bias")
-        out_proj: nn.Module = self.base_layer.out_proj  # type: ignore[assignment]
-        if isinstance(out_proj, LoraLayer) and out_proj.counting():
-            tensors |= updated_tensors(out_proj, "out_proj.base_layer.weight", "out_proj.base_layer.bias")
-        return functional_call(self.base_layer, tensors, args, kwargs)
+        # The base layer reads the weight of out_proj, which is that of a LoraLinear: the updated one.
+        return call_with(self.base_layer, updated_tensors(self, "in_proj_weight", "in_proj_bias"), args, kwargs)

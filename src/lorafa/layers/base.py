@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter, Start
+from lorafa.adapter import Adapter, Start, bias_change
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend, device_of, is_finite
 from lorafa.backends.oddities import described
@@ -21,6 +21,10 @@ from lorafa.linalg import working_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_NOT_THE_BASE = ("_", "lora_")
+_MISSING = object()
 
 
 class LoraLayer(Host):
@@ -91,7 +95,7 @@ class LoraLayer(Host):
             warn(f"{name}: lora_dropout does not act on {cls.kind} layers: the update has no input to drop there.")
 
     @classmethod
-    def groups(cls, base: nn.Module) -> int:
+    def rank_groups(cls, base: nn.Module) -> int:
         """How many groups of outputs see only their share of the ranks: B has r / groups columns."""
         return 1
 
@@ -380,10 +384,9 @@ class LoraLayer(Host):
         Raises:
             BackendError: the base has no bias that could take theirs.
         """
-        changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
-        if not changes:
+        change, bias = bias_change(adapters), self.backend.bias(self.pristine)
+        if change is None:
             return None
-        change, bias = torch.stack(changes).sum(0), self.backend.bias(self.pristine)
         if bias is None:
             raise BackendError(
                 f"lora_bias cannot be merged into a {type(self.pristine).__name__} without a bias; nothing was merged. "
@@ -453,6 +456,18 @@ class LoraLayer(Host):
                 "forward or a hook makes something else of x W^T + b. Leave it out with exclude_modules."
             )
         return y + change.to(y.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer lacks is the base layer's: ``stride``, ``num_embeddings``, ``head_dim`` ...
+
+        Not what is private, nor what adapters have: of these the base layer's are no answer.
+        """
+        modules = self.__dict__.get("_modules") or {}
+        if name in modules:
+            return modules[name]
+        base = None if name.startswith(_NOT_THE_BASE) or hasattr(type(self), name) else modules.get("base_layer")
+        found = _MISSING if base is None else getattr(self.running_base(), name, _MISSING)
+        return super().__getattr__(name) if found is _MISSING else found
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={a.rank}, scaling={float(a.scaling):g}" for name, a in self.adapters.items())

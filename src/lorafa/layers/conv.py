@@ -24,15 +24,15 @@ class LoraConv(LoraLayer):
 
     @classmethod
     def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
-        if rank % cls.groups(base):
+        if rank % cls.rank_groups(base):
             raise ConfigError(
-                f"{name}: rank {rank} is not divisible by the convolution's groups={cls.groups(base)}. "
+                f"{name}: rank {rank} is not divisible by the convolution's groups={cls.rank_groups(base)}. "
                 "Choose another rank (rank_pattern), or exclude the layer."
             )
         super().check(name, base, rank, bias=bias, dropout=dropout)
 
     @classmethod
-    def groups(cls, base: nn.Module) -> int:
+    def rank_groups(cls, base: nn.Module) -> int:
         return cast(Conv, base).groups
 
     def _dims(self) -> int:

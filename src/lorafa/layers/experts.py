@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.weights import updated_tensors
+from lorafa.layers.weights import call_with, updated_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +32,8 @@ class LoraExperts(LoraLayer):
         self.parameter_name = parameter_name
         super().__init__(base_layer)
         self._kept: tuple[nn.Parameter, ...] = ()  # the pristine parameter while a merged one stands in its place
-        self.num_experts = self._parameter().shape[0] if self._parameter().dim() == 3 else 1
+        if self._parameter().dim() == 3:  # of a matrix the module may have its own word, as a router has
+            self.num_experts = self._parameter().shape[0]
 
     @classmethod
     def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
@@ -107,7 +107,7 @@ class LoraExperts(LoraLayer):
             layer, depth = layer.base_layer, depth + "base_layer."
         name = depth + self.parameter_name
         if self._disable_adapters and self._kept:
-            return functional_call(self.base_layer, {name: self._kept[0]}, args, kwargs)
+            return call_with(self.base_layer, {name: self._kept[0]}, args, kwargs)
         if not self.counting():
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, updated_tensors(self, name), args, kwargs)
+        return call_with(self.base_layer, updated_tensors(self, name), args, kwargs)

@@ -44,6 +44,11 @@ class Host(nn.Module):
     def forget(self, name: str) -> None:
         """Drop what an adapter has here."""
 
+    @property
+    def pristine(self) -> nn.Module:
+        """The module in whose place the host is, with the weight nothing was merged into."""
+        return self.get_submodule(self.wrapped_path)
+
     def merged_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Every parameter that holds a merged value now, and the pristine one it stands in for."""
         return iter(())

@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
+from torch import Tensor, nn
+
+from lorafa.adapter import bias_change
 from lorafa.backends.base import is_hooked
+from lorafa.errors import BackendError
 from lorafa.functional import autocast_dtype, compute_dtype, low_rank_linear
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.weights import updated_tensors
 
 
 class LoraLinear(LoraLayer):
     """x is (..., in), the output (..., out)."""
 
     kind = "linear"
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.weight_is_read = False
+        """Whether the module around it may multiply by ``weight`` itself instead of calling it; then that, and
+        ``bias``, hold the updates of the adapters that count. Otherwise they are the base layer's, as in PEFT."""
+
+    @property
+    def weight(self) -> Tensor:
+        if self._answers_updated():
+            return self._updated_weight()
+        return self.running_base().weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self._answers_updated():
+            return self._updated_bias()
+        return getattr(self.running_base(), "bias", None)
+
+    def _answers_updated(self) -> bool:
+        return self.weight_is_read and bool(self.counting())
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._of_nested(x) if x.is_nested and self.counting() else super().forward(x, *args, **kwargs)
+
+    def _of_nested(self, x: Tensor) -> Tensor:
+        """The output for a nested tensor, which has no rows to take: by the updated weight."""
+        if any(adapter.dropout for adapter in self.counting()):
+            raise BackendError(
+                "lora_dropout does not act on nested tensors: the update is in the weight there, and has no input to "
+                "drop. Set lora_dropout=0, or pass padded tensors."
+            )
+        return nn.functional.linear(x, self._updated_weight(), self._updated_bias())
+
+    def _updated_weight(self) -> Tensor:
+        return updated_tensors(self, "weight")["weight"]
+
+    def _updated_bias(self) -> Tensor | None:
+        bias, change = self.base_bias(), bias_change(self.counting())
+        if change is None:
+            return bias
+        return change.to(self.base_weight().dtype) if bias is None else bias + change.to(bias.dtype)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         return low_rank_linear(x, A, B, scaling, dropout=dropout)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from lorafa.adapter import full_precision
 from lorafa.layers.base import LoraLayer
@@ -29,3 +33,22 @@ def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = 
     tensors = {weight_name: layer.backend.to_layout(base, updated)}
     bias = None if bias_name is None or layer.backend.bias(base) is None else layer.updated_bias(adapters)
     return tensors if bias is None else tensors | {str(bias_name): bias}
+
+
+def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``module(*args, **kwargs)`` with other tensors under these names (dotted paths) for the length of the call.
+
+    Under FSDP1 (torch's FullyShardedDataParallel) parameters are ordinary attributes while the module runs, which
+    ``functional_call`` does not swap; they are swapped here.
+    """
+    held = [(module.get_submodule(path), name) for path, _, name in (key.rpartition(".") for key in tensors)]
+    if not any(name in owner.__dict__ for owner, name in held):
+        return functional_call(module, dict(tensors), args, kwargs)
+    was = [owner.__dict__[name] for owner, name in held]
+    try:
+        for (owner, name), tensor in zip(held, tensors.values(), strict=True):
+            owner.__dict__[name] = tensor
+        return module(*args, **kwargs)
+    finally:
+        for (owner, name), tensor in zip(held, was, strict=True):
+            owner.__dict__[name] = tensor

@@ -92,7 +92,7 @@ class Pair:
 
     @cached_property
     def _groups(self) -> int:
-        return self.layer.groups(self.layer.get_base_layer())
+        return self.layer.rank_groups(self.layer.get_base_layer())
 
     def used_scaling(self) -> float:
         """The scaling, where it is divided by.

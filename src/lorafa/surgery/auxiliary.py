@@ -16,9 +16,9 @@ from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
+from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.targets import find_targets, resolved_targets
-from lorafa.surgery.ties import tied_groups
-from lorafa.surgery.walk import Parents, Place, hosts, places
+from lorafa.surgery.walk import Parents, Place, hosts, places, tied_groups
 
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -135,13 +135,15 @@ def plan_auxiliary(
         ConfigError: a token index outside the table.
     """
     everything = [place for place in places(model) if place.name]
-    saved = _saved_modules(everything, config, lenient)
+    saved = _saved_modules(everything, config, Bypassed(model, everything), lenient)
     taken = {id(module): "an adapter" for module in adapted} | {id(module): "modules_to_save" for module in saved}
     rows = _with_followers(_token_rows(model, everything, config, taken), tied_groups(everything), config, taken)
     return AuxiliaryPlan(saved, rows, keep_ties=config.ensure_weight_tying or not lenient)
 
 
-def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -> list[nn.Module]:
+def _saved_modules(
+    everything: list[Place], config: LoraConfig, bypassed: Bypassed, lenient: bool
+) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     for name in config.modules_to_save or ():
         hits = _called(everything, name)
@@ -160,6 +162,11 @@ def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -
                     f"modules_to_save: {place.name!r} carries an adapter already, so it cannot also be trained in "
                     "full. Take it out of one of the two."
                 )
+            why = None if config.ensure_weight_tying else bypassed.hands_out(place)
+            if why is not None and not lenient:
+                raise TargetError(f"modules_to_save: {why}")
+            if why is not None:
+                warn(f"modules_to_save: {why}")
             found[id(place.module)] = place.module
     return list(found.values())
 

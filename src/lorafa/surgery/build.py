@@ -158,7 +158,7 @@ class Builder:
 
     def _spec(self, target: Target) -> LayerSpec:
         kind = target.backend.host
-        scaling, groups = self.config.scaling(target.rank, target.alpha), LAYERS.get(kind).groups(target.base)
+        scaling, groups = self.config.scaling(target.rank, target.alpha), LAYERS.get(kind).rank_groups(target.base)
         return LayerSpec(
             name=target.full_name,
             kind=kind,

@@ -13,7 +13,9 @@ from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.host import Host
+from lorafa.layers.linear import LoraLinear
 from lorafa.layers.tied import attach_tied
+from lorafa.surgery.bypassed import weight_is_read
 from lorafa.surgery.plan import Plan
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Parents, base_parameters, hosts, lora_layers
@@ -88,6 +90,8 @@ def _host_for(
             module = model.get_submodule(target.path)  # with the wrappers of its other parameters around it
             wrapper = LoraExperts(module, target.parameter)
         wrapper.call = call
+        if isinstance(wrapper, LoraLinear):
+            wrapper.weight_is_read = weight_is_read(module, parents)
         parents.replace(module, wrapper)
     return wrapper
 

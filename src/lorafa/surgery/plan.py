@@ -13,6 +13,7 @@ from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_tied_ends
 from lorafa.surgery.build import Builder, Options, Stats
+from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.quantize import require_unshared
 from lorafa.surgery.targets import Target, find_targets, resolved_targets
 from lorafa.surgery.ties import Tie, find_ties
@@ -68,6 +69,7 @@ def plan(
     _say_fallbacks(config, layers)
     if config.lora_dropout and not options.from_file:
         _say_what_dropout_does(config, layers)
+        _say_where_dropout_is_not(model, config, targets)
     return Plan(name, config, targets, layers, ties, auxiliary)
 
 
@@ -89,6 +91,17 @@ def _say_what_dropout_does(config: LoraConfig, layers: list[PlannedLayer]) -> No
             f"lora_dropout={config.lora_dropout} with init_lora_weights={config.init_lora_weights!r}: A and B hold a "
             "part of the base, of which dropout takes away too, so in training the first outputs are not those of the "
             "base but worse. Set lora_dropout=0, as the methods' authors do."
+        )
+
+
+def _say_where_dropout_is_not(model: nn.Module, config: LoraConfig, targets: list[Target]) -> None:
+    bypassed = Bypassed(model, [place for place in places(model) if place.name])
+    names = [t.name for t in targets if t.parameter is None and bypassed.reads(t.name)]
+    if names:
+        warn(
+            f"lora_dropout={config.lora_dropout} does not act where the model multiplies by a layer's weight instead "
+            f"of calling it, as it does, always or in some kernels, with {shorten(names, 3)}: there the update is in "
+            "the weight, and has no input to drop."
         )
 
 

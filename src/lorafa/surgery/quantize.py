@@ -9,8 +9,7 @@ from torch import nn
 from lorafa.backends.base import is_hooked
 from lorafa.errors import AdapterError, BackendError
 from lorafa.surgery.targets import Target
-from lorafa.surgery.ties import tied_groups
-from lorafa.surgery.walk import Place
+from lorafa.surgery.walk import Place, tied_groups
 
 
 def require_replaceable(target: Target, start: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lorafa.errors import TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
+from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.walk import Place, places
 
 ALL_LINEAR = "all-linear"
@@ -78,7 +79,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False)
     """
     everything = [place for place in places(model) if place.name]
     patterns = _Patterns(config)
-    chosen = _modules(model, everything, config, patterns)
+    chosen = _modules(model, everything, config, patterns, lenient)
     targets = [_target(place, None, config, patterns) for place in chosen]
     targets += _parameters(everything, config, patterns, taken={id(place.module) for place in chosen})
     patterns.report(everything, warn_only=lenient and bool(targets))
@@ -194,14 +195,17 @@ def _can_carry(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer) or backend_of(module) is not None
 
 
-def _modules(model: nn.Module, everything: list[Place], config: LoraConfig, patterns: _Patterns) -> list[Place]:
+def _modules(
+    model: nn.Module, everything: list[Place], config: LoraConfig, patterns: _Patterns, lenient: bool
+) -> list[Place]:
     wanted = config.target_modules
     if wanted is None:
         if config.target_parameters:
             return []
         wanted = _default_targets(model)
+    bypassed = Bypassed(model, everything)
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        found = _all_linear(model, everything, config)
+        found = [p for p in _all_linear(model, everything, config) if not bypassed.why(p)]
         found = [p for p in found if not patterns.matches("exclude_modules", config.exclude_modules, p.name)]
         if not found:
             raise TargetError(
@@ -210,9 +214,13 @@ def _modules(model: nn.Module, everything: list[Place], config: LoraConfig, patt
             )
     else:
         found = [place for place in everything if _is_wanted(place.name, wanted, config, patterns)]
-    attention = [p.name for p in everything if isinstance(p.module, nn.MultiheadAttention)]
     for place in found:
-        _check_carries(place, attention)
+        _check_carries(place)
+        why = bypassed.passed_by(place) if config.ensure_weight_tying else bypassed.why(place)
+        if why is not None and not lenient:
+            raise TargetError(why)
+        if why is not None:
+            warn(why)
     return _once(found)
 
 
@@ -281,7 +289,7 @@ def _kind(module: nn.Module) -> str | None:
     return None if backend is None else backend.host
 
 
-def _check_carries(place: Place, attention: Iterable[str]) -> None:
+def _check_carries(place: Place) -> None:
     """Raises TargetError unless a back end is sure of the module; one that carries adapters was checked before."""
     module = place.module
     if not _can_carry(module) or isinstance(module, LoraExperts):
@@ -297,12 +305,6 @@ def _check_carries(place: Place, attention: Iterable[str]) -> None:
         raise TargetError(
             f"{place.name!r}: no back end knows this {described(module)}: {odd}. Leave it out with exclude_modules, or "
             "load the model without that."
-        )
-    owner = next((name for name in attention if place.name == f"{name}.out_proj"), None)
-    if owner is not None:
-        raise TargetError(
-            f"{place.name!r} is never called: nn.MultiheadAttention reads its weight, so an adapter on it would do "
-            f"nothing. Target {owner!r} instead; its out_proj gets an adapter too."
         )
 
 

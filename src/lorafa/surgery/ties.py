@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,11 +10,9 @@ from torch import nn
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tied import owner_of
-from lorafa.layers.tokens import TrainableTokensWrapper
 from lorafa.surgery.targets import Target
-from lorafa.surgery.walk import Place
+from lorafa.surgery.walk import Place, tied_groups
 from lorafa.variants import is_plain_lora, variant_types
 
 _KINDS = ("embedding", "linear")
@@ -28,23 +26,6 @@ class Tie:
     owner: Target
     transposed: bool
     """Whether the shared parameter is W^T to the one if it is W to the other."""
-
-
-def tied_groups(everything: Iterable[Place]) -> list[list[Place]]:
-    """The modules that share a weight, group by group; the first of each, an embedding if there is one, owns it."""
-    by_weight: dict[int, dict[int, Place]] = {}
-    for place in everything:
-        weight = _unwrapped(place.module)._parameters.get("weight")
-        if weight is not None:
-            by_weight.setdefault(id(weight), {}).setdefault(id(place.module), place)
-    groups = (list(group.values()) for group in by_weight.values() if len(group) > 1)
-    return [sorted(group, key=lambda p: not isinstance(_unwrapped(p.module), nn.Embedding)) for group in groups]
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
-        return module.original_module
-    return module.pristine if isinstance(module, LoraLayer) else module
 
 
 def find_ties(everything: Sequence[Place], config: LoraConfig, targets: Sequence[Target]) -> list[Tie]:

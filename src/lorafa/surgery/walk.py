@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -49,6 +49,22 @@ def places(model: nn.Module) -> Iterator[Place]:
             continue
         children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
         stack.extend(reversed(children))
+
+
+def pristine_of(module: nn.Module) -> nn.Module:
+    """The module that a host stands for, with the weight nothing was merged into; any other module itself."""
+    return module.pristine if isinstance(module, Host) else module
+
+
+def tied_groups(everything: Iterable[Place]) -> list[list[Place]]:
+    """The modules that share a weight, group by group; the first of each, an embedding if there is one, owns it."""
+    by_weight: dict[int, dict[int, Place]] = {}
+    for place in everything:
+        weight = pristine_of(place.module)._parameters.get("weight")
+        if weight is not None:
+            by_weight.setdefault(id(weight), {}).setdefault(id(place.module), place)
+    groups = (list(group.values()) for group in by_weight.values() if len(group) > 1)
+    return [sorted(group, key=lambda p: not isinstance(pristine_of(p.module), nn.Embedding)) for group in groups]
 
 
 def require_module(model: object) -> nn.Module:
@@ -123,6 +139,10 @@ class Parents:
         for _, parent in skeleton(model):
             for name, child in _children(parent):
                 self._slots.setdefault(id(child), []).append((parent, name))
+
+    def of(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """(parent, name) of every place a module has."""
+        return list(self._slots.get(id(module), ()))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         """Put ``new`` at every place ``old`` has; if ``new`` wraps ``old``, ``old`` is found inside it from then on."""
