@@ -36,7 +36,7 @@ from lorafa.method_configs import (
     VeloraConfig,
     from_nested,
 )
-from lorafa.storage import HubOptions, locate, make_folder, read_json, write_json
+from lorafa.storage import HubOptions, UploadOptions, locate, make_folder, read_json, uploaded, write_json
 from lorafa.variants import switches
 from lorafa.version import VERSION
 
@@ -125,7 +125,8 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
     modules_to_save: list[str] | None = None
-    """Modules to train in full and save with the adapter."""
+    """Modules to train in full and save with the adapter: ends of their names, at a dot or not, as in PEFT ("norm"
+    means input_layernorm, too), or regular expressions for the whole name."""
     init_lora_weights: bool | str = True
     """Where A and B start: True (Kaiming A, B = 0), False (both random), or a name of lorafa.initializers."""
     layers_to_transform: list[int] | int | None = None
@@ -328,6 +329,16 @@ class LoraConfig:
             CheckpointError: the folder cannot be written to.
         """
         write_json(make_folder(save_directory) / CONFIG_NAME, self.to_dict())
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[UploadOptions]) -> Any:
+        """Upload ``adapter_config.json`` to a repository of the Hub; as :meth:`lorafa.PeftModel.push_to_hub`."""
+        with uploaded(repo_id, "config", options) as upload:
+            self.save_pretrained(upload.folder)
+        return upload.commit
+
+
+PeftConfig = LoraConfig
+"""PEFT's name for what all configs are; here there is one."""
 
 
 def read_config(path: Path) -> LoraConfig:

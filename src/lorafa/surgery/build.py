@@ -57,6 +57,11 @@ class Options:
     """The config comes with a file that will fill every tensor: patterns may match nothing, starts are not drawn."""
     file_has_starts: bool = False
     """The file also holds the frozen starts A0 and B0, so none is computed."""
+    partly_filled: bool = False
+    """The file may leave some tensors out, so all have values before: B of zeros whatever the start, so that what is
+    not filled changes nothing."""
+    dtype: torch.dtype | None = None
+    """Keep the factors in this dtype; None goes by ``autocast_adapter_dtype``."""
     quantized: Collection[str] = ()
     """Layers whose base was quantized when the file was made; here it is quantized the same way, if it is not yet."""
 
@@ -186,7 +191,7 @@ class Builder:
         dtype = _adapter_dtype(target.base, target.backend, self.options)
         A, B = result.A.to(dtype), result.B[..., : spec.rank // spec.groups].to(dtype)
         start = (A.clone(), B.clone()) if result.subtract_from_base else result.taken
-        if self.filled_later:
+        if self.filled_later and not self.options.partly_filled:
             extras = _empty_extras(variant, weight, A, spec)
         else:
             extras = initial_extras(variant, weight, A, B, start, spec, result.extras)
@@ -265,6 +270,9 @@ class Builder:
         device = "meta" if self.options.low_cpu_mem_usage else None
         A_shape, B_shape = spec.stored_shapes(weight)
         A, B = torch.empty(A_shape, device=device), torch.empty(B_shape, device=device)
+        if self.options.partly_filled:
+            default = by_default(weight, spec)
+            A, B = default.A, default.B
         quantized = None if quantizer is None else quantizer(weight, spec)
         return InitResult(A, B, subtract_from_base=self.options.file_has_starts, quantized=quantized)
 
@@ -301,6 +309,8 @@ def _empty_extras(variant: Variant, weight: Tensor, A: Tensor, spec: LayerSpec) 
 
 
 def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch.dtype:
+    if options.dtype is not None:
+        return options.dtype
     dtype = backend.dtype(base)
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return torch.float32
