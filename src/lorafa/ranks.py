@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from lorafa.calibration.spectrum import (
+from lorafa.calibration.rank_rules import (
     SHARE,
     THRESHOLD,
     Spectrum,

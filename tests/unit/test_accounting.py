@@ -14,12 +14,12 @@ from trainer_toys import adapted_model
 from transformers.optimization import Adafactor
 
 from lorafa import LoraConfig, get_peft_model
+from lorafa.costs.accounting import AdapterCost, KindCost, adapter_cost
 from lorafa.data.shapes import shape_model
 from lorafa.errors import AdapterError, ConfigError, TargetError
 from lorafa.layers.base import LoraLayer
-from lorafa.train.accounting import AdapterCost, KindCost, adapter_cost
-from lorafa.train.optimizers import pair_optimizer
-from lorafa.train.schema import OptimConfig
+from lorafa.train.settings.optim import pair_optimizer
+from lorafa.train.settings.run import OptimConfig
 
 
 class Experts(nn.Module):

@@ -10,14 +10,14 @@ from typing import Any, Literal, get_type_hints
 
 import pytest
 
-import lorafa.train.schema as schema
+import lorafa.train.settings.run as schema
 from lorafa.conf.compose import ALIASES, KEYS, compose, groups
-from lorafa.conf.typed import build, expected, field_docs, keys, plain
 from lorafa.errors import ConfigError
-from lorafa.train.init_config import InitConfig
-from lorafa.train.optimizers import OPTIONS
+from lorafa.settings.typed import build, expected, field_docs, keys, plain
 from lorafa.train.recipe import lora_config
-from lorafa.train.schema import RunConfig
+from lorafa.train.settings.init import InitConfig
+from lorafa.train.settings.optim import OPTIONS
+from lorafa.train.settings.run import RunConfig
 
 SOURCE = Path(schema.__file__).parents[1]
 

@@ -15,8 +15,8 @@ from lorafa.data.collate import Collator
 from lorafa.errors import CalibrationError
 from lorafa.losses import ROW_MULTIPLE
 from lorafa.starting import GAMMAS
-from lorafa.train.init_config import InitConfig, start_fields
-from lorafa.train.starts import start_adapter
+from lorafa.train.settings.init import InitConfig, start_fields
+from lorafa.train.start import start_adapter
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "down_proj"]

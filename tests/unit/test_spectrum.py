@@ -14,7 +14,7 @@ from lorafa import LoraConfig, get_peft_model
 from lorafa.calibration.base import Measured
 from lorafa.calibration.gradient import cross_validated
 from lorafa.calibration.principal import IncrementalPCA, PCASettings
-from lorafa.calibration.spectrum import (
+from lorafa.calibration.rank_rules import (
     Spectrum,
     by_budget,
     by_cross_validation,

@@ -12,12 +12,12 @@ import transformers as hf
 from trainer_toys import adapted_model, collate, samples
 
 from lorafa.conf.compose import compose
-from lorafa.conf.typed import build, plain
 from lorafa.errors import ConfigError
 from lorafa.optimizers import LoraFAOptimizer, create_lorafa_optimizer
 from lorafa.optimizers.pairs import pairs_of
-from lorafa.train.optimizers import FORMS, KINDS, NAMES, OPTIONS, pair_optimizer
-from lorafa.train.schema import OptimConfig, RunConfig
+from lorafa.settings.typed import build, plain
+from lorafa.train.settings.optim import FORMS, KINDS, NAMES, OPTIONS, pair_optimizer
+from lorafa.train.settings.run import OptimConfig, RunConfig
 from lorafa.train.trainer import LoraTrainer
 
 CASES: dict[str, dict[str, Any]] = {

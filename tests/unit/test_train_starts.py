@@ -12,8 +12,8 @@ from lorafa import LoraConfig
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import ConfigError, DataError
-from lorafa.train.init_config import InitConfig, start_fields
-from lorafa.train.starts import Started, start_adapter
+from lorafa.train.settings.init import InitConfig, start_fields
+from lorafa.train.start import Started, start_adapter
 
 transformers = pytest.importorskip("transformers")
 ROWS = [Sample([1, 2, n, 4], [-100, 2, n, 4]) for n in range(3, 20)]

@@ -17,8 +17,8 @@ from lorafa.errors import AdapterError, ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorafa.train.accounting import AdapterCost
-    from lorafa.train.schema import RunConfig
+    from lorafa.costs.accounting import AdapterCost
+    from lorafa.train.settings.run import RunConfig
 
 DESCRIPTION = """\
 Count what an adapter costs: parameters by kind of layer, the file, gradients and optimizer state.
@@ -87,10 +87,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def adapter_costs(model: nn.Module, config: RunConfig) -> list[tuple[str, AdapterCost]]:
     """(words of an optimizer, cost): the optimizer of the settings, then A frozen where B can be trained alone."""
-    from lorafa.train.accounting import adapter_cost
-    from lorafa.train.optimizers import words
+    from lorafa.costs.accounting import adapter_cost
     from lorafa.train.recipe import lora_config
-    from lorafa.train.schema import OptimConfig
+    from lorafa.train.settings.optim import words
+    from lorafa.train.settings.run import OptimConfig
 
     adapter = lora_config(config)
     as_set = adapter_cost(model, adapter, config.optim)

@@ -8,8 +8,8 @@ from textwrap import fill
 from typing import Any
 
 from lorafa.conf.compose import OPEN_GROUPS, compose, groups
-from lorafa.conf.typed import keys, plain
-from lorafa.train.schema import RunConfig
+from lorafa.settings.typed import keys, plain
+from lorafa.train.settings.run import RunConfig
 
 WIDTH = 110
 

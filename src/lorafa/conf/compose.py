@@ -1,4 +1,4 @@
-"""Overrides in Hydra's grammar -> one checked :class:`~lorafa.train.schema.RunConfig`.
+"""Overrides in Hydra's grammar -> one checked :class:`~lorafa.train.settings.run.RunConfig`.
 
 ``peft.r=32`` sets a value, ``peft=dora`` takes another file of a group. The schema is closed, so a leading ``+`` or
 ``++`` adds nothing: it is accepted and means the same. ``model=`` and ``data=`` also take a path or a Hub id.
@@ -16,9 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorafa.conf.typed import Key, build, keys
 from lorafa.errors import ConfigError, did_you_mean, first_line
-from lorafa.train.schema import RunConfig
+from lorafa.settings.typed import Key, build, keys
+from lorafa.train.settings.run import RunConfig
 
 FOLDER = Path(__file__).parent
 KEYS: Mapping[str, Key] = {key.name: key for key in keys(RunConfig)}

@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
-from lorafa.conf.typed import build, plain
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
+from lorafa.settings.typed import build, plain
 from lorafa.storage import make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
-from lorafa.train.schema import RunConfig
+from lorafa.train.settings.run import RunConfig
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
 

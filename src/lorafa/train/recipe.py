@@ -33,11 +33,11 @@ from lorafa.peft_model import PeftModel
 from lorafa.storage import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
-from lorafa.train.init_config import start_fields, start_of
-from lorafa.train.optimizers import STOCK, pair_optimizer
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.schema import DataConfig, EvalConfig, RunConfig
-from lorafa.train.starts import start_adapter
+from lorafa.train.settings.init import start_fields, start_of
+from lorafa.train.settings.optim import STOCK, pair_optimizer
+from lorafa.train.settings.run import DataConfig, EvalConfig, RunConfig
+from lorafa.train.start import start_adapter
 from lorafa.train.trainer import LoraTrainer
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}

@@ -17,7 +17,7 @@ from lorafa.optimizers import (
     create_preconditioned_adamw,
     create_riemannian_optimizer,
 )
-from lorafa.train.optimizer_state import (
+from lorafa.optimizers.state_bytes import (
     State,
     moments_of_weights,
     nothing,
@@ -28,7 +28,7 @@ from lorafa.train.optimizer_state import (
 )
 
 if TYPE_CHECKING:
-    from lorafa.train.schema import OptimConfig
+    from lorafa.train.settings.run import OptimConfig
 
 STOCK = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
 """Optimizers that transformers makes -> its name for them."""

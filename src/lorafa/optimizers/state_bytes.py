@@ -15,7 +15,7 @@ from lorafa.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair
 
 if TYPE_CHECKING:
-    from lorafa.train.schema import OptimConfig
+    from lorafa.train.settings.run import OptimConfig
 
 State = Callable[[Sequence[nn.Parameter], Sequence[Pair], "OptimConfig"], int]
 

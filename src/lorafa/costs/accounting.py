@@ -13,6 +13,7 @@ from torch import nn
 
 from lorafa.config import LoraConfig, require_available
 from lorafa.config_checks import START_SETTINGS
+from lorafa.costs.rehearsal import rehearse
 from lorafa.errors import ConfigError
 from lorafa.io.peft_format import file_tensors, keeps_embeddings
 from lorafa.layers.base import LoraLayer
@@ -23,9 +24,8 @@ from lorafa.surgery.build import Options
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.walk import base_parameters, lora_layers
-from lorafa.train.optimizers import kind_of
-from lorafa.train.rehearsal import rehearse
-from lorafa.train.schema import OptimConfig
+from lorafa.train.settings.optim import kind_of
+from lorafa.train.settings.run import OptimConfig
 
 _NAME = "default"
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 from lorafa.checks import check_betas, check_choice, check_int, check_number
 from lorafa.errors import ConfigError
-from lorafa.train.init_config import InitConfig
-from lorafa.train.optimizers import NAMES, OPTIONS, kind_of, owners, words
+from lorafa.train.settings.init import InitConfig
+from lorafa.train.settings.optim import NAMES, OPTIONS, kind_of, owners, words
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""

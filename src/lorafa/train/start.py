@@ -16,7 +16,7 @@ from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.starting import collect_statistics, start_from
-from lorafa.train.init_config import InitConfig, rank_rule, start_of
+from lorafa.train.settings.init import InitConfig, rank_rule, start_of
 
 HELD_OUT = 8
 """Rows after those of the statistics that ``stable_gamma=auto`` compares losses on."""

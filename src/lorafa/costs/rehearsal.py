@@ -11,8 +11,8 @@ from torch import nn
 from lorafa.config import LoraConfig
 from lorafa.config_checks import START_SETTINGS
 from lorafa.peft_model import get_peft_model
-from lorafa.train.optimizers import kind_of, pair_optimizer
-from lorafa.train.schema import OptimConfig
+from lorafa.train.settings.optim import kind_of, pair_optimizer
+from lorafa.train.settings.run import OptimConfig
 
 _SIZE, _RANK = 8, 4
 
