@@ -13,9 +13,10 @@ import torch
 
 from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
-from lorafa.config_checks import SETTINGS_OF_PEFT, START_SETTINGS, check_config, settings_class, settings_field
+from lorafa.config_checks import check_config
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.initializers import Start, known_start
+from lorafa.initializers.settings import SETTINGS_OF_PEFT, START_SETTINGS, settings_class, settings_field
 from lorafa.method_configs import (
     ArrowConfig,
     BdLoraConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from lorafa.config import unavailable
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
-from lorafa.registry import Registry
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
 from lorafa.variants import VARIANTS, asking_settings
@@ -103,22 +103,13 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    added: list[tuple[Registry[object], str]] = []
-
-    def add(registry: Registry[object], name: str, entry: object) -> None:
-        registry.add(name, entry)
-        added.append((registry, name))
-
-    try:
-        add(INITIALIZERS, "constant", constant)  # type: ignore[arg-type]
-        add(INITIALIZERS, "from_mean", from_mean)  # type: ignore[arg-type]
-        add(INITIALIZERS, "direction", direction)  # type: ignore[arg-type]
-        add(VARIANTS, "diagonal", Diagonal)  # type: ignore[arg-type]
-        add(VARIANTS, "other", Other)  # type: ignore[arg-type]
+    with ExitStack() as added:
+        added.enter_context(INITIALIZERS.added("constant", constant))
+        added.enter_context(INITIALIZERS.added("from_mean", from_mean))
+        added.enter_context(INITIALIZERS.added("direction", direction))
+        added.enter_context(VARIANTS.added("diagonal", Diagonal))
+        added.enter_context(VARIANTS.added("other", Other))
         yield
-    finally:
-        for registry, name in added:
-            del registry._table[name]
 
 
 def A_of(model: PeftModel) -> Tensor:

@@ -6,16 +6,40 @@ import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafa.errors import CalibrationError, ConfigError
+from lorafa.calibration.ranking import Asked, Layer, Rule
+from lorafa.checks import check_number
+from lorafa.errors import CalibrationError, ConfigError, shorten
 
-THRESHOLD = 0.25
-"""Share of its singular value that a direction must hold in the other half sample to count: noise scores near zero."""
-SHARE = 0.9
-"""Share of a gradient's energy that its ranks must hold."""
+
+@dataclass(frozen=True)
+class EnergySettings:
+    """Of rule "energy"."""
+
+    share: float = 0.9
+    """Share of a gradient's energy that its ranks must hold."""
+
+    def __post_init__(self) -> None:
+        check_number("share", self.share, "a number in (0, 1]", 0, 1, closed="]")
+
+
+@dataclass(frozen=True)
+class CrossValidationSettings:
+    """Of rule "cross_validation"."""
+
+    threshold: float = 0.25
+    """Share of its singular value that a direction must hold in the other half sample to count: noise scores near
+    zero."""
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, "a number in (0, 1]", 0, 1, closed="]")
+
+
+SHARE, THRESHOLD = EnergySettings.share, CrossValidationSettings.threshold
 
 
 @dataclass(frozen=True)
@@ -203,39 +227,6 @@ def importance_of(weight: Tensor, gradient: Tensor) -> float:
     return float((weight.double() * gradient.double()).abs().mean())
 
 
-def most_components(rho: float, rank: int) -> int:
-    """round(rho r): how many of its input's principal components EVA follows for a layer, and may give it."""
-    return round(rho * rank)
-
-
-def variance_shares(S: Tensor, total: Tensor) -> Tensor:
-    """sigma_i^2 / total, (k,): the share of the variance of a layer's input that each principal direction holds.
-
-    0 where the input does not vary; nan where it is not finite.
-    """
-    return S.square() / total.clamp(min=torch.finfo(S.dtype).tiny)
-
-
-def by_explained_variance(ratios: Mapping[str, Tensor], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
-    """EVA's ranks (Paischer et al. 2024, arXiv:2410.07170, section 3.3): the components that explain most anywhere.
-
-    Args:
-        ratios: (k,) of each layer, :func:`variance_shares`, falling.
-        ranks: of each layer before, the sum of which is shared out.
-        rho: no layer gets more than :func:`most_components`. A layer may get 0; what explains nothing gets none.
-    """
-    worth = [
-        (float(value), -index, name)
-        for name, values in ratios.items()
-        for index, value in enumerate(values[: most_components(rho, ranks[name])])
-        if value > 0
-    ]
-    found = dict.fromkeys(ranks, 0)
-    for *_, name in sorted(worth, reverse=True)[: sum(ranks.values())]:
-        found[name] += 1
-    return found
-
-
 def _largest(spectrum: Spectrum) -> int:
     """Rank that there are directions for."""
     return min(spectrum.out, spectrum.in_, len(spectrum.S))
@@ -243,3 +234,79 @@ def _largest(spectrum: Spectrum) -> int:
 
 def _clip(rank: int, r_min: int, r_max: int) -> int:
     return max(r_min, min(rank, r_max))
+
+
+def _spectrum(layer: Layer, settings: Any) -> Spectrum:
+    return Spectrum.of(layer.name, layer.tensors, layer.shape)
+
+
+def _finite_spectrum(spectrum: Spectrum) -> bool:
+    return spectrum.finite
+
+
+def _budget(asked: Asked) -> dict[str, int]:
+    least = asked.r_min or (2 if asked.average > 2 and asked.r_max >= 2 else 1)
+    spectra = {name: one.first(asked.layers[name].most) for name, one in asked.measured.items()}
+    return by_budget(spectra, asked.budget, asked.r_max, least)
+
+
+def _cross_validation(asked: Asked) -> dict[str, int]:
+    return by_cross_validation(asked.measured, asked.r_max, asked.least, asked.settings.threshold)
+
+
+def _require_halves(settings: Any, collecting: Mapping[str, Any], of_start: Any) -> None:
+    if not collecting.get("halves", True):
+        raise ConfigError(
+            "RankRule('cross_validation') compares two half samples of the gradients, and halves=False keeps none. "
+            "Drop halves=False, or choose another rule."
+        )
+
+
+def _energy(asked: Asked) -> dict[str, int]:
+    return by_energy(asked.measured, asked.r_max, asked.least, asked.settings.share)
+
+
+def _stable_rank(asked: Asked) -> dict[str, int]:
+    return by_stable_rank(asked.measured, asked.r_max, asked.least)
+
+
+def _entropy(asked: Asked) -> dict[str, int]:
+    return by_entropy(asked.measured, asked.r_max, asked.least)
+
+
+def _importance(asked: Asked) -> dict[str, int]:
+    sketched = [name for name, layer in asked.layers.items() if "gradient.dense" not in layer.tensors]
+    if sketched:
+        raise CalibrationError(
+            f"Importance is the mean of |W o G|, and the statistics of {shorten(sketched, 3)} hold a sketch of the "
+            "gradient, whose entries are smaller. Collect them with dense=True, or use another rule."
+        )
+    found = {
+        name: importance_of(layer.weight().detach(), layer.tensors["gradient.dense"])
+        for name, layer in asked.layers.items()
+    }
+    shapes = {name: layer.shape for name, layer in asked.layers.items()}
+    return by_importance(found, shapes, asked.average, asked.least, asked.r_max)
+
+
+def _require_entries(settings: Any, collecting: Mapping[str, Any], of_start: Any) -> None:
+    if collecting.get("dense") is False:
+        raise ConfigError(
+            "RankRule('importance') reads single entries of the gradients, and dense=False keeps sketches of them "
+            "only. Drop dense=False, or choose another rule."
+        )
+
+
+BUDGET = Rule(choose=_budget, measure=_spectrum, is_finite=_finite_spectrum, halves=True)
+CROSS_VALIDATION = Rule(
+    choose=_cross_validation,
+    measure=_spectrum,
+    is_finite=_finite_spectrum,
+    needs_halves=True,
+    settings=CrossValidationSettings,
+    check=_require_halves,
+)
+ENERGY = Rule(choose=_energy, measure=_spectrum, is_finite=_finite_spectrum, settings=EnergySettings)
+STABLE_RANK = Rule(choose=_stable_rank, measure=_spectrum, is_finite=_finite_spectrum)
+ENTROPY = Rule(choose=_entropy, measure=_spectrum, is_finite=_finite_spectrum)
+IMPORTANCE = Rule(choose=_importance, measure=_spectrum, is_finite=_finite_spectrum, dense=True, check=_require_entries)

@@ -12,20 +12,20 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lorafa.config import LoraConfig, require_available
-from lorafa.config_checks import START_SETTINGS
 from lorafa.costs.rehearsal import rehearse
 from lorafa.errors import ConfigError
+from lorafa.initializers.settings import START_SETTINGS
 from lorafa.io.peft_format import file_tensors, keeps_embeddings
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.optimizers.pairs import Pair
+from lorafa.optimizers.state_bytes import Sizes
 from lorafa.surgery.adapters import set_adapter
 from lorafa.surgery.build import Options
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.walk import base_parameters, lora_layers
-from lorafa.train.settings.optim import kind_of
-from lorafa.train.settings.run import OptimConfig
+from lorafa.train.settings.optim import OptimConfig, entry_of
 
 _NAME = "default"
 
@@ -118,7 +118,7 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
             other=sum(p.numel() for p in trained) - sum(kind.trainable for kind in kinds),
             stored=sum(tensor.numel() for tensor in file.values()),
             gradient_bytes=_bytes(trained),
-            state_bytes=kind_of(optim).state(trained, _pairs(layers), optim),
+            state_bytes=entry_of(optim).state(Sizes(trained, _pairs(layers)), optim.own),
             factors=factors,
         )
 
@@ -134,8 +134,8 @@ def _planned(model: nn.Module, config: LoraConfig, factors: str) -> Plan:
 
 def _trained_factors(config: LoraConfig, optim: OptimConfig) -> str:
     """ "AB", or the one factor that the start, the config and the optimizer leave."""
-    frozen = "A" if config.freeze_A or kind_of(optim).freezes_A else ""
-    return config.start.initializer.trains.replace(frozen, "")
+    frozen = ("A" if config.freeze_A else "") + entry_of(optim).freezes
+    return "".join(factor for factor in config.start.initializer.trains if factor not in frozen)
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

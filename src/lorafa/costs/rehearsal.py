@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from lorafa.config import LoraConfig
-from lorafa.config_checks import START_SETTINGS
+from lorafa.initializers.settings import START_SETTINGS
 from lorafa.peft_model import get_peft_model
-from lorafa.train.settings.optim import kind_of, pair_optimizer
-from lorafa.train.settings.run import OptimConfig
+from lorafa.train.settings.optim import OptimConfig, entry_of, pair_optimizer
 
 _SIZE, _RANK = 8, 4
 
@@ -29,7 +28,7 @@ def rehearse(layers: Sequence[tuple[str, str]], config: LoraConfig, optim: Optim
     Raises:
         AdapterError: that of the training, with the name of the first layer in its way.
     """
-    if kind_of(optim).make is None:
+    if entry_of(optim).make is None:
         return
     first = {kind == "embedding": path for path, kind in reversed(layers)}
     toy = nn.Module()

@@ -47,7 +47,8 @@ def start_adapter(
     began = time.monotonic()
     count = init.bsz * init.iters
     rows, held = samples[:count], samples[count : count + HELD_OUT]
-    if len(rows) < count or (init.stable_gamma == "auto" and not held):
+    tries = getattr(adapter.init_config, "stable_gamma", None) == "auto"
+    if len(rows) < count or (tries and not held):
         raise DataError(
             f"init reads {count} rows (init.bsz * init.iters), and for stable_gamma=auto a few more; there are "
             f"{len(samples)} to train on. Lower init.iters."
@@ -58,7 +59,7 @@ def start_adapter(
         _require_answers([*rows, *held], init.max_length)
     batches = _batches(rows, init.bsz, init.max_length, collator)
     stats = collect_statistics(model, adapter, batches, **collecting)
-    heldout = _batches(held, 1, init.max_length, collator) if init.stable_gamma == "auto" else None
+    heldout = _batches(held, 1, init.max_length, collator) if tries else None
     adapted = start_from(model, adapter, stats, ranks=rule, heldout=heldout)
     ranks = {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()}
     record: dict[str, Any] = {

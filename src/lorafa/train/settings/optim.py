@@ -1,114 +1,96 @@
-"""From the settings of an optimizer to the optimizer: one table says of each what it reads and what it keeps."""
+"""The optimizer of a run and its schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
-
-from lorafa.optimizers import (
-    create_lorafa_optimizer,
-    create_loraplus_optimizer,
-    create_lorapro_optimizer,
-    create_preconditioned_adamw,
-    create_riemannian_optimizer,
-)
-from lorafa.optimizers.state_bytes import (
-    State,
-    moments_of_weights,
-    nothing,
-    one_buffer,
-    rows_and_columns,
-    two_moments,
-    two_wide_moments,
-)
+from lorafa.checks import check_number, check_rate
+from lorafa.errors import ConfigError
+from lorafa.optimizers import OPTIMIZERS
+from lorafa.registry import Registry
+from lorafa.settings.declared import declared
+from lorafa.settings.groups import OpenGroup
+from lorafa.settings.typed import Key
 
 if TYPE_CHECKING:
-    from lorafa.train.settings.run import OptimConfig
+    from torch import nn
+    from torch.optim import Optimizer
 
-STOCK = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
-"""Optimizers that transformers makes -> its name for them."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """An optimizer, or one form of it."""
-
-    make: Callable[..., Optimizer] | None
-    """Takes the model, lr, weight_decay and what ``reads`` names; None: transformers makes it."""
-    reads: Mapping[str, str]
-    """Settings that not all optimizers have -> what ``make`` calls them."""
-    state: State
-    """Bytes it keeps."""
-    eps: float = 1e-8
-    """Where ``optim.eps`` is not given."""
-    freezes_A: bool = False
+    from lorafa.optimizers.entry import OptimizerEntry
 
 
-_ADAM = {"betas": "betas", "eps": "eps"}
-_LORA_FA = {**_ADAM, "algorithm": "algorithm"}
-_PRO = {"form": "form", "X": "X", "gram_damping": "damping"}
-_riemannian = partial(create_riemannian_optimizer, optimizer_cls=AdamW, fused=True)
-_lora_plus = partial(create_loraplus_optimizer, optimizer_cls=AdamW, fused=True)
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(OpenGroup):
+    """The optimizer and its schedule."""
 
-KINDS: Mapping[tuple[str, ...], Kind] = {
-    ("adamw",): Kind(None, _ADAM, two_moments),
-    ("adafactor",): Kind(None, {}, rows_and_columns),
-    ("sgd",): Kind(None, {}, nothing),
-    ("lora_fa",): Kind(create_lorafa_optimizer, _LORA_FA, two_wide_moments, eps=1e-6, freezes_A=True),
-    ("lora_fa", "fold"): Kind(create_lorafa_optimizer, _LORA_FA, two_moments, eps=1e-6, freezes_A=True),
-    ("lora_plus",): Kind(_lora_plus, {**_ADAM, "lr_ratio": "loraplus_lr_ratio"}, two_moments),
-    ("riemannian",): Kind(_riemannian, {**_ADAM, "reg": "reg", "damping": "damping"}, two_moments),
-    ("preconditioned",): Kind(create_preconditioned_adamw, {**_ADAM, "prec_reg": "prec_reg"}, two_wide_moments),
-    ("lora_pro",): Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, two_moments),
-    ("lora_pro", "sgd"): Kind(create_lorapro_optimizer, {**_PRO, "momentum": "momentum"}, one_buffer),
-    ("lora_pro", "full"): Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, moments_of_weights),
-}
-"""(name,) or (name, form) -> the optimizer; a form that is not listed is as the name alone."""
-FORMS = {"lora_fa": "algorithm", "lora_pro": "form"}
-"""Optimizers that come in several forms -> the setting that chooses."""
-NAMES = tuple(dict.fromkeys(name for name, *_ in KINDS))
+    group: ClassVar[str] = "optim"
+    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": OPTIMIZERS}
+
+    name: str = "adamw"
+    """Optimizer."""
+    lr: float | None = None
+    """Highest learning rate; null takes the optimizer's own, which stands below."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the trained parameters."""
+    warmup: float = 0.05
+    """Rise of the learning rate: steps if >= 1, a share of all steps below 1."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are shortened to it; 0 leaves them alone."""
+    own: Any = None
+    """The optimizer's own settings."""
+
+    @classmethod
+    def own_keys(cls, field: str) -> dict[str, list[Key]]:
+        """With the rate that goes with the optimizer."""
+        rates = {cls.words(field, name): declared(OPTIMIZERS, name).keywords["lr"] for name in OPTIMIZERS.names()}
+        doc = "Its own rate, where none is given."
+        own = super().own_keys(field)
+        return {words: [Key("lr", float, rates[words], doc), *keys] for words, keys in own.items()}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._settle_lr()
+        check_rate("optim.lr", self.lr)
+        if self.lr == 0:
+            raise ConfigError("optim.lr is 0, so nothing would be learned. Give a number > 0, such as optim.lr=1e-3.")
+        check_number("optim.weight_decay", self.weight_decay, "a number >= 0", 0, closed="[")
+        check_number("optim.warmup", self.warmup, "a number >= 0", 0, closed="[")
+        check_number("optim.max_grad_norm", self.max_grad_norm, "a number >= 0", 0, closed="[")
+
+    def _settle_lr(self) -> None:
+        """Write the optimizer's own rate down where none is given: the record of a run says which it was."""
+        if self.lr is None:
+            object.__setattr__(self, "lr", entry_of(self).lr)
 
 
-def _key(optim: OptimConfig) -> tuple[str, ...]:
-    """The line of ``KINDS`` for these settings."""
-    option = FORMS.get(optim.name)
-    form = (optim.name, getattr(optim, option)) if option else ()
-    return form if form in KINDS else (optim.name,)
-
-
-def _written(name: str, *form: str) -> str:
-    """A line of ``KINDS`` as it is asked for after ``optim=``."""
-    return f"{name} optim.{FORMS[name]}={form[0]}" if form else name
+def entry_of(optim: OptimConfig) -> OptimizerEntry:
+    """The line of the table that the settings name."""
+    return OPTIMIZERS.get(optim.name)
 
 
 def words(optim: OptimConfig) -> str:
-    """What is written after ``optim=`` to have this optimizer."""
-    return _written(*_key(optim))
-
-
-def kind_of(optim: OptimConfig) -> Kind:
-    return KINDS[_key(optim)]
-
-
-def owners(option: str) -> list[str]:
-    """The optimizers that read a setting, as :func:`words`; a form only where the name alone does not."""
-    reading = [key for key, kind in KINDS.items() if option in kind.reads]
-    return [_written(*key) for key in reading if len(key) == 1 or key[:1] not in reading]
-
-
-OPTIONS = tuple(dict.fromkeys(option for kind in KINDS.values() for option in kind.reads))
-"""All settings that not all optimizers have."""
+    """What is written after ``optim=`` to have this optimizer, its form included."""
+    form = entry_of(optim).form
+    defaults = {} if optim.own is None else {field.name: field.default for field in fields(optim.own)}
+    if form is None or getattr(optim.own, form) == defaults[form]:
+        return optim.name
+    return f"{optim.name} optim.{form}={getattr(optim.own, form)}"
 
 
 def pair_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer | None:
     """The optimizer that needs to know which A belongs to which B, or None where transformers makes it."""
-    kind = kind_of(optim)
-    if kind.make is None:
-        return None
-    own = {theirs: getattr(optim, ours) for ours, theirs in kind.reads.items()}
-    return kind.make(model, lr=optim.lr, weight_decay=optim.weight_decay, **own)
+    make = entry_of(optim).make
+    return None if make is None else make(model, optim.own, lr=optim.lr, weight_decay=optim.weight_decay)
+
+
+def stock_arguments(optim: OptimConfig) -> dict[str, Any]:
+    """What `transformers.TrainingArguments` is told to make the optimizer; nothing where it is made here."""
+    arguments = entry_of(optim).arguments
+    if arguments is None:
+        return {}
+    return {"learning_rate": optim.lr, "weight_decay": optim.weight_decay, **arguments(optim.own)}

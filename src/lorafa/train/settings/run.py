@@ -7,13 +7,29 @@ their ranges when they are made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from lorafa.checks import check_betas, check_choice, check_int, check_number
+from lorafa.checks import check_int, check_number
+from lorafa.data import DATASETS, data_set_names, data_set_of
 from lorafa.errors import ConfigError
+from lorafa.evals import EVALS
+from lorafa.method_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from lorafa.models import MODELS
+from lorafa.registry import Registry
+from lorafa.settings.declared import declared
+from lorafa.settings.groups import OpenGroup
+from lorafa.settings.typed import Key
 from lorafa.train.settings.init import InitConfig
-from lorafa.train.settings.optim import NAMES, OPTIONS, kind_of, owners, words
+from lorafa.train.settings.optim import OptimConfig
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -22,11 +38,17 @@ MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(OpenGroup):
     """The base model."""
 
+    group: ClassVar[str] = "model"
+    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": MODELS}
+    any_name: ClassVar[str] = "a folder, a Hub id"
+    """What may stand after ``model=`` beside the names of ``MODELS``."""
+
     name: str = "smollm2-135m"
-    """Base model: smollm2-135m, a local folder, or a Hub id."""
+    """Base model: one known by name, a local folder, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model; null takes the newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -35,14 +57,26 @@ class ModelConfig:
     """How attention is computed; auto leaves it to transformers. On a CPU eager is faster for short samples."""
     cache_dir: str | None = None
     """Folder for fetched models; null takes the user's cache."""
+    own: Any = None
+    """A model has no settings of its own."""
+
+    @classmethod
+    def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(OpenGroup):
     """The records to learn from and the ones held out."""
 
+    group: ClassVar[str] = "data"
+    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": DATASETS}
+    any_name: ClassVar[str] = "a file, a Hub id"
+    """What may stand after ``data=`` beside the names of ``DATASETS``."""
+
     name: str = "word_problems"
-    """Task: word_problems, a .jsonl or .json file, or a Hub data set id."""
+    """Task: one known by name, a .jsonl or .json file, or a Hub data set id."""
     train_size: int | None = None
     """Records to train on; null takes all that are left after the held-out ones."""
     eval_size: int = 100
@@ -51,26 +85,29 @@ class DataConfig:
     """Longest sample in tokens; what happens to a longer one is counted and printed."""
     seed: int = 0
     """Seed of the generated or shuffled records: decides which are held out."""
-    prompt_column: str | None = None
-    """Column of the prompts; null takes the first known one."""
-    completion_column: str | None = None
-    """Column of the answers; given together with prompt_column."""
-    subset: str | None = None
-    """Configuration of a Hub data set."""
-    split: str = "train"
-    """Split of a Hub data set."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub data set."""
-    templates: int | None = None
-    """Kinds of word_problems to use, those with the shortest text; null uses all."""
-    cache_dir: str | None = None
-    """Folder for what word_problems are made from; null takes the user's cache."""
+    own: Any = None
+    """The data set's own settings."""
+
+    @classmethod
+    def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
+        """None for a name that no data set takes: what it is is said where it is loaded."""
+        data_set = data_set_of(chosen)
+        return None if data_set is None else data_set.settings
+
+    @classmethod
+    def entries(cls, field: str) -> list[str]:
+        return data_set_names()
+
+    @classmethod
+    def own_keys(cls, field: str) -> dict[str, list[Key]]:
+        """Sources of many data sets are named by what they are: ``data=<hub>``."""
+        named = {name: f"<{name}>" if DATASETS.get(name).takes else name for name in DATASETS.names()}
+        return {cls.words(field, named[name]): declared(DATASETS, name).settings for name in DATASETS.names()}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train_size is not None:
             check_int("data.train_size", self.train_size, at_least=1)
-        if self.templates is not None:
-            check_int("data.templates", self.templates, at_least=1)
         check_int("data.eval_size", self.eval_size, at_least=1)
         check_int("data.max_length", self.max_length, at_least=2)
         check_int("data.seed", self.seed, at_least=0)
@@ -82,13 +119,14 @@ class PeftConfig:
 
     r: int = 8
     """Rank: inner dimension of B @ A."""
-    lora_alpha: int = 8
+    lora_alpha: int | float = 8
     """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
     lora_dropout: float | None = None
     """Probability of zeroing an input feature of A, in [0, 1); null is 0.05, or 0 where the start takes a part of the
     base into A and B, of which dropout would take away as well."""
-    target_modules: str | list[str] = "all-linear"
-    """Modules to adapt: all-linear, a list of names, or one regular expression."""
+    target_modules: str | list[str] | None = "all-linear"
+    """Modules to adapt: all-linear, a list of names, or one regular expression; null takes those usual for the
+    architecture."""
     exclude_modules: str | list[str] | None = None
     """Modules left alone although target_modules matches them."""
     layers_to_transform: int | list[int] | None = None
@@ -97,7 +135,7 @@ class PeftConfig:
     """Name of the list of layers that layers_to_transform counts."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Module name or expression -> rank, where it differs from r."""
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
     """Module name or expression -> lora_alpha, where it differs."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rsLoRA)."""
@@ -113,76 +151,38 @@ class PeftConfig:
     """Modules trained in full and saved with the adapter."""
     target_parameters: list[str] | None = None
     """Parameters that belong to no layer of their own, such as stacked experts, to adapt by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The optimizer and its schedule."""
-
-    name: Literal["adamw", "adafactor", "sgd", "lora_fa", "lora_plus", "riemannian", "preconditioned", "lora_pro"] = (
-        "adamw"
-    )
-    """Optimizer."""
-    lr: float = 2e-4
-    """Highest learning rate."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the trained parameters."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments; all but adafactor, sgd and lora_pro's form sgd."""
-    eps: float | None = None
-    """Added to the denominator, same optimizers; null takes 1e-6 for lora_fa, 1e-8 for the others."""
-    warmup: float = 0.0
-    """Rise of the learning rate: steps if >= 1, a share of all steps below 1."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after the warm-up."""
-    max_grad_norm: float = 1.0
-    """Gradients longer than this are shortened to it; 0 leaves them alone."""
-    algorithm: Literal["exact", "fold"] = "exact"
-    """lora_fa: project B's gradient (exact), or make the rows of A orthonormal once (fold)."""
-    lr_ratio: float = 16.0
-    """lora_plus: learning rate of B over that of A."""
-    reg: float = 1e-2
-    """riemannian: what is added to the diagonals of the two Gram matrices."""
-    damping: Literal["relative", "absolute"] = "relative"
-    """riemannian: reg in units of the mean eigenvalue, or as it is."""
-    prec_reg: float = 1e-6
-    """preconditioned: what LoRA-One adds to the diagonals."""
-    form: Literal["adamw", "sgd", "full"] = "adamw"
-    """lora_pro: moments of A and B, none, or of the whole weight (8 bytes a weight)."""
-    X: Literal["zero", "sylvester", "symmetric"] = "sylvester"
-    """lora_pro: how A and B share what both can reach."""
-    gram_damping: float = 1e-8
-    """lora_pro: added to the two Gram matrices, in units of their mean eigenvalue."""
-    momentum: float = 0.0
-    """lora_pro, form sgd: share of the step before that is added to the next, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        check_choice("optim.name", self.name, NAMES)
-        self._require_that_options_are_read()
-        check_number("optim.lr", self.lr, "a number > 0", 0)
-        check_number("optim.weight_decay", self.weight_decay, "a number >= 0", 0, closed="[")
-        check_betas("optim.betas", self.betas)
-        check_number("optim.eps", self.eps, "a number > 0", 0)
-        check_number("optim.warmup", self.warmup, "a number >= 0", 0, closed="[")
-        check_number("optim.max_grad_norm", self.max_grad_norm, "a number >= 0", 0, closed="[")
-        check_number("optim.lr_ratio", self.lr_ratio, "a number > 0", 0)
-        check_number("optim.reg", self.reg, "a number >= 0", 0, closed="[")
-        check_number("optim.prec_reg", self.prec_reg, "a number > 0", 0)
-        check_number("optim.gram_damping", self.gram_damping, "a number >= 0", 0, closed="[")
-        check_number("optim.momentum", self.momentum, "a number in [0, 1)", 0, 1, closed="[")
-
-    def _require_that_options_are_read(self) -> None:
-        kind = kind_of(self)
-        if self.eps is None:
-            object.__setattr__(self, "eps", kind.eps)  # so that a record of the run says which it was
-        defaults = {field.name: field.default for field in fields(self)} | {"eps": kind.eps}
-        for option in OPTIONS:
-            if option not in kind.reads and getattr(self, option) != defaults[option]:
-                having = owners(option)
-                raise ConfigError(
-                    f"optim.{option} belongs to optim={', '.join(having)}, found optim={words(self)}. Choose "
-                    f"optim={having[0]}, or leave optim.{option} out."
-                )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the input embedding to train, or of each embedding named."""
+    ensure_weight_tying: bool = False
+    """Give modules that share a weight one adapter, copy or set of rows, trained as one."""
+    layer_replication: list[tuple[int, int]] | None = None
+    """Ranges [start, end) of layers to stack; copies share the base weights and have adapters of their own."""
+    fan_in_fan_out: bool = False
+    """The weight is stored as (in, out); for PEFT's files only, a layer's type says it here."""
+    attention_out_proj_twice: bool = False
+    """Apply the update of nn.MultiheadAttention's out_proj twice, as PEFT does."""
+    alora_invocation_tokens: list[int] | None = None
+    """Activated LoRA: the adapter acts from the last occurrence of these tokens on."""
+    use_qalora: bool = False
+    """QA-LoRA: group the inputs of A as the quantized base groups its own."""
+    qalora_group_size: int = 16
+    """QA-LoRA: inputs in a group."""
+    velora_config: VeloraConfig | None = None
+    """VeLoRA; {} takes its defaults."""
+    monteclora_config: MontecloraConfig | None = None
+    """MonteCLoRA; {} takes its defaults."""
+    use_bdlora: BdLoraConfig | None = None
+    """BD-LoRA; {} takes its defaults."""
+    arrow_config: ArrowConfig | None = None
+    """Arrow routing; {} takes its defaults."""
+    kasa_config: KasaConfig | None = None
+    """KaSA; {} takes its defaults."""
+    megatron_config: dict[str, Any] | None = None
+    """Settings of Megatron's parallel layers."""
+    megatron_core: str | None = "megatron.core"
+    """Module of Megatron's parallel layers."""
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    """How to run; never saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,25 +250,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(OpenGroup):
     """How the model is measured before and after."""
 
-    size: int | None = None
-    """Held-out records answered by generation, at most: null all of them, 0 none. The answer loss is taken over all."""
+    group: ClassVar[str] = "eval"
+    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": EVALS}
+
+    name: str = "gsm8k"
+    """What is measured beside the answer loss."""
     before: bool = True
     """Measure before training too."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Prompts answered at a time."""
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
-    extract: Literal["number", "upstream"] = "number"
-    """How the final number is read: number, or upstream as the LoRA-GA scripts do, to compare with their accuracy."""
+    own: Any = None
+    """The evaluation's own settings."""
 
     def __post_init__(self) -> None:
-        if self.size is not None:
-            check_int("eval.size", self.size, at_least=0)
+        super().__post_init__()
         check_int("eval.batch_size", self.batch_size, at_least=1)
-        check_int("eval.max_new_tokens", self.max_new_tokens, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
