@@ -5,6 +5,7 @@ Entries of open groups are listed from their source: torch is not loaded to prin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from textwrap import fill
 from typing import Any
@@ -43,15 +44,16 @@ def _own(group: str) -> Iterator[str]:
         for words, own in config_class.own_keys(field).items():
             shown = tuple((f"{group}.{key.name}", _written(key.default), key.doc) for key in own)
             together.setdefault(shown, []).append(words)
-        for settings, words in together.items():
+        for settings, options in together.items():
             if settings:
-                yield f"  {', '.join(words)}"
+                yield f"  {', '.join(options)}"
                 for name, value, doc in settings:
-                    yield from ("  " + line for line in _shown(name, value, doc))
+                    yield from _shown(name, value, doc, indent=4)
 
 
-def _shown(name: str, value: str, doc: str) -> list[str]:
-    return [f"  {name}={value}", fill(doc, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+def _shown(name: str, value: str, doc: str, indent: int = 2) -> list[str]:
+    text, margin = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", doc), " " * (indent + 6)
+    return [f"{' ' * indent}{name}={value}", fill(text, WIDTH, initial_indent=margin, subsequent_indent=margin)]
 
 
 def _at(values: Any, key: Key) -> str:

@@ -87,10 +87,9 @@ class InitConfig(OpenGroup):
         own = super().own_keys(field)
         if field == "mode":
             for name in INITIALIZERS.names():
-                kind = SETTINGS_OF_PEFT.get(
-                    str(declared(INITIALIZERS, name).keywords.get("settings", f"{name}_config"))
-                )
-                own[cls.words(field, name)] = own[cls.words(field, name)] or ([] if kind is None else list(keys(kind)))
+                of_peft = declared(INITIALIZERS, name).keywords.get("settings", f"{name}_config")
+                if of_peft in SETTINGS_OF_PEFT:
+                    own[cls.words(field, name)] = list(keys(SETTINGS_OF_PEFT[of_peft]))
             own |= {cls.words(field, name): declared(STARTS, name).settings for name in STARTS.names()}
         return own
 

@@ -23,7 +23,7 @@ from lorafa.method_configs import (
     MontecloraConfig,
     VeloraConfig,
 )
-from lorafa.models import MODELS
+from lorafa.models import MODELS, loadable
 from lorafa.registry import Registry
 from lorafa.settings.declared import declared
 from lorafa.settings.groups import OpenGroup
@@ -63,6 +63,10 @@ class ModelConfig(OpenGroup):
     @classmethod
     def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
         return None
+
+    @classmethod
+    def entries(cls, field: str) -> list[str]:
+        return loadable()
 
 
 @dataclass(frozen=True, kw_only=True)
