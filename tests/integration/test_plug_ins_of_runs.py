@@ -196,7 +196,10 @@ def registered(workplace: Path) -> Iterator[None]:
         yield
 
 
-CHOICES = ["model=toy-llama", "data=sums", "data.add=2", "init=constant", "init.level=0.25", "init.ranks=turns", "init.high=2", "init.iters=2", "optim=signs", "optim.inertia=0.75", "eval=length", "eval.most=2"]
+CHOICES = [
+    *("model=toy-llama", "data=sums", "data.add=2", "init=constant", "init.level=0.25", "init.ranks=turns"),
+    *("init.high=2", "init.iters=2", "optim=signs", "optim.inertia=0.75", "eval=length", "eval.most=2"),
+]
 
 
 def test_settings_reach_what_was_registered_and_are_written_down() -> None:

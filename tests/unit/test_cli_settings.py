@@ -9,15 +9,79 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import pytest
+import yaml
 
 import lorafa.train.settings.run as schema
 from lorafa import LoraConfig
 from lorafa.conf.compose import ALIASES, CUSTOM, KEYS, OPEN_GROUPS, compose, groups
 from lorafa.errors import ConfigError
+from lorafa.initializers.settings import START_SETTINGS
+from lorafa.method_configs import BdLoraConfig, LoraRuntimeConfig, VeloraConfig
 from lorafa.settings.typed import build, expected, field_docs, keys, plain
+from lorafa.train.recipe import lora_config
 from lorafa.train.settings.run import RunConfig
 
 SOURCE = Path(schema.__file__).parents[2]
+
+
+DEFAULTS: dict[str, Any] = {
+    "model": {"name": "smollm2-135m", "revision": None, "dtype": "bfloat16", "attention": "auto", "cache_dir": None},
+    "data": {"name": "word_problems", "train_size": 1600, "eval_size": 100, "max_length": 512, "seed": 0,
+             "templates": 24, "cache_dir": None},
+    "init": {"mode": "default", "bsz": 1, "iters": 8, "max_length": 1024, "passes": 1, "ranks": None, "r_min": None,
+             "r_max": None},
+    "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0, "warmup": 0.05, "schedule": "linear",
+              "max_grad_norm": 1.0, "betas": [0.9, 0.999], "eps": 1e-8},
+    "eval": {"name": "gsm8k", "before": True, "batch_size": 32, "size": 64, "max_new_tokens": 128, "extract": "number"},
+    "run_dir": None,
+    "threads": None,
+}  # fmt: skip
+"""What the default run has been made with since there are numbers of it."""
+
+
+def test_the_default_run_is_the_one_it_was() -> None:
+    found = plain(compose())
+    assert {group: found[group] for group in DEFAULTS} == DEFAULTS
+    assert {name: found["train"][name] for name in ("steps", "epochs", "batch_size", "accumulation", "seed")} == {
+        "steps": 80, "epochs": None, "batch_size": 8, "accumulation": 1, "seed": 0,
+    }  # fmt: skip
+    adapter = lora_config(compose())
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.target_modules) == (16, 32, 0.05, "all-linear")
+    assert adapter.to_dict() == LoraConfig(
+        task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", init_seed=0
+    ).to_dict()  # fmt: skip
+
+
+def test_every_field_of_lora_config_can_be_reached() -> None:
+    """Through peft, or through the group it is about; the rest are records that the library writes."""
+    elsewhere = {"init_lora_weights", *START_SETTINGS} | {"init_seed", "task_type", "revision"}
+    records = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
+    reached = {field.name for field in fields(schema.PeftConfig)}
+    assert reached | elsewhere | records == {field.name for field in fields(LoraConfig)}
+    assert not reached & (elsewhere | records)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("peft.lora_alpha=0.5", "lora_alpha", 0.5),
+        ("peft.target_modules=null", "target_modules", None),
+        ("peft.alpha_pattern={q_proj:4,v_proj:0.5}", "alpha_pattern", {"q_proj": 4, "v_proj": 0.5}),
+        ("peft.trainable_token_indices=[1,2]", "trainable_token_indices", [1, 2]),
+        ("peft.trainable_token_indices={embed:[1]}", "trainable_token_indices", {"embed": [1]}),
+        ("peft.layer_replication=[[0,4],[2,6]]", "layer_replication", [(0, 4), (2, 6)]),
+        ("peft.ensure_weight_tying=true", "ensure_weight_tying", True),
+        ("peft.use_bdlora.nblocks=2", "use_bdlora", BdLoraConfig(nblocks=2)),
+        ("peft.velora_config={}", "velora_config", VeloraConfig()),
+        ("peft.runtime_config.ephemeral_gpu_offload=true", "runtime_config", LoraRuntimeConfig(True)),
+        ("peft.megatron_config={a:{b:1}}", "megatron_config", {"a": {"b": 1}}),
+        ("model.revision=v1", "revision", "v1"),
+    ],
+)
+def test_a_field_of_lora_config_is_set_by_its_name(override: str, field: str, value: object) -> None:
+    config = compose([override])
+    assert getattr(lora_config(config), field) == value
+    assert build(RunConfig, yaml.safe_load(yaml.safe_dump(plain(config)))) == config
 
 
 def test_a_value_is_set_and_the_others_keep_their_defaults() -> None:
