@@ -56,6 +56,11 @@ def check_number(name: str, value: Any, what: str, low: float, high: float = mat
         raise ConfigError(f"{name} must be {what}, found {value!r}. Pass a number in that range.")
 
 
+def check_rate(name: str, value: Any) -> None:
+    """A learning rate."""
+    check_number(name, value, "a number >= 0", 0, closed="[")
+
+
 def check_betas(name: str, value: Any) -> None:
     """Adam's two decays."""
     what = "two numbers in [0, 1)"

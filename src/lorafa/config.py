@@ -13,16 +13,16 @@ import torch
 
 from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
-from lorafa.config_checks import (
+from lorafa.config_checks import check_config
+from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
+from lorafa.initializers import Start, known_start
+from lorafa.initializers.settings import (
     SETTINGS_OF_PEFT,
     START_SETTINGS,
-    check_config,
     settings_class,
     settings_field,
     start_meant,
 )
-from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
-from lorafa.initializers import Start, known_start
 from lorafa.method_configs import (
     ArrowConfig,
     BdLoraConfig,

@@ -70,6 +70,7 @@ class EvaConfig:
     use_label_mask: bool = True
     """Leave out positions whose label is label_mask_value."""
     label_mask_value: int = -100
+    """The label of positions that are left out."""
     whiten: bool = False
     """Divide direction i by the root of its singular value, sqrt(sigma_i), as in PEFT: this brings the variances of the
     projections nearer to each other, not to 1."""
@@ -119,7 +120,7 @@ class LoraGAConfig:
     """Which singular vectors A and B take: "ArB2r", "A2rBr", "ArBr" (alternating) or "random"."""
     scale: str = "stable"
     """"stable" (section 3.3 of the paper), "weight_svd", "gd_scale" or "unit"."""
-    stable_gamma: int = 16
+    stable_gamma: float = 16
     """gamma of "stable": larger means a smaller start."""
 
     def __post_init__(self) -> None:
@@ -141,6 +142,7 @@ class ArrowConfig:
     task_adapter_names: list[str] | None = field(default=None, init=False)
     gks_adapter_names: list[str] | None = field(default=None, init=False)
     rng_seed: int | None = None
+    """Seed of the router's random choices; None draws one."""
 
     def __post_init__(self) -> None:
         check_int("top_k", self.top_k, at_least=1)

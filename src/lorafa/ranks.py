@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lorafa.calibration.spectrum import (
-    SHARE,
-    THRESHOLD,
-    Spectrum,
-    by_budget,
-    by_cross_validation,
-    by_energy,
-    by_entropy,
-    by_explained_variance,
-    by_importance,
-    by_stable_rank,
-    importance_of,
-    most_components,
-    variance_shares,
-)
-from lorafa.checks import check_choice, check_int, check_number, found, names
+from lorafa.calibration import RANK_RULES
+from lorafa.calibration.ranking import Asked, Layer, Rule
+from lorafa.checks import check_choice, check_int, found, names
 from lorafa.config import LoraConfig
-from lorafa.errors import CalibrationError, ConfigError, shorten, warn
+from lorafa.errors import CalibrationError, ConfigError, did_you_mean, shorten, warn
 from lorafa.initializers.base import Initializer
 from lorafa.initializers.stages import numerical_rank
 from lorafa.statistics import Statistics, require_statistics
@@ -34,16 +21,11 @@ from lorafa.surgery.given import lora_config
 from lorafa.surgery.targets import Target, find_targets
 from lorafa.surgery.walk import places, user_model
 
-RULES = ("budget", "cross_validation", "energy", "stable_rank", "entropy", "explained_variance", "importance")
-RHO = 2.0
-"""Of "explained_variance"."""
-_OWNERS = {"share": "energy", "threshold": "cross_validation", "rho": "explained_variance"}
-"""Settings that one rule alone reads."""
 Stats = Mapping[str, Mapping[str, Tensor]]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RankRule:
     """How ranks are chosen.
 
@@ -51,61 +33,82 @@ class RankRule:
         ConfigError: a value is not allowed, or the rule does not read it.
     """
 
-    rule: str = "budget"
+    rule: str
     """"budget": the directions worth most for their parameters, as many as the config's ranks cost together (needs
     gradients; better with halves); "cross_validation": as many as hold what they promise in the other half sample
     (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "entropy": as many equal ones as
     would be spread as widely; "explained_variance": EVA's (needs "principal"); "importance": GoRA's, by mean |W o G|
     (needs whole gradients: out x in numbers of float32 for every layer at once, where a sketch of one pass takes
-    4 r out + 8 r in)."""
-    r_min: int | None = None
+    4 r out + 8 r in); or one that was added to ``RANK_RULES``."""
+    r_min: int | None
     """None: 1, and 2 of "budget" where the config's ranks are above 2 on average (at 2 nothing would be
     left to share out). "explained_variance" has none: a layer may get 0."""
-    r_max: int | None = None
+    r_max: int | None
     """None: four times the config's r. "explained_variance" has round(rho r) of each layer. A start that takes
     directions from the statistics gets no more ranks than they have directions for, nor do the rules of a gradient's
     directions, "budget", "cross_validation", "energy" and "entropy": the statistics of a layer hold 4 r of its own r in
     the config they were collected with, with more than one pass 2 r + 8, and LoRA-GA takes two for each rank. For more,
     collect with a larger r."""
-    share: float | None = None
-    """Of "energy", None: 0.9."""
-    threshold: float | None = None
-    """Of "cross_validation", None: 0.25. What a direction must hold in the other half, as a share of its singular
-    value."""
-    rho: float | None = None
-    """Of "explained_variance", None: 2. How many times its rank a layer may get, rounded."""
+    settings: Any
+    """The rule's own, an object of the class it declares: ``share`` of "energy" (0.9); ``threshold`` of
+    "cross_validation" (0.25: what a direction must hold in the other half, as a share of its singular value); ``rho``
+    of "explained_variance" (2: how many times its rank a layer may get, rounded)."""
 
-    def __post_init__(self) -> None:
-        check_choice("rule", self.rule, RULES)
-        for name, owner in _OWNERS.items():
-            if getattr(self, name) is not None and self.rule != owner:
-                raise ConfigError(
-                    f"{name} is a setting of the rule {owner!r}, and {self.rule!r} does not read it. Drop {name}, or "
-                    f"set rule={owner!r}."
-                )
-        for name in ("r_min", "r_max"):
-            if getattr(self, name) is not None and self.rule == "explained_variance":
-                raise ConfigError(
-                    f"'explained_variance' gives a layer 0 to round(rho r) ranks and does not read {name}. Drop "
-                    f"{name}; rho bounds ranks from above."
-                )
-        if self.r_min is not None:
-            check_int("r_min", self.r_min, at_least=1)
-        if self.r_max is not None:
-            check_int("r_max", self.r_max, at_least=self.r_min or 1)
-        for name, value in (("share", self.share), ("threshold", self.threshold)):
-            if value is not None:
-                check_number(name, value, "a number in (0, 1]", 0, 1, closed="]")
-        if self.rho is not None:
-            check_number("rho", self.rho, "a number >= 1", 1.0, closed="[")
+    def __init__(
+        self,
+        rule: str = "budget",
+        r_min: int | None = None,
+        r_max: int | None = None,
+        *,
+        settings: Any = None,
+        **own: Any,
+    ) -> None:
+        """Own settings are given by their names, ``RankRule("energy", share=0.95)``; None is their default."""
+        check_choice("rule", rule, RANK_RULES.names())
+        entry = RANK_RULES.get(rule)
+        given = {name: value for name, value in own.items() if value is not None}
+        for name in given:
+            _check_own(name, rule)
+        for name, bound in (("r_min", r_min), ("r_max", r_max)):
+            if bound is not None and entry.unbounded is not None:
+                raise ConfigError(f"{rule!r} does not read {name}: {entry.unbounded}. Drop {name}.")
+        if r_min is not None:
+            check_int("r_min", r_min, at_least=1)
+        if r_max is not None:
+            check_int("r_max", r_max, at_least=r_min or 1)
+        if settings is None and entry.settings is not None:
+            settings = entry.settings(**given)
+        for name, value in (("rule", rule), ("r_min", r_min), ("r_max", r_max), ("settings", settings)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def entry(self) -> Rule:
+        """Its line in ``RANK_RULES``."""
+        return RANK_RULES.get(self.rule)
 
     def reads(self) -> dict[str, object]:
         """What :func:`lorafa.collect_statistics` must be told for this rule."""
-        if self.rule == "explained_variance":
-            return {"also": ("principal",)}
-        if self.rule == "importance":
-            return {"also": ("gradient",), "dense": True}
-        return {"also": ("gradient",), "halves": self.rule in ("budget", "cross_validation")}
+        return self.entry.reads()
+
+
+def _check_own(name: str, rule: str) -> None:
+    """Raises ConfigError for a setting that the rule does not have."""
+    has = {each: _own_names(each) for each in RANK_RULES.names()}
+    if name in has[rule]:
+        return
+    owners = [each for each, names in has.items() if name in names]
+    if owners:
+        raise ConfigError(
+            f"{name} is a setting of the rule {owners[0]!r}, and {rule!r} does not read it. Drop {name}, or set "
+            f"rule={owners[0]!r}."
+        )
+    known = ["r_min", "r_max", *has[rule]]
+    raise ConfigError(f"{rule!r} has no setting {name!r}.{did_you_mean(name, known)} It has: {', '.join(known)}.")
+
+
+def _own_names(rule: str) -> list[str]:
+    kind = RANK_RULES.get(rule).settings
+    return [] if kind is None else [field.name for field in fields(kind)]
 
 
 def require_rule(rule: object) -> RankRule:
@@ -139,32 +142,19 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
         stats.check_fits(model)
         stats.check_read_as(config, names("also", rule.reads()["also"]))
     targets = find_targets(model, config)
-    before = {target.full_name: target.rank for target in targets}
-    shapes = {target.full_name: target.backend.shape(target.base) for target in targets}
-    start = config.start.initializer
-    most = {name: _most(start, shape, stats.get(name, {})) for name, shape in shapes.items()}
-    if rule.rule == "explained_variance":
-        rho = rule.rho or RHO
-        ratios = {target.full_name: _ratios(target, stats, rho)[: most[target.full_name]] for target in targets}
-        ratios = _finite("input", ratios, lambda one: bool(one.isfinite().all()))
-        return before | _all_of(by_explained_variance(ratios, {name: before[name] for name in ratios}, rho), before)
-    spectra = {name: Spectrum.of(name, stats.get(name, {}), shape) for name, shape in shapes.items()}
-    spectra = _finite("gradient", spectra, lambda one: one.finite)
-    targets = [target for target in targets if target.full_name in spectra]
-    shapes = {name: shapes[name] for name in spectra}
-    budget = sum(before[name] * one.cost for name, one in spectra.items())
-    average = budget / sum(one.cost for one in spectra.values())
-    r_max = rule.r_max or 4 * config.r
-    r_min = rule.r_min or (2 if rule.rule == "budget" and average > 2 and r_max >= 2 else 1)
-    choose: dict[str, Callable[[], dict[str, int]]] = {
-        "budget": lambda: by_budget({n: one.first(most[n]) for n, one in spectra.items()}, budget, r_max, r_min),
-        "cross_validation": lambda: by_cross_validation(spectra, r_max, r_min, rule.threshold or THRESHOLD),
-        "energy": lambda: by_energy(spectra, r_max, r_min, rule.share or SHARE),
-        "stable_rank": lambda: by_stable_rank(spectra, r_max, r_min),
-        "entropy": lambda: by_entropy(spectra, r_max, r_min),
-        "importance": lambda: by_importance(_importance(targets, stats), shapes, average, r_min, r_max),
-    }
-    return before | {name: min(rank, most[name]) for name, rank in choose[rule.rule]().items()}
+    start, entry = config.start.initializer, rule.entry
+    layers = {target.full_name: _layer(target, start, stats.get(target.full_name, {})) for target in targets}
+    measured = {name: entry.measure(layer, rule.settings) for name, layer in layers.items()}
+    measured = _finite(entry.of, measured, entry.is_finite)
+    kept = {name: layers[name] for name in measured}
+    ranks = entry.choose(Asked(kept, measured, rule.r_min, rule.r_max or 4 * config.r, rule.settings))
+    before = {name: layer.rank for name, layer in layers.items()}
+    return before | {name: min(rank, layers[name].most) for name, rank in ranks.items()}
+
+
+def _layer(target: Target, start: Initializer, tensors: Mapping[str, Tensor]) -> Layer:
+    shape = target.backend.shape(target.base)
+    return Layer(target.full_name, shape, target.rank, _most(start, shape, tensors), tensors, target.weight)
 
 
 def _most(start: Initializer, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> int:
@@ -190,47 +180,6 @@ def _finite(what: str, layers: dict[str, T], is_finite: Callable[[T], bool]) -> 
             f"{shorten(bad, 3)}."
         )
     return found
-
-
-def _all_of(ranks: dict[str, int], before: Mapping[str, int]) -> dict[str, int]:
-    """Warn where there were fewer directions than the config has ranks; raise where there were none."""
-    given, asked = sum(ranks.values()), sum(before[name] for name in ranks)
-    if not given:
-        raise ConfigError("Every layer would get rank 0: the statistics see no direction at all. Use more data.")
-    if given < asked:
-        warn(
-            f"The data has {given} principal directions for the {asked} ranks of the config: the adapter is smaller "
-            "than it says. Use more data."
-        )
-    return ranks
-
-
-def _ratios(target: Target, stats: Stats, rho: float) -> Tensor:
-    name, tensors = target.full_name, stats.get(target.full_name, {})
-    if "principal.singular_values" not in tensors:
-        raise CalibrationError(
-            f"There are no principal directions of the input of {name!r} to choose a rank by. Collect statistics with "
-            "also=['principal'], or use another rule."
-        )
-    held, in_ = len(tensors["principal.singular_values"]), target.backend.shape(target.base)[1]
-    wanted = min(most_components(rho, target.rank), in_)
-    if held < wanted:
-        raise CalibrationError(
-            f"'explained_variance' with rho={rho:g} chooses among the first {wanted} principal directions of the input "
-            f"of {name!r}, and its statistics hold {held}: round(rho r), with the rho of EvaConfig where that is the "
-            "start's and 2 otherwise. Set the same rho in the rule and in EvaConfig, or collect with a larger r."
-        )
-    return variance_shares(tensors["principal.singular_values"], tensors["principal.total_variance"])
-
-
-def _importance(targets: list[Target], stats: Stats) -> dict[str, float]:
-    sketched = [target.full_name for target in targets if "gradient.dense" not in stats[target.full_name]]
-    if sketched:
-        raise CalibrationError(
-            f"Importance is the mean of |W o G|, and the statistics of {shorten(sketched, 3)} hold a sketch of the "
-            "gradient, whose entries are smaller. Collect them with dense=True, or use another rule."
-        )
-    return {t.full_name: importance_of(t.weight().detach(), stats[t.full_name]["gradient.dense"]) for t in targets}
 
 
 def with_ranks(

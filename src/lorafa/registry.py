@@ -31,23 +31,33 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self.kind} {name!r} is already registered. Choose another name.")
         self._table[name] = entry
 
+    def remove(self, name: str) -> None:
+        """Take an entry out again.
+
+        Raises:
+            ConfigError: as :meth:`get`.
+        """
+        self._require(name)
+        del self._table[name]
+
     @contextmanager
-    def added(self, name: str, entry: T) -> Iterator[None]:
-        """Register an object for the length of a with-block."""
+    def added(self, name: str, entry: T) -> Iterator[T]:
+        """An object of your own for the length of a with-block."""
         self.add(name, entry)
         try:
-            yield
+            yield entry
         finally:
             self.remove(name)
 
-    def remove(self, name: str) -> None:
-        """Take a name off the table.
+    def place(self, name: str) -> str | None:
+        """Where an entry is that was not imported yet, as "module:object"; None where the object itself is here.
 
         Raises:
-            ConfigError: no such name.
+            ConfigError: as :meth:`get`.
         """
-        self.get(name)
-        del self._table[name]
+        self._require(name)
+        entry = self._table[name]
+        return entry if isinstance(entry, str) else None
 
     def get(self, name: str) -> T:
         """Return the object called ``name``, importing its module the first time.
@@ -55,13 +65,16 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: no such name; the nearest one and all known ones are listed.
         """
-        if name not in self._table:
-            raise ConfigError(
-                f"Unknown {self.kind} {name!r}.{did_you_mean(str(name), self._table)} Known: {', '.join(self.names())}."
-            )
+        self._require(name)
         entry = self._table[name]
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
             entry = cast(T, getattr(import_module(module), attribute))
             self._table[name] = entry
         return entry
+
+    def _require(self, name: str) -> None:
+        if name not in self._table:
+            raise ConfigError(
+                f"Unknown {self.kind} {name!r}.{did_you_mean(str(name), self._table)} Known: {', '.join(self.names())}."
+            )

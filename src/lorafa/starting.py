@@ -21,7 +21,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, warn
 from lorafa.modes import evaluating
 from lorafa.peft_model import PeftModel, get_peft_model
-from lorafa.ranks import RHO, RankRule, choose_ranks, require_rule, with_ranks
+from lorafa.ranks import RankRule, choose_ranks, require_rule, with_ranks
 from lorafa.statistics import Statistics, require_gradients, require_statistics, statistics_of
 from lorafa.surgery.build import Options
 from lorafa.surgery.given import lora_config
@@ -224,22 +224,8 @@ def _united(config: LoraConfig, rule: RankRule, collecting: Mapping[str, Any]) -
         ConfigError: the caller excludes what the rule compares.
     """
     read: dict[str, Any] = require_rule(rule).reads()
-    if rule.rule == "cross_validation" and not collecting.get("halves", True):
-        raise ConfigError(
-            "RankRule('cross_validation') compares two half samples of the gradients, and halves=False keeps none. "
-            "Drop halves=False, or choose another rule."
-        )
-    if rule.rule == "importance" and collecting.get("dense") is False:
-        raise ConfigError(
-            "RankRule('importance') reads single entries of the gradients, and dense=False keeps sketches of them "
-            "only. Drop dense=False, or choose another rule."
-        )
-    rho = getattr(config.start_settings(), "rho", RHO)
-    if rule.rule == "explained_variance" and (rule.rho or RHO) > rho:
-        raise ConfigError(
-            f"RankRule('explained_variance') with rho={rule.rho or RHO:g} chooses among more directions than are "
-            f"collected, those of rho={rho:g}: of EvaConfig with EVA, {RHO:g} otherwise. Set the same rho in both."
-        )
+    if rule.entry.check is not None:
+        rule.entry.check(rule.settings, collecting, config.start_settings())
     also = [*names("also", collecting.get("also", ())), *read.pop("also", ())]
     return read | dict(collecting) | {"also": also}
 

@@ -19,14 +19,14 @@ MAX_LINES = 400
 
 LEVELS = (
     ("errors", "version"),
-    ("registry", "linalg", "checks", "storage", "fingerprint", "modes"),
+    ("registry", "linalg", "checks", "settings", "storage", "fingerprint", "modes"),
     ("functional", "adapter", "backends", "losses", "calibration"),
     ("variants", "initializers", "method_configs", "config_checks"),
     ("config", "layers"),
     ("surgery",),
     ("io", "optimizers", "alignment"),
     ("peft_model", "statistics", "starting", "loftq_weights", "eva_weights", "preprocess", "ranks", "auto"),
-    ("data", "train", "evals"),
+    ("data", "models", "train", "evals", "costs"),
     ("conf", "runs"),
     ("report",),
     ("cli",),

@@ -9,7 +9,7 @@ import pytest
 
 from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import LoraConfig, RankRule, initialize
-from lorafa.ranks import RULES
+from lorafa.calibration import RANK_RULES
 
 STARTS = ("lora_one", "lora_ga", "lora_ga_peft", "functional", "gora", "eva", "pissa", "kaiming")
 WHOLE = ("gora",)
@@ -20,7 +20,7 @@ FAR = {"explained_variance": {"rho": 2.0}, "energy": {"r_max": 40, "share": 0.99
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RANK_RULES.names())
 @pytest.mark.parametrize("start", STARTS)
 def test_every_rule_ends_in_an_adapter(start: str, rule: str, passes: int) -> None:
     """With a layer's rank far below and one's far above those of the others; none starts as by default instead."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from trainer_toys import adapted_model
 from transformers.optimization import Adafactor
 
 from lorafa import LoraConfig, get_peft_model
+from lorafa.costs.accounting import AdapterCost, KindCost, adapter_cost
 from lorafa.data.shapes import shape_model
 from lorafa.errors import AdapterError, ConfigError, TargetError
 from lorafa.layers.base import LoraLayer
-from lorafa.train.accounting import AdapterCost, KindCost, adapter_cost
-from lorafa.train.optimizers import pair_optimizer
-from lorafa.train.schema import OptimConfig
+from lorafa.optimizers import OPTIMIZERS as KNOWN
+from lorafa.train.settings.optim import OptimConfig, pair_optimizer
 
 
 class Experts(nn.Module):
@@ -150,15 +150,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def test_every_optimizer_of_the_settings_is_tried() -> None:
-    names = get_args(get_type_hints(OptimConfig)["name"])
-    assert {case.partition(" ")[0] for case in OPTIMIZERS} == set(names)
+    assert {case.partition(" ")[0] for case in OPTIMIZERS} == set(KNOWN.names())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", OPTIMIZERS)
 def test_the_state_is_what_the_optimizer_then_holds(case: str, dtype: torch.dtype) -> None:
     settings = {"r": 2, "target_modules": ["0", "1", "conv"], "modules_to_save": ["head"]}
-    optim = OptimConfig(name=case.partition(" ")[0], **OPTIMIZERS[case])  # type: ignore[arg-type]
+    optim = OptimConfig(name=case.partition(" ")[0], own=OPTIMIZERS[case])
     cost = adapter_cost(Toy(dtype), LoraConfig(**settings), optim)  # type: ignore[arg-type]
     model = get_peft_model(Toy(dtype), LoraConfig(**settings))  # type: ignore[arg-type]
     optimizer = pair_optimizer(model, optim) or _stock(optim.name, model)
@@ -182,7 +181,7 @@ def test_factors_that_are_tied_count_once(form: str) -> None:
         return model
 
     config = LoraConfig(r=2, target_modules=["0", "embed", "head"], ensure_weight_tying=True)
-    optim = OptimConfig(name="lora_pro", form=form)  # type: ignore[arg-type]
+    optim = OptimConfig(name="lora_pro", own={"form": form})
     cost = adapter_cost(tied(), config, optim)
     model = get_peft_model(tied(), config)
     assert cost.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -202,12 +201,12 @@ def test_a_start_that_trains_one_factor_counts_one() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mica": ({"init_lora_weights": "mica"}, {"name": "lora_fa"}),
-    "mica fold": ({"init_lora_weights": "mica"}, {"name": "lora_fa", "algorithm": "fold"}),
+    "mica fold": ({"init_lora_weights": "mica"}, {"name": "lora_fa", "own": {"algorithm": "fold"}}),
     "mica riemannian": ({"init_lora_weights": "mica"}, {"name": "riemannian"}),
     "riemannian": ({"freeze_A": True}, {"name": "riemannian"}),
     "preconditioned": ({"freeze_A": True}, {"name": "preconditioned"}),
     "lora_pro": ({"freeze_A": True}, {"name": "lora_pro"}),
-    "lora_pro full": ({"freeze_A": True}, {"name": "lora_pro", "form": "full"}),
+    "lora_pro full": ({"freeze_A": True}, {"name": "lora_pro", "own": {"form": "full"}}),
     "dependent rows": ({"init_lora_weights": "orthogonal"}, {"name": "lora_fa"}),
     "an embedding's A is zero": ({"target_modules": ["0", "embed"]}, {"name": "lora_fa"}),
 }

@@ -12,7 +12,7 @@ import pytest
 from transformers import BertConfig, LlamaConfig
 
 from lorafa.cli import main as cli
-from lorafa.data.shapes import SHAPES
+from lorafa.models import MODELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "params.md"
 COMMANDS = [shlex.split(line, comments=True) for line in PAGE.read_text().splitlines() if line.startswith("lorafa ")]
@@ -155,7 +155,7 @@ def test_settings_that_change_nothing_counted_are_refused(output: Any) -> None:
             "A is frozen, but Riemannian preconditioning moves A and B",
         ),
         (["optim=lora_fa", "init=mica"], 2, "B is frozen and A is trained, and LoRA-FA trains B alone"),
-        (["model=opt-12m"], 1, f"No model 'opt-12m': there is no such folder. .*by name: {', '.join(SHAPES)}."),
+        (["model=opt-12m"], 1, f"No model 'opt-12m': there is no such folder. .*by name: {', '.join(MODELS.names())}."),
         (["model=opt-125m", "model.revision=main"], 1, "No model 'opt-125m': there is no such folder"),
     ],
 )
@@ -179,7 +179,7 @@ def test_help_has_examples_the_known_shapes_and_the_exit_status(output: Any) -> 
     text, _ = output()
     assert "examples:\n  lorafa params " in text
     assert "'peft.rank_pattern={down_proj:32}'" in text
-    assert all(name in text for name in SHAPES)
+    assert all(name in text for name in MODELS.names())
     assert "exit status: 0 done, 1" in text
 
 

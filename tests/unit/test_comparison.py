@@ -18,11 +18,11 @@ from rich.console import Console
 
 from lorafa.cli.main import main
 from lorafa.conf.compose import compose
-from lorafa.conf.typed import plain
 from lorafa.errors import ConfigError, DivergedError, TrainingError
 from lorafa.report.comparison import HEADINGS, cells, read_rows, write_comparison
 from lorafa.runs.comparison import LOCKS, Plan, compare, interval, steps_to
-from lorafa.train.schema import RunConfig
+from lorafa.settings.typed import plain
+from lorafa.train.settings.run import RunConfig
 
 PLAN: dict[str, Any] = {
     "baseline": "lora",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorafa.data.sources import load_records, read_rows
-from lorafa.errors import DataError, SourceError
+from lorafa.errors import ConfigError, DataError, SourceError
 
 ROW = '{"prompt": "p", "completion": "c"}\n'
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(6)]
@@ -119,13 +119,11 @@ def test_a_file_that_may_not_be_read_is_a_source_error(file: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"subset": "main"},
-            r"data\.subset=main chooses within a data set of the Hub, and '.*d.jsonl' is none. Leave it",
-        ),
-        ({"split": "test"}, r"data\.split=test chooses within a data set of the Hub"),
-        ({"revision": "v1"}, r"data\.revision=v1 chooses within a data set of the Hub"),
-        ({"templates": 3}, r"data\.templates=3 counts kinds of generated problems, and '.*d.jsonl' has none. Leave it"),
+        ({"subset": "main"}, r"d\.jsonl has no setting 'subset' \(found subset='main'\)\. It has: prompt_column, comp"),
+        ({"split": "test"}, r"d\.jsonl has no setting 'split' \(found split='test'\)"),
+        ({"revision": "v1"}, r"d\.jsonl has no setting 'revision'"),
+        ({"templates": 3}, r"d\.jsonl has no setting 'templates'"),
+        ({"cache_dir": "x"}, r"d\.jsonl has no setting 'cache_dir'"),
         (
             {"prompt_column": "prompt", "completion_column": "prompt"},
             r"data\.prompt_column and data\.completion_column are both 'prompt'\. Give two columns",
@@ -133,14 +131,16 @@ def test_a_file_that_may_not_be_read_is_a_source_error(file: Path, monkeypatch: 
     ],
 )
 def test_a_setting_that_a_file_has_no_use_for_is_refused(file: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         load(write(file, PAIRS), **settings)
 
 
 def test_a_setting_that_generated_problems_have_no_use_for_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data\.subset=main chooses .* and 'word_problems' is none"):
+    with pytest.raises(
+        ConfigError, match=r"data=word_problems has no setting 'subset' .* It has: templates, cache_dir"
+    ):
         load_records("word_problems", train_size=1, eval_size=0, seed=0, subset="main")
-    with pytest.raises(DataError, match=r"data\.prompt_column=a names a column of a file, and word_problems are gen"):
+    with pytest.raises(ConfigError, match=r"data=word_problems has no setting 'prompt_column'"):
         load_records("word_problems", train_size=1, eval_size=0, seed=0, prompt_column="a", completion_column="b")
 
 

@@ -13,7 +13,7 @@ from lorafa.data import problems
 from lorafa.data.problems import INSTRUCTION, is_sound, load_templates, load_word_problems, make_record
 from lorafa.data.sources import load_records
 from lorafa.data.wheels import Wheel
-from lorafa.errors import DataError, SourceError
+from lorafa.errors import ConfigError, DataError, SourceError
 
 UTILS = "def format_number(n):\n    return str(n)\n"
 LISTING = "raise ImportError('this module is read, never run')\ntasks_ok = [0, 50]\n"
@@ -124,7 +124,7 @@ def test_asking_for_more_problems_than_there_are_is_an_error(tmp_path):
 
 
 def test_generated_problems_need_a_size(cache):
-    with pytest.raises(DataError, match=r"word_problems are generated.*give data\.train_size a number"):
+    with pytest.raises(DataError, match=r"word_problems are generated without limit\. Set data\.train_size"):
         load_records("word_problems", train_size=None, eval_size=2, seed=0, cache_dir=cache)
 
 
@@ -176,5 +176,5 @@ def test_more_templates_than_there_are_is_an_error(cache):
 
 
 def test_templates_of_other_data_are_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"data\.templates=3 counts kinds of generated problems"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl has no setting 'templates' \(found templates=3\)"):
         load_records(str(tmp_path / "rows.jsonl"), train_size=1, eval_size=1, seed=0, templates=3)

@@ -8,7 +8,7 @@ import pytest
 
 from lorafa.data.records import Message
 from lorafa.data.sources import load_records
-from lorafa.errors import DataError, SourceError
+from lorafa.errors import ConfigError, DataError, SourceError
 
 
 def write(path, rows):
@@ -122,7 +122,7 @@ def test_missing_columns_are_answered_with_those_found_and_those_accepted(tmp_pa
         load(path)
     with pytest.raises(DataError, match=r"no column 'querry'\. Did you mean 'query'\? Its columns are: query, reply\."):
         load(path, prompt_column="querry", completion_column="reply")
-    with pytest.raises(DataError, match=r"Give both data\.prompt_column and data\.completion_column, or neither"):
+    with pytest.raises(ConfigError, match=r"Give both data\.prompt_column and data\.completion_column, or neither"):
         load(path, prompt_column="query")
 
 

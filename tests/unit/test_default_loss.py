@@ -15,8 +15,8 @@ from lorafa.data.collate import Collator
 from lorafa.errors import CalibrationError
 from lorafa.losses import ROW_MULTIPLE
 from lorafa.starting import GAMMAS
-from lorafa.train.init_config import InitConfig, start_fields
-from lorafa.train.starts import start_adapter
+from lorafa.train.settings.init import InitConfig, start_fields
+from lorafa.train.start import start_adapter
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "down_proj"]
@@ -228,7 +228,7 @@ def test_label_of_a_token_classifier_counts_at_the_first_position_too() -> None:
 def test_a_run_on_a_model_whose_loss_is_its_own() -> None:
     model = causal_lm().float()
     model.lm_head.register_forward_hook(lambda module, args, output: 3 * output)
-    init = InitConfig(mode="lora_one", iters=2, stable_gamma="auto")
+    init = InitConfig(mode="lora_one", iters=2, own={"stable_gamma": "auto"})
     adapter = LoraConfig(r=2, target_modules=TARGETS, init_seed=0, **start_fields(init))
     rows = [Sample([1, 2, n, 4], [-100, 2, n, 4]) for n in range(3, 20)]
     assert start_adapter(model, adapter, init, rows, Collator(0)).record["stable_gamma"] > 0

@@ -25,6 +25,7 @@ from lorafa import (
     replace_lora_weights_loftq,
     set_peft_model_state_dict,
 )
+from lorafa.costs.accounting import adapter_cost
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers.lora_sb import LoraSBConfig
 from lorafa.optimizers import (
@@ -34,7 +35,6 @@ from lorafa.optimizers import (
     create_preconditioned_adamw,
     create_riemannian_optimizer,
 )
-from lorafa.train.accounting import adapter_cost
 
 OUT, IN, R = 24, 16, 4
 CORES = {"lora_sb": "lora_core", "kasa": "lora_diag"}

@@ -13,7 +13,7 @@ from lorafa import LoraConfig, RankRule, initialize
 from lorafa.calibration.base import CalibrationOptions, Measured
 from lorafa.calibration.gradient import GradientSketch
 from lorafa.calibration.projections import Projections
-from lorafa.calibration.spectrum import Spectrum, by_cross_validation
+from lorafa.calibration.rank_rules import Spectrum, by_cross_validation
 
 COLLECTED: dict[str, dict[str, Any]] = {
     "dense": {"dense": True},

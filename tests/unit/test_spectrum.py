@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, get_peft_model
+from lorafa.calibration import RANK_RULES
 from lorafa.calibration.base import Measured
+from lorafa.calibration.explained_variance import by_explained_variance
 from lorafa.calibration.gradient import cross_validated
 from lorafa.calibration.principal import IncrementalPCA, PCASettings
-from lorafa.calibration.spectrum import (
+from lorafa.calibration.rank_rules import (
     Spectrum,
     by_budget,
     by_cross_validation,
     by_energy,
     by_entropy,
-    by_explained_variance,
     by_importance,
     by_stable_rank,
     entropy_rank,
@@ -28,7 +29,7 @@ from lorafa.calibration.spectrum import (
 )
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.linalg import full_svd
-from lorafa.ranks import RULES, RankRule, choose_ranks, with_ranks
+from lorafa.ranks import RankRule, choose_ranks, with_ranks
 from lorafa.surgery.targets import find_targets
 
 
@@ -286,7 +287,7 @@ def test_rules_say_what_they_lack() -> None:
         choose_ranks(Model(), CONFIG, given, "budget")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RANK_RULES.names())
 def test_a_rule_refuses_the_settings_of_the_others(rule: str) -> None:
     for name, owner, value in (
         ("share", "energy", 0.5),
@@ -294,7 +295,7 @@ def test_a_rule_refuses_the_settings_of_the_others(rule: str) -> None:
         ("rho", "explained_variance", 3),
     ):
         if rule == owner:
-            assert getattr(RankRule(rule, **{name: value}), name) == value
+            assert getattr(RankRule(rule, **{name: value}).settings, name) == value
             with pytest.raises(ConfigError, match=f"{name} must be a number"):
                 RankRule(rule, **{name: 0})
             continue
@@ -304,7 +305,7 @@ def test_a_rule_refuses_the_settings_of_the_others(rule: str) -> None:
     if rule == "explained_variance":
         for bound in ("r_min", "r_max"):
             with pytest.raises(
-                ConfigError, match=rf"0 to round\(rho r\) ranks and does not read {bound}\. Drop {bound};"
+                ConfigError, match=rf"does not read {bound}: it gives a layer 0 to round\(rho r\) ranks.*Drop {bound}\."
             ):
                 RankRule(rule, **{bound: 2})
 
@@ -349,7 +350,7 @@ def broken(values: list[float]) -> dict[str, Tensor]:
     return {"gradient.S": S, "gradient.U": S, "gradient.Vh": S, "gradient.norm2": S.square().sum()}
 
 
-GRADIENT_RULES = [rule for rule in RULES if "gradient" in RankRule(rule).reads()["also"]]  # type: ignore[operator]
+GRADIENT_RULES = [rule for rule in RANK_RULES.names() if "gradient" in RankRule(rule).reads()["also"]]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("bad", [[torch.nan] * 4, [torch.inf, 3.0, 2.0, 1.0]])

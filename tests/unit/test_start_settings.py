@@ -19,12 +19,12 @@ from lorafa import (
     get_peft_model,
     preprocess_corda,
 )
-from lorafa.config_checks import settings_class, settings_field
 from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS, known_start
 from lorafa.initializers.gora import GoraConfig
 from lorafa.initializers.lora_one import LoraOneConfig
 from lorafa.initializers.pissa import PissaConfig
+from lorafa.initializers.settings import settings_class, settings_field
 
 SETTINGS: dict[bool | str, tuple[str | None, type[Any] | None]] = {
     True: (None, None),

@@ -12,8 +12,9 @@ from lorafa import LoraConfig
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import ConfigError, DataError
-from lorafa.train.init_config import InitConfig, start_fields
-from lorafa.train.starts import Started, start_adapter
+from lorafa.settings.typed import build
+from lorafa.train.settings.init import InitConfig, start_fields
+from lorafa.train.start import Started, start_adapter
 
 transformers = pytest.importorskip("transformers")
 ROWS = [Sample([1, 2, n, 4], [-100, 2, n, 4]) for n in range(3, 20)]
@@ -25,7 +26,7 @@ def start(rows: list[Sample] = ROWS, **settings: Any) -> Started:
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
     model: nn.Module = transformers.LlamaForCausalLM(config)
-    init = InitConfig(**settings)
+    init = build(InitConfig, settings, "init")
     adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_seed=0, **start_fields(init))
     return start_adapter(model, adapter, init, rows, Collator(0))
 

@@ -1,9 +1,14 @@
-"""What data-aware starts read of a layer, collected over calibration batches: statistics by name."""
+"""What data-aware starts read of a layer, collected over calibration batches, and rules for ranks: both by name."""
 
 from __future__ import annotations
 
-from lorafa.calibration.base import Statistic
+from typing import TYPE_CHECKING
+
 from lorafa.registry import Registry
+
+if TYPE_CHECKING:
+    from lorafa.calibration.base import Statistic
+    from lorafa.calibration.ranking import Rule
 
 STATISTICS: Registry[type[Statistic]] = Registry(
     "statistic",
@@ -14,5 +19,18 @@ STATISTICS: Registry[type[Statistic]] = Registry(
         "moment_sketch": "lorafa.calibration.moments:MomentSketch",
         "corda_moment": "lorafa.calibration.moments:CordaMoment",
         "principal": "lorafa.calibration.principal:IncrementalPCA",
+    },
+)
+
+RANK_RULES: Registry[Rule] = Registry(
+    "rule",
+    {
+        "budget": "lorafa.calibration.rank_rules:BUDGET",
+        "cross_validation": "lorafa.calibration.rank_rules:CROSS_VALIDATION",
+        "energy": "lorafa.calibration.rank_rules:ENERGY",
+        "stable_rank": "lorafa.calibration.rank_rules:STABLE_RANK",
+        "entropy": "lorafa.calibration.rank_rules:ENTROPY",
+        "importance": "lorafa.calibration.rank_rules:IMPORTANCE",
+        "explained_variance": "lorafa.calibration.explained_variance:EXPLAINED_VARIANCE",
     },
 )

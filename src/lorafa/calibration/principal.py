@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lorafa.calibration.base import Measured, Statistic, Tokens
+from lorafa.calibration.explained_variance import by_explained_variance, most_components, variance_shares
 from lorafa.calibration.moments import InputStatistic
 from lorafa.calibration.processes import gathered
-from lorafa.calibration.spectrum import by_explained_variance, most_components, variance_shares
 from lorafa.errors import shorten, warn
 from lorafa.linalg import fix_signs, float_matrix, leading_right
 from lorafa.losses import IGNORE_INDEX

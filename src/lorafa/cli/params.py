@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from lorafa.data.shapes import SHAPES
 from lorafa.errors import AdapterError, ConfigError
+from lorafa.models import MODELS
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorafa.train.accounting import AdapterCost
-    from lorafa.train.schema import RunConfig
+    from lorafa.costs.accounting import AdapterCost
+    from lorafa.train.settings.run import RunConfig
 
 DESCRIPTION = """\
 Count what an adapter costs: parameters by kind of layer, the file, gradients and optimizer state.
@@ -51,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "params",
         help="count an adapter's parameters and memory from the model's config alone",
         description=DESCRIPTION,
-        epilog=EXAMPLES.format(shapes=", ".join(SHAPES)),
+        epilog=EXAMPLES.format(shapes=", ".join(MODELS.names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -87,21 +88,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def adapter_costs(model: nn.Module, config: RunConfig) -> list[tuple[str, AdapterCost]]:
     """(words of an optimizer, cost): the optimizer of the settings, then A frozen where B can be trained alone."""
-    from lorafa.train.accounting import adapter_cost
-    from lorafa.train.optimizers import words
+    from lorafa.costs.accounting import adapter_cost
+    from lorafa.optimizers import OPTIMIZERS
     from lorafa.train.recipe import lora_config
-    from lorafa.train.schema import OptimConfig
+    from lorafa.train.settings.optim import OptimConfig, words
 
     adapter = lora_config(config)
     as_set = adapter_cost(model, adapter, config.optim)
     costs = [(words(config.optim), as_set)]
     if as_set.factors != "AB":
         return costs
-    try:
-        frozen = adapter_cost(model, replace(adapter, freeze_A=True), OptimConfig(name="lora_fa"))
-    except AdapterError:  # not what was asked for: a start whose A LoRA-FA does not take has one column
-        return costs
-    return [*costs, ("lora_fa", frozen)]
+    for name in OPTIMIZERS.names():
+        if OPTIMIZERS.get(name).freezes == "A":
+            with suppress(AdapterError):  # not what was asked for: a start whose A it does not take has one column
+                frozen = adapter_cost(model, replace(adapter, freeze_A=True), OptimConfig(name=name))
+                costs.append((name, frozen))
+    return costs
 
 
 def kinds_table(cost: AdapterCost) -> Table:

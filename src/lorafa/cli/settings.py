@@ -1,36 +1,68 @@
-"""All settings for `lorafa train --help`: names and texts come from the schema, values from the yaml files."""
+"""All settings for `lorafa train --help`: names and texts come from the schema, values from the yaml files.
+
+Entries of open groups are listed from their source: torch is not loaded to print help.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import reduce
+import re
+from collections.abc import Iterator, Mapping
 from textwrap import fill
 from typing import Any
 
-from lorafa.conf.compose import OPEN_GROUPS, compose, groups
-from lorafa.conf.typed import keys, plain
-from lorafa.train.schema import RunConfig
+from omegaconf import OmegaConf
+
+from lorafa.conf.compose import CUSTOM, OPEN_GROUPS, composed, groups, takes_any_name
+from lorafa.settings.typed import Key, keys
+from lorafa.train.settings.run import RunConfig
 
 WIDTH = 110
 
 
 def settings_help() -> str:
-    """Groups with their options, then every key with its default and its meaning."""
-    defaults = plain(compose())
-    options = groups()
-    lines = ["groups (group=option takes another file of settings):"]
-    for group in options:
-        free = ", or any name, path or Hub id" if group in OPEN_GROUPS else ""
-        lines.append(f"  {group}={'|'.join(option for option in options[group] if option != 'custom')}{free}")
+    """Groups with their options, then every key with its default and its meaning, then what single options have."""
+    defaults = OmegaConf.to_container(composed(), resolve=True)
+    lines = ["groups (group=option takes a file of settings, or what has this name):"]
+    for group, options in groups().items():
+        any_name = takes_any_name(group)
+        free = f", or {any_name}" if any_name else ""
+        lines.append(f"  {group}={'|'.join(option for option in options if option != CUSTOM)}{free}")
     lines += ["", "settings (key=value; lists as [a,b], nothing as null):"]
     for key in keys(RunConfig):
-        lines.append(f"  {key.name}={_written(_at(defaults, key.name))}")
-        lines.append(fill(key.doc, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        lines += _shown(key.name, _at(defaults, key), key.doc)
+    lines += ["", "settings that belong to one option of a group:"]
+    for group in OPEN_GROUPS:
+        lines += _own(group)
     return "\n".join(lines)
 
 
-def _at(values: Mapping[str, Any], name: str) -> Any:
-    return reduce(lambda inner, part: inner[part], name.split("."), values)
+def _own(group: str) -> Iterator[str]:
+    """The own settings of the group's options; those that have the same ones stand together."""
+    config_class = OPEN_GROUPS[group]
+    for field in config_class.opens:
+        together: dict[tuple[tuple[str, str, str], ...], list[str]] = {}
+        for words, own in config_class.own_keys(field).items():
+            shown = tuple((f"{group}.{key.name}", _written(key.default), key.doc) for key in own)
+            together.setdefault(shown, []).append(words)
+        for settings, options in together.items():
+            if settings:
+                yield f"  {', '.join(options)}"
+                for name, value, doc in settings:
+                    yield from _shown(name, value, doc, indent=4)
+
+
+def _shown(name: str, value: str, doc: str, indent: int = 2) -> list[str]:
+    text, margin = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", doc), " " * (indent + 6)
+    return [f"{' ' * indent}{name}={value}", fill(text, WIDTH, initial_indent=margin, subsequent_indent=margin)]
+
+
+def _at(values: Any, key: Key) -> str:
+    """The value of a setting in the default run: of the yaml files, or else of its class."""
+    for part in key.name.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return _written(key.default)
+        values = values[part]
+    return _written(values)
 
 
 def _written(value: Any) -> str:
@@ -39,6 +71,6 @@ def _written(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_written, value)) + "]"
     return str(value)

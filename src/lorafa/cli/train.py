@@ -10,7 +10,7 @@ from rich.console import Console
 from lorafa.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorafa.train.schema import RunConfig
+    from lorafa.train.settings.run import RunConfig
 
 DESCRIPTION = """\
 Fine-tune a model with low-rank adapters.
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _dry_run(config: RunConfig, console: Console) -> int:
-    from lorafa.conf.typed import plain
     from lorafa.runs.experiment import resumable
     from lorafa.runs.record import RunDirectory
+    from lorafa.settings.typed import plain
     from lorafa.train.recipe import prepare
 
     would = "start"

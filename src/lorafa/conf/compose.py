@@ -1,7 +1,8 @@
-"""Overrides in Hydra's grammar -> one checked :class:`~lorafa.train.schema.RunConfig`.
+"""Overrides in Hydra's grammar -> one checked :class:`~lorafa.train.settings.run.RunConfig`.
 
-``peft.r=32`` sets a value, ``peft=dora`` takes another file of a group. The schema is closed, so a leading ``+`` or
-``++`` adds nothing: it is accepted and means the same. ``model=`` and ``data=`` also take a path or a Hub id.
+``peft.r=32`` sets a value, ``peft=dora`` takes another file of a group, ``optim=lora_fa`` another line of a registry,
+which brings its own settings. For each choice the schema is closed, so a leading ``+`` or ``++`` adds nothing: it is
+accepted and means the same. ``model=`` and ``data=`` also take a path or a Hub id.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,24 +18,28 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorafa.conf.typed import Key, build, keys
 from lorafa.errors import ConfigError, did_you_mean, first_line
-from lorafa.train.schema import RunConfig
+from lorafa.settings.groups import OpenGroup
+from lorafa.settings.typed import Key, build, keys
+from lorafa.train.settings.run import RunConfig
 
 FOLDER = Path(__file__).parent
 KEYS: Mapping[str, Key] = {key.name: key for key in keys(RunConfig)}
 ALIASES: Mapping[str, str] = {
     "peft.lora_r": "peft.r",
-    "dataset_name": "data.name",
+    "dataset_name": "data",
     "model.epochs": "train.epochs",
     "init.weight": "init.scale",
 }
 """Names that published commands use -> the name here."""
-OPEN_GROUPS = ("model", "data")
-"""Groups whose value may be any name: it becomes ``<group>.name``."""
-_KINDS = {"model": "folder, a Hub id or smollm2-135m", "data": "file, a Hub id or word_problems"}
-PATHS = ("run_dir", "train.resume", "model.cache_dir", "data.cache_dir")
-"""Settings that are paths: what the grammar cannot read (``~/runs``) is taken as it stands."""
+OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
+    name: group
+    for name, group in get_type_hints(RunConfig).items()
+    if isinstance(group, type) and issubclass(group, OpenGroup)
+}
+"""Groups that name a line of a registry."""
+CUSTOM = "custom"
+"""The file of a group whose value may be any name: it becomes ``<group>.name``."""
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -61,16 +67,38 @@ def composed(overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def groups() -> dict[str, list[str]]:
-    """Group -> its options, by the files in this folder."""
-    folders = sorted(path for path in FOLDER.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    """Group -> its options: files in this folder, and lines of the registry it names."""
+    found = {group: _files(group) for group in sorted({*OPEN_GROUPS, *_folders()})}
+    for group, config_class in OPEN_GROUPS.items():
+        found[group] = sorted({*found[group], *config_class.entries(chooser(group))})
+    return found
+
+
+def chooser(group: str) -> str:
+    """The setting of an open group that names its entry: ``name``, ``mode``."""
+    return next(iter(OPEN_GROUPS[group].opens))
+
+
+def takes_any_name(group: str) -> str | None:
+    """What may stand after ``group=`` beside its options, in words; None: nothing else."""
+    return getattr(OPEN_GROUPS.get(group), "any_name", None)
+
+
+def _folders() -> list[str]:
+    return [path.name for path in FOLDER.iterdir() if path.is_dir() and any(path.glob("*.yaml"))]
+
+
+def _files(group: str) -> list[str]:
+    return sorted(file.stem for file in (FOLDER / group).glob("*.yaml"))
 
 
 def _last_choices(overrides: Sequence[str]) -> list[list[str]]:
     """All overrides translated; of several choices of one group the last, or an earlier one's name would stay."""
     translated = [translate(text) for text in overrides]
     names = [text.partition("=")[0].lstrip("+") for text in overrides]
-    last = {name: place for place, name in enumerate(names) if name in groups()}
+    names = [ALIASES.get(name, name) for name in names]
+    known = groups()
+    last = {name: place for place, name in enumerate(names) if name in known}
     return [lines for place, lines in enumerate(translated) if last.get(names[place], place) == place]
 
 
@@ -83,23 +111,38 @@ def translate(text: str) -> list[str]:
     key = ALIASES.get(key, key)
     if key in groups():
         return _chosen(key, value)
-    if key not in KEYS:
+    if key not in KEYS and not _may_be_own(key):
         raise ConfigError(f"There is no setting {key!r}.{_nearest(key)} `lorafa train --help` lists all of them.")
-    if key in PATHS and not _is_readable(f"{key}={value}"):
+    if _is_path(key) and not _is_readable(f"{key}={value}"):
         return [f"++{key}={_quoted(value)}"]
     _check_grammar(text, key, value)
     return [f"++{key}={value}"]
 
 
 def _chosen(group: str, option: str) -> list[str]:
-    options = groups()[group]
-    if option in options:
+    if option in _files(group):
         return [f"{group}={option}"]
-    if group in OPEN_GROUPS:
-        if not option.strip():
-            raise ConfigError(f"{group}= is followed by nothing. Name a {_KINDS[group]}.")
-        return [f"{group}=custom", f"++{group}.name={_quoted(option)}"]
-    raise ConfigError(f"{group} has no option {option!r}.{did_you_mean(option, options)} Known: {', '.join(options)}.")
+    options, any_name = groups()[group], takes_any_name(group)
+    if any_name is None and option not in options:
+        raise ConfigError(
+            f"{group} has no option {option!r}.{did_you_mean(option, options)} Known: {', '.join(options)}."
+        )
+    if not option.strip():
+        known = ", ".join(name for name in options if name != CUSTOM)
+        raise ConfigError(f"{group}= is followed by nothing. Name {any_name}, or one of: {known}.")
+    base = [f"{group}={CUSTOM}"] if CUSTOM in _files(group) else []
+    return [*base, f"++{group}.{chooser(group)}={_quoted(option)}"]
+
+
+def _may_be_own(key: str) -> bool:
+    """Whether a key may be a setting of what an open group names: that is known once all is put together."""
+    group, dot, name = key.partition(".")
+    return bool(dot) and group in OPEN_GROUPS and name.isidentifier()
+
+
+def _is_path(key: str) -> bool:
+    """Settings that are paths are called so: what the grammar cannot read (``~/runs``) is taken as it stands."""
+    return key.endswith(("_dir", "_file")) or key == "train.resume"
 
 
 def _nearest(key: str) -> str:

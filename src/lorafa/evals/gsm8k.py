@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from lorafa.checks import check_int
 from lorafa.data.chat import encode_prompt
 from lorafa.data.records import Record, final_answer, last_number
 from lorafa.errors import ConfigError, DataError, did_you_mean
-from lorafa.evals.generation import Progress, generate_greedy
+from lorafa.evals.entry import Evaluation, Scores, Subject
+from lorafa.evals.generation import Progress, check_prompts, generate_greedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,3 +127,57 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+SHOWN_SAMPLES = 6
+"""Questions whose answers are kept for the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gsm8kSettings:
+    """How questions are asked and answers read."""
+
+    size: int | None = 64
+    """Held-out records answered by generation, at most: null all of them, 0 none. The answer loss is taken over all."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    extract: Literal["number", "upstream"] = "number"
+    """How the final number is read: number, or upstream as the LoRA-GA scripts do, to compare with their accuracy."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            check_int("size", self.size, at_least=0)
+        check_int("max_new_tokens", self.max_new_tokens, at_least=1)
+
+
+def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
+    """Those with a gold answer, up to ``size`` of them."""
+    return [record for record in heldout if record.answer is not None][: settings.size]
+
+
+def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> None:
+    prompts = [encode_prompt(record.question, subject.tokenizer) for record in records]
+    check_prompts(subject.model, prompts, settings.max_new_tokens)
+
+
+def _measure(
+    subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, batch_size: int, progress: Progress
+) -> Scores:
+    found = evaluate(
+        subject.model,
+        subject.tokenizer,
+        records,
+        batch_size=batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        extract=settings.extract,
+        progress=progress,
+    )
+    answers = [
+        {"question": one.question, "gold": one.gold, "output": one.output, "correct": one.correct}
+        for one in found.samples[:SHOWN_SAMPLES]
+    ]
+    numbers = {name: value for name, value in asdict(found).items() if name != "samples"}
+    return Scores(f"{found.correct} of {found.total} right ({found.accuracy:.1%})", numbers, answers)
+
+
+GSM8K = Evaluation(asks=_asks, check=_check, measure=_measure, settings=Gsm8kSettings)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lorafa.backends import backend_of
 from lorafa.config import CONFIG_NAME, LoraConfig, read_config
-from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import CheckpointError, shorten, warn
 from lorafa.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
+from lorafa.initializers.settings import START_SETTINGS
 from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, require_values, write_tensors
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
 from lorafa.layers.base import LoraLayer

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lorafa.adapter import LooseTensors
 from lorafa.config import LoraConfig
-from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import CheckpointError, shorten
+from lorafa.initializers.settings import START_SETTINGS
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.ties import check_ties, tied_tensors
 from lorafa.layers.base import LoraLayer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lorafa.checks import check_betas, check_number, found
+from lorafa.checks import check_betas, check_number, check_rate, found
 from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigError
 from lorafa.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair, check_finite
@@ -96,7 +96,7 @@ class PairOptimizer(Optimizer, ABC):
 
 def check_adam_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise a ConfigError where a number of Adam's is out of range."""
-    check_number("lr", lr, "a number >= 0", 0, closed="[")
+    check_rate("lr", lr)
     check_betas("betas", betas)
     check_number("eps", eps, "a number >= 0", 0, closed="[")
     check_number("weight_decay", weight_decay, "a number >= 0", 0, closed="[")

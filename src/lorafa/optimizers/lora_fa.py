@@ -17,8 +17,8 @@ step, as documented; torch's AdamW the other way round.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ from lorafa.errors import AdapterError, ConfigError, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import AdamWSteps
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_idle_pairs, check_state
+from lorafa.optimizers.entry import AdamSettings, OptimizerEntry
 from lorafa.optimizers.pairs import Pair, filled, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
+from lorafa.optimizers.state_bytes import Sizes, two_moments, two_wide_moments
 
 ALGORITHMS = ("exact", "fold")
 ORTHONORMAL = 1e-6
@@ -275,3 +277,25 @@ def _check_arguments(
     check("r", r, lambda layer, name: layer.r[name])
     check("lora_alpha", alpha, lambda layer, name: layer.lora_alpha[name])
     check("use_rslora", use_rslora, lambda layer, name: layer.use_rslora[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFASettings(AdamSettings):
+    """LoRA-FA under AdamW."""
+
+    eps: float = 1e-6
+    """Added to the denominator, in the units of the projected gradient."""
+    algorithm: Literal["exact", "fold"] = "exact"
+    """Project B's gradient (exact), or make the rows of A orthonormal once (fold)."""
+
+
+def _make(model: nn.Module, settings: LoraFASettings, **common: float) -> Optimizer:
+    adam = {"betas": settings.betas, "eps": settings.eps}
+    return create_lorafa_optimizer(model, algorithm=settings.algorithm, **common, **adam)  # type: ignore[arg-type]
+
+
+def _state(sizes: Sizes, settings: LoraFASettings) -> int:
+    return two_moments(sizes) if settings.algorithm == "fold" else two_wide_moments(sizes)
+
+
+LORA_FA = OptimizerEntry(lr=2e-3, state=_state, settings=LoraFASettings, make=_make, freezes="A", form="algorithm")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
-from lorafa.checks import check_flag, check_number
+from lorafa.checks import check_flag, check_number, check_rate
 from lorafa.optimizers.checked import check_idle_pairs, check_state, check_stock, name_of
+from lorafa.optimizers.entry import AdamSettings, OptimizerEntry
 from lorafa.optimizers.pairs import filled, other_groups, pairs_of
+from lorafa.optimizers.state_bytes import two_moments
 
 
 def create_loraplus_optimizer(
@@ -44,7 +47,7 @@ def create_loraplus_optimizer(
             gradient are no longer the active ones.
         BackendError: a factor has no values (meta), is sharded or quantized.
     """
-    check_number("lr", lr, "a number >= 0", 0, closed="[")
+    check_rate("lr", lr)
     check_number("loraplus_lr_ratio", loraplus_lr_ratio, "a number > 0", 0)
     check_number("loraplus_lr_embedding", loraplus_lr_embedding, "a number >= 0", 0, closed="[")
     check_flag("fast_vectors", fast_vectors)
@@ -72,3 +75,23 @@ def create_loraplus_optimizer(
     optimizer.register_step_pre_hook(lambda stepping, args, kwargs: check_idle_pairs(stepping, trained))
     optimizer.register_load_state_dict_pre_hook(check_state)
     return optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPlusSettings(AdamSettings):
+    """LoRA+ under AdamW."""
+
+    lr_ratio: float = 16.0
+    """Learning rate of B over that of A."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("lr_ratio", self.lr_ratio, "a number > 0", 0)
+
+
+def _make(model: nn.Module, settings: LoraPlusSettings, **common: float) -> Optimizer:
+    adam = {"betas": settings.betas, "eps": settings.eps, "fused": True}
+    return create_loraplus_optimizer(model, AdamW, loraplus_lr_ratio=settings.lr_ratio, **common, **adam)  # type: ignore[arg-type]
+
+
+LORA_PLUS = OptimizerEntry(lr=2e-4, state=two_moments, settings=LoraPlusSettings, make=_make)

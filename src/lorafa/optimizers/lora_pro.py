@@ -17,7 +17,8 @@ Where B has (nearly) lost its rank, at the start above all, h_A = g_A and h_B = 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,10 @@ from lorafa.linalg import damped_gram, exceeds, spd_inverse, sylvester, wide
 from lorafa.optimizers.adamw import AdamWSteps, adamw_, add_moments_
 from lorafa.optimizers.batches import PairBatch, live_batches
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
+from lorafa.optimizers.entry import AdamSettings, OptimizerEntry
 from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import precondition
+from lorafa.optimizers.state_bytes import Sizes, moments_of_weights, nothing, one_buffer, two_moments
 
 FORMS = ("adamw", "sgd", "full")
 CHOICES = ("zero", "sylvester", "symmetric")
@@ -134,10 +137,7 @@ def create_lorapro_optimizer(
     check_adam_numbers(lr, betas, eps, weight_decay)
     check_number("momentum", momentum, "a number in [0, 1)", 0, 1, closed="[")
     check_number("damping", damping, "a number >= 0", 0, closed="[")
-    if form == "sgd" and (tuple(betas), eps) != ((0.9, 0.999), 1e-8):
-        raise ConfigError("betas and eps are Adam's, and form='sgd' has neither. Leave them out, or use form='adamw'.")
-    if form != "sgd" and momentum:
-        raise ConfigError(f"momentum belongs to form='sgd', and form={form!r} has betas instead. Leave it out.")
+    _check_form(form, betas, eps, momentum)
     pairs = trained_together(pairs_of(model), "LoRA-Pro")
     for pair in pairs:
         pair.used_scaling()
@@ -155,6 +155,14 @@ def create_lorapro_optimizer(
     else:
         stock = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     return precondition(stock, pairs, transform)
+
+
+def _check_form(form: str, betas: tuple[float, float], eps: float, momentum: float) -> None:
+    """Raises ConfigError for a setting of another form."""
+    if form == "sgd" and (tuple(betas), eps) != ((0.9, 0.999), 1e-8):
+        raise ConfigError("betas and eps are Adam's, and form='sgd' has neither. Leave them out, or use form='adamw'.")
+    if form != "sgd" and momentum:
+        raise ConfigError(f"momentum belongs to form='sgd', and form={form!r} has betas instead. Leave it out.")
 
 
 class LoraProAdamW(PairOptimizer):
@@ -218,3 +226,38 @@ class LoraProAdamW(PairOptimizer):
     def _weight_shape(pair: Pair) -> tuple[int, int, int]:
         A, B = pair.matrices_A(pair.A), pair.matrices_B(pair.B)
         return B.shape[0], B.shape[1], A.shape[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraProSettings(AdamSettings):
+    """LoRA-Pro; betas and eps are not of form sgd."""
+
+    form: Literal["adamw", "sgd", "full"] = "adamw"
+    """Moments of A and B, none, or of the whole weight (8 bytes a weight)."""
+    X: Literal["zero", "sylvester", "symmetric"] = "sylvester"
+    """How A and B share what both can reach."""
+    gram_damping: float = 1e-8
+    """Added to the two Gram matrices, in units of their mean eigenvalue."""
+    momentum: float = 0.0
+    """Form sgd: share of the step before that is added to the next, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("gram_damping", self.gram_damping, "a number >= 0", 0, closed="[")
+        check_number("momentum", self.momentum, "a number in [0, 1)", 0, 1, closed="[")
+        _check_form(self.form, self.betas, self.eps, self.momentum)
+
+
+def _make(model: nn.Module, settings: LoraProSettings, **common: float) -> Optimizer:
+    own = {"form": settings.form, "X": settings.X, "damping": settings.gram_damping, "momentum": settings.momentum}
+    adam = {"betas": settings.betas, "eps": settings.eps}
+    return create_lorapro_optimizer(model, **own, **adam, **common)  # type: ignore[arg-type]
+
+
+def _state(sizes: Sizes, settings: LoraProSettings) -> int:
+    if settings.form == "sgd":
+        return one_buffer(sizes) if settings.momentum else nothing(sizes)
+    return moments_of_weights(sizes) if settings.form == "full" else two_moments(sizes)
+
+
+LORA_PRO = OptimizerEntry(lr=1e-3, state=_state, settings=LoraProSettings, make=_make, form="form")

@@ -9,19 +9,22 @@ moves the weight by -lr s^2 (P_B G + G P_A).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
-from lorafa.checks import check_choice, check_number
+from lorafa.checks import check_choice, check_number, check_rate
 from lorafa.linalg import damped_inverse
 from lorafa.optimizers.adamw import AdamWSteps
 from lorafa.optimizers.batches import PairBatch, batches_of, live_batches
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_stock, name_of
+from lorafa.optimizers.entry import AdamSettings, OptimizerEntry
 from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import precondition
+from lorafa.optimizers.state_bytes import two_moments, two_wide_moments
 
 
 def create_riemannian_optimizer(
@@ -51,7 +54,7 @@ def create_riemannian_optimizer(
             its factors.
         BackendError: a factor has no values (meta), is sharded or quantized.
     """
-    check_number("lr", lr, "a number >= 0", 0, closed="[")
+    check_rate("lr", lr)
     check_number("reg", reg, "a number >= 0", 0, closed="[")
     check_choice("damping", damping, ("relative", "absolute"))
     check_stock(optimizer_cls, kwargs)
@@ -130,3 +133,43 @@ def create_preconditioned_adamw(
     pairs = trained_together(pairs_of(model), "LoRA-One's preconditioned AdamW")
     groups = groups_of(model, pairs, weight_decay, algorithm="preconditioned")
     return PreconditionedAdamW(groups, lr, betas, eps, weight_decay, prec_reg, pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RiemannianSettings(AdamSettings):
+    """Riemannian preconditioning under AdamW."""
+
+    reg: float = 1e-2
+    """What is added to the diagonals of the two Gram matrices."""
+    damping: Literal["relative", "absolute"] = "relative"
+    """reg in units of the mean eigenvalue, or as it is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("reg", self.reg, "a number >= 0", 0, closed="[")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreconditionedSettings(AdamSettings):
+    """LoRA-One's AdamW."""
+
+    prec_reg: float = 1e-6
+    """What is added to the diagonals."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("prec_reg", self.prec_reg, "a number > 0", 0)
+
+
+def _riemannian(model: nn.Module, settings: RiemannianSettings, *, lr: float, weight_decay: float) -> Optimizer:
+    adam = {"betas": settings.betas, "eps": settings.eps, "weight_decay": weight_decay, "fused": True}
+    return create_riemannian_optimizer(model, AdamW, lr=lr, reg=settings.reg, damping=settings.damping, **adam)
+
+
+def _preconditioned(model: nn.Module, settings: PreconditionedSettings, **common: float) -> Optimizer:
+    adam = {"betas": settings.betas, "eps": settings.eps}
+    return create_preconditioned_adamw(model, prec_reg=settings.prec_reg, **common, **adam)  # type: ignore[arg-type]
+
+
+RIEMANNIAN = OptimizerEntry(lr=1e-3, state=two_moments, settings=RiemannianSettings, make=_riemannian)
+PRECONDITIONED = OptimizerEntry(lr=1e-3, state=two_wide_moments, settings=PreconditionedSettings, make=_preconditioned)

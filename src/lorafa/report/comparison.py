@@ -91,7 +91,7 @@ def _interval(values: Mapping[str, Any], sign: str = "") -> str:
     return f"{values['mean']:{sign}.4f}" + ("" if half is None else f" +- {half:.4f}")
 
 
-def _runs(folder: Path, method: str) -> dict[tuple[float, int], RunDirectory]:
+def _runs(folder: Path, method: str) -> dict[tuple[float | None, int], RunDirectory]:
     """The runs of a method that finished or diverged, by (learning rate, seed)."""
     runs = [RunDirectory(path.parent) for path in sorted((folder / method).glob("*/config.yaml"))]
     return {(config.optim.lr, config.train.seed): run for run in runs if is_over(run) for config in (run.config(),)}

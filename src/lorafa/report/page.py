@@ -7,11 +7,11 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lorafa.conf.typed import plain
 from lorafa.report.plots import loss_curve
 from lorafa.report.starts import fact_rows_of_start, rank_rows, spectra_and_ranks
 from lorafa.report.tables import fact_rows, score_rows
 from lorafa.runs.record import RunDirectory
+from lorafa.settings.typed import plain
 from lorafa.storage import written_whole
 
 PAGE = "report.html"

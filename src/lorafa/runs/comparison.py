@@ -31,13 +31,13 @@ from rich.markup import escape
 
 from lorafa.checks import is_int
 from lorafa.conf.compose import compose
-from lorafa.conf.typed import plain
 from lorafa.errors import ConfigError, DivergedError, first_line
 from lorafa.runs.experiment import start_run
 from lorafa.runs.record import RunDirectory
+from lorafa.settings.typed import plain
 from lorafa.storage import write_json
 from lorafa.train.memory import return_freed_memory
-from lorafa.train.schema import RunConfig
+from lorafa.train.settings.run import RunConfig
 
 RESULT = "comparison.json"
 LOCKS = ".locks"

@@ -15,7 +15,7 @@ from lorafa.errors import CheckpointError, ConfigError
 from lorafa.runs.environment import environment, peak_rss_bytes
 from lorafa.runs.record import RunDirectory
 from lorafa.train.recipe import prepare, train
-from lorafa.train.schema import RunConfig
+from lorafa.train.settings.run import RunConfig
 
 
 def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Path:

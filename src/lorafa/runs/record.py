@@ -20,11 +20,15 @@ from typing import Any
 
 import yaml
 
-from lorafa.conf.typed import build, plain
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
+from lorafa.runs.formats import current
+from lorafa.settings.typed import build, plain
 from lorafa.storage import make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
-from lorafa.train.schema import RunConfig
+from lorafa.train.recipe import lora_config
+from lorafa.train.settings.init import InitConfig
+from lorafa.train.settings.run import RunConfig
+from lorafa.variants import variant_types
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
 
@@ -91,7 +95,7 @@ class RunDirectory:
             raise ConfigError(f"{self.path / CONFIG} is not yaml: {first_line(error)}. Restore it.") from error
         if not isinstance(values, Mapping):
             raise ConfigError(f"{self.path / CONFIG} holds no settings. Restore it, or start a new run.")
-        return build(RunConfig, values)
+        return build(RunConfig, current(values))
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         write_json(self.path / ENVIRONMENT, dict(environment))
@@ -190,9 +194,9 @@ def _run_near(path: Path) -> str:
 
 
 def _short_name(config: RunConfig) -> str:
-    method = "dora" if config.peft.use_dora else "lora"
-    start = "" if config.init.mode == "default" else f"-{config.init.mode}"
-    return f"{method}-r{config.peft.r}{start}"
+    formula = variant_types(lora_config(config))[-1].name
+    start = "" if config.init.mode in (InitConfig().mode, formula) else f"-{config.init.mode}"
+    return f"{formula}-r{config.peft.r}{start}"
 
 
 def _fresh(parent: Path, name: str) -> Path:

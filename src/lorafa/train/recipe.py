@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,30 +19,28 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from lorafa.config import LoraConfig
-from lorafa.data.chat import Encoded, encode_all, encode_prompt, render_sample
+from lorafa.data.chat import Encoded, encode_all, render_sample
 from lorafa.data.collate import Collator
 from lorafa.data.models import check_samples, load_model
-from lorafa.data.records import Record, Records
+from lorafa.data.records import Records
 from lorafa.data.sources import load_records
 from lorafa.errors import DataError
-from lorafa.evals.generation import check_prompts
-from lorafa.evals.gsm8k import EvalResult, evaluate
+from lorafa.evals import EVALS
+from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
 from lorafa.losses import supervised_nll, supports_chunked_loss
 from lorafa.peft_model import PeftModel
 from lorafa.storage import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
-from lorafa.train.init_config import start_fields, start_of
-from lorafa.train.optimizers import STOCK, pair_optimizer
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.schema import DataConfig, EvalConfig, RunConfig
-from lorafa.train.starts import start_adapter
+from lorafa.train.settings.init import start_fields, start_of
+from lorafa.train.settings.optim import pair_optimizer, stock_arguments
+from lorafa.train.settings.run import DataConfig, RunConfig
+from lorafa.train.start import start_adapter
 from lorafa.train.trainer import LoraTrainer
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-SHOWN_SAMPLES = 6
-"""Held-out questions whose answers, before and after, are kept in the result."""
 
 
 class Recorder(Protocol):
@@ -100,8 +98,9 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         )
     train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
     check_samples(model, [*train.samples, *heldout.samples])
-    prompts = [encode_prompt(record.question, tokenizer) for record in graded(records, config.eval)]
-    check_prompts(model, prompts, config.eval.max_new_tokens)
+    evaluation = EVALS.get(config.eval.name)
+    asked = evaluation.asks(records.heldout, config.eval.own)
+    evaluation.check(Subject(model, tokenizer), asked, config.eval.own)
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
@@ -166,40 +165,24 @@ def _counted(model: PeftModel) -> dict[str, int]:
 
 
 def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) -> dict[str, Any]:
-    """Answer loss over all held-out samples; accuracy over those with a gold answer, up to ``eval.size`` of them.
+    """The answer loss over all held-out samples, and what ``eval.name`` measures.
 
     Returns:
-        loss (nats a token), answers (the first few, written out) and, where answers were generated: accuracy, correct,
-        total, interval (95 %), unparsed.
+        loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers.
     """
-    settings = config.eval
+    settings, evaluation = config.eval, EVALS.get(config.eval.name)
     chunked = config.train.chunked_loss and supports_chunked_loss(prepared.model) is None
     summed = supervised_nll if chunked else None
     loss = answer_loss(prepared.model, prepared.heldout.samples, prepared.collator, settings.batch_size, summed)
-    asked = graded(prepared.records, settings)
+    asked = evaluation.asks(prepared.records.heldout, settings.own)
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
         return {"loss": loss, "answers": []}
+    subject = Subject(prepared.model, prepared.tokenizer)
     with progress_bar(console, f"{when}: answering") as bar:
-        scores = evaluate(
-            prepared.model,
-            prepared.tokenizer,
-            asked,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            extract=settings.extract,
-            progress=bar,
-        )
-    console.print(
-        f"{when}: {scores.correct} of {scores.total} right ({scores.accuracy:.1%}), answer loss {loss:.4f}",
-        highlight=False,
-    )
-    return {"loss": loss, **_scores(scores)}
-
-
-def graded(records: Records, settings: EvalConfig) -> list[Record]:
-    """The held-out records that are answered by generation and graded."""
-    return [record for record in records.heldout if record.answer is not None][: settings.size]
+        scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
+    console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
+    return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
 
 
 def lora_config(config: RunConfig) -> LoraConfig:
@@ -208,28 +191,14 @@ def lora_config(config: RunConfig) -> LoraConfig:
     Raises:
         ConfigError: a value is not allowed, or two contradict each other.
     """
-    peft = config.peft
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=peft.r,
-        lora_alpha=peft.lora_alpha,
-        lora_dropout=_dropout(config),
-        target_modules=peft.target_modules,
-        exclude_modules=peft.exclude_modules,
-        layers_to_transform=peft.layers_to_transform,
-        layers_pattern=peft.layers_pattern,
-        rank_pattern=dict(peft.rank_pattern),
-        alpha_pattern=dict(peft.alpha_pattern),
-        use_rslora=peft.use_rslora,
-        use_dora=peft.use_dora,
-        bias=peft.bias,
-        lora_bias=peft.lora_bias,
-        freeze_A=peft.freeze_A,
-        modules_to_save=peft.modules_to_save,
-        target_parameters=peft.target_parameters,
-        init_seed=config.train.seed,
-        **start_fields(config.init),
-    )
+    peft = {field.name: getattr(config.peft, field.name) for field in fields(config.peft)}
+    of_the_run = {
+        "task_type": "CAUSAL_LM",
+        "revision": config.model.revision,
+        "lora_dropout": _dropout(config),
+        "init_seed": config.train.seed,
+    }
+    return LoraConfig(**peft | of_the_run | start_fields(config.init))
 
 
 def _dropout(config: RunConfig) -> float:
@@ -242,19 +211,8 @@ def _dropout(config: RunConfig) -> float:
 
 def read_records(data: DataConfig) -> Records:
     """The records the settings name."""
-    return load_records(
-        data.name,
-        train_size=data.train_size,
-        eval_size=data.eval_size,
-        seed=data.seed,
-        prompt_column=data.prompt_column,
-        completion_column=data.completion_column,
-        subset=data.subset,
-        split=data.split,
-        revision=data.revision,
-        templates=data.templates,
-        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
-    )
+    own = {} if data.own is None else asdict(data.own)
+    return load_records(data.name, train_size=data.train_size, eval_size=data.eval_size, seed=data.seed, **own)
 
 
 def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
@@ -283,12 +241,6 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         gradient_accumulation_steps=train.accumulation,
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         seed=train.seed,
-        optim=STOCK.get(optim.name, STOCK["adamw"]),
-        learning_rate=optim.lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.betas[0],
-        adam_beta2=optim.betas[1],
-        adam_epsilon=optim.eps,
         max_grad_norm=optim.max_grad_norm,
         lr_scheduler_type=SCHEDULES[optim.schedule],
         warmup_steps=optim.warmup,
@@ -299,6 +251,7 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
+        **stock_arguments(optim),
         **options,
     )
 
@@ -360,15 +313,6 @@ def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: An
     for what, count in left_out.items():
         if count:
             console.print(f"[yellow]{count:,} samples {what}.[/yellow]", highlight=False)
-
-
-def _scores(scores: EvalResult) -> dict[str, Any]:
-    answers = [
-        {"question": s.question, "gold": s.gold, "output": s.output, "correct": s.correct}
-        for s in scores.samples[:SHOWN_SAMPLES]
-    ]
-    numbers = {name: value for name, value in asdict(scores).items() if name != "samples"}
-    return {**numbers, "answers": answers}
 
 
 def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""What an adapter costs, counted before any training."""

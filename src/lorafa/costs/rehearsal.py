@@ -1,0 +1,59 @@
+"""What an optimizer would refuse, found out before there are weights: it is made for a toy of the adapted layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafa.config import LoraConfig
+from lorafa.initializers.settings import START_SETTINGS
+from lorafa.peft_model import get_peft_model
+from lorafa.train.settings.optim import OptimConfig, entry_of, pair_optimizer
+
+_SIZE, _RANK = 8, 4
+
+
+def rehearse(layers: Sequence[tuple[str, str]], config: LoraConfig, optim: OptimConfig) -> None:
+    """Make the optimizer for small layers of the same names: which factors are trained, and how A starts, decides.
+
+    One layer of each sort does, an embedding and any other. A start from data or to a quantized base, which a toy does
+    not have, is taken to begin with a full-rank A, unless its formula is its own; that one reads a random gradient.
+
+    Args:
+        layers: dotted name in the model and kind ("linear", "embedding", ...) of every adapted layer.
+
+    Raises:
+        AdapterError: that of the training, with the name of the first layer in its way.
+    """
+    if entry_of(optim).make is None:
+        return
+    first = {kind == "embedding": path for path, kind in reversed(layers)}
+    toy = nn.Module()
+    with torch.random.fork_rng(devices=[]):
+        for path, kind in layers:
+            if path in first.values():
+                _add(toy, path, nn.Embedding(_SIZE, _SIZE) if kind == "embedding" else nn.Linear(_SIZE, _SIZE))
+        settings: dict[str, Any] = {"init_seed": 0, "freeze_A": config.freeze_A, **_start(config)}
+        toy_config = LoraConfig(r=_RANK, target_modules=list(first.values()), **settings)
+        gradient = {"gradient.S": torch.ones(_SIZE), "gradient.dense": torch.randn(_SIZE, _SIZE)}
+        stats = dict.fromkeys(first.values(), gradient) if toy_config.start.initializer.needs else None
+        pair_optimizer(get_peft_model(toy, toy_config, stats=stats), optim)
+
+
+def _start(config: LoraConfig) -> dict[str, Any]:
+    start = config.start
+    if start.initializer.variant is None and (start.initializer.needs or start.initializer.quantizer):
+        return {}
+    return {name: getattr(config, name) for name in ("init_lora_weights", *START_SETTINGS)}
+
+
+def _add(root: nn.Module, path: str, layer: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in dict(root.named_children()):
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, layer)

@@ -1,0 +1,96 @@
+"""The optimizer of a run and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lorafa.checks import check_number, check_rate
+from lorafa.errors import ConfigError
+from lorafa.optimizers import OPTIMIZERS
+from lorafa.registry import Registry
+from lorafa.settings.declared import declared
+from lorafa.settings.groups import OpenGroup
+from lorafa.settings.typed import Key
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from lorafa.optimizers.entry import OptimizerEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(OpenGroup):
+    """The optimizer and its schedule."""
+
+    group: ClassVar[str] = "optim"
+    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": OPTIMIZERS}
+
+    name: str = "adamw"
+    """Optimizer."""
+    lr: float | None = None
+    """Highest learning rate; null takes the optimizer's own, which stands below."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the trained parameters."""
+    warmup: float = 0.05
+    """Rise of the learning rate: steps if >= 1, a share of all steps below 1."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are shortened to it; 0 leaves them alone."""
+    own: Any = None
+    """The optimizer's own settings."""
+
+    @classmethod
+    def own_keys(cls, field: str) -> dict[str, list[Key]]:
+        """With the rate that goes with the optimizer."""
+        rates = {cls.words(field, name): declared(OPTIMIZERS, name).keywords["lr"] for name in OPTIMIZERS.names()}
+        doc = "Its own rate, where none is given."
+        own = super().own_keys(field)
+        return {words: [Key("lr", float, rates[words], doc), *keys] for words, keys in own.items()}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._settle_lr()
+        check_rate("optim.lr", self.lr)
+        if self.lr == 0:
+            raise ConfigError("optim.lr is 0, so nothing would be learned. Give a number > 0, such as optim.lr=1e-3.")
+        check_number("optim.weight_decay", self.weight_decay, "a number >= 0", 0, closed="[")
+        check_number("optim.warmup", self.warmup, "a number >= 0", 0, closed="[")
+        check_number("optim.max_grad_norm", self.max_grad_norm, "a number >= 0", 0, closed="[")
+
+    def _settle_lr(self) -> None:
+        """Write the optimizer's own rate down where none is given: the record of a run says which it was."""
+        if self.lr is None:
+            object.__setattr__(self, "lr", entry_of(self).lr)
+
+
+def entry_of(optim: OptimConfig) -> OptimizerEntry:
+    """The line of the table that the settings name."""
+    return OPTIMIZERS.get(optim.name)
+
+
+def words(optim: OptimConfig) -> str:
+    """What is written after ``optim=`` to have this optimizer, its form included."""
+    form = entry_of(optim).form
+    defaults = {} if optim.own is None else {field.name: field.default for field in fields(optim.own)}
+    if form is None or getattr(optim.own, form) == defaults[form]:
+        return optim.name
+    return f"{optim.name} optim.{form}={getattr(optim.own, form)}"
+
+
+def pair_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer | None:
+    """The optimizer that needs to know which A belongs to which B, or None where transformers makes it."""
+    make = entry_of(optim).make
+    return None if make is None else make(model, optim.own, lr=optim.lr, weight_decay=optim.weight_decay)
+
+
+def stock_arguments(optim: OptimConfig) -> dict[str, Any]:
+    """What `transformers.TrainingArguments` is told to make the optimizer; nothing where it is made here."""
+    arguments = entry_of(optim).arguments
+    if arguments is None:
+        return {}
+    return {"learning_rate": optim.lr, "weight_decay": optim.weight_decay, **arguments(optim.own)}

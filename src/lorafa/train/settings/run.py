@@ -1,0 +1,307 @@
+"""Every setting of a run: its name, its type, its neutral value and, in the text under it, its meaning.
+
+The text under a field is what ``lorafa train --help`` prints. The numbers a run starts from stand in
+``lorafa/conf/*/*.yaml``; the values here are used for what those files leave out. All classes are frozen and check
+their ranges when they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from lorafa.checks import check_int, check_number
+from lorafa.data import DATASETS, data_set_names, data_set_of
+from lorafa.errors import ConfigError
+from lorafa.evals import EVALS
+from lorafa.method_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from lorafa.models import MODELS, loadable
+from lorafa.registry import Registry
+from lorafa.settings.declared import declared
+from lorafa.settings.groups import OpenGroup
+from lorafa.settings.typed import Key
+from lorafa.train.settings.init import InitConfig
+from lorafa.train.settings.optim import OptimConfig
+
+SEEDS = 2**32
+"""How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
+MOST_THREADS = 1024
+"""More is a slip of the pen, and starting them brings the process down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(OpenGroup):
+    """The base model."""
+
+    group: ClassVar[str] = "model"
+    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": MODELS}
+    any_name: ClassVar[str] = "a folder, a Hub id"
+    """What may stand after ``model=`` beside the names of ``MODELS``."""
+
+    name: str = "smollm2-135m"
+    """Base model: one known by name, a local folder, or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model; null takes the newest."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights; auto keeps the stored one. Adapters are float32 all the same."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """How attention is computed; auto leaves it to transformers. On a CPU eager is faster for short samples."""
+    cache_dir: str | None = None
+    """Folder for fetched models; null takes the user's cache."""
+    own: Any = None
+    """A model has no settings of its own."""
+
+    @classmethod
+    def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
+        return None
+
+    @classmethod
+    def entries(cls, field: str) -> list[str]:
+        return loadable()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(OpenGroup):
+    """The records to learn from and the ones held out."""
+
+    group: ClassVar[str] = "data"
+    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": DATASETS}
+    any_name: ClassVar[str] = "a file, a Hub id"
+    """What may stand after ``data=`` beside the names of ``DATASETS``."""
+
+    name: str = "word_problems"
+    """Task: one known by name, a .jsonl or .json file, or a Hub data set id."""
+    train_size: int | None = None
+    """Records to train on; null takes all that are left after the held-out ones."""
+    eval_size: int = 100
+    """Records held out for evaluation, never trained on."""
+    max_length: int = 1024
+    """Longest sample in tokens; what happens to a longer one is counted and printed."""
+    seed: int = 0
+    """Seed of the generated or shuffled records: decides which are held out."""
+    own: Any = None
+    """The data set's own settings."""
+
+    @classmethod
+    def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
+        """None for a name that no data set takes: what it is is said where it is loaded."""
+        data_set = data_set_of(chosen)
+        return None if data_set is None else data_set.settings
+
+    @classmethod
+    def entries(cls, field: str) -> list[str]:
+        return data_set_names()
+
+    @classmethod
+    def own_keys(cls, field: str) -> dict[str, list[Key]]:
+        """Sources of many data sets are named by what they are: ``data=<hub>``."""
+        named = {name: f"<{name}>" if DATASETS.get(name).takes else name for name in DATASETS.names()}
+        return {cls.words(field, named[name]): declared(DATASETS, name).settings for name in DATASETS.names()}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_size is not None:
+            check_int("data.train_size", self.train_size, at_least=1)
+        check_int("data.eval_size", self.eval_size, at_least=1)
+        check_int("data.max_length", self.max_length, at_least=2)
+        check_int("data.seed", self.seed, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The adapter; ranges are checked by `lorafa.LoraConfig`, whose names these are."""
+
+    r: int = 8
+    """Rank: inner dimension of B @ A."""
+    lora_alpha: int | float = 8
+    """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+    lora_dropout: float | None = None
+    """Probability of zeroing an input feature of A, in [0, 1); null is 0.05, or 0 where the start takes a part of the
+    base into A and B, of which dropout would take away as well."""
+    target_modules: str | list[str] | None = "all-linear"
+    """Modules to adapt: all-linear, a list of names, or one regular expression; null takes those usual for the
+    architecture."""
+    exclude_modules: str | list[str] | None = None
+    """Modules left alone although target_modules matches them."""
+    layers_to_transform: int | list[int] | None = None
+    """Only these layer numbers; needs a list as target_modules."""
+    layers_pattern: str | list[str] | None = None
+    """Name of the list of layers that layers_to_transform counts."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Module name or expression -> rank, where it differs from r."""
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    """Module name or expression -> lora_alpha, where it differs."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (rsLoRA)."""
+    use_dora: bool = False
+    """Train a magnitude for each output row as well (DoRA)."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base model are trained."""
+    lora_bias: bool = False
+    """Give B a bias of its own."""
+    freeze_A: bool = False
+    """Train B only."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full and saved with the adapter."""
+    target_parameters: list[str] | None = None
+    """Parameters that belong to no layer of their own, such as stacked experts, to adapt by name."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the input embedding to train, or of each embedding named."""
+    ensure_weight_tying: bool = False
+    """Give modules that share a weight one adapter, copy or set of rows, trained as one."""
+    layer_replication: list[tuple[int, int]] | None = None
+    """Ranges [start, end) of layers to stack; copies share the base weights and have adapters of their own."""
+    fan_in_fan_out: bool = False
+    """The weight is stored as (in, out); for PEFT's files only, a layer's type says it here."""
+    attention_out_proj_twice: bool = False
+    """Apply the update of nn.MultiheadAttention's out_proj twice, as PEFT does."""
+    alora_invocation_tokens: list[int] | None = None
+    """Activated LoRA: the adapter acts from the last occurrence of these tokens on."""
+    use_qalora: bool = False
+    """QA-LoRA: group the inputs of A as the quantized base groups its own."""
+    qalora_group_size: int = 16
+    """QA-LoRA: inputs in a group."""
+    velora_config: VeloraConfig | None = None
+    """VeLoRA; {} takes its defaults."""
+    monteclora_config: MontecloraConfig | None = None
+    """MonteCLoRA; {} takes its defaults."""
+    use_bdlora: BdLoraConfig | None = None
+    """BD-LoRA; {} takes its defaults."""
+    arrow_config: ArrowConfig | None = None
+    """Arrow routing; {} takes its defaults."""
+    kasa_config: KasaConfig | None = None
+    """KaSA; {} takes its defaults."""
+    megatron_config: dict[str, Any] | None = None
+    """Settings of Megatron's parallel layers."""
+    megatron_core: str | None = "megatron.core"
+    """Module of Megatron's parallel layers."""
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    """How to run; never saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The length of the training, its batches, and what is kept."""
+
+    steps: int | None = None
+    """Optimizer steps; null goes by epochs."""
+    epochs: float | None = None
+    """Passes over the training records; null goes by steps."""
+    batch_size: int = 8
+    """Samples in one forward pass."""
+    accumulation: int = 1
+    """Forward passes in one optimizer step."""
+    group_by_length: bool = True
+    """Put samples of like length into one batch, to pad less."""
+    chunked_loss: bool = True
+    """Send only the supervised positions through the output head, in chunks; same loss, less memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    seed: int = 0
+    """Seed of the adapter's start, the dropout and the order of the samples."""
+    log_every: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 writes none."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    eval_every: int = 0
+    """Steps between two measurements of the held-out loss during training; 0 measures before and after only."""
+    eval_size: int | None = None
+    """Held-out samples of such a measurement; null takes all."""
+    keep_best: bool = False
+    """Measure the held-out loss at every checkpoint and end with the best one."""
+    resume: str | None = None
+    """Run directory to continue from its last checkpoint; its settings are taken from there."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(
+                f"The length of the training is train.steps or train.epochs, found steps={self.steps} and "
+                f"epochs={self.epochs}. Set one and make the other null: train.epochs=1 train.steps=null."
+            )
+        if self.steps is not None:
+            check_int("train.steps", self.steps, at_least=1)
+        if self.epochs is not None:
+            check_number("train.epochs", self.epochs, "a number > 0", 0)
+        for name in ("batch_size", "accumulation", "log_every", "keep_checkpoints"):
+            check_int(f"train.{name}", getattr(self, name), at_least=1)
+        for name in ("seed", "checkpoint_every", "eval_every"):
+            check_int(f"train.{name}", getattr(self, name), at_least=0)
+        _check_at_most("train.seed", self.seed, SEEDS - 1)
+        if self.eval_size is not None:
+            check_int("train.eval_size", self.eval_size, at_least=1)
+        if self.keep_best and self.eval_every not in (0, self.checkpoint_every):
+            raise ConfigError(
+                f"train.keep_best measures at every checkpoint (train.checkpoint_every={self.checkpoint_every}), found "
+                f"train.eval_every={self.eval_every}. Leave train.eval_every out."
+            )
+        if self.keep_best and not self.checkpoint_every:
+            raise ConfigError(
+                "train.keep_best chooses among checkpoints, but train.checkpoint_every is 0. "
+                "Set train.checkpoint_every, for example to 50."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(OpenGroup):
+    """How the model is measured before and after."""
+
+    group: ClassVar[str] = "eval"
+    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": EVALS}
+
+    name: str = "gsm8k"
+    """What is measured beside the answer loss."""
+    before: bool = True
+    """Measure before training too."""
+    batch_size: int = 32
+    """Prompts answered at a time."""
+    own: Any = None
+    """The evaluation's own settings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("eval.batch_size", self.batch_size, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides the outcome of a run, and where it is written."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100))
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run_dir: str | None = None
+    """Directory to create for the run; null makes runs/<date>-<time>-<adapter>."""
+    threads: int | None = None
+    """Processor threads; null takes PyTorch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            check_int("threads", self.threads, at_least=1)
+            _check_at_most("threads", self.threads, MOST_THREADS)
+        if self.train.steps is not None and self.optim.warmup >= max(1, self.train.steps):
+            raise ConfigError(
+                f"optim.warmup={self.optim.warmup:g} steps are the whole training (train.steps={self.train.steps}), so "
+                "optim.lr would never be reached. Give fewer, or a share below 1 such as optim.warmup=0.05."
+            )
+
+
+def _check_at_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise ConfigError(f"{name} must be an integer <= {most}, found {value}. Give a smaller one.")

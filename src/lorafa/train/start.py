@@ -1,0 +1,104 @@
+"""Put the adapter of a run on, with what its start reads of the training rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafa.calibration import STATISTICS
+from lorafa.config import LoraConfig
+from lorafa.data.chat import IGNORE, Sample
+from lorafa.data.collate import Collator
+from lorafa.errors import DataError
+from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.starting import collect_statistics, start_from
+from lorafa.train.settings.init import InitConfig, rank_rule, start_of
+
+HELD_OUT = 8
+"""Rows after those of the statistics that ``stable_gamma=auto`` compares losses on."""
+SHOWN = 64
+"""Singular values of a layer that are recorded, or more where a rank is larger."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """An adapted model, and what is recorded of how it started."""
+
+    model: PeftModel
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def start_adapter(
+    model: nn.Module, adapter: LoraConfig, init: InitConfig, samples: Sequence[Sample], collator: Collator
+) -> Started:
+    """``get_peft_model``, after collecting what the start or the ranks are chosen by over the first rows.
+
+    Raises:
+        DataError: there are fewer rows than that takes.
+        LoraError: as :func:`lorafa.initialize`.
+    """
+    needs, rule = start_of(init).initializer.needs, rank_rule(init)
+    if not needs and rule is None:
+        return Started(get_peft_model(model, adapter))
+    began = time.monotonic()
+    count = init.bsz * init.iters
+    rows, held = samples[:count], samples[count : count + HELD_OUT]
+    tries = getattr(adapter.init_config, "stable_gamma", None) == "auto"
+    if len(rows) < count or (tries and not held):
+        raise DataError(
+            f"init reads {count} rows (init.bsz * init.iters), and for stable_gamma=auto a few more; there are "
+            f"{len(samples)} to train on. Lower init.iters."
+        )
+    collecting: dict[str, Any] = {"passes": init.passes, "also": ()} | ({} if rule is None else rule.reads())
+    collecting["halves"] = bool(collecting.get("halves")) and init.iters > 1
+    if any(STATISTICS.get(name).reads_gradient for name in (*needs, *collecting["also"])):
+        _require_answers([*rows, *held], init.max_length)
+    batches = _batches(rows, init.bsz, init.max_length, collator)
+    stats = collect_statistics(model, adapter, batches, **collecting)
+    heldout = _batches(held, 1, init.max_length, collator) if tries else None
+    adapted = start_from(model, adapter, stats, ranks=rule, heldout=heldout)
+    ranks = {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()}
+    record: dict[str, Any] = {
+        "rows": count,
+        "bytes": stats.nbytes,
+        "seconds": round(time.monotonic() - began, 1),
+        "ranks": dict.fromkeys(stats, 0) | ranks,
+        "fallbacks": {path: layer.fallbacks["default"] for path, layer in _fallen_back(adapted)},
+        "spectra": _spectra(stats, max(SHOWN, *ranks.values())),
+    }
+    gamma = getattr(adapted.peft_config["default"].init_config, "stable_gamma", None)
+    return Started(adapted, record | ({} if gamma is None else {"stable_gamma": gamma}))
+
+
+def _require_answers(rows: Sequence[Sample], longest: int) -> None:
+    """Raises DataError for a row none of whose first tokens is trained."""
+    for number, row in enumerate(rows, 1):
+        if not any(label != IGNORE for label in row.labels[1:longest]):
+            raise DataError(
+                f"init reads gradients, and row {number} of the training rows has no trained token among its first "
+                f"{longest}. Raise init.max_length."
+            )
+
+
+def _fallen_back(model: PeftModel) -> list[tuple[str, Any]]:
+    return [(path, layer) for path, layer in model.base_model.lora_layers() if "default" in layer.fallbacks]
+
+
+def _batches(rows: Sequence[Sample], size: int, longest: int, collator: Collator) -> list[dict[str, Tensor]]:
+    cut = [replace(row, input_ids=row.input_ids[:longest], labels=row.labels[:longest]) for row in rows]
+    return [dict(collator(cut[at : at + size])) for at in range(0, len(cut), size)]
+
+
+def _spectra(stats: Any, most: int) -> dict[str, list[float]]:
+    """The leading singular values of each layer's statistic, at most so many, three digits of them."""
+    found = {}
+    for layer, tensors in stats.items():
+        for name in ("gradient.S", "whitened_gradient.S", "principal.singular_values"):
+            if name in tensors:
+                found[layer] = [float(f"{value:.3g}") for value in tensors[name][:most].tolist()]
+                break
+    return found

@@ -1,0 +1,85 @@
+"""What is read of settings without torch is what the classes say; and nothing that is read for help loads torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorafa
+from lorafa.optimizers import OPTIMIZERS
+from lorafa.registry import Registry
+from lorafa.settings.declared import declared
+from lorafa.settings.typed import field_docs
+
+PLACES = {
+    "OPTIMIZERS": "lorafa.optimizers",
+    "DATASETS": "lorafa.data",
+    "EVALS": "lorafa.evals",
+    "RANK_RULES": "lorafa.calibration",
+    "STARTS": "lorafa.train.settings.init",
+    "INITIALIZERS": "lorafa.initializers",
+}
+
+
+def unread(table: str) -> Registry[Any]:
+    """A registry as it is before anybody asked for its objects: its module is run once more, on the side."""
+    spec = find_spec(PLACES[table])
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Registry[Any] = getattr(module, table)
+    return found
+
+
+@pytest.mark.parametrize("table", PLACES)
+def test_settings_read_from_source_are_those_of_the_class(table: str) -> None:
+    registry = unread(table)
+    read = {name: declared(registry, name).settings for name in registry.names()}
+    assert all(registry.place(name) for name in registry.names())
+    for name in registry.names():
+        kind = registry.get(name).settings
+        expected = []
+        if isinstance(kind, type):  # else a field of PEFT's has them, or there are none
+            docs = field_docs(kind)
+            expected = [(field.name, field.default, docs[field.name]) for field in fields(kind)]
+        assert [(key.name, key.default, key.doc) for key in read[name]] == expected, name
+
+
+def test_an_object_that_is_here_is_asked_itself() -> None:
+    with OPTIMIZERS.added("again", OPTIMIZERS.get("lora_fa")):
+        found = declared(OPTIMIZERS, "again")
+    assert [key.name for key in found.settings] == ["betas", "eps", "algorithm"]
+    assert found.keywords["lr"] == 2e-3
+
+
+STUB = """
+import sys, types
+package = types.ModuleType("lorafa")
+package.__path__ = [{path!r}]
+sys.modules["lorafa"] = package  # without what the package itself imports
+{statement}
+print(*sorted({{"torch", "transformers", "datasets", "accelerate"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import lorafa.train.settings.run",
+        "import lorafa.conf.compose",
+        "from lorafa.cli.settings import settings_help; assert 'optim.algorithm=exact' in settings_help()",
+        "from lorafa.models import MODELS; MODELS.get('smollm2-135m')",
+        "from lorafa.data import data_set_of; data_set_of('a/b')",
+    ],
+)
+def test_settings_and_their_help_are_read_without_torch(statement: str) -> None:
+    code = STUB.format(path=str(Path(lorafa.__file__).parent), statement=statement)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
