@@ -278,3 +278,5 @@ def test_a_run_uses_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [row["lr"] for row in metrics(run)] == [3e-3, 3e-3]
     assert RunDirectory.open(run).config().init.own == ConstantSettings(0.25)
     assert main(["report", str(run)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ asked ")]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["asked", "2", "2"]

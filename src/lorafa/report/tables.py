@@ -12,6 +12,8 @@ from rich.text import Text
 from lorafa.runs.record import RunDirectory
 
 MISSING = "-"
+SHOWN = {"accuracy", "correct", "total", "unparsed", "loss"}
+"""Scores with a row of their own making; those of other evaluations are shown by their names."""
 PHASES = ("prepare", "evaluate before", "train", "evaluate after", "total")
 
 
@@ -29,7 +31,8 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         pair = cell(before), cell(after)
         if pair != (MISSING, MISSING):
             rows.append((label, *pair))
-    return rows
+    others = {name for scores in (before, after) for name, value in scores.items() if _is_number(value)} - SHOWN
+    return rows + [(name, _number(before.get(name)), _number(after.get(name))) for name in sorted(others)]
 
 
 def fact_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -83,6 +86,14 @@ def _interval(scores: Mapping[str, Any]) -> str:
 
 def _unparsed(scores: Mapping[str, Any]) -> str:
     return MISSING if scores.get("unparsed") is None else str(scores["unparsed"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if _is_number(value) else MISSING
 
 
 def _loss(scores: Mapping[str, Any]) -> str:
