@@ -296,7 +296,7 @@ def _check_carries(place: Place, attention: Iterable[str]) -> None:
     if odd is not None:
         raise TargetError(
             f"{place.name!r}: no back end knows this {described(module)}: {odd}. Leave it out with exclude_modules, or "
-            "load the model without that."
+            "change the layer first."
         )
     owner = next((name for name in attention if place.name == f"{name}.out_proj"), None)
     if owner is not None:
