@@ -267,6 +267,15 @@ ODD: dict[str, Odd] = {
     "a hook of transformers that asks for gradients": Odd(lambda: asked_for_gradients(dense())),
     "weight norm": Odd(lambda: parametrizations.weight_norm(dense()), merges=COMPUTED),
     "an orthogonal weight": Odd(lambda: parametrizations.orthogonal(dense()), merges=COMPUTED),
+    "a computed bias": Odd(
+        lambda: parametrize.register_parametrization(dense(), "bias", nn.Tanh()),
+        merges="its bias is computed from other parameters",
+    ),
+    "a bias that is drawn": Odd(
+        lambda: parametrize.register_parametrization(dense(), "bias", Noisy()),
+        reads="its bias is another one each time it is computed",
+        merges="its bias is computed from other parameters",
+    ),
     "spectral norm": Odd(lambda: parametrizations.spectral_norm(dense()), reads=ANEW, merges=COMPUTED),
     "a parametrization that draws": Odd(
         lambda: parametrize.register_parametrization(dense(), "weight", Noisy()), reads=ANEW, merges=COMPUTED
@@ -361,7 +370,12 @@ ODD: dict[str, Odd] = {
     ),
     "attention with weight norm": Odd(
         lambda: attention(lambda layer: parametrizations.weight_norm(layer, "in_proj_weight")),
-        carries="its in_proj_weight is computed, and no other can stand in for it", kind="attention",
+        carries="its in_proj_weight is computed from other parameters", kind="attention",
+    ),
+    "attention with a computed bias": Odd(
+        lambda: attention(lambda layer: parametrize.register_parametrization(layer, "in_proj_bias", nn.Tanh())),
+        carries="its in_proj_bias is computed from other parameters",
+        kind="attention",
     ),
     "attention with codes in its output projection": Odd(
         lambda: attention(codes_in_out_proj), carries="of its out_proj, " + QUANTIZED.format("Parameter", "torch.int8"),

@@ -273,3 +273,23 @@ def test_every_back_end_says_none_of_what_it_was_made_for(kind: str) -> None:
     backend: Backend = BACKENDS.get(kind)()
     layer = backend.example(torch.randn(OUT, IN), None)
     assert [backend.serves(layer), backend.reads(layer), backend.merges(layer)] == [None, None, None]
+
+
+def test_sharded_weight_is_one_that_is_stored_as_it_is() -> None:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer, x = dense(), torch.randn(3, IN)
+        plain = layer(x)
+        mesh = init_device_mesh("cpu", (1,))
+        for name, value in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(distribute_tensor(value.detach(), mesh, [Replicate()])))
+        assert isinstance(layer.weight, DTensor)
+        assert DenseBackend().serves(layer) is None
+        get_peft_model(Single(layer), LoraConfig(r=4, target_modules=["layer"]))
+        close(layer(distribute_tensor(x, mesh, [Replicate()])).full_tensor(), plain, torch.float32)
+    finally:
+        distributed.destroy_process_group()

@@ -36,7 +36,8 @@ def backend_of(layer: nn.Module) -> Backend | None:
     is sure of this very layer is another question: :meth:`Backend.serves`.
     """
     weight, layer_type = layer._parameters.get("weight"), type(layer)
-    if not is_plain(weight) and (key := f"tensor:{full_name(type(weight))}") in BACKENDS:
+    ordinary = type(weight) is nn.Parameter or is_plain(weight)
+    if not ordinary and (key := f"tensor:{full_name(type(weight))}") in BACKENDS:
         return BACKENDS.get(key)()
     for cls in layer_type.__mro__:
         name = full_name(cls)

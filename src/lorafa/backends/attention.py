@@ -8,13 +8,14 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend, replaced
-from lorafa.backends.oddities import fixed, odd_storage, own_forward, own_methods, own_tensor
+from lorafa.backends.oddities import computed, fixed, odd_storage, own_forward, own_methods
 
 
 class AttentionBackend(Backend):
     host = "attention"
-
+    inherits = True
     weight_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
     formula: ClassVar[Mapping[str, frozenset[str]]] = {
         "forward": frozenset({"torch.nn.modules.activation.MultiheadAttention.forward"})
     }
@@ -24,14 +25,12 @@ class AttentionBackend(Backend):
         attention = cast(nn.MultiheadAttention, layer)
         if not attention._qkv_same_embed_dim:
             return "with kdim or vdim other than embed_dim it keeps three separate projections; use equal dimensions"
-        ends = ((layer, "in_proj_weight", self.stored_shape(layer)), (attention.out_proj, "weight", None))
-        for end, name, shape in ends:
-            odd = odd_storage(end, name, shape)
-            if odd is None and own_tensor(end, name) is None:
-                odd = f"its {name} is computed, and no other can stand in for it"
-            if odd is not None:
-                return odd if end is layer else f"of its out_proj, {odd}"
-        return own_methods(layer, self.formula)
+        odd, inner = odd_storage(layer, "in_proj_weight", self.stored_shape(layer)), attention.out_proj
+        odd = odd or computed(layer, "in_proj_weight", "in_proj_bias")
+        odd_inner = odd_storage(inner, "weight") or computed(inner, "weight", "bias")
+        if odd is None and odd_inner is not None:
+            return f"of its out_proj, {odd_inner}"
+        return odd or own_methods(layer, self.formula)
 
     def stored_shape(self, layer: nn.Module) -> tuple[int, ...]:
         dim = cast(nn.MultiheadAttention, layer).embed_dim
@@ -42,7 +41,7 @@ class AttentionBackend(Backend):
 
     def merges(self, layer: nn.Module) -> str | None:
         """Hooks run around both; a forward of this very layer reads its old weight, wherever the new one is."""
-        return fixed(layer, self.weight_name) or own_forward(layer, self.formula)
+        return fixed(layer, self.weight_name, self.bias_name) or own_forward(layer, self.formula)
 
     def weight(self, layer: nn.Module) -> Tensor:
         return cast(Tensor, cast(nn.MultiheadAttention, layer).in_proj_weight)

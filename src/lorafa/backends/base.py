@@ -41,10 +41,11 @@ class Backend(ABC):
     quantized: ClassVar[bool] = False
     """Whether the layer keeps its weight in fewer bits than it computes in, so that :meth:`weight` is an approximation
     of the one it was made from."""
-    inherits: ClassVar[bool] = True
-    """Whether it may serve a subclass of the layer type it is registered for."""
+    inherits: ClassVar[bool] = False
+    """Whether it may serve subclasses of the layer type it is registered for: :attr:`formula` tells it which."""
     weight_name: ClassVar[str] = "weight"
     """What the layer calls the tensor that :meth:`weight` is a view of."""
+    bias_name: ClassVar[str] = "bias"
     formula: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Methods of the layer that compute its output -> full names of functions that do so by the law above."""
 
@@ -58,11 +59,13 @@ class Backend(ABC):
 
     def reads(self, layer: nn.Module) -> str | None:
         """Why the output may be no ``linear(x, weight, bias)``, or ``weight`` another one at each call; None: it is."""
-        return own_forward(layer, self.formula) or changing_hooks(layer) or unsettled(layer, self.weight_name)
+        odd = own_forward(layer, self.formula) or changing_hooks(layer)
+        return odd or unsettled(layer, self.weight_name, self.bias_name)
 
     def merges(self, layer: nn.Module) -> str | None:
         """Why :meth:`with_weight` would not change the output as an adapter does; None: it would."""
-        return fixed(layer, self.weight_name) or own_forward(layer, self.formula) or changing_hooks(layer)
+        odd = fixed(layer, self.weight_name, self.bias_name)
+        return odd or own_forward(layer, self.formula) or changing_hooks(layer)
 
     def stored_shape(self, layer: nn.Module) -> tuple[int, ...] | None:
         """The shape that the layer's settings give the tensor :attr:`weight_name`; None where they give none."""

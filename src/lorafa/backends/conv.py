@@ -19,6 +19,7 @@ class ConvBackend(Backend):
     """With groups > 1 an update of all-to-all rank cannot be written into the kernel: what needs that raises."""
 
     host = "conv"
+    inherits = True
     dims: ClassVar[int] = 1
     type: ClassVar[type[nn.Module]] = nn.Conv1d
     formula: ClassVar[Mapping[str, frozenset[str]]] = {

@@ -13,6 +13,7 @@ from lorafa.backends.base import Backend, is_plain, replaced
 class Conv1DBackend(Backend):
     host = "linear"
     fan_in_fan_out = True
+    inherits = True
     formula: ClassVar[Mapping[str, frozenset[str]]] = {
         "forward": frozenset({"transformers.pytorch_utils.Conv1D.forward"})
     }

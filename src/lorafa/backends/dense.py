@@ -13,6 +13,7 @@ from lorafa.backends.base import Backend, is_plain, replaced
 class DenseBackend(Backend):
     host = "linear"
     fan_in_fan_out = False
+    inherits = True
     formula: ClassVar[Mapping[str, frozenset[str]]] = {
         "forward": frozenset({
             "torch.nn.modules.linear.Linear.forward",

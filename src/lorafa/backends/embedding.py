@@ -17,6 +17,7 @@ class EmbeddingBackend(Backend):
     the update is then multiplied alike. Any other one looks up what cannot be known here."""
 
     host = "embedding"
+    inherits = True
     formula: ClassVar[Mapping[str, frozenset[str]]] = {
         "forward": frozenset({"torch.nn.modules.sparse.Embedding.forward"})
     }

@@ -90,32 +90,41 @@ def holds_codes(module: nn.Module) -> bool:
     return sizes and any(t is not None and not (t.is_floating_point() and t.dtype.itemsize > 1) for t in own)
 
 
-def computed(layer: nn.Module, name: str) -> str | None:
-    """Why no value can be put in the place of the tensor ``name``."""
-    if own_tensor(layer, name) is not None:
-        return None
-    return f"its {name} is computed from other parameters (weight norm, pruning or another parametrization)"
+def computed(layer: nn.Module, *names: str) -> str | None:
+    """Why no value can be put in the place of one of these tensors; those the layer does not have are passed over."""
+    for name in names:
+        if own_tensor(layer, name) is None and tensor_like(layer, name) is not None:
+            return f"its {name} is computed from other parameters (weight norm, pruning or another parametrization)"
+    return None
 
 
-def fixed(layer: nn.Module, name: str) -> str | None:
+def fixed(layer: nn.Module, *names: str) -> str | None:
     """:func:`computed`, or why there is no value to add something to."""
-    own = own_tensor(layer, name)
-    absent = own is not None and own.is_meta
-    return f"its {name} is on the meta device and has no values here" if absent else computed(layer, name)
+    for name in names:
+        own = own_tensor(layer, name)
+        if own is not None and own.is_meta:
+            return f"its {name} is on the meta device and has no values here"
+    return computed(layer, *names)
 
 
-def unsettled(layer: nn.Module, name: str) -> str | None:
-    """Why the tensor ``name`` may be another one each time it is read; a copy of the layer is asked."""
-    if own_tensor(layer, name) is not None:
-        return None
-    if not parametrize.is_parametrized(layer, name):
-        return f"its {name} is set by a hook before each call (the old weight norm, pruning) and may be out of date now"
-    twin = copy.deepcopy(layer).train()
-    with torch.no_grad(), torch.random.fork_rng():
-        first, second = getattr(twin, name), getattr(twin, name)
-    if first.is_meta or torch.equal(first, second):
-        return None
-    return f"its {name} is another one each time it is computed (spectral norm in training)"
+def unsettled(layer: nn.Module, *names: str) -> str | None:
+    """Why one of these tensors may be another one each time it is read; a copy of the layer is asked."""
+    for name in names:
+        if computed(layer, name) is None:
+            continue
+        if not parametrize.is_parametrized(layer, name):
+            return f"its {name} is set by a hook before each call (the old weight norm, pruning) and may be out of date"
+        if not _is_repeated(copy.deepcopy(layer).train(), name):
+            return f"its {name} is another one each time it is computed (spectral norm in training)"
+    return None
+
+
+def _is_repeated(layer: nn.Module, name: str) -> bool:
+    like = tensor_like(layer, name)
+    devices = [like.device] if like is not None and like.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        first, second = getattr(layer, name), getattr(layer, name)
+    return bool(first.is_meta or torch.equal(first, second))
 
 
 # ---- forward

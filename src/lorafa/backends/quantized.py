@@ -80,7 +80,6 @@ class QuantizedLinear(nn.Module):
 class QuantizedBackend(Backend):
     host = "linear"
     quantized = True
-    inherits = False
     layer_type: ClassVar[type[QuantizedLinear]]
 
     def serves(self, layer: nn.Module) -> str | None:

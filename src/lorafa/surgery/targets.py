@@ -304,7 +304,7 @@ def _check_carries(place: Place) -> None:
     if odd is not None:
         raise TargetError(
             f"{place.name!r}: no back end knows this {described(module)}: {odd}. Leave it out with exclude_modules, or "
-            "load the model without that."
+            "change the layer first."
         )
 
 
