@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafa.adapter import scaling
-from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
+from lorafa.checks import check_arguments, index_ranges, indices, is_int, member, name_table, names, plain
 from lorafa.config_checks import check_config
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.initializers import Start, known_start
@@ -318,8 +318,9 @@ class LoraConfig:
         Raises:
             SourceError: there is no such folder, repository or file, or the Hub cannot be reached.
             CheckpointError: the file is no json.
-            ConfigError: the file's content is not allowed; see :meth:`from_dict`.
+            ConfigError: the file's content is not allowed, see :meth:`from_dict`; or an argument that does not exist.
         """
+        check_arguments("LoraConfig.from_pretrained", hub, HubOptions.__optional_keys__)
         return read_config(locate(pretrained_model_name_or_path, [CONFIG_NAME], subfolder=subfolder, **hub))
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -312,7 +312,7 @@ def uploaded(repo_id: str, what: str, options: UploadOptions) -> Iterator[Upload
             )
         except HFValidationError as error:
             raise SourceError(f"{repo_id!r} cannot be the name of a Hub repository: {first_line(error)}.") from error
-        except (OSError, ConnectionError) as error:
+        except Exception as error:  # the Hub's, or of whichever HTTP library its client uses
             raise SourceError(_refused(repo_id, error)) from error
 
 

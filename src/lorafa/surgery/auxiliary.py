@@ -192,18 +192,18 @@ def _saved_modules(
 def _check_can_be_saved(place: Place, name: str, adapted: Container[int]) -> None:
     """Raises TargetError for a module that gets an adapter, or holds one that does, or that is never called itself."""
     ending = "" if place.name == name else f", whose name ends in {name!r},"
-    if any(id(inner) in adapted for inner in place.module.modules()):
-        raise TargetError(
-            f"modules_to_save: {place.name!r}{ending} is also to get an adapter, as a whole or in part "
-            "(target_modules, target_parameters). Take it out of one of the two, or write the full name of the module "
-            "that is meant."
-        )
     if type(place.module).forward is nn.Module.forward and "forward" not in vars(place.module):
         parts = [f"{place.name}.{child}" for child, _ in place.module.named_children()]
         raise TargetError(
             f"modules_to_save: {place.name!r}{ending} is a {type(place.module).__name__}, which is never called: the "
             f"model uses what is in it, so a copy of the whole would not be trained. Name "
             f"{'its parts: ' + shorten(parts, 3) if parts else 'a module that is called'}."
+        )
+    if any(id(inner) in adapted for inner in place.module.modules()):
+        raise TargetError(
+            f"modules_to_save: {place.name!r}{ending} is also to get an adapter, as a whole or in part "
+            "(target_modules, target_parameters). Take it out of one of the two, or write the full name of the module "
+            "that is meant."
         )
 
 
