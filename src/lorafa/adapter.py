@@ -8,11 +8,13 @@ mathematics; formulas use the view only.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import in_memory, weight_of
 from lorafa.linalg import working_dtype
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class Adapter:
     def dropout(self) -> float:
         """The probability in force: 0 in eval mode, and where it cannot act."""
         module = self.layer.lora_dropout[self.name]
-        acts = self.layer.training and self.layer.takes_dropout
+        acts = module.training and self.layer.takes_dropout
         return float(module.p) if acts and isinstance(module, nn.Dropout) else 0.0
 
     @property
@@ -92,13 +94,28 @@ class Adapter:
 
     @property
     def start(self) -> Start | None:
-        return self.layer.lora_start._modules.get(self.name)  # type: ignore[return-value]
+        start: Start | None = self.layer.lora_start._modules.get(self.name)  # type: ignore[assignment]
+        return start if start is None else in_memory(start)
 
     def extra(self, kind: str) -> Tensor:
         """A parameter the variant added, by the variant's own name for it."""
-        holder = getattr(self.layer, self.variant.extras[kind])[self.name]
-        weight: Tensor = holder.weight
-        return weight
+        return weight_of(getattr(self.layer, self.variant.extras[kind])[self.name])
+
+    @property
+    def modules(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """``lora_A`` and ``lora_B``; None where the factors are in no module, on an embedding."""
+        held = self.layer._modules  # each attribute of a module costs a search
+        A, B = held["lora_A"]._modules, held["lora_B"]._modules  # type: ignore[union-attr]
+        return A.get(self.name), B.get(self.name)
+
+    def extra_holders(self) -> Iterator[nn.Module]:
+        """The modules that hold the parameters the variant added, in the order of its ``extras``."""
+        return (getattr(self.layer, holder)[self.name] for holder in self.variant.extras.values())
+
+    @property
+    def as_made(self) -> bool:
+        """Whether its modules need not be called: no hook is on them, and no other is in their place."""
+        return self.layer.as_made(self)
 
     @property
     def folded_B(self) -> Tensor:
@@ -136,8 +153,17 @@ class Adapter:
         with full_precision(A):
             return self.scaling * (B.to(dtype) @ A.to(dtype))
 
+    def drop(self, x: Tensor) -> Tensor:
+        """x with the adapter's dropout; x itself where it drops nothing."""
+        if not self.as_made and self.layer.takes_dropout:
+            dropped: Tensor = self.layer.lora_dropout[self.name](x)
+            return dropped
+        return nn.functional.dropout(x, self.dropout) if self.dropout else x
+
     def change(self, x: Tensor) -> Tensor:
         """What the update adds to the output of the base that runs: s (B A - B0 A0) x, in the layout of the output."""
+        if not self.as_made:
+            return self.layer.by_modules(self, x, drops=False)
         return self.layer.low_rank(x, *self.running_factors, self.scaling)
 
     def start_of(self, x: Tensor) -> Tensor | None:
@@ -147,6 +173,8 @@ class Adapter:
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """The change of the weight, (out, in), given the base weight (out, in); differentiable in A, B and extras."""
+        if not self.as_made:
+            self.layer.require_readable(self)
         return self.variant.delta_weight(self, weight.to(working_dtype(weight.dtype)))
 
     def delta_output(self, x: Tensor, y: Tensor) -> Tensor:

@@ -102,5 +102,5 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 def is_hooked(layer: nn.Module) -> bool:
     """Whether somebody wants to see or change what passes through the layer."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or "forward" in layer.__dict__
+    torchs = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(torchs) or "forward" in layer.__dict__

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from lorafa.adapter import Adapter, Start, scaling
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
+from lorafa.backends.offload import in_memory, weight_of
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
+from lorafa.layers import own_modules
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
 from lorafa.layers.weights import device_of, updated_bias, with_changes
 
@@ -113,14 +115,14 @@ class LoraLayer(nn.Module):
 
     def factor_A(self, name: str) -> Tensor:
         """A as (r, in)."""
-        return self.matrix_A(self.lora_A[name].weight)  # type: ignore[arg-type]
+        return self.matrix_A(weight_of(self.lora_A._modules[name]))  # type: ignore[arg-type]
 
     def factor_B(self, name: str) -> Tensor:
         """B as (out, r)."""
-        return self.matrix_B(self.lora_B[name].weight)  # type: ignore[arg-type]
+        return self.matrix_B(weight_of(self.lora_B._modules[name]))  # type: ignore[arg-type]
 
     def factor_bias(self, name: str) -> Tensor | None:
-        return self.lora_B[name].bias if self.lora_bias[name] else None  # type: ignore[return-value]
+        return in_memory(self.lora_B[name]).bias if self.lora_bias[name] else None  # type: ignore[no-any-return]
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
         """s B A drop(x) for the layer's input x, in the layout of its output.
@@ -140,6 +142,9 @@ class LoraLayer(nn.Module):
     def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Weight (out, in) and bias (out,) if base(x) is just linear(x, weight, bias) and may be computed elsewhere."""
         return None
+
+    as_made, fits = own_modules.as_made, own_modules.fits
+    by_modules, require_readable = own_modules.by_modules, own_modules.require_readable
 
     # ---- the base layer
 
@@ -345,8 +350,7 @@ class LoraLayer(nn.Module):
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         """Let ``base`` stand in for the base layer; the pristine one is kept for :meth:`unmerge`."""
-        if not self._pristine:
-            self._pristine = (self.base_layer,)
+        self._pristine = self._pristine or (self.base_layer,)
         self.base_layer = base
         self.merged_adapters = list(names)
 
@@ -382,7 +386,7 @@ class LoraLayer(nn.Module):
         adapters = self.counting()
         if not adapters:
             return self.running_base()(x, *args, **kwargs)
-        if len(adapters) == 1 and not args and not kwargs:
+        if len(adapters) == 1 and not args and not kwargs and adapters[0].as_made:
             fused = adapters[0].variant.fused(adapters[0], x)
             if fused is not None:
                 return fused

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Start
 from lorafa.layers.base import LoraLayer
@@ -35,6 +35,11 @@ class TiedAdapter(Adapter):
     def B(self) -> Tensor:
         own = self.owner.adapters[self.name]
         return own.A.T if self.transposed else own.B
+
+    @property
+    def modules(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """Those of the owner; none where its update is turned round, which its modules do not compute."""
+        return (None, None) if self.transposed else self.owner.adapters[self.name].modules
 
     @property
     def start(self) -> Start | None:

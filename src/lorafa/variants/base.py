@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from lorafa.adapter import Adapter
+from lorafa.errors import BackendError
 from lorafa.initializers.base import LayerSpec
 
 if TYPE_CHECKING:
@@ -58,6 +59,19 @@ class Variant(ABC):
     def fold(self, B: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         """B (out, r) with the extras multiplied in, in the dtype of B: what takes its place in every formula."""
         return B
+
+    def between(self, adapter: Adapter, z: Tensor) -> Tensor:
+        """What stands between A and B, applied to z = A x, for layers whose modules are called one by one.
+
+        Raises:
+            BackendError: the formula has no such place.
+        """
+        if self.folds:
+            raise BackendError(
+                f"A hook is on lora_A, lora_B or lora_dropout of adapter {adapter.name!r}, or another module in its "
+                f"place, and {self.name} is not computed by calling them. Remove the hook."
+            )
+        return z
 
     @abstractmethod
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:

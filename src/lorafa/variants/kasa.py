@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lorafa.adapter import Adapter
 from lorafa.initializers.base import LayerSpec
 from lorafa.variants.lora import LoRA
 
@@ -30,6 +31,9 @@ class KaSA(LoRA):
 
     def extra_shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         return {"diagonal": (rank,)}
+
+    def between(self, adapter: Adapter, z: Tensor) -> Tensor:
+        return z * adapter.extra("diagonal").to(z.dtype)
 
     def fold(self, B: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         return B * extras["diagonal"].to(B.dtype)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafa.adapter import full_precision
+from lorafa.adapter import Adapter, full_precision
 from lorafa.initializers.base import LayerSpec
 from lorafa.linalg import working_dtype
 from lorafa.variants.lora import LoRA
@@ -33,6 +33,9 @@ class LoRASB(LoRA):
 
     def extra_shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         return {"core": (rank, rank)}
+
+    def between(self, adapter: Adapter, z: Tensor) -> Tensor:
+        return nn.functional.linear(z, adapter.extra("core").to(z.dtype))
 
     def fold(self, B: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         dtype = working_dtype(B.dtype)
