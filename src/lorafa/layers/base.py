@@ -357,7 +357,7 @@ class LoraLayer(nn.Module):
     def mergeable(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """What a merge would leave merged: what is, then the named (default: the active) adapters of this layer."""
         wanted = self._active_adapter if adapter_names is None else list(adapter_names)
-        return [*self.merged_adapters, *(n for n in wanted if n in self.adapters and n not in self.merged_adapters)]
+        return list(dict.fromkeys([*self.merged_adapters, *(name for name in wanted if name in self.adapters)]))
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Put the updates into the base weight until :meth:`unmerge`; always checked for inf and nan."""

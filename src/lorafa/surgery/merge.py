@@ -9,7 +9,7 @@ from torch import nn
 from lorafa.errors import warn
 from lorafa.surgery.adapters import require_adapters
 from lorafa.surgery.ties import share_merged
-from lorafa.surgery.walk import Parents, hosts, lora_layers
+from lorafa.surgery.walk import Parents, hosts, lora_layers, wrappers
 
 
 def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
@@ -19,11 +19,14 @@ def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) 
     :func:`unmerge_adapter` restores them bit for bit. Costs a second copy of the adapted weights.
 
     Raises:
-        AdapterError: an unknown adapter, or a merged weight would not be finite; nothing was merged.
+        AdapterError: an unknown adapter, two that want one place, or a merged weight would not be finite; nothing was
+            merged.
         BackendError: a layer cannot hold the update; nothing was merged.
     """
     if adapter_names is not None:
         require_adapters(model, adapter_names)
+    for path, wrapper in wrappers(model):
+        wrapper.require_together(_folded_in(model, wrapper.active_adapters, adapter_names), repr(path), trains=False)
     layers = [(layer, layer.mergeable(adapter_names)) for _, layer in lora_layers(model)]
     merged = [(layer, layer.merged_base(names), names) for layer, names in layers if names != layer.merged_adapters]
     share_merged(merged)
@@ -51,13 +54,19 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     ties = _says_tied(model)
     if not merge:
         unmerge_adapter(model)
+    chosen = {id(host): _folded_in(model, host.active_adapters, adapter_names) for _, host in hosts(model)}
     parents = Parents(model)
     for _, host in reversed(list(hosts(model))):  # inner wrappers first
-        chosen = host.active_adapters if adapter_names is None else list(adapter_names)
-        parents.replace(host, host.plain(chosen if merge else []))
+        parents.replace(host, host.plain(chosen[id(host)] if merge else []))
     if merge:
         _loosen(model, ties)
     return model
+
+
+def _folded_in(model: nn.Module, active: Sequence[str], adapter_names: Sequence[str] | None) -> list[str]:
+    """The adapters a merge folds in: those that are merged already, and the named ones (default: the active ones)."""
+    merged = [name for _, layer in lora_layers(model) for name in layer.merged_adapters]
+    return list(dict.fromkeys([*merged, *(active if adapter_names is None else adapter_names)]))
 
 
 def _says_tied(model: nn.Module) -> bool:

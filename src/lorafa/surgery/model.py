@@ -98,7 +98,7 @@ class LoraModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, together, and train unless ``inference_mode``."""
         adapters.set_adapter(self.model, adapter_name, inference_mode)
-        self._active = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._active = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""

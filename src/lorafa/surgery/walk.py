@@ -13,6 +13,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
+from lorafa.layers.wrapper import Wrapper
 
 Host = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
 """A wrapper of lorafa. All have ``wrapped_path``, ``stored``, ``set_adapter``, ``set_requires_grad``,
@@ -113,6 +114,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in skeleton(model):
         if isinstance(module, LoraLayer):
             yield path, module
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """Every wrapper of a module that is trained beside the factors, with its path, each once."""
+    return ((path, host) for path, host in hosts(model) if isinstance(host, Wrapper))
 
 
 def adapter_names(model: nn.Module) -> list[str]:
