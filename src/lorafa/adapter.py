@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import in_memory
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError
 from lorafa.linalg import working_dtype
@@ -110,6 +111,7 @@ class AdaptedLayer(Protocol):
     training: bool
     takes_dropout: ClassVar[bool]
     adapters: dict[str, Adapter]
+    _modules: dict[str, nn.Module | None]
     lora_dropout: nn.ModuleDict
     lora_start: nn.ModuleDict
     call: CurrentCall
@@ -124,6 +126,18 @@ class AdaptedLayer(Protocol):
     def factor_bias(self, name: str) -> Tensor | None: ...
 
     def extra(self, holder: str, name: str) -> Tensor: ...
+
+    def holder_of(self, holder: str, name: str) -> nn.Module: ...
+
+    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]: ...
+
+    def as_made(self, adapter: Adapter) -> bool: ...
+
+    def fits(self, A: nn.Module, B: nn.Module) -> bool: ...
+
+    def by_modules(self, adapter: Adapter, x: Tensor, *, drops: bool = True) -> Tensor: ...
+
+    def require_readable(self, adapter: Adapter) -> None: ...
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor: ...
 
@@ -159,6 +173,8 @@ class Adapter:
     """The factors that are trained: "B" for a frozen A (LoRA-FA)."""
     fallback: str | None = None
     """Why the layer starts as by default instead of as the config says."""
+    has_bias: bool = False
+    """Whether B was made with a bias."""
     _scaling: float | Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -200,7 +216,7 @@ class Adapter:
     def dropout(self) -> float:
         """The probability in force: 0 in eval mode, and where it cannot act."""
         module = self.layer.lora_dropout[self.name]
-        acts = self.layer.training and self.layer.takes_dropout
+        acts = module.training and self.layer.takes_dropout
         return float(module.p) if acts and isinstance(module, nn.Dropout) else 0.0
 
     @property
@@ -210,11 +226,28 @@ class Adapter:
 
     @property
     def start(self) -> Start | None:
-        return self.layer.lora_start._modules.get(self.name)  # type: ignore[return-value]
+        start: Start | None = self.layer.lora_start._modules.get(self.name)  # type: ignore[assignment]
+        return start if start is None else in_memory(start)
 
     def extra(self, kind: str) -> Tensor:
         """A tensor the variant added, by the variant's own name for it."""
         return self.layer.extra(self.variant.extras[kind].holder, self.name)
+
+    @property
+    def modules(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """``lora_A`` and ``lora_B``; None where the factors are in no module, on an embedding."""
+        held = self.layer._modules  # each attribute of a module costs a search
+        A, B = held["lora_A"]._modules, held["lora_B"]._modules  # type: ignore[union-attr]
+        return A.get(self.name), B.get(self.name)
+
+    def extra_holders(self) -> Iterator[nn.Module]:
+        """The modules that hold what the variant added, in the order of its ``extras``."""
+        return (self.layer.holder_of(extra.holder, self.name) for extra in self.variant.extras.values())
+
+    @property
+    def as_made(self) -> bool:
+        """Whether its modules need not be called: no hook is on them, and no other is in their place."""
+        return self.layer.as_made(self)
 
     @property
     def fact(self) -> Any:
@@ -259,8 +292,17 @@ class Adapter:
         with full_precision(A):
             return self.scaling * (B.to(dtype) @ A.to(dtype))
 
+    def drop(self, x: Tensor) -> Tensor:
+        """x with the adapter's dropout; x itself where it drops nothing."""
+        if not self.as_made and self.layer.takes_dropout:
+            dropped: Tensor = self.layer.lora_dropout[self.name](x)
+            return dropped
+        return nn.functional.dropout(x, self.dropout) if self.dropout else x
+
     def change(self, x: Tensor) -> Tensor:
         """What the update adds to the output of the base that runs: s (B A - B0 A0) x, in the layout of the output."""
+        if not self.as_made:
+            return self.layer.by_modules(self, x, drops=False)
         return self.layer.low_rank(x, *self.running_factors, self.scaling)
 
     def start_of(self, x: Tensor) -> Tensor | None:
@@ -270,6 +312,8 @@ class Adapter:
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """The change of the weight, (out, in), given the base weight (out, in); differentiable in A, B and extras."""
+        if not self.as_made:
+            self.layer.require_readable(self)
         return self.variant.delta_weight(self, weight.to(working_dtype(weight.dtype)))
 
     def delta_output(self, x: Tensor, y: Tensor) -> Tensor:
@@ -384,6 +428,21 @@ class Variant(ABC):
         """
         if self.inner is not None:
             self.inner.changed(layer, name)
+
+    def between(self, adapter: Adapter, z: Tensor) -> Tensor:
+        """What stands between A and B, applied to z = A x, for layers whose modules are called one by one.
+
+        Raises:
+            BackendError: the formula has no such place.
+        """
+        if self.inner is not None:
+            return self.inner.between(adapter, z)
+        if not self.factors_are_stored:
+            raise BackendError(
+                f"A hook is on lora_A, lora_B or lora_dropout of adapter {adapter.name!r}, or another module in its "
+                f"place, and {self.name} is not computed by calling them. Remove the hook."
+            )
+        return z
 
     # ---- the formula
 

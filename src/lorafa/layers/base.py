@@ -12,8 +12,10 @@ from lorafa.adapter import Adapter, Start, bias_change
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend, device_of, is_finite
 from lorafa.backends.oddities import described
+from lorafa.backends.offload import in_memory, weight_of
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
+from lorafa.layers import own_modules
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
@@ -52,7 +54,7 @@ class LoraLayer(Host):
     scaling: Table[float | Tensor] = number("scaling")
     use_rslora: Table[bool] = number("use_rslora")
     use_dora: Table[bool] = Table(lambda adapter: any(v.switch == "use_dora" for v in adapter.variant.chain()))
-    lora_bias: Table[bool] = Table(lambda adapter: adapter.bias is not None)
+    lora_bias: Table[bool] = Table(lambda adapter: adapter.has_bias)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -120,19 +122,22 @@ class LoraLayer(Host):
 
     def factor_A(self, name: str) -> Tensor:
         """A as (r, in)."""
-        return self.matrix_A(self.lora_A[name].weight)  # type: ignore[arg-type]
+        return self.matrix_A(weight_of(self.lora_A._modules[name]))  # type: ignore[arg-type]
 
     def factor_B(self, name: str) -> Tensor:
         """B as (out, r)."""
-        return self.matrix_B(self.lora_B[name].weight)  # type: ignore[arg-type]
+        return self.matrix_B(weight_of(self.lora_B._modules[name]))  # type: ignore[arg-type]
 
     def factor_bias(self, name: str) -> Tensor | None:
-        return self.lora_B[name].bias  # type: ignore[return-value]
+        return in_memory(self.lora_B[name]).bias if self.adapters[name].has_bias else None  # type: ignore[no-any-return]
 
     def extra(self, holder: str, name: str) -> Tensor:
         """A tensor that a variant has added, by its PEFT name."""
-        weight: Tensor = self._modules[holder][name].weight  # type: ignore[index]
-        return weight
+        return weight_of(self.holder_of(holder, name))
+
+    def holder_of(self, holder: str, name: str) -> nn.Module:
+        """The module that holds what a variant has added."""
+        return self._modules[holder]._modules[name]  # type: ignore[union-attr, return-value]
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         """s B A drop(x) for the layer's input x, in the layout of its output.
@@ -152,6 +157,9 @@ class LoraLayer(Host):
     def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Weight (out, in) and bias (out,) if base(x) is just linear(x, weight, bias) and may be computed elsewhere."""
         return None
+
+    as_made, fits = own_modules.as_made, own_modules.fits
+    by_modules, require_readable = own_modules.by_modules, own_modules.require_readable
 
     # ---- the base layer
 
@@ -236,8 +244,9 @@ class LoraLayer(Host):
         if parts.start is not None:
             self.lora_start[name] = Start(*(placed(factor) for factor in parts.start))
         self.adapters[name] = Adapter(
-            self, name, variant, parts.rank, parts.alpha, parts.use_rslora, parts.times, parts.trains, parts.fallback
-        )
+            self, name, variant, parts.rank, parts.alpha, parts.use_rslora, parts.times, parts.trains, parts.fallback,
+            bias is not None,
+        )  # fmt: skip
         for holder in self.holders():  # not self.train(): what is inside the base keeps its modes
             holder.training = self.training
             if isinstance(holder, nn.ModuleDict) and name in holder:
@@ -400,15 +409,14 @@ class LoraLayer(Host):
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         """Let ``base`` stand in for the base layer; the pristine one is kept for :meth:`unmerge`."""
-        if not self._pristine:
-            self._pristine = (self.base_layer,)
+        self._pristine = self._pristine or (self.base_layer,)
         self.base_layer = base
         self.merged_adapters = list(names)
 
     def mergeable(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """What a merge would leave merged: what is, then the named (default: the active) adapters of this layer."""
         wanted = self._active_adapter if adapter_names is None else list(adapter_names)
-        return [*self.merged_adapters, *(n for n in wanted if n in self.adapters and n not in self.merged_adapters)]
+        return list(dict.fromkeys([*self.merged_adapters, *(name for name in wanted if name in self.adapters)]))
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Put the updates into the base weight until :meth:`unmerge`; always checked for inf and nan."""
@@ -437,7 +445,7 @@ class LoraLayer(Host):
         adapters = self.counting()
         if not adapters:
             return self.running_base()(x, *args, **kwargs)
-        if len(adapters) == 1 and not args and not kwargs:
+        if len(adapters) == 1 and not args and not kwargs and adapters[0].as_made:
             fused = adapters[0].variant.fused(adapters[0], x)
             if fused is not None:
                 return fused

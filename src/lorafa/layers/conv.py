@@ -66,6 +66,13 @@ class LoraConv(LoraLayer):
     def per_output(self, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * self._dims())
 
+    def fits(self, A: nn.Module, B: nn.Module) -> bool:
+        base, dims = cast(Conv, self.get_base_layer()), cast(Conv, A).weight.dim() - 2
+        ones = (1,) * dims
+        return _settings(A) == (base.stride, base.padding, base.dilation, 1, base.padding_mode) and _settings(B) == (
+            ones, (0,) * dims, ones, base.groups, "zeros"
+        )  # fmt: skip
+
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         base = cast(Any, self.get_base_layer())
         x = nn.functional.dropout(x, dropout) if dropout else x
@@ -78,6 +85,11 @@ class LoraConv(LoraLayer):
             padding = 0
         z = convolve(x, kernel, None, base.stride, padding, base.dilation)
         return convolve(z, self.stored_B(B).to(x.dtype), groups=base.groups) * scaling
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    conv = cast(Conv, module)
+    return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
 
 
 def _holder(base: Conv, weight: Tensor, bias: Tensor | None, kernel: Any, stride: Any, padding: Any, dilation: Any,

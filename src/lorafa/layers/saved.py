@@ -46,6 +46,9 @@ class ModulesToSaveWrapper(Wrapper):
     def held(self) -> Iterable[str]:
         return self.modules_to_save
 
+    def wanted_twice(self, one: str, other: str, *, trains: bool) -> str | None:
+        return "a copy (modules_to_save)"
+
     def answering(self) -> nn.Module:
         return self.current()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Start
 from lorafa.layers.base import LoraLayer
@@ -37,6 +37,11 @@ class TiedAdapter(Adapter):
         return self.owner.adapters[self.name].bias
 
     @property
+    def modules(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """Those of the owner; none where its update is turned round, which its modules do not compute."""
+        return (None, None) if self.transposed else self.owner.adapters[self.name].modules
+
+    @property
     def start(self) -> Start | None:
         own = self.owner.adapters[self.name].start
         return own if own is None or not self.transposed else Start(own.B.T, own.A.T)
@@ -48,7 +53,7 @@ def attach_tied(layer: LoraLayer, owner: LoraLayer, name: str, *, transposed: bo
     layer.lora_dropout[name] = copy.deepcopy(owner.lora_dropout[name])
     layer.adapters[name] = TiedAdapter(
         layer, name, own.variant, own.rank, own.alpha, own.use_rslora, own.times, own.trains, own.fallback,
-        owner=owner, transposed=transposed,
+        own.has_bias,         owner=owner, transposed=transposed,
     )  # fmt: skip
     layer.adapters[name].scaling = own.scaling
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import replaced
+from lorafa.errors import shorten
 from lorafa.layers.parts import Stored
 from lorafa.layers.wrapper import Wrapper
 
@@ -61,6 +62,14 @@ class TrainableTokensWrapper(Wrapper):
     def held(self) -> Iterable[str]:
         return self.token_adapter.trainable_tokens_delta
 
+    def wanted_twice(self, one: str, other: str, *, trains: bool) -> str | None:
+        """Rows that both have, unless they are equal and stay so."""
+        indices, rows = self.token_adapter.token_indices, self.token_adapter.trainable_tokens_delta
+        mine, others = (dict(zip(indices[n], rows[n], strict=True)) for n in (one, other))
+        both = [i for i in mine if i in others]
+        different = both if trains else [i for i in both if not torch.equal(mine[i], others[i])]
+        return f"values for rows {shorten(map(str, different))} (trainable_token_indices)" if different else None
+
     def answering(self) -> nn.Module:
         return self.original_module
 
@@ -73,7 +82,7 @@ class TrainableTokensWrapper(Wrapper):
         return None if self._disable_adapters else self._rows(self._active_adapter)
 
     def _rows(self, names: Sequence[str]) -> tuple[list[int], Tensor] | None:
-        """Indices and rows (tokens, dim) of these adapters; of several the later ones win."""
+        """Indices and rows (tokens, dim) of these adapters; a row that several have is equal in all of them."""
         chosen: dict[int, Tensor] = {}
         adapter = self.token_adapter
         names = [name for name in names if name in adapter.trainable_tokens_delta]

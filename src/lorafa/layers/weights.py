@@ -11,12 +11,16 @@ from torch.func import functional_call
 
 from lorafa.adapter import full_precision
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.own_modules import require_uncalled
 from lorafa.linalg import working_dtype
 
 
 def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = None) -> dict[str, Tensor]:
     """Weight (and bias) with the counting updates added, with gradients, under the names a module knows them by."""
     adapters, base, weight = layer.counting(), layer.get_base_layer(), layer.base_weight()
+    for adapter in adapters:
+        if not adapter.as_made:
+            require_uncalled(layer, adapter)
     if len(adapters) == 1 and adapters[0].variant.plain:  # no float32 copy of W
         A, B = (factor.to(weight.dtype) for factor in adapters[0].running_factors)
         product = torch.baddbmm if weight.dim() == 3 else torch.addmm

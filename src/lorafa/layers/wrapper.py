@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any, ClassVar
 
 from torch import nn
 
+from lorafa.errors import AdapterError
 from lorafa.layers.host import Host
 
 
@@ -19,6 +22,36 @@ class Wrapper(Host):
     @abstractmethod
     def answering(self) -> nn.Module:
         """The module that is asked for what the wrapper does not have: ``in_features``, ``padding_idx`` ..."""
+
+    @abstractmethod
+    def wanted_twice(self, one: str, other: str, *, trains: bool) -> str | None:
+        """What two adapters both have here, of which one alone could count, for an error; None if they go together."""
+
+    def require_together(self, names: Iterable[str], where: str, *, trains: bool) -> None:
+        """Raise AdapterError if one of these adapters would take the place of what another one has here.
+
+        Args:
+            where: the path of the wrapped module, for the error.
+            trains: whether they will be trained, so that what is equal now may differ later.
+        """
+        held = [name for name in dict.fromkeys(names) if name in self.held()]
+        for one, other in combinations(held, 2):
+            what = self.wanted_twice(one, other, trains=trains)
+            if what is not None:
+                raise AdapterError(
+                    f"Adapters {one!r} and {other!r} cannot count together: both have {what} of {where}, and only one "
+                    "can be there. Choose one of the two. Nothing was changed."
+                )
+
+    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters count, and train (unless ``inference_mode``).
+
+        Raises:
+            AdapterError: two of them want one place here.
+        """
+        listed = [names] if isinstance(names, str) else list(names)
+        self.require_together(listed, f"this {type(self.answering()).__name__}", trains=not inference_mode)
+        super().set_adapter(listed, inference_mode)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorafa.errors import AdapterError, BackendError, did_you_mean
-from lorafa.surgery.walk import adapter_names, hosts, lora_layers
+from lorafa.surgery.walk import adapter_names, hosts, lora_layers, wrappers
 
 
 def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
@@ -26,11 +26,12 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     """Make exactly ``names`` count and (unless ``inference_mode``) train; every other adapter is frozen.
 
     Raises:
-        AdapterError: an unknown name, or adapters are merged; nothing was changed.
+        AdapterError: an unknown name, adapters are merged, or two of ``names`` want one place; nothing was changed.
     """
-    listed = [names] if isinstance(names, str) else list(names)
+    listed = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     require_adapters(model, listed)
     require_nothing_merged(model)
+    require_together(model, listed, trains=not inference_mode)
     changed = without_start(model)
     if changed is not None and listed != [changed]:
         raise AdapterError(
@@ -39,6 +40,16 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
         )
     for _, host in hosts(model):
         host.set_adapter(listed, inference_mode)
+
+
+def require_together(model: nn.Module, names: Sequence[str], *, trains: bool) -> None:
+    """Raise AdapterError if two of these adapters have a copy of one module, or other values for one row of a table.
+
+    Args:
+        trains: whether they will be trained, so that rows that are equal now may differ later.
+    """
+    for path, wrapper in wrappers(model):
+        wrapper.require_together(names, repr(path), trains=trains)
 
 
 def without_start(model: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from lorafa.errors import BackendError, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.adapters import require_adapters, require_uniform
 from lorafa.surgery.ties import share_merged
-from lorafa.surgery.walk import Parents, hosts, lora_layers
+from lorafa.surgery.walk import Parents, hosts, lora_layers, wrappers
 
 
 def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
@@ -20,11 +20,14 @@ def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) 
     :func:`unmerge_adapter` restores them bit for bit. Costs a second copy of the adapted weights.
 
     Raises:
-        AdapterError: an unknown adapter, or a merged weight would not be finite; nothing was merged.
+        AdapterError: an unknown adapter, two that want one place, or a merged weight would not be finite; nothing was
+            merged.
         BackendError: a layer cannot hold the update; nothing was merged.
     """
     if adapter_names is not None:
         require_adapters(model, adapter_names)
+    for path, wrapper in wrappers(model):
+        wrapper.require_together(_folded_in(model, wrapper.active_adapters, adapter_names), repr(path), trains=False)
     layers = [(path, layer, layer.mergeable(adapter_names)) for path, layer in lora_layers(model)]
     require_uniform(model, [*dict.fromkeys(name for _, _, names in layers for name in names)], "Merging")
     with_names = [(path, layer, names) for path, layer, names in layers if names != layer.merged_adapters]
@@ -61,13 +64,19 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     ties = _says_tied(model)
     if not merge:
         unmerge_adapter(model)
+    chosen = {id(host): _folded_in(model, host.active_adapters, adapter_names) for _, host in hosts(model)}
     parents = Parents(model)
     for _, host in reversed(list(hosts(model))):  # inner wrappers first
-        chosen = host.active_adapters if adapter_names is None else list(adapter_names)
-        parents.replace(host, host.unwrapped(chosen if merge else []))
+        parents.replace(host, host.unwrapped(chosen[id(host)] if merge else []))
     if merge:
         _loosen(model, ties)
     return model
+
+
+def _folded_in(model: nn.Module, active: Sequence[str], adapter_names: Sequence[str] | None) -> list[str]:
+    """The adapters a merge folds in: those that are merged already, and the named ones (default: the active ones)."""
+    merged = [name for _, layer in lora_layers(model) for name in layer.merged_adapters]
+    return list(dict.fromkeys([*merged, *(active if adapter_names is None else adapter_names)]))
 
 
 def _says_tied(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.host import Host
+from lorafa.layers.wrapper import Wrapper
 
 _COMPILED = "_orig_mod"
 """Where torch.compile's wrapper of a module holds it."""
@@ -160,6 +161,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in skeleton(model):
         if isinstance(module, LoraLayer):
             yield path, module
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """Every wrapper of a module that is trained beside the factors, with its path, each once."""
+    return ((path, host) for path, host in hosts(model) if isinstance(host, Wrapper))
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -53,10 +53,9 @@ class DoRA(Variant):
         return gain[:, None] * (weight + adapter.product()) - weight
 
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
-        layer, p = adapter.layer, adapter.dropout
+        layer, dropped = adapter.layer, adapter.drop(x)
         base_part: Tensor | None = None
-        if p:  # base and change see the same dropped input, as in the authors' code; a start is part of the base
-            dropped = torch.nn.functional.dropout(x, p)
+        if dropped is not x:  # base and change see the same input, as in the authors' code; a start is part of the base
             base_part, x = adapter.start_of(dropped - x), dropped
             y = layer.base_output(x)
         change, bias = adapter.change(x), layer.base_bias()
@@ -75,6 +74,8 @@ class DoRA(Variant):
 
     def _gain(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """m / ||W + s B A||, (out,), in float32 or float64, with a gradient for m alone."""
+        if not adapter.as_made:
+            adapter.layer.require_readable(adapter)
         magnitude = adapter.extra("magnitude").flatten()
         with torch.no_grad():  # rounded as m is: the quotient is 1 at step 0 whatever m is stored in
             norms = row_norms(weight, *adapter.factors, adapter.scaling).to(magnitude.dtype)

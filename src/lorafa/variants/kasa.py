@@ -45,6 +45,9 @@ class KaSA(LoRA):
     def factors(self, tensors: Tensors, *, training: bool = False) -> tuple[Tensor, Tensor]:
         return tensors.A, tensors.B * tensors.extra("diagonal").to(tensors.B.dtype)
 
+    def between(self, adapter: Adapter, z: Tensor) -> Tensor:
+        return z * adapter.extra("diagonal").to(z.dtype)
+
     def penalty(self, adapter: Adapter) -> Tensor:
         """beta ||d||^2 + gamma (||B^T B - I|| + ||A A^T - I||), Frobenius norms (equations 9 to 12 of the paper).
 

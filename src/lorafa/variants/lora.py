@@ -21,6 +21,8 @@ class LoRA(Variant):
         return adapter.product()
 
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        if not adapter.as_made:
+            return adapter.layer.by_modules(adapter, x)
         p = adapter.dropout
         if p and adapter.running_start is not None:
             dropped = nn.functional.dropout(x, p)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafa.adapter import Extra, Tensors, full_precision
+from lorafa.adapter import Adapter, Extra, Tensors, full_precision
 from lorafa.linalg import working_dtype
 from lorafa.spec import LayerSpec, Shape
 from lorafa.variants.lora import LoRA
@@ -37,3 +37,6 @@ class LoRASB(LoRA):
         dtype = working_dtype(tensors.B.dtype)
         with full_precision(tensors.B):
             return tensors.A, (tensors.B.to(dtype) @ tensors.extra("core").to(dtype)).to(tensors.B.dtype)
+
+    def between(self, adapter: Adapter, z: Tensor) -> Tensor:
+        return nn.functional.linear(z, adapter.extra("core").to(z.dtype))
