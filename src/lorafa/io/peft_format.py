@@ -19,7 +19,16 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.parts import Stored
 from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.surgery.walk import HOSTS, base_parameters, hosts, lora_layers, places
+from lorafa.surgery.walk import (
+    HOSTS,
+    base_parameters,
+    embedding_of,
+    hosts,
+    lora_layers,
+    places,
+    skeleton,
+    uncompiled_name,
+)
 
 PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -33,11 +42,11 @@ _NO_SETTINGS: Mapping[str, Any] = {name: {} if name == "loftq_config" else None 
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by their names in the user's model.
+    """The tensors of a file by their names in the user's model, as it is when no part of it is compiled.
 
     Files of PEFT with ``bias="all"`` hold the biases of ``modules_to_save`` twice; one of the two is left out.
     """
-    named = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    named = {uncompiled_name(key).removeprefix(PREFIX): value for key, value in tensors.items()}
     copies = [key for key in named if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in named]
     return {key: value for key, value in named.items() if key not in copies}
 
@@ -52,13 +61,19 @@ def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool
             config targets embeddings by their usual names, only of those that are adapted, as in PEFT.
     """
     for path, host in hosts(model):
-        yield from (entry.at(path) for entry in host.stored(name))
+        yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
     yield from _biases(model, name, config)
     if embeddings:
         yield from _embeddings(model, adapted_only=keeps_embeddings(config, model, "auto"))
 
 
-def _pristine(model: nn.Module) -> dict[int, Tensor]:
+def _uncompiled(entry: Stored) -> Stored:
+    """The entry by the names it has where no part of a module that is saved as a whole is compiled."""
+    live = None if entry.live is None else uncompiled_name(entry.live)
+    return replace(entry, key=uncompiled_name(entry.key), live=live)
+
+
+def pristine_tensors(model: nn.Module) -> dict[int, Tensor]:
     """Identity of a merged weight or bias -> the one it stands in for, which is what belongs with an adapter."""
     found: dict[int, Tensor] = {}
     for _, layer in lora_layers(model):
@@ -75,7 +90,7 @@ def _base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Sto
 
 
 def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Stored]:
-    pristine = _pristine(model)
+    pristine = pristine_tensors(model)
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
@@ -93,10 +108,10 @@ def _adapted(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
 
 def _embeddings(model: nn.Module, *, adapted_only: bool = False) -> Iterator[Stored]:
     """Base weights of input embedding and output head; whole copies (``modules_to_save``) are in the file anyway."""
-    modules = [getattr(model, getter)() for getter in _EMBEDDING_GETTERS if callable(getattr(model, getter, None))]
-    pristine = _pristine(model)
-    for path, module in model.named_modules():
-        if not any(module is embedding for embedding in modules) or isinstance(module, ModulesToSaveWrapper):
+    tables = [embedding_of(model, getter) for getter in _EMBEDDING_GETTERS]
+    pristine = pristine_tensors(model)
+    for path, module in skeleton(model):
+        if not any(module is table for table in tables) or isinstance(module, ModulesToSaveWrapper):
             continue
         if isinstance(module, HOSTS):
             inner = module.get_submodule(module.wrapped_path)
@@ -191,6 +206,7 @@ def _split(
 def _gathered(found: list[Stored], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The values of the entries by their names in a file; what the model itself holds may be a part only."""
     values, missing = {}, []
+    state_dict = {uncompiled_name(key): tensor for key, tensor in state_dict.items()}
     for entry in found:
         if entry.live is None:
             values[entry.key] = entry.tensor.detach()
@@ -313,13 +329,16 @@ def load_tensors(
             entry.tensor.data.copy_(tensors[entry.key])
 
 
+def wanted_tensors(
+    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
+) -> dict[str, Tensor]:
+    """What a file of adapter ``name`` would hold; whole embeddings only if ``tensors`` has them: PEFT adds some."""
+    whole = {entry.key: entry.tensor.detach() for entry in _embeddings(model) if entry.key in tensors}
+    return file_tensors(model, name, config, with_start=with_start) | whole
+
+
 def misfit(
     model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
 ) -> Misfit:
-    """How the tensors of a file differ from those adapter ``name`` has; empty if they fit.
-
-    Whole embeddings, which PEFT adds to some files, are wanted where the file has them.
-    """
-    want = file_tensors(model, name, config, with_start=with_start)
-    whole = {entry.key: entry.tensor for entry in _embeddings(model) if entry.key in tensors}
-    return compare(tensors, want | whole)
+    """How the tensors of a file differ from those adapter ``name`` has; empty if they fit."""
+    return compare(tensors, wanted_tensors(model, name, config, tensors, with_start=with_start))

@@ -16,7 +16,7 @@ from lorafa.errors import TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
-from lorafa.surgery.walk import Place, places
+from lorafa.surgery.walk import Place, embedding_of, places, uncompiled
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
@@ -255,10 +255,10 @@ def _default_targets(model: nn.Module) -> set[str] | str:
 
 def _all_linear(model: nn.Module, everything: list[Place], config: LoraConfig) -> list[Place]:
     """Every linear layer but the output head (of sequence classifiers: the classifier) and the insides of attention."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = embedding_of(model, "get_output_embeddings")
     if head is None and config.task_type == "SEQ_CLS":
         head = next((h for h in (getattr(model, n, None) for n in _CLASSIFIER_HEADS) if h is not None), None)
+        head = uncompiled(head) if head is not None else None
     attention = tuple(p.name + "." for p in everything if isinstance(p.module, nn.MultiheadAttention))
     return [
         place
