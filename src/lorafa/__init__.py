@@ -30,6 +30,7 @@ from lorafa.preprocess import estimate_gradients, preprocess_corda, preprocess_l
 from lorafa.ranks import RankRule, choose_ranks, with_ranks
 from lorafa.starting import collect_statistics, initialize, start_from
 from lorafa.statistics import Statistics
+from lorafa.surgery.gradients import check_gradients
 from lorafa.surgery.model import LoraModel, inject_adapter_in_model
 from lorafa.surgery.mutate import mutate_base, restore_base
 from lorafa.surgery.status import get_layer_status, get_model_status
@@ -56,6 +57,7 @@ __all__ = [
     "TaskType",
     "VeloraConfig",
     "__version__",
+    "check_gradients",
     "choose_ranks",
     "collect_statistics",
     "create_lorafa_optimizer",

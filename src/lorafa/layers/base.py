@@ -151,7 +151,8 @@ class LoraLayer(nn.Module):
         backend = backend_of(self.get_base_layer())
         if backend is None:
             raise BackendError(
-                f"No back end knows {type(self.get_base_layer()).__name__}. Add its line to lorafa.backends.BACKENDS."
+                f"No back end knows {type(self.get_base_layer()).__name__}, which stands where the base layer was. "
+                "Under FSDP1 wrap whole blocks (auto_wrap_policy), no base layers, or use FSDP2 (fully_shard)."
             )
         return backend
 
