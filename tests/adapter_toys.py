@@ -19,7 +19,7 @@ from lorafa.initializers.base import Initializer
 from lorafa.layers.base import LoraLayer
 from lorafa.linalg import full_svd
 from lorafa.surgery.walk import lora_layers
-from lorafa.variants import VARIANTS
+from lorafa.variants import VARIANTS, variant_types
 
 OUT, IN = 24, 8
 """Of every layer here: nn.MultiheadAttention needs out = 3 in, and in must be even for a kernel of two taps."""
@@ -30,8 +30,10 @@ VARIANT: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "lora_sb": {"init_lora_weights": "lora_sb"},
     "kasa": {"init_lora_weights": "kasa"},
+    "dora over lora_sb": {"use_dora": True, "init_lora_weights": "lora_sb"},
+    "dora over kasa": {"use_dora": True, "init_lora_weights": "kasa"},
 }
-"""The settings that ask for each variant."""
+"""The settings that ask for each variant, and for one over another."""
 STARTS: list[bool | str] = [
     *(
         find_start(name).value  # type: ignore[union-attr]
@@ -176,7 +178,13 @@ def stats_for(weight: Tensor) -> dict[str, Tensor]:
     return tensors | {"gradient.dense": G, "second_moment.C": C, "corda_moment.C": C}
 
 
-DEFINED = [(v, k) for v in VARIANTS.names() for k in KINDS if backend_for(k).host in VARIANTS.get(v).hosts]
+def hosts_of(variant: str) -> frozenset[str]:
+    """Kinds of layer that a variant is defined on, with what it is over."""
+    types = variant_types(LoraConfig(**VARIANT[variant]))
+    return frozenset.intersection(*(one.hosts for one in types))
+
+
+DEFINED = [(v, k) for v in VARIANT for k in KINDS if backend_for(k).host in hosts_of(v)]
 """(variant, kind of layer) where the formula is defined."""
 STARTED = [(s, v, k) for v, k in DEFINED for s in starts_of(v, *STARTS) if defined(s, k)]
 """(start, variant, kind of layer) where all three go together."""

@@ -1,23 +1,38 @@
-"""Adapter: one low-rank update of one weight, seen as one object.
+"""The three words of the mathematics: an Adapter is the numbers of one update, a Variant is its formula, and an
+AdaptedLayer is what both may ask of the layer they are on.
 
-The numbers live on the layer under PEFT's names (``layer.lora_A[name].weight``, ``layer.scaling[name]`` ...), because
-other people's code reads and moves them there. This view is the one place that maps between those names and the
-mathematics; formulas use the view only.
+An update is seen in three ways. The *whole* update s (B A - B0 A0) is what the adapter means on the pristine base: it
+is merged, exported and measured. The *running* update is what a forward pass adds to the base that runs; it is the
+whole one, but s B A where the start is taken out of that base (``mutate_base``). The *start* s B0 A0 is the part of
+s B A that was there at step 0 and must not count.
+
+Parameters lie on the layer under PEFT's names (``layer.lora_A[name].weight`` ...), because other people's code reads
+and moves them there. The numbers (rank, alpha, scaling ...) are the adapter's own; the layer shows them under PEFT's
+names too (:mod:`lorafa.layers.by_name`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.context import CurrentCall
+from lorafa.errors import AdapterError, BackendError
 from lorafa.linalg import working_dtype
+from lorafa.spec import LayerSpec, Shape, factor_shapes
 
 if TYPE_CHECKING:
-    from lorafa.layers.base import LoraLayer
-    from lorafa.variants.base import Variant
+    from typing_extensions import Self
+
+Stage = Literal["factors", "norm", "gate"]
+STAGES: tuple[Stage, ...] = ("factors", "norm", "gate")
+"""From the inside out: how s B A is formed, what is made of its norm, when it applies."""
 
 
 def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -53,18 +68,125 @@ class Start(nn.Module):
         self.register_buffer("B", B)
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A tensor of a variant beyond A and B."""
+
+    holder: str
+    """Its PEFT name on the layer and in files: ``<holder>.<adapter>.weight``."""
+    trained: bool = True
+    """Whether it is a parameter; if not it is a buffer, which no optimizer sees."""
+    saved: bool = True
+    """Whether files hold it; if not :meth:`Variant.changed` computes it again."""
+
+
+class Tensors(Protocol):
+    """A, B and the extras of an adapter, wherever they are: on a layer, in a plan, in a file."""
+
+    @property
+    def A(self) -> Tensor: ...
+
+    @property
+    def B(self) -> Tensor: ...
+
+    def extra(self, kind: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LooseTensors:
+    """The tensors of an adapter that no layer holds."""
+
+    A: Tensor
+    B: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def extra(self, kind: str) -> Tensor:
+        return self.extras[kind]
+
+
+class AdaptedLayer(Protocol):
+    """What an adapter and its formula may ask of the layer they are on (:class:`lorafa.layers.base.LoraLayer`)."""
+
+    training: bool
+    takes_dropout: ClassVar[bool]
+    adapters: dict[str, Adapter]
+    lora_dropout: nn.ModuleDict
+    lora_start: nn.ModuleDict
+    call: CurrentCall
+
+    @property
+    def without_start(self) -> bool: ...
+
+    def factor_A(self, name: str) -> Tensor: ...
+
+    def factor_B(self, name: str) -> Tensor: ...
+
+    def factor_bias(self, name: str) -> Tensor | None: ...
+
+    def extra(self, holder: str, name: str) -> Tensor: ...
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor: ...
+
+    def per_output(self, vector: Tensor) -> Tensor: ...
+
+    def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None: ...
+
+    def base_output(self, x: Tensor) -> Any: ...
+
+    def base_weight(self) -> Tensor: ...
+
+    def base_bias(self) -> Tensor | None: ...
+
+    def before_rescaling(self) -> None: ...
+
+
+@dataclass(eq=False, slots=True, repr=False)
 class Adapter:
     """The update called ``name`` of ``layer``; A is (r, in), B is (out, r), in the layer's own layout of weights.
 
     For a stack of E experts A is (E, r, in) and B is (E, out, r).
     """
 
-    __slots__ = ("layer", "name", "variant")
+    layer: AdaptedLayer
+    name: str
+    variant: Variant
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+    times: int = 1
+    """How often the update is applied: its scaling is this many times that of rank and alpha."""
+    trains: str = "AB"
+    """The factors that are trained: "B" for a frozen A (LoRA-FA)."""
+    fallback: str | None = None
+    """Why the layer starts as by default instead of as the config says."""
+    _scaling: float | Tensor = field(init=False)
 
-    def __init__(self, layer: LoraLayer, name: str, variant: Variant) -> None:
-        self.layer = layer
-        self.name = name
-        self.variant = variant
+    def __post_init__(self) -> None:
+        self._scaling = self.initial_scaling
+
+    @property
+    def initial_scaling(self) -> float:
+        """The scaling that rank and alpha give."""
+        return self.times * scaling(self.rank, self.alpha, self.use_rslora)
+
+    @property
+    def scaling(self) -> float | Tensor:
+        """The factor s in force: a number, or a tensor without dimensions, which compiled code reads anew each time."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float | Tensor) -> None:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number and not (isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()):
+            raise AdapterError(
+                f"The scaling of an adapter is a number or a floating-point tensor without dimensions, found {value!r}."
+            )
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise AdapterError(
+                "The scaling of an adapter gets no gradient, and the tensor requires one. Pass scaling.detach()."
+            )
+        self.layer.before_rescaling()
+        self._scaling = value
 
     @property
     def A(self) -> Tensor:
@@ -73,10 +195,6 @@ class Adapter:
     @property
     def B(self) -> Tensor:
         return self.layer.factor_B(self.name)
-
-    @property
-    def scaling(self) -> float:
-        return self.layer.scaling[self.name]
 
     @property
     def dropout(self) -> float:
@@ -95,22 +213,22 @@ class Adapter:
         return self.layer.lora_start._modules.get(self.name)  # type: ignore[return-value]
 
     def extra(self, kind: str) -> Tensor:
-        """A parameter the variant added, by the variant's own name for it."""
-        holder = getattr(self.layer, self.variant.extras[kind])[self.name]
-        weight: Tensor = holder.weight
-        return weight
+        """A tensor the variant added, by the variant's own name for it."""
+        return self.layer.extra(self.variant.extras[kind].holder, self.name)
 
     @property
-    def folded_B(self) -> Tensor:
-        """B with what stands between B and A multiplied in; B itself for most variants."""
-        if not self.variant.folds:
-            return self.B
-        return self.variant.fold(self.B, {kind: self.extra(kind) for kind in self.variant.extras})
+    def fact(self) -> Any:
+        """What the variant's :meth:`Variant.fact` has found for the call of the model that runs.
+
+        Raises:
+            BackendError: the model was not called through its PeftModel, so nobody has looked.
+        """
+        return self.layer.call.fact(self.name)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of the whole update; of rank 2 r where a frozen start is subtracted."""
-        return update_factors(self.A, self.folded_B, None if self.start is None else (self.start.A, self.start.B))
+        """Dense A (r, in) and B (out, r) of the whole update; of rank 2 r where a frozen start is subtracted."""
+        return self._whole(*self.variant.factors(self))
 
     @property
     def running_start(self) -> Start | None:
@@ -119,8 +237,13 @@ class Adapter:
 
     @property
     def running_factors(self) -> tuple[Tensor, Tensor]:
-        """Like :attr:`factors`, of what a forward pass adds to the base that runs."""
-        return (self.A, self.folded_B) if self.layer.without_start else self.factors
+        """Like :attr:`factors`, of what a forward pass adds to the base that runs, as it is in training if it is."""
+        factors = self.variant.factors(self, training=self.layer.training)
+        return factors if self.layer.without_start else self._whole(*factors)
+
+    def _whole(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        start = self.start
+        return update_factors(A, B, None if start is None else (start.A, start.B))
 
     def product(self) -> Tensor:
         """The low-rank update s (B A - B0 A0), (out, in), in float32 (float64 where the factors are)."""
@@ -152,3 +275,145 @@ class Adapter:
     def delta_output(self, x: Tensor, y: Tensor) -> Tensor:
         """The change of the layer's output, given its input x and the base layer's output y."""
         return self.variant.delta_output(self, x, y)
+
+
+def bias_change(adapters: Sequence[Adapter]) -> Tensor | None:
+    """The sum of the adapters' biases, scaled, (out,); None where none has one."""
+    changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
+    return torch.stack(changes).sum(0) if changes else None
+
+
+class Variant(ABC):
+    """The formula of an update, written twice: as a change of the weight and as a change of the output.
+
+    The law every variant keeps, and tests/laws checks for each registered one on every back end:
+
+        y + delta_output(x, y) == layer with weight W + delta_weight(W), applied to x          for every input x
+
+    Write ``delta_weight`` first: it is the definition. ``delta_output`` and ``fused`` exist to be fast. A variant holds
+    no tensors; they are on the layer and are read through the adapter.
+
+    Variants are of three stages, and an adapter has one of each at most: *factors* (how s B A is formed), *norm* over
+    any factors, *gate* over any norm. One that is not of the first stage holds the formula inside it as ``inner`` and
+    speaks to it through this interface only.
+    """
+
+    name: str
+    """Its line in the registry; of one that is over another than plain LoRA, both: "dora over kasa"."""
+    stage: ClassVar[Stage] = "factors"
+    switch: ClassVar[str | None] = None
+    """The field of LoraConfig that asks for it where it is set; None for plain LoRA and for what a start asks for."""
+    extras: Mapping[str, Extra] = {}
+    """Name of an extra tensor in the formulas -> what it is; those of the formula inside among them."""
+    hosts: frozenset[str] = frozenset({"linear", "embedding", "conv", "attention", "experts"})
+    """Kinds of layer the formula is defined on."""
+    reads_weight: ClassVar[bool] = False
+    """Whether ``initial_extras`` reads the base weight's values; if not it may get a tensor on the meta device."""
+    reads_call: ClassVar[bool] = False
+    """Whether it has to know something of each call of the model, which :meth:`fact` then finds."""
+    uniform: bool = True
+    """Whether the update is one matrix whatever the input, so that it can be merged, exported and combined."""
+    plain: bool = False
+    """Whether that matrix is s B A with the dense A and B of :meth:`factors`, which any reader of LoRA can use."""
+    factors_are_stored: bool = True
+    """Whether :meth:`factors` gives A and B as they are stored. Where it does not, files hold the dense A and B, for
+    any reader, and beside them what is stored."""
+    takes_bias: bool = False
+    """Whether the formula has a place for a bias of B (``lora_bias``)."""
+    inner: Variant | None = None
+    """The formula inside; None for one of the first stage."""
+
+    def __init__(self, inner: Variant | None = None) -> None:
+        if inner is not None:
+            self.inner = inner
+            self.extras = {**inner.extras, **self.extras}
+            self.hosts = self.hosts & inner.hosts
+            self.uniform = self.uniform and inner.uniform
+            self.plain = self.plain and inner.plain
+            self.takes_bias = self.takes_bias and inner.takes_bias
+            self.factors_are_stored = inner.factors_are_stored
+            self.name = self.name if inner.is_plain_lora else f"{self.name} over {inner.name}"
+
+    @classmethod
+    def of(cls, config: Any, spec: LayerSpec, inner: Variant | None = None) -> Self:
+        """The variant with the settings a LoraConfig has for it, on one layer, over the formula inside."""
+        return cls(inner)
+
+    def chain(self) -> tuple[Variant, ...]:
+        """This formula and those inside it, from the outside in."""
+        return (self,) if self.inner is None else (self, *self.inner.chain())
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether the update is s B A with A and B as they are stored."""
+        return self.plain and self.factors_are_stored
+
+    # ---- tensors
+
+    def shapes(self, weight: Tensor, spec: LayerSpec) -> dict[str, Shape]:
+        """Shapes of "A", "B" and the extras as they are stored; one number an output for an extra unless it says
+        otherwise. ``weight``, (out, in) or (E, out, in), has no values."""
+        A, B = factor_shapes(weight, spec.rank)
+        inside = {"A": A, "B": B} if self.inner is None else self.inner.shapes(weight, spec)
+        return inside | dict.fromkeys(type(self).extras, (weight.shape[-2],))
+
+    def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Start values of its own extras.
+
+        Args:
+            weight: the base weight (out, in).
+            A, B: the dense factors of the whole update as the formula inside forms them; for one of the first stage
+                those that are stored.
+        """
+        return {}
+
+    def factors(self, tensors: Tensors, *, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Dense A (r, in) and B (out, r), in the dtype of the factors: what merging, export and norms are made of.
+
+        Args:
+            tensors: an adapter, or tensors that no layer holds.
+            training: as a forward pass in training sees them, where that differs (noise).
+        """
+        return (tensors.A, tensors.B) if self.inner is None else self.inner.factors(tensors, training=training)
+
+    def changed(self, layer: AdaptedLayer, name: str) -> None:
+        """Compute again what follows from other tensors: adapters of the layer were added, loaded, deleted or replaced.
+
+        Args:
+            name: of the adapter on this layer that has this formula.
+        """
+        if self.inner is not None:
+            self.inner.changed(layer, name)
+
+    # ---- the formula
+
+    def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:
+        """The update as a dense (out, in) matrix in float32 or float64; ``weight`` (out, in) is in that dtype.
+
+        Raises:
+            BackendError: the update changes with the input (``uniform = False``), so it is no matrix.
+        """
+        raise BackendError(
+            f"The update of {self.name} changes with the input, so there is no matrix that could be added to the "
+            "weight. Keep the adapter beside it."
+        )
+
+    @abstractmethod
+    def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        """The change of the base output y, given the layer's input x; dropout acts on x here."""
+
+    def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
+        """Base output and change in one function, or None where the layer has no dense weight to fuse with."""
+        return None
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """What the method adds to the loss for this adapter, a weighted scalar in float32 or wider; None: nothing."""
+        return None if self.inner is None else self.inner.penalty(adapter)
+
+    def fact(self, arguments: Mapping[str, Any]) -> Any:
+        """What the formula has to know of one call of the model, found once and before its layers run.
+
+        Args:
+            arguments: of the model's forward (or generate), by name.
+        """
+        return None

@@ -13,7 +13,14 @@ import torch
 
 from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
-from lorafa.config_checks import SETTINGS_OF_PEFT, START_SETTINGS, check_config, settings_class, settings_field
+from lorafa.config_checks import (
+    SETTINGS_OF_PEFT,
+    START_SETTINGS,
+    check_config,
+    settings_class,
+    settings_field,
+    start_meant,
+)
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.initializers import Start, known_start
 from lorafa.method_configs import (
@@ -29,7 +36,7 @@ from lorafa.method_configs import (
     VeloraConfig,
     from_nested,
 )
-from lorafa.storage import HubOptions, locate, make_folder, read_json, write_json
+from lorafa.storage import HubOptions, UploadOptions, locate, make_folder, read_json, uploaded, write_json
 from lorafa.variants import switches
 from lorafa.version import VERSION
 
@@ -40,7 +47,6 @@ CONFIG_NAME = "adapter_config.json"
 _NESTED: dict[str, type[Any]] = {
     **{name: kind for name, kind in SETTINGS_OF_PEFT.items() if kind is not LoftQConfig},  # which is kept as a dict
     "velora_config": VeloraConfig,
-    "kasa_config": KasaConfig,
     "monteclora_config": MontecloraConfig,
     "arrow_config": ArrowConfig,
     "use_bdlora": BdLoraConfig,
@@ -54,7 +60,6 @@ _LATER_FIELDS = {
     "alora_invocation_tokens": "Activated LoRA (aLoRA)",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
-    "kasa_config": "KaSA",
     "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow routing",
     "megatron_config": "LoRA on Megatron's parallel layers",
@@ -120,7 +125,8 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
     modules_to_save: list[str] | None = None
-    """Modules to train in full and save with the adapter."""
+    """Modules to train in full and save with the adapter: ends of their names, at a dot or not, as in PEFT ("norm"
+    means input_layernorm, too), or regular expressions for the whole name."""
     init_lora_weights: bool | str = True
     """Where A and B start: True (Kaiming A, B = 0), False (both random), or a name of lorafa.initializers."""
     layers_to_transform: list[int] | int | None = None
@@ -205,7 +211,8 @@ class LoraConfig:
     def _take_start(self) -> None:
         """Bring the start to its one form and fill in its default settings, which all but LoftQ have."""
         start = self.start
-        self.init_lora_weights = start.value
+        if self.init_lora_weights is not True:  # which stays where settings ask for the start
+            self.init_lora_weights = start.value
         field_name, kind = settings_field(start), settings_class(start)
         if field_name is not None and kind is not None and kind is not LoftQConfig:
             given = copy.deepcopy(from_nested(kind, getattr(self, field_name), field_name))
@@ -218,7 +225,11 @@ class LoraConfig:
         Raises:
             ConfigError: there is no such start.
         """
-        return known_start(self.init_lora_weights)
+        value = start_meant(self.init_lora_weights, vars(self))
+        known: tuple[Any, Start] | None = self.__dict__.get("_start")
+        if known is None or known[0] != value:  # parsed once, and again where it was set since
+            known = self.__dict__["_start"] = value, known_start(value)
+        return known[1]
 
     @property
     def seed(self) -> int:
@@ -287,7 +298,7 @@ class LoraConfig:
                 "if you are sure that it changes nothing."
             )
         given = {key: value for key, value in values.items() if key in known and key != "runtime_config"}
-        own = settings_field(known_start(given.get("init_lora_weights", True)))
+        own = settings_field(known_start(start_meant(given.get("init_lora_weights", True), given)))
         for name in START_SETTINGS:
             if name != own:  # the start of a trained adapter is history: files converted to plain LoRA still carry it
                 given.pop(name, None)
@@ -318,6 +329,16 @@ class LoraConfig:
             CheckpointError: the folder cannot be written to.
         """
         write_json(make_folder(save_directory) / CONFIG_NAME, self.to_dict())
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[UploadOptions]) -> Any:
+        """Upload ``adapter_config.json`` to a repository of the Hub; as :meth:`lorafa.PeftModel.push_to_hub`."""
+        with uploaded(repo_id, "config", options) as upload:
+            self.save_pretrained(upload.folder)
+        return upload.commit
+
+
+PeftConfig = LoraConfig
+"""PEFT's name for what all configs are; here there is one."""
 
 
 def read_config(path: Path) -> LoraConfig:

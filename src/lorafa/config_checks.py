@@ -18,9 +18,9 @@ from lorafa.checks import (
     names,
 )
 from lorafa.errors import ConfigError
-from lorafa.initializers import Start
-from lorafa.method_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, from_nested
-from lorafa.variants import variant_of
+from lorafa.initializers import INITIALIZERS, Start
+from lorafa.method_configs import CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig, from_nested
+from lorafa.variants import variant_types
 
 if TYPE_CHECKING:
     from lorafa.config import LoraConfig
@@ -31,6 +31,7 @@ SETTINGS_OF_PEFT: Mapping[str, type[Any]] = {
     "eva_config": EvaConfig,
     "corda_config": CordaConfig,
     "lora_ga_config": LoraGAConfig,
+    "kasa_config": KasaConfig,
 }
 """The nested configs of starts that PEFT has, each called after its start, and their classes."""
 START_SETTINGS = (*SETTINGS_OF_PEFT, "init_config")
@@ -57,6 +58,19 @@ def settings_field(start: Start) -> str | None:
     return "init_config" if declared else None
 
 
+def start_meant(value: Any, settings: Mapping[str, Any]) -> Any:
+    """The value of ``init_lora_weights``, or the start that settings ask for by themselves where it is True.
+
+    Args:
+        settings: fields of LoraConfig, by name; those that are missing are not set.
+    """
+    for name in SETTINGS_OF_PEFT if value is True else ():
+        start = name.removesuffix("_config")
+        if settings.get(name) and INITIALIZERS.get(start).asked_by_settings:
+            return start
+    return value
+
+
 def settings_class(start: Start) -> type[Any] | None:
     """The dataclass of a start's settings, None where it has none or takes any."""
     declared = start.initializer.settings
@@ -70,10 +84,12 @@ def check_config(config: LoraConfig) -> None:
     _check_start(config)
     if config.use_dora and config.megatron_config:
         raise ConfigError("use_dora does not work on Megatron's layers. Drop megatron_config or set use_dora=False.")
-    variant = variant_of(config)
-    if config.lora_bias and not variant.takes_bias:
-        asked = variant.switch or "init_lora_weights"
-        raise ConfigError(f"lora_bias=True does not work with {asked}={getattr(config, asked)!r}. Drop one of the two.")
+    for variant in variant_types(config):
+        if config.lora_bias and not variant.takes_bias:
+            asked = variant.switch or "init_lora_weights"
+            raise ConfigError(
+                f"lora_bias=True does not work with {asked}={getattr(config, asked)!r}. Drop one of the two."
+            )
 
 
 def _check_fields(config: LoraConfig) -> None:

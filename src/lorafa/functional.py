@@ -12,7 +12,7 @@ Under torch.compile and torch.func the same formula is taken in plain operations
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,33 @@ _SIGNED_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STEPS = 2**15  # resolution of the dropout probability: the odd 16-bit words
 _LANES = 4  # 16-bit words in an int64
 _ROWS_A_BLOCK = 64  # rows that share one word a column in the mask
+
+
+class Keep(Protocol):
+    """What is kept of an input for the backward pass, and how the input is had back from it.
+
+    The gradient of A is taken with what :meth:`load` gives: exact where that is the input, an approximation where less
+    was kept (VeLoRA, arXiv:2405.17991).
+    """
+
+    def save(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What is kept of an input (..., in) of any floating dtype."""
+
+    def load(self, saved: tuple[Tensor, ...]) -> Tensor:
+        """An input (..., in), as :meth:`save` was given it, or what stands for it."""
+
+
+class _AsItIs:
+    """Keeps the input itself, as it came, which costs nothing where something else holds it too."""
+
+    def save(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def load(self, saved: tuple[Tensor, ...]) -> Tensor:
+        return saved[0]
+
+
+AS_IT_IS: Keep = _AsItIs()
 
 
 def draw_seed() -> int:
@@ -121,10 +148,11 @@ class _LowRankLinear(torch.autograd.Function):
         gain: Tensor | None,
         A: Tensor,
         B: Tensor,
-        scaling: float,
+        scaling: float | Tensor,
         p: float,
         seed: int,
         dtype: torch.dtype,
+        keep: Keep,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropped, scale = rows, scaling
@@ -142,14 +170,17 @@ class _LowRankLinear(torch.autograd.Function):
 
         need_A, need_B = ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         need_weight = weight is not None and ctx.needs_input_grad[1]
+        if need_weight:  # its gradient is exact, whatever is kept for that of A
+            keep = AS_IT_IS
+        ctx.keep = keep
         ctx.save_for_backward(
-            x if need_A or need_weight else None,
             weight,
             gain,
             A,
             B,
             z if need_B else None,
             before_gain if gain is not None and ctx.needs_input_grad[3] else None,
+            *(keep.save(x) if need_A or need_weight else ()),
         )
         ctx.shape, ctx.dtype, ctx.scale, ctx.p, ctx.seed = x.shape, dtype, scale, p, seed
         ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
@@ -163,7 +194,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, gain, A, B, z, before_gain = ctx.saved_tensors
+    weight, gain, A, B, z, before_gain, *kept = ctx.saved_tensors
     dtype, scale, p = ctx.dtype, ctx.scale, ctx.p
     x_dtype, bias_dtype = ctx.dtypes
     need_x, need_weight, need_bias, need_gain, need_A, need_B = ctx.needs_input_grad[:6]
@@ -174,7 +205,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = _times(grad, gain)
 
     grad_x = grad_weight = grad_A = grad_B = None
-    rows = dropped = None if x is None else x.reshape(-1, ctx.shape[-1]).to(dtype)
+    rows = dropped = ctx.keep.load(tuple(kept)).reshape(-1, ctx.shape[-1]).to(dtype) if kept else None
     if need_x or need_A:
         grad_z = grad @ (B * scale).to(dtype)
         through_A = grad_z @ A.to(dtype) if need_x else None
@@ -193,7 +224,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_B = (z.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format)
     if need_weight and rows is not None:
         grad_weight = (grad.T @ rows).to(weight.dtype)
-    return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None, None
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,7 +239,7 @@ def _of_few_rows(
     gain: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     """The same for inference on at most r rows, as in generation, with factors of another dtype, usually float32.
@@ -224,7 +255,8 @@ def _of_few_rows(
         y = _as(change.mul_(scaling), dtype)
         y = y if inner_bias is None else y.add_(inner_bias)
     else:
-        y = linear(x, _as(weight, dtype), inner_bias).add_(change, alpha=scaling)
+        y = linear(x, _as(weight, dtype), inner_bias)
+        y = y.add_(change.mul_(scaling)) if isinstance(scaling, Tensor) else y.add_(change, alpha=scaling)
     return _with_gain(y, inner_bias, gain)[0]
 
 
@@ -235,7 +267,7 @@ def _in_plain_operations(
     gain: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     p: float,
 ) -> Tensor:
     dtype = compute_dtype(x)
@@ -256,12 +288,13 @@ def low_rank_linear(
     x: Tensor,
     A: Tensor,
     B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     gain: Tensor | None = None,
     dropout: float = 0.0,
+    keep: Keep | None = None,
 ) -> Tensor:
     """gain * (x W^T + s drop(x) A^T B^T) + bias, with the gradients of every tensor in it.
 
@@ -272,11 +305,13 @@ def low_rank_linear(
             the same one in a prompt. Gradients come back in each tensor's own dtype.
         A: (r, in). If it does not require a gradient and neither does ``weight``, x is not kept for backward.
         B: (out, r).
-        scaling: the factor s.
+        scaling: the factor s, a number or a tensor without dimensions, which gets no gradient.
         weight: (out, in), or None for the change alone.
         bias: (out,), added last.
         gain: (out,), one factor an output feature.
         dropout: probability in [0, 1) of zeroing an element of x before A; rounded to a multiple of 2^-15.
+        keep: what is kept of x for the gradient of A; None keeps x as it came. Not used where ``weight`` requires a
+            gradient, nor in plain operations.
 
     Returns:
         (..., out) in the dtype the products are taken in.
@@ -292,6 +327,6 @@ def low_rank_linear(
             return _of_few_rows(x, weight, bias, gain, A, B, scaling, dtype)
         seed = draw_seed() if dropout else 0
         y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, gain, A, B, scaling, dropout, seed, dtype
+            x, weight, bias, gain, A, B, scaling, dropout, seed, dtype, keep or AS_IT_IS
         )
     return y.view(*x.shape[:-1], B.shape[0])  # out here: a view made inside could not be changed in place

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import Adapter
 from lorafa.errors import AdapterError, CheckpointError, SourceError, TargetError
-from lorafa.initializers.base import LayerSpec, check_rank
+from lorafa.initializers.base import check_rank
 from lorafa.initializers.loftq import fit
 from lorafa.io.base_weights import BaseWeights
 from lorafa.layers.base import LoraLayer
 from lorafa.peft_model import PeftModel
+from lorafa.spec import LayerSpec
 from lorafa.surgery.adapters import require_adapters, require_unmerged
+from lorafa.surgery.given import name_of
 
 _FAR = 0.5
 """Relative error beyond which codes do not stand for a weight; 4 bits make about 0.1, another weight 1.4."""
@@ -94,9 +97,8 @@ def _on_quantized_layers(peft_model: PeftModel, adapter_name: str) -> list[tuple
 def _require_plain(name: str, layer: LoraLayer, adapter_name: str) -> None:
     adapter = layer.adapters[adapter_name]
     variant = adapter.variant
-    is_lora = variant.plain and not variant.folds
-    found = "a start that was taken from the base" if is_lora else variant.name
-    if not is_lora or adapter.start is not None:
+    found = "a start that was taken from the base" if variant.is_plain_lora else variant.name
+    if not variant.is_plain_lora or adapter.start is not None:
         raise AdapterError(
             f"{name}: adapter {adapter_name!r} is no plain LoRA, whose s B A could stand for what quantizing lost: it "
             f"has {found}. Make it anew, with init_lora_weights=True. Nothing was changed."
@@ -105,18 +107,18 @@ def _require_plain(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
 def _own_name(peft_model: PeftModel) -> str:
     model: nn.Module = peft_model.get_base_model()
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not name:
+    name = name_of(model)
+    if name is None:
         raise SourceError(
             f"The {type(model).__name__} does not say where its weights came from. Pass model_path=, a folder or file "
             "with the dense weights."
         )
-    return str(name)
+    return name
 
 
 def _fitted(peft_model: PeftModel, name: str, adapter: Adapter, weights: BaseWeights) -> tuple[Tensor, Tensor]:
     """A and B for the dense weight of one layer, in their dtypes."""
-    layer, config = adapter.layer, peft_model.peft_config[adapter.name]
+    layer, config = cast(LoraLayer, adapter.layer), peft_model.peft_config[adapter.name]
     if adapter.scaling == 0:
         raise AdapterError(
             f"{name}: adapter {adapter.name!r} has scaling 0, with which no factors make up for anything. Set another "
@@ -125,8 +127,8 @@ def _fitted(peft_model: PeftModel, name: str, adapter: Adapter, weights: BaseWei
     spec = LayerSpec(
         name=name,
         kind=layer.kind,
-        rank=layer.r[adapter.name],
-        scaling=adapter.scaling,
+        rank=adapter.rank,
+        scaling=float(adapter.scaling),
         seed=config.seed,
         key=adapter.name,
     )

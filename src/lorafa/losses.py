@@ -9,9 +9,10 @@ logits are still there. What stays for the backward pass is one (supervised toke
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,21 +65,66 @@ class LogitTransform:
 class CausalParts:
     """A causal language model, cut where its head begins."""
 
+    whole: nn.Module
+    """The causal language model."""
     body: nn.Module
     head: nn.Linear
     transform: LogitTransform
 
 
+@dataclass(frozen=True)
+class HiddenStates:
+    """What a causal language model has computed of a batch, up to its head."""
+
+    last: Tensor
+    """(batch, tokens, size): what the head reads."""
+    head: nn.Linear
+    """(size) -> (vocabulary)."""
+    transform: LogitTransform
+    """What becomes of the head's output."""
+    inner: Mapping[int, Tensor] = field(default_factory=dict)
+    """(batch, tokens, size) after so many layers, those that :attr:`Objective.layers` names; 0 is the embedding."""
+
+
+class Objective(Protocol):
+    """What is minimized, as a function of hidden states."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The inner states it reads, beside the last one."""
+
+    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+        """A sum over the supervised positions, and their number.
+
+        Args:
+            targets: (batch, tokens), the label of the position's next token, -100 where none counts.
+            chunk_tokens: rows that may go through the head at once; None leaves the choice.
+        """
+
+
+class CrossEntropy:
+    """The negative log-likelihood of the labels, in nats."""
+
+    layers: tuple[int, ...] = ()
+
+    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+        return _head_nll(states, targets, chunk_tokens)
+
+
+CROSS_ENTROPY: Objective = CrossEntropy()
+
+
 class SupervisedLoss(nn.Module):
     """`supervised_loss` of one model as a module, for what wraps modules: DistributedDataParallel, `torch.compile`."""
 
-    def __init__(self, model: nn.Module, chunk_tokens: int | None = None) -> None:
+    def __init__(self, model: nn.Module, chunk_tokens: int | None = None, objective: Objective = CROSS_ENTROPY) -> None:
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
+        self.objective = objective
 
     def forward(self, batch: Mapping[str, Any], num_items: Tensor | int | None = None) -> Tensor:
-        return supervised_loss(self.model, batch, self.chunk_tokens, num_items)
+        return supervised_loss(self.model, batch, self.chunk_tokens, num_items, self.objective)
 
 
 def supervised_loss(
@@ -86,10 +132,12 @@ def supervised_loss(
     batch: Mapping[str, Any],
     chunk_tokens: int | None = None,
     num_items: Tensor | int | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:
     """Mean negative log-likelihood, in nats, of the labels a batch supervises; a differentiable float32 scalar.
 
-    Equal to the loss the model itself computes from ``labels``, and so are its gradients.
+    Equal to the loss the model itself computes from ``labels``, and so are its gradients. The model is called as
+    anywhere else, so that hooks on it and on what wraps it run; in the output they see, ``logits`` is None.
 
     Args:
         model: causal language model of transformers, plain or with adapters; `supports_chunked_loss` says which.
@@ -98,32 +146,104 @@ def supervised_loss(
         chunk_tokens: rows that go through the head at once; by default as many as `CHUNK_BYTES` of float32 logits hold.
         num_items: number to divide the summed loss by; by default the supervised positions of this batch. Under
             gradient accumulation it is the count over all batches of the step.
+        objective: what is summed over the supervised positions, in place of the negative log-likelihood.
 
     Raises:
-        BackendError: the model cannot be cut before its head.
+        BackendError: the model cannot be cut before its head, or a hook gives an output without loss.
         DataError: the batch has no labels, none of them counts, or they are no labels of its tokens.
     """
-    total, count = supervised_nll(model, batch, chunk_tokens)
-    return total / (count if num_items is None else num_items)
+    return _run(model, batch, chunk_tokens, num_items, objective)[0]
 
 
-def supervised_nll(model: nn.Module, batch: Mapping[str, Any], chunk_tokens: int | None = None) -> tuple[Tensor, int]:
+def supervised_nll(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    chunk_tokens: int | None = None,
+    objective: Objective = CROSS_ENTROPY,
+) -> tuple[Tensor, int]:
     """Summed negative log-likelihood of a batch, in nats, and the number of its terms; see `supervised_loss`."""
+    return _run(model, batch, chunk_tokens, 1, objective)
+
+
+def _run(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    chunk_tokens: int | None,
+    num_items: Tensor | int | None,
+    objective: Objective,
+) -> tuple[Tensor, int]:
+    """The loss as the model's output has it once all hooks have run, and the number of supervised positions."""
     parts = _parts(model)
     if isinstance(parts, str):
         raise BackendError(f"The chunked loss cannot be used: {parts}. Train with the model's own loss instead.")
-    inputs = dict(batch)
-    labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-    if labels is None and shifted is None:
+    if batch.get("labels") is None and batch.get("shift_labels") is None:
         raise DataError(f"A batch for the supervised loss needs 'labels', found only: {', '.join(sorted(batch))}.")
-    targets = _next_labels(labels) if shifted is None else shifted
+    count = 0
+
+    def forward(**inputs: Any) -> Any:
+        nonlocal count
+        labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+        targets = _next_labels(labels) if shifted is None else shifted
+        states = _hidden_states(parts, inputs, targets, objective.layers)
+        _require_fit(targets, states.last, parts.head)
+        total, count = objective(states, targets, chunk_tokens)
+        return _output(total / (count if num_items is None else num_items))
+
+    with _runs_instead(parts.whole, forward):
+        output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise BackendError(
+            f"A hook on the model has replaced its output by {type(output).__name__}, which has no loss. Let the hook "
+            "return an output with 'loss', or nothing."
+        )
+    return loss, count
+
+
+@contextmanager
+def _runs_instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run ``forward`` in place of its own for the length of a with-block; its hooks run as ever.
+
+    Hooks of accelerate, which bring in weights or move inputs, call the forward that the module had before them.
+    """
+    place = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    own = module.__dict__.get(place)
+    module.__dict__[place] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__[place]
+        else:
+            module.__dict__[place] = own
+
+
+def _output(loss: Tensor) -> Any:
+    """The output of a causal model that has not computed its logits."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(loss=loss)
+
+
+def _hidden_states(
+    parts: CausalParts, inputs: dict[str, Any], targets: Tensor, layers: tuple[int, ...]
+) -> HiddenStates:
+    """Run the body; ``inputs`` are all the model was called with but labels."""
     if inputs.keys() <= {"input_ids", "attention_mask"} and _padding_is_behind(inputs.get("attention_mask"), targets):
-        del inputs["attention_mask"]
+        inputs.pop("attention_mask", None)
     if "use_cache" in inspect.signature(parts.body.forward).parameters:
         inputs["use_cache"] = False
-    hidden = parts.body(**inputs)[0]
-    _require_fit(targets, hidden, parts.head)
-    return _head_nll(hidden, parts, targets, chunk_tokens)
+    if not layers:
+        return HiddenStates(parts.body(**inputs)[0], parts.head, parts.transform)
+    output = parts.body(**inputs, output_hidden_states=True, return_dict=True)
+    known = output.hidden_states
+    missing = [layer for layer in layers if not 0 <= layer < len(known)]
+    if missing:
+        raise BackendError(
+            f"The objective reads the states after layer {missing[0]}, and the model has {len(known) - 1} layers. Name "
+            f"layers from 0, the embedding, to {len(known) - 1}."
+        )
+    return HiddenStates(output[0], parts.head, parts.transform, {layer: known[layer] for layer in layers})
 
 
 def _require_fit(targets: Tensor, hidden: Tensor, head: nn.Linear) -> None:
@@ -199,7 +319,9 @@ def _parts(model: nn.Module) -> CausalParts | str:
     if head is None or body is base:
         return f"{name} has no separate body and output head"
     problem = _head_problem(head)
-    return problem or CausalParts(body, head, _transform(config.get_text_config()))
+    if "forward" in vars(base) and not hasattr(base, "_hf_hook"):
+        return f"the forward of {name} is replaced on the object itself, and would not run"
+    return problem or CausalParts(base, body, head, _transform(config.get_text_config()))
 
 
 def _head_problem(head: nn.Module) -> str | None:
@@ -218,11 +340,11 @@ def _head_problem(head: nn.Module) -> str | None:
 def _transform(config: Any) -> LogitTransform:
     """Read scale and softcap of the logits from a model's config."""
     scale = 1.0
-    for field in _MULTIPLIERS:
-        scale *= getattr(config, field, None) or 1.0
-    for field in _DIVISORS:
-        scale /= getattr(config, field, None) or 1.0
-    softcap = next((cap for field in _SOFTCAPS if (cap := getattr(config, field, None)) is not None), None)
+    for name in _MULTIPLIERS:
+        scale *= getattr(config, name, None) or 1.0
+    for name in _DIVISORS:
+        scale /= getattr(config, name, None) or 1.0
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
     return LogitTransform(float(scale), None if softcap is None else float(softcap))
 
 
@@ -243,8 +365,9 @@ def _uncompiled(function: Callable[..., tuple[Tensor, int]]) -> Callable[..., tu
 
 
 @_uncompiled
-def _head_nll(hidden: Tensor, parts: CausalParts, next_labels: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-    """Summed loss of hidden (batch, tokens, size) against next_labels (batch, tokens), and the number of terms."""
+def _head_nll(states: HiddenStates, next_labels: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+    """Summed loss of the last states against next_labels (batch, tokens), and the number of terms."""
+    hidden = states.last
     flat_labels = next_labels.reshape(-1).to(hidden.device)
     positions = (flat_labels != IGNORE_INDEX).nonzero().squeeze(1)  # waits for the device: the row count is its size
     if len(positions) == 0:
@@ -252,8 +375,8 @@ def _head_nll(hidden: Tensor, parts: CausalParts, next_labels: Tensor, chunk_tok
             f"All {flat_labels.numel()} labels of the batch are masked (-100), so it trains nothing. Check the answer "
             "column and the chat template, and that max_length leaves room for the answers."
         )
-    weight: Tensor = parts.head.weight
-    bias: Tensor | None = parts.head.bias
+    weight: Tensor = states.head.weight
+    bias: Tensor | None = states.head.bias
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)  # once, not once a chunk
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -263,7 +386,7 @@ def _head_nll(hidden: Tensor, parts: CausalParts, next_labels: Tensor, chunk_tok
         chunk_tokens = fitting - fitting % ROW_MULTIPLE if fitting > ROW_MULTIPLE else fitting
     rows = filled_up(rows, min(ROW_MULTIPLE, chunk_tokens))
     total = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        rows, weight, bias, flat_labels[positions], parts.transform, chunk_tokens, torch.is_grad_enabled()
+        rows, weight, bias, flat_labels[positions], states.transform, chunk_tokens, torch.is_grad_enabled()
     )
     return cast(Tensor, total), len(positions)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Generic, TypeVar, cast
 
@@ -29,6 +30,24 @@ class Registry(Generic[T]):
         if name in self._table:
             raise ConfigError(f"{self.kind} {name!r} is already registered. Choose another name.")
         self._table[name] = entry
+
+    @contextmanager
+    def added(self, name: str, entry: T) -> Iterator[None]:
+        """Register an object for the length of a with-block."""
+        self.add(name, entry)
+        try:
+            yield
+        finally:
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Take a name off the table.
+
+        Raises:
+            ConfigError: no such name.
+        """
+        self.get(name)
+        del self._table[name]
 
     def get(self, name: str) -> T:
         """Return the object called ``name``, importing its module the first time.

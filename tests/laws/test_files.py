@@ -19,6 +19,7 @@ from adapter_toys import (
     base_layer,
     config_for,
     everything,
+    hosts_of,
     initializer_of,
     input_for,
     read_by,
@@ -37,7 +38,6 @@ from lorafa import (
     set_peft_model_state_dict,
 )
 from lorafa.errors import CheckpointError
-from lorafa.variants import VARIANTS
 
 LINEAR = "torch.nn.modules.linear.Linear"
 
@@ -92,7 +92,7 @@ def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path, start: bool | str,
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 8])
-@pytest.mark.parametrize("variant", VARIANTS.names())
+@pytest.mark.parametrize("variant", VARIANT)
 def test_outputs_come_back_bit_for_bit_at_a_size_where_strides_choose_the_kernel(
     tmp_path: Path, variant: str, rank: int, dtype: torch.dtype
 ) -> None:
@@ -102,7 +102,7 @@ def test_outputs_come_back_bit_for_bit_at_a_size_where_strides_choose_the_kernel
 
     (start,) = starts_of(variant, "pissa")
     settings = VARIANT[variant] | {"init_lora_weights": start}
-    targets = ["0", "2"] if "conv" in VARIANTS.get(variant).hosts else ["0"]
+    targets = ["0", "2"] if "conv" in hosts_of(variant) else ["0"]
     config = LoraConfig(target_modules=targets, r=rank, lora_alpha=12, use_rslora=True, **settings)
     stats = read_by(start, {"0": stats_for(base()[0].weight)})  # type: ignore[arg-type]
     model = get_peft_model(base(), config, stats=stats).eval()

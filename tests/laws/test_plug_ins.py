@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from adapter_toys import close, config_for, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
-from lorafa.adapter import Adapter
+from lorafa.adapter import Adapter, Extra, Variant
 from lorafa.config import unavailable
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS, find_start
-from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
-from lorafa.registry import Registry
+from lorafa.initializers.base import InitResult, initializer
+from lorafa.spec import LayerSpec
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
 from lorafa.variants import VARIANTS, asking_settings
-from lorafa.variants.base import Variant
 
 LINEAR = "torch.nn.modules.linear.Linear"
 
@@ -39,21 +38,21 @@ def _at_most_four(rank: int, found: str) -> None:
 @initializer(also=("Uniform", "constant_times_N"), settings=ConstantSettings, check_rank=_at_most_four)
 def constant(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A is ``size`` everywhere, times the number in the name; B is zero."""
-    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    A_shape, B_shape = spec.stored_shapes(weight)
     return InitResult(torch.full(A_shape, spec.settings.size * (spec.number or 1)), torch.zeros(B_shape))
 
 
 @initializer(needs=("mean",))
 def from_mean(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """Every row of A is the mean of the inputs, B is zero."""
-    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    A_shape, B_shape = spec.stored_shapes(weight)
     return InitResult(stats["mean"].expand(A_shape).clone(), torch.zeros(B_shape))
 
 
 @initializer(settings="eva_config")
 def direction(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A as large as PEFT's field of settings says."""
-    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    A_shape, B_shape = spec.stored_shapes(weight)
     return InitResult(torch.full(A_shape, float(spec.settings.rho)), torch.zeros(B_shape))
 
 
@@ -62,21 +61,22 @@ class Diagonal(Variant):
 
     name = "diagonal"
     switch = "use_qalora"
-    extras = {"diagonal": "lora_between"}  # noqa: RUF012
+    extras = {"diagonal": Extra("lora_between")}  # noqa: RUF012
     hosts = frozenset({"linear"})
 
     def __init__(self, start: float) -> None:
+        super().__init__()
         self.start = start
 
     @classmethod
-    def of(cls, config: LoraConfig) -> Diagonal:
+    def of(cls, config: LoraConfig, spec: LayerSpec, inner: Variant | None = None) -> Diagonal:
         return cls(float(config.qalora_group_size))
+
+    def shapes(self, weight: Tensor, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        return super().shapes(weight, spec) | {"diagonal": (spec.rank,)}
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         return {"diagonal": torch.full((spec.rank,), self.start)}
-
-    def extra_shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
-        return {"diagonal": (rank,)}
 
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:
         return adapter.scaling * (adapter.B * adapter.extra("diagonal")) @ adapter.A
@@ -87,7 +87,7 @@ class Diagonal(Variant):
 
 class Other(Diagonal):
     name = "other"
-    switch = "kasa_config"
+    switch = "velora_config"
 
 
 class Model(nn.Module):
@@ -103,22 +103,14 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    added: list[tuple[Registry[object], str]] = []
-
-    def add(registry: Registry[object], name: str, entry: object) -> None:
-        registry.add(name, entry)
-        added.append((registry, name))
-
-    try:
-        add(INITIALIZERS, "constant", constant)  # type: ignore[arg-type]
-        add(INITIALIZERS, "from_mean", from_mean)  # type: ignore[arg-type]
-        add(INITIALIZERS, "direction", direction)  # type: ignore[arg-type]
-        add(VARIANTS, "diagonal", Diagonal)  # type: ignore[arg-type]
-        add(VARIANTS, "other", Other)  # type: ignore[arg-type]
+    with (
+        INITIALIZERS.added("constant", constant),
+        INITIALIZERS.added("from_mean", from_mean),
+        INITIALIZERS.added("direction", direction),
+        VARIANTS.added("diagonal", Diagonal),
+        VARIANTS.added("other", Other),
+    ):
         yield
-    finally:
-        for registry, name in added:
-            del registry._table[name]
 
 
 def A_of(model: PeftModel) -> Tensor:
@@ -206,12 +198,13 @@ def test_a_registered_variant_is_chosen_by_its_switch_trained_merged_saved_and_l
 
 def test_switches_of_two_variants_exclude_each_other() -> None:
     message = (
-        r"use_dora=True and kasa_config=KasaConfig\(.*\) ask for two formulas, dora and other, .* Drop one of the two"
+        r"use_qalora=True and velora_config=VeloraConfig\(.*\) ask for two formulas, diagonal and other, .* "
+        "Drop one of the two"
     )
     with pytest.raises(ConfigError, match=message):
-        LoraConfig(use_dora=True, kasa_config={})
-    changed = LoraConfig(kasa_config={})
-    changed.use_dora = True
+        LoraConfig(use_qalora=True, velora_config={})
+    changed = LoraConfig(velora_config={})
+    changed.use_qalora = True
     with pytest.raises(ConfigError, match=message):
         get_peft_model(Model(), changed)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adapter_toys import STARTS, VARIANT, initializer_of, settings_of, starts_of, stats_for, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, initialize
-from lorafa.initializers.base import LayerSpec
+from lorafa.spec import LayerSpec
 
 transformers = pytest.importorskip("transformers")
 

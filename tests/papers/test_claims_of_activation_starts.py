@@ -14,8 +14,9 @@ from lorafa.calibration.moments import CordaMoment, SecondMoment
 from lorafa.calibration.principal import IncrementalPCA
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec
+from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.linalg import full_svd
+from lorafa.spec import LayerSpec
 
 OUT, IN, R, S = 24, 32, 4, 1.7
 STATISTICS: dict[str, type[Statistic]] = {

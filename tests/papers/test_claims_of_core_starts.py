@@ -13,10 +13,11 @@ from adapter_toys import read_by
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec
+from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.initializers.goat import GoatConfig
 from lorafa.initializers.lora_sb import LoraSBConfig
 from lorafa.linalg import full_svd
+from lorafa.spec import LayerSpec
 
 OUT, IN, R, S = 24, 32, 4, 1.7
 

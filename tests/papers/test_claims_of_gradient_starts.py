@@ -12,10 +12,11 @@ from lorafa import LoraGAConfig
 from lorafa.calibration.gradient import whitening
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec
+from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.initializers.gora import GoraConfig
 from lorafa.initializers.lora_one import LoraOneConfig
 from lorafa.linalg import full_svd
+from lorafa.spec import LayerSpec
 
 OUT, IN, R, S = 24, 32, 3, 1.7
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lorafa import LoraConfig, PeftModel, create_riemannian_optimizer, get_peft_model
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.initializers import INITIALIZERS
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec
+from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.initializers.olora import OloraConfig
 from lorafa.initializers.pissa import PissaConfig
 from lorafa.linalg import leading_columns
 from lorafa.optimizers import create_lorapro_optimizer, create_preconditioned_adamw
+from lorafa.spec import LayerSpec
 from optimizer_toys import Mlp, adapted, batch, loss
 
 RANK, SCALING = 6, 1.5

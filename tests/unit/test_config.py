@@ -230,7 +230,6 @@ LATER: list[tuple[dict[str, object], str]] = [
     ({"alora_invocation_tokens": [1, 1]}, "alora_invocation_tokens"),
     ({"velora_config": {}}, "velora_config"),
     ({"monteclora_config": {}}, "monteclora_config"),
-    ({"kasa_config": {}}, "kasa_config"),
     ({"use_bdlora": {}}, "use_bdlora"),
     ({"arrow_config": {}}, "arrow_config"),
     ({"megatron_config": {"x": 1}}, "megatron_config"),

@@ -170,14 +170,36 @@ def test_it_counts_beside_other_adapters_of_the_same_layer(start: str) -> None:
 
 
 @FOLDING
-def test_it_does_not_go_with_a_second_formula(start: str) -> None:
-    text = (
-        rf"use_dora=True and init_lora_weights='{start}' ask for two formulas, dora and {start}, .*Drop one of the two"
-    )
-    with pytest.raises(ConfigError, match=text):
-        config_of(start, use_dora=True)
+def test_it_takes_no_bias_of_B(start: str) -> None:
     with pytest.raises(ConfigError, match=rf"lora_bias=True does not work with init_lora_weights='{start}'"):
         config_of(start, lora_bias=True)
+
+
+@FOLDING
+def test_dora_over_it_scales_the_rows_of_the_weight_with_the_dense_product(start: str) -> None:
+    model = adapted(start, torch.float64, keep=False, use_dora=True)
+    layer = only_layer(model)
+    W, A, B = base(torch.float64).layer.weight, layer.factor_A("default"), layer.factor_B("default")
+    between = getattr(layer, CORES[start])["default"].weight
+    product = 1.5 * B @ (between if start == "lora_sb" else between.diag()) @ A
+    if (taken := layer.adapters["default"].start) is not None:
+        product = product - 1.5 * taken.B @ taken.A
+    m = layer.lora_magnitude_vector["default"].weight
+    changed = m[:, None] * (W + product) / (W + product).norm(dim=1, keepdim=True)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    close(model(x), x @ changed.mT + base(torch.float64).layer.bias)
+
+
+@FOLDING
+def test_dora_over_it_starts_at_the_length_of_the_rows_it_computes_with(start: str) -> None:
+    model = base(torch.float64)
+    stats = read_by(start, {"layer": stats_for(model.layer.weight)})
+    adapter = get_peft_model(model, config_of(start, use_dora=True), stats=stats, autocast_adapter_dtype=False)
+    layer = only_layer(adapter)
+    rows = layer.base_weight() + layer.adapters["default"].product()
+    close(layer.lora_magnitude_vector["default"].weight, rows.norm(dim=1))
+    x = torch.randn(5, IN, dtype=torch.float64)
+    close(adapter(x), x @ rows.mT + layer.base_bias())
 
 
 class Tied(nn.Module):

@@ -223,7 +223,7 @@ def test_weights_that_others_read_hold_the_updates_of_the_adapters_that_count() 
 
 
 def test_separate_projections_are_refused() -> None:
-    with pytest.raises(BackendError, match="three separate projections"):
+    with pytest.raises(TargetError, match=r"kdim or vdim .* three separate projections.* exclude_modules"):
         adapted(kdim=4, vdim=4)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from adapter_toys import Single, close, only_layer, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from lorafa.errors import BackendError
+from lorafa.errors import TargetError
 
 
 def adapted(layer: nn.Embedding, **settings: object) -> PeftModel:
@@ -89,7 +89,7 @@ def test_embedding_that_looks_up_other_rows_than_its_input_is_refused() -> None:
             return super().forward(mask.cumsum(-1) * mask + 2)
 
     model = Single(Positions(10, 6))
-    with pytest.raises(BackendError, match=r"layer: Positions has a forward of its own, .* exclude_modules"):
+    with pytest.raises(TargetError, match=r"'layer': .* Positions of .* has a forward of its own, .* exclude_modules"):
         get_peft_model(model, LoraConfig(target_modules=["layer"]))
     assert type(model.layer) is Positions
 
@@ -116,5 +116,5 @@ def test_half_precision_table_gives_half_precision_rows() -> None:
 
 
 def test_table_that_lookups_renormalise_is_refused() -> None:
-    with pytest.raises(BackendError, match=r"layer: .*max_norm=1.0 .*renormalise.*exclude_modules"):
+    with pytest.raises(TargetError, match=r"'layer': .*max_norm=1.0 .*renormalise.*exclude_modules"):
         adapted(nn.Embedding(10, 6, max_norm=1.0))

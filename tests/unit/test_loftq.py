@@ -19,8 +19,9 @@ from lorafa.backends.int8 import Int8Linear
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.backends.quantized import QuantizedLinear
 from lorafa.errors import AdapterError, BackendError, CheckpointError, LoraError
-from lorafa.initializers.base import InitResult, LayerSpec
+from lorafa.initializers.base import InitResult
 from lorafa.initializers.loftq import QUANTIZERS, loftq
+from lorafa.spec import LayerSpec
 
 WEIGHT = torch.randn(80, 64, generator=torch.Generator().manual_seed(1))
 RANK, SCALING = 6, 2.5

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import BackendError, DataError
 from lorafa.losses import (
+    CROSS_ENTROPY,
+    HiddenStates,
+    LogitTransform,
     SupervisedLoss,
-    _head_nll,
-    _parts,
     supervised_loss,
     supervised_nll,
     supports_chunked_loss,
@@ -167,11 +168,15 @@ def test_full_logits_are_never_allocated() -> None:
     model.requires_grad_(False)
     hidden = torch.randn(4, 24, HIDDEN, requires_grad=True)
     with LargestTensor() as largest:
-        _head_nll(hidden, _parts(model), batch["labels"], 20)[0].backward()
+        CROSS_ENTROPY(states_of(hidden, model), batch["labels"], 20)[0].backward()
     assert largest.numel == 20 * VOCAB
     with LargestTensor() as largest:
         model(**batch)
     assert largest.numel >= 4 * 24 * VOCAB
+
+
+def states_of(hidden: Tensor, model: nn.Module) -> HiddenStates:
+    return HiddenStates(hidden, model.get_output_embeddings(), LogitTransform())
 
 
 def saved_tensors(run: Any) -> list[Tensor]:
@@ -182,11 +187,11 @@ def saved_tensors(run: Any) -> list[Tensor]:
 
 
 def test_a_cpu_makes_logits_of_few_sizes() -> None:
-    hidden, parts, seen = torch.randn(2, 40, HIDDEN), _parts(causal_lm()), set()
+    states, seen = states_of(torch.randn(2, 40, HIDDEN), causal_lm()), set()
     for count in range(1, 79):
         labels = torch.full((80,), -100).index_fill(0, torch.arange(count), 3).view(2, 40)
         with LargestTensor() as largest, torch.no_grad():
-            _head_nll(hidden, parts, labels, None)
+            CROSS_ENTROPY(states, labels, None)
         seen.add(largest.numel // VOCAB)
     assert seen == {32, 64, 96}
 
@@ -197,7 +202,7 @@ def test_only_the_gradient_of_the_supervised_rows_is_saved() -> None:
     hidden = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
     next_labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     count = int((next_labels != -100).sum())
-    saved = saved_tensors(lambda: _head_nll(hidden, _parts(model), next_labels, 4))
+    saved = saved_tensors(lambda: CROSS_ENTROPY(states_of(hidden, model), next_labels, 4))
     assert sum(t.numel() * t.element_size() for t in saved if t.is_floating_point()) == count * HIDDEN * 4
     assert sum(t.numel() for t in saved if not t.is_floating_point()) <= count  # where the rows came from
 

@@ -1,7 +1,7 @@
-"""What the engine needs to know of a base layer it did not make, looked up by the layer's type.
+"""What the engine needs to know of a base layer it did not make, looked up by the types of its weight and of itself.
 
 The table maps the full name of a layer type to its back end, so that looking up a plain nn.Linear imports no optional
-package. A subclass finds its own line first, then its parent's.
+package. ``"tensor:"`` before the full name of a type of tensor stands for every layer with such a weight.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from lorafa.backends.base import Backend
+from lorafa.backends.oddities import full_name, is_plain
 from lorafa.registry import Registry
 
 BACKENDS: Registry[type[Backend]] = Registry(
@@ -27,11 +28,18 @@ BACKENDS: Registry[type[Backend]] = Registry(
 )
 
 
-def backend_of(layer: nn.Module | type) -> Backend | None:
-    """The back end of a layer (or layer type), or None where no adapter can be put on it."""
-    layer_type = layer if isinstance(layer, type) else type(layer)
+def backend_of(layer: nn.Module) -> Backend | None:
+    """The back end of a layer; None where no adapter can be put on it.
+
+    The type of its weight decides if it has a line (``"tensor:"`` and the type's full name), then its own type, then
+    the types that this inherits from, of which a back end may not want to know (:attr:`Backend.inherits`). Whether it
+    is sure of this very layer is another question: :meth:`Backend.serves`.
+    """
+    weight, layer_type = layer._parameters.get("weight"), type(layer)
+    if not is_plain(weight) and (key := f"tensor:{full_name(type(weight))}") in BACKENDS:
+        return BACKENDS.get(key)()
     for cls in layer_type.__mro__:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if name in BACKENDS:
+        name = full_name(cls)
+        if name in BACKENDS and (cls is layer_type or BACKENDS.get(name).inherits):
             return BACKENDS.get(name)()
     return None

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorafa.errors import BackendError
+from lorafa.backends.oddities import (
+    changing_hooks,
+    fixed,
+    is_hooked,
+    is_plain,
+    odd_storage,
+    own_forward,
+    rebound,
+    tensor_like,
+    unsettled,
+)
+
+__all__ = ["Backend", "is_finite", "is_hooked", "is_plain", "replaced"]
 
 
 class Backend(ABC):
-    """Every weight goes in and out as a matrix (out, in); the layout inside is the back end's affair.
+    """Every weight goes in and out as a matrix (out, in); the layout inside is up to the back end.
 
     The laws: ``base(x) == linear(x, weight(base), bias(base))`` in the sense of the layer's kind, and ``with_weight``
-    leaves the layer it was given alone.
+    leaves the layer it was given alone. A back end that is not sure of a layer says why: :meth:`serves` is asked before
+    an adapter is put on it, :meth:`reads` before anything is computed from its weight (a start, the norms of DoRA),
+    :meth:`merges` before another weight is put in the place of its own. What it has answered with None is relied upon.
     """
 
     host: ClassVar[str]
@@ -26,6 +41,32 @@ class Backend(ABC):
     quantized: ClassVar[bool] = False
     """Whether the layer keeps its weight in fewer bits than it computes in, so that :meth:`weight` is an approximation
     of the one it was made from."""
+    inherits: ClassVar[bool] = True
+    """Whether it may serve a subclass of the layer type it is registered for."""
+    weight_name: ClassVar[str] = "weight"
+    """What the layer calls the tensor that :meth:`weight` is a view of."""
+    formula: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """Methods of the layer that compute its output -> full names of functions that do so by the law above."""
+
+    def serves(self, layer: nn.Module) -> str | None:
+        """Why no adapter can be put on the layer; None if one can.
+
+        An adapter adds s B A x to the layer's output, whatever way the layer comes by that: for a linear layer this is
+        well defined for each forward, hook and computed weight, so that storage alone decides here.
+        """
+        return odd_storage(layer, self.weight_name, self.stored_shape(layer))
+
+    def reads(self, layer: nn.Module) -> str | None:
+        """Why the output may be no ``linear(x, weight, bias)``, or ``weight`` another one at each call; None: it is."""
+        return own_forward(layer, self.formula) or changing_hooks(layer) or unsettled(layer, self.weight_name)
+
+    def merges(self, layer: nn.Module) -> str | None:
+        """Why :meth:`with_weight` would not change the output as an adapter does; None: it would."""
+        return fixed(layer, self.weight_name) or own_forward(layer, self.formula) or changing_hooks(layer)
+
+    def stored_shape(self, layer: nn.Module) -> tuple[int, ...] | None:
+        """The shape that the layer's settings give the tensor :attr:`weight_name`; None where they give none."""
+        return None
 
     @abstractmethod
     def weight(self, layer: nn.Module) -> Tensor:
@@ -51,8 +92,9 @@ class Backend(ABC):
         return self.shape(layer)
 
     def dtype(self, layer: nn.Module) -> torch.dtype:
-        """The dtype the weight is stored in; float32 where it is in no parameter of the layer."""
-        return next((p.dtype for p in layer.parameters(recurse=False) if p.dim() > 1), torch.float32)
+        """The dtype the weight is stored in; float32 where it is in no tensor of the layer."""
+        stored = tensor_like(layer, self.weight_name)
+        return torch.float32 if stored is None else stored.dtype
 
     def dense(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) if layer(x) is linear(x, weight, bias) on ordinary tensors, else None."""
@@ -67,24 +109,18 @@ class Backend(ABC):
         """A layer that computes with ``weight`` (out, in) and ``bias`` (out,); the laws are tested on it."""
 
 
-def replaced(layer: nn.Module, **parameters: Tensor | None) -> nn.Module:
-    """A copy of ``layer`` that shares everything with it but the named parameters; None keeps one.
-
-    Raises:
-        BackendError: the layer computes such a parameter from others (weight norm, a parametrization).
-    """
-    computed = [name for name in parameters if name not in layer._parameters]
-    if computed:
-        raise BackendError(
-            f"The {computed[0]} of this {type(layer).__name__} is computed from other parameters (weight norm or "
-            "another parametrization), so nothing can be merged into it. Remove the parametrization first."
-        )
+def replaced(layer: nn.Module, **values: Tensor | None) -> nn.Module:
+    """A copy of ``layer`` that shares everything with it but the named parameters or buffers; None keeps one."""
     new = copy.copy(layer)
-    new._parameters = dict(layer._parameters)
-    for name, value in parameters.items():
-        old = layer._parameters[name]
-        if value is not None and old is not None:
-            new._parameters[name] = nn.Parameter(value.to(old).contiguous(), requires_grad=old.requires_grad)
+    new._parameters, new._buffers = dict(layer._parameters), dict(layer._buffers)
+    rebound(layer, new)
+    for name, value in values.items():
+        parameter, buffer = layer._parameters.get(name), layer._buffers.get(name)
+        if value is not None and parameter is not None:
+            rounded = value.to(parameter).contiguous()
+            new._parameters[name] = nn.Parameter(rounded, requires_grad=parameter.requires_grad)
+        elif value is not None and buffer is not None:
+            new._buffers[name] = value.to(buffer).contiguous()
     return new
 
 
@@ -95,12 +131,7 @@ def is_finite(new: nn.Module, old: nn.Module) -> bool:
     return all(bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all()) for t in own)
 
 
-def is_plain(tensor: Tensor | None) -> bool:
-    """Whether a tensor is an ordinary one: no DTensor, no quantized subclass."""
-    return tensor is None or type(tensor) in (Tensor, nn.Parameter, torch.nn.Buffer)
-
-
-def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody wants to see or change what passes through the layer."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or "forward" in layer.__dict__
+def device_of(layer: nn.Module) -> torch.device:
+    """Where the layer's tensors are, its own or those it computes them from; the CPU if it has none."""
+    own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False), *layer.parameters())
+    return own[0].device if own else torch.device("cpu")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from math import prod
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend, replaced
+from lorafa.backends.oddities import changing_hooks, own_forward
 from lorafa.errors import BackendError
+
+_TYPES = ("Conv1d", "Conv2d", "Conv3d")
 
 
 class ConvBackend(Backend):
@@ -16,6 +21,15 @@ class ConvBackend(Backend):
     host = "conv"
     dims: ClassVar[int] = 1
     type: ClassVar[type[nn.Module]] = nn.Conv1d
+    formula: ClassVar[Mapping[str, frozenset[str]]] = {
+        method: frozenset(f"torch.nn.modules.conv.{name}.{method}" for name in _TYPES)
+        for method in ("forward", "_conv_forward")
+    }
+
+    def serves(self, layer: nn.Module) -> str | None:
+        """Why A cannot see what the kernel sees: inputs may be padded in a forward or hook."""
+        odd = own_forward(layer, self.formula) or changing_hooks(layer, outputs=False)
+        return super().serves(layer) if odd is None else f"{odd}, so what its kernel sees is not known"
 
     def weight(self, layer: nn.Module) -> Tensor:
         self._refuse_groups(layer)
@@ -27,9 +41,12 @@ class ConvBackend(Backend):
         return replaced(layer, weight=weight.reshape(kernel.shape), bias=bias)
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
-        kernel: Tensor = layer.weight  # type: ignore[assignment]
-        in_channels: int = layer.in_channels  # type: ignore[assignment]
-        return kernel.shape[0], in_channels * kernel.shape[2:].numel()
+        conv: Any = layer
+        return conv.out_channels, conv.in_channels * prod(conv.kernel_size)
+
+    def stored_shape(self, layer: nn.Module) -> tuple[int, ...]:
+        conv: Any = layer
+        return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 
     def to_layout(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         kernel: Tensor = layer.weight  # type: ignore[assignment]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,6 +13,9 @@ from lorafa.backends.base import Backend, is_plain, replaced
 class Conv1DBackend(Backend):
     host = "linear"
     fan_in_fan_out = True
+    formula: ClassVar[Mapping[str, frozenset[str]]] = {
+        "forward": frozenset({"transformers.pytorch_utils.Conv1D.forward"})
+    }
 
     def weight(self, layer: nn.Module) -> Tensor:
         weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -19,6 +23,13 @@ class Conv1DBackend(Backend):
 
     def with_weight(self, layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
         return replaced(layer, weight=weight.T, bias=bias)
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        conv: Any = layer
+        return conv.nf, conv.nx
+
+    def stored_shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return self.shape(layer)[::-1]
 
     def dense(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         conv: Any = layer

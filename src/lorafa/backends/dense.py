@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -12,6 +13,12 @@ from lorafa.backends.base import Backend, is_plain, replaced
 class DenseBackend(Backend):
     host = "linear"
     fan_in_fan_out = False
+    formula: ClassVar[Mapping[str, frozenset[str]]] = {
+        "forward": frozenset({
+            "torch.nn.modules.linear.Linear.forward",
+            "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
+        })
+    }  # fmt: skip
 
     def weight(self, layer: nn.Module) -> Tensor:
         return cast(nn.Linear, layer).weight
@@ -22,6 +29,9 @@ class DenseBackend(Backend):
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         linear = cast(nn.Linear, layer)
         return linear.out_features, linear.in_features
+
+    def stored_shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return self.shape(layer)
 
     def dense(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         linear = cast(nn.Linear, layer)

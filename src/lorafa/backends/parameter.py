@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend, replaced
+from lorafa.backends.oddities import fixed, odd_storage
 
 
 class ParameterBackend(Backend):
@@ -15,6 +16,16 @@ class ParameterBackend(Backend):
 
     def __init__(self, parameter_name: str) -> None:
         self.parameter_name = parameter_name
+
+    def serves(self, layer: nn.Module) -> str | None:
+        return odd_storage(layer, self.parameter_name)
+
+    def reads(self, layer: nn.Module) -> str | None:
+        """The updated parameter stands in for the module's own in each call, whatever the module does with it."""
+        return None
+
+    def merges(self, layer: nn.Module) -> str | None:
+        return fixed(layer, self.parameter_name)
 
     def is_transposed(self, layer: nn.Module) -> bool:
         """Whether the layer stores (E, in, out); transformers marks such expert modules ``is_transposed``."""

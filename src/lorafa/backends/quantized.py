@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorafa.backends.base import Backend
+from lorafa.backends.oddities import changing_hooks, is_hooked, own_forward
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,7 +80,18 @@ class QuantizedLinear(nn.Module):
 class QuantizedBackend(Backend):
     host = "linear"
     quantized = True
+    inherits = False
     layer_type: ClassVar[type[QuantizedLinear]]
+
+    def serves(self, layer: nn.Module) -> str | None:
+        return None
+
+    def reads(self, layer: nn.Module) -> str | None:
+        return own_forward(layer, self.formula) or changing_hooks(layer)
+
+    def merges(self, layer: nn.Module) -> str | None:
+        """A new layer takes its place."""
+        return "hooks are on it, which would be lost" if is_hooked(layer) else None
 
     def weight(self, layer: nn.Module) -> Tensor:
         return cast(QuantizedLinear, layer).dequantize()

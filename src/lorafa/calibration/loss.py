@@ -59,7 +59,8 @@ def default_loss(model: nn.Module, watched: Collection[nn.Module] = ()) -> Loss:
             trial comes before.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return own_loss if head in watched or supports_chunked_loss(model) else causal_loss
+    seen = head is not None and any(module in watched for module in head.modules())  # the head itself, if compiled
+    return own_loss if seen or supports_chunked_loss(model) else causal_loss
 
 
 def causal_loss(model: nn.Module, batch: Any) -> Tensor:

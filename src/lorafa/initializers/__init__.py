@@ -36,6 +36,9 @@ INITIALIZERS: Registry[Initializer] = Registry(
     },
 )
 
+SWITCHES = {True: "kaiming", False: "random"}
+"""The starts that True and False mean."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -55,14 +58,15 @@ class Start:
 
 def find_start(value: object) -> Start | None:
     """The start that a value of ``init_lora_weights`` means, written in any case of letters; None if there is none."""
-    if not isinstance(value, (bool, str)):
+    if isinstance(value, bool):
+        return Start(SWITCHES[value], value)
+    if not isinstance(value, str):
         return None
     for spelling, name in _spellings():
         fits, number = _match(value, spelling)
         if fits:
-            found = Start(name, value.lower() if isinstance(value, str) else value, number)
-            switches = (also for also in found.initializer.also if isinstance(also, bool))
-            return next((Start(name, switch) for switch in switches), found)
+            switch = next((switch for switch, meant in SWITCHES.items() if meant == name), None)
+            return Start(name, value.lower() if switch is None else switch, number)
     return None
 
 
@@ -84,11 +88,11 @@ def known_start(value: object) -> Start:
 
 def start_values() -> list[bool | str]:
     """Every value ``init_lora_weights`` can have, True and False first."""
-    values = {spelling for spelling, _ in _spellings()}
+    values: set[bool | str] = {*SWITCHES, *(spelling for spelling, _ in _spellings())}
     return sorted(values, key=lambda value: (isinstance(value, str), value is False, str(value)))
 
 
-def _spellings() -> Iterator[tuple[bool | str, str]]:
+def _spellings() -> Iterator[tuple[str, str]]:
     """(value, line in the table); names before what initializers declare, so that a name is found without an import."""
     for name in INITIALIZERS.names():
         yield name, name
@@ -96,10 +100,8 @@ def _spellings() -> Iterator[tuple[bool | str, str]]:
         yield from ((value, name) for value in INITIALIZERS.get(name).also)
 
 
-def _match(value: bool | str, spelling: bool | str) -> tuple[bool, int | None]:
+def _match(value: str, spelling: str) -> tuple[bool, int | None]:
     """Whether the value is meant by the spelling, and the number it has in place of a final N."""
-    if isinstance(value, bool) or isinstance(spelling, bool):
-        return value is spelling, None
     if not spelling.endswith("_N"):
         return value.lower() == spelling.lower(), None
     match = re.fullmatch(re.escape(spelling[:-1]) + r"(\d+)", value, flags=re.IGNORECASE)

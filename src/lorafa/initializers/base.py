@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Concatenate, ParamSpec
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafa.backends.quantized import QuantizedLinear
 from lorafa.errors import CalibrationError, ConfigError
+from lorafa.spec import LayerSpec
 
 
 class DegenerateError(CalibrationError):
@@ -24,42 +22,6 @@ class DegenerateError(CalibrationError):
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """The layer being adapted."""
-
-    name: str
-    """Dotted path in the model."""
-    kind: str
-    """linear, embedding, conv, attention or experts."""
-    rank: int
-    scaling: float
-    seed: int
-    key: str = ""
-    """Tells apart what would otherwise start alike: the adapter's name."""
-    groups: int = 1
-    """Of a convolution. With more than one, B is cut to the ranks of its group: (out, rank / groups)."""
-    settings: Any = None
-    """The start's nested config (EvaConfig ...), or its part of ``init_config``; None for a start without settings."""
-    freeze_A: bool = False
-    """Whether only B will be trained, so that A must not start at zero."""
-    number: int | None = None
-    """The number in the start's name, 4 for "pissa_niter_4"."""
-    repeats: bool = False
-    """Whether a start made before, by PEFT, is to be found again: for a file that holds A and B but not what was taken
-    from the base they were trained on."""
-
-    def generator(self, part: str = "") -> torch.Generator:
-        """A random source that depends on (seed, key, path) alone, not on order, device or the other layers.
-
-        Args:
-            part: what is drawn, where it is not to repeat the numbers of A.
-        """
-        words = [str(self.seed), self.key, self.name, *([part] if part else [])]
-        digest = hashlib.blake2b("\0".join(words).encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-@dataclass(frozen=True)
 class InitResult:
     """A (r, in), B (out, r) (experts: (E, r, in), (E, out, r)) in float32 or float64."""
 
@@ -69,8 +31,8 @@ class InitResult:
     """Whether s B A at step 0 belongs to the base weight and must not count."""
     fallback: str | None = None
     """Why the layer starts as by default instead of as asked."""
-    quantized: QuantizedLinear | None = None
-    """Takes the place of the base layer, which gives it its bias."""
+    quantized: nn.Module | None = None
+    """Takes the place of the base layer, which gives it its bias; its back end says what it computes with."""
     taken: tuple[Tensor, Tensor] | None = None
     """A0 and B0, shaped as A and B, where something else than the start belongs to the base and must not count."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -96,7 +58,7 @@ class Initializer:
     """Statistics of the layer it reads."""
     reads_weight: bool = False
     """Whether it reads the base weight's values; if not it is handed a tensor of the right shape on the meta device."""
-    also: tuple[bool | str, ...] = ()
+    also: tuple[str, ...] = ()
     """Other values of ``init_lora_weights`` that mean it; a number may stand in place of the N in "..._N"."""
     settings: type | str | None = None
     """A dataclass of its settings, all with defaults, given as ``LoraConfig(init_config=...)``; or the field PEFT's
@@ -117,7 +79,7 @@ class Initializer:
     """Whether its statistics may come after the adapter is on; until then it starts as by default."""
     keeps_function: bool = True
     """Whether the model computes at step 0 what the base does."""
-    quantizer: Callable[[Tensor, LayerSpec], QuantizedLinear] | None = None
+    quantizer: Callable[[Tensor, LayerSpec], nn.Module] | None = None
     """Makes the layer that takes the base's place (:attr:`InitResult.quantized`), of a weight (out, in). It depends on
     the weight, the rank and the settings alone, and is run again where an adapter is loaded on the dense base."""
     whole_gradients: bool = False
@@ -126,6 +88,10 @@ class Initializer:
     """Directions it takes for each rank."""
     variant: str | None = None
     """The formula it is a start of, which it then asks for; None: any."""
+    any_shape: bool = False
+    """Whether it makes A and B in whatever shapes the variant stores them (:meth:`LayerSpec.stored_shapes`)."""
+    asked_by_settings: bool = False
+    """Whether its field of settings asks for it by itself, with ``init_lora_weights=True``, as in PEFT."""
     otherwise: Callable[[Tensor, LayerSpec], InitResult] | None = None
     """Starts a layer on which it raises DegenerateError, computing what the base does; None: as by default."""
 
@@ -150,12 +116,6 @@ def _decorator(
 
 initializer = _decorator(Initializer)
 """``@initializer(needs=..., ...)`` over a function: it becomes an :class:`Initializer` that declares this."""
-
-
-def factor_shapes(weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A and B for a weight (out, in) or (E, out, in)."""
-    *experts, out, in_ = weight.shape
-    return (*experts, rank, in_), (*experts, out, rank)
 
 
 def lower_the_rank(to: str = "") -> str:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, check_rank, initializer
+from lorafa.initializers.base import DegenerateError, InitResult, check_rank, initializer
 from lorafa.initializers.stages import leading, require_moment, taken_from_base, trailing
 from lorafa.linalg import damped_until_invertible, float_matrix
 from lorafa.method_configs import CordaConfig
+from lorafa.spec import LayerSpec
 
 DAMPING = 0.01
 """Added to C at first, in units of its mean eigenvalue; doubled until the inverse is good to ``ERROR``."""

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import require_triplets
 from lorafa.linalg import SVD, float_matrix
 from lorafa.method_configs import EvaConfig
+from lorafa.spec import LayerSpec
 
 
 def own_ranks(settings: EvaConfig, r: int) -> dict[str, Any] | None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lorafa.checks import check_flag, check_int, check_number
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import halves, require_directions, require_finite
 from lorafa.linalg import full_svd
+from lorafa.spec import LayerSpec
 
 
 @dataclass

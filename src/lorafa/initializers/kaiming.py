@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import random_start
+from lorafa.spec import LayerSpec
 
 
-@initializer(also=(True,))
+@initializer(any_shape=True)
 def kaiming(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """Embeddings: A = 0, B ~ N(0, 1), but for a frozen A."""
     bound = weight.shape[-1] ** -0.5

@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, LayerSpec, initializer, lower_the_rank
+from lorafa.initializers.base import InitResult, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
 from lorafa.linalg import full_svd
+from lorafa.spec import LayerSpec
 
 
-@initializer(reads_weight=True, moves_base=True, keeps_function=False, variant="kasa")
+@initializer(
+    reads_weight=True,
+    moves_base=True,
+    keeps_function=False,
+    variant="kasa",
+    settings="kasa_config",
+    asked_by_settings=True,
+)
 def kasa(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A and B = 0 as by default, d ~ N(0, 1); the base counts as [W]_{k - r} with k = min(out, in).
 

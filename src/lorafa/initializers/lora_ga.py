@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_triplets
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, LayerSpec, initializer, lower_the_rank
+from lorafa.initializers.base import InitResult, initializer, lower_the_rank
 from lorafa.initializers.stages import mean_root_of_weight, require_triplets
 from lorafa.linalg import SVD, leading_svd
 from lorafa.method_configs import LoraGAConfig
+from lorafa.spec import LayerSpec
 
 
 @initializer(needs=("gradient",), reads_weight=True, settings="lora_ga_config", moves_base=True, per_rank=2)

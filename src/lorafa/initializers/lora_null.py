@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
+from lorafa.initializers.base import InitResult, check_rank, initializer
 from lorafa.initializers.stages import leading, require_moment, taken_from_base
 from lorafa.linalg import float_matrix, spd_eigh
+from lorafa.spec import LayerSpec
 
 
 @initializer(needs=("second_moment",), reads_weight=True, moves_base=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lorafa.checks import check_number
-from lorafa.initializers.base import InitResult, LayerSpec, check_rank, initializer
+from lorafa.initializers.base import InitResult, check_rank, initializer
 from lorafa.initializers.stages import leading, whole_gradient
 from lorafa.linalg import NOISE_STEPS
+from lorafa.spec import LayerSpec
 
 
 @dataclass

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, LayerSpec, check_rank, factor_shapes, initializer
+from lorafa.initializers.base import InitResult, check_rank, initializer
 from lorafa.initializers.stages import require_finite
 from lorafa.linalg import full_svd
+from lorafa.spec import LayerSpec
 
 
 @initializer(reads_weight=True, trains="A")
@@ -24,6 +25,6 @@ def mica(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitRe
     """
     check_rank(spec, weight)
     require_finite(weight, "its weight")
-    A_shape, _ = factor_shapes(weight, spec.rank)
+    A_shape, _ = spec.stored_shapes(weight)
     B = full_svd(weight).U[..., -spec.rank :]
     return InitResult(torch.zeros(A_shape, dtype=B.dtype, device=B.device), B)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import taken_from_base, trailing
+from lorafa.spec import LayerSpec
 
 
 @initializer(reads_weight=True, moves_base=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
+from lorafa.initializers.base import InitResult, initializer
+from lorafa.spec import LayerSpec
 
 
 def check_even(rank: int, found: str) -> None:
@@ -34,7 +35,7 @@ def orthogonal(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> 
             f"groups={spec.groups}, whose B is cut to the ranks of its group. Choose another start, or exclude the "
             "layer."
         )
-    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    A_shape, B_shape = spec.stored_shapes(weight)
     generator, half = spec.generator(), spec.rank // 2
     experts = A_shape[:-2]
     square = torch.empty(*experts, spec.rank, spec.rank, dtype=torch.float64).normal_(generator=generator)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lorafa.checks import check_flag
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, LayerSpec, initializer
+from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import leading, taken_from_base
+from lorafa.spec import LayerSpec
 
 
 @dataclass(frozen=True)

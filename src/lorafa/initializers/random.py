@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, LayerSpec, factor_shapes, initializer
+from lorafa.initializers.base import InitResult, initializer
+from lorafa.spec import LayerSpec
 
 
-@initializer(also=(False,), keeps_function=False)
+@initializer(keeps_function=False, any_shape=True)
 def random(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B ~ U(-1/sqrt(r), 1/sqrt(r)); embeddings: both N(0, 1)."""
-    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    A_shape, B_shape = spec.stored_shapes(weight)
     generator = spec.generator()
     if spec.kind == "embedding":
         A = torch.empty(A_shape).normal_(generator=generator)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import CalibrationError
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, check_rank, factor_shapes
+from lorafa.initializers.base import DegenerateError, InitResult, check_rank
 from lorafa.linalg import SVD, full_svd, leading_svd, truncated_svd
+from lorafa.spec import LayerSpec
 
 
 def random_start(weight: Tensor, spec: LayerSpec, draw: Callable[[Tensor, torch.Generator], Tensor]) -> InitResult:
@@ -18,7 +19,7 @@ def random_start(weight: Tensor, spec: LayerSpec, draw: Callable[[Tensor, torch.
     For an embedding A = 0 and B ~ N(0, 1): a row of A is met only when its token is, B always. A frozen A is drawn
     there too.
     """
-    A_shape, B_shape = factor_shapes(weight, spec.rank)
+    A_shape, B_shape = spec.stored_shapes(weight)
     if spec.kind == "embedding" and not spec.freeze_A:
         return InitResult(torch.zeros(A_shape), torch.empty(B_shape).normal_(generator=spec.generator()))
     return InitResult(draw(torch.empty(A_shape), spec.generator()), torch.zeros(B_shape))

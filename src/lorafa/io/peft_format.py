@@ -10,22 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafa.adapter import LooseTensors
 from lorafa.config import LoraConfig
 from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import CheckpointError, shorten
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.ties import check_ties, tied_tensors
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.experts import LoraExperts
+from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
 from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.surgery.walk import HOSTS, base_parameters, hosts, lora_layers, places
+from lorafa.surgery.walk import (
+    base_parameters,
+    embedding_of,
+    hosts,
+    lora_layers,
+    places,
+    skeleton,
+    uncompiled_name,
+)
 
 PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _EMBEDDING_GETTERS = ("get_input_embeddings", "get_output_embeddings")
 START_A, START_B = "lora_start.A", "lora_start.B"
-UNFOLDED_B = "lora_unfolded.B"
+_UNFOLDED = "lora_unfolded"
 _PEFT_STARTS_ANYWHERE = (True, False, "gaussian")
 _PEFT_STARTS_ON_SOME = ("orthogonal", "eva", "loftq", "mica")
 _SOME = ("linear", "embedding")
@@ -33,11 +42,11 @@ _NO_SETTINGS: Mapping[str, Any] = {name: {} if name == "loftq_config" else None 
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by their names in the user's model.
+    """The tensors of a file by their names in the user's model, as it is when no part of it is compiled.
 
     Files of PEFT with ``bias="all"`` hold the biases of ``modules_to_save`` twice; one of the two is left out.
     """
-    named = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    named = {uncompiled_name(key).removeprefix(PREFIX): value for key, value in tensors.items()}
     copies = [key for key in named if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in named]
     return {key: value for key, value in named.items() if key not in copies}
 
@@ -52,22 +61,21 @@ def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool
             config targets embeddings by their usual names, only of those that are adapted, as in PEFT.
     """
     for path, host in hosts(model):
-        yield from (entry.at(path) for entry in host.stored(name))
+        yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
     yield from _biases(model, name, config)
     if embeddings:
         yield from _embeddings(model, adapted_only=keeps_embeddings(config, model, "auto"))
 
 
-def _pristine(model: nn.Module) -> dict[int, Tensor]:
+def _uncompiled(entry: Stored) -> Stored:
+    """The entry by the names it has where no part of a module that is saved as a whole is compiled."""
+    live = None if entry.live is None else uncompiled_name(entry.live)
+    return replace(entry, key=uncompiled_name(entry.key), live=live)
+
+
+def pristine_tensors(model: nn.Module) -> dict[int, Tensor]:
     """Identity of a merged weight or bias -> the one it stands in for, which is what belongs with an adapter."""
-    found: dict[int, Tensor] = {}
-    for _, layer in lora_layers(model):
-        for kept in layer._pristine:
-            merged = dict(layer.base_layer.named_parameters(recurse=False))
-            found |= {id(merged[k]): p for k, p in kept.named_parameters(recurse=False) if merged.get(k, p) is not p}
-        if isinstance(layer, LoraExperts) and layer._kept:
-            found[id(layer.weight)] = layer._kept[0]
-    return found
+    return {id(merged): kept for _, host in hosts(model) for merged, kept in host.merged_parameters()}
 
 
 def _base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Stored:
@@ -75,7 +83,7 @@ def _base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Sto
 
 
 def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Stored]:
-    pristine = _pristine(model)
+    pristine = pristine_tensors(model)
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
@@ -93,12 +101,12 @@ def _adapted(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
 
 def _embeddings(model: nn.Module, *, adapted_only: bool = False) -> Iterator[Stored]:
     """Base weights of input embedding and output head; whole copies (``modules_to_save``) are in the file anyway."""
-    modules = [getattr(model, getter)() for getter in _EMBEDDING_GETTERS if callable(getattr(model, getter, None))]
-    pristine = _pristine(model)
-    for path, module in model.named_modules():
-        if not any(module is embedding for embedding in modules) or isinstance(module, ModulesToSaveWrapper):
+    tables = [embedding_of(model, getter) for getter in _EMBEDDING_GETTERS]
+    pristine = pristine_tensors(model)
+    for path, module in skeleton(model):
+        if not any(module is table for table in tables) or isinstance(module, ModulesToSaveWrapper):
             continue
-        if isinstance(module, HOSTS):
+        if isinstance(module, Host):
             inner = module.get_submodule(module.wrapped_path)
             yield _base_entry(f"{path}.{module.wrapped_path}.weight", _weight(inner), pristine)
         elif not adapted_only:
@@ -136,25 +144,28 @@ def file_tensors(
     state_dict: Mapping[str, Tensor] | None = None,
     embeddings: bool = False,
     with_start: bool = True,
+    dense: bool = True,
 ) -> dict[str, Tensor]:
     """The tensors of adapter ``name`` as a file holds them, without prefix.
 
     s B A - s B0 A0 is written as the ordinary LoRA of rank 2 r it is: A and A0 stacked, B and -B0 side by side. Where
-    the variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over. Where it is one
-    once its extras are multiplied into B (LoRA-SB), B is written so, and as it is in a key of its own.
+    the variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over. Where its dense
+    factors are not those it stores (LoRA-SB), the dense ones are written, and the stored ones in keys of their own.
 
     Args:
         state_dict: take values from here by their live names (a gathered state dict) instead of from the model.
         with_start: False gives A and B alone.
+        dense: False gives A and B as they are stored, as PEFT's files have them.
 
     Raises:
         CheckpointError: ``state_dict`` lacks a tensor of the adapter.
     """
     found = list(entries(model, name, config, embeddings=embeddings))
     values = {e.key: e.tensor.detach() for e in found} if state_dict is None else _gathered(found, state_dict, name)
-    for path, layer in _folding(model, name):
-        key_B = f"{path}.{layer.factor_names[1]}"
-        values |= {f"{path}.{UNFOLDED_B}": values[key_B], key_B: _folded(path, layer, name, values[key_B], values)}
+    for path, layer in _with_other_factors(model, name) if dense else ():
+        stored = {key: values[key] for key in _factor_keys(path, layer)}
+        made = _dense(path, layer, name, stored, values)
+        values |= made | {_unfolded(path, key): stored[key] for key in made}
     for path, layer, start in _starts(model, name) if with_start else ():
         values |= _stacked(path, layer, layer.adapters[name].variant.plain, start, values)
     values |= {key: values[key] / 2 for key in _factors_applied_twice(model, name, config)}
@@ -191,6 +202,7 @@ def _split(
 def _gathered(found: list[Stored], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The values of the entries by their names in a file; what the model itself holds may be a part only."""
     values, missing = {}, []
+    state_dict = {uncompiled_name(key): tensor for key, tensor in state_dict.items()}
     for entry in found:
         if entry.live is None:
             values[entry.key] = entry.tensor.detach()
@@ -228,37 +240,63 @@ def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple
             yield path, layer, (start.A, start.B)
 
 
-def _folding(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
-    return [(path, layer) for path, layer in _adapted(model, name) if layer.adapters[name].variant.folds]
+def _with_other_factors(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
+    """The layers whose variant stores A and B in another form than the dense one."""
+    adapted = _adapted(model, name)
+    return [(path, layer) for path, layer in adapted if not layer.adapters[name].variant.factors_are_stored]
 
 
-def _folded(path: str, layer: LoraLayer, name: str, B: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-    """A stored B with the extras among ``values`` multiplied in, as it is stored."""
-    variant = layer.adapters[name].variant
-    extras = {kind: values[f"{path}.{holder}"] for kind, holder in variant.extras.items()}
-    return layer.stored_B(variant.fold(layer.matrix_B(B), extras))
+def _factor_keys(path: str, layer: LoraLayer) -> tuple[str, str]:
+    key_A, key_B = layer.factor_names
+    return f"{path}.{key_A}", f"{path}.{key_B}"
 
 
-def _unfold(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file with every B as it was before it was folded.
+def _unfolded(path: str, key: str) -> str:
+    """The key of a stored factor whose dense form has its usual key: ``<path>.lora_unfolded.B``."""
+    return f"{path}.{_UNFOLDED}.{'A' if 'lora_A' in key.removeprefix(path) else 'B'}"
+
+
+def _dense(
+    path: str, layer: LoraLayer, name: str, stored: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """By key the dense factors, in the layout of a file, that differ from the ``stored`` ones; extras are in values."""
+    variant, (key_A, key_B) = layer.adapters[name].variant, _factor_keys(path, layer)
+    extras = {kind: values[f"{path}.{extra.holder}"] for kind, extra in variant.extras.items() if extra.saved}
+    loose = LooseTensors(layer.matrix_A(stored[key_A]), layer.matrix_B(stored[key_B]), extras)
+    A, B = variant.factors(loose)
+    made = {} if A is loose.A else {key_A: layer.stored_A(A)}
+    return made if B is loose.B else made | {key_B: layer.stored_B(B)}
+
+
+def _as_stored(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with A and B in the form in which the variant stores them.
 
     Raises:
-        CheckpointError: some folded B is not the product of what it was folded from.
+        CheckpointError: some dense factor is not what its stored form gives.
     """
     tensors = dict(tensors)
-    for path, layer in _folding(model, name):
-        key_B, key_unfolded = f"{path}.{layer.factor_names[1]}", f"{path}.{UNFOLDED_B}"
-        B = tensors.pop(key_unfolded)
-        wanted, found = _folded(path, layer, name, B, tensors).float(), tensors[key_B].float()
-        if bool((found - wanted).abs().max() > 0.01 * wanted.abs().max()):  # more than rounding in any dtype
-            between = " and ".join(layer.adapters[name].variant.extras.values())
-            raise CheckpointError(
-                f"{key_B} is not {key_unfolded} times {between}: one of them was changed since adapter {name!r} was "
-                f"saved. To go on from {key_B} as plain LoRA leave the keys of the other two and the metadata out of "
-                "the file. Nothing was loaded."
-            )
-        tensors[key_B] = B
+    for path, layer in _with_other_factors(model, name):
+        keys = _factor_keys(path, layer)
+        stored = {key: tensors.pop(_unfolded(path, key), tensors[key]) for key in keys}
+        for key, made in _dense(path, layer, name, stored, tensors).items():
+            wanted, found = made.float(), tensors[key].float()
+            if bool((found - wanted).abs().max() > 0.01 * wanted.abs().max()):  # more than rounding in any dtype
+                between = " and ".join(e.holder for e in layer.adapters[name].variant.chain()[-1].extras.values())
+                raise CheckpointError(
+                    f"{key} is not {_unfolded(path, key)} times {between}: one of them was changed since adapter "
+                    f"{name!r} was saved. To go on from {key} as plain LoRA leave the keys of the other two and the "
+                    "metadata out of the file. Nothing was loaded."
+                )
+        tensors |= stored
     return tensors
+
+
+def _holds_dense(config: LoraConfig, with_start: bool) -> bool:
+    """Whether a file has dense factors where the variant stores others; PEFT's files of such adapters do not.
+
+    Ours of a start that moves the base hold what was taken from it, PEFT's never do.
+    """
+    return with_start or not config.start.initializer.moves_base
 
 
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
@@ -305,21 +343,28 @@ def load_tensors(
         own, stored = _split(path, layer, layer.adapters[name].variant.plain, start[0].shape[-2], tensors)
         tensors |= own
         starts += zip(start, stored, strict=True)
-    tensors = _unfold(model, name, tensors)
+    if _holds_dense(config, with_start):
+        tensors = _as_stored(model, name, tensors)
     for live, value in starts:
         live.copy_(value)
     for entry in (*entries(model, name, config), *_embeddings(model)):
         if entry.key in tensors:
             entry.tensor.data.copy_(tensors[entry.key])
+    for _, layer in _adapted(model, name):
+        layer.adapters_changed()
+
+
+def wanted_tensors(
+    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
+) -> dict[str, Tensor]:
+    """What a file of adapter ``name`` would hold; whole embeddings only if ``tensors`` has them: PEFT adds some."""
+    whole = {entry.key: entry.tensor.detach() for entry in _embeddings(model) if entry.key in tensors}
+    dense = _holds_dense(config, with_start)
+    return file_tensors(model, name, config, with_start=with_start, dense=dense) | whole
 
 
 def misfit(
     model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
 ) -> Misfit:
-    """How the tensors of a file differ from those adapter ``name`` has; empty if they fit.
-
-    Whole embeddings, which PEFT adds to some files, are wanted where the file has them.
-    """
-    want = file_tensors(model, name, config, with_start=with_start)
-    whole = {entry.key: entry.tensor for entry in _embeddings(model) if entry.key in tensors}
-    return compare(tensors, want | whole)
+    """How the tensors of a file differ from those adapter ``name`` has; empty if they fit."""
+    return compare(tensors, wanted_tensors(model, name, config, tensors, with_start=with_start))

@@ -191,7 +191,7 @@ def _nothing_in_common(misfit: Misfit) -> str | None:
 def _other_settings(misfit: Misfit) -> list[str]:
     causes = []
     asking = asking_settings()
-    extras = {holder: asking[name] for name in asking for holder in VARIANTS.get(name).extras.values()}
+    extras = {extra.holder: asking[name] for name in asking for extra in VARIANTS.get(name).extras.values()}
     for part, setting in (_SETTING_OF_KEY | extras).items():
         for keys, owner, other in ((misfit.unexpected, "file", "model"), (misfit.missing, "model", "file")):
             opposite = misfit.want if owner == "file" else misfit.have

@@ -6,16 +6,13 @@ of a forward pass. Both projections carry an adapter; that of out_proj sits insi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.weights import call_with, updated_bias, updated_tensors
-
-if TYPE_CHECKING:
-    from lorafa.config import LoraConfig
+from lorafa.layers.weights import call_with, updated_tensors
 
 
 class LoraAttention(LoraLayer):
@@ -29,13 +26,13 @@ class LoraAttention(LoraLayer):
     inner_layers = ("out_proj",)
 
     @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
-        if config.lora_bias and cast(nn.MultiheadAttention, base).in_proj_bias is None:
+    def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
+        if bias and cast(nn.MultiheadAttention, base).in_proj_bias is None:
             raise ConfigError(
                 f"{name}: lora_bias has nothing to act on in nn.MultiheadAttention(bias=False). Exclude it, or set "
                 "lora_bias=False."
             )
-        super().check(name, base, rank, config)
+        super().check(name, base, rank, bias=bias, dropout=dropout)
 
     @property
     def in_proj_weight(self) -> Tensor:
@@ -48,7 +45,7 @@ class LoraAttention(LoraLayer):
     def in_proj_bias(self) -> Tensor | None:
         """(3 dim,), with the biases of the adapters that count."""
         bias = cast("Tensor | None", self.running_base().in_proj_bias)
-        change = None if bias is None else updated_bias(self, self.counting())
+        change = None if bias is None else self.updated_bias(self.counting())
         return bias if change is None else change
 
     @property

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter, Start, scaling
+from lorafa.adapter import Adapter, Start, bias_change
 from lorafa.backends import backend_of
-from lorafa.backends.base import Backend
+from lorafa.backends.base import Backend, device_of, is_finite
+from lorafa.backends.oddities import described
+from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
+from lorafa.layers.by_name import Table, number
+from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
-from lorafa.layers.weights import device_of, updated_bias, with_changes
+from lorafa.linalg import working_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from lorafa.config import LoraConfig
 
 _NOT_THE_BASE = ("_", "lora_")
 _MISSING = object()
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(Host):
     """The storage and names are PEFT's (``lora_A[name].weight``, ``scaling[name]``, ``merged_adapters`` ...).
 
     What differs between kinds of layer is here as hooks: how factors are stored, how s B A x is computed, how a vector
@@ -35,7 +38,6 @@ class LoraLayer(nn.Module):
     factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """What A and B are called in a file."""
     wrapped_path: ClassVar[str] = "base_layer"
-    """Where the module sits whose place the layer takes."""
     takes_dropout: ClassVar[bool] = True
     """Whether the adapter has an input of its own that ``lora_dropout`` can act on."""
     takes_bias: ClassVar[bool] = True
@@ -45,20 +47,18 @@ class LoraLayer(nn.Module):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
 
+    r: Table[int] = number("rank")
+    lora_alpha: Table[float] = number("alpha")
+    scaling: Table[float | Tensor] = number("scaling")
+    use_rslora: Table[bool] = number("use_rslora")
+    use_dora: Table[bool] = Table(lambda adapter: any(v.switch == "use_dora" for v in adapter.variant.chain()))
+    lora_bias: Table[bool] = Table(lambda adapter: adapter.bias is not None)
+
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.training = base_layer.training
+        super().__init__(base_layer)
         self.base_layer = base_layer
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.times: dict[str, int] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.use_dora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        self.trains: dict[str, str] = {}
-        self.fallbacks: dict[str, str] = {}
         self.origin: dict[str, Any] | None = None  # describes the dense weight that a start has quantized
+        self.call = CurrentCall()
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -68,26 +68,30 @@ class LoraLayer(nn.Module):
         self.lora_start = nn.ModuleDict()
         self.adapters: dict[str, Adapter] = {}
         self.merged_adapters: list[str] = []
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
         self._pristine: tuple[nn.Module, ...] = ()  # the base layer while a merged one stands in its place
+        self._found: tuple[nn.Module, type, Backend] | None = None  # the back end of a layer with such a weight
         self.out_features, self.in_features = self.backend.shape(self.get_base_layer())
 
     # ---- what a kind of layer must say
 
     @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
-        """Refuse, or warn of, what does not go with this kind of layer; ``name`` is the layer's, for the message.
+    def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
+        """Refuse, or warn of, what does not go with this kind of layer.
+
+        Args:
+            name: the layer's, for the message.
+            bias: whether B is to have a bias (``lora_bias``).
+            dropout: ``lora_dropout``.
 
         Raises:
             ConfigError: a rank or setting cannot be carried out on such a layer.
             BackendError: nothing can be, on this very layer.
         """
-        if config.lora_bias and not cls.takes_bias:
+        if bias and not cls.takes_bias:
             raise ConfigError(
                 f"{name}: lora_bias is not defined on {cls.kind} layers. Exclude it, or set lora_bias=False."
             )
-        if config.lora_dropout and not cls.takes_dropout:
+        if dropout and not cls.takes_dropout:
             warn(f"{name}: lora_dropout does not act on {cls.kind} layers: the update has no input to drop there.")
 
     @classmethod
@@ -123,9 +127,14 @@ class LoraLayer(nn.Module):
         return self.matrix_B(self.lora_B[name].weight)  # type: ignore[arg-type]
 
     def factor_bias(self, name: str) -> Tensor | None:
-        return self.lora_B[name].bias if self.lora_bias[name] else None  # type: ignore[return-value]
+        return self.lora_B[name].bias  # type: ignore[return-value]
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    def extra(self, holder: str, name: str) -> Tensor:
+        """A tensor that a variant has added, by its PEFT name."""
+        weight: Tensor = self._modules[holder][name].weight  # type: ignore[index]
+        return weight
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         """s B A drop(x) for the layer's input x, in the layout of its output.
 
         Raises:
@@ -148,12 +157,18 @@ class LoraLayer(nn.Module):
 
     @property
     def backend(self) -> Backend:
-        backend = backend_of(self.get_base_layer())
+        """How the base layer stores its weight, looked up anew where another layer or weight is there."""
+        base = self.get_base_layer()
+        kind = type(base._parameters.get("weight"))
+        if self._found is not None and self._found[0] is base and self._found[1] is kind:
+            return self._found[2]
+        backend = backend_of(base)
         if backend is None:
             raise BackendError(
-                f"No back end knows {type(self.get_base_layer()).__name__}, which stands where the base layer was. "
-                "Under FSDP1 wrap whole blocks (auto_wrap_policy), no base layers, or use FSDP2 (fully_shard)."
+                f"No back end knows {type(base).__name__}, which stands where the base layer was. Under FSDP1 wrap "
+                "whole blocks (auto_wrap_policy), no base layers, or use FSDP2 (fully_shard)."
             )
+        self._found = base, kind, backend
         return backend
 
     def get_base_layer(self) -> nn.Module:
@@ -213,24 +228,29 @@ class LoraLayer(nn.Module):
             tensor = tensor.to(device=device, dtype=parts.dtype).contiguous()
             return tensor.view(-1).view(tensor.shape)
 
-        self.r[name], self.lora_alpha[name], self.times[name] = parts.rank, parts.alpha, parts.times
-        self.scaling[name] = parts.times * parts.scaling
-        self.use_rslora[name], self.use_dora[name] = parts.use_rslora, parts.variant.name == "dora"
-        self.lora_bias[name], self.trains[name] = parts.bias is not None, parts.trains
+        variant, extras = parts.variant, parts.variant.extras
         self.lora_dropout[name] = nn.Dropout(parts.dropout) if parts.dropout else nn.Identity()
         bias = None if parts.bias is None else placed(parts.bias)
         self.hold_factors(name, placed(self.stored_A(parts.A)), placed(self.stored_B(parts.B)), bias)
         for kind, value in parts.extras.items():
-            self._holder(parts.variant.extras[kind])[name] = Weight(self.store_extra(placed(value)))
+            extra = extras[kind]
+            weight = self.store_extra(placed(value))
+            self._holder(extra.holder)[name] = Weight(weight, trained=extra.trained, saved=extra.saved)
         if parts.start is not None:
             self.lora_start[name] = Start(*(placed(factor) for factor in parts.start))
-        if parts.fallback is not None:
-            self.fallbacks[name] = parts.fallback
-        self.adapters[name] = Adapter(self, name, parts.variant)
+        self.adapters[name] = Adapter(
+            self, name, variant, parts.rank, parts.alpha, parts.use_rslora, parts.times, parts.trains, parts.fallback
+        )
         for holder in self.holders():  # not self.train(): what is inside the base keeps its modes
             holder.training = self.training
             if isinstance(holder, nn.ModuleDict) and name in holder:
                 holder[name].train(self.training)
+        self.adapters_changed()
+
+    def adapters_changed(self) -> None:
+        """Let variants compute again what follows from the adapters of the layer."""
+        for name, adapter in self.adapters.items():
+            adapter.variant.changed(self, name)
 
     def holders(self) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
         """What has modules or parameters by the name of their adapter."""
@@ -244,18 +264,25 @@ class LoraLayer(nn.Module):
         """A vector over output features in the shape PEFT stores it in."""
         return value
 
-    def detach_adapter(self, name: str) -> None:
-        """Forget an adapter and all its parameters."""
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Adapter -> why it started as by default instead of as asked; a copy."""
+        return {name: a.fallback for name, a in self.adapters.items() if a.fallback is not None}
+
+    def held(self) -> Iterable[str]:
+        return self.adapters
+
+    def forget(self, name: str) -> None:
         if name in self.merged_adapters:
             raise AdapterError(f"Adapter {name!r} is merged. Call unmerge_adapter() before deleting it.")
-        holders: tuple[Any, ...] = (
-            self.r, self.lora_alpha, self.scaling, self.times, self.use_rslora, self.use_dora, self.lora_bias,
-            self.trains, self.fallbacks, self.adapters, *self.holders(),
-        )  # fmt: skip
-        for holder in holders:
+        for holder in (self.adapters, *self.holders()):
             if name in holder:
                 del holder[name]
-        self._active_adapter = [active for active in self._active_adapter if active != name]
+        self.adapters_changed()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's name of :meth:`detach_adapter`; ``PeftModel.delete_adapter`` keeps all layers and configs in step."""
+        self.detach_adapter(adapter_name)
 
     def stored(self, name: str) -> Iterator[Stored]:
         """What a file holds of an adapter; nothing if it is not on this layer, or belongs to another one."""
@@ -263,75 +290,59 @@ class LoraLayer(nn.Module):
             holder = key.partition(".")[0]
             if name in getattr(self, holder):
                 yield from held_by(holder, name, getattr(self, holder)[name])
-        for holder in self.adapters[name].variant.extras.values() if name in self.adapters else ():
-            yield Stored(holder, f"{holder}.{name}.weight", getattr(self, holder)[name].weight)
+        for extra in self.adapters[name].variant.extras.values() if name in self.adapters else ():
+            if extra.saved:
+                yield Stored(extra.holder, f"{extra.holder}.{name}.weight", self.extra(extra.holder, name))
 
-    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of an adapter by their names in a file."""
-        return {e.key: e.tensor for e in self.stored(name)}  # type: ignore[misc]
-
-    def plain(self, names: Sequence[str]) -> nn.Module:
-        """The module without the wrapper, merged as it is."""
+    def unwrapped(self, names: Sequence[str]) -> nn.Module:
+        """The base layer, merged as it is."""
         return self.base_layer
 
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active_adapter)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        return self.active_adapters
-
-    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make exactly these adapters count, and train (unless ``inference_mode``)."""
-        self._active_adapter = [names] if isinstance(names, str) else list(names)
-        for name in self.adapters:
-            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+    def merged_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        for kept in self._pristine:
+            merged = dict(self.base_layer.named_parameters(recurse=False))
+            for key, parameter in kept.named_parameters(recurse=False):
+                if key in merged and merged[key] is not parameter:
+                    yield merged[key], parameter
 
     def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
         factors = dict(zip(self.factor_names, "AB", strict=True))
         for key, parameter in self.stored_parameters(name).items():
-            parameter.requires_grad_(requires_grad and factors.get(key, "") in self.trains[name])
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self._disable_adapters = not enabled
+            parameter.requires_grad_(requires_grad and factors.get(key, "") in self.adapters[name].trains)
 
     def counting(self) -> list[Adapter]:
         """The adapters that change the output now."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        return [self.adapters[name] for name in self._active_adapter if name in self.adapters]
+        return self._active_here()
 
     # ---- scale
 
-    def initial_scale(self, name: str) -> float:
-        return self.times[name] * scaling(self.r[name], self.lora_alpha[name], self.use_rslora[name])
-
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling to ``scale`` times alpha / r (or alpha / sqrt(r))."""
-        if adapter in self.scaling:
-            self._rescale(adapter, scale * self.initial_scale(adapter))
+        if adapter in self.adapters:
+            self.adapters[adapter].scaling = scale * self.adapters[adapter].initial_scaling
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
-        for name in self._active_adapter:
-            if name in self.scaling:
-                self._rescale(name, self.scaling[name] * scale)
+        for adapter in self._active_here():
+            adapter.scaling = adapter.scaling * scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by ``scale``, or set it back to its start."""
-        for name in self._active_adapter:
-            if name in self.scaling:
-                self._rescale(name, self.initial_scale(name) if scale is None else self.scaling[name] / scale)
+        for adapter in self._active_here():
+            adapter.scaling = adapter.initial_scaling if scale is None else adapter.scaling / scale
 
-    def _rescale(self, name: str, value: float) -> None:
-        if self.without_start:  # s B0 A0 was taken out for the scaling it had
+    def _active_here(self) -> list[Adapter]:
+        return [self.adapters[name] for name in self._active_adapter if name in self.adapters]
+
+    def before_rescaling(self) -> None:
+        """Bring the base back from which s B0 A0 was taken out for the scaling it had.
+
+        A merged update stays in the weight as it was merged; unmerging takes off just that.
+        """
+        if self.without_start:
             self.unmerge()
-        self.scaling[name] = value
 
     # ---- weights
 
@@ -345,7 +356,50 @@ class LoraLayer(nn.Module):
         """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
         adapters = [self.adapters[name] for name in names]
         changes = (adapter.delta_weight(self.base_weight()) for adapter in adapters)
-        return with_changes(self, changes, names, updated_bias(self, adapters))
+        return self.with_changes(changes, names, self.updated_bias(adapters))
+
+    def with_changes(self, changes: Iterable[Tensor], names: Sequence[str], bias: Tensor | None = None) -> nn.Module:
+        """A new base layer of the pristine weight plus ``changes`` (out, in): summed in float32, rounded once.
+
+        Raises:
+            AdapterError: it would not be finite; ``names`` are the adapters the changes come from.
+            BackendError: the layer cannot hold it.
+        """
+        odd = self.backend.merges(self.pristine)
+        if odd is not None:
+            raise BackendError(
+                f"Nothing can be merged into this {described(self.pristine)}: {odd}, so another weight in it would not "
+                "change its output as the adapter does; nothing was changed. Keep the adapter unmerged, or remove what "
+                "is odd (hook, parametrization, replaced forward) first."
+            )
+        weight = self.base_weight()
+        total = weight.to(working_dtype(weight.dtype))
+        for change in changes:
+            total = total + change
+        changed = self.backend.with_weight(self.pristine, total, bias)
+        if not is_finite(changed, self.get_base_layer()):
+            raise AdapterError(
+                f"Merging {', '.join(map(repr, names))} gives inf or nan in a {type(changed).__name__} once rounded to "
+                "its dtype; nothing was merged. The adapter was probably trained to divergence, or the model needs a "
+                "dtype of wider range: bfloat16 or float32."
+            )
+        return changed
+
+    def updated_bias(self, adapters: Sequence[Adapter]) -> Tensor | None:
+        """The base's bias plus those of the adapters; None where none of these has one.
+
+        Raises:
+            BackendError: the base has no bias that could take theirs.
+        """
+        change, bias = bias_change(adapters), self.backend.bias(self.pristine)
+        if change is None:
+            return None
+        if bias is None:
+            raise BackendError(
+                f"lora_bias cannot be merged into a {type(self.pristine).__name__} without a bias; nothing was merged. "
+                "Keep the adapter unmerged, or train one with lora_bias=False."
+            )
+        return (bias.to(change.dtype) + change).to(bias.dtype)
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         """Let ``base`` stand in for the base layer; the pristine one is kept for :meth:`unmerge`."""
@@ -393,8 +447,22 @@ class LoraLayer(nn.Module):
         y = self.base_layer(x, *args, **kwargs)
         out = y
         for adapter in adapters:
-            out = out + adapter.delta_output(x, y).to(y.dtype)
+            out = self._added(out, adapter.delta_output(x, y))
         return out
+
+    def _added(self, y: Any, change: Tensor) -> Tensor:
+        """The output so far with an adapter's change, in the output's dtype.
+
+        Raises:
+            BackendError: the two have not one shape, or the output is no tensor.
+        """
+        if not isinstance(y, Tensor) or y.shape != change.shape:
+            found = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise BackendError(
+                f"A {described(self.base_layer)} gives {found} where an adapter on it gives {tuple(change.shape)}: its "
+                "forward or a hook makes something else of x W^T + b. Leave it out with exclude_modules."
+            )
+        return y + change.to(y.dtype)
 
     def __getattr__(self, name: str) -> Any:
         """What the layer lacks is the base layer's: ``stride``, ``num_embeddings``, ``head_dim`` ...
@@ -409,4 +477,4 @@ class LoraLayer(nn.Module):
         return super().__getattr__(name) if found is _MISSING else found
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: r={self.r[name]}, scaling={self.scaling[name]:g}" for name in self.adapters)
+        return ", ".join(f"{name}: r={a.rank}, scaling={float(a.scaling):g}" for name, a in self.adapters.items())

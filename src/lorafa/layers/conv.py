@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-
-if TYPE_CHECKING:
-    from lorafa.config import LoraConfig
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -26,17 +23,21 @@ class LoraConv(LoraLayer):
         self.in_features = cast(Conv, base_layer).in_channels  # as PEFT counts them: without the taps
 
     @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
+    def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
         if rank % cls.rank_groups(base):
             raise ConfigError(
                 f"{name}: rank {rank} is not divisible by the convolution's groups={cls.rank_groups(base)}. "
                 "Choose another rank (rank_pattern), or exclude the layer."
             )
-        super().check(name, base, rank, config)
+        super().check(name, base, rank, bias=bias, dropout=dropout)
 
     @classmethod
     def rank_groups(cls, base: nn.Module) -> int:
         return cast(Conv, base).groups
+
+    def _dims(self) -> int:
+        """1, 2 or 3, without a look at the weight: one that is computed may change when it is read."""
+        return len(cast(Conv, self.get_base_layer()).kernel_size)
 
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         base = cast(Conv, self.get_base_layer())
@@ -48,10 +49,10 @@ class LoraConv(LoraLayer):
 
     def stored_A(self, matrix: Tensor) -> Tensor:
         base = cast(Conv, self.get_base_layer())
-        return matrix.reshape(matrix.shape[0], base.in_channels, *base.weight.shape[2:])
+        return matrix.reshape(matrix.shape[0], base.in_channels, *base.kernel_size)
 
     def stored_B(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(*matrix.shape, *(1,) * (self.weight.dim() - 2))
+        return matrix.reshape(*matrix.shape, *(1,) * self._dims())
 
     def matrix_A(self, stored: Tensor) -> Tensor:
         return stored.flatten(1)
@@ -60,15 +61,15 @@ class LoraConv(LoraLayer):
         return stored.flatten(1)
 
     def store_extra(self, value: Tensor) -> Tensor:
-        return value.reshape(1, -1, *(1,) * (self.weight.dim() - 2))
+        return value.reshape(1, -1, *(1,) * self._dims())
 
     def per_output(self, vector: Tensor) -> Tensor:
-        return vector.reshape(-1, *(1,) * (self.weight.dim() - 2))
+        return vector.reshape(-1, *(1,) * self._dims())
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         base = cast(Any, self.get_base_layer())
         x = nn.functional.dropout(x, dropout) if dropout else x
-        dims = base.weight.dim() - 2
+        dims = self._dims()
         convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[dims - 1]
         kernel = self.stored_A(A).to(x.dtype)
         padding = base.padding

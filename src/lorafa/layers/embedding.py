@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
-
-if TYPE_CHECKING:
-    from lorafa.config import LoraConfig
 
 
 class LoraEmbedding(LoraLayer):
@@ -20,20 +14,6 @@ class LoraEmbedding(LoraLayer):
     factor_names = ("lora_embedding_A", "lora_embedding_B")
     takes_dropout = False
     takes_bias = False
-
-    @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
-        if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
-            raise BackendError(
-                f"{name}: {type(base).__name__} has a forward of its own, so which rows it looks up cannot be known "
-                "here, and an adapter on it might be wrong. Leave it out with exclude_modules."
-            )
-        if getattr(base, "max_norm", None) is not None:
-            raise BackendError(
-                f"{name}: max_norm={base.max_norm} makes every lookup renormalise the rows it reads in the table "
-                "itself, so an update beside the table is not one of the table. Leave it out with exclude_modules."
-            )
-        super().check(name, base, rank, config)
 
     def hold_factors(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         self.lora_embedding_A[name] = nn.Parameter(A)
@@ -50,7 +30,7 @@ class LoraEmbedding(LoraLayer):
     def factor_bias(self, name: str) -> Tensor | None:
         return None
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         base = self.get_base_layer()
         rows = nn.functional.embedding(x, A.T, getattr(base, "padding_idx", None))  # that row is not trained
         change = nn.functional.linear(rows, B) * scaling

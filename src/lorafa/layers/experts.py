@@ -6,10 +6,9 @@ for the length of a forward pass. Several parameters of one module make nested l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend
@@ -20,8 +19,6 @@ from lorafa.layers.weights import call_with, updated_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from lorafa.config import LoraConfig
 
 
 class LoraExperts(LoraLayer):
@@ -39,13 +36,13 @@ class LoraExperts(LoraLayer):
             self.num_experts = self._parameter().shape[0]
 
     @classmethod
-    def check(cls, name: str, base: nn.Module, rank: int, config: LoraConfig) -> None:
-        if config.lora_dropout:
+    def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
+        if dropout:
             raise ConfigError(
-                f"{name}: lora_dropout={config.lora_dropout} cannot act on a bare parameter, which has no input of its "
+                f"{name}: lora_dropout={dropout} cannot act on a bare parameter, which has no input of its "
                 "own. Set lora_dropout=0."
             )
-        super().check(name, base, rank, config)
+        super().check(name, base, rank, bias=bias, dropout=dropout)
 
     def _parameter(self) -> Tensor:
         return ParameterBackend(self.parameter_name).parameter(self.get_base_layer())
@@ -53,9 +50,6 @@ class LoraExperts(LoraLayer):
     @property
     def backend(self) -> Backend:
         return ParameterBackend(self.parameter_name)
-
-    def _device(self) -> torch.device:
-        return self._parameter().device
 
     @property
     def weight(self) -> Tensor:
@@ -84,6 +78,10 @@ class LoraExperts(LoraLayer):
     def base_weight(self) -> Tensor:
         stored = self._kept[0] if self._kept else self._parameter()
         return ParameterBackend(self.parameter_name).to_matrix(self.get_base_layer(), stored)
+
+    def merged_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        for kept in self._kept:
+            yield self.get_base_layer()._parameters[self.parameter_name], kept  # type: ignore[misc]
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         parameters = self.get_base_layer()._parameters

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorafa.adapter import bias_change
 from lorafa.backends.base import is_hooked
 from lorafa.errors import BackendError
 from lorafa.functional import autocast_dtype, compute_dtype, low_rank_linear
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.weights import bias_change, updated_tensors
+from lorafa.layers.weights import updated_tensors
 
 
 class LoraLinear(LoraLayer):
@@ -60,7 +61,7 @@ class LoraLinear(LoraLayer):
             return bias
         return change.to(self.base_weight().dtype) if bias is None else bias + change.to(bias.dtype)
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         return low_rank_linear(x, A, B, scaling, dropout=dropout)
 
     def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:

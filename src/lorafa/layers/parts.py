@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lorafa.variants.base import Variant
+from lorafa.adapter import Variant
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,6 @@ class AdapterParts:
     """(out, r), or (E, out, r)."""
     rank: int
     alpha: float
-    scaling: float
     variant: Variant
     dtype: torch.dtype
     bias: Tensor | None = None
@@ -36,7 +35,7 @@ class AdapterParts:
     fallback: str | None = None
     """Why the layer starts as by default instead of as asked."""
     times: int = 1
-    """How often the update is applied: its scaling is this many times ``scaling``."""
+    """How often the update is applied: its scaling is this many times that of rank and alpha."""
     base: nn.Module | None = None
     """Takes the place of the base layer."""
 
@@ -67,11 +66,19 @@ def held_by(holder: str, name: str, held: nn.Module | nn.Parameter) -> Iterator[
 
 
 class Weight(nn.Module):
-    """A parameter that PEFT keeps in a module of its own, as ``<holder>.<adapter>.weight``."""
+    """A tensor that PEFT keeps in a module of its own, as ``<holder>.<adapter>.weight``.
 
-    def __init__(self, weight: Tensor) -> None:
+    A parameter, or a buffer where it is not trained; a state dict has it unless it is neither trained nor saved.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, *, trained: bool = True, saved: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        if trained:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight, persistent=saved)
 
 
 def linear_holder(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

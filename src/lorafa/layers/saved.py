@@ -30,17 +30,16 @@ class ModulesToSaveWrapper(Wrapper):
         duplicate.requires_grad_(True)
         self.modules_to_save[name] = duplicate
 
-    def detach_adapter(self, name: str) -> None:
+    def forget(self, name: str) -> None:
         if name in self.modules_to_save:
             del self.modules_to_save[name]
-        self._active_adapter = [active for active in self._active_adapter if active != name]
 
     def stored(self, name: str) -> Iterator[Stored]:
         """Parameters and persistent buffers of the copy."""
         copied = self.modules_to_save[name].state_dict(keep_vars=True) if name in self.modules_to_save else {}
         return (Stored(key, f"modules_to_save.{name}.{key}", tensor) for key, tensor in copied.items())
 
-    def plain(self, names: Sequence[str]) -> nn.Module:
+    def unwrapped(self, names: Sequence[str]) -> nn.Module:
         """The copy of the first of them that has one, else the original."""
         return next((self.modules_to_save[n] for n in names if n in self.modules_to_save), self.original_module)
 

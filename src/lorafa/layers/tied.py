@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from lorafa.adapter import Adapter, Start
 from lorafa.layers.base import LoraLayer
 
-_NUMBERS = ("r", "lora_alpha", "scaling", "times", "use_rslora", "use_dora", "lora_bias", "trains")
 
-
+@dataclass(eq=False, slots=True, repr=False, kw_only=True)
 class TiedAdapter(Adapter):
     """The update of ``owner``'s weight as that of ``layer``'s, which is the same parameter.
 
@@ -19,12 +19,8 @@ class TiedAdapter(Adapter):
     s A^T B^T of the other. The parameters are in the model once, under the owner's name, and get both gradients.
     """
 
-    __slots__ = ("owner", "transposed")
-
-    def __init__(self, layer: LoraLayer, owner: LoraLayer, name: str, *, transposed: bool) -> None:
-        super().__init__(layer, name, owner.adapters[name].variant)
-        self.owner = owner
-        self.transposed = transposed
+    owner: LoraLayer
+    transposed: bool
 
     @property
     def A(self) -> Tensor:
@@ -37,17 +33,24 @@ class TiedAdapter(Adapter):
         return own.A.T if self.transposed else own.B
 
     @property
+    def bias(self) -> Tensor | None:
+        return self.owner.adapters[self.name].bias
+
+    @property
     def start(self) -> Start | None:
         own = self.owner.adapters[self.name].start
         return own if own is None or not self.transposed else Start(own.B.T, own.A.T)
 
 
 def attach_tied(layer: LoraLayer, owner: LoraLayer, name: str, *, transposed: bool) -> None:
-    """Let ``layer`` count adapter ``name`` of ``owner`` as its own, with the same scaling and dropout."""
-    for table in _NUMBERS:
-        getattr(layer, table)[name] = getattr(owner, table)[name]
+    """Let ``layer`` count adapter ``name`` of ``owner`` as its own, with the same numbers and dropout."""
+    own = owner.adapters[name]
     layer.lora_dropout[name] = copy.deepcopy(owner.lora_dropout[name])
-    layer.adapters[name] = TiedAdapter(layer, owner, name, transposed=transposed)
+    layer.adapters[name] = TiedAdapter(
+        layer, name, own.variant, own.rank, own.alpha, own.use_rslora, own.times, own.trains, own.fallback,
+        owner=owner, transposed=transposed,
+    )  # fmt: skip
+    layer.adapters[name].scaling = own.scaling
 
 
 def owner_of(layer: LoraLayer, names: list[str]) -> LoraLayer | None:
@@ -57,4 +60,4 @@ def owner_of(layer: LoraLayer, names: list[str]) -> LoraLayer | None:
     if len(owners) != 1 or not all(isinstance(adapter, TiedAdapter) for adapter in adapters):
         return None
     owner = next(iter(owners.values()))
-    return owner if all(owner.scaling[name] == layer.scaling[name] for name in names) else None
+    return owner if all(owner.adapters[a.name].scaling == a.scaling for a in adapters) else None

@@ -48,11 +48,10 @@ class TrainableTokensWrapper(Wrapper):
         self.token_adapter.token_indices[name] = list(indices)
         self.token_adapter.trainable_tokens_delta[name] = nn.Parameter(rows)
 
-    def detach_adapter(self, name: str) -> None:
+    def forget(self, name: str) -> None:
         if name in self.token_adapter.trainable_tokens_delta:
             del self.token_adapter.trainable_tokens_delta[name]
             del self.token_adapter.token_indices[name]
-        self._active_adapter = [active for active in self._active_adapter if active != name]
 
     def stored(self, name: str) -> Iterator[Stored]:
         rows, key = self.token_adapter.trainable_tokens_delta, "token_adapter.trainable_tokens_delta"
@@ -118,7 +117,7 @@ class TrainableTokensWrapper(Wrapper):
         return torch.where((chosen >= 0)[..., None], nn.functional.embedding(chosen.clamp_min(0), rows), y)
 
     @torch.no_grad()
-    def plain(self, names: Sequence[str]) -> nn.Module:
+    def unwrapped(self, names: Sequence[str]) -> nn.Module:
         """The wrapped module, or one like it with the rows of these adapters in a new weight."""
         rows = self._rows(names)
         return self.original_module if rows is None else replaced(self.original_module, weight=self._table_with(rows))

@@ -1,45 +1,38 @@
-"""Updates inside weights: for the length of a forward pass, or merged."""
+"""Updates inside weights, for the length of a forward pass of a module that multiplies with its weights itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorafa.adapter import full_precision
-from lorafa.backends.base import is_finite
-from lorafa.errors import AdapterError, BackendError
+from lorafa.layers.base import LoraLayer
 from lorafa.linalg import working_dtype
-
-if TYPE_CHECKING:
-    from lorafa.adapter import Adapter
-    from lorafa.layers.base import LoraLayer
 
 
 def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = None) -> dict[str, Tensor]:
     """Weight (and bias) with the counting updates added, with gradients, under the names a module knows them by."""
     adapters, base, weight = layer.counting(), layer.get_base_layer(), layer.base_weight()
     if len(adapters) == 1 and adapters[0].variant.plain:  # no float32 copy of W
-        A, B = (factor.to(weight.dtype) for factor in adapters[0].factors)
+        A, B = (factor.to(weight.dtype) for factor in adapters[0].running_factors)
         product = torch.baddbmm if weight.dim() == 3 else torch.addmm
+        scaling, running = adapters[0].scaling, layer.backend.weight(base)  # which may be without the start
         with full_precision(weight):
-            updated = product(weight, B, A, alpha=adapters[0].scaling)
+            if isinstance(scaling, Tensor):
+                updated = product(running, (B * scaling).to(weight.dtype), A)
+            else:
+                updated = product(running, B, A, alpha=scaling)
     else:
         updated = weight.to(working_dtype(weight.dtype))
         for adapter in adapters:
             updated = updated + adapter.delta_weight(weight)
     tensors = {weight_name: layer.backend.to_layout(base, updated)}
-    bias = None if bias_name is None or layer.backend.bias(base) is None else updated_bias(layer, adapters)
+    bias = None if bias_name is None or layer.backend.bias(base) is None else layer.updated_bias(adapters)
     return tensors if bias is None else tensors | {str(bias_name): bias}
-
-
-def bias_change(adapters: Sequence[Adapter]) -> Tensor | None:
-    """The sum of the adapters' biases, scaled; None where none has one."""
-    changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
-    return torch.stack(changes).sum(0) if changes else None
 
 
 def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,54 +52,3 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any,
     finally:
         for (owner, name), tensor in zip(held, was, strict=True):
             owner.__dict__[name] = tensor
-
-
-def updated_bias(layer: LoraLayer, adapters: Sequence[Adapter]) -> Tensor | None:
-    """The base's bias plus those of the adapters; None where none of these has one.
-
-    Raises:
-        BackendError: the base has no bias that could take theirs.
-    """
-    change, bias = bias_change(adapters), layer.backend.bias(layer.pristine)
-    if change is None:
-        return None
-    if bias is None:
-        raise BackendError(
-            f"lora_bias cannot be merged into a {type(layer.pristine).__name__} without a bias; nothing was merged. "
-            "Keep the adapter unmerged, or train one with lora_bias=False."
-        )
-    return (bias.to(change.dtype) + change).to(bias.dtype)
-
-
-def with_changes(
-    layer: LoraLayer, changes: Iterable[Tensor], names: Sequence[str], bias: Tensor | None = None
-) -> nn.Module:
-    """A new base layer of the pristine weight plus ``changes`` (out, in): summed in float32, rounded once.
-
-    Raises:
-        AdapterError: it would not be finite; ``names`` are the adapters the changes come from.
-        BackendError: the layer cannot hold it.
-    """
-    weight = layer.base_weight()
-    total = weight.to(working_dtype(weight.dtype))
-    for change in changes:
-        total = total + change
-    changed = layer.backend.with_weight(layer.pristine, total, bias)
-    require_finite(changed, layer.get_base_layer(), names)
-    return changed
-
-
-def require_finite(merged: nn.Module, base: nn.Module, names: Sequence[str]) -> None:
-    """Raises AdapterError if merging ``names`` into ``base`` has given inf or nan in the dtype of the layer."""
-    if not is_finite(merged, base):
-        raise AdapterError(
-            f"Merging {', '.join(map(repr, names))} gives inf or nan in a {type(merged).__name__} once rounded to "
-            "its dtype; nothing was merged. The adapter was probably trained to divergence, or the model needs a "
-            "dtype of wider range: bfloat16 or float32."
-        )
-
-
-def device_of(base: nn.Module) -> torch.device:
-    """Where the layer's own tensors are; the CPU if it has none."""
-    own = (*base.parameters(recurse=False), *base.buffers(recurse=False))
-    return own[0].device if own else torch.device("cpu")

@@ -3,64 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
-from lorafa.layers.parts import Stored
+from lorafa.layers.host import Host
 
 
-class Wrapper(nn.Module):
-    """Stands in the place of a module of the model; which adapters count and train is switched as in LoraLayer."""
+class Wrapper(Host):
+    """A host that runs as the module it wraps, and answers for it."""
 
     _own: ClassVar[str]
     """The child that holds what adapters have; until it is there the wrapper answers for nobody."""
-    wrapped_path: ClassVar[str]
-    """Where the module sits whose place it takes."""
-
-    def __init__(self, wrapped: nn.Module) -> None:
-        super().__init__()
-        self.training = wrapped.training
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
-
-    @abstractmethod
-    def held(self) -> Iterable[str]:
-        """The adapters that have something here."""
-
-    @abstractmethod
-    def stored(self, name: str) -> Iterator[Stored]:
-        """What a file holds of an adapter; nothing if it has nothing here."""
-
-    @abstractmethod
-    def plain(self, names: Sequence[str]) -> nn.Module:
-        """The module without the wrapper, as these adapters have it."""
 
     @abstractmethod
     def answering(self) -> nn.Module:
         """The module that is asked for what the wrapper does not have: ``in_features``, ``padding_idx`` ..."""
-
-    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make exactly these adapters count, and train (unless ``inference_mode``)."""
-        self._active_adapter = [names] if isinstance(names, str) else list(names)
-        for name in self.held():
-            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
-
-    def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
-        for parameter in self.stored_parameters(name).values():
-            parameter.requires_grad_(requires_grad)
-
-    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of an adapter by their names in a file."""
-        return {e.key: e.tensor for e in self.stored(name) if isinstance(e.tensor, nn.Parameter)}
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self._disable_adapters = not enabled
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active_adapter)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -182,7 +182,7 @@ def _freeze(model: nn.Module, pairs: Sequence[Pair]) -> None:
             "frozen. Pass the PeftModel itself."
         )
     for pair in pairs:
-        pair.layer.trains[pair.name] = "B"
+        pair.adapter.trains = "B"
         pair.A.requires_grad_(False)
     for table, configs in frozen:
         table |= configs
@@ -236,7 +236,7 @@ def _with_trained_B(pairs: Iterable[Pair]) -> list[Pair]:
     """
     trained = [pair for pair in pairs if pair.A.requires_grad or pair.B.requires_grad]
     for pair in trained:
-        if "B" not in pair.layer.trains[pair.name] or not pair.B.requires_grad:
+        if "B" not in pair.adapter.trains or not pair.B.requires_grad:
             raise AdapterError(
                 f"{pair.path}, adapter {pair.name!r}: B is frozen and A is trained, and LoRA-FA trains B alone: "
                 "nothing would be left. Use a stock optimizer such as torch.optim.AdamW, or a start that trains B. "

@@ -37,7 +37,7 @@ class Pair:
 
     @property
     def scaling(self) -> float:
-        return self.layer.scaling[self.name]
+        return float(self.layer.adapters[self.name].scaling)
 
     @cached_property
     def A(self) -> nn.Parameter:
@@ -157,7 +157,7 @@ def pairs_of(model: nn.Module, *, folding: bool = False) -> list[Pair]:
             "model = get_peft_model(model, LoraConfig(...)), or call set_adapter(name)."
         )
     for pair in pairs:
-        if pair.adapter.variant.folds and not folding:
+        if not pair.adapter.variant.factors_are_stored and not folding:
             raise AdapterError(
                 f"{pair.path}, adapter {pair.name!r} is {pair.adapter.variant.name}, with a matrix between B and A, "
                 "and this optimizer is made for the product of the two. Use a stock optimizer such as "
@@ -196,7 +196,7 @@ def check_finite(pair: Pair) -> None:
     for factor, tensor in (("A", pair.A), ("B", pair.B)):
         if not torch.isfinite(tensor).all():
             raise AdapterError(
-                f"{pair.path}, adapter {pair.name!r}: {factor} (rank {pair.layer.r[pair.name]}) holds nan or inf. "
+                f"{pair.path}, adapter {pair.name!r}: {factor} (rank {pair.adapter.rank}) holds nan or inf. "
                 "The adapter was probably trained to divergence: start it anew, or load an earlier checkpoint."
             )
 

@@ -120,7 +120,7 @@ class _Batch:
 
     def __init__(self, batch: PairBatch) -> None:
         self.pairs, self._B = batch.pairs, batch.B
-        self._sources = [(pair.A, pair.layer.scaling, pair.name) for pair in batch.pairs]
+        self._sources = [(pair.A, pair.adapter) for pair in batch.pairs]
         self._seen: list[tuple[int, int, float]] = [(-1, -1, math.nan)] * len(self.pairs)
         self._inverses: list[Tensor] = [torch.empty(0)] * len(self.pairs)
         self._stack = torch.empty(0)
@@ -132,7 +132,7 @@ class _Batch:
         Raises:
             AdapterError: the rows of some A are dependent or not finite, or a scaling is 0.
         """
-        now = [(A.data_ptr(), A._version, scaling[name]) for A, scaling, name in self._sources]
+        now = [(A.data_ptr(), A._version, float(adapter.scaling)) for A, adapter in self._sources]
         if now == self._seen and self._stack.device == self._B.parameters[0].device:
             return
         for index, pair in enumerate(self.pairs):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lorafa.errors import AdapterError, did_you_mean
+from lorafa.errors import AdapterError, BackendError, did_you_mean
 from lorafa.surgery.walk import adapter_names, hosts, lora_layers
 
 
@@ -76,6 +76,18 @@ def require_unmerged(model: nn.Module, name: str, before: str) -> None:
         )
 
 
+def require_uniform(model: nn.Module, names: Sequence[str], doing: str) -> None:
+    """Raises BackendError if the update of an adapter changes with the input and is no matrix; ``doing``: "Merging"."""
+    for path, layer in lora_layers(model):
+        for name in names:
+            if name in layer.adapters and not layer.adapters[name].variant.uniform:
+                raise BackendError(
+                    f"{doing} adapter {name!r}: its update of {path!r} ({layer.adapters[name].variant.name}) changes "
+                    "with the input, so there is no matrix that could be added to the weight. Keep the adapter beside "
+                    "the model. Nothing was changed."
+                )
+
+
 def delete_adapter(model: nn.Module, name: str, successor: str | None = None) -> None:
     """Remove an adapter and its parameters from every layer, and activate ``successor`` if there is one.
 
@@ -102,7 +114,7 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the base model alone for the length of a with-block, merged or not; what was enabled is so again after it."""
-    was = [(host, host._disable_adapters) for _, host in hosts(model)]
+    was = [(host, host.disable_adapters) for _, host in hosts(model)]
     enable_adapters(model, False)
     try:
         yield model

@@ -9,6 +9,8 @@ from itertools import chain
 
 from torch import nn
 
+from lorafa.backends import backend_of
+from lorafa.backends.oddities import computed, described, tensor_like
 from lorafa.config import LoraConfig, TaskType
 from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
@@ -16,7 +18,7 @@ from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.targets import find_targets, resolved_targets
-from lorafa.surgery.walk import Parents, Place, hosts, places, tied_groups
+from lorafa.surgery.walk import Parents, Place, embedding_of, hosts, places, tied_groups
 
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -55,6 +57,20 @@ def with_heads(config: LoraConfig) -> LoraConfig:
     given = config.modules_to_save or []
     heads = [name for name in _heads(config) if name not in given]
     return replace(config, modules_to_save=[*given, *heads] or config.modules_to_save)
+
+
+def with_saved_names(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """A copy of the config whose ``modules_to_save`` has names in the place of regular expressions, for PEFT's sake."""
+    if not config.modules_to_save:
+        return config
+    everything = [place for place in places(model) if place.name]
+    spelled = [_spelled(everything, name) for name in config.modules_to_save]
+    return replace(config, modules_to_save=list(dict.fromkeys(chain(*spelled))))
+
+
+def _spelled(everything: Iterable[Place], name: str) -> list[str]:
+    hits = _called(everything, name)
+    return [name] if not hits or any(place.name.endswith(name) for place in hits) else [place.name for place in hits]
 
 
 def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> LoraConfig:
@@ -133,16 +149,18 @@ def plan_auxiliary(
         ConfigError: a token index outside the table.
     """
     everything = [place for place in places(model) if place.name]
-    saved = _saved_modules(everything, config, Bypassed(model, everything), lenient)
+    saved = _saved_modules(everything, config, Bypassed(model, everything), {id(m) for m in adapted}, lenient)
     taken = {id(module): "an adapter" for module in adapted} | {id(module): "modules_to_save" for module in saved}
     rows = _with_followers(_token_rows(model, everything, config, taken), tied_groups(everything), config, taken)
     return AuxiliaryPlan(saved, rows, keep_ties=config.ensure_weight_tying or not lenient)
 
 
 def _saved_modules(
-    everything: list[Place], config: LoraConfig, bypassed: Bypassed, lenient: bool
+    everything: list[Place], config: LoraConfig, bypassed: Bypassed, adapted: Container[int], lenient: bool
 ) -> list[nn.Module]:
+    """The modules to copy; what is inside one of them is copied with it."""
     found: dict[int, nn.Module] = {}
+    inside: set[int] = set()
     for name in config.modules_to_save or ():
         hits = _called(everything, name)
         if not hits and name not in _heads(config):  # of the usual names of heads a model has one
@@ -165,13 +183,36 @@ def _saved_modules(
                 raise TargetError(f"modules_to_save: {why}")
             if why is not None:
                 warn(f"modules_to_save: {why}")
+            _check_can_be_saved(place, name, adapted)
             found[id(place.module)] = place.module
-    return list(found.values())
+            inside |= {id(inner) for inner in place.module.modules() if inner is not place.module}
+    return [module for key, module in found.items() if key not in inside]
+
+
+def _check_can_be_saved(place: Place, name: str, adapted: Container[int]) -> None:
+    """Raises TargetError for a module that gets an adapter, or holds one that does, or that is never called itself."""
+    ending = "" if place.name == name else f", whose name ends in {name!r},"
+    if any(id(inner) in adapted for inner in place.module.modules()):
+        raise TargetError(
+            f"modules_to_save: {place.name!r}{ending} is also to get an adapter, as a whole or in part "
+            "(target_modules, target_parameters). Take it out of one of the two, or write the full name of the module "
+            "that is meant."
+        )
+    if type(place.module).forward is nn.Module.forward and "forward" not in vars(place.module):
+        parts = [f"{place.name}.{child}" for child, _ in place.module.named_children()]
+        raise TargetError(
+            f"modules_to_save: {place.name!r}{ending} is a {type(place.module).__name__}, which is never called: the "
+            f"model uses what is in it, so a copy of the whole would not be trained. Name "
+            f"{'its parts: ' + shorten(parts, 3) if parts else 'a module that is called'}."
+        )
 
 
 def _called(everything: Iterable[Place], name: str) -> list[Place]:
-    """Places whose name is, or ends in a dot and, ``name``; if there is none, those it is a regular expression for."""
-    hits = [p for p in everything if p.name == name or p.name.endswith(f".{name}")]
+    """Places whose name ends in ``name``, at a dot or not, as in PEFT: "norm" means input_layernorm, too.
+
+    If there is none, those it is a regular expression for.
+    """
+    hits = [p for p in everything if p.name.endswith(name)]
     return hits or [p for p in everything if re.fullmatch(rf"(.*\.)?{name}", p.name)]
 
 
@@ -217,7 +258,8 @@ def _token_rows(
                     f"trainable_token_indices: {name!r} is also trained by {taken[id(module)]}. Take it out of one."
                 )
             base = module.original_module if isinstance(module, TrainableTokensWrapper) else module
-            rows = getattr(base, "weight", None)
+            hosted = isinstance(module, (LoraLayer, ModulesToSaveWrapper))
+            rows = getattr(base, "weight", None) if hosted else tensor_like(base, "weight")
             if rows is None or rows.dim() != 2:
                 raise TargetError(f"trainable_token_indices: {name!r} is a {type(base).__name__}, not a table of rows.")
             outside = [i for i in indices if i >= rows.shape[0]]
@@ -226,13 +268,27 @@ def _token_rows(
                     f"trainable_token_indices: {outside[0]} is outside the {rows.shape[0]} rows of {name!r}. "
                     "Resize the embedding first if these tokens are new."
                 )
-            if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            if hosted:
                 raise TargetError(
                     f"trainable_token_indices: {name!r} is adapted or trained in full by another adapter already, so "
                     "its rows cannot be trained too. Use the same way for all adapters."
                 )
+            odd = _odd_table(base)
+            if odd is not None:
+                raise TargetError(
+                    f"trainable_token_indices: rows of {name!r} cannot be trained: of this {described(base)}, {odd}. "
+                    "Take it out."
+                )
             found.append((place, list(indices)))
     return found
+
+
+def _odd_table(table: nn.Module) -> str | None:
+    """Why other rows in its weight may not be what the module then looks up or multiplies with."""
+    backend = backend_of(table)
+    if backend is None:
+        return "it is no layer that a back end knows"
+    return backend.serves(table) or backend.reads(table) or computed(table, backend.weight_name)
 
 
 def _with_followers(
@@ -292,9 +348,8 @@ def _follows(place: Place, owner: Place, rows: dict[int, list[int]], taken: dict
 
 
 def _input_embedding(model: nn.Module, everything: list[Place]) -> str:
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
-    name = next((p.name for p in everything if p.module is embedding), None)
+    table = embedding_of(model, "get_input_embeddings")
+    name = next((p.name for p in everything if p.module is table), None)
     if name is None:
         raise TargetError(
             "trainable_token_indices: the model does not say which module is its input embedding. "

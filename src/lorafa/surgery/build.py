@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import update_factors
+from lorafa.adapter import LooseTensors, Variant, update_factors
+from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
+from lorafa.backends.oddities import described
 from lorafa.config import LoraConfig
-from lorafa.errors import CalibrationError, CheckpointError, ConfigError
+from lorafa.errors import BackendError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers import INITIALIZERS
-from lorafa.initializers.base import DegenerateError, InitResult, LayerSpec, factor_shapes
+from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
+from lorafa.spec import LayerSpec, factor_shapes
 from lorafa.surgery.quantize import require_replaceable, standing_in
 from lorafa.surgery.targets import Target
-from lorafa.variants import variant_of
+from lorafa.variants import formula_of, variant_types
 
 Stats = Mapping[str, Mapping[str, Tensor]]
 """Full name of a target -> name of a statistic -> its value: what data-aware starts read."""
@@ -54,6 +57,11 @@ class Options:
     """The config comes with a file that will fill every tensor: patterns may match nothing, starts are not drawn."""
     file_has_starts: bool = False
     """The file also holds the frozen starts A0 and B0, so none is computed."""
+    partly_filled: bool = False
+    """The file may leave some tensors out, so all have values before: B of zeros whatever the start, so that what is
+    not filled changes nothing."""
+    dtype: torch.dtype | None = None
+    """Keep the factors in this dtype; None goes by ``autocast_adapter_dtype``."""
     quantized: Collection[str] = ()
     """Layers whose base was quantized when the file was made; here it is quantized the same way, if it is not yet."""
 
@@ -69,7 +77,9 @@ class Builder:
         """
         self.config, self.name, self.options, self.stats = config, name, options, stats
         self.seed = config.seed
-        self.variant = variant_of(config).of(config)
+        self.reads_weight = config.start.initializer.reads_weight or any(
+            variant.reads_weight for variant in variant_types(config)
+        )
         self.initializer, self.number = config.start.initializer, config.start.number
         self.settings = config.start_settings()
         self._check_given()
@@ -95,18 +105,35 @@ class Builder:
             CalibrationError: the start needs statistics that were not given.
             CheckpointError: so does that of a file which does not hold it.
         """
-        self._check(target)
-        spec, weight = self._spec(target), self._weight(target)
+        spec = self._spec(target)
+        variant = formula_of(self.config, spec)
+        self._check(target, variant)
+        weight = self._weight(target)
+        spec = self._with_shapes(variant, weight, spec)
         result = self._empty(target, weight, spec) if self.filled_later else self._start(weight, spec)
-        return self._parts(target, weight, spec, result)
+        return self._parts(target, variant, weight, spec, result)
 
-    def _check(self, target: Target) -> None:
+    def _with_shapes(self, variant: Variant, weight: Tensor, spec: LayerSpec) -> LayerSpec:
+        """The spec with the shapes in which the variant stores A and B.
+
+        Raises:
+            ConfigError: the start makes dense factors only, and the variant stores others.
+        """
+        shapes = variant.shapes(weight, spec)
+        stored = shapes["A"], shapes["B"]
+        if stored != factor_shapes(weight, spec.rank) and not (self.initializer.any_shape or self.filled_later):
+            raise ConfigError(
+                f"{spec.name}: init_lora_weights={self.config.init_lora_weights!r} makes A and B of shapes "
+                f"{' and '.join(map(str, factor_shapes(weight, spec.rank)))}, and {variant.name} stores them as "
+                f"{' and '.join(map(str, stored))}. Set init_lora_weights=True, or drop {variant.name}."
+            )
+        return replace(spec, shapes=stored)
+
+    def _check(self, target: Target, variant: Variant) -> None:
         """Raise unless variant, start and settings go with the layer."""
         name, kind = target.full_name, target.backend.host
-        if kind not in self.variant.hosts:
-            raise ConfigError(
-                f"{name}: {self.variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA."
-            )
+        if kind not in variant.hosts:
+            raise ConfigError(f"{name}: {variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA.")
         if self.initializer.needs and kind != "linear" and not self.filled_later:
             raise ConfigError(
                 f"{name}: init_lora_weights={self.config.init_lora_weights!r} reads statistics of linear layers, and "
@@ -114,7 +141,25 @@ class Builder:
             )
         if self.quantizes(target):
             require_replaceable(target, str(self.config.init_lora_weights))
-        LAYERS.get(kind).check(name, target.base, target.rank, self.config)
+        self._check_weight(target, variant)
+        LAYERS.get(kind).check(
+            name, target.base, target.rank, bias=self.config.lora_bias, dropout=self.config.lora_dropout
+        )
+
+    def _check_weight(self, target: Target, variant: Variant) -> None:
+        """Raise unless what the variant and the start take the weight for is what the layer computes with."""
+        depends = self.initializer.reads_weight or self.initializer.moves_base
+        started = depends and (self.repeats or not self.options.from_file)
+        reading = next((one.name for one in variant.chain() if one.reads_weight), None)
+        odd = target.backend.reads(target.base) if started or reading else None
+        if odd is not None:
+            start = f"init_lora_weights={self.config.init_lora_weights!r}"
+            raise BackendError(
+                f"{target.full_name}: {reading or start} needs the weight "
+                f"that the layer multiplies with, and of this {described(target.base)} no back end is sure: {odd}. "
+                "Leave it out with exclude_modules, remove what is odd about it, or use plain LoRA with "
+                "init_lora_weights=True, which does not depend on it."
+            )
 
     def _spec(self, target: Target) -> LayerSpec:
         kind = target.backend.host
@@ -133,31 +178,36 @@ class Builder:
             repeats=self.repeats,
         )
 
-    def _parts(self, target: Target, weight: Tensor, spec: LayerSpec, result: InitResult) -> AdapterParts:
+    def _parts(
+        self, target: Target, variant: Variant, weight: Tensor, spec: LayerSpec, result: InitResult
+    ) -> AdapterParts:
         """The start in the adapter's dtype, with what goes with it: the variant's extras, a bias, a quantized base."""
         config, base = self.config, None
         if result.quantized is not None:
             base = standing_in(target.base, result.quantized)
-            if self.variant.reads_weight:
-                weight = result.quantized.dequantize()
+            backend = backend_of(base)
+            if self.reads_weight and backend is not None:
+                weight = backend.weight(base)
         dtype = _adapter_dtype(target.base, target.backend, self.options)
         A, B = result.A.to(dtype), result.B[..., : spec.rank // spec.groups].to(dtype)
         start = (A.clone(), B.clone()) if result.subtract_from_base else result.taken
-        extras = self._empty_extras(weight, A) if self.filled_later else self._extras(weight, A, B, start, spec)
+        if self.filled_later and not self.options.partly_filled:
+            extras = _empty_extras(variant, weight, A, spec)
+        else:
+            extras = initial_extras(variant, weight, A, B, start, spec, result.extras)
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
             A=A,
             B=B,
             rank=spec.rank,
             alpha=target.alpha,
-            scaling=spec.scaling,
-            variant=self.variant,
+            variant=variant,
             dtype=dtype,
             bias=bias,
             dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             start=start,
-            extras=extras | dict(result.extras),
+            extras=extras,
             trains=self.trains,
             fallback=result.fallback,
             base=base,
@@ -173,8 +223,14 @@ class Builder:
 
     def _weight(self, target: Target) -> Tensor:
         """The pristine weight where something reads it, else a tensor of its shape without values."""
-        if self.initializer.reads_weight or self.variant.reads_weight:
-            return target.weight().detach()
+        if self.reads_weight:
+            weight = target.weight().detach()
+            if weight.is_meta and not self.filled_later:
+                raise BackendError(
+                    f"{target.full_name}: its weight is on the meta device and has no values to read. Load it first, "
+                    "or use plain LoRA with init_lora_weights=True."
+                )
+            return weight
         return torch.empty(target.backend.full_shape(target.base), device="meta")
 
     def _start(self, weight: Tensor, spec: LayerSpec) -> InitResult:
@@ -201,7 +257,7 @@ class Builder:
                 raise
             start = (self.initializer.otherwise or by_default)(weight, spec)
             return replace(start, subtract_from_base=self.initializer.moves_base, fallback=str(error))
-        if (result.A.shape, result.B.shape) != factor_shapes(weight, spec.rank):
+        if (result.A.shape, result.B.shape) != spec.stored_shapes(weight):
             raise CalibrationError(
                 f"{spec.name}: its statistics are those of a layer of another shape: they give A "
                 f"{tuple(result.A.shape)} and B {tuple(result.B.shape)} for a weight {tuple(weight.shape)}. Collect "
@@ -212,23 +268,49 @@ class Builder:
     def _empty(self, target: Target, weight: Tensor, spec: LayerSpec) -> InitResult:
         quantizer = self.initializer.quantizer if self.quantizes(target) else None
         device = "meta" if self.options.low_cpu_mem_usage else None
-        A_shape, B_shape = factor_shapes(weight, spec.rank)
+        A_shape, B_shape = spec.stored_shapes(weight)
         A, B = torch.empty(A_shape, device=device), torch.empty(B_shape, device=device)
+        if self.options.partly_filled:
+            default = by_default(weight, spec)
+            A, B = default.A, default.B
         quantized = None if quantizer is None else quantizer(weight, spec)
         return InitResult(A, B, subtract_from_base=self.options.file_has_starts, quantized=quantized)
 
-    def _extras(
-        self, weight: Tensor, A: Tensor, B: Tensor, start: tuple[Tensor, Tensor] | None, spec: LayerSpec
-    ) -> dict[str, Tensor]:
-        whole_A, whole_B = update_factors(A, B, start)
-        return self.variant.initial_extras(weight, whole_A.to(weight.device), whole_B.to(weight.device), spec)
 
-    def _empty_extras(self, weight: Tensor, A: Tensor) -> dict[str, Tensor]:
-        shapes = self.variant.extra_shapes(weight, A.shape[-2])
-        return {kind: torch.empty(shape, device=A.device) for kind, shape in shapes.items()}
+def initial_extras(
+    variant: Variant,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    start: tuple[Tensor, Tensor] | None,
+    spec: LayerSpec,
+    given: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Start values of the extras of a formula and of those inside it, each made for what the one inside computes.
+
+    Args:
+        weight: the base weight (out, in).
+        A, B: as they are stored, at their start.
+        start: A0 and B0 that must not count, or None.
+        given: values that the start has for extras, in place of the variants' own.
+    """
+    extras: dict[str, Tensor] = {}
+    for one in reversed(variant.chain()):
+        dense = (A, B) if one.inner is None else one.inner.factors(LooseTensors(A, B, extras))
+        whole_A, whole_B = (factor.to(weight.device) for factor in update_factors(*dense, start))
+        extras |= one.initial_extras(weight, whole_A, whole_B, spec)
+        extras |= {kind: given[kind] for kind in type(one).extras if kind in given}
+    return extras
+
+
+def _empty_extras(variant: Variant, weight: Tensor, A: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+    shapes = variant.shapes(weight, spec)
+    return {kind: torch.empty(shapes[kind], device=A.device) for kind in variant.extras}
 
 
 def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch.dtype:
+    if options.dtype is not None:
+        return options.dtype
     dtype = backend.dtype(base)
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return torch.float32

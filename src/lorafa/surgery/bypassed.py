@@ -14,7 +14,7 @@ from types import CellType, CodeType, FunctionType
 
 from torch import nn
 
-from lorafa.surgery.walk import Parents, Place, tied_groups, unwrapped
+from lorafa.surgery.walk import Parents, Place, pristine_of, tied_groups
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Bypassed:
     """Why an adapter on a module of a model would do nothing."""
 
     def __init__(self, model: nn.Module, everything: Sequence[Place]) -> None:
-        self._holders = {"": model} | {place.name: unwrapped(place.module) for place in everything}
+        self._holders = {"": model} | {place.name: pristine_of(place.module) for place in everything}
         self._shared = {id(place.module): group for group in tied_groups(everything) for place in group}
 
     def reads(self, name: str) -> bool:
@@ -144,7 +144,7 @@ class Bypassed:
 
 
 def _is_table(place: Place) -> bool:
-    return isinstance(unwrapped(place.module), nn.Embedding)
+    return isinstance(pristine_of(place.module), nn.Embedding)
 
 
 _CHILDREN = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})

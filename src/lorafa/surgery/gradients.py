@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lorafa.errors import TrainingError, shorten
 from lorafa.layers.base import LoraLayer
-from lorafa.surgery.walk import HOSTS, places, require_module, tied_groups, user_model
+from lorafa.layers.host import Host
+from lorafa.surgery.walk import places, require_module, tied_groups, user_model
 
 _WRAPPING = ("base_layer", "original_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
@@ -54,7 +55,7 @@ def check_gradients(model: nn.Module, *, zeros: bool = False) -> None:
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
     """Every layer, of lorafa or PEFT, with trainable tensors of active adapters: its name, itself, and these."""
     for path, host in model.named_modules():
-        if isinstance(host, HOSTS):
+        if isinstance(host, Host):
             stored = (entry for name in host.active_adapters for entry in host.stored(name))
             tensors = {entry.live or entry.key: entry.tensor for entry in stored}
         elif "lora_A" in getattr(host, "adapter_layer_names", ()):  # PEFT's
@@ -74,7 +75,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tenso
 
 def _without(host: nn.Module, tensors: Mapping[str, Tensor], zeros: bool) -> list[str]:
     """Those of the tensors of one layer that have no gradient."""
-    if isinstance(host, HOSTS) and not isinstance(host, LoraLayer):
+    if isinstance(host, Host) and not isinstance(host, LoraLayer):
         zeros = True  # rows of tokens that are not in the batch have zeros
     missing = [key for key, tensor in tensors.items() if tensor.grad is None]
     return list(tensors) if all(_is_silent(t, zeros) for t in tensors.values()) else missing

@@ -7,16 +7,18 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from lorafa.context import CurrentCall
 from lorafa.fingerprint import describe
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
+from lorafa.layers.host import Host
 from lorafa.layers.linear import LoraLinear
 from lorafa.layers.tied import attach_tied
 from lorafa.surgery.bypassed import weight_is_read
 from lorafa.surgery.plan import Plan
 from lorafa.surgery.targets import Target
-from lorafa.surgery.walk import Host, Parents, base_parameters, hosts, lora_layers
+from lorafa.surgery.walk import Parents, base_parameters, hosts, lora_layers
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,30 @@ class Undo:
         for host in self.carriers:
             host.detach_adapter(self.name)
         for parameter, flag in self.requires_grad:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag  # by method, a lazy layer's parameter refuses
 
 
-def apply(model: nn.Module, planned: Plan) -> Undo:
+def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> Undo:
     """Carry out a plan: wrap what is not wrapped, attach the adapter, freeze everything that is not an adapter.
 
     The adapter is attached inactive; :func:`lorafa.surgery.adapters.set_adapter` makes it count.
+
+    Args:
+        call: what new layers read of the call that runs; they share it.
     """
     parents, before = Parents(model), [host for _, host in hosts(model)]
     flags = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
+    call = CurrentCall() if call is None else call
     undo = Undo(planned.name, flags, parents.history, before)
-    if not before:
-        model.requires_grad_(False)
     try:
+        for parameter, _ in flags if not before else ():
+            parameter.requires_grad = False
         carriers: dict[Target, LoraLayer] = {}
         for layer in planned.layers:
-            carriers[layer.target] = _host_for(model, layer.target, parents, layer.parts.base)
+            carriers[layer.target] = _host_for(model, layer.target, parents, call, layer.parts.base)
             carriers[layer.target].attach(planned.name, layer.parts)
         for tie in planned.ties:
-            tied = _host_for(model, tie.target, parents)
+            tied = _host_for(model, tie.target, parents, call)
             attach_tied(tied, carriers[tie.owner], planned.name, transposed=tie.transposed)
         planned.auxiliary.apply(planned.name, parents)
         if planned.config.bias != "none":
@@ -66,7 +72,9 @@ def apply(model: nn.Module, planned: Plan) -> Undo:
     return undo
 
 
-def _host_for(model: nn.Module, target: Target, parents: Parents, base: nn.Module | None = None) -> LoraLayer:
+def _host_for(
+    model: nn.Module, target: Target, parents: Parents, call: CurrentCall, base: nn.Module | None = None
+) -> LoraLayer:
     """The layer that carries the target's adapters, put in the model if it is not there yet.
 
     Args:
@@ -81,6 +89,7 @@ def _host_for(model: nn.Module, target: Target, parents: Parents, base: nn.Modul
         else:
             module = model.get_submodule(target.path)  # with the wrappers of its other parameters around it
             wrapper = LoraExperts(module, target.parameter)
+        wrapper.call = call
         if isinstance(wrapper, LoraLinear):
             wrapper.weight_is_read = weight_is_read(module, parents)
         parents.replace(module, wrapper)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lorafa.errors import warn
-from lorafa.surgery.adapters import require_adapters
+from lorafa.errors import BackendError, warn
+from lorafa.layers.base import LoraLayer
+from lorafa.surgery.adapters import require_adapters, require_uniform
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import Parents, hosts, lora_layers
 
@@ -24,11 +25,20 @@ def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) 
     """
     if adapter_names is not None:
         require_adapters(model, adapter_names)
-    layers = [(layer, layer.mergeable(adapter_names)) for _, layer in lora_layers(model)]
-    merged = [(layer, layer.merged_base(names), names) for layer, names in layers if names != layer.merged_adapters]
+    layers = [(path, layer, layer.mergeable(adapter_names)) for path, layer in lora_layers(model)]
+    require_uniform(model, [*dict.fromkeys(name for _, _, names in layers for name in names)], "Merging")
+    with_names = [(path, layer, names) for path, layer, names in layers if names != layer.merged_adapters]
+    merged = [(layer, _merged_base(path, layer, names), names) for path, layer, names in with_names]
     share_merged(merged)
     for layer, base, names in merged:
         layer.put_merged(base, names)
+
+
+def _merged_base(path: str, layer: LoraLayer, names: Sequence[str]) -> nn.Module:
+    try:
+        return layer.merged_base(names)
+    except BackendError as error:
+        raise BackendError(f"{path}: {error}") from error
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -54,7 +64,7 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     parents = Parents(model)
     for _, host in reversed(list(hosts(model))):  # inner wrappers first
         chosen = host.active_adapters if adapter_names is None else list(adapter_names)
-        parents.replace(host, host.plain(chosen if merge else []))
+        parents.replace(host, host.unwrapped(chosen if merge else []))
     if merge:
         _loosen(model, ties)
     return model

@@ -1,21 +1,30 @@
-"""LoraModel: the user's model with its adapters' configs; everything lorafa does to it goes through here."""
+"""LoraModel: the user's model with its adapters, their configs, which of them count, and the call that runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from lorafa.adapter import Variant
 from lorafa.config import LoraConfig
-from lorafa.errors import AdapterError, ConfigError
+from lorafa.context import EMPTY, CurrentCall, ForwardContext
+from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import adapters
 from lorafa.surgery.build import Options, Stats
+from lorafa.surgery.forward import is_checkpointed
+from lorafa.surgery.given import lora_config
 from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.plan import Plan, plan
-from lorafa.surgery.walk import hosts, lora_layers
+from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name
+
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 class LoraModel(nn.Module):
@@ -24,14 +33,31 @@ class LoraModel(nn.Module):
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Hold ``model``; with a config also put its adapter on, which then counts and trains, as PEFT does.
+
+        Raises:
+            As :func:`lorafa.get_peft_model`; ``model`` is as it was then.
+        """
         super().__init__()
-        self.model = model
+        self.model = require_module(model)
         self.peft_config: dict[str, LoraConfig] = {}
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
-        self._active: list[str] = []
+        self.call = next((layer.call for _, layer in lora_layers(model)), CurrentCall())
+        self._readers: dict[str, Variant] = {}  # of the adapters that have to know something of each call
         self.training = model.training
+        if peft_config is not None:
+            adapters.require_nothing_merged(model)
+            config = lora_config(peft_config)
+            self.inject_adapter(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
+            self.set_adapter(adapter_name, config.inference_mode)
 
     # ---- adapters
 
@@ -39,6 +65,7 @@ class LoraModel(nn.Module):
         self, config: LoraConfig, adapter_name: str, options: Options | None = None, stats: Stats | None = None
     ) -> Plan:
         """Everything ``inject_adapter`` would do, built and checked; changes nothing."""
+        config = lora_config(config)
         others = [name for name, other in self.peft_config.items() if other.bias != "none"]
         if config.bias != "none" and others:
             raise ConfigError(
@@ -50,23 +77,28 @@ class LoraModel(nn.Module):
     def apply_plan(self, planned: Plan) -> Callable[[], None]:
         """Carry out a plan and return how to take it back; the adapter is inactive until :meth:`set_adapter`."""
         named = self.targeted_module_names, self.targeted_parameter_names
-        off = any(host._disable_adapters for _, host in hosts(self.model))
-        undo = apply(self.model, planned)
+        active, off = self.active_adapters, any(host.disable_adapters for _, host in hosts(self.model))
+        undo = apply(self.model, planned, self.call)
         targets = planned.targets
         modules = [t.name for t in targets if t.parameter is None]
         parameters = [f"{t.name}.{t.parameter}" for t in targets if t.parameter is not None]
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *modules]))
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *parameters]))
         self.peft_config[planned.name] = planned.config
-        if self._active:  # other adapters keep counting; the new one waits
+        readers = [layer.parts.variant for layer in planned.layers if layer.parts.variant.reads_call]
+        if readers:  # of one config, so any of them finds the same
+            self._readers[planned.name] = readers[0]
+        if active:  # other adapters keep counting; the new one waits
             adapters.set_requires_grad(self.model, planned.name, False)
             for _, host in hosts(self.model):
-                host._active_adapter, host._disable_adapters = list(self._active), off
+                host.activate(active)
+                host.enable_adapters(not off)
 
         def take_back() -> None:
             undo()
             self.targeted_module_names, self.targeted_parameter_names = named
             del self.peft_config[planned.name]
+            self._readers.pop(planned.name, None)
 
         return take_back
 
@@ -79,6 +111,7 @@ class LoraModel(nn.Module):
             ConfigError: its start is computed from the weights or from ``stats``, and ``low_cpu_mem_usage`` computes
                 none.
         """
+        config = lora_config(config)
         if options is not None and options.low_cpu_mem_usage and (config.start.initializer.reads_weight or stats):
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r} computes its start from the "
@@ -89,16 +122,18 @@ class LoraModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self._active)
+        """The adapters that count on some layer, together; a layer may be told otherwise by itself."""
+        return list(dict.fromkeys(name for _, host in hosts(self.model) for name in host.active_adapters))
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self._active[0] if len(self._active) == 1 else list(self._active)
+        """The one adapter that counts, or a list where it is another number."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, together, and train unless ``inference_mode``."""
         adapters.set_adapter(self.model, adapter_name, inference_mode)
-        self._active = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
@@ -112,12 +147,10 @@ class LoraModel(nn.Module):
                 nothing was changed.
         """
         rest = [name for name in self.peft_config if name != adapter_name]
-        successor = rest[0] if rest and set(self._active) <= {adapter_name} else None
+        successor = rest[0] if rest and set(self.active_adapters) <= {adapter_name} else None
         adapters.delete_adapter(self.model, adapter_name, successor)
         del self.peft_config[adapter_name]
-        self._active = [name for name in self._active if name != adapter_name]
-        if successor is not None:
-            self._active = [successor]
+        self._readers.pop(adapter_name, None)
 
     def enable_adapter_layers(self) -> None:
         adapters.enable_adapters(self.model, True)
@@ -151,15 +184,32 @@ class LoraModel(nn.Module):
                 "The adapters were taken off this model already. Call get_peft_model on it to put a new one on."
             )
         model = unload(self.model, merge=merge, adapter_names=adapter_names)
-        self.peft_config, self._active = {}, []
+        self.peft_config, self._readers = {}, {}
         return model
 
     def lora_layers(self) -> list[tuple[str, LoraLayer]]:
         """Every adapted layer with its path in the user's model."""
         return list(lora_layers(self.model))
 
+    # ---- running
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def calling(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, keeps: bool) -> Any:
+        """``function(*args, **kwargs)``, a call of the model, with what adapters have to know of it where they read it.
+
+        Args:
+            keeps: whether a backward pass may follow, which runs layers again under activation checkpointing.
+        """
+        if not self._readers:
+            return function(*args, **kwargs)
+        arguments = _by_name(self.model.forward, args, kwargs)
+        active = self.active_adapters
+        facts = {name: variant.fact(arguments) for name, variant in self._readers.items() if name in active}
+        context = ForwardContext(facts) if facts else EMPTY
+        with self.call.holding(context, keeps=keeps, recomputes=lambda: is_checkpointed(self.model)) as passed:
+            return passed(function(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -170,17 +220,59 @@ class LoraModel(nn.Module):
             return getattr(self.model, name)
 
 
+def _by_name(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the model's forward has for them."""
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
 def inject_adapter_in_model(
-    peft_config: LoraConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+    peft_config: LoraConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Put an adapter on ``model`` without wrapping the model itself, and make it count and train.
 
-    The configs are then at ``model.peft_config``. Raises as :func:`lorafa.get_peft_model`; nothing is changed then.
+    The configs are then at ``model.peft_config``.
+
+    Args:
+        state_dict: tensors of an adapter: the layers they are of get one, whatever ``target_modules`` names. No value
+            is read: :func:`lorafa.set_peft_model_state_dict` fills the adapter.
+
+    Raises:
+        TargetError: ``state_dict`` has no factors of a layer, or of one the model does not have.
+        As :func:`lorafa.get_peft_model`; nothing is changed then.
     """
-    adapters.require_nothing_merged(model)
+    config = lora_config(peft_config)
+    adapters.require_nothing_merged(require_module(model))
+    if state_dict is not None:
+        config = _with_targets_of(state_dict, config, model)
     tuner = LoraModel(model)
     tuner.peft_config = getattr(model, "peft_config", {})
-    tuner.inject_adapter(peft_config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
-    tuner.set_adapter(adapter_name, peft_config.inference_mode)
+    tuner.inject_adapter(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
+    tuner.set_adapter(adapter_name, config.inference_mode)
     model.peft_config = tuner.peft_config  # type: ignore[assignment]
     return model
+
+
+def _with_targets_of(state_dict: Mapping[str, Tensor], config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """The config with the layers as targets that the tensors of an adapter belong to, each by its full name."""
+    names = {place.name for place in places(model)}
+    keys = (uncompiled_name(key).removeprefix("base_model.model.") for key in state_dict)
+    found = {key.partition(f".{factor}")[0] for key in keys for factor in _FACTORS if f".{factor}" in key}
+    if not found:
+        raise TargetError(
+            f"state_dict has no factors of a LoRA adapter; its keys are: {shorten(state_dict, 3) or '(none)'}. Pass "
+            "what get_peft_model_state_dict or load_peft_weights returned, or leave it out to go by target_modules."
+        )
+    unknown = sorted(found - names)
+    if unknown:
+        raise TargetError(
+            f"state_dict has factors of {len(unknown)} layers that the model does not have: {shorten(unknown, 3)}."
+            f"{did_you_mean(unknown[0], names)} It was made for another model."
+        )
+    return replace(
+        config, target_modules="|".join(map(re.escape, sorted(found))), layers_to_transform=None, layers_pattern=None
+    )

@@ -6,8 +6,8 @@ from torch import nn
 
 from lorafa.checks import found
 from lorafa.errors import AdapterError, BackendError
-from lorafa.layers.weights import with_changes
-from lorafa.surgery.adapters import require_adapters, require_nothing_merged
+from lorafa.layers.base import LoraLayer
+from lorafa.surgery.adapters import require_adapters, require_nothing_merged, require_uniform
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import lora_layers
 
@@ -33,6 +33,7 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
     _require_model(model, "mutate_base")
     require_adapters(model, [adapter_name])
     require_nothing_merged(model)
+    require_uniform(model, [adapter_name], "Taking the start out of the base of")
     carriers = [(path, layer) for path, layer in lora_layers(model) if adapter_name in layer.adapters]
     started = [(path, layer) for path, layer in carriers if layer.adapters[adapter_name].start is not None]
     if not started:
@@ -56,13 +57,17 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
                 "start out of it would save nothing. Nothing was changed."
             )
     names = [adapter_name]
-    changed = [
-        (layer, with_changes(layer, [-layer.adapters[adapter_name].start_product()], names), names)
-        for _, layer in started
-    ]
+    changed = [(layer, _without_start(path, layer, adapter_name), names) for path, layer in started]
     share_merged(changed)
     for layer, base, _ in changed:
         layer.put_merged(base, [])
+
+
+def _without_start(path: str, layer: LoraLayer, adapter_name: str) -> nn.Module:
+    try:
+        return layer.with_changes([-layer.adapters[adapter_name].start_product()], [adapter_name])
+    except BackendError as error:
+        raise BackendError(f"{path}: {error}") from error
 
 
 def restore_base(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorafa.backends.base import is_hooked
-from lorafa.backends.quantized import QuantizedLinear
 from lorafa.errors import AdapterError, BackendError
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Place, tied_groups
@@ -56,7 +55,7 @@ def require_unshared(everything: Iterable[Place], targets: Sequence[Target], sta
             )
 
 
-def standing_in(base: nn.Module, quantized: QuantizedLinear) -> QuantizedLinear:
+def standing_in(base: nn.Module, quantized: nn.Module) -> nn.Module:
     """The quantized layer with the bias (the same parameter) and the mode of the layer whose place it takes."""
-    quantized.bias = base._parameters.get("bias")
+    quantized.bias = base._parameters.get("bias")  # type: ignore[assignment]
     return quantized.train(base.training)

@@ -9,9 +9,10 @@ from typing import Literal, TypeVar
 from torch import Tensor, nn
 
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.host import Host
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
-from lorafa.surgery.walk import Host, hosts, user_model
+from lorafa.surgery.walk import hosts, user_model
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]
@@ -81,6 +82,7 @@ def _status(path: str, host: Host) -> LayerStatus:
         return _layer_status(path, host)
     if isinstance(host, ModulesToSaveWrapper):
         return _wrapper_status(path, "ModulesToSaveWrapper", host, dict(host.modules_to_save.items()))
+    assert isinstance(host, TrainableTokensWrapper)
     return _wrapper_status(
         f"{path}.token_adapter", "TrainableTokensLayer", host, dict(host.token_adapter.trainable_tokens_delta.items())
     )
@@ -113,7 +115,7 @@ def _wrapper_status(
     return LayerStatus(
         name=path,
         module_type=kind,
-        enabled=not host._disable_adapters,
+        enabled=not host.disable_adapters,
         active_adapters=[name for name in host.active_adapters if name in own],
         merged_adapters=[],
         requires_grad={name: _same(p.requires_grad for p in held) for name, held in parameters.items()},

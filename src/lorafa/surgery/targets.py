@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
+from lorafa.backends.oddities import described, holds_codes
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig
 from lorafa.errors import TargetError, did_you_mean, shorten, warn
@@ -17,7 +18,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
-from lorafa.surgery.walk import Place, places
+from lorafa.surgery.walk import Place, embedding_of, places, uncompiled
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
@@ -262,16 +263,19 @@ def _default_targets(model: nn.Module) -> set[str] | str:
 
 
 def _all_linear(model: nn.Module, everything: list[Place], config: LoraConfig) -> list[Place]:
-    """Every linear layer but the output head (of sequence classifiers: the classifier) and the insides of attention."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    """Every linear layer but the output head (of sequence classifiers: the classifier) and the insides of attention.
+
+    Those that no back end knows are among them, so that they are refused: a model adapted by halves is no "all".
+    """
+    head = embedding_of(model, "get_output_embeddings")
     if head is None and config.task_type == "SEQ_CLS":
         head = next((h for h in (getattr(model, n, None) for n in _CLASSIFIER_HEADS) if h is not None), None)
+        head = uncompiled(head) if head is not None else None
     attention = tuple(p.name + "." for p in everything if isinstance(p.module, nn.MultiheadAttention))
     return [
         place
         for place in everything
-        if _kind(place.module) == "linear"
+        if (_kind(place.module) == "linear" or (_kind(place.module) is None and holds_codes(place.module)))
         and place.module is not head
         and not place.name.startswith(attention)
         and not _inside_saved(place.name, config)
@@ -286,11 +290,21 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _check_carries(place: Place) -> None:
-    if not _can_carry(place.module) or isinstance(place.module, LoraExperts):
+    """Raises TargetError unless a back end is sure of the module; one that carries adapters was checked before."""
+    module = place.module
+    if not _can_carry(module) or isinstance(module, LoraExperts):
+        kind = f"a quantized {described(module)}" if holds_codes(module) else f"a {type(module).__name__}"
         raise TargetError(
-            f"{place.name!r} is a {type(place.module).__name__}, which cannot carry an adapter. Supported are linear, "
-            "embedding and convolution layers, nn.MultiheadAttention, and single parameters by target_parameters. "
-            "Narrow target_modules, or add the name to exclude_modules."
+            f"{place.name!r} is {kind}, which cannot carry an adapter. Supported are linear, embedding and convolution "
+            "layers, nn.MultiheadAttention, and single parameters by target_parameters. Narrow target_modules, or add "
+            "the name to exclude_modules."
+        )
+    backend = None if isinstance(module, LoraLayer) else backend_of(module)
+    odd = None if backend is None else backend.serves(module)
+    if odd is not None:
+        raise TargetError(
+            f"{place.name!r}: no back end knows this {described(module)}: {odd}. Leave it out with exclude_modules, or "
+            "load the model without that."
         )
 
 
@@ -337,6 +351,12 @@ def _parameters(everything: list[Place], config: LoraConfig, patterns: _Patterns
                 raise TargetError(
                     f"target_parameters: {name!r} has {value.dim()} dimensions {tuple(value.shape)}; an adapter needs "
                     "a matrix (out, in) or a stack of them (experts, out, in)."
+                )
+            odd = ParameterBackend(parameter).serves(inner)
+            if odd is not None:
+                raise TargetError(
+                    f"target_parameters: {name!r} cannot carry an adapter: of this {described(inner)}, {odd}. Take it "
+                    "out of target_parameters."
                 )
             targets.append(_target(place, parameter, config, patterns))
     return targets

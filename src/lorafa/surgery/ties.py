@@ -13,7 +13,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.tied import owner_of
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Place, tied_groups
-from lorafa.variants import variant_of
+from lorafa.variants import is_plain_lora, variant_types
 
 _KINDS = ("embedding", "linear")
 
@@ -47,7 +47,7 @@ def find_ties(everything: Sequence[Place], config: LoraConfig, targets: Sequence
 
 def _check_ends(group: Sequence[Place], targets: Sequence[Target], config: LoraConfig) -> None:
     names = " and ".join(repr(place.name) for place in group)
-    problem, variant = "", variant_of(config)
+    problem = ""
     found = {id(target.module) for target in targets}
     left = [place.name for place in group if id(place.module) not in found]
     if any(target.parameter is not None or target.backend.host not in _KINDS for target in targets):
@@ -56,8 +56,8 @@ def _check_ends(group: Sequence[Place], targets: Sequence[Target], config: LoraC
         problem = f"exclude_modules or modules_to_save takes {left[0]!r} away from the targets"
     elif len({(target.rank, target.alpha) for target in targets}) > 1:
         problem = "rank_pattern or alpha_pattern gives them different ranks or alphas"
-    elif not variant.plain or variant.folds:
-        problem = f"{variant.name} is no plain B A, and its update of the one is none of the other"
+    elif not is_plain_lora(config):
+        problem = f"{variant_types(config)[-1].name} is no plain B A, and its update of the one is none of the other"
     if problem:
         raise ConfigError(
             f"ensure_weight_tying: {names} share one weight and are to share one adapter, but {problem}. "

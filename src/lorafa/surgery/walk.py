@@ -1,9 +1,14 @@
-"""Walking a model that may already carry adapters: names as they were before any layer was wrapped."""
+"""Walking a model that may already carry adapters: names as they were before any layer was wrapped.
+
+``torch.compile(module)`` puts a wrapper around a module, too, and its child is called ``_orig_mod``. No name given here
+has that part, so a compiled model and one that is not are the same to configs, files, statistics and fingerprints.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -11,13 +16,33 @@ from lorafa.checks import found
 from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
-from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.layers.tokens import TrainableTokensWrapper
+from lorafa.layers.host import Host
 
-Host = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
-"""A wrapper of lorafa. All have ``wrapped_path``, ``stored``, ``set_adapter``, ``set_requires_grad``,
-``enable_adapters``, ``detach_adapter`` and ``plain``; an adapter that has nothing there is nothing to them."""
-HOSTS = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
+_COMPILED = "_orig_mod"
+"""Where torch.compile's wrapper of a module holds it."""
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself where ``module`` is what torch.compile has made of one."""
+    while _is_compiled(module):
+        module = module._modules[_COMPILED]  # type: ignore[assignment]
+    return module
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module._modules.get(_COMPILED), nn.Module)
+
+
+def uncompiled_name(name: str) -> str:
+    """The name, of a module or a parameter, in the model as it was before any part of it was compiled."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
+
+
+def embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """What ``get_input_embeddings`` or ``get_output_embeddings`` of a model returns; None where there is no such."""
+    ask = getattr(model, getter, None)
+    found = ask() if callable(ask) else None
+    return uncompiled(found) if isinstance(found, nn.Module) else None
 
 
 def user_model(model: nn.Module) -> nn.Module:
@@ -32,47 +57,48 @@ class Place:
     """A module and where it sits."""
 
     name: str
-    """Dotted name as it was before wrapping."""
+    """Dotted name as it was before wrapping and compiling."""
     path: str
-    """Dotted name now."""
+    """Dotted name now, by which ``get_submodule`` finds it."""
     module: nn.Module
 
 
 def places(model: nn.Module) -> Iterator[Place]:
     """Every place a module of the original model has, repeated modules at each of their names.
 
-    A wrapped module is given as its wrapper; what wrappers hold of their own is not entered.
+    A wrapped module is given as its wrapper; what wrappers hold of their own is not entered. A compiled one is given
+    without what torch.compile put around it.
     """
     stack = [Place("", "", require_module(model))]
     while stack:
         place = stack.pop()
+        while _is_compiled(place.module):
+            place = Place(place.name, _join(place.path, _COMPILED), place.module._modules[_COMPILED])  # type: ignore[arg-type]
         yield place
         inside, path = place.module, place.path
         if isinstance(inside, LoraExperts):  # it wraps a whole module, whose children are the model's
             while isinstance(inside, LoraLayer):
                 inside, path = inside.base_layer, _join(path, "base_layer")
-        elif isinstance(inside, HOSTS):
+        elif isinstance(inside, Host):
             continue
         children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
         stack.extend(reversed(children))
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that a wrapper stands for, with the weight nothing was merged into; any other module itself."""
-    if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
-        return module.original_module
-    return module.pristine if isinstance(module, LoraLayer) else module
+def pristine_of(module: nn.Module) -> nn.Module:
+    """The module that a host stands for, with the weight nothing was merged into; any other module itself."""
+    return module.pristine if isinstance(module, Host) else module
 
 
 def tied_groups(everything: Iterable[Place]) -> list[list[Place]]:
     """The modules that share a weight, group by group; the first of each, an embedding if there is one, owns it."""
     by_weight: dict[int, dict[int, Place]] = {}
     for place in everything:
-        weight = unwrapped(place.module)._parameters.get("weight")
+        weight = pristine_of(place.module)._parameters.get("weight")
         if weight is not None:
             by_weight.setdefault(id(weight), {}).setdefault(id(place.module), place)
     groups = (list(group.values()) for group in by_weight.values() if len(group) > 1)
-    return [sorted(group, key=lambda p: not isinstance(unwrapped(p.module), nn.Embedding)) for group in groups]
+    return [sorted(group, key=lambda p: not isinstance(pristine_of(p.module), nn.Embedding)) for group in groups]
 
 
 def require_module(model: object) -> nn.Module:
@@ -95,7 +121,10 @@ def _join(prefix: str, name: str) -> str:
 
 
 def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without what wrappers hold for adapters: no longer with a hundred than with one."""
+    """``model.named_modules()`` without what wrappers hold for adapters: no longer with a hundred than with one.
+
+    A compiled module and what torch.compile put around it have the same name.
+    """
     seen: set[int] = set()
     stack = [("", require_module(model))]
     while stack:
@@ -104,11 +133,11 @@ def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        if isinstance(module, HOSTS):
+        if isinstance(module, Host):
             children = [(module.wrapped_path, module.get_submodule(module.wrapped_path))]
         else:
             children = list(_children(module))
-        stack.extend((_join(path, name), child) for name, child in reversed(children))
+        stack.extend((path if name == _COMPILED else _join(path, name), child) for name, child in reversed(children))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -122,7 +151,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
     """Every wrapper of lorafa in the model with its path, each once, in the order of the model."""
     for path, module in skeleton(model):
-        if isinstance(module, HOSTS):
+        if isinstance(module, Host):
             yield path, module
 
 
@@ -153,9 +182,17 @@ class Parents:
         return list(self._slots.get(id(module), ()))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Put ``new`` at every place ``old`` has; if ``new`` wraps ``old``, ``old`` is found inside it from then on."""
+        """Put ``new`` at every place ``old`` has; if ``new`` wraps ``old``, ``old`` is found inside it from then on.
+
+        What torch.compile has made of ``old`` would go on running it: in its place comes the same made of ``new``.
+        """
         slots = self._slots.pop(id(old), [])
-        for parent, name in slots:
+        for i, (parent, name) in enumerate(slots):
+            if name == _COMPILED:
+                again: Any = type(parent)
+                slots[i] = (again(new, parent.dynamo_ctx), name)
+                self.replace(parent, slots[i][0])
+                continue
             setattr(parent, name, new)
             self.history.append((parent, name, old))
         self._slots[id(new)] = slots

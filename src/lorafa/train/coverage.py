@@ -10,7 +10,8 @@ from torch import nn
 
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
-from lorafa.surgery.walk import HOSTS, places
+from lorafa.layers.host import Host
+from lorafa.surgery.walk import places
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ def _cells(matched: int, modules: int, base: int, whole: int, trainable: int) ->
 
 def _parameters(module: nn.Module) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]:
     """The module as it was before wrapping, the parameters it holds itself, and those that adapters added."""
-    if not isinstance(module, HOSTS):
+    if not isinstance(module, Host):
         return module, list(module.parameters(recurse=False)), []
     original: nn.Module = module
-    while isinstance(original, HOSTS):  # experts carry one wrapper a parameter
-        original = original.base_layer if isinstance(original, LoraLayer) else original.original_module
+    while isinstance(original, Host):  # experts carry one wrapper a parameter
+        original = original.get_submodule(original.wrapped_path)
     inside = {id(p) for p in original.parameters()}
     added = [p for p in module.parameters() if id(p) not in inside]
     return original, list(original.parameters(recurse=not isinstance(module, LoraExperts))), added

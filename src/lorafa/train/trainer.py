@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorafa.errors import DivergedError, shorten, warn
 from lorafa.losses import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
+from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.sampling import LengthSampler, lengths_of
@@ -23,9 +24,10 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     """`transformers.Trainer` for a causal language model with adapters.
 
     What it adds: the loss is computed at supervised positions only (`lorafa.losses`) and announced when it cannot
-    be; checkpoints hold the adapters, not the base; N steps equal k steps, a checkpoint, and N - k more, bit for bit;
-    the evaluation loss is a mean over tokens, not over batches; ``train_sampling_strategy="group_by_length"`` orders by
-    seed and epoch alone; a loss that is not finite, or adapters without a gradient, stop the training.
+    be; what methods add to the loss (`lorafa.penalty`) is added; checkpoints hold the adapters, not the base; N steps
+    equal k steps, a checkpoint, and N - k more, bit for bit; the evaluation loss is a mean over tokens, not over
+    batches; ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss that is not finite, or
+    adapters without a gradient, stop the training.
 
     With several processes accelerate repeats samples to fill the last evaluation batch, and they count twice. Under
     FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
@@ -62,6 +64,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         """Why the model's own loss is used, or None where the chunked one is."""
         if chunked_loss and self.own_loss_reason is not None:
             warn(f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.")
+        self._chunked_loss = SupervisedLoss(self.model, chunk_tokens)
         self._eval_sums = [0.0, 0.0]  # negative log-likelihood and tokens of the evaluation that runs
 
     # ---- loss -------------------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         wrapped: nn.Module = super()._wrap_model(model, training=training, dataloader=dataloader)
         wraps = self.accelerator.distributed_type in DATA_PARALLEL or self.args.torch_compile
         if training and wrapped is self.model and wraps and self.own_loss_reason is None:
-            return self.accelerator.prepare_model(SupervisedLoss(self.model, self.chunk_tokens))  # type: ignore[no-any-return]
+            return self.accelerator.prepare_model(self._chunked_loss)  # type: ignore[no-any-return]
         return wrapped
 
     def compute_loss(
@@ -89,14 +92,18 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if return_outputs or self.own_loss_reason is not None:
+        if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model is self.model:
-            model = SupervisedLoss(self.model, self.chunk_tokens)
-        with self.accelerator.autocast():
-            loss = model(inputs, num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # data parallelism averages what should be summed
+        if self.own_loss_reason is not None:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            with self.accelerator.autocast():
+                loss = (self._chunked_loss if model is self.model else model)(inputs, num_items_in_batch)
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # data parallelism averages what should be summed
+        penalty = penalty_of(self.model)
+        if penalty is not None:  # once a step: the losses of a step's batches are summed
+            loss = loss + penalty.to(loss.device) / getattr(self, "current_gradient_accumulation_steps", 1)
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

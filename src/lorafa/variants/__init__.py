@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from lorafa.adapter import STAGES, Stage, Variant
 from lorafa.errors import ConfigError
-from lorafa.initializers import INITIALIZERS, find_start
+from lorafa.initializers import INITIALIZERS, Start
 from lorafa.registry import Registry
-from lorafa.variants.base import Variant
+from lorafa.spec import LayerSpec
 
 VARIANTS: Registry[type[Variant]] = Registry(
     "variant",
@@ -16,6 +19,13 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "kasa": "lorafa.variants.kasa:KaSA",
     },
 )
+
+
+class HasStart(Protocol):
+    """A :class:`lorafa.LoraConfig`, of which the fields that variants call their switches are read too."""
+
+    @property
+    def start(self) -> Start: ...
 
 
 def switches() -> dict[str, str]:
@@ -33,20 +43,43 @@ def asking_settings() -> dict[str, str]:
     return by_start | {name: switch for switch, name in switches().items()}
 
 
-def variant_of(config: object) -> type[Variant]:
-    """The variant a LoraConfig asks for.
+def variant_types(config: HasStart) -> tuple[type[Variant], ...]:
+    """The formulas a LoraConfig asks for, from the inside out: one that forms B A first, plain LoRA unless it says so.
 
     Raises:
-        ConfigError: it asks for two.
+        ConfigError: it asks for two of one stage.
     """
-    asked = {switch: name for switch, name in switches().items() if getattr(config, switch, None)}
-    start = find_start(getattr(config, "init_lora_weights", None))
-    if start is not None and start.initializer.variant in VARIANTS.names():
-        asked["init_lora_weights"] = start.initializer.variant
-    if len(asked) > 1:
-        first, second = (f"{setting}={getattr(config, setting)!r}" for setting in list(asked)[:2])
-        raise ConfigError(
-            f"{first} and {second} ask for two formulas, {' and '.join(list(asked.values())[:2])}, and an adapter has "
-            "one. Drop one of the two."
-        )
-    return VARIANTS.get(next(iter(asked.values()), "lora"))
+    asked = {name: switch for switch, name in switches().items() if getattr(config, switch, None)}
+    own = config.start.initializer.variant
+    if own is not None and own in VARIANTS.names():
+        asked.setdefault(own, "init_lora_weights")
+    found: dict[Stage, type[Variant]] = {}
+    for name in asked:
+        variant = VARIANTS.get(name)
+        other = found.setdefault(variant.stage, variant)
+        if other is not variant:
+            first, second = (f"{asked[one]}={getattr(config, asked[one])!r}" for one in (other.name, name))
+            raise ConfigError(
+                f"{first} and {second} ask for two formulas, {other.name} and {name}, and an adapter has one of a "
+                "kind. Drop one of the two."
+            )
+    found.setdefault("factors", VARIANTS.get("lora"))
+    return tuple(found[stage] for stage in STAGES if stage in found)
+
+
+def formula_of(config: HasStart, spec: LayerSpec) -> Variant:
+    """The formula of a config on one layer, each over the one inside it.
+
+    Raises:
+        ConfigError: as :func:`variant_types`.
+    """
+    formula: Variant | None = None
+    for variant in variant_types(config):
+        formula = variant.of(config, spec, formula)
+    assert formula is not None  # there is always one that forms B A
+    return formula
+
+
+def is_plain_lora(config: HasStart) -> bool:
+    """Whether the update a config asks for is s B A with A and B as they are stored."""
+    return all(variant.plain and variant.factors_are_stored for variant in variant_types(config))

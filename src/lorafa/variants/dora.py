@@ -8,16 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafa.adapter import Adapter, full_precision
+from lorafa.adapter import Adapter, Extra, Stage, Variant, full_precision
 from lorafa.functional import low_rank_linear
-from lorafa.initializers.base import LayerSpec
 from lorafa.linalg import working_dtype
-from lorafa.variants.base import Variant
+from lorafa.spec import LayerSpec
 
 _TINY = 1e-30  # of a squared norm in float32: an all-zero row keeps a finite gain
 
 
-def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
     """||W + s B A|| of each output row, (out,), without forming B A.
 
     ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s <b_i, W A^T>_i + s^2 b_i (A A^T) b_i^T: equation 5 of the paper, expanded.
@@ -34,11 +33,15 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class DoRA(Variant):
-    """The norm is a constant in backward (section 4.3 of the paper); the magnitude m, (out,), is trained."""
+    """DoRA over any formula of B A; the magnitude m, (out,), is trained.
+
+    The norm is a constant in backward (section 4.3 of the paper).
+    """
 
     name = "dora"
+    stage: ClassVar[Stage] = "norm"
     switch = "use_dora"
-    extras: ClassVar[Mapping[str, str]] = {"magnitude": "lora_magnitude_vector"}
+    extras: Mapping[str, Extra] = {"magnitude": Extra("lora_magnitude_vector")}
     hosts = frozenset({"linear", "embedding", "conv"})
     reads_weight = True
 

@@ -6,9 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter
+from lorafa.adapter import Adapter, Variant
 from lorafa.functional import low_rank_linear
-from lorafa.variants.base import Variant
 
 
 class LoRA(Variant):

@@ -7,14 +7,13 @@ the step before it was (theorem 2 of the paper).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lorafa.adapter import full_precision
-from lorafa.initializers.base import LayerSpec
+from lorafa.adapter import Extra, Tensors, full_precision
 from lorafa.linalg import working_dtype
+from lorafa.spec import LayerSpec, Shape
 from lorafa.variants.lora import LoRA
 
 
@@ -22,19 +21,19 @@ class LoRASB(LoRA):
     """LoRA with B R in place of B; R is (r, r). Asked for by its start, ``lora_sb``."""
 
     name = "lora_sb"
-    extras: ClassVar[Mapping[str, str]] = {"core": "lora_core"}
+    extras: Mapping[str, Extra] = {"core": Extra("lora_core")}
     hosts = frozenset({"linear"})
     takes_bias = False
-    folds = True
+    factors_are_stored = False
+
+    def shapes(self, weight: Tensor, spec: LayerSpec) -> dict[str, Shape]:
+        return super().shapes(weight, spec) | {"core": (spec.rank, spec.rank)}
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         """R = 0, which changes nothing."""
         return {"core": torch.zeros(spec.rank, spec.rank)}
 
-    def extra_shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
-        return {"core": (rank, rank)}
-
-    def fold(self, B: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-        dtype = working_dtype(B.dtype)
-        with full_precision(B):
-            return (B.to(dtype) @ extras["core"].to(dtype)).to(B.dtype)
+    def factors(self, tensors: Tensors, *, training: bool = False) -> tuple[Tensor, Tensor]:
+        dtype = working_dtype(tensors.B.dtype)
+        with full_precision(tensors.B):
+            return tensors.A, (tensors.B.to(dtype) @ tensors.extra("core").to(dtype)).to(tensors.B.dtype)

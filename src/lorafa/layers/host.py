@@ -1,0 +1,99 @@
+"""Host: what stands in the place of a module of the model and carries something of adapters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
+
+from torch import nn
+
+from lorafa.layers.parts import Stored
+
+
+class Host(nn.Module):
+    """Knows which adapters count and which of them train; what it has of each is up to the kind of host.
+
+    An adapter that has nothing on a host is nothing to it: it may be active there all the same.
+    """
+
+    wrapped_path: ClassVar[str]
+    """Where the module sits whose place the host takes."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.training = wrapped.training
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    # ---- what a kind of host must say
+
+    @abstractmethod
+    def held(self) -> Iterable[str]:
+        """The adapters that have something here."""
+
+    @abstractmethod
+    def stored(self, name: str) -> Iterator[Stored]:
+        """What a file holds of an adapter; nothing if it has nothing here, or what it has belongs to another host."""
+
+    @abstractmethod
+    def unwrapped(self, names: Sequence[str]) -> nn.Module:
+        """The module without the host, as these adapters have it."""
+
+    @abstractmethod
+    def forget(self, name: str) -> None:
+        """Drop what an adapter has here."""
+
+    @property
+    def pristine(self) -> nn.Module:
+        """The module in whose place the host is, with the weight nothing was merged into."""
+        return self.get_submodule(self.wrapped_path)
+
+    def merged_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Every parameter that holds a merged value now, and the pristine one it stands in for."""
+        return iter(())
+
+    # ---- activity
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that count here, together."""
+        return list(self._active_adapter)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether none counts for now."""
+        return self._disable_adapters
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
+
+    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters count, and train (unless ``inference_mode``)."""
+        self.activate([names] if isinstance(names, str) else names)
+        for name in self.held():
+            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make exactly these adapters count, whether they train or not."""
+        self._active_adapter = list(names)
+
+    def detach_adapter(self, name: str) -> None:
+        """Forget an adapter and all its parameters."""
+        self.forget(name)
+        self._active_adapter = [active for active in self._active_adapter if active != name]
+
+    # ---- parameters
+
+    def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter by their names in a file."""
+        return {e.key: e.tensor for e in self.stored(name) if isinstance(e.tensor, nn.Parameter)}
+
+    def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
+        """Let what an adapter trains here train, or freeze it."""
+        for parameter in self.stored_parameters(name).values():
+            parameter.requires_grad_(requires_grad)

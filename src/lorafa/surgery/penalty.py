@@ -1,0 +1,45 @@
+"""What methods add to the loss, summed over a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.surgery.adapters import require_adapters
+from lorafa.surgery.walk import lora_layers, require_module
+
+
+def penalty(model: nn.Module, adapter_names: str | list[str] | None = None) -> Tensor:
+    """What the methods of the adapters add to the loss, for a training loop of your own: ``loss + penalty(model)``.
+
+    The plain sum over layers with the weights of the adapter's config (KaSA's ``kasa_config``); 0 where no method has a
+    penalty. :class:`lorafa.train.trainer.LoraTrainer` adds it by itself.
+
+    Args:
+        model: a PeftModel, or any model with adapters.
+        adapter_names: of which adapters; by default of those that are active.
+
+    Returns:
+        A scalar with gradients for the trained tensors, in float32 or float64.
+
+    Raises:
+        AdapterError: an unknown adapter.
+    """
+    found = penalty_of(require_module(model), adapter_names)
+    return torch.zeros(()) if found is None else found
+
+
+def penalty_of(model: nn.Module, adapter_names: str | list[str] | None = None) -> Tensor | None:
+    """As :func:`penalty`; None where no method has one."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if names is not None:
+        require_adapters(model, names)
+    total: Tensor | None = None
+    for _, layer in lora_layers(model):
+        for name in layer.active_adapters if names is None else names:
+            if name in layer.adapters and layer.stored_parameters(name):  # what is tied counts where it is owned
+                adapter = layer.adapters[name]
+                own = adapter.variant.penalty(adapter)
+                if own is not None:
+                    total = own if total is None else total + own.to(total.device)
+    return total
