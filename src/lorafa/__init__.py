@@ -56,6 +56,7 @@ from lorafa.ranks import RankRule, choose_ranks, with_ranks
 from lorafa.starting import collect_statistics, initialize, start_from
 from lorafa.statistics import Statistics
 from lorafa.surgery.given import get_peft_config
+from lorafa.surgery.gradients import check_gradients
 from lorafa.surgery.model import LoraModel, inject_adapter_in_model
 from lorafa.surgery.mutate import mutate_base, restore_base
 from lorafa.surgery.penalty import penalty
@@ -100,6 +101,7 @@ __all__ = [
     "TaskType",
     "VeloraConfig",
     "__version__",
+    "check_gradients",
     "check_if_peft_model",
     "choose_ranks",
     "collect_statistics",

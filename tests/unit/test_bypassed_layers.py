@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter_toys import close, train
-from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base
 from lorafa.errors import BackendError, TargetError
 
 DIM = 8
@@ -128,6 +128,14 @@ def test_encoder_with_its_adapters_off_takes_the_kernel_the_base_takes() -> None
         model.merge_adapter()
         with model.disable_adapter():
             assert torch.equal(model(x), expected)
+
+
+def test_base_that_is_without_the_start_is_read_with_the_rest_of_the_adapter() -> None:
+    model, (x, _) = adapted(encoder(), ["linear1", "linear2"], init_lora_weights="pissa"), inputs()
+    expected = model.train()(x)
+    mutate_base(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

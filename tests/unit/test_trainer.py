@@ -36,7 +36,6 @@ from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from lorafa.train.checkpoints import last_checkpoint
-from lorafa.train.trainer import check_gradients
 
 # ---- resume ----
 
@@ -324,7 +323,7 @@ def test_adapted_parameters_that_get_no_gradient_are_named(library: ModuleType) 
     adapted = library.get_peft_model(model, config)
     adapted(torch.ones(2, 4)).sum().backward()
     with pytest.raises(TrainingError, match=r"1 of 4 adapted layers got no gradient: experts\.idle\."):
-        check_gradients(adapted)
+        lorafa.check_gradients(adapted)
 
 
 def spoil(model: nn.Module, step: int, event: str) -> Do:

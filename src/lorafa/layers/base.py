@@ -172,7 +172,10 @@ class LoraLayer(Host):
             return self._found[2]
         backend = backend_of(base)
         if backend is None:
-            raise BackendError(f"No back end knows {type(base).__name__}. Add its line to lorafa.backends.BACKENDS.")
+            raise BackendError(
+                f"No back end knows {type(base).__name__}, which stands where the base layer was. Under FSDP1 wrap "
+                "whole blocks (auto_wrap_policy), no base layers, or use FSDP2 (fully_shard)."
+            )
         self._found = base, kind, backend
         return backend
 

@@ -24,12 +24,12 @@ def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = 
     if len(adapters) == 1 and adapters[0].variant.plain:  # no float32 copy of W
         A, B = (factor.to(weight.dtype) for factor in adapters[0].running_factors)
         product = torch.baddbmm if weight.dim() == 3 else torch.addmm
-        scaling = adapters[0].scaling
+        scaling, running = adapters[0].scaling, layer.backend.weight(base)  # which may be without the start
         with full_precision(weight):
             if isinstance(scaling, Tensor):
-                updated = product(weight, (B * scaling).to(weight.dtype), A)
+                updated = product(running, (B * scaling).to(weight.dtype), A)
             else:
-                updated = product(weight, B, A, alpha=scaling)
+                updated = product(running, B, A, alpha=scaling)
     else:
         updated = weight.to(working_dtype(weight.dtype))
         for adapter in adapters:

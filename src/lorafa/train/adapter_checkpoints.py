@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
+from accelerate.utils import DistributedType
 from torch import nn
 
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.peft_model import PeftModel
+from lorafa.surgery.gradients import check_gradients
 from lorafa.train.checkpoints import last_checkpoint, missing_files
 
 
@@ -23,14 +25,23 @@ class AdapterCheckpoints:
       the folder itself, others into sub-folders), with nothing of the base, so that `PeftModel.from_pretrained` reads
       it;
     * resume from it, several adapters and ``modules_to_save`` included, and only if it is complete;
-    * load the best one at the end (``load_best_model_at_end``).
+    * load the best one at the end (``load_best_model_at_end``);
+    * stop before the first step if an adapter has no gradient (:func:`lorafa.check_gradients`), as one on ``lm_head``
+      has none where the trainer multiplies by the head's weight itself.
 
     PEFT's model may be given too. Resuming under FSDP and DeepSpeed is not supported.
+
+    Args:
+        check_gradients: make that check; turn it off where some adapter is rightly without a gradient, as in a part of
+            the model that the first batch does not use. It is not made under DeepSpeed, which keeps gradients itself.
 
     Raises:
         ConfigError: the model has no adapters, or a class names its trainer before this one.
     """
 
+    _zero_gradients_are_right: ClassVar[bool] = True
+    """Of losses in general: preferences without a margin, rewards without an advantage."""
+    accelerator: Any
     args: Any
     model: Any
     state: Any
@@ -46,7 +57,8 @@ class AdapterCheckpoints:
                 f"Name it first: class {cls.__name__}(AdapterCheckpoints, ...)."
             )
 
-    def __init__(self, model: Any = None, *args: Any, **settings: Any) -> None:
+    def __init__(self, model: Any = None, *args: Any, check_gradients: bool = True, **settings: Any) -> None:
+        self.check_gradients = check_gradients
         wraps = isinstance(model, PeftModel)
         super().__init__(model.get_base_model() if wraps else model, *args, **settings)  # type: ignore[call-arg]
         if wraps:
@@ -69,6 +81,13 @@ class AdapterCheckpoints:
                 raise CheckpointError(f"There is no complete checkpoint to resume from in {self.args.output_dir}.")
             resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        kept = self.accelerator.distributed_type != DistributedType.DEEPSPEED
+        if self.check_gradients and kept and self.accelerator.sync_gradients and self.state.global_step == 0:
+            check_gradients(self.model, zeros=self._zero_gradients_are_right)
+        return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lorafa.errors import DivergedError, TrainingError, shorten, warn
+from lorafa.errors import DivergedError, shorten, warn
 from lorafa.losses import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
@@ -46,6 +45,8 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         ConfigError: the model has no adapters.
     """
 
+    _zero_gradients_are_right = False  # as they are where a loss is none, but not of next tokens
+
     def __init__(
         self,
         model: nn.Module,
@@ -56,10 +57,9 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         check_gradients: bool = True,
         **settings: Any,
     ) -> None:
-        super().__init__(model, args, **settings)
+        super().__init__(model, args, check_gradients=check_gradients, **settings)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # as the chunked loss does
         self.chunk_tokens = chunk_tokens
-        self.check_gradients = check_gradients
         self.own_loss_reason = self._own_loss_reason() if chunked_loss else "chunked_loss=False"
         """Why the model's own loss is used, or None where the chunked one is."""
         if chunked_loss and self.own_loss_reason is not None:
@@ -110,8 +110,6 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self._stop(f"The loss is {loss.item()} in step {self.state.global_step + 1}.")
-        if self.check_gradients and self.accelerator.sync_gradients and self.state.global_step == 0:
-            check_gradients(self.model)
         return loss
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
@@ -204,39 +202,3 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
             f"{what} Lower the learning rate, or clip gradients (max_grad_norm). "
             f"The last good checkpoint: {newest or 'none was written'}."
         )
-
-
-def check_gradients(model: nn.Module) -> None:
-    """Raise TrainingError naming the adapted layers whose trainable weights have no gradient, or only zeros."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable or _is_silent(trainable):
-        raise TrainingError(
-            f"None of the {len(trainable)} trainable weights got a gradient: nothing would be learnt. "
-            "Check that an adapter is active and trainable, and that the model is not under torch.no_grad."
-        )
-    adapters = list(_adapters(model))
-    silent = [name for name, parameters in adapters if _is_silent(parameters)]
-    if silent:
-        raise TrainingError(
-            f"{len(silent)} of {len(adapters)} adapted layers got no gradient: {shorten(silent)}. The loss does not "
-            "depend on them: leave them out of target_modules or target_parameters, or pass check_gradients=False if "
-            "that is right."
-        )
-
-
-def _adapters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    """Name and adapter weights of every adapted layer and parameter, of lorafa's layers and of PEFT's."""
-    base: nn.Module = model.get_base_model()  # type: ignore[operator]
-    for path, layer in base.named_modules():
-        if "lora_A" not in getattr(layer, "adapter_layer_names", ()):
-            continue
-        parts = [child for key, child in layer.named_children() if key != "base_layer"]
-        name = ".".join(part for part in path.split(".") if part != "base_layer")
-        parameter = getattr(layer, "parameter_name", None)
-        yield f"{name}.{parameter}" if parameter else name, [p for part in parts for p in part.parameters()]
-
-
-def _is_silent(parameters: list[nn.Parameter]) -> bool:
-    """Whether there are trainable parameters and all their gradients are zero or missing."""
-    trainable = [p for p in parameters if p.requires_grad]
-    return bool(trainable) and not any(p.grad is not None and bool(p.grad.any()) for p in trainable)
