@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -17,12 +16,12 @@ from lorafa.backends.oddities import (
     is_plain,
     odd_storage,
     own_forward,
-    rebound,
     tensor_like,
     unsettled,
 )
+from lorafa.backends.offload import execution_device, hooked_as, in_memory, without_hooks
 
-__all__ = ["Backend", "is_finite", "is_hooked", "is_plain", "replaced"]
+__all__ = ["Backend", "device_of", "is_finite", "is_hooked", "is_plain", "replaced"]
 
 
 class Backend(ABC):
@@ -113,28 +112,34 @@ class Backend(ABC):
 
 
 def replaced(layer: nn.Module, **values: Tensor | None) -> nn.Module:
-    """A copy of ``layer`` that shares everything with it but the named parameters or buffers; None keeps one."""
-    new = copy.copy(layer)
-    new._parameters, new._buffers = dict(layer._parameters), dict(layer._buffers)
-    rebound(layer, new)
+    """A copy of ``layer`` that shares everything with it but the named parameters or buffers; None keeps one.
+
+    Where the weights of ``layer`` rest elsewhere, those of the copy do too, in main memory, and are brought in alike.
+
+    Raises:
+        BackendError: a hook of accelerate is on it that does something else than moving tensors.
+    """
+    here = in_memory(layer)
+    new = without_hooks(here)
     for name, value in values.items():
-        parameter, buffer = layer._parameters.get(name), layer._buffers.get(name)
+        parameter, buffer = here._parameters.get(name), here._buffers.get(name)
         if value is not None and parameter is not None:
             rounded = value.to(parameter).contiguous()
             new._parameters[name] = nn.Parameter(rounded, requires_grad=parameter.requires_grad)
         elif value is not None and buffer is not None:
             new._buffers[name] = value.to(buffer).contiguous()
-    return new
+    return hooked_as(new, layer)
 
 
 def is_finite(new: nn.Module, old: nn.Module) -> bool:
     """Whether ``new`` holds no inf and no nan in what it does not share with ``old``: rounding to float16 makes inf."""
     shared = {id(tensor) for tensor in (*old._parameters.values(), *old._buffers.values())}
-    own = [t for t in (*new.parameters(recurse=False), *new.buffers(recurse=False)) if id(t) not in shared]
+    here: nn.Module = in_memory(new)
+    own = [t for t in (*here.parameters(recurse=False), *here.buffers(recurse=False)) if id(t) not in shared]
     return all(bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all()) for t in own)
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where the layer's tensors are, its own or those it computes them from; the CPU if it has none."""
+    """Where the layer's tensors are, its own or those it computes them from, or are brought to when it is called."""
     own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False), *layer.parameters())
-    return own[0].device if own else torch.device("cpu")
+    return execution_device(layer) or (own[0].device if own else torch.device("cpu"))

@@ -152,14 +152,6 @@ def _only_moved(layer: nn.Module) -> bool:
     return around and getattr(old, "__func__", None) is type(layer).forward
 
 
-def rebound(layer: nn.Module, new: nn.Module) -> None:
-    """Let a shallow copy of a layer that accelerate moves run its own forward and not that of ``layer``."""
-    if "forward" in layer.__dict__ and _only_moved(layer):
-        old: Any = layer.__dict__["_old_forward"]
-        new._old_forward = old.__func__.__get__(new)
-        new.forward = functools.partial(layer.__dict__["forward"].func, new)  # type: ignore[method-assign]
-
-
 def changing_hooks(layer: nn.Module, *, outputs: bool = True) -> str | None:
     """Why what goes into the layer, or (with ``outputs``) comes out, may not be what its formula says."""
     after = layer._forward_hooks.values() if outputs else ()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorafa.backends.base import Backend
-from lorafa.backends.oddities import changing_hooks, is_hooked, own_forward
+from lorafa.backends.oddities import changing_hooks, own_forward
+from lorafa.backends.offload import hooked_as, in_memory, without_hooks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,7 +30,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad @ ctx.layer.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ in_memory(ctx.layer).dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
@@ -89,8 +90,7 @@ class QuantizedBackend(Backend):
         return own_forward(layer, self.formula) or changing_hooks(layer)
 
     def merges(self, layer: nn.Module) -> str | None:
-        """A new layer takes its place."""
-        return "hooks are on it, which would be lost" if is_hooked(layer) else None
+        return own_forward(layer, self.formula) or changing_hooks(layer)
 
     def weight(self, layer: nn.Module) -> Tensor:
         return cast(QuantizedLinear, layer).dequantize()
@@ -101,7 +101,12 @@ class QuantizedBackend(Backend):
 
     def with_weight(self, layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
         """Quantizes again: the merged weight carries a new rounding to the bits of the layer."""
-        return self.layer_type(weight, cast(QuantizedLinear, layer).bias if bias is None else bias)
+        new = cast(QuantizedLinear, without_hooks(in_memory(layer)))  # with the hooks and the mode of the layer
+        new._buffers = {}
+        new.quantize(weight.detach().float())
+        if bias is not None:
+            new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return hooked_as(new, layer)
 
     def example(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return self.layer_type(weight, bias)

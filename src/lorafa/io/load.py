@@ -205,7 +205,6 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
     )
     take_back = tuner.apply_plan(tuner.plan_adapter(stored.config, name, options))
     try:
-        materialize(tuner.model, name)
         _fill(tuner, stored, name, ignore_sizes)
         note_history(tuner.model, name, stored)
     except BaseException:
@@ -239,6 +238,7 @@ def _fill(tuner: LoraModel, stored: StoredAdapter, name: str, ignore_sizes: bool
     tensors = fitting(
         model, name, config, stored.tensors, with_start=stored.with_start, path=stored.path, ignore_sizes=ignore_sizes
     )
+    materialize(model, name)
     load_tensors(model, name, config, tensors, with_start=stored.with_start)
 
 

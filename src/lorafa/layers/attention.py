@@ -6,13 +6,14 @@ of a forward pass. Both projections carry an adapter; that of out_proj sits insi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.weights import call_with, updated_tensors
+from lorafa.layers.weights import call_with, require_in_memory, updated_tensors
 
 
 class LoraAttention(LoraLayer):
@@ -32,6 +33,7 @@ class LoraAttention(LoraLayer):
                 f"{name}: lora_bias has nothing to act on in nn.MultiheadAttention(bias=False). Exclude it, or set "
                 "lora_bias=False."
             )
+        require_in_memory(name, base, cast(nn.MultiheadAttention, base).out_proj)
         super().check(name, base, rank, bias=bias, dropout=dropout)
 
     @property
@@ -51,6 +53,10 @@ class LoraAttention(LoraLayer):
     @property
     def _qkv_same_embed_dim(self) -> bool:
         return True  # asked for by nn.TransformerEncoderLayer; others cannot carry an adapter
+
+    def merged_base(self, names: Sequence[str]) -> nn.Module:
+        require_in_memory(type(self).__name__, self.get_base_layer())
+        return super().merged_base(names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.counting():

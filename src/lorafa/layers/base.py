@@ -12,7 +12,7 @@ from lorafa.adapter import Adapter, Start, bias_change
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend, device_of, is_finite
 from lorafa.backends.oddities import described
-from lorafa.backends.offload import in_memory, weight_of
+from lorafa.backends.offload import in_memory, value_of, weight_of
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers import own_modules
@@ -199,10 +199,10 @@ class LoraLayer(Host):
 
     def base_weight(self) -> Tensor:
         """The pristine weight, (out, in), dequantized where it is quantized."""
-        return self.backend.weight(self.pristine)
+        return self.backend.weight(in_memory(self.pristine))
 
     def base_bias(self) -> Tensor | None:
-        return self.backend.bias(self.get_base_layer())
+        return value_of(self.get_base_layer(), self.backend.bias(self.get_base_layer()))
 
     @property
     def weight(self) -> Tensor:
@@ -358,13 +358,14 @@ class LoraLayer(Host):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight, in the layout and dtype of the base layer's own weight."""
-        return self.backend.to_layout(self.pristine, self.adapters[adapter].delta_weight(self.base_weight()))
+        delta = self.adapters[adapter].delta_weight(self.base_weight())
+        return self.backend.to_layout(in_memory(self.pristine), delta)
 
     @torch.no_grad()
     def merged_base(self, names: Sequence[str]) -> nn.Module:
         """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
-        adapters = [self.adapters[name] for name in names]
-        changes = (adapter.delta_weight(self.base_weight()) for adapter in adapters)
+        adapters, weight = [self.adapters[name] for name in names], self.base_weight()
+        changes = (adapter.delta_weight(weight) for adapter in adapters)
         return self.with_changes(changes, names, self.updated_bias(adapters))
 
     def with_changes(self, changes: Iterable[Tensor], names: Sequence[str], bias: Tensor | None = None) -> nn.Module:
@@ -400,7 +401,7 @@ class LoraLayer(Host):
         Raises:
             BackendError: the base has no bias that could take theirs.
         """
-        change, bias = bias_change(adapters), self.backend.bias(self.pristine)
+        change, bias = bias_change(adapters), value_of(self.pristine, self.backend.bias(self.pristine))
         if change is None:
             return None
         if bias is None:
@@ -453,7 +454,7 @@ class LoraLayer(Host):
             if fused is not None:
                 return fused
         y = self.base_layer(x, *args, **kwargs)
-        out = y
+        out, x = y, x.to(y.device)  # where a hook of the base layer may have brought it
         for adapter in adapters:
             out = self._added(out, adapter.delta_output(x, y))
         return out

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lorafa.adapter import Adapter
+from lorafa.backends.base import is_hooked
+from lorafa.backends.offload import in_memory
 from lorafa.layers.base import LoraLayer
 
 
@@ -19,12 +22,15 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_A[name] = nn.Parameter(A)
         self.lora_embedding_B[name] = nn.Parameter(B)
 
+    def as_made(self, adapter: Adapter) -> bool:
+        return not is_hooked(self.lora_embedding_A) and super().as_made(adapter)
+
     def factor_A(self, name: str) -> Tensor:
-        factor: Tensor = self.lora_embedding_A[name]
+        factor: Tensor = in_memory(self.lora_embedding_A)[name]
         return factor
 
     def factor_B(self, name: str) -> Tensor:
-        factor: Tensor = self.lora_embedding_B[name]
+        factor: Tensor = in_memory(self.lora_embedding_B)[name]
         return factor
 
     def factor_bias(self, name: str) -> Tensor | None:

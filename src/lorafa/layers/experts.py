@@ -15,7 +15,7 @@ from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.weights import call_with, updated_tensors
+from lorafa.layers.weights import call_with, require_in_memory, updated_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,6 +42,7 @@ class LoraExperts(LoraLayer):
                 f"{name}: lora_dropout={dropout} cannot act on a bare parameter, which has no input of its "
                 "own. Set lora_dropout=0."
             )
+        require_in_memory(name, base)
         super().check(name, base, rank, bias=bias, dropout=dropout)
 
     def _parameter(self) -> Tensor:
@@ -82,6 +83,10 @@ class LoraExperts(LoraLayer):
     def merged_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         for kept in self._kept:
             yield self.get_base_layer()._parameters[self.parameter_name], kept  # type: ignore[misc]
+
+    def merged_base(self, names: Sequence[str]) -> nn.Module:
+        require_in_memory(type(self).__name__, self.get_base_layer())
+        return super().merged_base(names)
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         parameters = self.get_base_layer()._parameters

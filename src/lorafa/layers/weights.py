@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorafa.adapter import full_precision
+from lorafa.backends.offload import rests_elsewhere
+from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.own_modules import require_uncalled
 from lorafa.linalg import working_dtype
@@ -17,6 +19,7 @@ from lorafa.linalg import working_dtype
 
 def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = None) -> dict[str, Tensor]:
     """Weight (and bias) with the counting updates added, with gradients, under the names a module knows them by."""
+    require_in_memory(type(layer).__name__, layer.get_base_layer())
     adapters, base, weight = layer.counting(), layer.get_base_layer(), layer.base_weight()
     for adapter in adapters:
         if not adapter.as_made:
@@ -37,6 +40,16 @@ def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = 
     tensors = {weight_name: layer.backend.to_layout(base, updated)}
     bias = None if bias_name is None or layer.backend.bias(base) is None else layer.updated_bias(adapters)
     return tensors if bias is None else tensors | {str(bias_name): bias}
+
+
+def require_in_memory(name: str, *bases: nn.Module) -> None:
+    """Raise BackendError if the base of a layer that adds the update to its weight has its weights elsewhere."""
+    if any(map(rests_elsewhere, bases)):
+        raise BackendError(
+            f"{name}: the weights of this {type(bases[0]).__name__} rest elsewhere, and hooks of accelerate bring them "
+            "in for each call, which would undo the update that is added to them. Keep the module in memory "
+            "(device_map), or leave it out of the targets."
+        )
 
 
 def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,12 +6,13 @@ has that part, so a compiled model and one that is not are the same to configs, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from lorafa.backends.offload import identity_of
 from lorafa.checks import found
 from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
@@ -93,11 +94,11 @@ def pristine_of(module: nn.Module) -> nn.Module:
 
 def tied_groups(everything: Iterable[Place]) -> list[list[Place]]:
     """The modules that share a weight, group by group; the first of each, an embedding if there is one, owns it."""
-    by_weight: dict[int, dict[int, Place]] = {}
+    by_weight: dict[Hashable, dict[int, Place]] = {}
     for place in everything:
-        weight = pristine_of(place.module)._parameters.get("weight")
-        if weight is not None:
-            by_weight.setdefault(id(weight), {}).setdefault(id(place.module), place)
+        module = pristine_of(place.module)
+        if module._parameters.get("weight") is not None:
+            by_weight.setdefault(identity_of(module, "weight"), {}).setdefault(id(place.module), place)
     groups = (list(group.values()) for group in by_weight.values() if len(group) > 1)
     return [sorted(group, key=lambda p: not isinstance(pristine_of(p.module), nn.Embedding)) for group in groups]
 
