@@ -174,12 +174,10 @@ def test_hooks_of_the_user_on_an_offloaded_base_run_however_the_layer_is_used(of
     with away.disable_adapter():
         away(x)
     away(x)
-    mutate_base(away)
-    away(x)
-    restore_base(away)
-    away.merge_adapter()
-    away(x)
-    assert len(seen) == 4
+    assert len(seen) == 2
+    for replace in (mutate_base, PeftModel.merge_adapter):  # what the hook does to the output is not known
+        with pytest.raises(BackendError, match=r"a hook is on it .* that may change values"):
+            replace(away)
 
 
 def test_a_layer_without_hooks_on_the_meta_device_keeps_its_adapter_there() -> None:

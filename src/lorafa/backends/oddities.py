@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from lorafa.backends.offload import is_only_moved, rests_elsewhere
+
 MOVERS = (
     "accelerate.", "deepspeed.", "lorafa.", "peft.", "torch.distributed.", "torch.nn.utils.",
     "transformers.modeling_utils.", "transformers.integrations.accelerate.",
@@ -102,7 +104,7 @@ def fixed(layer: nn.Module, *names: str) -> str | None:
     """:func:`computed`, or why there is no value to add something to."""
     for name in names:
         own = own_tensor(layer, name)
-        if own is not None and own.is_meta:
+        if own is not None and own.is_meta and not rests_elsewhere(layer):
             return f"its {name} is on the meta device and has no values here"
     return computed(layer, *names)
 
@@ -140,16 +142,9 @@ def own_methods(layer: nn.Module, formula: Mapping[str, frozenset[str]]) -> str 
 
 def own_forward(layer: nn.Module, formula: Mapping[str, frozenset[str]]) -> str | None:
     """Why the layer does not run the methods of ``formula``: its class or itself has others."""
-    if "forward" in layer.__dict__ and not _only_moved(layer):
+    if "forward" in layer.__dict__ and not is_only_moved(layer):
         return "its forward was replaced by another function"
     return own_methods(layer, formula)
-
-
-def _only_moved(layer: nn.Module) -> bool:
-    """Whether the layer's forward is the one accelerate puts around that of the class, to move inputs and weights."""
-    replaced, old = layer.__dict__["forward"], layer.__dict__.get("_old_forward")
-    around = isinstance(replaced, functools.partial) and _is_mover(replaced) and "_hf_hook" in layer.__dict__
-    return around and getattr(old, "__func__", None) is type(layer).forward
 
 
 def changing_hooks(layer: nn.Module, *, outputs: bool = True) -> str | None:
