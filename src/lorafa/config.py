@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,14 @@ import torch
 
 from lorafa.adapter import scaling
 from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
-from lorafa.config_checks import SETTINGS_OF_PEFT, START_SETTINGS, check_config, settings_class, settings_field
+from lorafa.config_checks import (
+    NO_SETTINGS,
+    SETTINGS_OF_PEFT,
+    START_SETTINGS,
+    check_config,
+    settings_class,
+    settings_field,
+)
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.initializers import Start, known_start
 from lorafa.method_configs import (
@@ -45,7 +52,8 @@ _NESTED: dict[str, type[Any]] = {
     "arrow_config": ArrowConfig,
     "use_bdlora": BdLoraConfig,
 }
-_LORAFA_ONLY = ("freeze_A", "init_seed", "attention_out_proj_twice", "init_config")
+LORAFA_ONLY = ("freeze_A", "init_seed", "attention_out_proj_twice", "init_config")
+"""The fields PEFT does not have. In an adapter's files they are in the header of the tensors: PEFT warns of them."""
 
 # What this version does not have yet: the fields that ask for it, and its name. A line is deleted when its field is
 # read; a variant's when the variant declares the field as its switch.
@@ -241,6 +249,19 @@ class LoraConfig:
         """
         check_config(self)
 
+    def of_trained(self) -> LoraConfig:
+        """A checked copy for an adapter that was made already, without the settings of other starts than it names now.
+
+        Its start is history, and scripts set ``init_lora_weights`` to True once an adapter is trained.
+
+        Raises:
+            ConfigError: another value is not allowed.
+        """
+        own, kind = settings_field(self.start), settings_class(self.start)
+        shared = isinstance(self.init_config, (kind or object, dict))  # a field that several starts have
+        keeps = own if own != "init_config" or shared else None
+        return replace(self, **{name: nothing for name, nothing in NO_SETTINGS.items() if name != keeps})
+
     def scaling(self, r: int, alpha: float) -> float:
         """Factor on B @ A of a layer with rank r: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv:2312.03732)."""
         return scaling(r, alpha, self.use_rslora)
@@ -264,7 +285,7 @@ class LoraConfig:
         defaults = {f.name: f.default for f in fields(self)}
         if self.init_config is not None and self.init_config == type(self.init_config)():
             values["init_config"] = None
-        return {n: v for n, v in values.items() if n not in _LORAFA_ONLY or v != defaults[n]}
+        return {n: v for n, v in values.items() if n not in LORAFA_ONLY or v != defaults[n]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
@@ -320,10 +341,10 @@ class LoraConfig:
         write_json(make_folder(save_directory) / CONFIG_NAME, self.to_dict())
 
 
-def read_config(path: Path) -> LoraConfig:
-    """The config in a file; errors name the file, otherwise they are those of :meth:`LoraConfig.from_dict`."""
+def read_config(path: Path, changed: Mapping[str, Any] | None = None) -> LoraConfig:
+    """The config in a file, with ``changed`` fields; errors are those of :meth:`LoraConfig.from_dict` with its name."""
     try:
-        return LoraConfig.from_dict(read_json(path))
+        return LoraConfig.from_dict(read_json(path) | dict(changed or {}))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

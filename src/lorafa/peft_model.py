@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lorafa.config import LoraConfig, PeftType
 from lorafa.errors import AdapterError, NotAvailableError
-from lorafa.io.adapter_files import StoredAdapter, check_fits_base, note_history, read_adapter, save_adapter
-from lorafa.io.card import write_card
-from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
+from lorafa.io.adapter_files import StoredAdapter, check_fits_base, note_history, read_adapter, save_adapters
+from lorafa.io.peft_format import load_tensors, misfit
 from lorafa.io.state import materialize
 from lorafa.statistics import forget_kept, given
 from lorafa.storage import HubOptions
@@ -171,9 +170,11 @@ class PeftModel(nn.Module):
 
         Args:
             selected_adapters: which ones; default all.
-            save_embedding_layers: True adds the base weights of embedding and head (for a resized vocabulary), False
-                does not; "auto" adds them, as PEFT does, if "embed_tokens" or "lm_head" is a target.
-            is_main_process: False writes nothing, for all ranks but one.
+            save_embedding_layers: True adds the base's tables, embedding and head, False does not. "auto" adds them if
+                the vocabulary was resized since the base was saved, and, as PEFT, what is adapted of them if
+                "embed_tokens" or "lm_head" is a target.
+            is_main_process: False writes nothing, for all ranks but one. Call it in all of them: what is sharded
+                (FSDP2) and not given by ``state_dict`` is gathered from all.
             path_initial_model_for_weight_conversion: not needed here and not read: what PEFT makes of it, plain LoRA on
                 the pristine base, is what a file of lorafa holds anyway, but for DoRA.
             state_dict: take the tensors from this gathered state dict of the PeftModel.
@@ -181,24 +182,21 @@ class PeftModel(nn.Module):
         Raises:
             NotAvailableError: ``safe_serialization=False``; pickles are not written.
             AdapterError: an unknown adapter name.
-            CheckpointError: ``state_dict`` lacks a tensor, or a file could not be written; what was there before is as
-                it was.
+            CheckpointError: ``state_dict`` lacks a tensor, only parts of one are here, or a file could not be written;
+                what was there before is as it was.
+            ConfigError: the adapter's config was changed and is no longer that of its tensors.
         """
         if not safe_serialization:
             raise NotAvailableError(
                 "lorafa writes safetensors only; a pickle can run code when loaded. Drop safe_serialization=False."
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        require_adapters(self.get_base_model(), names)
-        if not is_main_process:
-            return
         model = self.get_base_model()
-        for name in names:
-            folder = Path(save_directory) / ("" if name == "default" else name)
-            config = self.peft_config[name]
-            embeddings = keeps_embeddings(config, model, save_embedding_layers)
-            save_adapter(model, name, config, folder, state_dict=state_dict, embeddings=embeddings)
-        write_card(save_directory, self.peft_config[names[0]])
+        require_adapters(model, names)
+        save_adapters(
+            model, {name: self.peft_config[name] for name in names}, save_directory, state_dict=state_dict,
+            save_embedding_layers=save_embedding_layers, is_main_process=is_main_process,
+        )  # fmt: skip
 
     # ---- adapters
 

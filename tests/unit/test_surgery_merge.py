@@ -186,7 +186,7 @@ def test_saving_while_merged_saves_the_factors_as_they_are(tmp_path: Any) -> Non
     before, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "merged"))
     assert before.keys() == merged.keys()
     assert all(torch.equal(value, merged[key]) for key, value in before.items())
-    for name in ("adapter_config.json", "lorafa.json"):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
     loaded = PeftModel.from_pretrained(Tied().double(), tmp_path / "merged")
     torch.testing.assert_close(run(loaded), run(model), rtol=1e-10, atol=1e-10)

@@ -1,4 +1,4 @@
-"""Files of tensors: written whole or not at all, and refused when they are damaged."""
+"""Files of tensors: written whole or not at all, and refused when they are damaged. Sharded tensors, read whole."""
 
 from __future__ import annotations
 
@@ -47,6 +47,31 @@ def find_adapter_files(source: str | Path, *, subfolder: str | None = None, **hu
     config = locate(source, [CONFIG_NAME], subfolder=subfolder, **hub)
     weights = locate(source, [WEIGHTS_NAME, PICKLE_NAME], subfolder=subfolder, **hub)
     return AdapterFiles(config, weights)
+
+
+def is_part(tensor: Tensor, dims: int = 0) -> bool:
+    """Whether this process holds a part of the tensor only.
+
+    So it is with a DTensor (FSDP2, tensor parallelism), with a parameter of DeepSpeed ZeRO-3, and with one of FSDP1,
+    which is flat: the whole one has ``dims`` dimensions or more.
+    """
+    return can_be_gathered(tensor) or tensor.dim() < dims or tensor.numel() < getattr(tensor, "ds_numel", 0)
+
+
+def can_be_gathered(tensor: Tensor) -> bool:
+    """Whether :func:`whole` puts the tensor together from several processes."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor, dims: int = 0) -> Tensor | None:
+    """All values of a tensor, without gradient; None where only a part is here and it does not say how to get the rest.
+
+    A DTensor is gathered: every process that holds a part of it must call this, in the same order, or all wait.
+    """
+    if can_be_gathered(tensor):
+        full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        return full
+    return None if is_part(tensor, dims) else tensor.detach()
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

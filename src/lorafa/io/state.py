@@ -13,11 +13,11 @@ from lorafa.io.peft_format import (
     PREFIX,
     file_tensors,
     has_start,
-    keeps_embeddings,
     load_tensors,
     misfit,
     without_prefix,
 )
+from lorafa.io.tables import which_tables
 from lorafa.layers.weights import device_of
 from lorafa.surgery.adapters import require_adapters, require_unmerged
 from lorafa.surgery.walk import lora_layers, user_model
@@ -57,8 +57,8 @@ def get_peft_model_state_dict(
     inner, configs, prefix = _parts(model)
     require_adapters(inner, [adapter_name])
     config = configs[adapter_name]
-    embeddings = keeps_embeddings(config, inner, save_embedding_layers)
-    tensors = file_tensors(inner, adapter_name, config, state_dict=state_dict, embeddings=embeddings)
+    tables = which_tables(config, inner, save_embedding_layers)
+    tensors = file_tensors(inner, adapter_name, config, state_dict=state_dict, tables=tables)
     return {prefix + key: value for key, value in tensors.items()}
 
 
