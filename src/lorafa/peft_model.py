@@ -17,17 +17,11 @@ from lorafa.io.peft_format import load_tensors, misfit
 from lorafa.io.state import materialize
 from lorafa.statistics import forget_kept, given
 from lorafa.storage import HubOptions
+from lorafa.surgery import status
 from lorafa.surgery.adapters import disabled, require_adapters, require_nothing_merged, require_unmerged
 from lorafa.surgery.build import Options, Stats
 from lorafa.surgery.forward import ForwardOfTheWrapped, is_checkpointed, let_inputs_require_grad
-from lorafa.surgery.model import LoraModel
-from lorafa.surgery.status import (
-    LayerStatus,
-    ModelStatus,
-    count_parameters,
-    get_layer_status,
-    get_model_status,
-)
+from lorafa.surgery.model import LoraModel, with_base_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -175,8 +169,7 @@ class PeftModel(nn.Module):
                 "embed_tokens" or "lm_head" is a target.
             is_main_process: False writes nothing, for all ranks but one. Call it in all of them: what is sharded
                 (FSDP2) and not given by ``state_dict`` is gathered from all.
-            path_initial_model_for_weight_conversion: not needed here and not read: what PEFT makes of it, plain LoRA on
-                the pristine base, is what a file of lorafa holds anyway, but for DoRA.
+            path_initial_model_for_weight_conversion: not read: a file is plain LoRA on the pristine base, but for DoRA.
             state_dict: take the tensors from this gathered state dict of the PeftModel.
 
         Raises:
@@ -193,6 +186,7 @@ class PeftModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         model = self.get_base_model()
         require_adapters(model, names)
+        self.base_model.say_lost()
         save_adapters(
             model, {name: self.peft_config[name] for name in names}, save_directory, state_dict=state_dict,
             save_embedding_layers=save_embedding_layers, is_main_process=is_main_process,
@@ -251,7 +245,7 @@ class PeftModel(nn.Module):
             CalibrationError, ConfigError, TargetError: as :func:`get_peft_model`; nothing was changed.
         """
         options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
-        self._add(_with_base_name(peft_config, self.get_base_model()), adapter_name, options, stats)
+        self._add(with_base_name(peft_config, self.get_base_model()), adapter_name, options, stats)
 
     def _add(self, config: LoraConfig, name: str, options: Options, stats: Stats | None) -> None:
         model = self.get_base_model()
@@ -285,18 +279,18 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, each counted once."""
-        return count_parameters(self)
+        return status.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         trainable, everything = self.get_nb_trainable_parameters()
         share = 100 * trainable / everything if everything else 0.0
         print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
 
-    def get_layer_status(self) -> list[LayerStatus]:
-        return get_layer_status(self)
+    def get_layer_status(self) -> list[status.LayerStatus]:
+        return status.get_layer_status(self)
 
-    def get_model_status(self) -> ModelStatus:
-        return get_model_status(self)
+    def get_model_status(self) -> status.ModelStatus:
+        return status.get_model_status(self)
 
     # ---- running
 
@@ -324,6 +318,16 @@ class PeftModel(nn.Module):
         model.activation_checkpointing_enable(*args, **kwargs)
         let_inputs_require_grad(model)
 
+    def resize_token_embeddings(self, *args: Any, **settings: Any) -> Any:
+        """As the wrapped model's; see :meth:`~lorafa.surgery.model.LoraModel.resize_token_embeddings` for errors."""
+        return self.base_model.resize_token_embeddings(*args, **settings)
+
+    def _get_name(self) -> str:  # by which transformers' trainers know whether labels are to be shifted
+        return str(self.get_base_model()._get_name())  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -345,11 +349,6 @@ def _check_can_wrap(model: nn.Module, method: str) -> None:
     if isinstance(model, PeftModel):
         raise AdapterError(f"The model is a PeftModel already. Call its {method}() to put another adapter on it.")
     require_nothing_merged(model)
-
-
-def _with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return replace(config, base_model_name_or_path=name) if name else replace(config)
 
 
 def get_peft_model(
@@ -388,7 +387,7 @@ def get_peft_model(
         )
     _check_can_wrap(model, "add_adapter")
     wrapped = PeftModel(model)
-    config = _with_base_name(peft_config, model)
+    config = with_base_name(peft_config, model)
     if revision is not None:
         config.revision = revision
     wrapped._add(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)

@@ -15,12 +15,11 @@ from lorafa.errors import CheckpointError, ConfigError, SourceError, warn
 from lorafa.layers.parts import Stored
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.storage import locate, read_json
-from lorafa.surgery.walk import HOSTS, places
+from lorafa.surgery.walk import HOSTS, name_of, places, tables
 
 Tables = Literal["none", "adapted", "all"]
 """Which of the base's tables a file holds: none, those that carry an adapter, or both."""
 _USUAL_NAMES = ("embed_tokens", "lm_head")
-_GETTERS = ("get_input_embeddings", "get_output_embeddings")
 
 
 def which_tables(config: LoraConfig, model: nn.Module, wanted: str | bool) -> Tables:
@@ -60,9 +59,9 @@ def table_entries(model: nn.Module, pristine: Mapping[int, Tensor], which: Table
     Args:
         pristine: identity of a merged tensor -> the one it stands in for.
     """
-    tables = _tables(model) if which != "none" else []
+    ends = tables(model) if which != "none" else []
     for path, module in model.named_modules():
-        if not any(module is table for table in tables) or isinstance(module, ModulesToSaveWrapper):
+        if not any(module is end for end in ends) or isinstance(module, ModulesToSaveWrapper):
             continue
         inner = module
         while isinstance(inner, HOSTS):
@@ -71,12 +70,6 @@ def table_entries(model: nn.Module, pristine: Mapping[int, Tensor], which: Table
             for key, parameter in inner._parameters.items():
                 if parameter is not None:
                     yield base_entry(f"{path}.{key}", parameter, pristine)
-
-
-def _tables(model: nn.Module) -> list[nn.Module]:
-    """Input embedding and output head as the model names them, wrapped or not."""
-    found = [getattr(model, getter)() for getter in _GETTERS if callable(getattr(model, getter, None))]
-    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Stored:
@@ -97,7 +90,7 @@ def was_resized(config: LoraConfig, model: nn.Module) -> bool:
     now = _vocabulary(getattr(model, "config", None))
     if now is None:
         return False
-    names = dict.fromkeys(name for name in (_loaded_from(model), config.base_model_name_or_path) if name)
+    names = dict.fromkeys(name for name in (name_of(model), config.base_model_name_or_path) if name)
     for before in (*(_stored_vocabulary(model, name, config.revision) for name in names), _made_with(model)):
         if before is not None:
             return before != now
@@ -108,10 +101,6 @@ def was_resized(config: LoraConfig, model: nn.Module) -> bool:
             "False says that none were."
         )
     return False
-
-
-def _loaded_from(model: nn.Module) -> str | None:
-    return getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
 
 
 def _vocabulary(config: Any) -> int | None:
@@ -137,7 +126,7 @@ def _stored_vocabulary(model: nn.Module, name: str, revision: str | None) -> int
 
 def _made_with(model: nn.Module) -> int | None:
     """The ``vocab_size`` that the parent of the input embedding was made with, where it keeps it."""
-    table = next(iter(_tables(model)), None)
+    table = next(iter(tables(model)), None)
     inner = (module for module in model.modules() if module is not model)  # the model's own follows when it is resized
     parents = (module for module in inner if table is not None and any(child is table for child in module.children()))
     return next((size for parent in parents if is_int(size := getattr(parent, "vocab_size", None))), None)

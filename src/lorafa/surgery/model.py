@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lorafa.config import LoraConfig
-from lorafa.errors import AdapterError, ConfigError
+from lorafa.errors import AdapterError, ConfigError, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import adapters
 from lorafa.surgery.build import Options, Stats
 from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.plan import Plan, plan
-from lorafa.surgery.walk import hosts, lora_layers
+from lorafa.surgery.resize import resize_vocabulary
+from lorafa.surgery.walk import hosts, lora_layers, name_of, wrapped_places
 
 
 class LoraModel(nn.Module):
@@ -31,6 +33,7 @@ class LoraModel(nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self._active: list[str] = []
+        self._wrapped: list[str] = []  # the places wrappers were put on
         self.training = model.training
 
     # ---- adapters
@@ -49,7 +52,7 @@ class LoraModel(nn.Module):
 
     def apply_plan(self, planned: Plan) -> Callable[[], None]:
         """Carry out a plan and return how to take it back; the adapter is inactive until :meth:`set_adapter`."""
-        named = self.targeted_module_names, self.targeted_parameter_names
+        named = self.targeted_module_names, self.targeted_parameter_names, self._wrapped
         off = any(host._disable_adapters for _, host in hosts(self.model))
         undo = apply(self.model, planned)
         targets = planned.targets
@@ -57,7 +60,7 @@ class LoraModel(nn.Module):
         parameters = [f"{t.name}.{t.parameter}" for t in targets if t.parameter is not None]
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *modules]))
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *parameters]))
-        self.peft_config[planned.name] = planned.config
+        self.peft_config[planned.name], self._wrapped = planned.config, wrapped_places(self.model)
         if self._active:  # other adapters keep counting; the new one waits
             adapters.set_requires_grad(self.model, planned.name, False)
             for _, host in hosts(self.model):
@@ -65,7 +68,7 @@ class LoraModel(nn.Module):
 
         def take_back() -> None:
             undo()
-            self.targeted_module_names, self.targeted_parameter_names = named
+            self.targeted_module_names, self.targeted_parameter_names, self._wrapped = named
             del self.peft_config[planned.name]
 
         return take_back
@@ -129,6 +132,7 @@ class LoraModel(nn.Module):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put updates into the base weights until :meth:`unmerge_adapter`; always as safe as ``safe_merge`` asks."""
+        self.say_lost()
         merge_adapter(self.model, adapter_names)
 
     def unmerge_adapter(self) -> None:
@@ -150,9 +154,32 @@ class LoraModel(nn.Module):
             raise AdapterError(
                 "The adapters were taken off this model already. Call get_peft_model on it to put a new one on."
             )
+        if merge:
+            self.say_lost()
         model = unload(self.model, merge=merge, adapter_names=adapter_names)
-        self.peft_config, self._active = {}, []
+        self.peft_config, self._active, self._wrapped = {}, [], []
         return model
+
+    def say_lost(self) -> None:
+        """Warn where something put on the model is there no more, because another module was set in its place."""
+        now = wrapped_places(self.model)
+        if len(now) < len(self._wrapped):
+            lost = [name for name in self._wrapped if name not in now]
+            warn(
+                f"{shorten(map(repr, lost), 3)} no longer {'carries' if len(lost) == 1 else 'carry'} what the adapters "
+                "put there: other modules have taken the places, as resizing or an assignment sets them. What was "
+                "trained there is lost: it is neither saved nor merged."
+            )
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **settings: Any) -> Any:
+        """The wrapped model's method, where no adapter is on a table that it would replace.
+
+        The new rows are the base's and are not trained; :meth:`lorafa.PeftModel.save_pretrained` saves them.
+
+        Raises:
+            AdapterError: an adapter, a copy (``modules_to_save``) or trained rows are on a table; nothing was changed.
+        """
+        return resize_vocabulary(self.model, new_num_tokens, *args, **settings)
 
     def lora_layers(self) -> list[tuple[str, LoraLayer]]:
         """Every adapted layer with its path in the user's model."""
@@ -168,6 +195,11 @@ class LoraModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+
+def with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """A copy of a config that says what the model was loaded from."""
+    return replace(config, base_model_name_or_path=name_of(model) or config.base_model_name_or_path)
 
 
 def inject_adapter_in_model(

@@ -27,6 +27,12 @@ def user_model(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def name_of(model: nn.Module) -> str | None:
+    """The folder or Hub repository a model of transformers was loaded from, where it says so."""
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name or None
+
+
 @dataclass(frozen=True)
 class Place:
     """A module and where it sits."""
@@ -113,6 +119,18 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in skeleton(model):
         if isinstance(module, LoraLayer):
             yield path, module
+
+
+def tables(model: nn.Module) -> list[nn.Module]:
+    """Input embedding and output head, wrapped or not, as a model of transformers names them."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    found = [getter() for getter in getters if callable(getter)]
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+def wrapped_places(model: nn.Module) -> list[str]:
+    """The name of every place a wrapper of lorafa stands in."""
+    return [place.name for place in places(model) if isinstance(place.module, HOSTS)]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
