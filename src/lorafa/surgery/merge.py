@@ -8,7 +8,7 @@ from torch import nn
 
 from lorafa.errors import warn
 from lorafa.surgery.adapters import require_adapters
-from lorafa.surgery.ties import share_merged
+from lorafa.surgery.ties import SharedRows, share_merged
 from lorafa.surgery.walk import Parents, hosts, lora_layers
 
 
@@ -51,10 +51,12 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     ties = _says_tied(model)
     if not merge:
         unmerge_adapter(model)
-    parents = Parents(model)
+    parents, tables = Parents(model), SharedRows()
     for _, host in reversed(list(hosts(model))):  # inner wrappers first
         chosen = host.active_adapters if adapter_names is None else list(adapter_names)
-        parents.replace(host, host.plain(chosen if merge else []))
+        plain = host.plain(chosen if merge else [])
+        tables.share(host, plain, chosen)
+        parents.replace(host, plain)
     if merge:
         _loosen(model, ties)
     return model
