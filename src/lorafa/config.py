@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafa.adapter import scaling
-from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
+from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, path_text, plain
 from lorafa.config_checks import (
     NO_SETTINGS,
     SETTINGS_OF_PEFT,
@@ -186,6 +186,7 @@ class LoraConfig:
         """Bring every field to its one form without touching the objects handed in."""
         self.task_type = member(TaskType, "task_type", self.task_type)
         self.peft_type = member(PeftType, "peft_type", self.peft_type) or PeftType.LORA
+        self.base_model_name_or_path = path_text("base_model_name_or_path", self.base_model_name_or_path)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import textwrap
 import types
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,8 @@ def plain(config: Any) -> Any:
     """The reverse of :func:`build`: nested dicts, lists and simple values, ready for yaml or json."""
     if is_dataclass(config):
         return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
+    if isinstance(config, os.PathLike):
+        return os.fspath(config)
     return list(config) if isinstance(config, tuple) else config
 
 
@@ -122,7 +125,7 @@ def _typed(value: Any, annotation: Any, name: str, default: Any) -> Any:
 
 
 def _converted(value: Any, annotation: Any) -> Any:
-    """The value as the type wants it: a list as a tuple, an integer as a float; TypeError for all else.
+    """The value as the type wants it: a list as a tuple, an integer as a float, a path as a text; else TypeError.
 
     An empty text is no value: it is what a variable of the shell that was never set leaves.
     """
@@ -142,6 +145,8 @@ def _converted(value: Any, annotation: Any) -> Any:
     elif origin is dict:
         if isinstance(value, Mapping):
             return {_converted(key, args[0]): _converted(item, args[1]) for key, item in value.items()}
+    elif annotation is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     elif annotation is float and type(value) is int:
         return float(value)
     elif type(value) is annotation and value != "":

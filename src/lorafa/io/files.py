@@ -120,7 +120,8 @@ def read_tensors(
     """The tensors of a file, on the CPU, and the texts of its header.
 
     Args:
-        allow_pickle: read ``.bin`` and the like too, with torch's restricted unpickler.
+        allow_pickle: read pickles too (``.bin`` and the like), with torch's restricted unpickler. A file that begins
+            as safetensors is read as such whatever it is called.
         require_finite: refuse NaN and infinity.
 
     Raises:
@@ -128,7 +129,7 @@ def read_tensors(
     """
     path = Path(path)
     metadata: dict[str, str] = {}
-    if path.suffix in PICKLE_SUFFIXES:
+    if is_pickle(path):
         tensors = _read_pickle(path, allow_pickle)
     else:
         tensors, metadata = _read_safetensors(path)
@@ -139,6 +140,18 @@ def read_tensors(
             f"{shorten(broken)}. The training it comes from diverged: take an earlier checkpoint."
         )
     return tensors, metadata
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is called as a pickle and does not begin as a safetensors file, with the length of its header."""
+    if path.suffix not in PICKLE_SUFFIXES:
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+            return start[8:] != b"{" or int.from_bytes(start[:8], "little") >= path.stat().st_size
+    except OSError:
+        return True
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -30,7 +30,7 @@ def user_model(model: nn.Module) -> nn.Module:
 def name_of(model: nn.Module) -> str | None:
     """The folder or Hub repository a model of transformers was loaded from, where it says so."""
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name or None
+    return str(name) if name else None
 
 
 @dataclass(frozen=True)
