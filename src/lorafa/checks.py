@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
@@ -79,6 +80,13 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 def check_text(name: str, value: object) -> None:
     if value is not None and not isinstance(value, str):
         raise ConfigError(f"{name} must be a text or None, found {found(value)}. Put it in quotes.")
+
+
+def path_text(name: str, value: object) -> str | None:
+    """The text of a path or of a name that may be one; None stays None."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    check_text(name, text)
+    return text  # type: ignore[return-value]
 
 
 def names(name: str, value: object) -> list[str]:
@@ -178,9 +186,11 @@ def member(kind: type[EnumT], name: str, value: object) -> EnumT | None:
 
 
 def plain(value: object) -> Any:
-    """The same value made of what json has: enums as their text, sets as sorted lists, tuples as lists."""
+    """The same value made of what json has: enums and paths as their text, sets as sorted lists, tuples as lists."""
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafa.adapter import scaling
-from lorafa.checks import check_arguments, index_ranges, indices, is_int, member, name_table, names, plain
+from lorafa.checks import check_arguments, index_ranges, indices, is_int, member, name_table, names, path_text, plain
 from lorafa.config_checks import check_config
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.initializers import Start, known_start
 from lorafa.initializers.settings import (
+    NO_SETTINGS,
     SETTINGS_OF_PEFT,
     START_SETTINGS,
     settings_class,
@@ -51,7 +52,8 @@ _NESTED: dict[str, type[Any]] = {
     "arrow_config": ArrowConfig,
     "use_bdlora": BdLoraConfig,
 }
-_LORAFA_ONLY = ("freeze_A", "init_seed", "attention_out_proj_twice", "init_config")
+LORAFA_ONLY = ("freeze_A", "init_seed", "attention_out_proj_twice", "init_config")
+"""The fields PEFT does not have. In an adapter's files they are in the header of the tensors: PEFT warns of them."""
 
 # What this version does not have yet: the fields that ask for it, and its name. A line is deleted when its field is
 # read; a variant's when the variant declares the field as its switch.
@@ -184,6 +186,7 @@ class LoraConfig:
         """Bring every field to its one form without touching the objects handed in."""
         self.task_type = member(TaskType, "task_type", self.task_type)
         self.peft_type = member(PeftType, "peft_type", self.peft_type) or PeftType.LORA
+        self.base_model_name_or_path = path_text("base_model_name_or_path", self.base_model_name_or_path)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -252,6 +255,19 @@ class LoraConfig:
         """
         check_config(self)
 
+    def of_trained(self) -> LoraConfig:
+        """A checked copy for an adapter that was made already, without the settings of other starts than it names now.
+
+        Its start is history, and scripts set ``init_lora_weights`` to True once an adapter is trained.
+
+        Raises:
+            ConfigError: another value is not allowed.
+        """
+        own, kind = settings_field(self.start), settings_class(self.start)
+        shared = isinstance(self.init_config, (kind or object, dict))  # a field that several starts have
+        keeps = own if own != "init_config" or shared else None
+        return replace(self, **{name: nothing for name, nothing in NO_SETTINGS.items() if name != keeps})
+
     def scaling(self, r: int, alpha: float) -> float:
         """Factor on B @ A of a layer with rank r: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv:2312.03732)."""
         return scaling(r, alpha, self.use_rslora)
@@ -275,7 +291,7 @@ class LoraConfig:
         defaults = {f.name: f.default for f in fields(self)}
         if self.init_config is not None and self.init_config == type(self.init_config)():
             values["init_config"] = None
-        return {n: v for n, v in values.items() if n not in _LORAFA_ONLY or v != defaults[n]}
+        return {n: v for n, v in values.items() if n not in LORAFA_ONLY or v != defaults[n]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
@@ -342,10 +358,10 @@ PeftConfig = LoraConfig
 """PEFT's name for what all configs are; here there is one."""
 
 
-def read_config(path: Path) -> LoraConfig:
-    """The config in a file; errors name the file, otherwise they are those of :meth:`LoraConfig.from_dict`."""
+def read_config(path: Path, changed: Mapping[str, Any] | None = None) -> LoraConfig:
+    """The config in a file, with ``changed`` fields; errors are those of :meth:`LoraConfig.from_dict` with its name."""
     try:
-        return LoraConfig.from_dict(read_json(path))
+        return LoraConfig.from_dict(read_json(path) | dict(changed or {}))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

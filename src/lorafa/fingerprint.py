@@ -82,9 +82,16 @@ def digest_of_all(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def compare_fingerprints(stored: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
-    """Names of the layers both describe whose weights differ; layers that were not readable are passed over."""
-    both = [name for name in stored if stored[name] is not None and actual.get(name) is not None]
+    """Names of the layers both describe whose weights differ; layers that were not readable are passed over.
+
+    So are empty weights, which describe nothing: earlier versions wrote that of the shard they saw under ZeRO-3.
+    """
+    both = [name for name in stored if _says_something(stored[name]) and _says_something(actual.get(name))]
     return [name for name in both if not _same(stored[name], actual[name])]
+
+
+def _says_something(description: Mapping[str, Any] | None) -> bool:
+    return description is not None and 0 not in description["shape"]
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.peft_model import PeftModel
 from lorafa.spec import LayerSpec
 from lorafa.surgery.adapters import require_adapters, require_unmerged
-from lorafa.surgery.given import name_of
+from lorafa.surgery.walk import name_of
 
 _FAR = 0.5
 """Relative error beyond which codes do not stand for a weight; 4 bits make about 0.1, another weight 1.4."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from lorafa.checks import check_choice, check_flag, check_int, check_keys, check_number, check_text, found, names
+from lorafa.checks import check_choice, check_flag, check_int, check_keys, check_number, found, names, path_text
 from lorafa.errors import ConfigError
 
 T = TypeVar("T")
@@ -89,10 +90,10 @@ class EvaConfig:
 class CordaConfig:
     """CorDA (arXiv:2406.05223): start from the SVD of the weight times the covariance of its inputs."""
 
-    cache_file: str | None = None
+    cache_file: str | os.PathLike[str] | None = None
     """Where PEFT keeps the decompositions between runs. Here it is a second name for covariance_file, read where that
     is None: decompositions are made of the covariances, for the rank at hand, and not kept."""
-    covariance_file: str | None = None
+    covariance_file: str | os.PathLike[str] | None = None
     """File that keeps the covariances between runs; about as large as the model."""
     corda_method: str = "ipm"
     """"ipm" adapts the directions that matter for the data, "kpm" the ones that matter least."""
@@ -107,7 +108,7 @@ class CordaConfig:
     def __post_init__(self) -> None:
         check_choice("corda_method", self.corda_method, ("ipm", "kpm"))
         for name in ("cache_file", "covariance_file"):
-            check_text(name, getattr(self, name))
+            setattr(self, name, path_text(name, getattr(self, name)))
         for name in ("verbose", "use_float16_for_covariance", "prune_temporary_fields"):
             check_flag(name, getattr(self, name))
 

@@ -166,19 +166,21 @@ class PeftModel(AdaptedModel):
         Args:
             safe_serialization: False warns, and safetensors are written all the same: a pickle can run code.
             selected_adapters: which ones; default all.
-            save_embedding_layers: True adds the base weights of embedding and head (for a resized vocabulary), False
-                does not; "auto" adds them, as PEFT does, if "embed_tokens" or "lm_head" is a target.
-            is_main_process: False writes nothing, for all ranks but one.
-            path_initial_model_for_weight_conversion: not needed here and not read: what PEFT makes of it, plain LoRA on
-                the pristine base, is what a file of lorafa holds anyway, but for DoRA.
+            save_embedding_layers: True adds the base's tables, embedding and head, False does not. "auto" adds them if
+                the vocabulary was resized since the base was saved, and, as PEFT, what is adapted of them if
+                "embed_tokens" or "lm_head" is a target.
+            is_main_process: False writes nothing, for all ranks but one. Call it in all of them: what is sharded
+                (FSDP2) and not given by ``state_dict`` is gathered from all.
+            path_initial_model_for_weight_conversion: not read: a file is plain LoRA on the pristine base, but for DoRA.
             state_dict: take the tensors from this gathered state dict of the PeftModel.
             options: see :class:`lorafa.io.load.SaveOptions`.
 
         Raises:
             AdapterError: an unknown adapter name, or none at all.
-            ConfigError: an argument that does not exist.
-            CheckpointError: ``state_dict`` lacks a tensor, or a file could not be written; what was there before is as
-                it was.
+            ConfigError: an argument that does not exist, or the adapter's config was changed and is no longer that of
+                its tensors.
+            CheckpointError: ``state_dict`` lacks a tensor, only parts of one are here, or a file could not be written;
+                what was there before is as it was.
         """
         check_arguments("save_pretrained", options, load.SaveOptions.__optional_keys__)
         if not safe_serialization:
@@ -187,6 +189,7 @@ class PeftModel(AdaptedModel):
                 "safetensors all the same; PEFT and all else that reads adapters read them. Drop the argument."
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self.base_model.say_lost()
         load.save_all(
             self.base_model,
             save_directory,
@@ -272,6 +275,16 @@ class PeftModel(AdaptedModel):
         model = self.get_base_model()
         getattr(model, method)(*args, **kwargs)
         let_inputs_require_grad(model)
+
+    def resize_token_embeddings(self, *args: Any, **settings: Any) -> Any:
+        """As the wrapped model's; see :meth:`~lorafa.surgery.model.LoraModel.resize_token_embeddings` for errors."""
+        return self.base_model.resize_token_embeddings(*args, **settings)
+
+    def _get_name(self) -> str:  # by which transformers' trainers know whether labels are to be shifted
+        return str(self.get_base_model()._get_name())  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -25,7 +25,7 @@ from lorafa.config import LoraConfig, require_available
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
 from lorafa.fingerprint import compare_fingerprints, digest_of_all, from_metadata, to_metadata
 from lorafa.io.adapter_files import base_fingerprint
-from lorafa.io.files import read_tensors, write_tensors
+from lorafa.io.files import is_pickle, read_tensors, write_tensors
 from lorafa.surgery.adapters import disabled
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.targets import Target, find_targets
@@ -74,6 +74,11 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             CheckpointError: the file is missing, damaged, or holds something else.
         """
+        if is_pickle(Path(path)):
+            raise CheckpointError(
+                f"{path} is a pickle, as PEFT keeps what it has collected; statistics of lorafa are safetensors files, "
+                "whatever they are called. Delete it, or name another file for them to be collected into."
+            )
         tensors, metadata = read_tensors(path, require_finite=False)
         entries = from_metadata(metadata)
         if "statistics" not in entries:

@@ -100,6 +100,46 @@ def test_the_embeddings_of_t5_are_adapted_in_encoder_and_decoder(tmp_path: Path)
     torch.testing.assert_close(results[1], expected, rtol=1e-5, atol=1e-5)
 
 
+def run_t5(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=IDS, decoder_input_ids=IDS.flip(1)).logits
+    return logits
+
+
+@pytest.mark.parametrize("rows", [[2, 5], {"shared": [2, 5]}], ids=["of the input embedding", "of shared"])
+def test_the_shared_table_of_t5_is_one_table_again_once_trained_rows_are_merged(tmp_path: Path, rows: Any) -> None:
+    base = t5()
+    before, count = run_t5(base), sum(p.numel() for p in base.parameters())
+    model = adapted(base, target_modules=["q"], trainable_token_indices=rows)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    expected = run_t5(model)
+    assert not torch.allclose(expected, before), "the rows count where the modules that follow are called"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merged = model.merge_and_unload()
+    ends = [merged.shared, merged.encoder.embed_tokens, merged.decoder.embed_tokens, merged.lm_head]
+    assert len({id(end.weight) for end in ends}) == 1
+    assert merged.config.tie_word_embeddings is True
+    assert sum(p.numel() for p in merged.parameters()) == count
+    torch.testing.assert_close(run_t5(merged), expected, rtol=1e-5, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(run_t5(loaded), run_t5(merged))
+
+
+def test_rows_of_two_adapters_are_merged_into_one_table_each_time() -> None:
+    model = adapted(t5(), target_modules=["q"], trainable_token_indices=[2, 5])
+    model.add_adapter("b", lorafa.LoraConfig(r=4, target_modules=["q"], trainable_token_indices=[3]))
+    model.base_model.set_adapter(["default", "b"])
+    expected = run_t5(model)
+    merged = model.merge_and_unload()
+    assert merged.decoder.embed_tokens.weight is merged.shared.weight
+    torch.testing.assert_close(run_t5(merged), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_unloading_a_transformer_gives_the_pristine_model_back() -> None:
     base = llama(tie_word_embeddings=True)
     state = {name: value.clone() for name, value in base.state_dict().items()}

@@ -154,7 +154,7 @@ def test_factors_in_half_precision_are_plain_lora_on_the_base_as_it_was(start: b
     assert torch.equal(again(**x), model(**x))
     wide, x = base.float(), {"x": x["x"].float()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of keys that only lorafa has
+        warnings.simplefilter("error")
         theirs = peft.PeftModel.from_pretrained(wide, tmp_path).eval()
     tolerance = 2e-2 if initializer_of(start).variant else 1e-5
     torch.testing.assert_close(theirs(**x), model.float()(**x), rtol=tolerance, atol=tolerance)

@@ -107,7 +107,7 @@ CONTRADICTIONS = [
     ),
     (
         {"trainable_token_indices": {"embed": [1, 10]}},
-        "trainable_token_indices: 10 is outside the 10 rows of 'embed'. Resize the embedding first if these tokens are",
+        "trainable_token_indices: 10 is outside the 10 rows of 'embed'. If these tokens are",
     ),
 ]
 LATER = {

@@ -71,6 +71,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def said(call: Callable[[], Any]) -> set[str]:
+    """The texts of the warnings a call gives."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return {str(warning.message) for warning in found}
+
+
 def trained(model: nn.Module, seed: int = 11) -> nn.Module:
     """Move every trainable parameter as training would: by different amounts, none of them zero."""
     generator = torch.Generator().manual_seed(seed)

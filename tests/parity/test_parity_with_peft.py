@@ -7,7 +7,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from parity_toys import CASES, Case, output, quiet, stored, stored_config, trained
+from parity_toys import CASES, Case, output, quiet, said, stored, stored_config, trained
 
 import lorafa
 
@@ -46,6 +46,17 @@ def test_our_file_has_peft_keys_and_gives_equal_outputs_in_peft(case: Case, tmp_
         loaded = peft.PeftModel.from_pretrained(case.base(), tmp_path / "ours").eval()
     assert shapes(stored(tmp_path / "ours")) == shapes(stored(tmp_path / "theirs"))
     torch.testing.assert_close(output(case, loaded), output(case, ours), rtol=1e-6, atol=1e-6)
+
+
+def test_peft_says_no_more_of_our_file_than_of_its_own(case: Case, tmp_path) -> None:
+    with quiet():
+        trained(case.lorafa()).save_pretrained(tmp_path / "ours")
+        case.peft().save_pretrained(tmp_path / "theirs")
+    ours, theirs = (
+        said(lambda folder=tmp_path / library: peft.PeftModel.from_pretrained(case.base(), folder))
+        for library in ("ours", "theirs")
+    )
+    assert ours <= theirs
 
 
 def test_a_file_of_peft_gives_equal_outputs_here(case: Case, tmp_path) -> None:

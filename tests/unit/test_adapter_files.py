@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError, CheckpointError, ConfigError
 from lorafa.io.adapter_files import read_adapter
 
-WEIGHTS, CONFIG, SIDE = "adapter_model.safetensors", "adapter_config.json", "lorafa.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class Model(nn.Module):
@@ -58,16 +57,16 @@ def run(model: nn.Module) -> Tensor:
 # ---- what is written
 
 
-def test_a_folder_holds_two_files_of_peft_our_side_entry_and_a_card(tmp_path: Path) -> None:
+def test_a_folder_holds_the_two_files_of_peft_and_a_card(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS, SIDE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
 def test_adapters_of_other_names_are_in_folders_of_their_names(tmp_path: Path) -> None:
     model = adapted()
     model.add_adapter("b", LoraConfig(target_modules=["lm_head"], r=3))
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [CONFIG, WEIGHTS, SIDE]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [CONFIG, WEIGHTS]
     assert all("body" in key for key in load_file(tmp_path / WEIGHTS))
     assert all("lm_head" in key for key in load_file(tmp_path / "b" / WEIGHTS))
 
@@ -97,17 +96,6 @@ def test_a_readme_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     adapted().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
-
-
-def test_the_side_entry_is_in_the_header_of_the_tensors_too(tmp_path: Path) -> None:
-    adapted().save_pretrained(tmp_path)
-    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
-        metadata = file.metadata()
-    assert metadata["format"] == "pt"
-    side = json.loads((tmp_path / SIDE).read_text())
-    assert json.loads(metadata["lorafa"]) == side
-    assert list(side["base"]) == ["body"]
-    assert side["base"]["body"]["shape"] == [6, 6]
 
 
 def test_the_saved_config_is_for_inference_and_the_one_in_memory_is_not(tmp_path: Path) -> None:
@@ -338,7 +326,7 @@ def test_saving_twice_over_itself_changes_nothing_but_is_whole(tmp_path: Path) -
     loaded = PeftModel.from_pretrained(Model(), tmp_path, is_trainable=True)
     loaded.save_pretrained(tmp_path)
     assert torch.equal(run(PeftModel.from_pretrained(Model(), tmp_path)), run(model))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS, SIDE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
 # ---- state dicts

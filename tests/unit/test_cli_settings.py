@@ -157,6 +157,13 @@ def test_a_config_goes_through_plain_values_unchanged() -> None:
     assert build(RunConfig, plain(config)) == config
 
 
+def test_a_path_is_taken_for_a_text_and_written_as_one(tmp_path: Path) -> None:
+    config = build(RunConfig, {"run_dir": tmp_path, "model": {"cache_dir": tmp_path / "cache"}})
+    assert (config.run_dir, config.model.cache_dir) == (str(tmp_path), str(tmp_path / "cache"))
+    assert plain({"run_dir": tmp_path}["run_dir"]) == str(tmp_path)
+    assert plain(RunConfig(run_dir=tmp_path))["run_dir"] == str(tmp_path)  # type: ignore[arg-type]
+
+
 def test_a_config_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         compose().peft.r = 4  # type: ignore[misc]

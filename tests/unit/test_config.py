@@ -163,6 +163,24 @@ def test_nothing_that_was_handed_in_is_changed_or_shared():
     assert (targets, ranks, rows, eva.rho) == (["q", "v"], {"q": 2}, {"embed": [1]}, 1.0)
 
 
+def test_a_path_is_taken_where_a_file_or_folder_is_named_and_written_as_its_text(tmp_path):
+    corda = {"cache_file": tmp_path / "a.pt", "covariance_file": tmp_path / "b.safetensors"}
+    config = LoraConfig(
+        base_model_name_or_path=tmp_path / "base", init_lora_weights="corda", corda_config=methods.CordaConfig(**corda)
+    )
+    texts = {name: str(value) for name, value in corda.items()}
+    assert config.base_model_name_or_path == str(tmp_path / "base")
+    assert {name: getattr(config.corda_config, name) for name in corda} == texts
+    assert LoraConfig(init_lora_weights="corda", corda_config=corda).corda_config == config.corda_config
+    config.corda_config.cache_file = tmp_path / "later.pt"
+    config.save_pretrained(tmp_path)
+    again = LoraConfig.from_pretrained(tmp_path)
+    assert again.base_model_name_or_path == str(tmp_path / "base")
+    assert again.corda_config.cache_file == str(tmp_path / "later.pt")
+    with pytest.raises(ConfigError, match=r"covariance_file must be a text or None, found 3 \(int\)"):
+        methods.CordaConfig(covariance_file=3)
+
+
 def test_a_list_of_targets_becomes_a_set_and_a_text_stays_a_text():
     assert LoraConfig(target_modules=["q", "v"]).target_modules == {"q", "v"}
     assert LoraConfig(target_modules=("q",)).target_modules == {"q"}

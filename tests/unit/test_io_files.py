@@ -254,6 +254,16 @@ class Harmful:
         return (os.mkdir, ("harm-was-done",))
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth"])
+def test_a_safetensors_file_is_read_whatever_it_is_called(tmp_path, suffix):
+    path = tmp_path / f"w{suffix}"
+    write_tensors(path, some_tensors())
+    assert_same(read_tensors(path)[0], some_tensors())
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"was cut off: 10 of \d+ bytes are missing"):
+        read_tensors(path)
+
+
 def test_a_pickle_with_code_in_it_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Harmful()}, "w.bin")

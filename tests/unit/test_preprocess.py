@@ -27,7 +27,7 @@ from lorafa import (
     preprocess_corda,
     preprocess_loraga,
 )
-from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError
+from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError, NotAvailableError
 
 
 def config(start: str | bool, **settings: Any) -> LoraConfig:
@@ -85,17 +85,28 @@ def test_preprocess_leaves_statistics_for_the_next_adapter_only() -> None:
         adapted.add_adapter("second", config("lora_ga"))
 
 
-def test_preprocess_keeps_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ""])
+def test_preprocess_keeps_its_file_whatever_it_is_called(tmp_path: Path, suffix: str) -> None:
     model, data, calls = Toy(), inputs(), []
 
     def run() -> None:
         calls.append(1)
         step(model, data)()
 
-    cache = tmp_path / "gradients.safetensors"
+    cache = tmp_path / f"gradients{suffix}"
     for _ in range(2):
         preprocess_loraga(model, config("lora_ga", lora_ga_config=LoraGAConfig(scale="unit")), run, cache)
     assert len(calls) == 1
+
+
+def test_a_pickle_in_the_place_of_its_file_is_refused_and_left(tmp_path: Path) -> None:
+    """As PEFT leaves one there."""
+    model, data, cache = Toy(), inputs(), tmp_path / "gradients.pt"
+    torch.save({"first": torch.ones(2)}, cache)
+    before = cache.read_bytes()
+    with pytest.raises(CheckpointError, match=r"gradients\.pt is a pickle, as PEFT keeps .*Delete it, or name another"):
+        preprocess_loraga(model, config("lora_ga"), step(model, data), cache)
+    assert cache.read_bytes() == before
 
 
 def test_estimated_gradients_are_those_of_autograd() -> None:
@@ -108,7 +119,8 @@ def test_estimated_gradients_are_those_of_autograd() -> None:
 
 def test_corda_takes_its_covariances_from_a_run_or_from_a_file(tmp_path: Path) -> None:
     model, data, file = Toy().eval(), inputs(), tmp_path / "covariance.safetensors"
-    settings = config("corda", corda_config=CordaConfig(covariance_file=str(file)))
+    settings = config("corda", corda_config=CordaConfig(covariance_file=file))
+    assert settings.corda_config.covariance_file == str(file)
 
     def run() -> None:
         for x in data:

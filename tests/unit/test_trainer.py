@@ -138,7 +138,7 @@ def test_checkpoint_holds_the_adapter_and_what_resume_needs_and_nothing_of_the_b
     trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=8)
     trainer.train()
     files = {path.name for path in (tmp_path / "checkpoint-8").iterdir()} - {"README.md"}
-    adapter = {"adapter_config.json", "adapter_model.safetensors", "lorafa.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
     assert files == adapter | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     stored = load_file(tmp_path / "checkpoint-8" / "adapter_model.safetensors")
     assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in weights(trainer.model).values())

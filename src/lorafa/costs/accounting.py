@@ -15,7 +15,8 @@ from lorafa.config import LoraConfig, require_available
 from lorafa.costs.rehearsal import rehearse
 from lorafa.errors import ConfigError
 from lorafa.initializers.settings import START_SETTINGS
-from lorafa.io.peft_format import file_tensors, keeps_embeddings
+from lorafa.io.peft_format import file_tensors
+from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.optimizers.pairs import Pair
@@ -109,8 +110,8 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
         layers = list(lora_layers(model))
         kinds = _kinds(layers)
         trained = [p for p in model.parameters() if p.requires_grad]
-        embeddings = keeps_embeddings(planned.config, model, "auto")
-        file = file_tensors(model, _NAME, planned.config, embeddings=embeddings)
+        tables = which_tables(planned.config, model, "auto")
+        file = file_tensors(model, _NAME, planned.config, tables=tables)
         return AdapterCost(
             base=sum(p.numel() for p in base),
             base_bytes=_bytes(base),

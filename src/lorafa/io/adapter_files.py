@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's two files, lorafa's side entry beside them, checked in both directions when read."""
+"""Adapters on disk: PEFT's two files, with lorafa's own entry in a header, checked in both directions when read."""
 
 from __future__ import annotations
 
@@ -16,21 +16,32 @@ from torch import Tensor, nn
 
 from lorafa.backends import backend_of
 from lorafa.backends.offload import in_memory
-from lorafa.config import CONFIG_NAME, LoraConfig, read_config
-from lorafa.errors import CheckpointError, shorten, warn
+from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig, read_config
+from lorafa.errors import CheckpointError, ConfigError, shorten, warn
 from lorafa.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
 from lorafa.initializers.settings import START_SETTINGS
-from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, require_values, write_tensors
-from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
+from lorafa.io.card import write_card
+from lorafa.io.files import (
+    WEIGHTS_NAME,
+    can_be_gathered,
+    find_adapter_files,
+    is_part,
+    read_tensors,
+    require_values,
+    whole,
+    write_tensors,
+)
+from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, in_state, without_prefix
+from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.storage import HubOptions, make_folder, write_json
 from lorafa.surgery.walk import lora_layers, places, uncompiled
+from lorafa.variants import variant_types
 from lorafa.version import VERSION
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-SIDE_NAME = "lorafa.json"
 _CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", *START_SETTINGS)
 
 
@@ -54,8 +65,14 @@ class StoredAdapter:
     """Fingerprint of the dequantized weight of every layer that the start has quantized."""
 
 
-def base_fingerprint(model: nn.Module, names: list[str] | None = None) -> dict[str, Any]:
-    """Fingerprint of the pristine weights of the adapted layers, or of the layers called ``names``."""
+def base_fingerprint(
+    model: nn.Module, names: list[str] | None = None, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """Fingerprint of the pristine weights of the adapted layers, or of the layers called ``names``.
+
+    A weight of which only a part is here is gathered by all processes, or taken from ``state_dict`` where that is
+    given. Where neither gives all of it, it is recorded as not readable: a part is no description of the whole.
+    """
     modules: Mapping[str, nn.Module]
     if names is None:
         modules = dict(_fingerprinted(model))
@@ -63,7 +80,15 @@ def base_fingerprint(model: nn.Module, names: list[str] | None = None) -> dict[s
         wanted = set(names)
         modules = {place.name: place.module for place in places(model) if place.name in wanted}
     origins = {name: m.origin for name, m in modules.items() if isinstance(m, LoraLayer) and m.origin is not None}
-    return fingerprint((name, _readable(module)) for name, module in modules.items()) | origins
+    weights = {name: _readable(module) for name, module in modules.items()}
+    parts = {name: weight for name, weight in weights.items() if weight is not None and is_part(weight, 2)}
+    if parts and state_dict is not None:
+        live = {id(parameter): name for name, parameter in model.named_parameters()}
+        found = {name: in_state(state_dict, live.get(id(weight), "")) for name, weight in parts.items()}
+        weights |= {name: None if weight is None else whole(weight, 2) for name, weight in found.items()}
+    else:
+        weights |= {name: whole(weight, 2) for name, weight in parts.items()}
+    return fingerprint(weights.items()) | origins
 
 
 def _fingerprinted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
@@ -77,6 +102,35 @@ def _readable(module: nn.Module) -> Tensor | None:
     return weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
 
 
+def save_adapters(
+    model: nn.Module,
+    configs: Mapping[str, LoraConfig],
+    directory: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+) -> None:
+    """Write adapters, each with its config of ``configs``: "default" into ``directory`` itself, others below it.
+
+    A process that is not the main one writes nothing, and only helps to gather what is sharded.
+
+    Raises:
+        As :func:`save_adapter`.
+    """
+    values = model.parameters() if state_dict is None else state_dict.values()
+    if not is_main_process and not any(map(can_be_gathered, values)):
+        return
+    for name, config in configs.items():
+        folder = Path(directory) / ("" if name == "default" else name)
+        save_adapter(
+            model, name, config, folder, state_dict=state_dict, save_embedding_layers=save_embedding_layers,
+            writes=is_main_process,
+        )  # fmt: skip
+    if is_main_process:
+        write_card(directory, next(iter(configs.values())))
+
+
 def save_adapter(
     model: nn.Module,
     name: str,
@@ -84,37 +138,83 @@ def save_adapter(
     directory: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
-    embeddings: bool = False,
+    save_embedding_layers: str | bool = "auto",
+    writes: bool = True,
 ) -> Path:
     """Write one adapter into ``directory``, each file whole or not at all, and return the directory.
 
     Raises:
         CheckpointError: a tensor is missing or has no values, or a file could not be written; what was there before is
             as it was.
+        ConfigError: the config was changed since the adapter was made, and would not be that of its tensors.
     """
-    folder = Path(directory)
-    tensors = file_tensors(model, name, config, state_dict=state_dict, embeddings=embeddings)
+    folder, config = Path(directory), _of_trained(model, name, config)
+    tables = which_tables(config, model, save_embedding_layers)
+    tensors = file_tensors(model, name, config, state_dict=state_dict, tables=tables)
     written = replace(file_config(model, name, config), inference_mode=True)
     if written.task_type is None:
         kind = type(uncompiled(model))
         written.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model)}
-    if has_start(model, name) or written.init_lora_weights != config.init_lora_weights:
-        original = config.to_dict()
-        key = "start" if has_start(model, name) else "config"
-        side[key] = {field: original[field] for field in _CHANGED if field in original}
-    fallbacks = {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}
-    if fallbacks:
+    side = _side_entry(model, name, config, written, state_dict)
+    require_values(folder / WEIGHTS_NAME, tensors)
+    if not writes:
+        return folder
+    public = {field: value for field, value in written.to_dict().items() if field not in LORAFA_ONLY}
+    with _staged(make_folder(folder)) as stage:
+        write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
+        write_json(stage / CONFIG_NAME, public)
+    return folder
+
+
+def _of_trained(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
+    """The config as it is saved; raises ConfigError where it asks for another formula than the layers have."""
+    config = config.of_trained()
+    wanted = " under ".join(variant.name for variant in variant_types(config))
+    chains = (layer.adapters[name].variant.chain() for _, layer in lora_layers(model) if name in layer.adapters)
+    found = {" under ".join(type(one).name for one in reversed(chain)) for chain in chains}
+    problem = ""
+    if other := sorted(found - {wanted}):
+        problem = f"that and its switches ask for {wanted}, and the layers compute {', '.join(other)}"
+    elif config.start.initializer.moves_base and not has_start(model, name):
+        problem = "such a start takes something out of the base, and the layers have taken nothing"
+    if problem:
+        raise ConfigError(
+            f"The config of adapter {name!r} was changed to init_lora_weights={config.init_lora_weights!r} after it "
+            f"was made: {problem}, so its file would be read as what it is not. Set the config back as it was."
+        )
+    return config
+
+
+def _side_entry(
+    model: nn.Module, name: str, config: LoraConfig, written: LoraConfig, state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """What a file says that PEFT does not read: fingerprints, the fields PEFT lacks, and those written otherwise.
+
+    "start" and "config" hold the fields that the file's config has changed; "start" says that the tensors hold one.
+    """
+    side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model, state_dict=state_dict)}
+    if unread := [path for path, layer in _fingerprinted(model) if side["base"][path] is None and _is_spread(layer)]:
+        warn(
+            f"The file of adapter {name!r} does not say which base weights {len(unread)} of its layers belong to: only "
+            f"parts of them are in this process, and state_dict has not the rest: {shorten(unread, 3)}. Gather frozen "
+            "weights too, and loading can check them."
+        )
+    original, moved = config.to_dict(), has_start(model, name)
+    if moved or written.init_lora_weights != config.init_lora_weights:
+        side["start" if moved else "config"] = {field: original[field] for field in _CHANGED if field in original}
+    if own := {field: original[field] for field in LORAFA_ONLY if field in original}:
+        side["own"] = own
+    if fallbacks := {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}:
         side["fallbacks"] = fallbacks
     if config.start.initializer.quantizer is not None:
         layers = [(path, layer) for path, layer in _fingerprinted(model) if name in layer.adapters and layer.origin]
         side["quantized"] = fingerprint((path, layer.base_weight()) for path, layer in layers)
-    require_values(folder / WEIGHTS_NAME, tensors)
-    with _staged(make_folder(folder)) as stage:
-        write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
-        write_json(stage / CONFIG_NAME, written.to_dict())
-        write_json(stage / SIDE_NAME, side)
-    return folder
+    return side
+
+
+def _is_spread(layer: LoraLayer) -> bool:
+    weight = _readable(layer)
+    return weight is not None and is_part(weight, 2)
 
 
 @contextmanager
@@ -159,9 +259,9 @@ def read_adapter(
     tensors, metadata = read_tensors(files.weights, allow_pickle=allow_pickle)
     side, tensors = from_metadata(metadata), renamed(tensors, key_mapping)
     if config is None:
-        config = read_config(files.config)
-        original = side.get("start", side.get("config", {}))
-        config = replace(config, **{key: original[key] for key in _CHANGED if key in original})
+        original, own = side.get("start", side.get("config", {})), side.get("own", {})
+        changed = {key: original[key] for key in _CHANGED if key in original}
+        config = read_config(files.config, changed | {key: own[key] for key in LORAFA_ONLY if key in own})
     return StoredAdapter(
         files.weights, config, without_prefix(tensors), side.get("base", {}), side.get("fallbacks", {}),
         "start" in side, side.get("quantized", {}),

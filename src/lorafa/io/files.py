@@ -1,4 +1,4 @@
-"""Files of tensors: written whole or not at all, and refused when they are damaged."""
+"""Files of tensors: written whole or not at all, and refused when they are damaged. Sharded tensors, read whole."""
 
 from __future__ import annotations
 
@@ -67,6 +67,31 @@ def find_weights(
     return locate(source, wanted, subfolder=subfolder, **hub)
 
 
+def is_part(tensor: Tensor, dims: int = 0) -> bool:
+    """Whether this process holds a part of the tensor only.
+
+    So it is with a DTensor (FSDP2, tensor parallelism), with a parameter of DeepSpeed ZeRO-3, and with one of FSDP1,
+    which is flat: the whole one has ``dims`` dimensions or more.
+    """
+    return can_be_gathered(tensor) or tensor.dim() < dims or tensor.numel() < getattr(tensor, "ds_numel", 0)
+
+
+def can_be_gathered(tensor: Tensor) -> bool:
+    """Whether :func:`whole` puts the tensor together from several processes."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor, dims: int = 0) -> Tensor | None:
+    """All values of a tensor, without gradient; None where only a part is here and it does not say how to get the rest.
+
+    A DTensor is gathered: every process that holds a part of it must call this, in the same order, or all wait.
+    """
+    if can_be_gathered(tensor):
+        full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        return full
+    return None if is_part(tensor, dims) else tensor.detach()
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all.
 
@@ -113,7 +138,8 @@ def read_tensors(
     """The tensors of a file, on the CPU, and the texts of its header.
 
     Args:
-        allow_pickle: read ``.bin`` and the like too, with torch's restricted unpickler.
+        allow_pickle: read pickles too (``.bin`` and the like), with torch's restricted unpickler. A file that begins
+            as safetensors is read as such whatever it is called.
         require_finite: refuse NaN and infinity.
 
     Raises:
@@ -121,7 +147,7 @@ def read_tensors(
     """
     path = Path(path)
     metadata: dict[str, str] = {}
-    if path.suffix in PICKLE_SUFFIXES:
+    if is_pickle(path):
         tensors = _read_pickle(path, allow_pickle)
     else:
         tensors, metadata = _read_safetensors(path)
@@ -132,6 +158,18 @@ def read_tensors(
             f"{shorten(broken)}. The training it comes from diverged: take an earlier checkpoint."
         )
     return tensors, metadata
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is called as a pickle and does not begin as a safetensors file, with the length of its header."""
+    if path.suffix not in PICKLE_SUFFIXES:
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+            return start[8:] != b"{" or int.from_bytes(start[:8], "little") >= path.stat().st_size
+    except OSError:
+        return True
 
 
 def _is_finite(tensor: Tensor) -> bool:

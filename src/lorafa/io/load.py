@@ -20,11 +20,10 @@ from lorafa.io.adapter_files import (
     note_history,
     read_adapter,
     renamed,
-    save_adapter,
+    save_adapters,
 )
-from lorafa.io.card import write_card
 from lorafa.io.files import find_weights, read_tensors
-from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit, wanted_tensors
+from lorafa.io.peft_format import load_tensors, misfit, wanted_tensors
 from lorafa.storage import HubOptions, locate
 from lorafa.surgery.adapters import require_adapters, require_unmerged
 from lorafa.surgery.build import Options
@@ -312,7 +311,7 @@ def save_all(
     """Write adapters, "default" into the folder itself and others into folders of their name, with one model card.
 
     Args:
-        write: False checks the names only, in all processes but one.
+        write: False writes nothing, in all processes but one: it helps to gather what is sharded.
 
     Raises:
         AdapterError: an unknown adapter name.
@@ -322,10 +321,7 @@ def save_all(
     if not names:
         raise AdapterError("selected_adapters names no adapter, so there is nothing to save. Drop it to save all.")
     require_adapters(tuner.model, names)
-    if not write:
-        return
-    for name in names:
-        folder, config = Path(directory) / ("" if name == "default" else name), tuner.peft_config[name]
-        embeddings = keeps_embeddings(config, tuner.model, save_embedding_layers)
-        save_adapter(tuner.model, name, config, folder, state_dict=state_dict, embeddings=embeddings)
-    write_card(directory, tuner.peft_config[names[0]])
+    save_adapters(
+        tuner.model, {name: tuner.peft_config[name] for name in names}, directory, state_dict=state_dict,
+        save_embedding_layers=save_embedding_layers, is_main_process=write,
+    )  # fmt: skip

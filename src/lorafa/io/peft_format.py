@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +14,21 @@ from lorafa.adapter import LooseTensors
 from lorafa.backends.offload import rests_elsewhere, value_of
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
-from lorafa.initializers.settings import START_SETTINGS
+from lorafa.initializers.settings import NO_SETTINGS
+from lorafa.io.files import can_be_gathered, is_part, whole
 from lorafa.io.strict import Misfit, compare
+from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
 from lorafa.io.ties import check_ties, tied_tensors
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
-from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.surgery.walk import (
-    base_parameters,
-    embedding_of,
-    hosts,
-    lora_layers,
-    places,
-    skeleton,
-    uncompiled_name,
-)
+from lorafa.surgery.walk import base_parameters, hosts, lora_layers, uncompiled_name
 
 PREFIX = "base_model.model."
-_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
-_EMBEDDING_GETTERS = ("get_input_embeddings", "get_output_embeddings")
 START_A, START_B = "lora_start.A", "lora_start.B"
 _UNFOLDED = "lora_unfolded"
 _PEFT_STARTS_ANYWHERE = (True, False, "gaussian")
 _PEFT_STARTS_ON_SOME = ("orthogonal", "eva", "loftq", "mica")
 _SOME = ("linear", "embedding")
-_NO_SETTINGS: Mapping[str, Any] = {name: {} if name == "loftq_config" else None for name in START_SETTINGS}
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,20 +41,18 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if key not in copies}
 
 
-def entries(model: nn.Module, name: str, config: LoraConfig, *, embeddings: bool = False) -> Iterator[Stored]:
+def entries(model: nn.Module, name: str, config: LoraConfig, *, tables: Tables = "none") -> Iterator[Stored]:
     """Every tensor of adapter ``name`` as it is stored, by its names from the model, frozen starts apart.
 
     Args:
         model: the user's model, wrapped layers in it.
         config: the adapter's; its ``bias`` says which base biases belong to the adapter.
-        embeddings: also the base weights of input embedding and output head, for a resized vocabulary; where the
-            config targets embeddings by their usual names, only of those that are adapted, as in PEFT.
+        tables: which of the base's tables belong with it (:func:`lorafa.io.tables.which_tables`).
     """
     for path, host in hosts(model):
         yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
     yield from _biases(model, name, config)
-    if embeddings:
-        yield from _embeddings(model, adapted_only=keeps_embeddings(config, model, "auto"))
+    yield from table_entries(model, pristine_tensors(model), tables)
 
 
 def _uncompiled(entry: Stored) -> Stored:
@@ -79,57 +66,21 @@ def pristine_tensors(model: nn.Module) -> dict[int, Tensor]:
     return {id(merged): kept for _, host in hosts(model) for merged, kept in host.merged_parameters()}
 
 
-def _base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Stored:
-    return Stored(key, None, pristine[id(tensor)]) if id(tensor) in pristine else Stored(key, key, tensor)
-
-
 def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Stored]:
     pristine = pristine_tensors(model)
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
-                yield _base_entry(key, parameter, pristine)
+                yield base_entry(key, parameter, pristine)
     elif config.bias == "lora_only":
         for path, layer in _adapted(model, name):
             bias = layer.base_layer._parameters.get("bias")
             if bias is not None:
-                yield _base_entry(f"{path}.base_layer.bias", bias, pristine)
+                yield base_entry(f"{path}.base_layer.bias", bias, pristine)
 
 
 def _adapted(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
     return ((path, layer) for path, layer in lora_layers(model) if name in layer.adapters)
-
-
-def _embeddings(model: nn.Module, *, adapted_only: bool = False) -> Iterator[Stored]:
-    """Base weights of input embedding and output head; whole copies (``modules_to_save``) are in the file anyway."""
-    tables = [embedding_of(model, getter) for getter in _EMBEDDING_GETTERS]
-    pristine = pristine_tensors(model)
-    for path, module in skeleton(model):
-        if not any(module is table for table in tables) or isinstance(module, ModulesToSaveWrapper):
-            continue
-        if isinstance(module, Host):
-            inner = module.get_submodule(module.wrapped_path)
-            yield _base_entry(f"{path}.{module.wrapped_path}.weight", _weight(inner), pristine)
-        elif not adapted_only:
-            yield _base_entry(f"{path}.weight", _weight(module), pristine)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight
-
-
-def keeps_embeddings(config: LoraConfig, model: nn.Module, wanted: str | bool) -> bool:
-    """Whether a file also holds the base weights of adapted embeddings: PEFT's "auto" says yes if they are targets."""
-    if isinstance(wanted, bool):
-        return wanted
-    targets = config.target_modules or ()
-    if isinstance(targets, str):
-        names = [place.name for place in places(model) if place.name.rpartition(".")[2] in _EMBEDDING_NAMES]
-        targeted = any(re.fullmatch(targets, name) for name in names)
-    else:
-        targeted = any(name in targets for name in _EMBEDDING_NAMES)
-    return targeted and config.trainable_token_indices is None
 
 
 def has_start(model: nn.Module, name: str) -> bool:
@@ -143,7 +94,7 @@ def file_tensors(
     config: LoraConfig,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
-    embeddings: bool = False,
+    tables: Tables = "none",
     with_start: bool = True,
     dense: bool = True,
 ) -> dict[str, Tensor]:
@@ -153,16 +104,17 @@ def file_tensors(
     the variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over. Where its dense
     factors are not those it stores (LoRA-SB), the dense ones are written, and the stored ones in keys of their own.
 
+    Sharded tensors are gathered, which all processes have to do together (:func:`lorafa.io.files.whole`).
+
     Args:
         state_dict: take values from here by their live names (a gathered state dict) instead of from the model.
         with_start: False gives A and B alone.
         dense: False gives A and B as they are stored, as PEFT's files have them.
 
     Raises:
-        CheckpointError: ``state_dict`` lacks a tensor of the adapter.
+        CheckpointError: ``state_dict`` lacks a tensor of the adapter, or only a part of one is here.
     """
-    found = list(entries(model, name, config, embeddings=embeddings))
-    values = {e.key: _value(model, e) for e in found} if state_dict is None else _gathered(found, state_dict, name)
+    values = _values(model, list(entries(model, name, config, tables=tables)), state_dict, name)
     for path, layer in _with_other_factors(model, name) if dense else ():
         stored = {key: values[key] for key in _factor_keys(path, layer)}
         made = _dense(path, layer, name, stored, values)
@@ -208,23 +160,49 @@ def _split(
     return own, (A[..., rank:, :], -B[..., :, rank:])
 
 
-def _gathered(found: list[Stored], state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The values of the entries by their names in a file; what the model itself holds may be a part only."""
-    values, missing = {}, []
-    state_dict = {uncompiled_name(key): tensor for key, tensor in state_dict.items()}
+def _values(
+    model: nn.Module, found: list[Stored], state_dict: Mapping[str, Tensor] | None, name: str
+) -> dict[str, Tensor]:
+    """The values of the entries by their names in a file, from the model itself or from a gathered state dict."""
+    values: dict[str, Tensor] = {}
+    missing, parts = [], []
+    if state_dict is not None:
+        state_dict = {uncompiled_name(key): tensor for key, tensor in state_dict.items()}
     for entry in found:
-        if entry.live is None:
-            values[entry.key] = entry.tensor.detach()
-        elif key := next((key for key in (PREFIX + entry.live, entry.live) if key in state_dict), None):
-            values[entry.key] = state_dict[key].detach()
+        own = state_dict is None or entry.live is None
+        source = _value(model, entry) if own else in_state(state_dict or {}, str(entry.live))
+        if source is None:
+            missing.append(str(entry.live))
+            continue
+        alone = own and state_dict is not None  # the other processes may not be here to gather with
+        value = None if alone and can_be_gathered(source) else whole(source, _dims(entry))
+        if value is None:
+            parts.append(entry.key)
         else:
-            missing.append(entry.live)
+            values[entry.key] = value
     if missing:
         raise CheckpointError(
             f"state_dict lacks {len(missing)} of the {len(found)} tensors of adapter {name!r}: {shorten(missing)}. "
-            "Gather the whole state dict of the model, frozen adapters included."
+            "Gather the whole state dict of the model, frozen adapters included; with save_embedding_layers=False no "
+            "tables of the base are asked for."
+        )
+    if parts:
+        raise CheckpointError(
+            f"Only parts of {len(parts)} of the {len(found)} tensors of adapter {name!r} are in this process (FSDP, "
+            f"DeepSpeed ZeRO-3): {shorten(parts)}. Gather the state dict of the model in all processes, and pass it "
+            "as state_dict=."
         )
     return values
+
+
+def in_state(state_dict: Mapping[str, Tensor], live: str) -> Tensor | None:
+    """A tensor of the user's model in a state dict of it, or of the PeftModel around it; None if it is not there."""
+    return next((state_dict[key] for key in (PREFIX + live, live) if key in state_dict), None)
+
+
+def _dims(entry: Stored) -> int:
+    """The least number of dimensions of the whole tensor: factors are matrices, or kernels."""
+    return 2 if re.search(r"lora_(embedding_)?[AB](\.weight)?$", entry.key) else 0
 
 
 def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> list[str]:
@@ -320,7 +298,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         some = plain and not config.lora_bias and all(layer.kind in _SOME for layer in layers)
         anywhere = (True, False) if config.lora_bias else _PEFT_STARTS_ANYWHERE
         known = anywhere + (_PEFT_STARTS_ON_SOME if some else ())
-        return config if config.init_lora_weights in known else replace(config, init_lora_weights=True, **_NO_SETTINGS)
+        return config if config.init_lora_weights in known else replace(config, init_lora_weights=True, **NO_SETTINGS)
     if not plain:
         return config
     factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
@@ -331,7 +309,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         rank_pattern={key: value * 2 for key, value in config.rank_pattern.items()},
         alpha_pattern={key: value * factor for key, value in config.alpha_pattern.items()},
         init_lora_weights=True,
-        **_NO_SETTINGS,
+        **NO_SETTINGS,
     )
 
 
@@ -345,7 +323,8 @@ def load_tensors(
         CheckpointError: they differ for what is one parameter here, or one rests elsewhere; nothing was changed.
     """
     check_ties(model, name, tensors)
-    filled = [e for e in (*entries(model, name, config), *_embeddings(model)) if e.key in tensors]
+    filled = [e for e in entries(model, name, config, tables="all") if e.key in tensors]
+    require_equal_tables(model, tensors)
     _require_memory(model, name, filled)
     tensors = dict(tensors)
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(model, name, config) if key in tensors}
@@ -379,10 +358,21 @@ def _require_memory(model: nn.Module, name: str, filled: Iterable[Stored]) -> No
 def wanted_tensors(
     model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
 ) -> dict[str, Tensor]:
-    """What a file of adapter ``name`` would hold; whole embeddings only if ``tensors`` has them: PEFT adds some."""
-    whole = {entry.key: entry.tensor.detach() for entry in _embeddings(model) if entry.key in tensors}
+    """What a file of adapter ``name`` would hold; whole tables only if ``tensors`` has them: some files do.
+
+    Raises:
+        CheckpointError: the adapter, or what else the file holds, is sharded here, so that nothing can be filled in.
+    """
+    tables = [entry for entry in table_entries(model, pristine_tensors(model)) if entry.key in tensors]
+    filled = [*entries(model, name, config), *tables]
+    if parts := [entry.key for entry in filled if is_part(entry.tensor, _dims(entry))]:
+        raise CheckpointError(
+            f"Adapter {name!r} cannot be filled from a file: only parts of {shorten(parts, 3)} are in this process "
+            "(FSDP, DeepSpeed ZeRO-3). Load the file before the model is sharded. Nothing was loaded."
+        )
     dense = _holds_dense(config, with_start)
-    return file_tensors(model, name, config, with_start=with_start, dense=dense) | whole
+    want = file_tensors(model, name, config, with_start=with_start, dense=dense)
+    return {entry.key: entry.tensor.detach() for entry in tables} | want
 
 
 def misfit(

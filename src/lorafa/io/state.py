@@ -15,12 +15,12 @@ from lorafa.io.peft_format import (
     PREFIX,
     file_tensors,
     has_start,
-    keeps_embeddings,
     load_tensors,
     pristine_tensors,
     without_prefix,
 )
 from lorafa.io.strict import compare
+from lorafa.io.tables import which_tables
 from lorafa.layers.host import Host
 from lorafa.surgery.adapters import require_adapters, require_nothing_merged, require_unmerged, without_start
 from lorafa.surgery.walk import uncompiled, uncompiled_name, user_model
@@ -60,8 +60,8 @@ def get_peft_model_state_dict(
     inner, configs, prefix = _parts(model)
     require_adapters(inner, [adapter_name])
     config = configs[adapter_name]
-    embeddings = keeps_embeddings(config, inner, save_embedding_layers)
-    tensors = file_tensors(inner, adapter_name, config, state_dict=state_dict, embeddings=embeddings)
+    tables = which_tables(config, inner, save_embedding_layers)
+    tensors = file_tensors(inner, adapter_name, config, state_dict=state_dict, tables=tables)
     return {prefix + key: value for key, value in tensors.items()}
 
 

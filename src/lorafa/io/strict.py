@@ -24,7 +24,9 @@ _SETTING_OF_KEY = {
     "lora_velora_embed": "velora_config",
 }
 # Keys with a vocabulary axis: the embedding's A, a saved embedding or head, and B of an adapted head.
-_VOCABULARY_KEY = re.compile(r"lora_embedding_A|(embed\w*|wte|lm_head)\.(base_layer\.|lora_B\.)?weight$")
+_VOCABULARY_KEY = re.compile(
+    r"lora_embedding_A|(\w*embed\w*|wte|shared|lm_head)\.((token_adapter\.)?base_layer\.|lora_B\.)?weight$"
+)
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 _ADAPTER_NAME = re.compile(r"\.(lora_[A-Za-z_]+)\.([^.]+)(\.weight|\.bias)?$")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import textwrap
 import types
@@ -68,6 +69,8 @@ def plain(config: Any) -> Any:
         return values
     if isinstance(config, Mapping):
         return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, os.PathLike):
+        return os.fspath(config)
     return [plain(item) for item in config] if isinstance(config, (list, tuple)) else config
 
 
@@ -167,7 +170,7 @@ def typed_value(value: Any, annotation: Any, name: str, default: Any) -> Any:
 
 
 def _converted(value: Any, annotation: Any) -> Any:
-    """The value as the type wants it: a list as a tuple, an integer as a float; TypeError for all else.
+    """The value as the type wants it: a list as a tuple, an integer as a float, a path as a text; else TypeError.
 
     An empty text is no value: it is what a variable of the shell that was never set leaves.
     """
@@ -187,6 +190,8 @@ def _converted(value: Any, annotation: Any) -> Any:
     elif origin is dict:
         if isinstance(value, Mapping):
             return {_converted(key, args[0]): _converted(item, args[1]) for key, item in value.items()}
+    elif annotation is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     elif annotation is float and type(value) is int:
         return float(value)
     elif annotation is Any or (type(value) is annotation and value != ""):

@@ -263,11 +263,10 @@ def _token_rows(
             rows = getattr(base, "weight", None) if hosted else tensor_like(base, "weight")
             if rows is None or rows.dim() != 2:
                 raise TargetError(f"trainable_token_indices: {name!r} is a {type(base).__name__}, not a table of rows.")
-            outside = [i for i in indices if i >= rows.shape[0]]
-            if outside:
+            if max(indices, default=0) >= rows.shape[0]:
                 raise ConfigError(
-                    f"trainable_token_indices: {outside[0]} is outside the {rows.shape[0]} rows of {name!r}. "
-                    "Resize the embedding first if these tokens are new."
+                    f"trainable_token_indices: {max(indices)} is outside the {rows.shape[0]} rows of {name!r}. If "
+                    "these tokens are new, call model.resize_token_embeddings(len(tokenizer)) first."
                 )
             if hosted:
                 raise TargetError(

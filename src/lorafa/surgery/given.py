@@ -12,6 +12,7 @@ from torch import nn
 from lorafa.checks import found
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
+from lorafa.surgery.walk import name_of
 
 _WRITE = "LoraConfig(init_lora_weights=..., target_modules=...)"
 
@@ -81,12 +82,6 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
         ConfigError: as there.
     """
     return LoraConfig.from_dict(config_dict)
-
-
-def name_of(model: nn.Module) -> str | None:
-    """The name or path a model of transformers was loaded from; None for any other."""
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else None
 
 
 def with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:

@@ -10,7 +10,7 @@ from lorafa.backends.offload import weight_of
 from lorafa.errors import BackendError, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.adapters import require_adapters, require_uniform
-from lorafa.surgery.ties import share_merged
+from lorafa.surgery.ties import SharedRows, share_merged
 from lorafa.surgery.walk import Parents, hosts, lora_layers, wrappers
 
 
@@ -66,9 +66,11 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     if not merge:
         unmerge_adapter(model)
     chosen = {id(host): _folded_in(model, host.active_adapters, adapter_names) for _, host in hosts(model)}
-    parents = Parents(model)
+    parents, tables = Parents(model), SharedRows()
     for _, host in reversed(list(hosts(model))):  # inner wrappers first
-        parents.replace(host, host.unwrapped(chosen[id(host)] if merge else []))
+        plain = host.unwrapped(chosen[id(host)] if merge else [])
+        tables.share(host, plain, chosen[id(host)])
+        parents.replace(host, plain)
     if merge:
         _loosen(model, ties)
     return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorafa.adapter import Variant
 from lorafa.config import LoraConfig
 from lorafa.context import EMPTY, CurrentCall, ForwardContext
-from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten
+from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import adapters
 from lorafa.surgery.build import Options, Stats
@@ -22,7 +22,8 @@ from lorafa.surgery.given import lora_config
 from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.plan import Plan, plan
-from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name
+from lorafa.surgery.resize import resize_vocabulary
+from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name, wrapped_places
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
@@ -52,6 +53,7 @@ class LoraModel(nn.Module):
         self.targeted_parameter_names: list[str] = []
         self.call = next((layer.call for _, layer in lora_layers(model)), CurrentCall())
         self._readers: dict[str, Variant] = {}  # of the adapters that have to know something of each call
+        self._wrapped: list[str] = []  # the places wrappers were put on
         self.training = model.training
         if peft_config is not None:
             adapters.require_nothing_merged(model)
@@ -76,7 +78,7 @@ class LoraModel(nn.Module):
 
     def apply_plan(self, planned: Plan) -> Callable[[], None]:
         """Carry out a plan and return how to take it back; the adapter is inactive until :meth:`set_adapter`."""
-        named = self.targeted_module_names, self.targeted_parameter_names
+        named = self.targeted_module_names, self.targeted_parameter_names, self._wrapped
         active, off = self.active_adapters, any(host.disable_adapters for _, host in hosts(self.model))
         undo = apply(self.model, planned, self.call)
         targets = planned.targets
@@ -84,7 +86,7 @@ class LoraModel(nn.Module):
         parameters = [f"{t.name}.{t.parameter}" for t in targets if t.parameter is not None]
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *modules]))
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *parameters]))
-        self.peft_config[planned.name] = planned.config
+        self.peft_config[planned.name], self._wrapped = planned.config, wrapped_places(self.model)
         readers = [layer.parts.variant for layer in planned.layers if layer.parts.variant.reads_call]
         if readers:  # of one config, so any of them finds the same
             self._readers[planned.name] = readers[0]
@@ -96,7 +98,7 @@ class LoraModel(nn.Module):
 
         def take_back() -> None:
             undo()
-            self.targeted_module_names, self.targeted_parameter_names = named
+            self.targeted_module_names, self.targeted_parameter_names, self._wrapped = named
             del self.peft_config[planned.name]
             self._readers.pop(planned.name, None)
 
@@ -162,6 +164,7 @@ class LoraModel(nn.Module):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put updates into the base weights until :meth:`unmerge_adapter`; always as safe as ``safe_merge`` asks."""
+        self.say_lost()
         merge_adapter(self.model, adapter_names)
 
     def unmerge_adapter(self) -> None:
@@ -183,9 +186,32 @@ class LoraModel(nn.Module):
             raise AdapterError(
                 "The adapters were taken off this model already. Call get_peft_model on it to put a new one on."
             )
+        if merge:
+            self.say_lost()
         model = unload(self.model, merge=merge, adapter_names=adapter_names)
-        self.peft_config, self._readers = {}, {}
+        self.peft_config, self._readers, self._wrapped = {}, {}, []
         return model
+
+    def say_lost(self) -> None:
+        """Warn where something put on the model is there no more, because another module was set in its place."""
+        now = wrapped_places(self.model)
+        if len(now) < len(self._wrapped):
+            lost = [name for name in self._wrapped if name not in now]
+            warn(
+                f"{shorten(map(repr, lost), 3)} no longer {'carries' if len(lost) == 1 else 'carry'} what the adapters "
+                "put there: other modules have taken the places, as resizing or an assignment sets them. What was "
+                "trained there is lost: it is neither saved nor merged."
+            )
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **settings: Any) -> Any:
+        """The wrapped model's method, where no adapter is on a table that it would replace.
+
+        The new rows are the base's and are not trained; :meth:`lorafa.PeftModel.save_pretrained` saves them.
+
+        Raises:
+            AdapterError: an adapter, a copy (``modules_to_save``) or trained rows are on a table; nothing was changed.
+        """
+        return resize_vocabulary(self.model, new_num_tokens, *args, **settings)
 
     def lora_layers(self) -> list[tuple[str, LoraLayer]]:
         """Every adapted layer with its path in the user's model."""

@@ -11,6 +11,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.tied import owner_of
+from lorafa.layers.tokens import TrainableTokensWrapper
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Place, tied_groups
 from lorafa.variants import is_plain_lora, variant_types
@@ -78,3 +79,16 @@ def share_merged(merged: Sequence[tuple[LoraLayer, nn.Module, list[str]]]) -> No
             owner_base, owner_names = new.get(id(owner), (owner.base_layer, owner.merged_adapters))
             if owner_names == names:
                 base.weight = owner_base.weight
+
+
+class SharedRows:
+    """Lets modules share one table again whose wrappers shared one, and the rows trained in it."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[object, ...], nn.Module] = {}
+
+    def share(self, host: nn.Module, plain: nn.Module, names: Sequence[str]) -> None:
+        """Take in the ``plain`` module that a wrapper has made of the rows of the adapters ``names``."""
+        if isinstance(host, TrainableTokensWrapper) and plain is not host.original_module:
+            table, rows = host.original_module.weight, host.token_adapter.token_indices
+            plain.weight = self._first.setdefault((id(table), id(rows), *names), plain).weight

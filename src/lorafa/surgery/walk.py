@@ -54,6 +54,12 @@ def user_model(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def name_of(model: nn.Module) -> str | None:
+    """The folder or Hub repository a model of transformers was loaded from, where it says so."""
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(name) if name else None
+
+
 @dataclass(frozen=True)
 class Place:
     """A module and where it sits."""
@@ -167,6 +173,17 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every wrapper of a module that is trained beside the factors, with its path, each once."""
     return ((path, host) for path, host in hosts(model) if isinstance(host, Wrapper))
+
+
+def tables(model: nn.Module) -> list[nn.Module]:
+    """Input embedding and output head, wrapped or not, as a model of transformers names them."""
+    found = (embedding_of(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
+    return [module for module in found if module is not None]
+
+
+def wrapped_places(model: nn.Module) -> list[str]:
+    """The name of every place a wrapper of lorafa stands in."""
+    return [place.name for place in places(model) if isinstance(place.module, Host)]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
