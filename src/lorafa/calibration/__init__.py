@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from lorafa.calibration.base import Statistic
+from typing import TYPE_CHECKING
+
 from lorafa.registry import Registry
+
+if TYPE_CHECKING:
+    from lorafa.calibration.base import Statistic
 
 STATISTICS: Registry[type[Statistic]] = Registry(
     "statistic",

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import reduce
 from textwrap import fill
 from typing import Any
 
-from lorafa.conf.compose import OPEN_GROUPS, compose, groups
-from lorafa.conf.typed import keys, plain
-from lorafa.train.schema import RunConfig
+from lorafa.conf.compose import KEYS, OPEN_GROUPS, defaults, groups
 
 WIDTH = 110
 
 
 def settings_help() -> str:
     """Groups with their options, then every key with its default and its meaning."""
-    defaults = plain(compose())
-    options = groups()
+    values, options = defaults(), groups()
     lines = ["groups (group=option takes another file of settings):"]
     for group in options:
         free = ", or any name, path or Hub id" if group in OPEN_GROUPS else ""
         lines.append(f"  {group}={'|'.join(option for option in options[group] if option != 'custom')}{free}")
     lines += ["", "settings (key=value; lists as [a,b], nothing as null):"]
-    for key in keys(RunConfig):
-        lines.append(f"  {key.name}={_written(_at(defaults, key.name))}")
+    for key in KEYS.values():
+        lines.append(f"  {key.name}={_written(values[key.name])}")
         lines.append(fill(key.doc, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8))
     return "\n".join(lines)
-
-
-def _at(values: Mapping[str, Any], name: str) -> Any:
-    return reduce(lambda inner, part: inner[part], name.split("."), values)
 
 
 def _written(value: Any) -> str:
@@ -39,6 +30,6 @@ def _written(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_written, value)) + "]"
     return str(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorafa.conf.typed import Key, build, keys
+from lorafa.conf.typed import Key, build, keys, read
 from lorafa.errors import ConfigError, did_you_mean, first_line
 from lorafa.train.schema import RunConfig
 
@@ -47,6 +48,12 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     return build(RunConfig, {str(key): value for key, value in values.items()})
 
 
+def defaults() -> dict[str, Any]:
+    """Dotted name of every setting -> its value in the default run, read but not checked: for lists of settings."""
+    chosen = OmegaConf.to_container(composed(), resolve=True)
+    return {key.name: read(_at(chosen, key.name.split("."), key.default), key) for key in KEYS.values()}
+
+
 def composed(overrides: Sequence[str] = ()) -> DictConfig:
     """What the yaml files and the overrides say together, not yet checked for types."""
     translated = [line for lines in _last_choices(overrides) for line in lines]
@@ -58,6 +65,15 @@ def composed(overrides: Sequence[str] = ()) -> DictConfig:
             return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"The settings {' '.join(overrides)!r} do not fit together: {first_line(error)}.") from error
+
+
+def _at(values: Any, names: Sequence[str], otherwise: Any) -> Any:
+    """The value under these names, one inside the other."""
+    for name in names:
+        if name not in values:
+            return otherwise
+        values = values[name]
+    return values
 
 
 def groups() -> dict[str, list[str]]:

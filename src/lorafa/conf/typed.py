@@ -68,6 +68,15 @@ def keys(config_class: type, path: str = "") -> Iterator[Key]:
             yield Key(name, hints[field.name], _default(field), docs.get(field.name, ""))
 
 
+def read(value: Any, key: Key) -> Any:
+    """The value of one setting as its type wants it.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    return _typed(value, key.annotation, key.name, key.default)
+
+
 def field_docs(config_class: type) -> dict[str, str]:
     """Field name -> the text that stands under it in the source, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]

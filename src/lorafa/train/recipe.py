@@ -18,7 +18,6 @@ from rich.panel import Panel
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from lorafa.config import LoraConfig
 from lorafa.data.chat import Encoded, encode_all, encode_prompt, render_sample
 from lorafa.data.collate import Collator
 from lorafa.data.models import check_samples, load_model
@@ -31,9 +30,9 @@ from lorafa.evals.perplexity import answer_loss
 from lorafa.losses import supervised_nll, supports_chunked_loss
 from lorafa.peft_model import PeftModel
 from lorafa.storage import read_json
+from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
-from lorafa.train.init_config import start_fields, start_of
 from lorafa.train.optimizers import STOCK, pair_optimizer
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.schema import DataConfig, EvalConfig, RunConfig
@@ -200,44 +199,6 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
 def graded(records: Records, settings: EvalConfig) -> list[Record]:
     """The held-out records that are answered by generation and graded."""
     return [record for record in records.heldout if record.answer is not None][: settings.size]
-
-
-def lora_config(config: RunConfig) -> LoraConfig:
-    """The adapter's settings as the library takes them.
-
-    Raises:
-        ConfigError: a value is not allowed, or two contradict each other.
-    """
-    peft = config.peft
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=peft.r,
-        lora_alpha=peft.lora_alpha,
-        lora_dropout=_dropout(config),
-        target_modules=peft.target_modules,
-        exclude_modules=peft.exclude_modules,
-        layers_to_transform=peft.layers_to_transform,
-        layers_pattern=peft.layers_pattern,
-        rank_pattern=dict(peft.rank_pattern),
-        alpha_pattern=dict(peft.alpha_pattern),
-        use_rslora=peft.use_rslora,
-        use_dora=peft.use_dora,
-        bias=peft.bias,
-        lora_bias=peft.lora_bias,
-        freeze_A=peft.freeze_A,
-        modules_to_save=peft.modules_to_save,
-        target_parameters=peft.target_parameters,
-        init_seed=config.train.seed,
-        **start_fields(config.init),
-    )
-
-
-def _dropout(config: RunConfig) -> float:
-    given = config.peft.lora_dropout
-    if given is not None:
-        return given
-    start = start_of(config.init).initializer
-    return 0.0 if start.moves_base and start.variant is None else 0.05
 
 
 def read_records(data: DataConfig) -> Records:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.registry import Registry
-from lorafa.variants.base import Variant
+
+if TYPE_CHECKING:
+    from lorafa.variants.base import Variant
 
 VARIANTS: Registry[type[Variant]] = Registry(
     "variant",
