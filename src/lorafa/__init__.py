@@ -1,69 +1,75 @@
 """Low-rank adaptation of PyTorch models: a drop-in for PEFT's LoRA, faster and leaner, right where it is wrong."""
 
-from lorafa.auto import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-)
-from lorafa.config import LoraConfig, PeftConfig, PeftType, TaskType
-from lorafa.errors import LoraError
-from lorafa.eva_weights import get_eva_state_dict, initialize_lora_eva_weights
-from lorafa.io.load import check_if_peft_model, load_peft_weights
-from lorafa.io.state import (
-    get_base_model_state_dict,
-    get_peft_model_state_dict,
-    set_base_model_state_dict,
-    set_peft_model_state_dict,
-)
-from lorafa.loftq_weights import replace_lora_weights_loftq
-from lorafa.method_configs import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    KasaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
-)
-from lorafa.optimizers import (
-    LoraFAOptimizer,
-    create_lorafa_optimizer,
-    create_loraplus_optimizer,
-    create_lorapro_optimizer,
-    create_preconditioned_adamw,
-    create_riemannian_optimizer,
-)
-from lorafa.peft_model import (
-    PeftMixedModel,
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-)
-from lorafa.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
-from lorafa.ranks import RankRule, choose_ranks, with_ranks
-from lorafa.starting import collect_statistics, initialize, start_from
-from lorafa.statistics import Statistics
-from lorafa.surgery.given import get_peft_config
-from lorafa.surgery.gradients import check_gradients
-from lorafa.surgery.model import LoraModel, inject_adapter_in_model
-from lorafa.surgery.mutate import mutate_base, restore_base
-from lorafa.surgery.penalty import penalty
-from lorafa.surgery.prepare import prepare_model_for_kbit_training
-from lorafa.surgery.scale import rescale_adapter_scale
-from lorafa.surgery.status import get_layer_status, get_model_status
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from lorafa.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from lorafa.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from lorafa.config import LoraConfig, PeftConfig, PeftType, TaskType
+    from lorafa.errors import LoraError
+    from lorafa.eva_weights import get_eva_state_dict, initialize_lora_eva_weights
+    from lorafa.io.load import check_if_peft_model, load_peft_weights
+    from lorafa.io.state import (
+        get_base_model_state_dict,
+        get_peft_model_state_dict,
+        set_base_model_state_dict,
+        set_peft_model_state_dict,
+    )
+    from lorafa.loftq_weights import replace_lora_weights_loftq
+    from lorafa.method_configs import (
+        ArrowConfig,
+        BdLoraConfig,
+        CordaConfig,
+        EvaConfig,
+        KasaConfig,
+        LoftQConfig,
+        LoraGAConfig,
+        LoraRuntimeConfig,
+        MontecloraConfig,
+        VeloraConfig,
+    )
+    from lorafa.optimizers import (
+        LoraFAOptimizer,
+        create_lorafa_optimizer,
+        create_loraplus_optimizer,
+        create_lorapro_optimizer,
+        create_preconditioned_adamw,
+        create_riemannian_optimizer,
+    )
+    from lorafa.peft_model import (
+        PeftMixedModel,
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+    )
+    from lorafa.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
+    from lorafa.ranks import RankRule, choose_ranks, with_ranks
+    from lorafa.starting import collect_statistics, initialize, start_from
+    from lorafa.statistics import Statistics
+    from lorafa.surgery.given import get_peft_config
+    from lorafa.surgery.gradients import check_gradients
+    from lorafa.surgery.model import LoraModel, inject_adapter_in_model
+    from lorafa.surgery.mutate import mutate_base, restore_base
+    from lorafa.surgery.penalty import penalty
+    from lorafa.surgery.prepare import prepare_model_for_kbit_training
+    from lorafa.surgery.scale import rescale_adapter_scale
+    from lorafa.surgery.status import get_layer_status, get_model_status
 
 __all__ = [
     "ArrowConfig",
@@ -135,3 +141,64 @@ __all__ = [
     "start_from",
     "with_ranks",
 ]
+
+_HOMES = {
+    "ArrowConfig": "lorafa.method_configs",
+    "BdLoraConfig": "lorafa.method_configs",
+    "CordaConfig": "lorafa.method_configs",
+    "EvaConfig": "lorafa.method_configs",
+    "KasaConfig": "lorafa.method_configs",
+    "LoftQConfig": "lorafa.method_configs",
+    "LoraConfig": "lorafa.config",
+    "LoraError": "lorafa.errors",
+    "LoraFAOptimizer": "lorafa.optimizers",
+    "LoraGAConfig": "lorafa.method_configs",
+    "LoraModel": "lorafa.surgery.model",
+    "LoraRuntimeConfig": "lorafa.method_configs",
+    "MontecloraConfig": "lorafa.method_configs",
+    "PeftModel": "lorafa.peft_model",
+    "PeftType": "lorafa.config",
+    "RankRule": "lorafa.ranks",
+    "Statistics": "lorafa.statistics",
+    "TaskType": "lorafa.config",
+    "VeloraConfig": "lorafa.method_configs",
+    "choose_ranks": "lorafa.ranks",
+    "collect_statistics": "lorafa.starting",
+    "create_lorafa_optimizer": "lorafa.optimizers",
+    "create_loraplus_optimizer": "lorafa.optimizers",
+    "create_lorapro_optimizer": "lorafa.optimizers",
+    "create_preconditioned_adamw": "lorafa.optimizers",
+    "create_riemannian_optimizer": "lorafa.optimizers",
+    "estimate_gradients": "lorafa.preprocess",
+    "get_eva_state_dict": "lorafa.eva_weights",
+    "get_layer_status": "lorafa.surgery.status",
+    "get_model_status": "lorafa.surgery.status",
+    "get_peft_model": "lorafa.peft_model",
+    "get_peft_model_state_dict": "lorafa.io.state",
+    "initialize": "lorafa.starting",
+    "initialize_lora_eva_weights": "lorafa.eva_weights",
+    "inject_adapter_in_model": "lorafa.surgery.model",
+    "mutate_base": "lorafa.surgery.mutate",
+    "preprocess_corda": "lorafa.preprocess",
+    "preprocess_loraga": "lorafa.preprocess",
+    "replace_lora_weights_loftq": "lorafa.loftq_weights",
+    "restore_base": "lorafa.surgery.mutate",
+    "set_peft_model_state_dict": "lorafa.io.state",
+    "start_from": "lorafa.starting",
+    "with_ranks": "lorafa.ranks",
+}
+"""Public name -> the module it is loaded from when it is first asked for (PEP 562): importing lorafa loads nothing."""
+
+if not TYPE_CHECKING:  # or a type checker would take every name, misspelt ones too, for one that is here
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name]), name)
+        if name in ("errors", "optimizers"):  # public modules, which `import lorafa` brings along
+            return import_module(f"lorafa.{name}")
+        raise AttributeError(f"module 'lorafa' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOMES})

@@ -20,16 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from lorafa.errors import BackendError, DataError
 from lorafa.modes import evaluating
-
-IGNORE_INDEX = -100
-"""Label of a position that is not trained on, as in transformers and `torch.nn.functional.cross_entropy`."""
+from lorafa.rows import IGNORE_INDEX, ROW_MULTIPLE, filled_up
 
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk of float32 logits: large enough for an efficient product, small beside any model's activations."""
-
-ROW_MULTIPLE = 32
-"""On a CPU, rows are filled up with zeros to a multiple of so many where that changes no result: for every number of
-rows it has met the matrix library keeps kernels, and the allocator holes."""
 
 # What models do between the head and the loss, by the name of the config field that says how much.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
@@ -351,12 +345,6 @@ def _transform(config: Any) -> LogitTransform:
 def _next_labels(labels: Tensor) -> Tensor:
     """(batch, tokens) labels moved so that position t holds label t + 1; the last position has none."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def filled_up(rows: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:
-    """Rows (T, n), on a CPU followed by zeros up to a multiple."""
-    more = -len(rows) % multiple if rows.device.type == "cpu" else 0
-    return nn.functional.pad(rows, (0, 0, 0, more)) if more else rows
 
 
 def _uncompiled(function: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, int]]:

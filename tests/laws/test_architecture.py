@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import lorafa
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "lorafa"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -19,7 +21,7 @@ MAX_LINES = 400
 
 LEVELS = (
     ("errors", "version"),
-    ("registry", "linalg", "checks", "settings", "storage", "fingerprint", "modes"),
+    ("registry", "linalg", "checks", "settings", "storage", "fingerprint", "modes", "rows"),
     ("functional", "adapter", "backends", "losses", "calibration"),
     ("variants", "initializers", "method_configs", "config_checks"),
     ("config", "layers"),
@@ -88,12 +90,71 @@ def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
 
 
 def _loaded_by(statement: str) -> set[str]:
-    """Top-level modules a fresh interpreter has loaded after the statement."""
-    code = f"import sys; {statement}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    """Names of the modules a fresh interpreter has loaded after the statement, packages before their modules."""
+    code = f"import sys; {statement}; print(*sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(done.stderr.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("statement", ["import lorafa", "import lorafa.cli.main"])
-def test_importing_the_package_loads_torch_and_nothing_of_the_training_stack(statement: str) -> None:
-    assert _loaded_by(statement) & HEAVY == set()
+def _loaded_by_command(*arguments: str) -> set[str]:
+    run = f"from lorafa.cli.main import main\ntry: main({list(arguments)!r})\nexcept SystemExit: pass"
+    return _loaded_by(f"exec({run!r})")
+
+
+def test_importing_the_package_loads_nothing_but_python_s_own_modules() -> None:
+    assert _loaded_by("import lorafa") & (HEAVY | {"torch", "numpy", "safetensors", "yaml", "rich"}) == set()
+
+
+def test_the_public_names_load_torch_and_nothing_of_the_training_stack() -> None:
+    loaded = _loaded_by("import lorafa; [getattr(lorafa, name) for name in lorafa.__all__]")
+    assert "torch" in loaded
+    assert loaded & (HEAVY | {"yaml", "rich", "torch._dynamo"}) == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["params", "--help"], ["report", "--help"], ["nope"]])
+def test_what_runs_nothing_loads_no_package(arguments: list[str]) -> None:
+    assert _loaded_by_command(*arguments) & (HEAVY | {"torch", "numpy", "yaml", "rich"}) == set()
+
+
+def test_help_with_all_settings_loads_what_reads_settings_and_nothing_that_computes() -> None:
+    loaded = _loaded_by_command("train", "--help")
+    assert "hydra" in loaded
+    assert loaded & ((HEAVY - {"hydra", "omegaconf"}) | {"torch", "numpy"}) == set()
+
+
+def test_a_report_loads_what_draws_and_nothing_that_computes(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("peft: {r: 8}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
+    loaded = _loaded_by_command("report", str(tmp_path))
+    assert (tmp_path / "report.html").is_file()
+    assert loaded & ((HEAVY - {"matplotlib", "jinja2"}) | {"torch"}) == set()
+
+
+def test_counting_parameters_loads_the_class_of_the_model_and_nothing_that_trains() -> None:
+    loaded = _loaded_by_command("params", "model=opt-125m")
+    assert "transformers.models.opt.modeling_opt" in loaded
+    unused = {"transformers.trainer", "transformers.models.llama.modeling_llama", "datasets", "lorafa.losses"}
+    assert loaded & unused == set()
+
+
+def test_names_are_listed_where_they_are_loaded_from_exported_and_declared_to_type_checkers() -> None:
+    homes = lorafa._HOMES
+    assert list(homes) == sorted(homes)
+    assert sorted([*homes, "__version__"]) == sorted(lorafa.__all__)
+    assert set(lorafa.__all__) <= set(dir(lorafa))
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    declared = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in declared.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.name: node.module for node in imports for alias in node.names} == homes
+
+
+def test_a_name_that_is_not_there_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="module 'lorafa' has no attribute 'LoraConfg'"):
+        lorafa.LoraConfg  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'LoraConfg'"):
+        exec("from lorafa import LoraConfg")
+
+
+def test_public_modules_come_with_the_package() -> None:
+    assert lorafa.optimizers.create_lorafa_optimizer is lorafa.create_lorafa_optimizer
+    assert lorafa.errors.LoraError is lorafa.LoraError

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import sys
 import zipfile
 from collections import Counter
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +19,7 @@ from lorafa.data.sources import load_records
 from lorafa.data.wheels import Wheel
 from lorafa.errors import ConfigError, DataError, SourceError
 
+FILE = "reasoning-gym-0.1.25.whl"
 UTILS = "def format_number(n):\n    return str(n)\n"
 LISTING = "raise ImportError('this module is read, never run')\ntasks_ok = [0, 50]\n"
 TEMPLATE = """
@@ -28,13 +33,20 @@ def generate_{n}(rng, difficulty=1.0):
 
 
 @pytest.fixture
-def cache(tmp_path):
-    """A cache that holds a wheel of two small templates, so that nothing is downloaded."""
-    return make_wheel(tmp_path, variety=1000)
+def cache(tmp_path, monkeypatch):
+    """A cache that holds the published wheel, here one of two small templates, so that nothing is downloaded."""
+    return published(tmp_path, monkeypatch, variety=1000)
+
+
+def published(folder, monkeypatch, variety):
+    """Put a wheel into a folder and let it be the one whose hash is known."""
+    content = (make_wheel(folder, variety) / FILE).read_bytes()
+    monkeypatch.setattr(problems, "WHEEL", Wheel("reasoning-gym==0.1.25", hashlib.sha256(content).hexdigest()))
+    return folder
 
 
 def make_wheel(folder, variety):
-    with zipfile.ZipFile(folder / "reasoning-gym-0.1.25.whl", "w") as wheel:
+    with zipfile.ZipFile(folder / FILE, "w") as wheel:
         wheel.writestr("reasoning_gym/__init__.py", "raise ImportError('the package is never imported')")
         wheel.writestr("reasoning_gym/utils.py", UTILS)
         wheel.writestr("reasoning_gym/arithmetic/gsm_symbolic/gsm_symbolic.py", LISTING)
@@ -116,8 +128,8 @@ def test_an_unsound_problem_makes_no_record():
     assert make_record({**example, "answer": "7"}) is not None
 
 
-def test_asking_for_more_problems_than_there_are_is_an_error(tmp_path):
-    cache = make_wheel(tmp_path, variety=3)
+def test_asking_for_more_problems_than_there_are_is_an_error(tmp_path, monkeypatch):
+    cache = published(tmp_path, monkeypatch, variety=3)
     assert len(load_word_problems(train_size=4, eval_size=2, seed=0, cache_dir=cache).train) == 4
     with pytest.raises(DataError, match=r"gave only 6 different problems, asked for 7\. Lower data\.train_size"):
         load_word_problems(train_size=5, eval_size=2, seed=0, cache_dir=cache)
@@ -128,34 +140,78 @@ def test_generated_problems_need_a_size(cache):
         load_records("word_problems", train_size=None, eval_size=2, seed=0, cache_dir=cache)
 
 
-def test_a_damaged_cached_wheel_is_an_error(tmp_path):
-    (tmp_path / "reasoning-gym-0.1.25.whl").write_bytes(b"PK not a zip")
-    with pytest.raises(SourceError, match=r"The cached .* cannot be read: .* Delete it and run again"):
-        load_word_problems(train_size=1, eval_size=0, seed=0, cache_dir=tmp_path)
-    with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
-        wheel.writestr("README", "nothing here")
-    with pytest.raises(SourceError, match=r"cannot be read: .*gsm_symbolic\.py"):
-        load_templates(tmp_path / "other.whl")
+REFUSED = (
+    r"The cached .*{} is not the wheel that was published: its SHA-256 is [0-9a-f]{{64}}, expected [0-9a-f]{{64}}\. "
+    r"Nothing of it was run\. Delete it and run again\."
+)
 
 
-def test_a_wheel_of_another_version_is_an_error(cache, monkeypatch):
+@pytest.mark.parametrize("way", ["argument", "LORAFA_CACHE", "XDG_CACHE_HOME"])
+def test_code_of_a_wheel_in_the_cache_runs_only_if_it_is_the_published_one(cache, tmp_path, monkeypatch, way):
+    folder = tmp_path / "lorafa" if way == "XDG_CACHE_HOME" else tmp_path
+    folder.mkdir(exist_ok=True)
+    ran = tmp_path / "ran"
+    monkeypatch.setattr(f"{__name__}.UTILS", f"open({str(ran)!r}, 'w')\n{UTILS}")
+    make_wheel(folder, variety=1000)
+    monkeypatch.delenv("LORAFA_CACHE", raising=False)
+    if way != "argument":
+        monkeypatch.setenv(way, str(tmp_path))
+    with pytest.raises(SourceError, match=REFUSED.format(FILE)):
+        load_word_problems(train_size=1, eval_size=0, seed=0, cache_dir=tmp_path if way == "argument" else None)
+    assert not ran.exists()
+    assert (folder / FILE).is_file()
+
+
+def test_one_byte_more_makes_it_another_wheel(cache):
+    with (cache / FILE).open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(SourceError, match=REFUSED.format(FILE)):
+        load_word_problems(train_size=1, eval_size=0, seed=0, cache_dir=cache)
+
+
+def test_the_bytes_that_run_are_the_bytes_that_were_hashed(cache, tmp_path, monkeypatch):
+    """The file is exchanged as soon as it was read: a second look at it would run the other one."""
+    ran, read = tmp_path / "ran", Path.read_bytes
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(f"{__name__}.UTILS", f"open({str(ran)!r}, 'w')\n{UTILS}")
+    make_wheel(tmp_path / "other", variety=1000)
+
+    def read_and_exchange(path):
+        content = read(path)
+        os.replace(tmp_path / "other" / FILE, path)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_exchange)
+    load_word_problems(train_size=1, eval_size=0, seed=0, cache_dir=cache)
+    assert not ran.exists()
+    assert not (tmp_path / "other" / FILE).exists()
+
+
+def test_a_cached_wheel_that_cannot_be_read_is_an_error(cache):
+    (cache / FILE).unlink()
+    (cache / FILE).mkdir()
+    with pytest.raises(SourceError, match=rf"The cached .*{FILE} cannot be read: .*\. Delete it and run again\."):
+        load_templates(cache / FILE)
+
+
+def test_a_wheel_of_another_layout_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.LISTING", "tasks_fine = [0]\n")
     with pytest.raises(SourceError, match=r"reasoning-gym==0\.1\.25 does not list tasks_ok"):
-        load_templates(make_wheel(cache, variety=3) / "reasoning-gym-0.1.25.whl")
+        load_templates(published(tmp_path, monkeypatch, variety=3) / FILE)
 
 
-def test_what_is_fetched_is_kept_and_used_again(tmp_path, monkeypatch):
+def test_what_is_fetched_is_kept_and_used_again(cache, tmp_path, monkeypatch):
     fetched = []
 
     def fake(wheel: Wheel, folder, *, instead):
         fetched.append(wheel.requirement)
-        return make_wheel(folder, variety=1000) / "reasoning-gym-0.1.25.whl"
+        return shutil.copy(cache / FILE, folder)
 
     monkeypatch.setattr(problems, "download_wheel", fake)
     for _ in range(2):
         load_word_problems(train_size=1, eval_size=0, seed=0, cache_dir=tmp_path / "new")
     assert fetched == ["reasoning-gym==0.1.25"]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["reasoning-gym-0.1.25.whl"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [FILE]
 
 
 def test_few_templates_are_those_with_the_shortest_text_in_their_order():

@@ -13,7 +13,7 @@ from lorafa import LoraConfig, Statistics, collect_statistics, get_eva_state_dic
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import CalibrationError
-from lorafa.losses import ROW_MULTIPLE
+from lorafa.rows import ROW_MULTIPLE
 from lorafa.starting import GAMMAS
 from lorafa.train.settings.init import InitConfig, start_fields
 from lorafa.train.start import start_adapter

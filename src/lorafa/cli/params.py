@@ -9,13 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.models import MODELS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
     from torch import nn
 
     from lorafa.costs.accounting import AdapterCost
@@ -61,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from lorafa.conf.compose import compose  # Hydra and transformers load only when a command runs
+    from lorafa.conf.compose import compose  # Hydra, torch and transformers load only when a command runs
     from lorafa.data.models import DTYPES
     from lorafa.data.shapes import shape_model
 
@@ -90,7 +89,7 @@ def adapter_costs(model: nn.Module, config: RunConfig) -> list[tuple[str, Adapte
     """(words of an optimizer, cost): the optimizer of the settings, then A frozen where B can be trained alone."""
     from lorafa.costs.accounting import adapter_cost
     from lorafa.optimizers import OPTIMIZERS
-    from lorafa.train.recipe import lora_config
+    from lorafa.train.adapter_config import lora_config
     from lorafa.train.settings.optim import OptimConfig, words
 
     adapter = lora_config(config)
@@ -108,6 +107,8 @@ def adapter_costs(model: nn.Module, config: RunConfig) -> list[tuple[str, Adapte
 
 def kinds_table(cost: AdapterCost) -> Table:
     """One row a kind of adapted layer, one for what is trained beside them, and the sums."""
+    from rich.table import Table
+
     table = Table(title="What is added", title_justify="left")
     table.add_column("module")
     for heading in ("layers", "rank", "base", "A", "B", "extras"):
@@ -127,6 +128,8 @@ def kinds_table(cost: AdapterCost) -> Table:
 
 def costs_table(costs: Sequence[tuple[str, AdapterCost]]) -> Table:
     """One column a way of training the adapter; MiB and GiB are powers of two."""
+    from rich.table import Table
+
     first = costs[0][1]
     table = Table(title=f"What it costs on {first.base:,} parameters, {_size(first.base_bytes)}", title_justify="left")
     table.add_column("")
@@ -165,7 +168,7 @@ def _plain(optimizer: str, cost: AdapterCost) -> dict[str, Any]:
 
 def _notes(model: nn.Module, config: RunConfig) -> list[str]:
     """What the numbers leave out, where they leave something out."""
-    from lorafa.train.recipe import lora_config
+    from lorafa.train.adapter_config import lora_config
 
     notes, initializer = [], lora_config(config).start.initializer
     if initializer.moves_base:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DESCRIPTION = """\
 Print the result of a run and write its report.html: the loss curve, the scores before and after, sample answers.

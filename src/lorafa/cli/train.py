@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from lorafa.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lorafa.train.settings.run import RunConfig
 
 DESCRIPTION = """\
@@ -109,8 +109,8 @@ class _HelpWithSettings(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=kwargs["help"])
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from lorafa.cli.settings import settings_help
-
         print(parser.format_help())
+        from lorafa.cli.settings import settings_help  # Hydra, which an installation may lack: the rest stands already
+
         print(settings_help())
         parser.exit()

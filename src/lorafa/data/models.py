@@ -165,12 +165,13 @@ def check_samples(model: PreTrainedModel, samples: Sequence[Sample]) -> None:
 def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | None = None) -> Path | str:
     """Say where the model called ``name`` is: a folder, or a Hub id for transformers to fetch.
 
-    * a line of ``MODELS`` whose weights can be had (``smollm2-135m``): made once in ``cache_dir``, reused afterwards.
+    * a line of ``MODELS`` whose weights can be had (``smollm2-135m``): made once in ``cache_dir``, reused afterwards
+      where every file is as it was made.
     * a local folder: that folder.
     * ``owner/name``: the same string.
 
     Raises:
-        SourceError: none of these, or the built-in model could not be fetched.
+        SourceError: none of these, or the built-in model could not be fetched or is not as it was made.
     """
     folder, fetch = Path(name).expanduser(), MODELS.get(name).fetch if name in MODELS else None
     if fetch is not None:

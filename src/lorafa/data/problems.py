@@ -1,14 +1,16 @@
 """Grade-school word problems with worked answers, made on the spot from templates.
 
 The templates are the ones of GSM-Symbolic (Mirzadeh et al. 2024, arXiv:2410.05229) as written for the PyPI package
-``reasoning-gym`` (Apache-2.0). Only two modules of its wheel are used and they are run straight from the archive:
-importing the package itself needs dependencies, one of which needs a C compiler.
+``reasoning-gym`` (Apache-2.0). Only three modules of its wheel are used and they are run straight from the archive:
+importing the package itself needs dependencies, one of which needs a C compiler. They are code: each time, what is run
+are the bytes whose SHA-256 is known.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import io
 import os
 import re
 import statistics
@@ -23,7 +25,7 @@ from random import Random
 from typing import Any
 
 from lorafa.data.records import Message, Record, Records, final_answer, last_number
-from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
+from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, read_wheel, scratch_folder
 from lorafa.errors import DataError, SourceError
 
 WHEEL = Wheel("reasoning-gym==0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435")
@@ -83,16 +85,13 @@ def load_templates(wheel: Path) -> list[Template]:
     """The templates that the package itself lists as good (``tasks_ok``), in the order of their numbers.
 
     Raises:
-        SourceError: the file is damaged or not laid out as expected.
+        SourceError: the file is not the published wheel; nothing of it was run.
     """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            listing = archive.read(f"{_FOLDER}/gsm_symbolic.py").decode()
-            utils = _run(archive, "reasoning_gym/utils.py", {})
-            known = {"reasoning_gym.utils": utils}
-            halves = [_run(archive, f"{_FOLDER}/generators_{part}.py", known) for part in ("00_49", "50_99")]
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(f"The cached {wheel} cannot be read: {error}. Delete it and run again.") from error
+    with zipfile.ZipFile(io.BytesIO(read_wheel(wheel, WHEEL))) as archive:
+        listing = archive.read(f"{_FOLDER}/gsm_symbolic.py").decode()
+        utils = _run(archive, wheel, "reasoning_gym/utils.py", {})
+        known = {"reasoning_gym.utils": utils}
+        halves = [_run(archive, wheel, f"{_FOLDER}/generators_{part}.py", known) for part in ("00_49", "50_99")]
     found = {name: function for half in halves for name, function in vars(half).items()}
     return [found[f"generate_{number}"] for number in _assigned(listing, "tasks_ok")]
 
@@ -115,15 +114,18 @@ def _usual_length(template: Template) -> float:
     return statistics.median(lengths) if lengths else float("inf")
 
 
-def _run(archive: zipfile.ZipFile, path: str, known: dict[str, types.ModuleType]) -> types.ModuleType:
-    """Execute one module of the archive; ``known`` answers its imports first. ``sys.modules`` is not involved."""
+def _run(archive: zipfile.ZipFile, wheel: Path, path: str, known: dict[str, types.ModuleType]) -> types.ModuleType:
+    """Execute one module of the archive; ``known`` answers its imports first. ``sys.modules`` is not involved.
+
+    ``wheel`` is where tracebacks say that it comes from.
+    """
 
     def importer(name: str, *rest: Any) -> types.ModuleType:
         return known[name] if name in known else builtins.__import__(name, *rest)
 
     module = types.ModuleType(Path(path).stem)
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": importer}
-    exec(compile(archive.read(path), os.path.join(str(archive.filename), path), "exec"), module.__dict__)
+    exec(compile(archive.read(path), os.path.join(wheel, path), "exec"), module.__dict__)
     return module
 
 
@@ -133,10 +135,7 @@ def _assigned(source: str, name: str) -> list[int]:
         if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == [name]:
             values: list[int] = ast.literal_eval(node.value)
             return values
-    raise SourceError(
-        f"The wheel {WHEEL.requirement} does not list {name}; it is not the expected version. "
-        "Delete it from the cache and run again."
-    )
+    raise SourceError(f"The wheel {WHEEL.requirement} does not list {name}: it is laid out in another way than known.")
 
 
 def _distinct(templates: list[Template], seed: int, wanted: int) -> Iterator[Record]:

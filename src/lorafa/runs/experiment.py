@@ -21,23 +21,26 @@ from lorafa.train.settings.run import RunConfig
 def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Path:
     """Train as ``config`` says and return the new run directory.
 
-    The directory is made once model, data and adapter stand, so a setting that does not fit leaves nothing behind.
+    The directory is this run's from the start, whoever else starts now. Something is written into it once model, data
+    and adapter stand; what fails before, a setting that does not fit, leaves nothing behind.
 
     Raises:
         LoraError: of the kind that fits; from the training on, result.json says what happened.
     """
-    path = RunDirectory.place(config)
-    return _run(path, None, config, console, command)
+    with RunDirectory.claimed(config) as run:
+        return _run(run.path, None, config, console, command)
 
 
 def resume_run(path: str | Path, console: Console, command: Sequence[str]) -> Path:
     """Continue a run from its last checkpoint, with its own settings, and return its directory.
 
     Raises:
-        LoraError: as :func:`resumable`; from the training on, result.json says what happened.
+        LoraError: as :func:`resumable`, or another process is at the run; from the training on, result.json says what
+            happened.
     """
-    run, checkpoint = resumable(path)
-    return _run(run.path, checkpoint, run.config(), console, command)
+    with RunDirectory.open(path).held():
+        run, checkpoint = resumable(path)
+        return _run(run.path, checkpoint, run.config(), console, command)
 
 
 def resumable(path: str | Path) -> tuple[RunDirectory, Path]:

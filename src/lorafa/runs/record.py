@@ -7,13 +7,15 @@ result.json        status, what was measured before and after, times, sizes; rew
 checkpoints/       what a continued run starts from
 adapter/           the trained adapter in PEFT's format
 report.html        written by lorafa.report
+.lock              held by the process that writes all this; the system lets go of it when that ends
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,20 @@ from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
 from lorafa.runs.formats import current
 from lorafa.settings.typed import build, plain
 from lorafa.storage import make_folder, read_json, write_json, written_whole
+from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import last_checkpoint
-from lorafa.train.recipe import lora_config
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
 from lorafa.variants import variant_types
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
+LOCK = ".lock"
+NUMBERS = 1000
+"""Runs that may start within one second under one parent."""
+
+
+class TakenError(ConfigError):
+    """Another process is writing to the run."""
 
 
 class RunDirectory:
@@ -48,19 +57,78 @@ class RunDirectory:
         Raises:
             ConfigError: the directory exists and is not empty, or cannot be made where it is to be.
         """
-        path = Path(config.run_dir).expanduser() if config.run_dir else _fresh(Path("runs"), _short_name(config))
+        path = Path(config.run_dir).expanduser() if config.run_dir else _free(_names(config))
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             why = "cannot be written to" if there.is_dir() else "is not a folder"
             raise ConfigError(
                 f"The run directory {str(path)!r} cannot be made: {str(there)!r} {why}. Choose another run_dir."
             )
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not _is_empty(path):
             raise ConfigError(
                 f"The run directory {str(path)!r} exists and is not empty; a run overwrites nothing. "
                 f"Choose another run_dir, or continue that run: train.resume={path}"
             )
         return path
+
+    @classmethod
+    @contextmanager
+    def claimed(cls, config: RunConfig) -> Iterator[RunDirectory]:
+        """A new directory, where :meth:`place` says, that is this process's alone until the block ends.
+
+        It is made, or locked where it is there and empty, in one step that one of several processes can take. A block
+        that wrote nothing into it leaves nothing behind.
+
+        Raises:
+            ConfigError: as :meth:`place`; TakenError where another process was first.
+        """
+        path = cls.place(config)
+        try:
+            path, made = (path, _make(path, or_take=True)) if config.run_dir else _make_first(_names(config))
+        except OSError as error:
+            raise ConfigError(
+                f"The run directory {str(path)!r} cannot be made: {error.strerror or error}. Choose another run_dir."
+            ) from error
+        run = cls(path)
+        with run.held():
+            if not _is_empty(path) or not (path / LOCK).exists():  # another was here between the look and the lock
+                raise TakenError(run._taken())
+            try:
+                yield run
+            finally:
+                if _is_empty(path):
+                    _remove(path, made)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else claims or holds the run inside the block; the lock goes with the process, however that ends.
+
+        Raises:
+            TakenError: another process holds it.
+            ConfigError: it cannot be locked.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise TakenError(self._taken()) from error
+        except (OSError, NotImplementedError) as error:
+            raise ConfigError(
+                f"The run {str(self.path)!r} cannot be locked against other processes: {first_line(error)}. Put it "
+                "where this process may write, on a file system with locks."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _taken(self) -> str:
+        return (
+            f"The run {str(self.path)!r} is taken: another process is writing to it. Nothing of it was changed. Wait "
+            "until that one has ended, or start a run in another run_dir."
+        )
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:
@@ -89,13 +157,21 @@ class RunDirectory:
         Raises:
             ConfigError: config.yaml was edited into something that is no config.
         """
+        return build(RunConfig, self.settings())
+
+    def settings(self) -> Mapping[str, Any]:
+        """The settings as they are recorded, whether this version knows them or not.
+
+        Raises:
+            ConfigError: config.yaml was edited into something that holds none.
+        """
         try:
             values = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.path / CONFIG} is not yaml: {first_line(error)}. Restore it.") from error
         if not isinstance(values, Mapping):
             raise ConfigError(f"{self.path / CONFIG} holds no settings. Restore it, or start a new run.")
-        return build(RunConfig, current(values))
+        return current(values)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         write_json(self.path / ENVIRONMENT, dict(environment))
@@ -199,8 +275,53 @@ def _short_name(config: RunConfig) -> str:
     return f"{formula}-r{config.peft.r}{start}"
 
 
-def _fresh(parent: Path, name: str) -> Path:
-    """``parent/<date>-<time>-<name>``, numbered when two runs start within one second."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    candidates = [parent / f"{stamp}-{name}", *(parent / f"{stamp}-{name}-{n}" for n in range(2, 1000))]
-    return next(path for path in candidates if not path.exists())
+def _names(config: RunConfig) -> Iterator[Path]:
+    """``runs/<date>-<time>-<adapter>``, then the same with a number, for runs that start within one second."""
+    named = Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{_short_name(config)}"
+    yield named
+    yield from (named.with_name(f"{named.name}-{number}") for number in range(2, NUMBERS))
+
+
+def _free(names: Iterator[Path]) -> Path:
+    return next(path for path in names if not path.exists())
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or the lock alone that a process left which was ended before it began."""
+    return all(inside.name == LOCK for inside in folder.iterdir())
+
+
+def _make_first(names: Iterator[Path]) -> tuple[Path, list[Path]]:
+    """Make the first of these folders that is not there; it and all folders made. No two processes make the same."""
+    for path in names:
+        with suppress(FileExistsError):
+            return path, _make(path)
+    raise FileExistsError(None, "all names are taken")
+
+
+def _make(path: Path, *, or_take: bool = False) -> list[Path]:
+    """Make a folder with those above it that are missing; which were made, the highest first.
+
+    Raises:
+        FileExistsError: it is there already, unless that is right (``or_take``).
+    """
+    made: list[Path] = []
+    above = [place for place in path.absolute().parents if not place.exists()]
+    for folder in (*reversed(above), path):
+        try:
+            folder.mkdir()
+            made.append(folder)
+        except FileExistsError:
+            if folder is path and not or_take:
+                raise
+        except FileNotFoundError:  # the one above was there, empty, and whoever had made it took it back
+            return made + _make(path, or_take=or_take)
+    return made
+
+
+def _remove(path: Path, made: list[Path]) -> None:
+    """Take back what :func:`_make` made, as far as nothing is in it."""
+    (path / LOCK).unlink(missing_ok=True)
+    with suppress(OSError):
+        for folder in reversed(made):
+            folder.rmdir()

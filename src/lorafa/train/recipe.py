@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ from rich.panel import Panel
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from lorafa.config import LoraConfig
 from lorafa.data.chat import Encoded, encode_all, render_sample
 from lorafa.data.collate import Collator
 from lorafa.data.models import check_samples, load_model
@@ -31,10 +30,10 @@ from lorafa.evals.perplexity import answer_loss
 from lorafa.losses import supervised_nll, supports_chunked_loss
 from lorafa.peft_model import PeftModel
 from lorafa.storage import read_json
+from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.settings.init import start_fields, start_of
 from lorafa.train.settings.optim import pair_optimizer, stock_arguments
 from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.start import start_adapter
@@ -183,30 +182,6 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
     return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
-
-
-def lora_config(config: RunConfig) -> LoraConfig:
-    """The adapter's settings as the library takes them.
-
-    Raises:
-        ConfigError: a value is not allowed, or two contradict each other.
-    """
-    peft = {field.name: getattr(config.peft, field.name) for field in fields(config.peft)}
-    of_the_run = {
-        "task_type": "CAUSAL_LM",
-        "revision": config.model.revision,
-        "lora_dropout": _dropout(config),
-        "init_seed": config.train.seed,
-    }
-    return LoraConfig(**peft | of_the_run | start_fields(config.init))
-
-
-def _dropout(config: RunConfig) -> float:
-    given = config.peft.lora_dropout
-    if given is not None:
-        return given
-    start = start_of(config.init).initializer
-    return 0.0 if start.moves_base and start.variant is None else 0.05
 
 
 def read_records(data: DataConfig) -> Records:

@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lorafa.errors import DivergedError, shorten, warn
-from lorafa.losses import IGNORE_INDEX, SupervisedLoss, supervised_nll, supports_chunked_loss
+from lorafa.losses import SupervisedLoss, supervised_nll, supports_chunked_loss
+from lorafa.rows import IGNORE_INDEX
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.checkpoints import last_checkpoint

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lorafa.adapter import STAGES, Stage, Variant
 from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS, Start
 from lorafa.registry import Registry
-from lorafa.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from lorafa.adapter import Stage, Variant
+    from lorafa.spec import LayerSpec
 
 VARIANTS: Registry[type[Variant]] = Registry(
     "variant",
@@ -49,6 +51,8 @@ def variant_types(config: HasStart) -> tuple[type[Variant], ...]:
     Raises:
         ConfigError: it asks for two of one stage.
     """
+    from lorafa.adapter import STAGES
+
     asked = {name: switch for switch, name in switches().items() if getattr(config, switch, None)}
     own = config.start.initializer.variant
     if own is not None and own in VARIANTS.names():

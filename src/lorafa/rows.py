@@ -1,0 +1,18 @@
+"""Rows of a batch: which of them count, and how many there had better be."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained on, as in transformers and `torch.nn.functional.cross_entropy`."""
+
+ROW_MULTIPLE = 32
+"""On a CPU, rows are filled up with zeros to a multiple of so many where that changes no result: for every number of
+rows it has met the matrix library keeps kernels, and the allocator holes."""
+
+
+def filled_up(rows: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:
+    """Rows (T, n), on a CPU followed by zeros up to a multiple."""
+    more = -len(rows) % multiple if rows.device.type == "cpu" else 0
+    return nn.functional.pad(rows, (0, 0, 0, more)) if more else rows

@@ -1,0 +1,139 @@
+"""A pipeline whose reader has gone ends a command quietly, with the status of other tools; and narrow terminals."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train_toys import make_workplace, read, settings
+
+from lorafa.cli import main as cli
+from lorafa.cli.main import main
+
+SOURCES = str(Path(__file__).parents[2] / "src")
+CLOSED = 141
+"""128 + SIGPIPE, what a shell says of `yes` in `yes | true`."""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def run(workplace: Path) -> Path:
+    """A run that is over."""
+    path = workplace / "run"
+    assert main(["train", *settings(workplace, path), "train.steps=2", "eval.size=0", "eval.before=false"]) == 0
+    return path
+
+
+def unread(*arguments: str, both: bool = False, **environment: str) -> tuple[int, list[str]]:
+    """Exit status and complaints of a command whose output is a pipe without a reader; ``both``: the errors as well."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lorafa.cli.main", *arguments],
+            stdout=writer,
+            stderr=subprocess.STDOUT if both else subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", **environment},
+        )
+    finally:
+        os.close(writer)
+    lines = (done.stderr or "").splitlines()
+    return done.returncode, [line for line in lines if re.search("Traceback|Broken|Error|ignored", line)]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["--help", "--version", "train --help"])
+def test_help_that_nobody_reads_ends_quietly(command: str, unbuffered: str) -> None:
+    assert unread(*command.split(), PYTHONUNBUFFERED=unbuffered) == (CLOSED, [])
+
+
+@pytest.mark.parametrize("command", ["params model=opt-125m", "params model=opt-125m --json"])
+def test_tables_that_nobody_reads_end_quietly(command: str) -> None:
+    assert unread(*command.split()) == (CLOSED, [])
+
+
+def test_a_report_that_nobody_reads_ends_quietly(run: Path) -> None:
+    assert unread("report", str(run), PYTHONUNBUFFERED="1") == (CLOSED, [])
+
+
+def test_errors_that_nobody_reads_end_quietly(tmp_path: Path) -> None:
+    assert unread("report", str(tmp_path / "none"), both=True) == (CLOSED, [])
+    assert unread("report", both=True) == (CLOSED, [])
+
+
+def test_the_first_line_of_a_table_is_there_for_who_wants_no_more() -> None:
+    command = f"{sys.executable} -m lorafa.cli.main params model=opt-125m | head -1; echo ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[0].strip() == "What is added"
+    assert done.stdout.splitlines()[1] in ("0", str(CLOSED))  # 0: all was written before head had gone
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
+
+
+def test_a_training_that_nobody_reads_ends_quietly(workplace: Path, tmp_path: Path) -> None:
+    short = ["train.steps=2", "eval.size=0", "eval.before=false"]
+    assert unread("train", *settings(workplace, tmp_path / "run"), *short, "--traceback") == (CLOSED, [])
+    assert not (tmp_path / "run").exists()  # what it adapts is said before anything is written
+
+
+def test_a_reader_that_goes_on_the_way_is_recorded(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafa.cli.pipes import OutputClosed
+    from lorafa.train import recipe
+
+    def on_log(*_: object, **__: object) -> None:
+        raise OutputClosed
+
+    monkeypatch.setattr(recipe.RunCallback, "on_log", on_log)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *settings(workplace, tmp_path / "run"), "eval.size=0", "eval.before=false"])
+    assert stop.value.code == CLOSED
+    result = read(tmp_path / "run" / "result.json")
+    assert (result["status"], result["error"]) == ("failed", "OutputClosed: nobody reads the output any more")
+
+
+def test_a_connection_that_breaks_is_no_closed_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli.report, "run", run)
+    assert main(["report", "x"]) == 1
+    assert "BrokenPipeError: [Errno 32] Broken pipe. This was not foreseen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["20", "1"])
+@pytest.mark.parametrize("command", ["--help", "train --help", "params --help", "params model=opt-125m"])
+def test_a_narrow_terminal_gets_narrow_output(
+    command: str, columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    try:
+        status = main(command.split())
+    except SystemExit as stop:
+        status = int(str(stop.code or 0))
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    assert re.search(r"\w", out)
+
+
+@pytest.mark.parametrize("columns", ["20", "1"])
+def test_a_narrow_terminal_shows_a_run(
+    workplace: Path, run: Path, columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["train", *settings(workplace, workplace / "none"), "--dry-run"]) == 0
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().err == ""
