@@ -165,6 +165,14 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(workplace: Path, tmp_path: 
     assert read(run / "result.json")["after"]["loss"] == pytest.approx(min(measured), rel=1e-4)
 
 
+def test_the_number_of_threads_is_that_of_the_settings_and_is_given_back(workplace: Path, tmp_path: Path) -> None:
+    run, before = tmp_path / "run", torch.get_num_threads()
+    short = ["eval.size=0", "eval.before=false", "train.steps=1", "train.checkpoint_every=0"]
+    assert main(["train", *settings(workplace, run), *short, f"threads={before + 1}"]) == 0
+    assert read(run / "environment.json")["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -89,15 +89,20 @@ def test_layout_of_a_matrix_is_that_of_the_stored_weight(kind: str) -> None:
     assert torch.equal(stored, getattr(layer, name))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BACKENDS.names() if backend_for(kind).host == "linear"])
+LINEARS = [kind for kind in BACKENDS.names() if backend_for(kind).host == "linear"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LINEARS if not backend_for(kind).quantized])
 def test_dense_tensors_give_the_output_of_the_layer(kind: str) -> None:
-    layer, backend = base_layer(kind, dtype=torch.float64), backend_for(kind)
-    dense = backend.dense(layer)
-    if dense is None:
-        assert backend.quantized
-        return
-    x = input_for(kind, torch.float64)
+    layer, x = base_layer(kind, dtype=torch.float64), input_for(kind, torch.float64)
+    dense = backend_for(kind).dense(layer)
+    assert dense is not None
     close(nn.functional.linear(x, *dense), layer(x))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LINEARS if backend_for(kind).quantized])
+def test_a_quantized_layer_has_no_dense_tensors(kind: str) -> None:
+    assert backend_for(kind).dense(base_layer(kind)) is None
 
 
 def test_linear_subclass_with_a_forward_of_its_own_is_not_dense() -> None:

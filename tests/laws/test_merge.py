@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from adapter_toys import (
     DEFINED,
+    IN,
     KINDS,
+    OUT,
     VARIANT,
     Single,
     adapted,
@@ -29,6 +31,7 @@ from adapter_toys import (
 )
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import AdapterError, BackendError
+from lorafa.layers.base import LoraLayer
 from lorafa.surgery.walk import lora_layers
 
 EXACT = [(v, k) for v, k in DEFINED if not backend_for(k).quantized]
@@ -146,10 +149,13 @@ def test_delta_weight_has_layout_and_dtype_of_the_stored_weight_and_is_what_merg
     variant: str, kind: str
 ) -> None:
     model = adapted(kind, dtype=torch.float64, **VARIANT[variant])
-    layer = only_layer(model)
+    layer, backend = only_layer(model), backend_for(kind)
     delta = layer.get_delta_weight("default")
-    if backend_for(kind).quantized:
-        assert delta.shape == (layer.out_features, layer.in_features)
+    if backend.quantized:
+        wanted = backend.weight(layer.get_base_layer()) + delta
+        assert delta.shape == (OUT, IN)
+        model.merge_adapter()
+        assert_holds(layer, kind, wanted)
         return
     name = "in_proj_weight" if layer.kind == "attention" else "weight"
     before = getattr(layer.get_base_layer(), name).detach().clone()
@@ -159,6 +165,15 @@ def test_delta_weight_has_layout_and_dtype_of_the_stored_weight_and_is_what_merg
     close(layer.get_delta_weight("default"), delta)  # still against the pristine weight
 
 
+def assert_holds(layer: LoraLayer, kind: str, wanted: Tensor) -> None:
+    """A quantized layer has the codes of ``wanted`` (out, in), rounded to them once."""
+    backend = backend_for(kind)
+    stored = backend.weight(layer.get_base_layer())
+    assert torch.equal(stored, backend.weight(backend.example(wanted, None)))
+    # Half the widest gap between two of the sixteen levels of NF4, between -1 and -0.696; other codes are finer.
+    assert (stored - wanted).abs().max() <= 0.152 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_add_up_and_a_second_merge_adds_to_the_first(kind: str) -> None:
     model = adapted(kind, dtype=torch.float64)
@@ -166,7 +181,8 @@ def test_adapters_add_up_and_a_second_merge_adds_to_the_first(kind: str) -> None
     model.set_adapter("second")
     train(model)
     model.base_model.set_adapter(["default", "second"])
-    layer = only_layer(model)
+    layer, backend = only_layer(model), backend_for(kind)
+    pristine = backend.weight(layer.get_base_layer()).clone()
     deltas = [layer.get_delta_weight(name) for name in ("default", "second")]
     x = input_for(kind, torch.float64)
     with torch.no_grad():
@@ -174,13 +190,15 @@ def test_adapters_add_up_and_a_second_merge_adds_to_the_first(kind: str) -> None
         model.merge_adapter(["default"])
         model.merge_adapter(["second"])
         assert layer.merged_adapters == ["default", "second"]
-        if backend_for(kind).quantized:
-            return
-        close(model(x), expected)
-        stored = backend_for(kind).to_layout(layer.get_base_layer(), backend_for(kind).weight(layer.get_base_layer()))
+        base = layer.get_base_layer()
+        if backend.quantized:
+            assert_holds(layer, kind, pristine + deltas[0] + deltas[1])
+        else:
+            close(model(x), expected)
+            close(backend.to_layout(base, backend.weight(base)) - backend.to_layout(base, pristine), sum(deltas))
         model.unmerge_adapter()
-        before = backend_for(kind).to_layout(layer.get_base_layer(), backend_for(kind).weight(layer.get_base_layer()))
-        close(stored - before, sum(deltas))
+        assert torch.equal(backend.weight(layer.get_base_layer()), pristine)
+        assert torch.equal(model(x), expected)
 
 
 def test_merging_an_adapter_that_is_not_active_changes_the_outputs_to_its() -> None:
@@ -188,8 +206,9 @@ def test_merging_an_adapter_that_is_not_active_changes_the_outputs_to_its() -> N
     model.add_adapter("second", config_for(LINEAR, init_lora_weights=False))
     layer = only_layer(model)
     model.merge_adapter(["second"])
-    base = layer._pristine[0]
-    close(model(x), x @ (base.weight + layer.get_delta_weight("second")).T + base.bias)
+    with model.disable_adapter():
+        base = model(x)
+    close(model(x), base + x @ layer.get_delta_weight("second").T)
 
 
 def test_lora_bias_is_merged_into_the_bias() -> None:

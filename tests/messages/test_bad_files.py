@@ -134,9 +134,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("value", [None, False, "", {}, []])
-def test_an_unknown_key_without_a_value_is_harmless(folder: Path, value: object) -> None:
+def test_an_unknown_key_without_a_value_changes_nothing(folder: Path, value: object) -> None:
+    expected = PeftModel.from_pretrained(Model(), folder)
     edit_config(folder, use_magic=value)
-    PeftModel.from_pretrained(Model(), folder)
+    loaded = PeftModel.from_pretrained(Model(), folder)
+    assert loaded.peft_config == expected.peft_config
+    x = torch.arange(10)
+    assert torch.equal(loaded(x), expected(x))
+    assert not torch.equal(loaded(x), Model()(x))
 
 
 def test_a_pickle_is_read_when_it_is_asked_for(folder: Path) -> None:

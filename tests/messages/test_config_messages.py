@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,25 +186,20 @@ NESTED: list[tuple[Callable[[], object], str]] = [
 
 
 @pytest.mark.parametrize(("settings", "text"), FIELDS + COMBINATIONS, ids=lambda case: str(case)[:60])
-def test_a_wrong_setting_is_refused_where_the_config_is_made(settings, text):
-    with pytest.raises(ConfigError, match=re.escape(text)):
-        LoraConfig(**settings)
-
-
-@pytest.mark.parametrize(("make", "text"), NESTED, ids=[text[:40] for _, text in NESTED])
-def test_a_wrong_setting_of_a_method_is_refused_where_its_config_is_made(make, text):
-    with pytest.raises(ConfigError, match=re.escape(text)):
-        make()
-
-
-@pytest.mark.parametrize(("settings", "text"), FIELDS + COMBINATIONS, ids=lambda case: str(case)[:60])
-def test_every_text_ends_as_a_sentence(settings, text):
-    with pytest.raises(ConfigError) as caught:
+def test_a_wrong_setting_is_refused_in_sentences_where_the_config_is_made(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)) as caught:
         LoraConfig(**settings)
     assert str(caught.value).endswith(".")
 
 
-def test_a_setting_made_wrong_later_is_found_by_check():
+@pytest.mark.parametrize(("make", "text"), NESTED, ids=[text[:40] for _, text in NESTED])
+def test_a_wrong_setting_of_a_method_is_refused_where_its_config_is_made(make: Callable[[], object], text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)) as caught:
+        make()
+    assert str(caught.value).endswith(".")
+
+
+def test_a_setting_made_wrong_later_is_found_by_check() -> None:
     config = LoraConfig()
     config.r = -1
     with pytest.raises(ConfigError, match=r"r must be an integer >= 1, found -1"):
@@ -227,7 +223,7 @@ FILES: list[tuple[str, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("content", "kind", "text"), FILES, ids=[content for content, _, _ in FILES])
-def test_a_wrong_file_is_refused_with_its_path(content, kind, text, tmp_path: Path):
+def test_a_wrong_file_is_refused_with_its_path(content: str, kind: type[Exception], text: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_text(content)
     with pytest.raises(kind, match=re.escape(str(path)) + ".*" + re.escape(text)):

@@ -9,7 +9,6 @@ from rich.console import Console
 from torch import nn
 
 from lorafa import LoraConfig, get_peft_model
-from lorafa.runs.experiment import _threads
 from lorafa.train.coverage import CoverageRow, coverage, coverage_table
 
 
@@ -90,10 +89,3 @@ def test_the_table_ends_with_the_sums() -> None:
     console.print(coverage_table(coverage(get_peft_model(Toy(), LoraConfig(r=2, target_modules=["up"])))))
     total = console.export_text().splitlines()[-2]
     assert [cell.strip() for cell in total.split("│") if cell.strip()] == ["1 of 4 kinds", "2/6", "124", "100.0%", "40"]
-
-
-def test_the_number_of_threads_is_given_back() -> None:
-    before = torch.get_num_threads()
-    with _threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ RUNS = sorted(path.parent for path in RESULTS.glob("**/config.yaml"))
 
 def test_there_are_some() -> None:
     assert RUNS
+
+
+def those_of(recorded: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings that were read, those the file has: a version since may know more."""
+    return {
+        key: those_of(value, read[key]) if isinstance(value, Mapping) and value else read[key]
+        for key, value in recorded.items()
+    }
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: str(run.relative_to(RESULTS)))

@@ -316,4 +316,6 @@ def test_the_command_says_what_is_wrong_and_leaves_with_two(tmp_path: Path, caps
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_a_plan(path: Path) -> None:
-    assert Plan.read(path).methods
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
+    assert [method.name for method in Plan.read(path).methods] == list(written)
+    assert len(written) > 1

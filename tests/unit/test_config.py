@@ -11,10 +11,13 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import lorafa.method_configs as methods
+from lorafa import get_peft_model
 from lorafa.config import LoraConfig, PeftType, TaskType, require_available, unavailable
 from lorafa.errors import CheckpointError, ConfigError, NotAvailableError
+from lorafa.layers.base import LoraLayer
 from lorafa.version import VERSION
 
 NESTED = [
@@ -268,8 +271,13 @@ def test_what_is_not_there_yet_is_accepted_by_the_config_and_refused_by_name_bef
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "pissa"])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_what_is_there_is_available(start, use_dora):
-    require_available(LoraConfig(init_lora_weights=start, use_dora=use_dora))
+def test_what_is_there_is_available_and_makes_an_adapter(start, use_dora):
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=start, use_dora=use_dora)
+    require_available(config)
+    assert unavailable(config) == []
+    layer = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config).get_base_model()[0]
+    assert isinstance(layer, LoraLayer)
+    assert layer.use_dora == {"default": use_dora}
 
 
 def test_two_features_that_are_not_there_are_both_named():

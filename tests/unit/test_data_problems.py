@@ -87,7 +87,9 @@ def test_the_same_seed_gives_the_same_problems_and_the_held_out_ones_do_not_depe
 def test_the_templates_run_without_a_trace_in_the_module_table(cache):
     before = dict(sys.modules)
     load_word_problems(train_size=2, eval_size=0, seed=0, cache_dir=cache)
-    assert sys.modules == before
+    assert {name: sys.modules.get(name) for name in before} == before
+    new = {name.partition(".")[0] for name in sys.modules.keys() - before.keys()}
+    assert new <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,10 @@ def test_false_or_garbled_worked_answers_are_not(worked, gold):
 def test_an_unsound_problem_makes_no_record():
     example = {"question": "q", "answer": "8", "metadata": {"answer_cot": "3 + 4 = 7\n#### 7"}}
     assert make_record(example) is None
-    assert make_record({**example, "answer": "7"}) is not None
+    record = make_record({**example, "answer": "7"})
+    assert record is not None
+    assert record.answer == "7"
+    assert record.messages[0].content == "q\nEnd with '#### ' and the answer as a number."
 
 
 def test_asking_for_more_problems_than_there_are_is_an_error(tmp_path, monkeypatch):

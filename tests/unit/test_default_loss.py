@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, Statistics, collect_statistics, get_eva_state_dict, initialize
-from lorafa.data.chat import Sample
-from lorafa.data.collate import Collator
 from lorafa.errors import CalibrationError
 from lorafa.rows import ROW_MULTIPLE
 from lorafa.starting import GAMMAS
-from lorafa.train.settings.init import InitConfig, start_fields
-from lorafa.train.start import start_adapter
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "down_proj"]
@@ -133,11 +130,22 @@ def test_the_head_itself_may_be_a_target() -> None:
     found, expected = (collect_statistics(causal_lm(), config, [rows_of(9)], dense=True, loss=f) for f in (None, own))
     for layer in ("lm_head", "model.layers.1.self_attn.q_proj"):  # the model's own loss is in float32
         torch.testing.assert_close(found[layer]["gradient.S"], expected[layer]["gradient.S"], rtol=1e-4, atol=1e-7)
+
+
+def test_a_head_that_is_a_target_is_in_the_loss_that_chooses_the_size_of_the_step() -> None:
     auto = LoraConfig(
-        r=2, target_modules=["lm_head"], init_lora_weights="lora_one", init_config={"stable_gamma": "auto"}
-    )
-    model = initialize(causal_lm(), auto, [rows_of(9)], heldout=[rows_of(8)])
-    assert model.peft_config["default"].init_config.stable_gamma in GAMMAS
+        r=2, lora_alpha=2000, target_modules=["lm_head"], init_lora_weights="lora_one",
+        init_config={"stable_gamma": "auto"},
+    )  # fmt: skip
+    seen, heldout = [rows_of(9)], [rows_of(9), rows_of(8)]
+    losses = {}
+    for gamma in GAMMAS:
+        model = initialize(causal_lm(), replace(auto, init_config={"stable_gamma": gamma}), seen)
+        losses[gamma] = sum(float(own(model, batch)) for batch in heldout)
+    best = min(losses, key=losses.__getitem__)
+    assert best not in (GAMMAS[0], GAMMAS[-1])
+    chosen = initialize(causal_lm(), auto, seen, heldout=heldout)
+    assert chosen.peft_config["default"].init_config.stable_gamma == best
 
 
 def test_a_batch_without_a_label_that_counts() -> None:
@@ -223,15 +231,6 @@ def test_label_of_a_token_classifier_counts_at_the_first_position_too() -> None:
     config = LoraConfig(r=2, target_modules=["query"], init_lora_weights="lora_one", init_seed=0)
     stats = collect_statistics(model, config, [rows_of(6) | {"labels": labels}], weighting="tokens")
     assert all(bool(tensors["gradient.S"][0] > 0) for tensors in stats.values())
-
-
-def test_a_run_on_a_model_whose_loss_is_its_own() -> None:
-    model = causal_lm().float()
-    model.lm_head.register_forward_hook(lambda module, args, output: 3 * output)
-    init = InitConfig(mode="lora_one", iters=2, own={"stable_gamma": "auto"})
-    adapter = LoraConfig(r=2, target_modules=TARGETS, init_seed=0, **start_fields(init))
-    rows = [Sample([1, 2, n, 4], [-100, 2, n, 4]) for n in range(3, 20)]
-    assert start_adapter(model, adapter, init, rows, Collator(0)).record["stable_gamma"] > 0
 
 
 def test_one_label_for_a_row_says_nothing_of_its_tokens() -> None:

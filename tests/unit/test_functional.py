@@ -289,15 +289,38 @@ def tensors_like(t: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in t.items()}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_compiles_without_a_graph_break(dropout: float) -> None:
+@pytest.mark.parametrize("p", [0.25, 0.5])
+def test_compiled_dropout_is_a_mask_of_torchs_own_with_the_law_of_ours(p: float) -> None:
+    """With A and B of ones on the diagonal the change itself shows the mask, 0 or 1 / (1 - p)."""
+    rows = 4000
+    eye, x = torch.eye(IN, dtype=torch.float64), torch.randn(rows, IN, dtype=torch.float64)
+    t = with_grad({"x": x, "A": eye, "B": eye}, {"x", "A", "B"})
+    compiled = torch.compile(lambda values: fused(values, p), backend="aot_eager", fullgraph=True)
+    masks = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        y = compiled(t)
+        mask = (y / (SCALING * x)).detach()
+        kept = mask != 0
+        torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)), rtol=1e-10, atol=0)
+        deviation = (p * (1 - p) / kept.numel()) ** 0.5
+        assert abs(float(kept.double().mean()) - (1 - p)) < 4 * deviation
+        assert (kept.double().mean(0) - (1 - p)).abs().max() < 4 * deviation * IN**0.5, "every column alike"
+        found = gradients(y, t)
+        again = with_grad(tensors_like(t), {"x", "A", "B"})
+        wanted = gradients(formula(again | {"weight": None}, mask), again)
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-10, atol=1e-10)
+        masks.append(kept)
+        for tensor in t.values():
+            tensor.grad = None
+    differing = 2 * p * (1 - p)  # of two masks that know nothing of each other
+    assert abs(float((masks[0] != masks[1]).double().mean()) - differing) < 0.02
+
+
+def test_compiles_without_a_graph_break() -> None:
     t = with_grad(tensors(), {"x", "A", "B"})
-    compiled = torch.compile(lambda values: fused(values, dropout), backend="aot_eager", fullgraph=True)
-    y = compiled(t)
-    if dropout:  # the mask is torch's own there: only its law can be compared
-        assert torch.isfinite(y).all()
-        return
-    found = gradients(y, t)
+    found = gradients(torch.compile(fused, backend="aot_eager", fullgraph=True)(t), t)
     again = with_grad(tensors_like(t), {"x", "A", "B"})
     wanted = gradients(fused(again), again)
     for name in wanted:

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import BackendError, DataError
 from lorafa.losses import (
-    CROSS_ENTROPY,
     HiddenStates,
     LogitTransform,
     SupervisedLoss,
@@ -152,6 +151,13 @@ def test_compiled_loss_equals_the_model() -> None:
         assert_same_loss_and_gradients(model, model(**batch).loss, compiled(batch))
 
 
+def cut_to_one_gradient(model: nn.Module) -> nn.Module:
+    """Only the last norm before the head is trained, so that no gradient but that of the hidden states is taken."""
+    model.requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    return model
+
+
 class LargestTensor(TorchDispatchMode):
     """Number of elements of the largest tensor any operation returned."""
 
@@ -164,12 +170,10 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_full_logits_are_never_allocated() -> None:
-    model, batch = causal_lm(), batch_of(rows=4, tokens=24)
-    model.requires_grad_(False)
-    hidden = torch.randn(4, 24, HIDDEN, requires_grad=True)
+    model, batch = cut_to_one_gradient(causal_lm()), batch_of(rows=4, tokens=24)
     with LargestTensor() as largest:
-        CROSS_ENTROPY(states_of(hidden, model), batch["labels"], 20)[0].backward()
-    assert largest.numel == 20 * VOCAB
+        supervised_loss(model, batch, 24).backward()
+    assert largest.numel == 24 * VOCAB  # all else is smaller, the attention's 4 * 2 * 24 * 24 too
     with LargestTensor() as largest:
         model(**batch)
     assert largest.numel >= 4 * 24 * VOCAB
@@ -187,24 +191,28 @@ def saved_tensors(run: Any) -> list[Tensor]:
 
 
 def test_a_cpu_makes_logits_of_few_sizes() -> None:
-    states, seen = states_of(torch.randn(2, 40, HIDDEN), causal_lm()), set()
-    for count in range(1, 79):
+    model, seen = causal_lm(), set()
+    for count in (1, 2, 17, 31, 32, 33, 50, 63, 64, 65, 78):
         labels = torch.full((80,), -100).index_fill(0, torch.arange(count), 3).view(2, 40)
+        batch = {"input_ids": torch.ones(2, 40, dtype=torch.long), "shift_labels": labels}
         with LargestTensor() as largest, torch.no_grad():
-            CROSS_ENTROPY(states, labels, None)
+            supervised_nll(model, batch)
         seen.add(largest.numel // VOCAB)
     assert seen == {32, 64, 96}
 
 
 def test_only_the_gradient_of_the_supervised_rows_is_saved() -> None:
-    model, batch = causal_lm(), batch_of()
-    model.requires_grad_(False)
-    hidden = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
-    next_labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    count = int((next_labels != -100).sum())
-    saved = saved_tensors(lambda: CROSS_ENTROPY(states_of(hidden, model), next_labels, 4))
-    assert sum(t.numel() * t.element_size() for t in saved if t.is_floating_point()) == count * HIDDEN * 4
-    assert sum(t.numel() for t in saved if not t.is_floating_point()) <= count  # where the rows came from
+    """Beside what the body saves, which is what it saves without a loss."""
+    model, batch = cut_to_one_gradient(causal_lm()), batch_of()
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    body = saved_tensors(lambda: model.model(input_ids=batch["input_ids"]))
+    saved = saved_tensors(lambda: supervised_nll(model, batch, 4))
+    floats, positions = (
+        [sum(t.nbytes if real else t.numel() for t in one if t.is_floating_point() is real) for one in (saved, body)]
+        for real in (True, False)
+    )
+    assert floats[0] - floats[1] == count * HIDDEN * 4
+    assert positions[0] - positions[1] <= count  # where the rows came from
 
 
 def test_nothing_is_saved_without_gradients() -> None:

@@ -233,6 +233,8 @@ def test_the_state_of_another_optimizer_is_refused(name: str, saved: str) -> Non
     theirs.step()
     if name == saved:
         ours.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(ours.state_dict()["state"], theirs.state_dict()["state"], rtol=0, atol=0)
+        assert bool(ours.state) is (name != "pro sgd")  # which keeps nothing without momentum
         return
     with pytest.raises(CheckpointError, match=r"nothing was loaded"):
         ours.load_state_dict(theirs.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from lorafa.conf.compose import compose
 from lorafa.report.page import write_report
 from lorafa.report.plots import loss_curve, running_mean
 from lorafa.report.starts import rank_rows, spectra_and_ranks
-from lorafa.report.tables import duration, fact_rows, result_tables, score_rows
+from lorafa.report.tables import duration, result_tables, score_rows
 from lorafa.runs.record import RunDirectory
 
 BEFORE = {"loss": 2.0, "accuracy": 0.1, "correct": 1, "total": 10, "interval": [0.01, 0.4], "unparsed": 7}
@@ -126,12 +127,31 @@ def test_writing_the_page_again_gives_the_same_page(finished: RunDirectory) -> N
     assert write_report(finished.path).read_bytes() == first
 
 
-def test_the_table_on_the_terminal_has_the_numbers_of_the_page(finished: RunDirectory) -> None:
+def rows_of_the_page(page: str) -> list[list[str]]:
+    """The cells of every row of its tables, without the heads of columns."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page.partition("<h2>Settings")[0], flags=re.DOTALL)
+    cells = [[html.unescape(cell).strip() for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in rows]
+    return [row for row in cells if row != ["", "before", "after"]]
+
+
+def test_the_table_on_the_terminal_has_the_rows_of_the_page(finished: RunDirectory) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(result_tables(finished))
-    text = console.export_text()
-    for cell in (cell for row in (*score_rows(finished.result()), *fact_rows(finished.result())) for cell in row):
-        assert cell in text
+    lines = [re.split(r"\s{2,}|│", line) for line in console.export_text().splitlines()]
+    shown = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    rows = rows_of_the_page(write_report(finished.path).read_text(encoding="utf-8"))
+    assert [row for row in rows if row not in shown] == []
+    assert rows == [
+        ["held-out accuracy", "10.0% (1/10)", "60.0% (6/10)"],
+        ["95 % interval", "1.0% to 40.0%", "30.0% to 80.0%"],
+        ["without an answer", "7", "0"],
+        ["answer loss", "2.0000", "0.5000"],
+        ["status", "finished"],
+        ["trained parameters", "5 of 1,000 (0.50%)"],
+        ["steps", "20"],
+        ["time: train", "1 min 15 s"],
+        ["peak memory", "1.50 GiB"],
+    ]
 
 
 def test_the_running_mean_of_a_constant_is_the_constant() -> None:

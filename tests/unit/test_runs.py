@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
+import accelerate
+import datasets
+import hydra
+import numpy
 import pytest
+import safetensors
+import tokenizers
+import torch
+import transformers
 
 from lorafa.conf.compose import compose
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.runs.environment import environment, peak_rss_bytes
 from lorafa.runs.record import RunDirectory
+from lorafa.version import VERSION
 
 
 @pytest.fixture
@@ -114,13 +125,27 @@ def test_a_checkpoint_without_its_state_is_not_continued_from(run: RunDirectory)
     assert found.name == "checkpoint-10"
 
 
-def test_the_environment_is_recorded_in_full(run: RunDirectory) -> None:
-    run.write_environment(environment(["lorafa", "train"]))
-    recorded = run.environment()
-    assert recorded["command"] == ["lorafa", "train"]
-    assert recorded["threads"] >= 1
-    assert recorded["packages"]["torch"]
-    assert json.dumps(recorded)
+def test_the_environment_is_recorded_in_full(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 37)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"chip {index}")
+    run.write_environment(environment(["lorafa", "train", "peft.r=8"]))
+    recorded = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    assert run.environment() == recorded
+    packages, cpu, cpus = (recorded.pop(name) for name in ("packages", "cpu", "cpus"))
+    assert recorded == {
+        "lorafa": VERSION,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "platform": f"{os.uname().sysname} {os.uname().machine}",
+        "threads": 37,
+        "accelerators": ["chip 0", "chip 1"],
+        "command": ["lorafa", "train", "peft.r=8"],
+    }
+    for module in (torch, transformers, accelerate, safetensors, tokenizers, datasets, numpy):
+        assert packages[module.__name__] == str(module.__version__), module
+    assert packages["hydra-core"].startswith(hydra.__version__)
+    assert cpu == cpu.strip() != ""
+    assert 1 <= cpus <= os.cpu_count()  # type: ignore[operator]
 
 
 def test_peak_memory_is_in_bytes() -> None:
