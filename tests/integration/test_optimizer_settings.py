@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from lorafa.train.optimizers import pair_optimizer
-from lorafa.train.schema import OptimConfig, RunConfig, TrainConfig
 from torch import Tensor
 from trainer_toys import adapted_model, collate, samples, weights
 
