@@ -211,7 +211,7 @@ def test_every_kind_of_setting_trains(workplace: Path, tmp_path: Path, method: l
     [
         ("peft.target_modules=[q_prj]", 2, "q_prj"),
         ("data.max_length=3", 1, "None of the 16 samples has a trained token"),
-        ("data.prompt_column=question", 1, "Give both data.prompt_column and data.completion_column"),
+        ("data.prompt_column=question", 2, "Give both data.prompt_column and data.completion_column"),
         ("data.eval_size=40", 1, "Lower data.eval_size or data.train_size"),
         ("init.mode=pisa", 2, "pisa"),
     ],
