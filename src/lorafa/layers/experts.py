@@ -40,7 +40,8 @@ class LoraExperts(LoraLayer):
         if dropout:
             raise ConfigError(
                 f"{name}: lora_dropout={dropout} cannot act on a bare parameter, which has no input of its "
-                "own. Set lora_dropout=0."
+                "own. Set lora_dropout=0, or leave it out: of target_parameters, or where 'all-linear' takes it in by "
+                "exclude_modules."
             )
         require_in_memory(name, base)
         super().check(name, base, rank, bias=bias, dropout=dropout)

@@ -58,14 +58,17 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any,
     Under FSDP1 (torch's FullyShardedDataParallel) parameters are ordinary attributes while the module runs, which
     ``functional_call`` does not swap; they are swapped here.
     """
-    held = [(module.get_submodule(path), name) for path, _, name in (key.rpartition(".") for key in tensors)]
-    if not any(name in owner.__dict__ for owner, name in held):
+    owners = {key: module.get_submodule(key.rpartition(".")[0]) for key in tensors}
+    attributes = [key for key, owner in owners.items() if key.rpartition(".")[2] in owner.__dict__]
+    if not attributes:
         return functional_call(module, dict(tensors), args, kwargs)
-    was = [owner.__dict__[name] for owner, name in held]
+    held = [(owners[key].__dict__, key.rpartition(".")[2], tensors[key]) for key in attributes]
+    was = [own[name] for own, name, _ in held]
     try:
-        for (owner, name), tensor in zip(held, tensors.values(), strict=True):
-            owner.__dict__[name] = tensor
-        return module(*args, **kwargs)
+        for own, name, tensor in held:
+            own[name] = tensor
+        others = {key: tensor for key, tensor in tensors.items() if key not in attributes}
+        return functional_call(module, others, args, kwargs)
     finally:
-        for (owner, name), tensor in zip(held, was, strict=True):
-            owner.__dict__[name] = tensor
+        for (own, name, _), tensor in zip(held, was, strict=True):
+            own[name] = tensor

@@ -16,7 +16,7 @@ from lorafa.surgery.build import Builder, Options, Stats
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.offloaded import require_reachable
 from lorafa.surgery.quantize import require_unshared
-from lorafa.surgery.targets import Target, find_targets, resolved_targets
+from lorafa.surgery.targets import Target, find_targets, resolved_targets, spelled_out
 from lorafa.surgery.ties import Tie, find_ties
 from lorafa.surgery.walk import lora_layers, places
 
@@ -58,7 +58,7 @@ def plan(
     config.check()
     require_available(config)
     check_adapter_name(model, name)
-    config = with_saved_names(model, with_heads(config))
+    config = spelled_out(model, with_saved_names(model, with_heads(config)))
     config = with_tied_ends(model, config, lenient=options.from_file)
     targets = find_targets(model, config, lenient=options.from_file)
     config = replace(_with_layout(config, targets), target_modules=resolved_targets(model, config, targets))

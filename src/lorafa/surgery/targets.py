@@ -19,7 +19,8 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
-from lorafa.surgery.walk import Place, embedding_of, places, uncompiled
+from lorafa.surgery.stacked import meant, stacked_parameters, warn_of_left_out, with_stacked
+from lorafa.surgery.walk import Place, dotted_ends, embedding_of, places, uncompiled
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
@@ -79,11 +80,13 @@ def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False)
         TargetError: a pattern matches nothing, or matches something that cannot carry an adapter.
     """
     everything = [place for place in places(model) if place.name]
-    patterns = _Patterns(config)
+    config, patterns = _with_stacked(everything, config)
     chosen = _modules(model, everything, config, patterns, lenient)
     targets = [_target(place, None, config, patterns) for place in chosen]
     targets += _parameters(everything, config, patterns, taken={id(place.module) for place in chosen})
     patterns.report(everything, warn_only=lenient and bool(targets))
+    if not lenient and not _is_all_linear(config.target_modules):
+        warn_of_left_out(everything, config, {target.full_name for target in targets})
     if not targets and config.exclude_modules and config.target_modules:
         raise TargetError(
             f"exclude_modules={config.exclude_modules!r} takes away every layer that target_modules names. Narrow it."
@@ -104,20 +107,36 @@ def resolved_targets(model: nn.Module, config: LoraConfig, targets: Sequence[Tar
     wanted = config.target_modules
     if wanted is None:
         return None if config.target_parameters else _default_targets(model)
-    if not isinstance(wanted, str):
-        return set(wanted)
-    if wanted.lower() != ALL_LINEAR:
-        return wanted
+    if not _is_all_linear(wanted):
+        return wanted if isinstance(wanted, str) else set(wanted)
     chosen = {id(target.module) for target in targets if target.parameter is None}
-    others = {end for place in places(model) if id(place.module) not in chosen for end in _ends(place.name)}
+    others = {end for place in places(model) if id(place.module) not in chosen for end in dotted_ends(place.name)}
     names = [target.name for target in targets if target.parameter is None]
-    return {next((end for end in _ends(name) if end not in others), name) for name in names}
+    return {next((end for end in dotted_ends(name) if end not in others), name) for name in names}
 
 
-def _ends(name: str) -> list[str]:
-    """The dotted ends of a name, shortest first: q_proj, self_attn.q_proj, ..."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+def _is_all_linear(wanted: object) -> bool:
+    return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+
+
+def spelled_out(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The config with the stacked experts that "all-linear" takes in named in ``target_parameters``."""
+    return _with_stacked([place for place in places(model) if place.name], config)[0]
+
+
+def _with_stacked(everything: list[Place], config: LoraConfig) -> tuple[LoraConfig, _Patterns]:
+    """The same, and the books on the patterns of that config."""
+    patterns = _Patterns(config)
+    if not _is_all_linear(config.target_modules):
+        return config, patterns
+    kept = [
+        s.name
+        for s in stacked_parameters(everything)
+        if not _inside_saved(s.place.name, config)
+        and not any(patterns.matches("exclude_modules", config.exclude_modules, n) for n in (s.place.name, s.name))
+    ]
+    patterns.config = config = with_stacked(config, everything, kept)
+    return config, patterns
 
 
 class _Patterns:
@@ -183,6 +202,13 @@ def _no_match(config: LoraConfig, field: str, unused: list[str], everything: lis
         kind = "layers that can carry an adapter"
     last = unused[0].rpartition(".")[2]
     hint = "" if last in leaves else did_you_mean(last, leaves)
+    names = config.target_modules if isinstance(config.target_modules, str) else unused
+    stacked = meant(stacked_parameters(everything), names) if field == "target_modules" else []
+    if stacked:
+        hint = (
+            " Layers of that name are stacked in parameters of the experts: name those, "
+            f"target_parameters={stacked!r}."
+        )
     if field == "target_modules" and config.layers_to_transform is not None and last in leaves:
         hint = f" It is in none of the layers that layers_to_transform={config.layers_to_transform!r} picks."
     return (
@@ -205,10 +231,10 @@ def _modules(
             return []
         wanted = _default_targets(model)
     bypassed = Bypassed(model, everything)
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+    if _is_all_linear(wanted):
         found = [p for p in _all_linear(model, everything, config) if not bypassed.why(p)]
         found = [p for p in found if not patterns.matches("exclude_modules", config.exclude_modules, p.name)]
-        if not found:
+        if not found and not config.target_parameters:
             raise TargetError(
                 "target_modules='all-linear' finds no linear layer in the model that is not excluded. Name the layers "
                 "to adapt, or narrow exclude_modules."
