@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from trainer_toys import adapted_model, collate, samples, weights
 
+from lorafa.settings.typed import build
 from lorafa.train.recipe import training_arguments
+from lorafa.train.settings.optim import OptimConfig, pair_optimizer
+from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.trainer import LoraTrainer
 
 Setting = tuple[str, Any]
@@ -40,7 +43,7 @@ SETTINGS: dict[tuple[Setting, ...], tuple[Setting, ...]] = {
 @cache
 def trained(*settings: Setting) -> Mapping[str, Tensor]:
     """The adapter after three steps with these settings; what transformers makes, it makes as in a run."""
-    optim = OptimConfig(**dict(settings))
+    optim = build(OptimConfig, dict(settings), "optim")
     model = adapted_model()
     optimizer = pair_optimizer(model, optim)
     if optimizer is None:
