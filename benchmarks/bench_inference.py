@@ -30,7 +30,7 @@ class Answers:
     """One model and one batch of prompts with the tokens that follow them."""
 
     def __init__(self, case: str, rows: int, length: int, tokens: int) -> None:
-        from lorafa.data.models import load_model
+        from lorafa.models.load import load_model
 
         model, _ = load_model("smollm2-135m", dtype=torch.bfloat16)
         generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ class Steps:
     """An adapted model with gradients in place; the model is never run."""
 
     def __init__(self, library: str, optimizer: str, rank: int, without_autocast: bool = False) -> None:
-        from lorafa.data.models import load_model
+        from lorafa.models.load import load_model
 
         model, _ = load_model("smollm2-135m", dtype=torch.bfloat16)
         settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}

@@ -61,7 +61,7 @@ class Gradients:
     """A model and rows; ``run`` collects gradients of them and throws them away."""
 
     def __init__(self, library: str, data: str, rows: int) -> None:
-        from lorafa.data.models import load_model
+        from lorafa.models.load import load_model
 
         torch.manual_seed(0)
         self.model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
@@ -202,7 +202,7 @@ class Weights:
     """Puts adapters on fresh copies of the model."""
 
     def __init__(self, library: str, start: str) -> None:
-        from lorafa.data.models import load_model
+        from lorafa.models.load import load_model
 
         self.model, _ = load_model("smollm2-135m", dtype=torch.float32)
         self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
@@ -226,7 +226,7 @@ class Weights:
 
     def captured(self) -> dict[str, float]:
         """What the triplets of ours hold of the exact ones' energy, mean and smallest over the layers."""
-        from lorafa.linalg import leading_svd
+        from lorafa.numerics.linalg import leading_svd
 
         shares = []
         for name, module in self.model.named_modules():
@@ -256,7 +256,7 @@ class Inputs:
     """Starts adapters from the inputs of layers, on one model that is put back every time."""
 
     def __init__(self, library: str, start: str, data: str, rows: int) -> None:
-        from lorafa.data.models import load_model
+        from lorafa.models.load import load_model
 
         self.model, tokenizer = load_model("smollm2-135m", dtype=torch.float32)
         self.model.config.use_cache = False
@@ -318,7 +318,7 @@ class Inputs:
         """What B's columns hold of the energy of the best directions of W C, mean and smallest over the layers."""
         import lorafa
         from lorafa.initializers.corda import DAMPING, ERROR
-        from lorafa.linalg import damped_until_invertible
+        from lorafa.numerics.linalg import damped_until_invertible
 
         stats = lorafa.collect_statistics(self.model, self._config(lorafa), self.rows)
         weights = {name: module.weight.detach().clone() for name, module in self.model.named_modules() if name in stats}

@@ -36,7 +36,7 @@ class Step:
 
     def __init__(self, library: str, loss: str, data: str, dropout: float = 0.05, dora: bool = False,
                  freeze_A: bool = False) -> None:  # fmt: skip
-        from lorafa.data.models import load_model
+        from lorafa.models.load import load_model
 
         torch.manual_seed(0)
         model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
@@ -73,7 +73,7 @@ class Step:
 
     def forward(self) -> torch.Tensor:
         if self.loss == "chunked":
-            from lorafa.losses import supervised_loss
+            from lorafa.models.head_loss import supervised_loss
 
             return supervised_loss(self.model, self.batch)
         return self.model(**self.batch).loss

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from lorafa.data.chat import encode_all
-from lorafa.data.models import load_model
+from lorafa.models.load import load_model
 from lorafa.data.records import Message, Record
 
 

@@ -17,7 +17,7 @@ from lorafa.calibration.gradient import whitening
 from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import Initializer
 from lorafa.layers.base import LoraLayer
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
 from lorafa.surgery.walk import lora_layers
 from lorafa.variants import VARIANTS, variant_types
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lorafa.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from lorafa.auto import (
+    from lorafa.compat.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction,
@@ -18,26 +18,12 @@ if TYPE_CHECKING:
     )
     from lorafa.config import LoraConfig, PeftConfig, PeftType, TaskType
     from lorafa.errors import LoraError
-    from lorafa.eva_weights import get_eva_state_dict, initialize_lora_eva_weights
     from lorafa.io.load import check_if_peft_model, load_peft_weights
     from lorafa.io.state import (
         get_base_model_state_dict,
         get_peft_model_state_dict,
         set_base_model_state_dict,
         set_peft_model_state_dict,
-    )
-    from lorafa.loftq_weights import replace_lora_weights_loftq
-    from lorafa.method_configs import (
-        ArrowConfig,
-        BdLoraConfig,
-        CordaConfig,
-        EvaConfig,
-        KasaConfig,
-        LoftQConfig,
-        LoraGAConfig,
-        LoraRuntimeConfig,
-        MontecloraConfig,
-        VeloraConfig,
     )
     from lorafa.optimizers import (
         LoraFAOptimizer,
@@ -58,13 +44,27 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
-    from lorafa.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
-    from lorafa.ranks import RankRule, choose_ranks, with_ranks
-    from lorafa.starting import collect_statistics, initialize, start_from
-    from lorafa.statistics import Statistics
+    from lorafa.settings.methods import (
+        ArrowConfig,
+        BdLoraConfig,
+        CordaConfig,
+        EvaConfig,
+        KasaConfig,
+        LoftQConfig,
+        LoraGAConfig,
+        LoraRuntimeConfig,
+        MontecloraConfig,
+        VeloraConfig,
+    )
+    from lorafa.starts.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from lorafa.starts.initialize import collect_statistics, initialize, start_from
+    from lorafa.starts.loftq import replace_lora_weights_loftq
+    from lorafa.starts.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
+    from lorafa.starts.ranks import RankRule, choose_ranks, with_ranks
+    from lorafa.starts.statistics import Statistics
     from lorafa.surgery.given import get_peft_config
     from lorafa.surgery.gradients import check_gradients
-    from lorafa.surgery.model import LoraModel, inject_adapter_in_model
+    from lorafa.surgery.lora_model import LoraModel, inject_adapter_in_model
     from lorafa.surgery.mutate import mutate_base, restore_base
     from lorafa.surgery.penalty import penalty
     from lorafa.surgery.prepare import prepare_model_for_kbit_training
@@ -143,26 +143,26 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ArrowConfig": "lorafa.method_configs",
-    "AutoPeftModel": "lorafa.auto",
-    "AutoPeftModelForCausalLM": "lorafa.auto",
-    "AutoPeftModelForFeatureExtraction": "lorafa.auto",
-    "AutoPeftModelForQuestionAnswering": "lorafa.auto",
-    "AutoPeftModelForSeq2SeqLM": "lorafa.auto",
-    "AutoPeftModelForSequenceClassification": "lorafa.auto",
-    "AutoPeftModelForTokenClassification": "lorafa.auto",
-    "BdLoraConfig": "lorafa.method_configs",
-    "CordaConfig": "lorafa.method_configs",
-    "EvaConfig": "lorafa.method_configs",
-    "KasaConfig": "lorafa.method_configs",
-    "LoftQConfig": "lorafa.method_configs",
+    "ArrowConfig": "lorafa.settings.methods",
+    "AutoPeftModel": "lorafa.compat.auto",
+    "AutoPeftModelForCausalLM": "lorafa.compat.auto",
+    "AutoPeftModelForFeatureExtraction": "lorafa.compat.auto",
+    "AutoPeftModelForQuestionAnswering": "lorafa.compat.auto",
+    "AutoPeftModelForSeq2SeqLM": "lorafa.compat.auto",
+    "AutoPeftModelForSequenceClassification": "lorafa.compat.auto",
+    "AutoPeftModelForTokenClassification": "lorafa.compat.auto",
+    "BdLoraConfig": "lorafa.settings.methods",
+    "CordaConfig": "lorafa.settings.methods",
+    "EvaConfig": "lorafa.settings.methods",
+    "KasaConfig": "lorafa.settings.methods",
+    "LoftQConfig": "lorafa.settings.methods",
     "LoraConfig": "lorafa.config",
     "LoraError": "lorafa.errors",
     "LoraFAOptimizer": "lorafa.optimizers",
-    "LoraGAConfig": "lorafa.method_configs",
-    "LoraModel": "lorafa.surgery.model",
-    "LoraRuntimeConfig": "lorafa.method_configs",
-    "MontecloraConfig": "lorafa.method_configs",
+    "LoraGAConfig": "lorafa.settings.methods",
+    "LoraModel": "lorafa.surgery.lora_model",
+    "LoraRuntimeConfig": "lorafa.settings.methods",
+    "MontecloraConfig": "lorafa.settings.methods",
     "PeftConfig": "lorafa.config",
     "PeftMixedModel": "lorafa.peft_model",
     "PeftModel": "lorafa.peft_model",
@@ -173,43 +173,43 @@ _HOMES = {
     "PeftModelForSequenceClassification": "lorafa.peft_model",
     "PeftModelForTokenClassification": "lorafa.peft_model",
     "PeftType": "lorafa.config",
-    "RankRule": "lorafa.ranks",
-    "Statistics": "lorafa.statistics",
+    "RankRule": "lorafa.starts.ranks",
+    "Statistics": "lorafa.starts.statistics",
     "TaskType": "lorafa.config",
-    "VeloraConfig": "lorafa.method_configs",
+    "VeloraConfig": "lorafa.settings.methods",
     "check_gradients": "lorafa.surgery.gradients",
     "check_if_peft_model": "lorafa.io.load",
-    "choose_ranks": "lorafa.ranks",
-    "collect_statistics": "lorafa.starting",
+    "choose_ranks": "lorafa.starts.ranks",
+    "collect_statistics": "lorafa.starts.initialize",
     "create_lorafa_optimizer": "lorafa.optimizers",
     "create_loraplus_optimizer": "lorafa.optimizers",
     "create_lorapro_optimizer": "lorafa.optimizers",
     "create_preconditioned_adamw": "lorafa.optimizers",
     "create_riemannian_optimizer": "lorafa.optimizers",
-    "estimate_gradients": "lorafa.preprocess",
+    "estimate_gradients": "lorafa.starts.preprocess",
     "get_base_model_state_dict": "lorafa.io.state",
-    "get_eva_state_dict": "lorafa.eva_weights",
+    "get_eva_state_dict": "lorafa.starts.eva",
     "get_layer_status": "lorafa.surgery.status",
     "get_model_status": "lorafa.surgery.status",
     "get_peft_config": "lorafa.surgery.given",
     "get_peft_model": "lorafa.peft_model",
     "get_peft_model_state_dict": "lorafa.io.state",
-    "initialize": "lorafa.starting",
-    "initialize_lora_eva_weights": "lorafa.eva_weights",
-    "inject_adapter_in_model": "lorafa.surgery.model",
+    "initialize": "lorafa.starts.initialize",
+    "initialize_lora_eva_weights": "lorafa.starts.eva",
+    "inject_adapter_in_model": "lorafa.surgery.lora_model",
     "load_peft_weights": "lorafa.io.load",
     "mutate_base": "lorafa.surgery.mutate",
     "penalty": "lorafa.surgery.penalty",
     "prepare_model_for_kbit_training": "lorafa.surgery.prepare",
-    "preprocess_corda": "lorafa.preprocess",
-    "preprocess_loraga": "lorafa.preprocess",
-    "replace_lora_weights_loftq": "lorafa.loftq_weights",
+    "preprocess_corda": "lorafa.starts.preprocess",
+    "preprocess_loraga": "lorafa.starts.preprocess",
+    "replace_lora_weights_loftq": "lorafa.starts.loftq",
     "rescale_adapter_scale": "lorafa.surgery.scale",
     "restore_base": "lorafa.surgery.mutate",
     "set_base_model_state_dict": "lorafa.io.state",
     "set_peft_model_state_dict": "lorafa.io.state",
-    "start_from": "lorafa.starting",
-    "with_ranks": "lorafa.ranks",
+    "start_from": "lorafa.starts.initialize",
+    "with_ranks": "lorafa.starts.ranks",
 }
 """Public name -> the module it is loaded from when it is first asked for (PEP 562): importing lorafa loads nothing."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lorafa.backends.offload import in_memory
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError
-from lorafa.linalg import working_dtype
+from lorafa.numerics.linalg import working_dtype
 from lorafa.spec import LayerSpec, Shape, factor_shapes
 
 if TYPE_CHECKING:

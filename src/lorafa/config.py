@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafa.adapter import scaling
-from lorafa.checks import check_arguments, index_ranges, indices, is_int, member, name_table, names, path_text, plain
-from lorafa.config_checks import check_config
-from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
+from lorafa.errors import ConfigError, did_you_mean
 from lorafa.initializers import Start, known_start
 from lorafa.initializers.settings import (
     NO_SETTINGS,
@@ -24,7 +22,25 @@ from lorafa.initializers.settings import (
     settings_field,
     start_meant,
 )
-from lorafa.method_configs import (
+from lorafa.settings.checks import (
+    check_arguments,
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+    check_regex,
+    check_text,
+    found,
+    index_ranges,
+    indices,
+    is_int,
+    member,
+    name_table,
+    names,
+    path_text,
+    plain,
+)
+from lorafa.settings.methods import (
     ArrowConfig,
     BdLoraConfig,
     CordaConfig,
@@ -37,8 +53,9 @@ from lorafa.method_configs import (
     VeloraConfig,
     from_nested,
 )
-from lorafa.storage import HubOptions, UploadOptions, locate, make_folder, read_json, uploaded, write_json
-from lorafa.variants import switches
+from lorafa.storage.hub import HubOptions, UploadOptions, locate, uploaded
+from lorafa.storage.whole import make_folder, read_json, write_json
+from lorafa.variants import variant_types
 from lorafa.version import VERSION
 
 if TYPE_CHECKING:
@@ -54,21 +71,18 @@ _NESTED: dict[str, type[Any]] = {
 }
 LORAFA_ONLY = ("freeze_A", "init_seed", "attention_out_proj_twice", "init_config")
 """The fields PEFT does not have. In an adapter's files they are in the header of the tensors: PEFT warns of them."""
-
-# What this version does not have yet: the fields that ask for it, and its name. A line is deleted when its field is
-# read; a variant's when the variant declares the field as its switch.
-_LATER_FIELDS = {
-    "use_qalora": "QA-LoRA",
-    "alora_invocation_tokens": "Activated LoRA (aLoRA)",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing",
-    "megatron_config": "LoRA on Megatron's parallel layers",
-    "layer_replication": "Layer replication",
-}
-# The same for starts: the variant they ask for, and its name. A line is deleted when the variant is registered.
-_LATER_FORMULAS = {"goat": "The routed forward pass of GOAT's experts"}
+BIASES = ("none", "all", "lora_only")
+FLAGS = (
+    "inference_mode",
+    "fan_in_fan_out",
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "ensure_weight_tying",
+    "attention_out_proj_twice",
+    "freeze_A",
+)
 
 
 class TaskType(str, Enum):
@@ -370,30 +384,108 @@ def _is_empty(value: object) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def unavailable(config: LoraConfig) -> list[str]:
-    """The documented features the config asks for and this version does not have, as "QA-LoRA (use_qalora=True)"."""
-    built = switches()
-    asked = [
-        f"{feature} ({name}={getattr(config, name)!r})"
-        for name, feature in _LATER_FIELDS.items()
-        if getattr(config, name) and name not in built
-    ]
-    if formula := _LATER_FORMULAS.get(config.start.initializer.variant or ""):
-        asked.append(f"{formula} (init_lora_weights={config.init_lora_weights!r})")
-    if config.runtime_config.ephemeral_gpu_offload:
-        asked.append("Computing DoRA's start on the GPU (runtime_config.ephemeral_gpu_offload=True)")
-    return asked
+def check_config(config: LoraConfig) -> None:
+    """Raises ConfigError for the first value that is not allowed."""
+    _check_fields(config)
+    _check_targets(config)
+    _check_start(config)
+    if config.use_dora and config.megatron_config:
+        raise ConfigError("use_dora does not work on Megatron's layers. Drop megatron_config or set use_dora=False.")
+    for variant in variant_types(config):
+        if config.lora_bias and not variant.takes_bias:
+            asked = variant.switch or "init_lora_weights"
+            raise ConfigError(
+                f"lora_bias=True does not work with {asked}={getattr(config, asked)!r}. Drop one of the two."
+            )
 
 
-def require_available(config: LoraConfig) -> None:
-    """Refuse a config this version cannot carry out in full.
-
-    Raises:
-        NotAvailableError: names every such feature and the field that asks for it.
-    """
-    asked = unavailable(config)
-    if asked:
-        raise NotAvailableError(
-            f"{' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} not available yet in lorafa {VERSION}; "
-            "nothing was changed. Leave the field at its default to go on without it."
+def _check_fields(config: LoraConfig) -> None:
+    for name in FLAGS:
+        check_flag(name, getattr(config, name))
+    for name in ("peft_version", "base_model_name_or_path", "revision", "megatron_core"):
+        check_text(name, getattr(config, name))
+    for name in ("auto_mapping", "megatron_config"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{name} must be a dict or None, found {found(value)}. Drop it or pass a dict.")
+    check_int("r", config.r, at_least=1)
+    check_int("qalora_group_size", config.qalora_group_size, at_least=1)
+    check_number("lora_alpha", config.lora_alpha, "a number > 0", 0)
+    check_number("lora_dropout", config.lora_dropout, "a probability in [0, 1)", 0, 1, closed="[")
+    check_choice("bias", config.bias, BIASES)
+    if config.init_seed is not None:
+        check_int("init_seed", config.init_seed, at_least=0)
+    tokens = config.alora_invocation_tokens
+    if tokens is not None and not (isinstance(tokens, list) and all(is_int(token) and token >= 0 for token in tokens)):
+        raise ConfigError(
+            f"alora_invocation_tokens must be a list of token ids, found {found(tokens)}. Tokenize the text."
         )
+
+
+def _check_targets(config: LoraConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, name)
+        if isinstance(pattern, str):
+            check_regex(name, pattern)
+    for key, rank in config.rank_pattern.items():
+        check_regex("rank_pattern", key)
+        check_int(f"rank_pattern[{key!r}]", rank, at_least=1)
+    for key, alpha in config.alpha_pattern.items():
+        check_regex("alpha_pattern", key)
+        check_number(f"alpha_pattern[{key!r}]", alpha, "a number > 0", 0)
+    _check_layers(config)
+    tokens = config.trainable_token_indices
+    if tokens is not None:
+        for name, rows in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
+            indices("trainable_token_indices" + (f"[{name!r}]" if name else ""), rows)
+
+
+def _check_layers(config: LoraConfig) -> None:
+    if is_int(config.layers_to_transform):
+        check_int("layers_to_transform", config.layers_to_transform, at_least=0)
+    elif config.layers_to_transform is not None:
+        indices("layers_to_transform", config.layers_to_transform)
+    if config.layers_pattern is not None and not isinstance(config.layers_pattern, str):
+        names("layers_pattern", config.layers_pattern)
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and getattr(config, name) not in (None, []):
+            raise ConfigError(
+                f"{name} needs a list of target_modules, found the text {config.target_modules!r}. Pass a list such "
+                f"as ['q_proj', 'v_proj'], or put the layer numbers into the regular expression and drop {name}."
+            )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError(
+            f"layers_pattern={config.layers_pattern!r} says which list to count in, but layers_to_transform, which "
+            "says what to pick, is None. Set layers_to_transform or drop layers_pattern."
+        )
+
+
+def _check_start(config: LoraConfig) -> None:
+    start = config.start
+    _check_settings(config, start)
+    if config.freeze_A and start.initializer.trains == "A":
+        raise ConfigError(
+            f"freeze_A=True leaves nothing to train: init_lora_weights={start.value!r} trains A alone. Drop one of the "
+            "two."
+        )
+    check_rank = start.initializer.check_rank
+    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
+    for name, rank in ranks.items():
+        if check_rank is not None:
+            check_rank(rank, f"{name}={rank}")
+
+
+def _check_settings(config: LoraConfig, start: Start) -> None:
+    own = settings_field(start)
+    for name in START_SETTINGS:
+        if getattr(config, name) and name != own:
+            owner = name.removesuffix("_config")
+            instead = f"Set init_lora_weights={owner!r} or drop" if owner != "init" else "Drop"
+            raise ConfigError(
+                f"{name} is set but would be ignored: init_lora_weights is {start.value!r}. {instead} {name}."
+            )
+    if own == "loftq_config" and not config.loftq_config:
+        raise ConfigError("init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).")
+    kind = settings_class(start)
+    if own == "init_config" and kind is not None:
+        from_nested(kind, config.init_config, own)

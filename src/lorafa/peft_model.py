@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.checks import check_arguments
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, NotAvailableError, warn
 from lorafa.io import load
 from lorafa.io.card import update_card
-from lorafa.statistics import forget_kept, given
-from lorafa.storage import UploadOptions, uploaded
+from lorafa.settings.checks import check_arguments
+from lorafa.storage.hub import UploadOptions, uploaded
+from lorafa.surgery.activate import require_nothing_merged
 from lorafa.surgery.adapted import AdaptedModel
-from lorafa.surgery.adapters import require_nothing_merged
-from lorafa.surgery.build import Options, Stats
+from lorafa.surgery.build import Options
 from lorafa.surgery.forward import ForwardOfTheWrapped, is_checkpointed, let_inputs_require_grad
 from lorafa.surgery.given import lora_config, with_base_name
-from lorafa.surgery.model import LoraModel
+from lorafa.surgery.lora_model import LoraModel
+from lorafa.surgery.stats import Stats, forget_left, given
 from lorafa.surgery.walk import uncompiled
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class PeftModel(AdaptedModel):
 
         Args:
             repo_id: "owner/name", or a name in your own account.
-            options: see :class:`lorafa.storage.UploadOptions`.
+            options: see :class:`lorafa.storage.hub.UploadOptions`.
 
         Returns:
             The commit, as ``huggingface_hub.HfApi.upload_folder`` describes it.
@@ -245,7 +245,7 @@ class PeftModel(AdaptedModel):
         model = self.get_base_model()
         self.base_model.inject_adapter(config, name, options, given(model, config, stats))
         if stats is None and config.start.initializer.needs:  # it has taken what a preprocess function left
-            forget_kept(model)
+            forget_left(model)
 
     # ---- running
 
@@ -277,7 +277,7 @@ class PeftModel(AdaptedModel):
         let_inputs_require_grad(model)
 
     def resize_token_embeddings(self, *args: Any, **settings: Any) -> Any:
-        """As the wrapped model's; see :meth:`~lorafa.surgery.model.LoraModel.resize_token_embeddings` for errors."""
+        """As the wrapped model's; see :meth:`LoraModel.resize_token_embeddings` for errors."""
         return self.base_model.resize_token_embeddings(*args, **settings)
 
     def _get_name(self) -> str:  # by which transformers' trainers know whether labels are to be shifted

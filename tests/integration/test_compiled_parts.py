@@ -21,7 +21,7 @@ from lorafa import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from lorafa.io.files import WEIGHTS_NAME
+from lorafa.io.find import WEIGHTS_NAME
 
 
 @pytest.fixture(autouse=True)

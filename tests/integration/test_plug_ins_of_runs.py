@@ -20,16 +20,13 @@ from train_toys import ROWS, make_workplace, metrics, read
 from lorafa import LoraConfig, RankRule
 from lorafa.calibration import RANK_RULES
 from lorafa.calibration.ranking import Asked, Layer, Rule
-from lorafa.checks import check_number
 from lorafa.cli.main import main
 from lorafa.cli.settings import settings_help
 from lorafa.conf.compose import compose
 from lorafa.costs.accounting import adapter_cost
 from lorafa.data import DATASETS
 from lorafa.data.entry import DataSet, Wanted
-from lorafa.data.models import resolve_model
 from lorafa.data.records import Message, Record, Records
-from lorafa.data.shapes import shape_model
 from lorafa.data.sources import load_records
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
@@ -39,10 +36,13 @@ from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.models import MODELS
 from lorafa.models.entry import KnownModel
+from lorafa.models.load import resolve_model
+from lorafa.models.shapes import shape_model
 from lorafa.optimizers import OPTIMIZERS
 from lorafa.optimizers.entry import OptimizerEntry
 from lorafa.optimizers.state_bytes import Sizes
 from lorafa.runs.record import RunDirectory
+from lorafa.settings.checks import check_number
 from lorafa.settings.typed import build, plain
 from lorafa.spec import LayerSpec
 from lorafa.train.recipe import lora_config

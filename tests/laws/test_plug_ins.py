@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from adapter_toys import close, config_for, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.adapter import Adapter, Extra, Variant
-from lorafa.config import unavailable
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.spec import LayerSpec
+from lorafa.surgery.available import unavailable
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
 from lorafa.variants import VARIANTS, asking_settings

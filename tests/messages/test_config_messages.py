@@ -11,7 +11,7 @@ import pytest
 
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError
-from lorafa.method_configs import (
+from lorafa.settings.methods import (
     ArrowConfig,
     BdLoraConfig,
     CordaConfig,

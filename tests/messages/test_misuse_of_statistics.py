@@ -31,7 +31,7 @@ from lorafa import (
     with_ranks,
 )
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError, LoraError, TargetError
-from lorafa.starting import best_gamma
+from lorafa.starts.gamma import best_gamma
 
 AUTO = {"stable_gamma": "auto"}
 

@@ -12,7 +12,7 @@ from adapter_toys import STARTS, assert_unchanged, everything, initializer_of, o
 from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import LoraConfig, get_peft_model, initialize, preprocess_loraga
 from lorafa.errors import CalibrationError, ConfigError
-from lorafa.ranks import RankRule
+from lorafa.starts.ranks import RankRule
 
 FROM_DATA = [start for start in STARTS if initializer_of(start).needs]
 WITHOUT = [start for start in STARTS if not initializer_of(start).needs]

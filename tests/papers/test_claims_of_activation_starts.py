@@ -15,7 +15,7 @@ from lorafa.calibration.principal import IncrementalPCA
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
 
 OUT, IN, R, S = 24, 32, 4, 1.7

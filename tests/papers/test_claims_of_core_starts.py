@@ -16,7 +16,7 @@ from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.initializers.goat import GoatConfig
 from lorafa.initializers.lora_sb import LoraSBConfig
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
 
 OUT, IN, R, S = 24, 32, 4, 1.7

@@ -15,7 +15,7 @@ from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.initializers.gora import GoraConfig
 from lorafa.initializers.lora_one import LoraOneConfig
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
 
 OUT, IN, R, S = 24, 32, 3, 1.7

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, get_peft_model
-from lorafa.linalg import exceeds, sylvester
+from lorafa.numerics.linalg import exceeds, sylvester
 from lorafa.optimizers import (
     create_loraplus_optimizer,
     create_lorapro_optimizer,

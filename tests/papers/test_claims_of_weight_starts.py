@@ -17,7 +17,7 @@ from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.initializers.olora import OloraConfig
 from lorafa.initializers.pissa import PissaConfig
-from lorafa.linalg import leading_columns
+from lorafa.numerics.linalg import leading_columns
 from lorafa.optimizers import create_lorapro_optimizer, create_preconditioned_adamw
 from lorafa.spec import LayerSpec
 from optimizer_toys import Mlp, adapted, batch, loss

@@ -14,7 +14,7 @@ import pytest
 
 from lorafa import LoraConfig
 from lorafa.costs.accounting import AdapterCost, adapter_cost
-from lorafa.data.shapes import shape_model
+from lorafa.models.shapes import shape_model
 
 BASE = {"opt-125m": 125_239_296, "opt-350m": 331_196_416, "opt-1.3b": 1_315_758_080}
 """Parameters of the models, the tied output head counted once."""

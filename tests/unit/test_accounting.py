@@ -16,9 +16,9 @@ from transformers.optimization import Adafactor
 
 from lorafa import LoraConfig, get_peft_model
 from lorafa.costs.accounting import AdapterCost, KindCost, adapter_cost
-from lorafa.data.shapes import shape_model
 from lorafa.errors import AdapterError, ConfigError, TargetError
 from lorafa.layers.base import LoraLayer
+from lorafa.models.shapes import shape_model
 from lorafa.optimizers import OPTIMIZERS as KNOWN
 from lorafa.train.settings.optim import OptimConfig, pair_optimizer
 

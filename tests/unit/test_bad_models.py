@@ -14,10 +14,10 @@ from data_toys import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
-from lorafa.data.models import load_model, resolve_model
-from lorafa.data.shapes import shape_model
-from lorafa.data.wheels import scratch_folder
 from lorafa.errors import SourceError
+from lorafa.models.load import load_model, resolve_model
+from lorafa.models.shapes import shape_model
+from lorafa.storage.wheels import scratch_folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from lorafa import LoraConfig
 from lorafa.conf.compose import ALIASES, CUSTOM, KEYS, OPEN_GROUPS, compose, groups
 from lorafa.errors import ConfigError
 from lorafa.initializers.settings import START_SETTINGS
-from lorafa.method_configs import BdLoraConfig, LoraRuntimeConfig, VeloraConfig
+from lorafa.settings.methods import BdLoraConfig, LoraRuntimeConfig, VeloraConfig
 from lorafa.settings.typed import build, expected, field_docs, keys, plain
 from lorafa.train.recipe import lora_config
 from lorafa.train.settings.run import RunConfig

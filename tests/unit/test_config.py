@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-import lorafa.method_configs as methods
+import lorafa.settings.methods as methods
 from lorafa import get_peft_model
-from lorafa.config import LoraConfig, PeftType, TaskType, require_available, unavailable
+from lorafa.config import LoraConfig, PeftType, TaskType
 from lorafa.errors import CheckpointError, ConfigError, NotAvailableError
 from lorafa.layers.base import LoraLayer
+from lorafa.surgery.available import require_available, unavailable
 from lorafa.version import VERSION
 
 NESTED = [

@@ -16,8 +16,8 @@ import pytest
 from lorafa.data import problems
 from lorafa.data.problems import INSTRUCTION, is_sound, load_templates, load_word_problems, make_record
 from lorafa.data.sources import load_records
-from lorafa.data.wheels import Wheel
 from lorafa.errors import ConfigError, DataError, SourceError
+from lorafa.storage.wheels import Wheel
 
 FILE = "reasoning-gym-0.1.25.whl"
 UTILS = "def format_number(n):\n    return str(n)\n"

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from calibration_toys import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
 from lorafa import LoraConfig, RankRule, collect_statistics, initialize
 from lorafa.errors import CalibrationError
-from lorafa.statistics import Statistics
+from lorafa.starts.statistics import Statistics
 
 ROWS = list(torch.cat(inputs(4)))
 """Eight rows of six tokens, in batches of two."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lorafa import LoraConfig, Statistics, collect_statistics, get_eva_state_dict, initialize
 from lorafa.errors import CalibrationError
-from lorafa.rows import ROW_MULTIPLE
-from lorafa.starting import GAMMAS
+from lorafa.models.rows import ROW_MULTIPLE
+from lorafa.starts.gamma import GAMMAS
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "down_proj"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorafa import EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
 from lorafa.calibration.masks import counted
 from lorafa.errors import ConfigError, NotAvailableError
-from lorafa.eva_weights import prepare_layer_inputs_fn_language_modeling, prepare_model_inputs_fn_language_modeling
+from lorafa.starts.eva import prepare_layer_inputs_fn_language_modeling, prepare_model_inputs_fn_language_modeling
 
 IGNORED = -100
 
@@ -74,7 +74,7 @@ def test_a_start_of_its_own_for_each_process_is_refused(monkeypatch: pytest.Monk
     model, data = nn.Sequential(nn.Linear(8, 8)), [torch.randn(9, 8)]
     settings: dict[str, Any] = {"gather_distributed_inputs": False, "show_progress_bar": False}
     assert get_eva_state_dict(model, data, config(2), **settings)["0"].shape[1] == 8  # of one process there is no other
-    monkeypatch.setattr("lorafa.eva_weights.distributed", lambda: True)
+    monkeypatch.setattr("lorafa.starts.eva.distributed", lambda: True)
     text = (
         r"^gather_distributed_inputs=False: every process would start elsewhere\. Leave it True; principal directions"
     )

@@ -16,7 +16,7 @@ from lorafa.errors import ConfigError, DataError
 from lorafa.evals import gsm8k
 from lorafa.evals.generation import generate_greedy
 from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream, wilson_interval
-from lorafa.modes import evaluating
+from lorafa.models.modes import evaluating
 
 
 @pytest.mark.parametrize(

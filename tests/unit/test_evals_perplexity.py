@@ -12,7 +12,7 @@ from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.evals.perplexity import answer_loss
-from lorafa.losses import supervised_nll
+from lorafa.models.head_loss import supervised_nll
 
 SAMPLES = [
     Sample([1, 2, 3, 4], [IGNORE, IGNORE, 3, 4]),

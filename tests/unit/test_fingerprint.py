@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import CheckpointError
-from lorafa.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
-from lorafa.io.files import read_tensors, write_tensors
+from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
+from lorafa.storage.tensors import read_tensors, write_tensors
 
 
 def base(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[tuple[str, Tensor | None]]:

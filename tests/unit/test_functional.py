@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, get_peft_model
-from lorafa.functional import draw_seed, dropout_probability, keep_mask, low_rank_linear
+from lorafa.numerics.fused import draw_seed, dropout_probability, keep_mask, low_rank_linear
 
 IN, OUT, RANK, SCALING = 7, 5, 3, 1.7
 NAMES = ("x", "weight", "bias", "gain", "A", "B")

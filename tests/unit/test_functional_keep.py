@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorafa.functional import AS_IT_IS, low_rank_linear
+from lorafa.numerics.fused import AS_IT_IS, low_rank_linear
 
 
 class FirstColumns:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorafa.functional import low_rank_linear
+from lorafa.numerics.fused import low_rank_linear
 
 
 class Kept:

@@ -19,7 +19,7 @@ from lorafa.calibration.gradient import (
 )
 from lorafa.calibration.moments import SecondMoment
 from lorafa.errors import CalibrationError, ConfigError
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
 
 
 def exact(gradient: Tensor, **kwargs: float) -> dict[str, float]:

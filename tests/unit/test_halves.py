@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from calibration_toys import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
 from lorafa import LoraConfig, RankRule, collect_statistics, initialize
 from lorafa.errors import CalibrationError
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
 
 RANK = 20
 """Of the smallest layer: every triplet is kept."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafa.losses import LogitTransform, _HeadLoss
+from lorafa.models.head_loss import LogitTransform, _HeadLoss
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.7), LogitTransform(1.3, 0.9)])

@@ -26,8 +26,8 @@ from lorafa import (
 )
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers.lora_one import LoraOneConfig
-from lorafa.linalg import full_svd
-from lorafa.starting import GAMMAS
+from lorafa.numerics.linalg import full_svd
+from lorafa.starts.gamma import GAMMAS
 
 
 def config(start: str = "lora_one", **settings: Any) -> LoraConfig:

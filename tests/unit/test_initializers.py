@@ -15,7 +15,7 @@ from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.goat import GoatConfig
-from lorafa.linalg import fix_signs, truncated_svd
+from lorafa.numerics.linalg import fix_signs, truncated_svd
 from lorafa.spec import LayerSpec
 
 

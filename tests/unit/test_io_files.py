@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import lorafa.io.files as files
+import lorafa.storage.tensors as files
 from lorafa.errors import CheckpointError
-from lorafa.io.files import read_tensors, write_tensors
-from lorafa.storage import make_folder, read_json, write_json
+from lorafa.storage.tensors import read_tensors, write_tensors
+from lorafa.storage.whole import make_folder, read_json, write_json
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -133,7 +133,7 @@ def test_a_write_the_system_refuses_midway_leaves_the_old_file(tmp_path):
         """
         import resource, sys, torch
         from lorafa.errors import CheckpointError
-        from lorafa.io.files import write_tensors
+        from lorafa.storage.tensors import write_tensors
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
             write_tensors(sys.argv[1], {"large": torch.zeros(10000)})
@@ -153,8 +153,8 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     result = run_python(
         """
         import os, signal, sys, torch
-        import lorafa.storage as storage
-        from lorafa.io.files import write_tensors
+        import lorafa.storage.whole as storage
+        from lorafa.storage.tensors import write_tensors
         replace = os.replace
         storage.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)  # the last moment before the new name
         write_tensors(sys.argv[1], {"new": torch.zeros(10)})

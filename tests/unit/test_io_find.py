@@ -15,7 +15,8 @@ import torch
 
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, SourceError
-from lorafa.io.files import find_adapter_files, read_tensors, write_tensors
+from lorafa.io.find import find_adapter_files
+from lorafa.storage.tensors import read_tensors, write_tensors
 
 TENSORS = {"q.lora_A.weight": torch.arange(12.0).view(4, 3)}
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from adapter_toys import Single, adapted, close, only_layer, train
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import BackendError
-from lorafa.functional import low_rank_linear
 from lorafa.layers import linear as linear_module
+from lorafa.numerics.fused import low_rank_linear
 from lorafa.variants import lora as lora_module
 
 LINEAR = "torch.nn.modules.linear.Linear"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafa.linalg import SVD, leading_svd
+from lorafa.numerics.linalg import SVD, leading_svd
 
 RANK = 6
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import BackendError, DataError
-from lorafa.losses import HiddenStates, SupervisedLoss, supervised_loss, supervised_nll, supports_chunked_loss
+from lorafa.models.head_loss import HiddenStates, SupervisedLoss, supervised_loss, supervised_nll, supports_chunked_loss
 
 VOCAB, BATCH, TOKENS = 53, 3, 12
 

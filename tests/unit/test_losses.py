@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import BackendError, DataError
-from lorafa.losses import (
+from lorafa.models.head_loss import (
     HiddenStates,
     LogitTransform,
     SupervisedLoss,

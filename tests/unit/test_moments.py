@@ -12,8 +12,8 @@ from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.moments import CordaMoment, MomentSketch, SecondMoment
 from lorafa.errors import CalibrationError
-from lorafa.linalg import add_gram, damped_until_invertible, mirror_, nystrom
-from lorafa.method_configs import CordaConfig
+from lorafa.numerics.linalg import add_gram, damped_until_invertible, mirror_, nystrom
+from lorafa.settings.methods import CordaConfig
 
 IN = 12
 

@@ -16,8 +16,8 @@ from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.moments import CordaMoment, MomentSketch, SecondMoment
 from lorafa.calibration.principal import MOST_PASSES, IncrementalPCA, PCASettings, Scatter, merged
 from lorafa.errors import CalibrationError
-from lorafa.linalg import leading_right
-from lorafa.method_configs import EvaConfig
+from lorafa.numerics.linalg import leading_right
+from lorafa.settings.methods import EvaConfig
 from process_toys import leave_group
 
 IN = 20

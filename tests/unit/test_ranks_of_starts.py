@@ -12,7 +12,7 @@ from calibration_toys import LAYERS, Toy, gradients, inputs, loss
 from lorafa import LoraConfig, PeftModel, RankRule, choose_ranks, collect_statistics, initialize
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers.gora import GoraConfig
-from lorafa.starting import start_from
+from lorafa.starts.initialize import start_from
 
 
 def config(start: str = "gora", **settings: Any) -> LoraConfig:

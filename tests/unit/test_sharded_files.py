@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from lorafa.errors import CheckpointError
-from lorafa.io.files import is_part, whole
+from lorafa.storage.tensors import is_part, whole
 
 
 class Model(nn.Module):

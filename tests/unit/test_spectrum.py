@@ -28,8 +28,8 @@ from lorafa.calibration.rank_rules import (
     importance_of,
 )
 from lorafa.errors import CalibrationError, ConfigError
-from lorafa.linalg import full_svd
-from lorafa.ranks import RankRule, choose_ranks, with_ranks
+from lorafa.numerics.linalg import full_svd
+from lorafa.starts.ranks import RankRule, choose_ranks, with_ranks
 from lorafa.surgery.targets import find_targets
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import LoraConfig, collect_statistics, get_peft_model
 from lorafa.errors import CheckpointError
-from lorafa.statistics import Statistics
+from lorafa.starts.statistics import Statistics
 
 
 def config(start: str = "lora_one", **settings: Any) -> LoraConfig:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError
-from lorafa.io.files import read_tensors
+from lorafa.storage.tensors import read_tensors
 
 
 class Tied(nn.Module):

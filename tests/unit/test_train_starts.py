@@ -14,7 +14,7 @@ from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import ConfigError, DataError
 from lorafa.settings.typed import build
-from lorafa.starting import GAMMAS
+from lorafa.starts.gamma import GAMMAS
 from lorafa.train.settings.init import InitConfig, start_fields
 from lorafa.train.start import Started, start_adapter
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lorafa.calibration.processes import add_up
 from lorafa.calibration.projections import Projections
-from lorafa.checks import check_flag, check_int
 from lorafa.errors import ConfigError
+from lorafa.settings.checks import check_flag, check_int
 
 Tokens = Literal["all", "attended", "labelled"]
 """Which rows of a layer's input count: all, those the attention mask keeps, or those of these that have a label."""

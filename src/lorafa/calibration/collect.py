@@ -18,7 +18,7 @@ from lorafa.calibration.processes import distributed, gathered, of_first, rank
 from lorafa.calibration.sharing import Entry, Sharing, agree
 from lorafa.calibration.state import calibrating
 from lorafa.errors import CalibrationError, shorten
-from lorafa.rows import IGNORE_INDEX, filled_up
+from lorafa.models.rows import IGNORE_INDEX, filled_up
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorafa.calibration.ranking import Asked, Layer, Rule
-from lorafa.checks import check_number
 from lorafa.errors import CalibrationError, ConfigError, warn
+from lorafa.settings.checks import check_number
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.processes import of_first
 from lorafa.errors import CalibrationError
-from lorafa.linalg import SVD, leading_svd, spd_eigh, svd_within, working_dtype
+from lorafa.numerics.linalg import SVD, leading_svd, spd_eigh, svd_within, working_dtype
 
 CHECK_ROWS = 10
 """Rows of Theta: the estimate of a squared norm has a relative standard deviation of at most sqrt(2 / 10)."""

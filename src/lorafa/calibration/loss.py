@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.errors import CalibrationError
-from lorafa.rows import IGNORE_INDEX, ROW_MULTIPLE
+from lorafa.models.rows import IGNORE_INDEX, ROW_MULTIPLE
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> a scalar."""
@@ -58,7 +58,9 @@ def default_loss(model: nn.Module, watched: Collection[nn.Module] = ()) -> Loss:
         watched: modules that will have hooks: the output head must not be one, for causal_loss does not call it. The
             trial comes before.
     """
-    from lorafa.losses import supports_chunked_loss  # brings torch's compiler along, which takes a second to load
+    from lorafa.models.head_loss import (
+        supports_chunked_loss,  # brings torch's compiler along, which takes a second to load
+    )
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     seen = head is not None and any(module in watched for module in head.modules())  # the head itself, if compiled
@@ -68,7 +70,7 @@ def default_loss(model: nn.Module, watched: Collection[nn.Module] = ()) -> Loss:
 def causal_loss(model: nn.Module, batch: Any) -> Tensor:
     """A causal model's loss, computed at the labelled positions alone; of a batch that has no labels, or more than
     tokens, masks and labels, the model's own."""
-    from lorafa.losses import supervised_loss
+    from lorafa.models.head_loss import supervised_loss
 
     plain = isinstance(batch, Mapping) and batch.keys() <= _PLAIN and _labels(batch) is not None
     return supervised_loss(model, batch) if plain else own_loss(model, batch)

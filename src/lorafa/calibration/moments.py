@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.processes import add_up
 from lorafa.errors import CalibrationError
-from lorafa.linalg import add_gram, float_matrix, mirror_, nystrom
+from lorafa.numerics.linalg import add_gram, float_matrix, mirror_, nystrom
 
 
 class InputStatistic(Statistic):

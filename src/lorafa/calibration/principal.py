@@ -16,8 +16,8 @@ from lorafa.calibration.explained_variance import by_explained_variance, most_co
 from lorafa.calibration.moments import InputStatistic
 from lorafa.calibration.processes import gathered
 from lorafa.errors import shorten, warn
-from lorafa.linalg import fix_signs, float_matrix, leading_right
-from lorafa.rows import IGNORE_INDEX
+from lorafa.models.rows import IGNORE_INDEX
+from lorafa.numerics.linalg import fix_signs, float_matrix, leading_right
 
 MOST_PASSES = 10
 """Over the data, where directions do not settle: with few batches the last of them may keep turning."""

@@ -61,8 +61,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.conf.compose import compose  # Hydra, torch and transformers load only when a command runs
-    from lorafa.data.models import DTYPES
-    from lorafa.data.shapes import shape_model
+    from lorafa.models.load import DTYPES
+    from lorafa.models.shapes import shape_model
 
     config = compose(args.overrides)
     _refuse_what_is_not_read(args.overrides)

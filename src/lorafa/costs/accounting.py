@@ -1,6 +1,6 @@
 """What an adapter costs: parameters, file, gradients and the optimizer's state, counted before any training.
 
-Shapes are all it takes, so a model on the meta device (`lorafa.data.shapes.shape_model`) is counted like any other.
+Shapes are all it takes, so a model on the meta device (`lorafa.models.shapes.shape_model`) is counted like any other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lorafa.config import LoraConfig, require_available
+from lorafa.config import LoraConfig
 from lorafa.costs.rehearsal import rehearse
 from lorafa.errors import ConfigError
 from lorafa.initializers.settings import START_SETTINGS
@@ -21,7 +21,8 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.optimizers.pairs import Pair
 from lorafa.optimizers.state_bytes import Sizes
-from lorafa.surgery.adapters import set_adapter
+from lorafa.surgery.activate import set_adapter
+from lorafa.surgery.available import require_available
 from lorafa.surgery.build import Options
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import Plan, plan

@@ -25,8 +25,8 @@ from random import Random
 from typing import Any
 
 from lorafa.data.records import Message, Record, Records, final_answer, last_number
-from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, read_wheel, scratch_folder
 from lorafa.errors import DataError, SourceError
+from lorafa.storage.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, read_wheel, scratch_folder
 
 WHEEL = Wheel("reasoning-gym==0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435")
 INSTRUCTION = "End with '#### ' and the answer as a number."

@@ -9,11 +9,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from lorafa.checks import check_keys
 from lorafa.data import data_set_names, data_set_of
 from lorafa.data.entry import Wanted
 from lorafa.data.records import ROLES, Message, Record, Records, final_answer, last_number
 from lorafa.errors import DataError, SourceError, did_you_mean, first_line, shorten
+from lorafa.settings.checks import check_keys
 
 ACCEPTED = "messages; prompt + completion; question + answer; instruction (+ input) + output"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafa.checks import check_int
 from lorafa.data.entry import DataSet, Wanted
 from lorafa.data.problems import load_word_problems
 from lorafa.data.records import Records
 from lorafa.errors import DataError
+from lorafa.settings.checks import check_int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import DataError
-from lorafa.modes import evaluating
+from lorafa.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

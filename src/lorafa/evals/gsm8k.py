@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal
 
-from lorafa.checks import check_int
 from lorafa.data.chat import encode_prompt
 from lorafa.data.records import Record, final_answer, last_number
 from lorafa.errors import ConfigError, DataError, did_you_mean
 from lorafa.evals.entry import Evaluation, Scores, Subject
 from lorafa.evals.generation import Progress, check_prompts, generate_greedy
+from lorafa.settings.checks import check_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.evals.entry import Evaluation, Scores
-from lorafa.modes import evaluating
+from lorafa.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

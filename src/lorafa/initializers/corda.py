@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lorafa.initializers.base import DegenerateError, InitResult, check_rank, initializer
 from lorafa.initializers.stages import leading, require_moment, taken_from_base, trailing
-from lorafa.linalg import damped_until_invertible, float_matrix
-from lorafa.method_configs import CordaConfig
+from lorafa.numerics.linalg import damped_until_invertible, float_matrix
+from lorafa.settings.methods import CordaConfig
 from lorafa.spec import LayerSpec
 
 DAMPING = 0.01

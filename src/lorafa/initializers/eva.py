@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import require_triplets
-from lorafa.linalg import SVD, float_matrix
-from lorafa.method_configs import EvaConfig
+from lorafa.numerics.linalg import SVD, float_matrix
+from lorafa.settings.methods import EvaConfig
 from lorafa.spec import LayerSpec
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafa.checks import check_flag, check_int, check_number
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import halves, require_directions, require_finite
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
+from lorafa.settings.checks import check_flag, check_int, check_number
 from lorafa.spec import LayerSpec
 
 

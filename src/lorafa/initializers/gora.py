@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafa.checks import check_flag, check_number
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import DegenerateError, InitResult, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import whole_gradient
-from lorafa.linalg import gram_cholesky, spd_inverse
+from lorafa.numerics.linalg import gram_cholesky, spd_inverse
+from lorafa.settings.checks import check_flag, check_number
 from lorafa.spec import LayerSpec
 
 

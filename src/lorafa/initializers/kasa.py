@@ -12,7 +12,7 @@ from lorafa.errors import ConfigError
 from lorafa.initializers.base import InitResult, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
 
 

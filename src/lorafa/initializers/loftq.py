@@ -13,8 +13,8 @@ from lorafa.backends.quantized import QuantizedLinear
 from lorafa.initializers.base import InitResult, check_rank, initializer
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
-from lorafa.linalg import NOISE_STEPS, float_matrix, leading_svd
-from lorafa.method_configs import LoftQConfig
+from lorafa.numerics.linalg import NOISE_STEPS, float_matrix, leading_svd
+from lorafa.settings.methods import LoftQConfig
 from lorafa.spec import LayerSpec
 
 QUANTIZERS: Mapping[int, type[QuantizedLinear]] = {4: NF4Linear, 8: Int8Linear}

@@ -15,8 +15,8 @@ from lorafa.calibration.gradient import gradient_triplets
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import InitResult, initializer, lower_the_rank
 from lorafa.initializers.stages import mean_root_of_weight, require_triplets
-from lorafa.linalg import SVD, leading_svd
-from lorafa.method_configs import LoraGAConfig
+from lorafa.numerics.linalg import SVD, leading_svd
+from lorafa.settings.methods import LoraGAConfig
 from lorafa.spec import LayerSpec
 
 

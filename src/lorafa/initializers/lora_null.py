@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorafa.initializers.base import InitResult, check_rank, initializer
 from lorafa.initializers.stages import leading, require_moment, taken_from_base
-from lorafa.linalg import float_matrix, spd_eigh
+from lorafa.numerics.linalg import float_matrix, spd_eigh
 from lorafa.spec import LayerSpec
 
 

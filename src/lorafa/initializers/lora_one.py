@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_triplets, whitening
-from lorafa.checks import check_choice, check_number
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import halves, mean_root_of_weight, require_triplets
+from lorafa.settings.checks import check_choice, check_number
 from lorafa.spec import LayerSpec
 
 

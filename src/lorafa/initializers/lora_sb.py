@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafa.checks import check_number
 from lorafa.initializers.base import InitResult, check_rank, initializer
 from lorafa.initializers.stages import leading, whole_gradient
-from lorafa.linalg import NOISE_STEPS
+from lorafa.numerics.linalg import NOISE_STEPS
+from lorafa.settings.checks import check_number
 from lorafa.spec import LayerSpec
 
 

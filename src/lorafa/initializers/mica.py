@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorafa.initializers.base import InitResult, check_rank, initializer
 from lorafa.initializers.stages import require_finite
-from lorafa.linalg import full_svd
+from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorafa.checks import check_flag
 from lorafa.initializers.base import DegenerateError, InitResult, check_rank, initializer
 from lorafa.initializers.stages import numerical_rank, require_finite
-from lorafa.linalg import leading_qr
+from lorafa.numerics.linalg import leading_qr
+from lorafa.settings.checks import check_flag
 from lorafa.spec import LayerSpec
 
 

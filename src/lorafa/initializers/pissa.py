@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorafa.checks import check_flag
 from lorafa.errors import ConfigError
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.initializers.stages import leading, taken_from_base
+from lorafa.settings.checks import check_flag
 from lorafa.spec import LayerSpec
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafa.initializers import INITIALIZERS, Start
-from lorafa.method_configs import CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig
+from lorafa.settings.methods import CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig
 
 SETTINGS_OF_PEFT: Mapping[str, type[Any]] = {
     "loftq_config": LoftQConfig,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorafa.errors import CalibrationError
 from lorafa.initializers.base import DegenerateError, InitResult, check_rank
-from lorafa.linalg import SVD, full_svd, leading_svd, truncated_svd
+from lorafa.numerics.linalg import SVD, full_svd, leading_svd, truncated_svd
 from lorafa.spec import LayerSpec
 
 

@@ -18,23 +18,16 @@ from lorafa.backends import backend_of
 from lorafa.backends.offload import in_memory
 from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig, read_config
 from lorafa.errors import CheckpointError, ConfigError, shorten, warn
-from lorafa.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
 from lorafa.initializers.settings import START_SETTINGS
 from lorafa.io.card import write_card
-from lorafa.io.files import (
-    WEIGHTS_NAME,
-    can_be_gathered,
-    find_adapter_files,
-    is_part,
-    read_tensors,
-    require_values,
-    whole,
-    write_tensors,
-)
+from lorafa.io.find import WEIGHTS_NAME, find_adapter_files
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, in_state, without_prefix
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
-from lorafa.storage import HubOptions, make_folder, write_json
+from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
+from lorafa.storage.hub import HubOptions
+from lorafa.storage.tensors import can_be_gathered, is_part, read_tensors, require_values, whole, write_tensors
+from lorafa.storage.whole import make_folder, write_json
 from lorafa.surgery.walk import lora_layers, places, uncompiled
 from lorafa.variants import variant_types
 from lorafa.version import VERSION

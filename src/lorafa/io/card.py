@@ -7,7 +7,7 @@ from typing import Any
 
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, first_line
-from lorafa.storage import make_folder, written_whole
+from lorafa.storage.whole import make_folder, written_whole
 
 
 def write_card(directory: str | Path, config: LoraConfig) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import device_of
-from lorafa.checks import check_arguments, found
 from lorafa.config import CONFIG_NAME, LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, SourceError, did_you_mean, shorten, warn
 from lorafa.io.adapter_files import (
@@ -22,13 +21,15 @@ from lorafa.io.adapter_files import (
     renamed,
     save_adapters,
 )
-from lorafa.io.files import find_weights, read_tensors
+from lorafa.io.find import find_weights
 from lorafa.io.peft_format import load_tensors, misfit, wanted_tensors
-from lorafa.storage import HubOptions, locate
-from lorafa.surgery.adapters import require_adapters, require_unmerged
+from lorafa.settings.checks import check_arguments, found
+from lorafa.storage.hub import HubOptions, locate
+from lorafa.storage.tensors import read_tensors
+from lorafa.surgery.activate import require_adapters, require_unmerged
 from lorafa.surgery.build import Options
 from lorafa.surgery.given import lora_config
-from lorafa.surgery.model import LoraModel
+from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.walk import lora_layers
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from lorafa.backends.offload import rests_elsewhere, value_of
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
 from lorafa.initializers.settings import NO_SETTINGS
-from lorafa.io.files import can_be_gathered, is_part, whole
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
 from lorafa.io.ties import check_ties, tied_tensors
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.parts import Stored
+from lorafa.storage.tensors import can_be_gathered, is_part, whole
 from lorafa.surgery.walk import base_parameters, hosts, lora_layers, uncompiled_name
 
 PREFIX = "base_model.model."
@@ -104,7 +104,7 @@ def file_tensors(
     the variant is no plain LoRA (DoRA), A0 and B0 go into keys of their own, which PEFT passes over. Where its dense
     factors are not those it stores (LoRA-SB), the dense ones are written, and the stored ones in keys of their own.
 
-    Sharded tensors are gathered, which all processes have to do together (:func:`lorafa.io.files.whole`).
+    Sharded tensors are gathered, which all processes have to do together (:func:`lorafa.storage.tensors.whole`).
 
     Args:
         state_dict: take values from here by their live names (a gathered state dict) instead of from the model.

@@ -22,7 +22,7 @@ from lorafa.io.peft_format import (
 from lorafa.io.strict import compare
 from lorafa.io.tables import which_tables
 from lorafa.layers.host import Host
-from lorafa.surgery.adapters import require_adapters, require_nothing_merged, require_unmerged, without_start
+from lorafa.surgery.activate import require_adapters, require_nothing_merged, require_unmerged, without_start
 from lorafa.surgery.walk import uncompiled, uncompiled_name, user_model
 
 

@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorafa.checks import is_int
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError, SourceError, warn
 from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
 from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.storage import locate, read_json
+from lorafa.settings.checks import is_int
+from lorafa.storage.hub import locate
+from lorafa.storage.whole import read_json
 from lorafa.surgery.walk import name_of, places, skeleton, tables
 
 Tables = Literal["none", "adapted", "all"]

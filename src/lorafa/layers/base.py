@@ -19,7 +19,7 @@ from lorafa.layers import own_modules
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
-from lorafa.linalg import working_dtype
+from lorafa.numerics.linalg import working_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from lorafa.adapter import Adapter
+from lorafa.adapter import AdaptedLayer, Adapter
 from lorafa.errors import AdapterError
-
-if TYPE_CHECKING:
-    from lorafa.layers.base import LoraLayer
 
 T = TypeVar("T")
 
@@ -73,10 +70,10 @@ class Table(Generic[T]):
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, layer: LoraLayer | None, owner: type | None = None) -> Any:
+    def __get__(self, layer: AdaptedLayer | None, owner: type | None = None) -> Any:
         return self if layer is None else ByName(layer.adapters, self)
 
-    def __set__(self, layer: LoraLayer, values: Mapping[str, T]) -> None:
+    def __set__(self, layer: AdaptedLayer, values: Mapping[str, T]) -> None:
         ByName(layer.adapters, self).update(values)
 
     def put(self, adapter: Adapter, value: T) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lorafa.adapter import bias_change
 from lorafa.backends.base import is_hooked
 from lorafa.errors import BackendError
-from lorafa.functional import autocast_dtype, compute_dtype, low_rank_linear
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.weights import updated_tensors
+from lorafa.numerics.fused import autocast_dtype, compute_dtype, low_rank_linear
 
 
 class LoraLinear(LoraLayer):

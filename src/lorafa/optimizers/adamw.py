@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lorafa.linalg import working_dtype
+from lorafa.numerics.linalg import working_dtype
 
 _LATE = 1e9
 """A step at which beta^t is 0 and no bias is left to correct."""

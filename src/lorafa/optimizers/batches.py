@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.errors import DivergedError
-from lorafa.linalg import working_dtype
+from lorafa.numerics.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair, by_shape, check_finite
 
 CACHED_BYTES = 8 * 2**20

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lorafa.checks import check_betas, check_number, check_rate, found
 from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigError
-from lorafa.linalg import working_dtype
+from lorafa.numerics.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair, check_finite
+from lorafa.settings.checks import check_betas, check_number, check_rate, found
 
 _OF_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
 

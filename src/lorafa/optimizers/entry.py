@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lorafa.checks import check_betas, check_number
 from lorafa.optimizers.state_bytes import State
+from lorafa.settings.checks import check_betas, check_number
 
 Make = Callable[..., Optimizer]
 """(model, own settings, lr=..., weight_decay=...) -> the optimizer."""

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafa.checks import check_choice, check_flag
 from lorafa.errors import AdapterError, ConfigError, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import AdamWSteps
@@ -33,6 +32,7 @@ from lorafa.optimizers.entry import AdamSettings, OptimizerEntry
 from lorafa.optimizers.pairs import Pair, filled, other_groups, pairs_of
 from lorafa.optimizers.row_space import RowSpace, row_factors
 from lorafa.optimizers.state_bytes import Sizes, two_moments, two_wide_moments
+from lorafa.settings.checks import check_choice, check_flag
 
 ALGORITHMS = ("exact", "fold")
 ORTHONORMAL = 1e-6

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from lorafa.checks import check_flag, check_number, check_rate
 from lorafa.optimizers.checked import check_idle_pairs, check_state, check_stock, name_of
 from lorafa.optimizers.entry import AdamSettings, OptimizerEntry
 from lorafa.optimizers.pairs import filled, other_groups, pairs_of
 from lorafa.optimizers.state_bytes import two_moments
+from lorafa.settings.checks import check_flag, check_number, check_rate
 
 
 def create_loraplus_optimizer(

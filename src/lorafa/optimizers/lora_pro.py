@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafa.checks import check_choice, check_number
 from lorafa.errors import ConfigError
-from lorafa.linalg import damped_gram, exceeds, spd_inverse, sylvester, wide
+from lorafa.numerics.linalg import damped_gram, exceeds, spd_inverse, sylvester, wide
 from lorafa.optimizers.adamw import AdamWSteps, adamw_, add_moments_
 from lorafa.optimizers.batches import PairBatch, live_batches
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers
@@ -34,6 +33,7 @@ from lorafa.optimizers.entry import AdamSettings, OptimizerEntry
 from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import precondition
 from lorafa.optimizers.state_bytes import Sizes, moments_of_weights, nothing, one_buffer, two_moments
+from lorafa.settings.checks import check_choice, check_number
 
 FORMS = ("adamw", "sgd", "full")
 CHOICES = ("zero", "sylvester", "symmetric")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import Adapter
-from lorafa.checks import found
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.base import LoraLayer
+from lorafa.settings.checks import found
 
 
 @dataclass(frozen=True, eq=False)

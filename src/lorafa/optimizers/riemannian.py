@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lorafa.checks import check_choice, check_number, check_rate
-from lorafa.linalg import damped_inverse
+from lorafa.numerics.linalg import damped_inverse
 from lorafa.optimizers.adamw import AdamWSteps
 from lorafa.optimizers.batches import PairBatch, batches_of, live_batches
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_stock, name_of
@@ -25,6 +24,7 @@ from lorafa.optimizers.entry import AdamSettings, OptimizerEntry
 from lorafa.optimizers.pairs import Pair, factors_of, groups_of, pairs_of, trained_together
 from lorafa.optimizers.preconditioned import precondition
 from lorafa.optimizers.state_bytes import two_moments, two_wide_moments
+from lorafa.settings.checks import check_choice, check_number, check_rate
 
 
 def create_riemannian_optimizer(

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import full_precision
-from lorafa.checks import check_number
 from lorafa.errors import AdapterError
-from lorafa.linalg import gram_cholesky, spd_inverse, working_dtype
+from lorafa.numerics.linalg import gram_cholesky, spd_inverse, working_dtype
 from lorafa.optimizers.batches import PairBatch, batches_of
 from lorafa.optimizers.pairs import Pair, check_finite
+from lorafa.settings.checks import check_number
 
 SMALLEST_PIVOT = 1e-6
 """Of A's triangular factor over its largest one; below it the rows of A count as dependent."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafa.linalg import working_dtype
+from lorafa.numerics.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair
 
 

@@ -16,7 +16,7 @@ from lorafa.errors import ConfigError
 from lorafa.report.plots import svg
 from lorafa.runs.comparison import RESULT, final_loss, heldout_curve, is_over
 from lorafa.runs.record import RunDirectory
-from lorafa.storage import read_json, written_whole
+from lorafa.storage.whole import read_json, written_whole
 
 HEADINGS = (
     "method",

@@ -11,7 +11,7 @@ from lorafa.report.plots import loss_curve
 from lorafa.report.starts import fact_rows_of_start, rank_rows, spectra_and_ranks
 from lorafa.report.tables import fact_rows, score_rows
 from lorafa.runs.record import RunDirectory
-from lorafa.storage import written_whole
+from lorafa.storage.whole import written_whole
 
 PAGE = "report.html"
 

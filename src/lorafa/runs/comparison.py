@@ -29,13 +29,13 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
-from lorafa.checks import is_int
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, DivergedError, first_line
 from lorafa.runs.experiment import start_run
 from lorafa.runs.record import RunDirectory, TakenError
+from lorafa.settings.checks import is_int
 from lorafa.settings.typed import plain
-from lorafa.storage import write_json
+from lorafa.storage.whole import write_json
 from lorafa.train.memory import return_freed_memory
 from lorafa.train.settings.run import RunConfig
 

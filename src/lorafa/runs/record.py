@@ -25,7 +25,7 @@ import yaml
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
 from lorafa.runs.formats import current
 from lorafa.settings.typed import build, plain
-from lorafa.storage import make_folder, read_json, write_json, written_whole
+from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import Field, fields
 from typing import Any, ClassVar, get_type_hints
 
-from lorafa.checks import check_choice, found
 from lorafa.errors import ConfigError, did_you_mean
 from lorafa.registry import Registry
+from lorafa.settings.checks import check_choice, found
 from lorafa.settings.declared import declared
 from lorafa.settings.typed import Key, build, settable, typed_value
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lorafa.checks import found
 from lorafa.errors import ConfigError, did_you_mean
+from lorafa.settings.checks import found
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from lorafa.config import LoraConfig, PeftType
 from lorafa.errors import AdapterError
-from lorafa.surgery.adapters import disabled
-from lorafa.surgery.model import LoraModel
+from lorafa.surgery.activate import disabled
+from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.status import LayerStatus, ModelStatus, count_parameters, get_layer_status, get_model_status
 
 

@@ -20,29 +20,9 @@ from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.spec import LayerSpec, factor_shapes
 from lorafa.surgery.quantize import require_replaceable, standing_in
+from lorafa.surgery.stats import LayerStats, Stats
 from lorafa.surgery.targets import Target
 from lorafa.variants import formula_of, variant_types
-
-Stats = Mapping[str, Mapping[str, Tensor]]
-"""Full name of a target -> name of a statistic -> its value: what data-aware starts read."""
-
-
-class LayerStats(dict[str, Tensor]):
-    """The statistics of one layer. What its start reads and does not find is refused by name.
-
-    Raises:
-        CalibrationError: where it is indexed by what it does not have.
-    """
-
-    def __init__(self, layer: str, start: bool | str, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(tensors)
-        self._layer, self._start = layer, start
-
-    def __missing__(self, name: str) -> Tensor:
-        raise CalibrationError(
-            f"{self._layer}: its statistics have no {name!r}, which init_lora_weights={self._start!r} reads; they have "
-            f"{', '.join(self)}. Pass what collect_statistics returns as stats=."
-        )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lorafa.checks import found
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
+from lorafa.settings.checks import found
 from lorafa.surgery.walk import name_of
 
 _WRITE = "LoraConfig(init_lora_weights=..., target_modules=...)"

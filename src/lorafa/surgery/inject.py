@@ -8,13 +8,13 @@ from typing import cast
 from torch import Tensor, nn
 
 from lorafa.context import CurrentCall
-from lorafa.fingerprint import describe
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.host import Host
 from lorafa.layers.linear import LoraLinear
 from lorafa.layers.tied import attach_tied
+from lorafa.storage.fingerprint import describe
 from lorafa.surgery.bypassed import weight_is_read
 from lorafa.surgery.plan import Plan
 from lorafa.surgery.targets import Target
@@ -44,7 +44,7 @@ class Undo:
 def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> Undo:
     """Carry out a plan: wrap what is not wrapped, attach the adapter, freeze everything that is not an adapter.
 
-    The adapter is attached inactive; :func:`lorafa.surgery.adapters.set_adapter` makes it count.
+    The adapter is attached inactive; :func:`lorafa.surgery.activate.set_adapter` makes it count.
 
     Args:
         call: what new layers read of the call that runs; they share it.

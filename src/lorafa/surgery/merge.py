@@ -9,7 +9,7 @@ from torch import nn
 from lorafa.backends.offload import weight_of
 from lorafa.errors import BackendError, warn
 from lorafa.layers.base import LoraLayer
-from lorafa.surgery.adapters import require_adapters, require_uniform
+from lorafa.surgery.activate import require_adapters, require_uniform
 from lorafa.surgery.ties import SharedRows, share_merged
 from lorafa.surgery.walk import Parents, hosts, lora_layers, wrappers
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorafa.checks import found
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.base import LoraLayer
-from lorafa.surgery.adapters import require_adapters, require_nothing_merged, require_uniform
+from lorafa.settings.checks import found
+from lorafa.surgery.activate import require_adapters, require_nothing_merged, require_uniform
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import lora_layers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorafa.surgery.adapters import require_adapters
+from lorafa.surgery.activate import require_adapters
 from lorafa.surgery.walk import lora_layers, require_module
 
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lorafa.config import LoraConfig, require_available
+from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, shorten, warn
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_saved_names, with_tied_ends
-from lorafa.surgery.build import Builder, Options, Stats
+from lorafa.surgery.available import require_available
+from lorafa.surgery.build import Builder, Options
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.offloaded import require_reachable
 from lorafa.surgery.quantize import require_unshared
+from lorafa.surgery.stats import Stats
 from lorafa.surgery.targets import Target, find_targets, resolved_targets, spelled_out
 from lorafa.surgery.ties import Tie, find_ties
 from lorafa.surgery.walk import lora_layers, places

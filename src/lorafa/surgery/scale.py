@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lorafa.checks import check_number
 from lorafa.errors import AdapterError
-from lorafa.surgery.adapters import require_nothing_merged, without_start
+from lorafa.settings.checks import check_number
+from lorafa.surgery.activate import require_nothing_merged, without_start
 from lorafa.surgery.walk import lora_layers
 
 

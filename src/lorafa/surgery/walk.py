@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from lorafa.backends.offload import identity_of
-from lorafa.checks import found
 from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.layers.host import Host
 from lorafa.layers.wrapper import Wrapper
+from lorafa.settings.checks import found
 
 _COMPILED = "_orig_mod"
 """Where torch.compile's wrapper of a module holds it."""

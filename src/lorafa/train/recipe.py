@@ -20,16 +20,16 @@ from transformers.utils import logging
 
 from lorafa.data.chat import Encoded, encode_all, render_sample
 from lorafa.data.collate import Collator
-from lorafa.data.models import check_samples, load_model
 from lorafa.data.records import Records
 from lorafa.data.sources import load_records
 from lorafa.errors import DataError
 from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
-from lorafa.losses import supervised_nll, supports_chunked_loss
+from lorafa.models.head_loss import supervised_nll, supports_chunked_loss
+from lorafa.models.load import check_samples, load_model
 from lorafa.peft_model import PeftModel
-from lorafa.storage import read_json
+from lorafa.storage.whole import read_json
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table

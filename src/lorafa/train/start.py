@@ -15,7 +15,7 @@ from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.peft_model import PeftModel, get_peft_model
-from lorafa.starting import collect_statistics, start_from
+from lorafa.starts.initialize import collect_statistics, start_from
 from lorafa.train.settings.init import InitConfig, rank_rule, start_of
 
 HELD_OUT = 8

@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lorafa.errors import DivergedError, shorten, warn
-from lorafa.losses import SupervisedLoss, supervised_nll, supports_chunked_loss
-from lorafa.rows import IGNORE_INDEX
+from lorafa.models.head_loss import SupervisedLoss, supervised_nll, supports_chunked_loss
+from lorafa.models.rows import IGNORE_INDEX
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.checkpoints import last_checkpoint
@@ -24,11 +24,11 @@ DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
     """`transformers.Trainer` for a causal language model with adapters.
 
-    What it adds: the loss is computed at supervised positions only (`lorafa.losses`) and announced when it cannot
-    be; what methods add to the loss (`lorafa.penalty`) is added; checkpoints hold the adapters, not the base; N steps
-    equal k steps, a checkpoint, and N - k more, bit for bit; the evaluation loss is a mean over tokens, not over
-    batches; ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss that is not finite, or
-    adapters without a gradient, stop the training.
+    What it adds: the loss is computed at supervised positions only (`lorafa.models.head_loss`) and announced when it
+    cannot be; what methods add to the loss (`lorafa.penalty`) is added; checkpoints hold the adapters, not the base;
+    N steps equal k steps, a checkpoint, and N - k more, bit for bit; the evaluation loss is a mean over tokens, not
+    over batches; ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss that is not
+    finite, or adapters without a gradient, stop the training.
 
     With several processes accelerate repeats samples to fill the last evaluation batch, and they count twice. Under
     FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.

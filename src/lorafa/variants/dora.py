@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lorafa.adapter import Adapter, Extra, Stage, Variant, full_precision
-from lorafa.functional import low_rank_linear
-from lorafa.linalg import working_dtype
+from lorafa.numerics.fused import low_rank_linear
+from lorafa.numerics.linalg import working_dtype
 from lorafa.spec import LayerSpec
 
 _TINY = 1e-30  # of a squared norm in float32: an all-zero row keeps a finite gain

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lorafa.adapter import Adapter, Extra, Tensors, Variant
-from lorafa.linalg import working_dtype
-from lorafa.method_configs import KasaConfig
+from lorafa.numerics.linalg import working_dtype
+from lorafa.settings.methods import KasaConfig
 from lorafa.spec import LayerSpec, Shape
 from lorafa.variants.lora import LoRA
 

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Variant
-from lorafa.functional import low_rank_linear
+from lorafa.numerics.fused import low_rank_linear
 
 
 class LoRA(Variant):

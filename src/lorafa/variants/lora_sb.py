@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Extra, Tensors, full_precision
-from lorafa.linalg import working_dtype
+from lorafa.numerics.linalg import working_dtype
 from lorafa.spec import LayerSpec, Shape
 from lorafa.variants.lora import LoRA
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafa.calibration import RANK_RULES, STATISTICS
-from lorafa.checks import check_int, found
 from lorafa.errors import ConfigError, did_you_mean
 from lorafa.initializers import INITIALIZERS, Start, find_start
 from lorafa.initializers.settings import SETTINGS_OF_PEFT, settings_class, settings_field
 from lorafa.registry import Registry
+from lorafa.settings.checks import check_int, found
 from lorafa.settings.declared import declared
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key, build, keys
 
 if TYPE_CHECKING:
-    from lorafa.ranks import RankRule
+    from lorafa.starts.ranks import RankRule
     from lorafa.train.settings.start_names import NamedStart
 
 STARTS: Registry[NamedStart] = Registry(
@@ -126,7 +126,7 @@ def _start(mode: bool | str) -> Start:
 
 def rank_rule(init: InitConfig) -> RankRule | None:
     """How ranks are chosen by the data; None: they are not."""
-    from lorafa.ranks import RankRule
+    from lorafa.starts.ranks import RankRule
 
     if init.ranks is None:
         return None

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorafa.checks import check_number, check_rate
 from lorafa.errors import ConfigError
 from lorafa.optimizers import OPTIMIZERS
 from lorafa.registry import Registry
+from lorafa.settings.checks import check_number, check_rate
 from lorafa.settings.declared import declared
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key

@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from lorafa.checks import check_int, check_number
 from lorafa.data import DATASETS, data_set_names, data_set_of
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
-from lorafa.method_configs import (
+from lorafa.models import MODELS, loadable
+from lorafa.registry import Registry
+from lorafa.settings.checks import check_int, check_number
+from lorafa.settings.declared import declared
+from lorafa.settings.groups import OpenGroup
+from lorafa.settings.methods import (
     ArrowConfig,
     BdLoraConfig,
     KasaConfig,
@@ -23,10 +27,6 @@ from lorafa.method_configs import (
     MontecloraConfig,
     VeloraConfig,
 )
-from lorafa.models import MODELS, loadable
-from lorafa.registry import Registry
-from lorafa.settings.declared import declared
-from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.optim import OptimConfig

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorafa.errors import BackendError, DataError
-from lorafa.modes import evaluating
-from lorafa.rows import IGNORE_INDEX, ROW_MULTIPLE, filled_up
+from lorafa.models.modes import evaluating
+from lorafa.models.rows import IGNORE_INDEX, ROW_MULTIPLE, filled_up
 
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk of float32 logits: large enough for an efficient product, small beside any model's activations."""

@@ -13,11 +13,11 @@ from lorafa.adapter import Adapter
 from lorafa.errors import AdapterError, CheckpointError, SourceError, TargetError
 from lorafa.initializers.base import check_rank
 from lorafa.initializers.loftq import fit
-from lorafa.io.base_weights import BaseWeights
 from lorafa.layers.base import LoraLayer
 from lorafa.peft_model import PeftModel
 from lorafa.spec import LayerSpec
-from lorafa.surgery.adapters import require_adapters, require_unmerged
+from lorafa.storage.base_weights import BaseWeights
+from lorafa.surgery.activate import require_adapters, require_unmerged
 from lorafa.surgery.walk import name_of
 
 _FAR = 0.5

@@ -6,8 +6,17 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from lorafa.checks import check_choice, check_flag, check_int, check_keys, check_number, found, names, path_text
 from lorafa.errors import ConfigError
+from lorafa.settings.checks import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_keys,
+    check_number,
+    found,
+    names,
+    path_text,
+)
 
 T = TypeVar("T")
 

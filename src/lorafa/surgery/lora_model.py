@@ -15,14 +15,15 @@ from lorafa.config import LoraConfig
 from lorafa.context import EMPTY, CurrentCall, ForwardContext
 from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
-from lorafa.surgery import adapters
-from lorafa.surgery.build import Options, Stats
+from lorafa.surgery import activate
+from lorafa.surgery.build import Options
 from lorafa.surgery.forward import is_checkpointed
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resize import resize_vocabulary
+from lorafa.surgery.stats import Stats
 from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name, wrapped_places
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -56,7 +57,7 @@ class LoraModel(nn.Module):
         self._wrapped: list[str] = []  # the places wrappers were put on
         self.training = model.training
         if peft_config is not None:
-            adapters.require_nothing_merged(model)
+            activate.require_nothing_merged(model)
             config = lora_config(peft_config)
             self.inject_adapter(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
             self.set_adapter(adapter_name, config.inference_mode)
@@ -91,7 +92,7 @@ class LoraModel(nn.Module):
         if readers:  # of one config, so any of them finds the same
             self._readers[planned.name] = readers[0]
         if active:  # other adapters keep counting; the new one waits
-            adapters.set_requires_grad(self.model, planned.name, False)
+            activate.set_requires_grad(self.model, planned.name, False)
             for _, host in hosts(self.model):
                 host.activate(active)
                 host.enable_adapters(not off)
@@ -135,11 +136,11 @@ class LoraModel(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, together, and train unless ``inference_mode``."""
-        adapters.set_adapter(self.model, adapter_name, inference_mode)
+        activate.set_adapter(self.model, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
-        adapters.set_requires_grad(self.model, adapter_names, requires_grad)
+        activate.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, another (if any) becomes active.
@@ -150,15 +151,15 @@ class LoraModel(nn.Module):
         """
         rest = [name for name in self.peft_config if name != adapter_name]
         successor = rest[0] if rest and set(self.active_adapters) <= {adapter_name} else None
-        adapters.delete_adapter(self.model, adapter_name, successor)
+        activate.delete_adapter(self.model, adapter_name, successor)
         del self.peft_config[adapter_name]
         self._readers.pop(adapter_name, None)
 
     def enable_adapter_layers(self) -> None:
-        adapters.enable_adapters(self.model, True)
+        activate.enable_adapters(self.model, True)
 
     def disable_adapter_layers(self) -> None:
-        adapters.enable_adapters(self.model, False)
+        activate.enable_adapters(self.model, False)
 
     # ---- weights
 
@@ -272,7 +273,7 @@ def inject_adapter_in_model(
         As :func:`lorafa.get_peft_model`; nothing is changed then.
     """
     config = lora_config(peft_config)
-    adapters.require_nothing_merged(require_module(model))
+    activate.require_nothing_merged(require_module(model))
     if state_dict is not None:
         config = _with_targets_of(state_dict, config, model)
     tuner = LoraModel(model)

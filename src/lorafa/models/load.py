@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafa.data.wheels import default_cache_dir
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
 from lorafa.models import MODELS, loadable
+from lorafa.storage.wheels import default_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def load_model(
         dtype: of the weights; one of ``DTYPES`` by name, ``"auto"`` (as stored), or a ``torch.dtype``.
         attention: transformers' name of an attention implementation, "eager", "sdpa" or "flash_attention_2"; "auto"
             leaves the choice to it.
-        cache_dir: where built-in models are kept; default :func:`~lorafa.data.wheels.default_cache_dir`.
+        cache_dir: where built-in models are kept; default :func:`~lorafa.storage.wheels.default_cache_dir`.
         revision: branch, tag or commit of a Hub model.
 
     The tokenizer has a pad token afterwards (its end-of-sequence token if it came without); padding is masked

@@ -16,9 +16,10 @@ from lorafa.calibration import STATISTICS
 from lorafa.calibration.batches import of_function
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, NotAvailableError
-from lorafa.starting import collect_statistics, file_named_by
-from lorafa.statistics import Statistics, keep_for, statistics_of
+from lorafa.starts.initialize import collect_statistics, file_named_by
+from lorafa.starts.statistics import Statistics, statistics_of
 from lorafa.surgery import given
+from lorafa.surgery.stats import leave_for
 
 
 def preprocess_loraga(
@@ -34,7 +35,7 @@ def preprocess_loraga(
         ConfigError: the config's start reads no gradients.
         As :func:`lorafa.collect_statistics`; nothing is left with the model then.
     """
-    keep_for(model, estimate_gradients(model, lora_config, train_step, cache_file))
+    leave_for(model, estimate_gradients(model, lora_config, train_step, cache_file))
 
 
 def estimate_gradients(
@@ -79,7 +80,7 @@ def preprocess_corda(
         stats = statistics_of(model, lora_config, of_function(_nothing_to_run(file)), cache=file)
     else:
         stats = collect_statistics(model, lora_config, run_model)
-    keep_for(model, stats)
+    leave_for(model, stats)
 
 
 def _nothing_to_run(file: str | None) -> Callable[[], Any]:

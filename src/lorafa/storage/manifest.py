@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorafa.data.wheels import Wheel, sha256_of
 from lorafa.errors import CheckpointError, SourceError, shorten
-from lorafa.storage import read_json, write_json
+from lorafa.storage.wheels import Wheel, sha256_of
+from lorafa.storage.whole import read_json, write_json
 
 NAME = "manifest.json"
 

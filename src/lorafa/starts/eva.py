@@ -18,11 +18,11 @@ from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvaila
 from lorafa.initializers.base import check_singular_vectors
 from lorafa.initializers.eva import directions_as_A
 from lorafa.io.peft_format import PREFIX
-from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel
-from lorafa.ranks import RankRule, choose_ranks, with_ranks
-from lorafa.statistics import statistics_of
-from lorafa.surgery.adapters import require_adapters, require_unmerged, set_requires_grad
+from lorafa.settings.methods import EvaConfig
+from lorafa.starts.ranks import RankRule, choose_ranks, with_ranks
+from lorafa.starts.statistics import statistics_of
+from lorafa.surgery.activate import require_adapters, require_unmerged, set_requires_grad
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.targets import find_targets
 

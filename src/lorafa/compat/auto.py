@@ -9,7 +9,7 @@ from lorafa.config import LoraConfig, TaskType
 from lorafa.errors import ConfigError, SourceError, first_line
 from lorafa.io.load import LoadOptions
 from lorafa.peft_model import PeftModel
-from lorafa.storage import HubOptions, locate
+from lorafa.storage.hub import HubOptions, locate
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.walk import embedding_of
 

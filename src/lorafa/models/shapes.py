@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafa.data.models import as_source_error, resolve_model
 from lorafa.errors import SourceError
 from lorafa.models import MODELS
+from lorafa.models.load import as_source_error, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ def shape_model(
         name: a line of ``MODELS`` (which wins over a folder of that name), a local folder with a config.json, or a Hub
             id, of which only the config is fetched.
         dtype: of the weights; None takes the config's, float32 where it has none.
-        cache_dir, revision: as in :func:`~lorafa.data.models.resolve_model`.
+        cache_dir, revision: as in :func:`~lorafa.models.load.resolve_model`.
 
     Raises:
         SourceError: there is no such model, its config cannot be read, or it is not one of a causal language model.

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lorafa.calibration import RANK_RULES
 from lorafa.calibration.ranking import Asked, Layer, Rule
-from lorafa.checks import check_choice, check_int, found, names
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, ConfigError, did_you_mean, shorten, warn
 from lorafa.initializers.base import Initializer
 from lorafa.initializers.stages import numerical_rank
-from lorafa.statistics import Statistics, require_statistics
+from lorafa.settings.checks import check_choice, check_int, found, names
+from lorafa.starts.statistics import Statistics
 from lorafa.surgery.given import lora_config
+from lorafa.surgery.stats import require_statistics
 from lorafa.surgery.targets import Target, find_targets
 from lorafa.surgery.walk import places, user_model
 

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorafa.errors import CheckpointError, SourceError, did_you_mean
-from lorafa.storage import locate, read_json
+from lorafa.storage.hub import locate
+from lorafa.storage.whole import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -20,19 +20,19 @@ from lorafa.calibration.batches import Batches, digest_of
 from lorafa.calibration.collect import collect
 from lorafa.calibration.processes import gathered, rank, together
 from lorafa.calibration.projections import Projections
-from lorafa.checks import found, names
-from lorafa.config import LoraConfig, require_available
+from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
-from lorafa.fingerprint import compare_fingerprints, digest_of_all, from_metadata, to_metadata
 from lorafa.io.adapter_files import base_fingerprint
-from lorafa.io.files import is_pickle, read_tensors, write_tensors
-from lorafa.surgery.adapters import disabled
+from lorafa.settings.checks import names
+from lorafa.storage.fingerprint import compare_fingerprints, digest_of_all, from_metadata, to_metadata
+from lorafa.storage.tensors import is_pickle, read_tensors, write_tensors
+from lorafa.surgery.activate import disabled
+from lorafa.surgery.available import require_available
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.targets import Target, find_targets
 from lorafa.surgery.walk import adapter_names, skeleton
 
 _SEPARATOR = "::"
-_KEPT = "_lorafa_statistics"
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,42 +130,6 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                         f"The statistics were collected with {name}={then!r}, and the config has {name}={wanted!r}. "
                         "Collect them with this config, or set it as it was."
                     )
-
-
-def require_statistics(stats: Any) -> None:
-    """Raises CalibrationError for what is neither None nor a table of tensors for each layer."""
-    tables = [stats, *stats.values()] if isinstance(stats, Mapping) else [] if stats is None else [stats]
-    wrong = next((table for table in tables if not isinstance(table, Mapping)), None)
-    if wrong is not None:
-        raise CalibrationError(
-            "stats= must be what collect_statistics has returned, by the name of each layer a table of its tensors by "
-            f"name, found {found(wrong)} in the place of a table. Of a file, pass Statistics.load(path)."
-        )
-
-
-def keep_for(model: nn.Module, stats: Statistics) -> None:
-    """Leave statistics with a model, for the adapters made of it: PEFT's preprocess functions return nothing."""
-    model.__dict__[_KEPT] = stats
-
-
-def forget_kept(model: nn.Module) -> None:
-    """Drop what :func:`keep_for` has left: an adapter has taken it."""
-    model.__dict__.pop(_KEPT, None)
-
-
-def given(model: nn.Module, config: LoraConfig, stats: Mapping[str, Mapping[str, Tensor]] | None) -> Any:
-    """The statistics an adapter is made with: those passed, or those a preprocess function has left with the model.
-
-    Raises:
-        CalibrationError: they were collected on another model or by other settings, or are no statistics.
-    """
-    require_statistics(stats)
-    if stats is None and config.start.initializer.needs:
-        stats = model.__dict__.get(_KEPT)
-    if isinstance(stats, Statistics):
-        stats.check_fits(model)
-        stats.check_read_as(config)
-    return stats
 
 
 def statistics_of(

@@ -1,0 +1,1 @@
+"""The mathematics below everything: decompositions and products, and the fused autograd function."""

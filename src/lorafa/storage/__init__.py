@@ -1,0 +1,1 @@
+"""Bytes on disk: atomic writes, tensors, the Hub, wheels, fingerprints; nothing of adapters."""
