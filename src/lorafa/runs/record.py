@@ -26,11 +26,9 @@ from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
 from lorafa.runs.formats import current
 from lorafa.settings.typed import build, plain
 from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
-from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
-from lorafa.variants import variant_types
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
 LOCK = ".lock"
@@ -270,6 +268,9 @@ def _run_near(path: Path) -> str:
 
 
 def _short_name(config: RunConfig) -> str:
+    from lorafa.train.adapter_config import lora_config  # which loads torch; reports do without
+    from lorafa.variants import variant_types
+
     formula = variant_types(lora_config(config))[-1].name
     start = "" if config.init.mode in (InitConfig().mode, formula) else f"-{config.init.mode}"
     return f"{formula}-r{config.peft.r}{start}"
