@@ -113,6 +113,17 @@ def check_keys(kind: str, given: Mapping[str, object], known: Iterable[str]) -> 
             )
 
 
+def check_arguments(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse arguments that ``function`` does not have; values are not shown, for one may be a token."""
+    listed = sorted(known)
+    for name in given:
+        if name not in listed:
+            raise ConfigError(
+                f"{function} has no argument {name!r}.{did_you_mean(name, listed)} Beside those of its signature it "
+                f"has: {', '.join(listed)}."
+            )
+
+
 def check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafa.adapter import scaling
-from lorafa.checks import index_ranges, indices, is_int, member, name_table, names, plain
+from lorafa.checks import check_arguments, index_ranges, indices, is_int, member, name_table, names, plain
 from lorafa.config_checks import SETTINGS_OF_PEFT, START_SETTINGS, check_config, settings_class, settings_field
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.initializers import Start, known_start
@@ -29,7 +29,7 @@ from lorafa.method_configs import (
     VeloraConfig,
     from_nested,
 )
-from lorafa.storage import HubOptions, locate, make_folder, read_json, write_json
+from lorafa.storage import HubOptions, UploadOptions, locate, make_folder, read_json, uploaded, write_json
 from lorafa.variants import switches
 from lorafa.version import VERSION
 
@@ -120,7 +120,8 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
     modules_to_save: list[str] | None = None
-    """Modules to train in full and save with the adapter."""
+    """Modules to train in full and save with the adapter: ends of their names, at a dot or not, as in PEFT ("norm"
+    means input_layernorm, too), or regular expressions for the whole name."""
     init_lora_weights: bool | str = True
     """Where A and B start: True (Kaiming A, B = 0), False (both random), or a name of lorafa.initializers."""
     layers_to_transform: list[int] | int | None = None
@@ -307,8 +308,9 @@ class LoraConfig:
         Raises:
             SourceError: there is no such folder, repository or file, or the Hub cannot be reached.
             CheckpointError: the file is no json.
-            ConfigError: the file's content is not allowed; see :meth:`from_dict`.
+            ConfigError: the file's content is not allowed, see :meth:`from_dict`; or an argument that does not exist.
         """
+        check_arguments("LoraConfig.from_pretrained", hub, HubOptions.__optional_keys__)
         return read_config(locate(pretrained_model_name_or_path, [CONFIG_NAME], subfolder=subfolder, **hub))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -318,6 +320,16 @@ class LoraConfig:
             CheckpointError: the folder cannot be written to.
         """
         write_json(make_folder(save_directory) / CONFIG_NAME, self.to_dict())
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[UploadOptions]) -> Any:
+        """Upload ``adapter_config.json`` to a repository of the Hub; as :meth:`lorafa.PeftModel.push_to_hub`."""
+        with uploaded(repo_id, "config", options) as upload:
+            self.save_pretrained(upload.folder)
+        return upload.commit
+
+
+PeftConfig = LoraConfig
+"""PEFT's name for what all configs are; here there is one."""
 
 
 def read_config(path: Path) -> LoraConfig:

@@ -21,8 +21,9 @@ from lorafa.io.peft_format import PREFIX
 from lorafa.method_configs import EvaConfig
 from lorafa.peft_model import PeftModel
 from lorafa.ranks import RankRule, choose_ranks, with_ranks
-from lorafa.statistics import require_config, statistics_of
+from lorafa.statistics import statistics_of
 from lorafa.surgery.adapters import require_adapters, require_unmerged, set_requires_grad
+from lorafa.surgery.given import lora_config
 from lorafa.surgery.targets import find_targets
 
 LayerInputs = Callable[[Tensor, Any, str], Tensor]
@@ -155,7 +156,7 @@ def _model_and_config(
         peft_config = model.peft_config[adapter_name] if peft_config is None else peft_config
     if peft_config is None:
         raise AdapterError("A base model has no config. Pass peft_config=LoraConfig(init_lora_weights='eva', ...).")
-    require_config(peft_config)
+    peft_config = lora_config(peft_config)
     if peft_config.init_lora_weights != "eva":
         raise ConfigError(
             f"EVA reads the settings of init_lora_weights='eva', and the config has "

@@ -16,6 +16,7 @@ from lorafa.io.base_weights import BaseWeights
 from lorafa.layers.base import LoraLayer
 from lorafa.peft_model import PeftModel
 from lorafa.surgery.adapters import require_adapters, require_unmerged
+from lorafa.surgery.given import name_of
 
 _FAR = 0.5
 """Relative error beyond which codes do not stand for a weight; 4 bits make about 0.1, another weight 1.4."""
@@ -105,13 +106,13 @@ def _require_plain(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
 def _own_name(peft_model: PeftModel) -> str:
     model: nn.Module = peft_model.get_base_model()
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not name:
+    name = name_of(model)
+    if name is None:
         raise SourceError(
             f"The {type(model).__name__} does not say where its weights came from. Pass model_path=, a folder or file "
             "with the dense weights."
         )
-    return str(name)
+    return name
 
 
 def _fitted(peft_model: PeftModel, name: str, adapter: Adapter, weights: BaseWeights) -> tuple[Tensor, Tensor]:

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lorafa.config import LoraConfig, PeftType
-from lorafa.errors import AdapterError, NotAvailableError
-from lorafa.io.adapter_files import StoredAdapter, check_fits_base, note_history, read_adapter, save_adapter
-from lorafa.io.card import write_card
-from lorafa.io.peft_format import keeps_embeddings, load_tensors, misfit
-from lorafa.io.state import materialize
+from lorafa.checks import check_arguments
+from lorafa.config import LoraConfig
+from lorafa.errors import AdapterError, NotAvailableError, warn
+from lorafa.io import load
+from lorafa.io.card import update_card
 from lorafa.statistics import forget_kept, given
-from lorafa.storage import HubOptions
-from lorafa.surgery.adapters import disabled, require_adapters, require_nothing_merged, require_unmerged
+from lorafa.storage import UploadOptions, uploaded
+from lorafa.surgery.adapted import AdaptedModel
+from lorafa.surgery.adapters import require_nothing_merged
 from lorafa.surgery.build import Options, Stats
 from lorafa.surgery.forward import ForwardOfTheWrapped, is_checkpointed, let_inputs_require_grad
+from lorafa.surgery.given import lora_config, with_base_name
 from lorafa.surgery.model import LoraModel
-from lorafa.surgery.status import (
-    LayerStatus,
-    ModelStatus,
-    count_parameters,
-    get_layer_status,
-    get_model_status,
-)
+from lorafa.surgery.walk import uncompiled
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_MIXED = (
+    "models with adapters of several methods are not available in lorafa, which has LoRA and its variants. Drop "
+    "mixed=True and use PeftModel: several LoRA adapters count together by base_model.set_adapter([...])."
+)
 
-class PeftModel(nn.Module):
+
+class PeftModel(AdaptedModel):
     """Runs like the model it wraps; everything it does not define itself is the wrapped model's."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Wrap without adding an adapter; use :func:`get_peft_model` or :meth:`from_pretrained`."""
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Wrap ``model``; with a config put a new adapter on it, as :func:`get_peft_model` does.
+
+        Raises:
+            As :func:`get_peft_model`; ``model`` is as it was then.
+        """
         super().__init__()
+        _check_can_wrap(model, "add_adapter" if peft_config is not None else "load_adapter")
         self.base_model = LoraModel(model)
         self.training = model.training
+        if peft_config is not None:
+            self._start(peft_config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
 
-    # ---- making and loading
+    def _start(
+        self, config: LoraConfig, name: str, options: Options, stats: Stats | None = None, revision: str | None = None
+    ) -> None:
+        """Put the first adapter on and let it count."""
+        model, config = self.get_base_model(), with_base_name(lora_config(config), self.get_base_model())
+        if revision is not None:
+            config.revision = revision
+        self._add(config, name, options, stats)
+        self.base_model.set_adapter(name, inference_mode=config.inference_mode)
+        if is_checkpointed(model):
+            let_inputs_require_grad(model)
+
+    # ---- making, loading and saving
 
     @classmethod
     def from_pretrained(
@@ -54,15 +78,12 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         config: LoraConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         *,
         torch_device: str | None = None,
-        ephemeral_gpu_offload: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        subfolder: str | None = None,
-        allow_pickle: bool = False,
-        ignore_base_mismatch: bool = False,
-        **hub: Unpack[HubOptions],
+        **options: Unpack[load.LoadOptions],
     ) -> PeftModel:
         """Put a saved adapter on ``model``.
 
@@ -73,24 +94,22 @@ class PeftModel(nn.Module):
             is_trainable: train the adapter on; otherwise it is frozen and the model in eval mode.
             config: use this one instead of the stored one.
             autocast_adapter_dtype: keep the adapter in float32 where the base is float16 or bfloat16.
+            ephemeral_gpu_offload: not read, nor is ``torch_device``: an adapter goes to the device of its layer.
             low_cpu_mem_usage: make the factors on the meta device before they are filled.
-            torch_device: not read, nor is ``ephemeral_gpu_offload``: an adapter goes to the device of its layer.
             key_mapping: regular expression -> replacement, applied to every key of the file in turn.
-            subfolder: where in the folder or repository the adapter is.
-            ignore_base_mismatch: load even if the base weights are not those the adapter was made for.
-            allow_pickle: also read a ``.bin`` file.
-            hub: revision, token, cache_dir, local_files_only, force_download, endpoint.
+            options: see :class:`lorafa.io.load.LoadOptions`.
 
         Raises:
             SourceError, CheckpointError, ConfigError, TargetError: the adapter cannot be found, read or used here;
                 the model is as it was.
         """
-        _check_can_wrap(model, "load_adapter")
-        stored = read_adapter(
-            model_id, subfolder=subfolder, config=config, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub
-        )
         wrapped = cls(model)
-        wrapped._take_in(stored, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), ignore_base_mismatch)
+        stored = load.read(
+            model_id, "from_pretrained", is_trainable=is_trainable, config=config, key_mapping=key_mapping, **options
+        )
+        load.take_in(
+            wrapped.base_model, stored, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), options
+        )
         wrapped.base_model.set_adapter(adapter_name, inference_mode=not is_trainable)
         if is_trainable and is_checkpointed(model):
             let_inputs_require_grad(model)
@@ -101,16 +120,12 @@ class PeftModel(nn.Module):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        *,
         torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
-        subfolder: str | None = None,
-        allow_pickle: bool = False,
-        ignore_base_mismatch: bool = False,
-        **hub: Unpack[HubOptions],
+        **options: Unpack[load.LoadOptions],
     ) -> Any:
         """Load a saved adapter beside the others; it does not count until :meth:`set_adapter`.
 
@@ -124,37 +139,14 @@ class PeftModel(nn.Module):
             SourceError, CheckpointError, ConfigError, TargetError: as :meth:`from_pretrained`; nothing was changed.
             AdapterError: the adapter that is there is merged.
         """
-        stored = read_adapter(model_id, subfolder=subfolder, allow_pickle=allow_pickle, key_mapping=key_mapping, **hub)
+        stored = load.read(model_id, "load_adapter", is_trainable=is_trainable, key_mapping=key_mapping, **options)
         if adapter_name in self.peft_config:
-            self._fill(stored, adapter_name, ignore_base_mismatch)
+            load.fill(self.base_model, stored, adapter_name, options)
         else:
-            options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
-            self._take_in(stored, adapter_name, options, ignore_base_mismatch)
+            making = Options(autocast_adapter_dtype, low_cpu_mem_usage)
+            load.take_in(self.base_model, stored, adapter_name, making, options)
             self.base_model.set_requires_grad(adapter_name, is_trainable)
         return nn.modules.module._IncompatibleKeys([], [])
-
-    def _take_in(self, stored: StoredAdapter, name: str, options: Options, ignore_base: bool) -> None:
-        if not ignore_base:
-            check_fits_base(self.get_base_model(), stored)
-        options = replace(
-            options, from_file=True, file_has_starts=stored.with_start, quantized=frozenset(stored.quantized)
-        )
-        take_back = self.base_model.apply_plan(self.base_model.plan_adapter(stored.config, name, options))
-        try:
-            materialize(self.get_base_model(), name)
-            self._fill(stored, name, ignore_base=True)
-            note_history(self.get_base_model(), name, stored)
-        except BaseException:
-            take_back()
-            raise
-
-    def _fill(self, stored: StoredAdapter, name: str, ignore_base: bool = False) -> None:
-        model, config = self.get_base_model(), self.peft_config[name]
-        require_unmerged(model, name, "loading other values into it")
-        if not ignore_base:
-            check_fits_base(model, stored)
-        misfit(model, name, config, stored.tensors, with_start=stored.with_start).raise_if_any(stored.path, name)
-        load_tensors(model, name, config, stored.tensors, with_start=stored.with_start)
 
     def save_pretrained(
         self,
@@ -163,13 +155,15 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
-        *,
         path_initial_model_for_weight_conversion: str | Path | None = None,
+        *,
         state_dict: Mapping[str, Tensor] | None = None,
+        **options: Unpack[load.SaveOptions],
     ) -> None:
         """Write adapters in PEFT's format: "default" into the folder itself, others into sub-folders of their name.
 
         Args:
+            safe_serialization: False warns, and safetensors are written all the same: a pickle can run code.
             selected_adapters: which ones; default all.
             save_embedding_layers: True adds the base weights of embedding and head (for a resized vocabulary), False
                 does not; "auto" adds them, as PEFT does, if "embed_tokens" or "lm_head" is a target.
@@ -177,65 +171,53 @@ class PeftModel(nn.Module):
             path_initial_model_for_weight_conversion: not needed here and not read: what PEFT makes of it, plain LoRA on
                 the pristine base, is what a file of lorafa holds anyway, but for DoRA.
             state_dict: take the tensors from this gathered state dict of the PeftModel.
+            options: see :class:`lorafa.io.load.SaveOptions`.
 
         Raises:
-            NotAvailableError: ``safe_serialization=False``; pickles are not written.
-            AdapterError: an unknown adapter name.
+            AdapterError: an unknown adapter name, or none at all.
+            ConfigError: an argument that does not exist.
             CheckpointError: ``state_dict`` lacks a tensor, or a file could not be written; what was there before is as
                 it was.
         """
+        check_arguments("save_pretrained", options, load.SaveOptions.__optional_keys__)
         if not safe_serialization:
-            raise NotAvailableError(
-                "lorafa writes safetensors only; a pickle can run code when loaded. Drop safe_serialization=False."
+            warn(
+                "safe_serialization=False asks for a pickle, which can run code when it is loaded. lorafa writes "
+                "safetensors all the same; PEFT and all else that reads adapters read them. Drop the argument."
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        require_adapters(self.get_base_model(), names)
-        if not is_main_process:
-            return
-        model = self.get_base_model()
-        for name in names:
-            folder = Path(save_directory) / ("" if name == "default" else name)
-            config = self.peft_config[name]
-            embeddings = keeps_embeddings(config, model, save_embedding_layers)
-            save_adapter(model, name, config, folder, state_dict=state_dict, embeddings=embeddings)
-        write_card(save_directory, self.peft_config[names[0]])
+        load.save_all(
+            self.base_model,
+            save_directory,
+            names,
+            write=is_main_process,
+            save_embedding_layers=save_embedding_layers,
+            state_dict=state_dict,
+        )
 
-    # ---- adapters
+    def push_to_hub(self, repo_id: str, **options: Unpack[UploadOptions]) -> Any:
+        """Upload what :meth:`save_pretrained` writes, adapters and no base weights, to a repository of the Hub.
 
-    @property
-    def peft_config(self) -> dict[str, LoraConfig]:
-        """Adapter name -> the config it was made from."""
-        return self.base_model.peft_config
+        It is made if it is not there. A README.md that it has stays as it is.
 
-    @property
-    def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
+        Args:
+            repo_id: "owner/name", or a name in your own account.
+            options: see :class:`lorafa.storage.UploadOptions`.
 
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self.base_model.active_adapter
+        Returns:
+            The commit, as ``huggingface_hub.HfApi.upload_folder`` describes it.
 
-    @property
-    def peft_type(self) -> PeftType:
-        return PeftType.LORA
+        Raises:
+            SourceError: the Hub cannot be reached, or refuses.
+            ConfigError: an argument that does not exist.
+        """
+        with uploaded(repo_id, "adapter", options) as upload:
+            self.save_pretrained(upload.folder)
+        return upload.commit
 
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether some adapter counts now."""
-        return any(layer.active_adapters and not layer.disable_adapters for _, layer in self.base_model.lora_layers())
-
-    @property
-    def active_peft_config(self) -> LoraConfig:
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
-        return names or None
-
-    @property
-    def base_model_torch_dtype(self) -> Any:
-        return getattr(self.get_base_model(), "dtype", None)
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write a README.md that names base model and library, or enter both in the head of the one that is there."""
+        update_card(output_dir, self.active_peft_config)
 
     def add_adapter(
         self,
@@ -253,52 +235,13 @@ class PeftModel(nn.Module):
             CalibrationError, ConfigError, TargetError: as :func:`get_peft_model`; nothing was changed.
         """
         options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
-        self._add(_with_base_name(peft_config, self.get_base_model()), adapter_name, options, stats)
+        self._add(with_base_name(lora_config(peft_config), self.get_base_model()), adapter_name, options, stats)
 
     def _add(self, config: LoraConfig, name: str, options: Options, stats: Stats | None) -> None:
         model = self.get_base_model()
         self.base_model.inject_adapter(config, name, options, given(model, config, stats))
         if stats is None and config.start.initializer.needs:  # it has taken what a preprocess function left
             forget_kept(model)
-
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make exactly this adapter count, and train unless ``inference_mode``.
-
-        ``base_model.set_adapter([...])`` lets several count together.
-        """
-        if not isinstance(adapter_name, str):
-            raise AdapterError(
-                f"PeftModel.set_adapter takes one name, found {adapter_name!r}. To let several adapters count together "
-                "call base_model.set_adapter([...])."
-            )
-        self.base_model.set_adapter(adapter_name, inference_mode)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the base model alone for the length of a with-block, also while adapters are merged."""
-        with disabled(self.get_base_model()):
-            yield
-
-    def get_base_model(self) -> nn.Module:
-        """The user's model, its adapted layers wrapped."""
-        return self.base_model.model
-
-    # ---- reports
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters, each counted once."""
-        return count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        trainable, everything = self.get_nb_trainable_parameters()
-        share = 100 * trainable / everything if everything else 0.0
-        print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[LayerStatus]:
-        return get_layer_status(self)
-
-    def get_model_status(self) -> ModelStatus:
-        return get_model_status(self)
 
     # ---- running
 
@@ -316,14 +259,15 @@ class PeftModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn activation checkpointing on, of either kind: the embedding's output is made to require a gradient."""
-        model: Any = self.get_base_model()
-        model.gradient_checkpointing_enable(*args, **kwargs)
-        let_inputs_require_grad(model)
+        self._checkpoint("gradient_checkpointing_enable", *args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The newer name of :meth:`gradient_checkpointing_enable` in transformers, which its Trainer calls."""
-        model: Any = self.get_base_model()
-        model.activation_checkpointing_enable(*args, **kwargs)
+        self._checkpoint("activation_checkpointing_enable", *args, **kwargs)
+
+    def _checkpoint(self, method: str, *args: Any, **kwargs: Any) -> None:
+        model = self.get_base_model()
+        getattr(model, method)(*args, **kwargs)
         let_inputs_require_grad(model)
 
     def __getattr__(self, name: str) -> Any:
@@ -344,14 +288,9 @@ def _refuse_mixed_batch(arguments: Mapping[str, Any]) -> None:
 
 
 def _check_can_wrap(model: nn.Module, method: str) -> None:
-    if isinstance(model, PeftModel):
+    if isinstance(model, nn.Module) and isinstance(uncompiled(model), PeftModel):
         raise AdapterError(f"The model is a PeftModel already. Call its {method}() to put another adapter on it.")
     require_nothing_merged(model)
-
-
-def _with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return replace(config, base_model_name_or_path=name) if name else replace(config)
 
 
 def get_peft_model(
@@ -368,7 +307,7 @@ def get_peft_model(
     """Put a new adapter on ``model`` (changed in place), freeze the rest, and return it wrapped.
 
     Args:
-        peft_config: what to adapt and how; it is copied, never changed.
+        peft_config: what to adapt and how; it is copied, never changed. PEFT's own LoraConfig is read, too.
         autocast_adapter_dtype: keep adapters in float32 where the base is float16 or bfloat16.
         revision: revision of the base model, for the saved config.
         low_cpu_mem_usage: make the factors on the meta device, to be filled from a file.
@@ -378,23 +317,41 @@ def get_peft_model(
     Raises:
         TargetError: a pattern matches nothing, or something that cannot carry an adapter.
         CalibrationError: the start reads statistics that are not given, or not of this model.
-        ConfigError: a setting is wrong, or does not go with a layer; or ``stats`` for a start that reads none.
+        ConfigError: ``peft_config`` is no LoraConfig, a setting is wrong or does not go with a layer, or ``stats`` are
+            given for a start that reads none.
         NotAvailableError: the config asks for a feature this version does not have.
         AdapterError: the adapter's name is unusable, or the model is a PeftModel already.
 
     After any of them the model is bit-identical to what it was.
     """
     if mixed:
-        raise NotAvailableError(
-            "mixed=True: models with adapters of several kinds are not available in lorafa. Drop mixed=True."
-        )
+        raise NotAvailableError(f"mixed=True: {_MIXED}")
     _check_can_wrap(model, "add_adapter")
     wrapped = PeftModel(model)
-    config = _with_base_name(peft_config, model)
-    if revision is not None:
-        config.revision = revision
-    wrapped._add(config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
-    wrapped.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
-    if is_checkpointed(model):
-        let_inputs_require_grad(model)
+    wrapped._start(peft_config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats, revision)
     return wrapped
+
+
+PeftModelForCausalLM = PeftModel
+PeftModelForSeq2SeqLM = PeftModel
+PeftModelForSequenceClassification = PeftModel
+PeftModelForTokenClassification = PeftModel
+PeftModelForQuestionAnswering = PeftModel
+PeftModelForFeatureExtraction = PeftModel
+"""PEFT's classes by task. For LoRA they differ in the heads they train, which ``task_type`` of the config says here."""
+
+
+class PeftMixedModel:
+    """PEFT's model with adapters of several methods, by name only: every use of it is refused.
+
+    Raises:
+        NotAvailableError: always. Several LoRA adapters go on one PeftModel.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise NotAvailableError(f"PeftMixedModel: {_MIXED}")
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PeftModel:
+        """Refuse as the constructor does."""
+        raise NotAvailableError(f"PeftMixedModel: {_MIXED}")

@@ -17,7 +17,8 @@ from lorafa.calibration.batches import of_function
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, NotAvailableError
 from lorafa.starting import collect_statistics, file_named_by
-from lorafa.statistics import Statistics, keep_for, require_config, statistics_of
+from lorafa.statistics import Statistics, keep_for, statistics_of
+from lorafa.surgery import given
 
 
 def preprocess_loraga(
@@ -43,7 +44,7 @@ def estimate_gradients(
 
     PEFT leaves whole gradients on the modules; here they are returned, sketched where that is smaller.
     """
-    require_config(lora_config)
+    lora_config = given.lora_config(lora_config)
     reads = any(STATISTICS.get(name).reads_gradient for name in lora_config.start.initializer.needs)
     _require(reads, lora_config, "reads gradients", "lora_ga")
     return collect_statistics(model, lora_config, train_step, cache=cache_file)
@@ -67,7 +68,7 @@ def preprocess_corda(
         NotAvailableError: another ``hooked_model``.
         As :func:`lorafa.collect_statistics`; nothing is left with the model then.
     """
-    require_config(lora_config)
+    lora_config = given.lora_config(lora_config)
     _require(lora_config.start.name == "corda", lora_config, "is CorDA", "corda")
     if hooked_model is not None and hooked_model is not model:
         raise NotAvailableError(

@@ -29,7 +29,8 @@ from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, ConfigError, shorten, warn
 from lorafa.initializers.base import Initializer
 from lorafa.initializers.stages import numerical_rank
-from lorafa.statistics import Statistics, require_config, require_statistics
+from lorafa.statistics import Statistics, require_statistics
+from lorafa.surgery.given import lora_config
 from lorafa.surgery.targets import Target, find_targets
 from lorafa.surgery.walk import places, user_model
 
@@ -128,7 +129,7 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
         TargetError: as :func:`lorafa.get_peft_model`.
     """
     rule, model = RankRule() if rule is None else require_rule(rule), user_model(model)
-    require_config(config)
+    config = lora_config(config)
     if stats is None:
         raise CalibrationError(
             "Ranks are chosen by statistics, and stats is None. Pass what collect_statistics returned."
@@ -246,7 +247,7 @@ def with_ranks(
         TargetError: as :func:`lorafa.get_peft_model`.
     """
     model = user_model(model)
-    require_config(config)
+    config = lora_config(config)
     targets = find_targets(model, config)
     _check_ranks(targets, ranks)
     kept = [target for target in targets if ranks[target.full_name]]

@@ -22,10 +22,11 @@ from lorafa.errors import AdapterError, CalibrationError, ConfigError, warn
 from lorafa.modes import evaluating
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.ranks import RHO, RankRule, choose_ranks, require_rule, with_ranks
-from lorafa.statistics import Statistics, require_config, require_gradients, require_statistics, statistics_of
+from lorafa.statistics import Statistics, require_gradients, require_statistics, statistics_of
 from lorafa.surgery.build import Options
+from lorafa.surgery.given import lora_config
 from lorafa.surgery.plan import plan
-from lorafa.surgery.walk import require_module
+from lorafa.surgery.walk import require_module, user_model
 
 Data = Iterable[Any] | Callable[[], Any]
 GAMMAS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
@@ -89,7 +90,7 @@ def collect_statistics(
         CheckpointError: ``cache`` cannot be read or written.
     """
     require_module(model)
-    require_config(config)
+    config = lora_config(config)
     check_choice("weighting", weighting, ("batches", "tokens"))
     if callable(data) and weighting == "tokens":
         raise ConfigError(
@@ -103,7 +104,7 @@ def collect_statistics(
         )
     if weighting != "batches":
         require_gradients(config, names("also", also), {"weighting": weighting})
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = user_model(model)
     cache = file_named_by(config) if cache is None else cache
     options = CalibrationOptions(passes=passes, dense=dense, halves=halves)
     batches = of_function(data) if callable(data) else of_data(inner, data, loss=loss, weighting=weighting)
@@ -150,7 +151,7 @@ def initialize(
         raise AdapterError(
             "The model is a PeftModel already. Call collect_statistics on it, then its add_adapter with stats=."
         )
-    require_config(config)
+    config = lora_config(config)
     _require_heldout(config, heldout)
     if ranks is not None:
         collecting = _united(config, ranks, collecting)
@@ -190,7 +191,7 @@ def start_from(
         ConfigError: ``loss`` or ``heldout`` where they are not read, or missing ``heldout``.
         As :func:`lorafa.choose_ranks` and :func:`lorafa.get_peft_model`; the model is unchanged then.
     """
-    require_config(config)
+    config = lora_config(config)
     require_statistics(stats)
     if loss is not None and heldout is None:
         raise ConfigError("loss= is that of held-out rows here, and there are none. Drop loss=, or pass heldout=.")

@@ -26,6 +26,7 @@ from lorafa.fingerprint import compare_fingerprints, digest_of_all, from_metadat
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.files import read_tensors, write_tensors
 from lorafa.surgery.adapters import disabled
+from lorafa.surgery.given import lora_config
 from lorafa.surgery.targets import Target, find_targets
 from lorafa.surgery.walk import adapter_names, skeleton
 
@@ -125,15 +126,6 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                     )
 
 
-def require_config(config: Any) -> None:
-    """Raises ConfigError for what is no LoraConfig."""
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(
-            f"The config must be a LoraConfig, found {found(config)}. Pass "
-            "LoraConfig(init_lora_weights=..., target_modules=...)."
-        )
-
-
 def require_statistics(stats: Any) -> None:
     """Raises CalibrationError for what is neither None nor a table of tensors for each layer."""
     tables = [stats, *stats.values()] if isinstance(stats, Mapping) else [] if stats is None else [stats]
@@ -192,7 +184,7 @@ def statistics_of(
         TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` is a file that cannot be read or written.
     """
-    require_config(config)
+    config = lora_config(config)
     config.check()
     require_available(config)
     targets = find_targets(model, config)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lorafa.errors import CheckpointError, SourceError, first_line, shorten
+from lorafa.checks import check_arguments
+from lorafa.errors import CheckpointError, ConfigError, SourceError, first_line, shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,6 +30,10 @@ class HubOptions(TypedDict, total=False):
     local_files_only: bool
     force_download: bool
     endpoint: str | None
+    proxies: Mapping[str, str] | None
+    """Passed on where the installed huggingface_hub takes it; releases since 1.0 read HTTPS_PROXY instead."""
+    use_auth_token: str | bool | None
+    """The older name of ``token``."""
 
 
 @contextmanager
@@ -127,14 +135,13 @@ def locate(
         source: a local folder, or a Hub id such as "owner/name".
         filenames: in order of preference.
         subfolder: where in the folder or repository to look.
-        hub: revision, token, cache_dir, local_files_only, force_download, endpoint; unused for a local folder.
+        hub: as :class:`HubOptions`; unused for a local folder.
 
     Raises:
         SourceError: the folder, repository or file does not exist, or the Hub cannot be reached.
+        ConfigError: an option that does not exist.
     """
-    unknown = set(hub) - set(HubOptions.__annotations__)
-    if unknown:
-        raise TypeError(f"locate() got unknown options {sorted(unknown)}; it has {sorted(HubOptions.__annotations__)}.")
+    check_arguments("Finding a file", hub, HubOptions.__optional_keys__)
     root = Path(source).expanduser()
     if root.is_dir():
         return _in_folder(root / subfolder if subfolder else root, filenames)
@@ -162,6 +169,26 @@ def _may_be_hub_id(source: str) -> bool:
     return len(parts) <= 2 and all(parts) and parts[0] not in (".", "..", "~") and "\\" not in source
 
 
+def _known_to(download: Callable[..., Any], hub: HubOptions) -> dict[str, Any]:
+    """The options as the installed huggingface_hub calls them.
+
+    Raises:
+        ConfigError: it has no ``proxies``.
+    """
+    known: dict[str, Any] = dict(hub)
+    older, proxies = known.pop("use_auth_token", None), known.pop("proxies", None)
+    if older is not None and known.get("token") is None:
+        known["token"] = older
+    if proxies:
+        if "proxies" not in inspect.signature(download).parameters:
+            raise ConfigError(
+                "The installed huggingface_hub takes no proxies=. Set the environment variable HTTPS_PROXY instead, "
+                "which it reads."
+            )
+        known["proxies"] = proxies
+    return known
+
+
 def _on_hub(repo: str, filenames: Sequence[str], subfolder: str | None, hub: HubOptions) -> Path:
     try:
         from huggingface_hub import hf_hub_download
@@ -179,9 +206,10 @@ def _on_hub(repo: str, filenames: Sequence[str], subfolder: str | None, hub: Hub
             "pip install huggingface_hub"
         ) from error
     start = f"{repo!r} is no local folder, and "
+    known = _known_to(hf_hub_download, hub)
     for filename in filenames:
         try:
-            return Path(hf_hub_download(repo, filename, subfolder=subfolder, **hub))
+            return Path(hf_hub_download(repo, filename, subfolder=subfolder, **known))
         except LocalEntryNotFoundError as error:  # it is an EntryNotFoundError too: not cached, and no connection
             raise SourceError(
                 f"{start}the Hub could not be reached for {filename} ({first_line(error)}). Check the path and the "
@@ -211,3 +239,89 @@ def _on_hub(repo: str, filenames: Sequence[str], subfolder: str | None, hub: Hub
     raise SourceError(
         f"The Hub repository {place!r} has no {' or '.join(filenames)}. Is it an adapter? Check the subfolder."
     )
+
+
+class UploadOptions(TypedDict, total=False):
+    """What may be said about an upload to the Hub; the meanings are those of transformers' ``push_to_hub``."""
+
+    commit_message: str | None
+    """Default: "Upload adapter" or what else is uploaded."""
+    commit_description: str | None
+    private: bool | None
+    """Of a repository that is made; None goes by the settings of the account."""
+    token: str | bool | None
+    revision: str | None
+    """The branch to commit to, made if it is not there."""
+    create_pr: bool
+    """Open a pull request instead of committing."""
+    endpoint: str | None
+    """Address of the Hub, as in :class:`HubOptions`."""
+    max_shard_size: int | str | None
+    """Not read: an adapter is one file."""
+
+
+@dataclass
+class Upload:
+    """Files on their way to the Hub."""
+
+    folder: Path
+    """Where to write them."""
+    commit: Any = None
+    """The commit they went with, once they are there."""
+
+
+@contextmanager
+def uploaded(repo_id: str, what: str, options: UploadOptions) -> Iterator[Upload]:
+    """Upload what is written into the folder this gives, when the block ends without an error.
+
+    The repository is made if it is not there; a README.md it has is not replaced.
+
+    Args:
+        what: the word for it in the commit message.
+
+    Raises:
+        ConfigError: an option that does not exist.
+        SourceError: huggingface_hub is not installed, the Hub cannot be reached, or it refuses.
+    """
+    check_arguments("push_to_hub", options, UploadOptions.__optional_keys__)
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
+    except ImportError as error:
+        raise SourceError(
+            "push_to_hub needs a package that is not installed. Run: pip install huggingface_hub"
+        ) from error
+    api = HfApi(endpoint=options.get("endpoint"), token=options.get("token"))
+    revision, as_request = options.get("revision"), bool(options.get("create_pr"))
+    with tempfile.TemporaryDirectory(prefix="lorafa-") as folder:
+        upload = Upload(Path(folder))
+        yield upload
+        try:
+            repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/pr") and not as_request:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            has_card = api.file_exists(repo_id, "README.md", revision=revision)
+            upload.commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=options.get("commit_message") or f"Upload {what}",
+                commit_description=options.get("commit_description"),
+                revision=revision,
+                create_pr=as_request,
+                ignore_patterns=["README.md"] if has_card else None,
+            )
+        except HFValidationError as error:
+            raise SourceError(f"{repo_id!r} cannot be the name of a Hub repository: {first_line(error)}.") from error
+        except Exception as error:  # the Hub's, or of whichever HTTP library its client uses
+            raise SourceError(_refused(repo_id, error)) from error
+
+
+def _refused(repo_id: str, error: Exception) -> str:
+    """Why an upload failed, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    step = {
+        401: "Log in ('hf auth login') or pass token=, of an account that may write there.",
+        403: "The token may not write there: pass one of an account that may, with write access.",
+        404: "Check the name and the revision; a private repository needs token=.",
+    }.get(status, "Try again, or save_pretrained and upload the folder.")  # type: ignore[arg-type]
+    return f"The upload to {repo_id!r} failed: {first_line(error)}. {step}"

@@ -25,7 +25,7 @@ LEVELS = (
     ("config", "layers"),
     ("surgery",),
     ("io", "optimizers", "alignment"),
-    ("peft_model", "statistics", "starting", "loftq_weights", "eva_weights", "preprocess", "ranks"),
+    ("peft_model", "statistics", "starting", "loftq_weights", "eva_weights", "preprocess", "ranks", "auto"),
     ("data", "train", "evals"),
     ("conf", "runs"),
     ("report",),

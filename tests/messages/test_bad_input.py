@@ -251,7 +251,7 @@ def test_a_second_adapter_that_trains_biases() -> None:
     [
         (
             lambda m: get_peft_model(Model(), config(), mixed=True),
-            "adapters of several kinds are not available in lorafa. Drop mixed=True.",
+            "mixed=True: models with adapters of several methods are not available in lorafa, which has LoRA and its",
         ),
         (
             lambda m: m(torch.zeros(1, 2).long(), adapter_names=["a"]),
@@ -261,9 +261,10 @@ def test_a_second_adapter_that_trains_biases() -> None:
             lambda m: m.generate(adapter_names=["a"]),
             "not available yet in lorafa. Run one batch an adapter, with set_adapter",
         ),
+        (lambda m: lorafa.PeftMixedModel(Model(), config()), "PeftMixedModel: models with adapters of several methods"),
         (
-            lambda m: m.save_pretrained("x", safe_serialization=False),
-            "a pickle can run code when loaded. Drop safe_serialization=False.",
+            lambda m: lorafa.PeftMixedModel.from_pretrained(Model(), "x"),
+            "Drop mixed=True and use PeftModel: several LoRA",
         ),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lorafa.config import LoraConfig
-from lorafa.errors import SourceError
+from lorafa.errors import ConfigError, SourceError
 from lorafa.io.files import find_adapter_files, read_tensors, write_tensors
 
 TENSORS = {"q.lora_A.weight": torch.arange(12.0).view(4, 3)}
@@ -69,7 +69,7 @@ def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path):
 
 def test_an_option_the_hub_does_not_have_is_refused_for_folders_too(tmp_path):
     save_adapter(tmp_path)
-    with pytest.raises(TypeError, match=r"unknown options \['revison'\]; it has \["):
+    with pytest.raises(ConfigError, match=r"no argument 'revison'\. Did you mean 'revision'\?"):
         find_adapter_files(tmp_path, revison="main")
 
 
@@ -141,6 +141,31 @@ def test_an_adapter_is_fetched_from_the_hub_and_found_in_the_cache_afterwards(hu
     torch.testing.assert_close(read_tensors(found.weights)[0], TENSORS, rtol=0, atol=0)
     assert LoraConfig.from_pretrained("owner/adapter", **hub).r == 4
     assert find_adapter_files("owner/adapter", **hub, local_files_only=True) == found
+
+
+def test_the_older_name_of_token_is_sent_as_the_token(hub, monkeypatch):
+    seen = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: seen.append(options) or "/x")
+    find_adapter_files("owner/adapter", use_auth_token="hf_older")
+    find_adapter_files("owner/adapter", use_auth_token="hf_older", token="hf_newer")
+    find_adapter_files("owner/adapter", use_auth_token=None, proxies=None)
+    assert [options.get("token") for options in seen[::2]] == ["hf_older", "hf_newer", None]
+    assert not any({"use_auth_token", "proxies"} & options.keys() for options in seen)
+
+
+def test_proxies_are_passed_on_where_the_hubs_package_takes_them(hub, monkeypatch):
+    given = {"https": "http://127.0.0.1:9"}
+    with pytest.raises(ConfigError, match=r"takes no proxies=\. Set the environment variable HTTPS_PROXY instead"):
+        find_adapter_files("owner/adapter", proxies=given, **hub)
+    seen = []
+
+    def download(repo, filename, *, subfolder=None, proxies=None):
+        seen.append(proxies)
+        return "/x"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    find_adapter_files("owner/adapter", proxies=given)
+    assert seen == [given, given]
 
 
 def test_a_subfolder_of_the_hub_with_a_pickle_only_is_found(hub):

@@ -23,7 +23,7 @@ from lorafa.io.files import WEIGHTS_NAME, find_adapter_files, read_tensors, requ
 from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, without_prefix
 from lorafa.layers.base import LoraLayer
 from lorafa.storage import HubOptions, make_folder, write_json
-from lorafa.surgery.walk import lora_layers, places
+from lorafa.surgery.walk import lora_layers, places, uncompiled
 from lorafa.version import VERSION
 
 if TYPE_CHECKING:
@@ -96,10 +96,8 @@ def save_adapter(
     tensors = file_tensors(model, name, config, state_dict=state_dict, embeddings=embeddings)
     written = replace(file_config(model, name, config), inference_mode=True)
     if written.task_type is None:
-        written.auto_mapping = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        }
+        kind = type(uncompiled(model))
+        written.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model)}
     if has_start(model, name) or written.init_lora_weights != config.init_lora_weights:
         original = config.to_dict()
@@ -140,6 +138,7 @@ def read_adapter(
     subfolder: str | None = None,
     config: LoraConfig | None = None,
     allow_pickle: bool = False,
+    use_safetensors: bool | None = None,
     key_mapping: Mapping[str, str] | None = None,
     **hub: Unpack[HubOptions],
 ) -> StoredAdapter:
@@ -148,6 +147,7 @@ def read_adapter(
     Args:
         config: use this config instead of the stored one.
         allow_pickle: also read a ``.bin`` file (with ``weights_only=True``).
+        use_safetensors: True reads no ``.bin`` file, False nothing else.
         key_mapping: regular expression -> replacement, applied to every key in turn.
 
     Raises:
@@ -155,11 +155,9 @@ def read_adapter(
         CheckpointError: the file is damaged, holds inf or nan, or is a pickle and ``allow_pickle`` is False.
         ConfigError: the stored config is not one lorafa can carry out.
     """
-    files = find_adapter_files(source, subfolder=subfolder, **hub)
+    files = find_adapter_files(source, subfolder=subfolder, use_safetensors=use_safetensors, **hub)
     tensors, metadata = read_tensors(files.weights, allow_pickle=allow_pickle)
-    side = from_metadata(metadata)
-    for pattern, replacement in (key_mapping or {}).items():
-        tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
+    side, tensors = from_metadata(metadata), renamed(tensors, key_mapping)
     if config is None:
         config = read_config(files.config)
         original = side.get("start", side.get("config", {}))
@@ -168,6 +166,13 @@ def read_adapter(
         files.weights, config, without_prefix(tensors), side.get("base", {}), side.get("fallbacks", {}),
         "start" in side, side.get("quantized", {}),
     )  # fmt: skip
+
+
+def renamed(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """The tensors with each regular expression of ``key_mapping`` replaced in every key, in turn."""
+    for pattern, replacement in (key_mapping or {}).items():
+        tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
+    return tensors
 
 
 def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
@@ -200,8 +205,11 @@ def _dequantized(model: nn.Module, stored: StoredAdapter) -> dict[str, Any]:
     return fingerprint(found.items())
 
 
-def check_fits_base(model: nn.Module, stored: StoredAdapter) -> None:
+def check_fits_base(model: nn.Module, stored: StoredAdapter, *, ignore_sizes: bool = False) -> None:
     """Refuse an adapter that was made for other base weights.
+
+    Args:
+        ignore_sizes: pass over layers whose weight has another shape here.
 
     Raises:
         CheckpointError: at least one adapted layer has other weights, or other codes, than it had when the adapter was
@@ -211,6 +219,8 @@ def check_fits_base(model: nn.Module, stored: StoredAdapter) -> None:
     if stored.base:
         actual = base_fingerprint(model, [name for name in stored.base if name not in brought])
         known = {name: value for name, value in stored.base.items() if name in actual}
+        if ignore_sizes:
+            known = {name: value for name, value in known.items() if _same_shape(value, actual[name])}
         check_base(known, actual, stored.path, base_name=stored.config.base_model_name_or_path)
     if different := compare_fingerprints(stored.quantized, _dequantized(model, stored)):
         raise CheckpointError(
@@ -218,3 +228,7 @@ def check_fits_base(model: nn.Module, stored: StoredAdapter) -> None:
             f"other codes here: {shorten(different, 3)}. Load it on the dense model it was made for, in the dtype it "
             "had then: the layers are quantized on the way. Nothing was loaded."
         )
+
+
+def _same_shape(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    return one is None or other is None or list(one["shape"]) == list(other["shape"])

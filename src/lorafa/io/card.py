@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lorafa.config import LoraConfig
-from lorafa.storage import written_whole
+from lorafa.errors import CheckpointError, first_line
+from lorafa.storage import make_folder, written_whole
 
 
 def write_card(directory: str | Path, config: LoraConfig) -> None:
@@ -30,3 +32,33 @@ def write_card(directory: str | Path, config: LoraConfig) -> None:
     ]
     with written_whole(path) as temporary:
         temporary.write_text("\n".join(head + body), encoding="utf-8")
+
+
+def update_card(directory: str | Path, config: LoraConfig) -> None:
+    """Write a model card, or enter base model, library and tags in the head of the README.md that the folder has.
+
+    Its text stays, and so do entries it has already.
+
+    Raises:
+        CheckpointError: its head is not YAML, it cannot be written, or the package that reads it is not installed.
+    """
+    path = make_folder(directory) / "README.md"
+    if not path.exists():
+        return write_card(directory, config)
+    try:
+        from huggingface_hub import ModelCard
+    except ImportError as error:
+        raise CheckpointError(
+            f"Reading the head of {path} needs a package that is not installed. Run: pip install huggingface_hub"
+        ) from error
+    try:
+        card: Any = ModelCard(path.read_text(encoding="utf-8"))
+    except Exception as error:  # of YAML and of the Hub's own checks
+        raise CheckpointError(f"The head of {path} cannot be read: {first_line(error)}. Mend or delete it.") from error
+    card.data.base_model = card.data.base_model or config.base_model_name_or_path
+    card.data.library_name = card.data.library_name or "peft"
+    tags = list(card.data.tags or ())
+    card.data.tags = tags if "lora" in tags else [*tags, "lora"]
+    with written_whole(path) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+    return None

@@ -33,20 +33,38 @@ class AdapterFiles:
     weights: Path
 
 
-def find_adapter_files(source: str | Path, *, subfolder: str | None = None, **hub: Unpack[HubOptions]) -> AdapterFiles:
+def find_adapter_files(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    use_safetensors: bool | None = None,
+    **hub: Unpack[HubOptions],
+) -> AdapterFiles:
     """The files of an adapter in a local folder or a Hub repository; safetensors before ``.bin``.
 
     Args:
         source: folder, or Hub id such as "owner/name".
         subfolder: where in it to look; adapters not called "default" are in a subfolder of their name.
-        hub: revision, token, cache_dir, local_files_only, force_download, endpoint.
+        use_safetensors: look for safetensors only (True) or for ``.bin`` only (False).
+        hub: as :class:`lorafa.storage.HubOptions`.
 
     Raises:
         SourceError: the folder, repository or one of the files does not exist, or the Hub cannot be reached.
     """
     config = locate(source, [CONFIG_NAME], subfolder=subfolder, **hub)
-    weights = locate(source, [WEIGHTS_NAME, PICKLE_NAME], subfolder=subfolder, **hub)
-    return AdapterFiles(config, weights)
+    return AdapterFiles(config, find_weights(source, subfolder=subfolder, use_safetensors=use_safetensors, **hub))
+
+
+def find_weights(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    use_safetensors: bool | None = None,
+    **hub: Unpack[HubOptions],
+) -> Path:
+    """The file of an adapter's tensors; arguments and errors are those of :func:`find_adapter_files`."""
+    wanted = {None: [WEIGHTS_NAME, PICKLE_NAME], True: [WEIGHTS_NAME], False: [PICKLE_NAME]}[use_safetensors]
+    return locate(source, wanted, subfolder=subfolder, **hub)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.errors import AdapterError
+from lorafa.io.load import fitting, materialize
 from lorafa.io.peft_format import (
     PREFIX,
     file_tensors,
     has_start,
     keeps_embeddings,
     load_tensors,
-    misfit,
+    pristine_tensors,
     without_prefix,
 )
-from lorafa.layers.weights import device_of
-from lorafa.surgery.adapters import require_adapters, require_unmerged
-from lorafa.surgery.walk import lora_layers, user_model
+from lorafa.io.strict import compare
+from lorafa.surgery.adapters import require_adapters, require_nothing_merged, require_unmerged, without_start
+from lorafa.surgery.walk import HOSTS, uncompiled, uncompiled_name, user_model
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Any], str]:
@@ -53,7 +55,7 @@ def get_peft_model_state_dict(
         CheckpointError: ``state_dict`` lacks a tensor of the adapter.
     """
     if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+        model = uncompiled(model)
     inner, configs, prefix = _parts(model)
     require_adapters(inner, [adapter_name])
     config = configs[adapter_name]
@@ -72,7 +74,7 @@ def set_peft_model_state_dict(
     """Fill one adapter from tensors named as :func:`get_peft_model_state_dict` names them.
 
     Args:
-        ignore_mismatched_sizes: leave tensors of another shape as they are in the model.
+        ignore_mismatched_sizes: leave tensors of another shape as they are in the model; a warning lists them.
         low_cpu_mem_usage: PEFT's; an adapter made on the meta device gets its memory here in any case.
 
     Returns:
@@ -85,31 +87,68 @@ def set_peft_model_state_dict(
     inner, configs, _ = _parts(model)
     require_adapters(inner, [adapter_name])
     require_unmerged(inner, adapter_name, "loading other values into it")
-    tensors = without_prefix(peft_model_state_dict)
     config, with_start = configs[adapter_name], has_start(inner, adapter_name)
-    found = misfit(inner, adapter_name, config, tensors, with_start=with_start)
-    if ignore_mismatched_sizes and found.misshapen:
-        tensors = {key: value for key, value in tensors.items() if key not in found.misshapen}
-        own = file_tensors(inner, adapter_name, config)
-        tensors |= {key: own[key] for key in found.misshapen}
-        found = misfit(inner, adapter_name, config, tensors, with_start=with_start)
-    found.raise_if_any("The state dict", adapter_name)
+    fits = fitting(
+        inner, adapter_name, config, without_prefix(peft_model_state_dict),
+        with_start=with_start, path="The state dict", ignore_sizes=ignore_mismatched_sizes,
+    )  # fmt: skip
     materialize(inner, adapter_name)
-    load_tensors(inner, adapter_name, config, tensors, with_start=with_start)
+    load_tensors(inner, adapter_name, config, fits, with_start=with_start)
     return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
-def materialize(model: nn.Module, name: str) -> None:
-    """Give an adapter that was made on the meta device memory on the device of its layer; its values are undefined."""
-    for _, layer in lora_layers(model):
-        if name not in layer.adapters or not layer.adapters[name].A.is_meta:
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base weights, without what was merged into them, under the names they had before any adapter was put on.
+
+    Args:
+        model: a PeftModel, or a model with injected adapters.
+    """
+    return {name: tensor.detach() for name, tensor in _base_tensors(user_model(model))}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+    """Give the base other weights, named as :func:`get_base_model_state_dict` names them; adapters stay as they are.
+
+    Returns:
+        ``missing_keys`` and ``unexpected_keys``, both empty if ``strict``.
+
+    Raises:
+        AdapterError: an adapter is merged into the base, or its start taken out of it.
+        CheckpointError: a tensor has another shape or, if ``strict``, is missing or unknown; nothing was changed.
+    """
+    inner = user_model(model)
+    require_nothing_merged(inner)
+    if (changed := without_start(inner)) is not None:
+        require_unmerged(inner, changed, "loading other base weights")
+    own = dict(_base_tensors(inner))
+    given = {uncompiled_name(key): tensor for key, tensor in state_dict.items()}
+    found = compare(given, own)
+    if not strict:
+        found = replace(found, missing=[], unexpected=[])
+    found.raise_if_any("The state dict of the base", "the base")
+    with torch.no_grad():
+        for name, tensor in given.items():
+            if name in own:
+                own[name].copy_(tensor)
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of the user's model, by the names they had before any layer was wrapped."""
+    pristine = pristine_tensors(model)
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if isinstance(module, HOSTS):
+            stack.append((path, module.get_submodule(module.wrapped_path)))
             continue
-        device = device_of(layer.get_base_layer())
-        for holder in layer.holders():
-            if name not in holder:
-                continue
-            if isinstance(holder, nn.ModuleDict):
-                holder[name].to_empty(device=device)
-            else:
-                trains = holder[name].requires_grad
-                holder[name] = nn.Parameter(torch.empty_like(holder[name], device=device), requires_grad=trains)
+        module = uncompiled(module)
+        lasting = {key: b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **lasting}.items():
+            if tensor is not None:
+                yield f"{path}.{key}".removeprefix("."), pristine.get(id(tensor), tensor)
+        children = [
+            (f"{path}.{key}".removeprefix("."), child) for key, child in module._modules.items() if child is not None
+        ]
+        stack.extend(reversed(children))

@@ -253,6 +253,10 @@ class LoraLayer(nn.Module):
                 del holder[name]
         self._active_adapter = [active for active in self._active_adapter if active != name]
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's name of :meth:`detach_adapter`; ``PeftModel.delete_adapter`` keeps all layers and configs in step."""
+        self.detach_adapter(adapter_name)
+
     def stored(self, name: str) -> Iterator[Stored]:
         """What a file holds of an adapter; nothing if it is not on this layer, or belongs to another one."""
         for key in self.factor_names:

@@ -16,7 +16,7 @@ from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
 from lorafa.surgery.targets import find_targets, resolved_targets
 from lorafa.surgery.ties import tied_groups
-from lorafa.surgery.walk import Parents, Place, hosts, places
+from lorafa.surgery.walk import Parents, Place, embedding_of, hosts, places
 
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -55,6 +55,20 @@ def with_heads(config: LoraConfig) -> LoraConfig:
     given = config.modules_to_save or []
     heads = [name for name in _heads(config) if name not in given]
     return replace(config, modules_to_save=[*given, *heads] or config.modules_to_save)
+
+
+def with_saved_names(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """A copy of the config whose ``modules_to_save`` has names in the place of regular expressions, for PEFT's sake."""
+    if not config.modules_to_save:
+        return config
+    everything = [place for place in places(model) if place.name]
+    spelled = [_spelled(everything, name) for name in config.modules_to_save]
+    return replace(config, modules_to_save=list(dict.fromkeys(chain(*spelled))))
+
+
+def _spelled(everything: Iterable[Place], name: str) -> list[str]:
+    hits = _called(everything, name)
+    return [name] if not hits or any(place.name.endswith(name) for place in hits) else [place.name for place in hits]
 
 
 def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> LoraConfig:
@@ -133,14 +147,18 @@ def plan_auxiliary(
         ConfigError: a token index outside the table.
     """
     everything = [place for place in places(model) if place.name]
-    saved = _saved_modules(everything, config, lenient)
+    saved = _saved_modules(everything, config, {id(module) for module in adapted}, lenient)
     taken = {id(module): "an adapter" for module in adapted} | {id(module): "modules_to_save" for module in saved}
     rows = _with_followers(_token_rows(model, everything, config, taken), tied_groups(everything), config, taken)
     return AuxiliaryPlan(saved, rows, keep_ties=config.ensure_weight_tying or not lenient)
 
 
-def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -> list[nn.Module]:
+def _saved_modules(
+    everything: list[Place], config: LoraConfig, adapted: Container[int], lenient: bool
+) -> list[nn.Module]:
+    """The modules to copy; what is inside one of them is copied with it."""
     found: dict[int, nn.Module] = {}
+    inside: set[int] = set()
     for name in config.modules_to_save or ():
         hits = _called(everything, name)
         if not hits and name not in _heads(config):  # of the usual names of heads a model has one
@@ -158,13 +176,36 @@ def _saved_modules(everything: list[Place], config: LoraConfig, lenient: bool) -
                     f"modules_to_save: {place.name!r} carries an adapter already, so it cannot also be trained in "
                     "full. Take it out of one of the two."
                 )
+            _check_can_be_saved(place, name, adapted)
             found[id(place.module)] = place.module
-    return list(found.values())
+            inside |= {id(inner) for inner in place.module.modules() if inner is not place.module}
+    return [module for key, module in found.items() if key not in inside]
+
+
+def _check_can_be_saved(place: Place, name: str, adapted: Container[int]) -> None:
+    """Raises TargetError for a module that gets an adapter, or holds one that does, or that is never called itself."""
+    ending = "" if place.name == name else f", whose name ends in {name!r},"
+    if type(place.module).forward is nn.Module.forward and "forward" not in vars(place.module):
+        parts = [f"{place.name}.{child}" for child, _ in place.module.named_children()]
+        raise TargetError(
+            f"modules_to_save: {place.name!r}{ending} is a {type(place.module).__name__}, which is never called: the "
+            f"model uses what is in it, so a copy of the whole would not be trained. Name "
+            f"{'its parts: ' + shorten(parts, 3) if parts else 'a module that is called'}."
+        )
+    if any(id(inner) in adapted for inner in place.module.modules()):
+        raise TargetError(
+            f"modules_to_save: {place.name!r}{ending} is also to get an adapter, as a whole or in part "
+            "(target_modules, target_parameters). Take it out of one of the two, or write the full name of the module "
+            "that is meant."
+        )
 
 
 def _called(everything: Iterable[Place], name: str) -> list[Place]:
-    """Places whose name is, or ends in a dot and, ``name``; if there is none, those it is a regular expression for."""
-    hits = [p for p in everything if p.name == name or p.name.endswith(f".{name}")]
+    """Places whose name ends in ``name``, at a dot or not, as in PEFT: "norm" means input_layernorm, too.
+
+    If there is none, those it is a regular expression for.
+    """
+    hits = [p for p in everything if p.name.endswith(name)]
     return hits or [p for p in everything if re.fullmatch(rf"(.*\.)?{name}", p.name)]
 
 
@@ -285,9 +326,8 @@ def _follows(place: Place, owner: Place, rows: dict[int, list[int]], taken: dict
 
 
 def _input_embedding(model: nn.Module, everything: list[Place]) -> str:
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
-    name = next((p.name for p in everything if p.module is embedding), None)
+    table = embedding_of(model, "get_input_embeddings")
+    name = next((p.name for p in everything if p.module is table), None)
     if name is None:
         raise TargetError(
             "trainable_token_indices: the model does not say which module is its input embedding. "

@@ -54,6 +54,11 @@ class Options:
     """The config comes with a file that will fill every tensor: patterns may match nothing, starts are not drawn."""
     file_has_starts: bool = False
     """The file also holds the frozen starts A0 and B0, so none is computed."""
+    partly_filled: bool = False
+    """The file may leave some tensors out, so all have values before: B of zeros whatever the start, so that what is
+    not filled changes nothing."""
+    dtype: torch.dtype | None = None
+    """Keep the factors in this dtype; None goes by ``autocast_adapter_dtype``."""
     quantized: Collection[str] = ()
     """Layers whose base was quantized when the file was made; here it is quantized the same way, if it is not yet."""
 
@@ -143,7 +148,8 @@ class Builder:
         dtype = _adapter_dtype(target.base, target.backend, self.options)
         A, B = result.A.to(dtype), result.B[..., : spec.rank // spec.groups].to(dtype)
         start = (A.clone(), B.clone()) if result.subtract_from_base else result.taken
-        extras = self._empty_extras(weight, A) if self.filled_later else self._extras(weight, A, B, start, spec)
+        empty = self.filled_later and not self.options.partly_filled
+        extras = self._empty_extras(weight, A) if empty else self._extras(weight, A, B, start, spec)
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
             A=A,
@@ -214,6 +220,9 @@ class Builder:
         device = "meta" if self.options.low_cpu_mem_usage else None
         A_shape, B_shape = factor_shapes(weight, spec.rank)
         A, B = torch.empty(A_shape, device=device), torch.empty(B_shape, device=device)
+        if self.options.partly_filled:
+            default = by_default(weight, spec)
+            A, B = default.A, default.B
         quantized = None if quantizer is None else quantizer(weight, spec)
         return InitResult(A, B, subtract_from_base=self.options.file_has_starts, quantized=quantized)
 
@@ -229,6 +238,8 @@ class Builder:
 
 
 def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch.dtype:
+    if options.dtype is not None:
+        return options.dtype
     dtype = backend.dtype(base)
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return torch.float32

@@ -1,21 +1,26 @@
-"""LoraModel: the user's model with its adapters' configs; everything lorafa does to it goes through here."""
+"""LoraModel: the user's model with its adapters, their configs, and which of them count."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafa.config import LoraConfig
-from lorafa.errors import AdapterError, ConfigError
+from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import adapters
 from lorafa.surgery.build import Options, Stats
+from lorafa.surgery.given import lora_config
 from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.plan import Plan, plan
-from lorafa.surgery.walk import hosts, lora_layers
+from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name
+
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 class LoraModel(nn.Module):
@@ -24,14 +29,30 @@ class LoraModel(nn.Module):
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Hold ``model``; with a config also put its adapter on, which then counts and trains, as PEFT does.
+
+        Raises:
+            As :func:`lorafa.get_peft_model`; ``model`` is as it was then.
+        """
         super().__init__()
-        self.model = model
+        self.model = require_module(model)
         self.peft_config: dict[str, LoraConfig] = {}
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self._active: list[str] = []
         self.training = model.training
+        if peft_config is not None:
+            adapters.require_nothing_merged(model)
+            config = lora_config(peft_config)
+            self.inject_adapter(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
+            self.set_adapter(adapter_name, config.inference_mode)
 
     # ---- adapters
 
@@ -39,6 +60,7 @@ class LoraModel(nn.Module):
         self, config: LoraConfig, adapter_name: str, options: Options | None = None, stats: Stats | None = None
     ) -> Plan:
         """Everything ``inject_adapter`` would do, built and checked; changes nothing."""
+        config = lora_config(config)
         others = [name for name, other in self.peft_config.items() if other.bias != "none"]
         if config.bias != "none" and others:
             raise ConfigError(
@@ -79,6 +101,7 @@ class LoraModel(nn.Module):
             ConfigError: its start is computed from the weights or from ``stats``, and ``low_cpu_mem_usage`` computes
                 none.
         """
+        config = lora_config(config)
         if options is not None and options.low_cpu_mem_usage and (config.start.initializer.reads_weight or stats):
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r} computes its start from the "
@@ -171,16 +194,52 @@ class LoraModel(nn.Module):
 
 
 def inject_adapter_in_model(
-    peft_config: LoraConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+    peft_config: LoraConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Put an adapter on ``model`` without wrapping the model itself, and make it count and train.
 
-    The configs are then at ``model.peft_config``. Raises as :func:`lorafa.get_peft_model`; nothing is changed then.
+    The configs are then at ``model.peft_config``.
+
+    Args:
+        state_dict: tensors of an adapter: the layers they are of get one, whatever ``target_modules`` names. No value
+            is read: :func:`lorafa.set_peft_model_state_dict` fills the adapter.
+
+    Raises:
+        TargetError: ``state_dict`` has no factors of a layer, or of one the model does not have.
+        As :func:`lorafa.get_peft_model`; nothing is changed then.
     """
-    adapters.require_nothing_merged(model)
+    config = lora_config(peft_config)
+    adapters.require_nothing_merged(require_module(model))
+    if state_dict is not None:
+        config = _with_targets_of(state_dict, config, model)
     tuner = LoraModel(model)
     tuner.peft_config = getattr(model, "peft_config", {})
-    tuner.inject_adapter(peft_config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
-    tuner.set_adapter(adapter_name, peft_config.inference_mode)
+    tuner.inject_adapter(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
+    tuner.set_adapter(adapter_name, config.inference_mode)
     model.peft_config = tuner.peft_config  # type: ignore[assignment]
     return model
+
+
+def _with_targets_of(state_dict: Mapping[str, Tensor], config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """The config with the layers as targets that the tensors of an adapter belong to, each by its full name."""
+    names = {place.name for place in places(model)}
+    keys = (uncompiled_name(key).removeprefix("base_model.model.") for key in state_dict)
+    found = {key.partition(f".{factor}")[0] for key in keys for factor in _FACTORS if f".{factor}" in key}
+    if not found:
+        raise TargetError(
+            f"state_dict has no factors of a LoRA adapter; its keys are: {shorten(state_dict, 3) or '(none)'}. Pass "
+            "what get_peft_model_state_dict or load_peft_weights returned, or leave it out to go by target_modules."
+        )
+    unknown = sorted(found - names)
+    if unknown:
+        raise TargetError(
+            f"state_dict has factors of {len(unknown)} layers that the model does not have: {shorten(unknown, 3)}."
+            f"{did_you_mean(unknown[0], names)} It was made for another model."
+        )
+    return replace(
+        config, target_modules="|".join(map(re.escape, sorted(found))), layers_to_transform=None, layers_pattern=None
+    )

@@ -11,7 +11,7 @@ from lorafa.config import LoraConfig, require_available
 from lorafa.errors import AdapterError, shorten, warn
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
-from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_tied_ends
+from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_saved_names, with_tied_ends
 from lorafa.surgery.build import Builder, Options, Stats
 from lorafa.surgery.quantize import require_unshared
 from lorafa.surgery.targets import Target, find_targets, resolved_targets
@@ -56,7 +56,8 @@ def plan(
     config.check()
     require_available(config)
     check_adapter_name(model, name)
-    config = with_tied_ends(model, with_heads(config), lenient=options.from_file)
+    config = with_saved_names(model, with_heads(config))
+    config = with_tied_ends(model, config, lenient=options.from_file)
     targets = find_targets(model, config, lenient=options.from_file)
     config = replace(_with_layout(config, targets), target_modules=resolved_targets(model, config, targets))
     auxiliary = plan_auxiliary(model, config, [target.module for target in targets], lenient=options.from_file)

@@ -1,0 +1,180 @@
+"""Base and adapter at once: the adapter's config names the base model, which transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lorafa.config import LoraConfig, TaskType
+from lorafa.errors import ConfigError, SourceError, first_line
+from lorafa.io.load import LoadOptions
+from lorafa.peft_model import PeftModel
+from lorafa.storage import HubOptions, locate
+from lorafa.surgery.given import lora_config
+from lorafa.surgery.walk import embedding_of
+
+_LOADERS = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+_OF_THE_BASE = {"dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers"}
+_OF_BOTH = HubOptions.__optional_keys__ - {"revision", "use_auth_token"} | {"trust_remote_code"}
+_OF_THE_ADAPTER = LoadOptions.__optional_keys__ - _OF_THE_BASE - _OF_BOTH | {
+    *("autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "key_mapping", "torch_device"),
+}
+
+
+class AutoPeftModel:
+    """Loads a model by the task its adapter was made for (``task_type``), or by the class its config names."""
+
+    task: ClassVar[TaskType | None] = None
+    """What the base is loaded for; None goes by the adapter's config."""
+
+    def __init__(self) -> None:
+        raise ConfigError(f"{type(self).__name__} is not made, but loaded: call its from_pretrained.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load the base model that an adapter names, and put the adapter on it.
+
+        Where a tokenizer lies beside the adapter and knows more tokens than the base has rows, the base is resized.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub repository of the adapter.
+            adapter_name, is_trainable, config: as for :meth:`lorafa.PeftModel.from_pretrained`.
+            revision: that of the adapter; its config has the base's.
+            kwargs: those of :class:`lorafa.io.load.LoadOptions` that are about the adapter; ``dtype``, ``device_map``
+                and everything else goes to the base model's ``from_pretrained``; those about the Hub to both.
+
+        Raises:
+            ConfigError: the config names no base, or neither a task nor a class of transformers.
+            SourceError: the adapter or the base cannot be found or loaded.
+            As :meth:`lorafa.PeftModel.from_pretrained`.
+        """
+        shared = {name: kwargs[name] for name in kwargs if name in _OF_BOTH}
+        own = {name: kwargs[name] for name in kwargs if name in _OF_THE_ADAPTER}
+        rest = {name: value for name, value in kwargs.items() if name not in own}
+        if (token := rest.pop("use_auth_token", None)) is not None:
+            shared["token"] = rest["token"] = token
+        hub: Any = {name: value for name, value in shared.items() if name != "trust_remote_code"} | {
+            "revision": revision
+        }
+        place: dict[str, Any] = {"subfolder": own.get("subfolder")}
+        given = (
+            LoraConfig.from_pretrained(pretrained_model_name_or_path, **place, **hub)
+            if config is None
+            else lora_config(config)
+        )
+        base = _base_model(cls._loader(given), given, rest)
+        _resize(base, pretrained_model_name_or_path, place["subfolder"], hub)
+        return PeftModel.from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
+        )
+
+    @classmethod
+    def _loader(cls, config: LoraConfig) -> str:
+        """The name of transformers' class that loads the base."""
+        task, made_for = cls.task or config.task_type, config.auto_mapping or {}
+        if isinstance(task, TaskType):
+            return _LOADERS[task]
+        if str(made_for.get("parent_library", "")).partition(".")[0] == "transformers":
+            return str(made_for.get("base_model_class"))
+        raise ConfigError(
+            "The adapter's config has no task_type and names no class of transformers, so what to load its base as "
+            f"cannot be told (auto_mapping={config.auto_mapping!r}). Use AutoPeftModelForCausalLM or another class for "
+            "a task, or load the base and call PeftModel.from_pretrained(base, path)."
+        )
+
+
+def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> Any:
+    name = config.base_model_name_or_path
+    if name is None:
+        raise ConfigError(
+            "The adapter's config does not name its base model (base_model_name_or_path). Load the base and call "
+            "PeftModel.from_pretrained(base, path)."
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise SourceError(
+            "Loading a base model needs a package that is not installed. Run: pip install transformers"
+        ) from error
+    kind = getattr(transformers, loader, None)
+    if kind is None:
+        raise ConfigError(
+            f"The adapter was made for a {loader}, which transformers {transformers.__version__} does not have. Load "
+            "the base and call PeftModel.from_pretrained(base, path)."
+        )
+    try:
+        return kind.from_pretrained(name, revision=config.revision, **arguments)
+    except (OSError, ConnectionError) as error:
+        raise SourceError(
+            f"The base model {name!r} that the adapter names could not be loaded: {first_line(error)}. Load it from "
+            "where it is and call PeftModel.from_pretrained(base, path)."
+        ) from error
+
+
+def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> None:
+    """Give the base rows for the tokens that a tokenizer beside the adapter knows and the base does not."""
+    try:
+        found = locate(source, ["tokenizer_config.json"], subfolder=subfolder, **hub)
+    except SourceError as error:
+        if error.__cause__ is not None:
+            raise
+        return  # no tokenizer beside the adapter: that of the base
+    from transformers import AutoTokenizer
+
+    place = {"subfolder": subfolder} if subfolder else {}
+    local = Path(source).expanduser().is_dir()
+    tokenizer = AutoTokenizer.from_pretrained(found.parent if local else source, **({} if local else place | hub))
+    table = embedding_of(model, "get_input_embeddings")
+    if table is not None and len(tokenizer) > len(table.weight):  # type: ignore[arg-type]
+        model.resize_token_embeddings(len(tokenizer))
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """Loads the base as a causal language model."""
+
+    task = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """Loads the base as an encoder-decoder language model."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """Loads the base as a classifier of sequences."""
+
+    task = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """Loads the base as a classifier of tokens."""
+
+    task = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """Loads the base as a model that marks answers in a text."""
+
+    task = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """Loads the base as a model without a head."""
+
+    task = TaskType.FEATURE_EXTRACTION

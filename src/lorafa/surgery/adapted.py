@@ -1,0 +1,141 @@
+"""What is asked of an adapted model whatever it is: its adapters, which of them count, merging, reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lorafa.config import LoraConfig, PeftType
+from lorafa.errors import AdapterError
+from lorafa.surgery.adapters import disabled
+from lorafa.surgery.model import LoraModel
+from lorafa.surgery.status import LayerStatus, ModelStatus, count_parameters, get_layer_status, get_model_status
+
+
+class AdaptedModel(nn.Module):
+    """Passes on to its LoraModel what scripts ask of a PeftModel; making, files and running are PeftModel's own."""
+
+    base_model: LoraModel
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """Adapter name -> the config it was made from."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.base_model.active_adapter
+
+    @property
+    def peft_type(self) -> PeftType:
+        return PeftType.LORA
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether some adapter counts now."""
+        return any(layer.active_adapters and not layer.disable_adapters for _, layer in self.base_model.lora_layers())
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make exactly this adapter count, and train unless ``inference_mode``.
+
+        ``base_model.set_adapter([...])`` lets several count together.
+        """
+        if not isinstance(adapter_name, str):
+            raise AdapterError(
+                f"PeftModel.set_adapter takes one name, found {adapter_name!r}. To let several adapters count together "
+                "call base_model.set_adapter([...])."
+            )
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the only active one, another (if any) becomes active.
+
+        Raises:
+            AdapterError: an unknown name, or an adapter is merged; nothing was changed.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or freeze them, whether they count or not."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base model alone for the length of a with-block, also while adapters are merged."""
+        with disabled(self.get_base_model()):
+            yield
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters count again."""
+        self.base_model.enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Run the base model alone until :meth:`enable_adapter_layers`."""
+        self.base_model.disable_adapter_layers()
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put updates (default: those of the active adapters) into the base weights until :meth:`unmerge_adapter`.
+
+        Raises:
+            AdapterError, BackendError: as :func:`lorafa.surgery.merge.merge_adapter`; nothing was merged.
+        """
+        self.base_model.merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Bring the pristine base weights back, bit for bit."""
+        self.base_model.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The user's model with the updates folded in and every wrapper gone; always as safe as ``safe_merge`` asks.
+
+        Raises:
+            AdapterError, BackendError: as :meth:`merge_adapter`; the model is as it was.
+        """
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The user's model as it was before any adapter, bit for bit; layers LoftQ has quantized stay so."""
+        return self.base_model.unload()
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, its adapted layers wrapped."""
+        return self.base_model.model
+
+    # ---- reports
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters, each counted once."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, everything = self.get_nb_trainable_parameters()
+        share = 100 * trainable / everything if everything else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        return get_model_status(self)
