@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lorafa.peft_model
 from adapter_toys import Experts, assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from lorafa.errors import (
@@ -283,7 +282,7 @@ def test_failure_while_values_are_copied_in_is_undone(saved: Path, name: str, mo
     def broken(*args: object, **kwargs: object) -> None:
         raise MemoryError("no memory left")
 
-    monkeypatch.setattr(lorafa.peft_model, "load_tensors", broken)
+    monkeypatch.setattr("lorafa.io.load.load_tensors", broken)
     model = get_peft_model(the_same_base(), all_of_it())
     assert_fails_and_changes_nothing(model, MemoryError, "no memory left", lambda: model.load_adapter(saved, name))
     base = the_same_base()
