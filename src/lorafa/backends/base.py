@@ -19,9 +19,9 @@ from lorafa.backends.oddities import (
     tensor_like,
     unsettled,
 )
-from lorafa.backends.offload import execution_device, hooked_as, in_memory, without_hooks
+from lorafa.backends.offload import hooked_as, in_memory, without_hooks
 
-__all__ = ["Backend", "device_of", "is_finite", "is_hooked", "is_plain", "replaced"]
+__all__ = ["Backend", "is_finite", "is_hooked", "is_plain", "replaced"]
 
 
 class Backend(ABC):
@@ -137,9 +137,3 @@ def is_finite(new: nn.Module, old: nn.Module) -> bool:
     here: nn.Module = in_memory(new)
     own = [t for t in (*here.parameters(recurse=False), *here.buffers(recurse=False)) if id(t) not in shared]
     return all(bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all()) for t in own)
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where the layer's tensors are, its own or those it computes them from, or are brought to when it is called."""
-    own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False), *layer.parameters())
-    return execution_device(layer) or (own[0].device if own else torch.device("cpu"))

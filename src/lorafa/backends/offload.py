@@ -67,6 +67,14 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if hook is None else _device(hook)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first of all weights of a model is, or is brought to when it is used; the CPU if there is none."""
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            return execution_device(module) or tensor.device
+    return torch.device("cpu")
+
+
 def in_memory(module: nn.Module) -> Any:
     """A module with the values of its own parameters and buffers, on the device that they are brought to.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from lorafa.backends.base import device_of
+from lorafa.backends.offload import device_of
 from lorafa.config import CONFIG_NAME, LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, SourceError, did_you_mean, shorten, warn
 from lorafa.io.adapter_files import (

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Start, bias_change
 from lorafa.backends import backend_of
-from lorafa.backends.base import Backend, device_of, is_finite
+from lorafa.backends.base import Backend, is_finite
 from lorafa.backends.oddities import described
-from lorafa.backends.offload import in_memory, value_of, weight_of
+from lorafa.backends.offload import device_of, in_memory, value_of, weight_of
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers import own_modules
@@ -358,8 +358,7 @@ class LoraLayer(Host):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight, in the layout and dtype of the base layer's own weight."""
-        delta = self.adapters[adapter].delta_weight(self.base_weight())
-        return self.backend.to_layout(in_memory(self.pristine), delta)
+        return self.backend.to_layout(in_memory(self.pristine), self.adapters[adapter].delta_weight(self.base_weight()))
 
     @torch.no_grad()
     def merged_base(self, names: Sequence[str]) -> nn.Module:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from lorafa.calibration.batches import device_of, moved, require_batches
+from lorafa.backends.offload import device_of
+from lorafa.calibration.batches import moved, require_batches
 from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_label, scalar
 from lorafa.calibration.processes import gathered, together
 from lorafa.config import LoraConfig
