@@ -141,7 +141,6 @@ class PeftModel(nn.Module):
         )
         take_back = self.base_model.apply_plan(self.base_model.plan_adapter(stored.config, name, options))
         try:
-            materialize(self.get_base_model(), name)
             self._fill(stored, name, ignore_base=True)
             note_history(self.get_base_model(), name, stored)
         except BaseException:
@@ -154,6 +153,7 @@ class PeftModel(nn.Module):
         if not ignore_base:
             check_fits_base(model, stored)
         misfit(model, name, config, stored.tensors, with_start=stored.with_start).raise_if_any(stored.path, name)
+        materialize(model, name)
         load_tensors(model, name, config, stored.tensors, with_start=stored.with_start)
 
     def save_pretrained(

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from lorafa.backends.offload import device_of
 from lorafa.calibration.base import CalibrationOptions
-from lorafa.calibration.batches import device_of, digest_of, moved, of_data, of_function, require_batches, shown
+from lorafa.calibration.batches import digest_of, moved, of_data, of_function, require_batches, shown
 from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_label, scalar
 from lorafa.calibration.processes import gathered, together
 from lorafa.checks import check_choice, names

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import value_of
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
 from lorafa.calibration.batches import Batches, digest_of
@@ -323,8 +324,8 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of the model without those of adapters."""
     for path, module in skeleton(model):
         plain = path.replace(".base_layer", "")
-        held = module._parameters | module._buffers
-        yield from ((f"{plain}.{name}", tensor) for name, tensor in held.items() if tensor is not None)
+        held = {name: value_of(module, tensor) for name, tensor in (module._parameters | module._buffers).items()}
+        yield from ((f"{plain}.{name}", value) for name, value in held.items() if value is not None)
 
 
 def _finish(wanted: Sequence[str], values: Mapping[str, dict[str, Tensor]]) -> None:

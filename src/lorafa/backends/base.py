@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import hooked_as, in_memory, without_hooks
 from lorafa.errors import BackendError
 
 
@@ -70,8 +70,11 @@ class Backend(ABC):
 def replaced(layer: nn.Module, **parameters: Tensor | None) -> nn.Module:
     """A copy of ``layer`` that shares everything with it but the named parameters; None keeps one.
 
+    Where the weights of ``layer`` rest elsewhere, those of the copy do too, in main memory, and are brought in alike.
+
     Raises:
-        BackendError: the layer computes such a parameter from others (weight norm, a parametrization).
+        BackendError: the layer computes such a parameter from others (weight norm, a parametrization), or a hook of
+            accelerate is on it that does something else than moving tensors.
     """
     computed = [name for name in parameters if name not in layer._parameters]
     if computed:
@@ -79,19 +82,19 @@ def replaced(layer: nn.Module, **parameters: Tensor | None) -> nn.Module:
             f"The {computed[0]} of this {type(layer).__name__} is computed from other parameters (weight norm or "
             "another parametrization), so nothing can be merged into it. Remove the parametrization first."
         )
-    new = copy.copy(layer)
-    new._parameters = dict(layer._parameters)
+    new = without_hooks(in_memory(layer))
     for name, value in parameters.items():
-        old = layer._parameters[name]
+        old = new._parameters[name]
         if value is not None and old is not None:
             new._parameters[name] = nn.Parameter(value.to(old).contiguous(), requires_grad=old.requires_grad)
-    return new
+    return hooked_as(new, layer)
 
 
 def is_finite(new: nn.Module, old: nn.Module) -> bool:
     """Whether ``new`` holds no inf and no nan in what it does not share with ``old``: rounding to float16 makes inf."""
     shared = {id(tensor) for tensor in (*old._parameters.values(), *old._buffers.values())}
-    own = [t for t in (*new.parameters(recurse=False), *new.buffers(recurse=False)) if id(t) not in shared]
+    here: nn.Module = in_memory(new)
+    own = [t for t in (*here.parameters(recurse=False), *here.buffers(recurse=False)) if id(t) not in shared]
     return all(bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all()) for t in own)
 
 

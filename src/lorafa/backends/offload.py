@@ -8,7 +8,7 @@ reads them here; the module itself is never changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 def _bringing(module: nn.Module) -> Any:
     """The hook that brings the module's weights in, or None."""
+    if "_hf_hook" not in module.__dict__:  # on the way of every call
+        return None
     return next((h for h in _hooks(module) if getattr(h, "offload", False) and h.weights_map is not None), None)
 
 
@@ -62,10 +64,15 @@ def _moves(hook: Any) -> bool:
 def execution_device(module: nn.Module) -> torch.device | None:
     """The device to which the weights are brought, or None where none are."""
     hook = _bringing(module)
-    if hook is None:
-        return None
-    device = hook.execution_device
-    return torch.device("cpu") if device is None else torch.device(device)
+    return None if hook is None else _device(hook)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first of all weights of a model is, or is brought to when it is used; the CPU if there is none."""
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            return execution_device(module) or tensor.device
+    return torch.device("cpu")
 
 
 def in_memory(module: nn.Module) -> Any:
@@ -79,17 +86,46 @@ def in_memory(module: nn.Module) -> Any:
     new = without_hooks(module)
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_meta and name in hook.weights_map:
-            value = _brought(hook, name, parameter, module)
+            value = _brought(hook, name, parameter)
             new._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_meta and name in hook.weights_map:
-            new._buffers[name] = _brought(hook, name, buffer, module)
+            new._buffers[name] = _brought(hook, name, buffer)
     return new
 
 
-def _brought(hook: Any, name: str, resting: Tensor, module: nn.Module) -> Tensor:
+def _brought(hook: Any, name: str, resting: Tensor) -> Tensor:
     value: Tensor = hook.weights_map[name]
-    return value.to(execution_device(module), resting.dtype).detach()
+    return value.detach().to(_device(hook), resting.dtype)
+
+
+def _device(hook: Any) -> torch.device:
+    return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+
+
+def value_of(module: nn.Module, tensor: Tensor | None) -> Tensor | None:
+    """A parameter or buffer of the module with its values, wherever they rest; None for None."""
+    if tensor is None or not tensor.is_meta:
+        return tensor
+    hook, own = _bringing(module), (*module._parameters.items(), *module._buffers.items())
+    name = next((name for name, mine in own if mine is tensor), None)
+    return tensor if hook is None or name not in hook.weights_map else _brought(hook, str(name), tensor)
+
+
+def identity_of(module: nn.Module, name: str) -> Hashable:
+    """Equal for modules that share a parameter, also where each of them has it brought in for itself."""
+    parameter, hook = module._parameters[name], _bringing(module)
+    if parameter is None or hook is None or not parameter.is_meta:
+        return id(parameter)
+    values = hook.weights_map
+    while hasattr(values, "prefix"):  # accelerate's view of one module in a map of the whole model
+        name, values = f"{values.prefix}{name}", values.dataset
+    kept = getattr(values, "state_dict", values)
+    if name in kept:
+        return ("memory", kept[name].data_ptr())
+    on_disk = getattr(values, "index", {}).get(name, {})
+    file = on_disk.get("safetensors_file")
+    return id(parameter) if file is None else (file, on_disk.get("weight_name", name))
 
 
 def weight_of(module: nn.Module) -> Tensor:

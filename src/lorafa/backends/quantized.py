@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorafa.backends.base import Backend
+from lorafa.backends.offload import hooked_as, in_memory, without_hooks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,7 +29,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad @ ctx.layer.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ in_memory(ctx.layer).dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
@@ -90,7 +91,12 @@ class QuantizedBackend(Backend):
 
     def with_weight(self, layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
         """Quantizes again: the merged weight carries a new rounding to the bits of the layer."""
-        return self.layer_type(weight, cast(QuantizedLinear, layer).bias if bias is None else bias)
+        new = cast(QuantizedLinear, without_hooks(in_memory(layer)))  # with the hooks and the mode of the layer
+        new._buffers = {}
+        new.quantize(weight.detach().float())
+        if bias is not None:
+            new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return hooked_as(new, layer)
 
     def example(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return self.layer_type(weight, bias)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import device_of
 from lorafa.calibration.loss import Loss, call, causal_loss, count_labels, default_loss, padded, require_label, scalar
 from lorafa.errors import CalibrationError, LoraError
 
@@ -156,11 +157,6 @@ def require_batches(name: str, data: Any) -> None:
         )
     if isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise CalibrationError(f"{found}, which holds no batches. Pass a DataLoader or a list of batches.")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def moved(batch: Any, device: torch.device) -> Any:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import device_of
 from lorafa.calibration.base import Statistic
 from lorafa.calibration.processes import distributed, gathered
 
@@ -113,6 +113,5 @@ def agree(entries: list[Entry], layers: Mapping[str, nn.Module]) -> list[Entry]:
 
 
 def _count_nothing(statistic: Statistic, dtype: torch.dtype, layer: nn.Module) -> None:
-    device = next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), None)
-    x = torch.empty(0, statistic.layer.in_, dtype=dtype, device=device)
+    x = torch.empty(0, statistic.layer.in_, dtype=dtype, device=device_of(layer))
     statistic.update(x, x.new_empty(0, statistic.layer.out) if statistic.reads_gradient else None)

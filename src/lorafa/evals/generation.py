@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorafa.backends.offload import device_of
 from lorafa.errors import DataError
 from lorafa.modes import evaluating
 
@@ -47,7 +48,7 @@ def generate_greedy(
         top_k=50, min_new_tokens=0, num_return_sequences=1, return_dict_in_generate=False,
         max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True,
     )  # fmt: skip
-    device = next(model.parameters()).device
+    device = device_of(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     with evaluating(model):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafa.backends.offload import device_of
 from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
@@ -40,7 +41,7 @@ def answer_loss(
     Raises:
         DataError: no supervised token in ``samples``.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     answered = [sample for sample in samples if any(label != IGNORE for label in sample.labels[1:])]
     if not answered:
         raise DataError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lorafa.backends import backend_of
+from lorafa.backends.offload import in_memory
 from lorafa.config import CONFIG_NAME, LoraConfig, read_config
 from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import CheckpointError, shorten, warn
@@ -71,9 +72,8 @@ def _fingerprinted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def _readable(module: nn.Module) -> Tensor | None:
-    """The dense weight of a layer as it is stored, or None."""
-    module = module.pristine if isinstance(module, LoraLayer) else module
-    weight = getattr(module, "weight", None)
+    """The dense weight of a layer as it is stored, wherever it rests, or None."""
+    weight = getattr(in_memory(module.pristine if isinstance(module, LoraLayer) else module), "weight", None)
     return weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
 
 
@@ -196,7 +196,7 @@ def _dequantized(model: nn.Module, stored: StoredAdapter) -> dict[str, Any]:
         if place.name in stored.quantized:
             base = place.module.pristine if isinstance(place.module, LoraLayer) else place.module
             backend = backend_of(base)
-            found[place.name] = backend.weight(base) if backend is not None and backend.quantized else None
+            found[place.name] = backend.weight(in_memory(base)) if backend is not None and backend.quantized else None
     return fingerprint(found.items())
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import rests_elsewhere, value_of
 from lorafa.config import LoraConfig
 from lorafa.config_checks import START_SETTINGS
 from lorafa.errors import CheckpointError, shorten
@@ -151,7 +152,7 @@ def file_tensors(
         CheckpointError: ``state_dict`` lacks a tensor of the adapter.
     """
     found = list(entries(model, name, config, embeddings=embeddings))
-    values = {e.key: e.tensor.detach() for e in found} if state_dict is None else _gathered(found, state_dict, name)
+    values = {e.key: _value(model, e) for e in found} if state_dict is None else _gathered(found, state_dict, name)
     for path, layer in _folding(model, name):
         key_B = f"{path}.{layer.factor_names[1]}"
         values |= {f"{path}.{UNFOLDED_B}": values[key_B], key_B: _folded(path, layer, name, values[key_B], values)}
@@ -159,6 +160,14 @@ def file_tensors(
         values |= _stacked(path, layer, layer.adapters[name].variant.plain, start, values)
     values |= {key: values[key] / 2 for key in _factors_applied_twice(model, name, config)}
     return values | tied_tensors(model, name, values)
+
+
+def _value(model: nn.Module, entry: Stored) -> Tensor:
+    """The values of an entry, wherever they rest."""
+    tensor = entry.tensor
+    if tensor.is_meta and entry.live is not None:
+        tensor = cast(Tensor, value_of(model.get_submodule(entry.live.rpartition(".")[0]), tensor))
+    return tensor.detach()
 
 
 def _stacked(
@@ -295,9 +304,11 @@ def load_tensors(
     """Fill adapter ``name`` from the tensors of a file that fits (see :func:`misfit`).
 
     Raises:
-        CheckpointError: they differ for what is one parameter here; nothing was changed.
+        CheckpointError: they differ for what is one parameter here, or one rests elsewhere; nothing was changed.
     """
     check_ties(model, name, tensors)
+    filled = [e for e in (*entries(model, name, config), *_embeddings(model)) if e.key in tensors]
+    _require_memory(model, name, filled)
     tensors = dict(tensors)
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(model, name, config) if key in tensors}
     starts: list[tuple[Tensor, Tensor]] = []
@@ -308,9 +319,20 @@ def load_tensors(
     tensors = _unfold(model, name, tensors)
     for live, value in starts:
         live.copy_(value)
-    for entry in (*entries(model, name, config), *_embeddings(model)):
-        if entry.key in tensors:
-            entry.tensor.data.copy_(tensors[entry.key])
+    for entry in filled:
+        entry.tensor.data.copy_(tensors[entry.key])
+
+
+def _require_memory(model: nn.Module, name: str, filled: Iterable[Stored]) -> None:
+    starts = (layer.lora_start[name] for _, layer in lora_layers(model) if name in layer.lora_start)
+    resting = [e.key for e in filled if e.tensor.is_meta] + ["lora_start" for s in starts if rests_elsewhere(s)]
+    if resting:
+        raise CheckpointError(
+            f"Adapter {name!r} cannot be filled: {shorten(resting, 3)} {'rests' if len(resting) == 1 else 'rest'} "
+            "elsewhere (device 'meta'), and hooks of accelerate bring in a copy for each call. Load the adapter before "
+            "the model is offloaded, or take the hooks off with accelerate.hooks.remove_hook_from_submodules. Nothing "
+            "was loaded."
+        )
 
 
 def misfit(

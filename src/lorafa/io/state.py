@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import device_of
 from lorafa.errors import AdapterError
 from lorafa.io.peft_format import (
     PREFIX,
@@ -18,7 +19,6 @@ from lorafa.io.peft_format import (
     misfit,
     without_prefix,
 )
-from lorafa.layers.weights import device_of
 from lorafa.surgery.adapters import require_adapters, require_unmerged
 from lorafa.surgery.walk import lora_layers, user_model
 

@@ -6,6 +6,7 @@ of a forward pass. Both projections carry an adapter; that of out_proj sits insi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -13,7 +14,7 @@ from torch.func import functional_call
 
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.weights import updated_tensors
+from lorafa.layers.weights import require_in_memory, updated_tensors
 
 if TYPE_CHECKING:
     from lorafa.config import LoraConfig
@@ -39,10 +40,15 @@ class LoraAttention(LoraLayer):
                 f"{name}: lora_bias has nothing to act on in nn.MultiheadAttention(bias=False). Exclude it, or set "
                 "lora_bias=False."
             )
+        require_in_memory(name, base, cast(nn.MultiheadAttention, base).out_proj)
         super().check(name, base, rank, config)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base_layer, name) if name in self._READ_BY_CALLERS else super().__getattr__(name)
+
+    def merged_base(self, names: Sequence[str]) -> nn.Module:
+        require_in_memory(type(self).__name__, self.get_base_layer())
+        return super().merged_base(names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.counting():

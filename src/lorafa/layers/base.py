@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lorafa.adapter import Adapter, Start, scaling
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
-from lorafa.backends.offload import in_memory, weight_of
+from lorafa.backends.offload import device_of, in_memory, value_of, weight_of
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers import own_modules
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
-from lorafa.layers.weights import device_of, updated_bias, with_changes
+from lorafa.layers.weights import updated_bias, with_changes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -177,10 +177,10 @@ class LoraLayer(nn.Module):
 
     def base_weight(self) -> Tensor:
         """The pristine weight, (out, in), dequantized where it is quantized."""
-        return self.backend.weight(self.pristine)
+        return self.backend.weight(in_memory(self.pristine))
 
     def base_bias(self) -> Tensor | None:
-        return self.backend.bias(self.get_base_layer())
+        return value_of(self.get_base_layer(), self.backend.bias(self.get_base_layer()))
 
     @property
     def weight(self) -> Tensor:
@@ -339,13 +339,13 @@ class LoraLayer(nn.Module):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight, in the layout and dtype of the base layer's own weight."""
-        return self.backend.to_layout(self.pristine, self.adapters[adapter].delta_weight(self.base_weight()))
+        return self.backend.to_layout(in_memory(self.pristine), self.adapters[adapter].delta_weight(self.base_weight()))
 
     @torch.no_grad()
     def merged_base(self, names: Sequence[str]) -> nn.Module:
         """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
-        adapters = [self.adapters[name] for name in names]
-        changes = (adapter.delta_weight(self.base_weight()) for adapter in adapters)
+        adapters, weight = [self.adapters[name] for name in names], self.base_weight()
+        changes = (adapter.delta_weight(weight) for adapter in adapters)
         return with_changes(self, changes, names, updated_bias(self, adapters))
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
@@ -391,7 +391,7 @@ class LoraLayer(nn.Module):
             if fused is not None:
                 return fused
         y = self.base_layer(x, *args, **kwargs)
-        out = y
+        out, x = y, x.to(y.device)  # where a hook of the base layer may have brought it
         for adapter in adapters:
             out = out + adapter.delta_output(x, y).to(y.dtype)
         return out

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lorafa.backends.base import is_hooked
+from lorafa.backends.offload import in_memory
 from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
 
 if TYPE_CHECKING:
+    from lorafa.adapter import Adapter
     from lorafa.config import LoraConfig
 
 
@@ -39,12 +42,15 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_A[name] = nn.Parameter(A)
         self.lora_embedding_B[name] = nn.Parameter(B)
 
+    def as_made(self, adapter: Adapter) -> bool:
+        return not is_hooked(self.lora_embedding_A) and super().as_made(adapter)
+
     def factor_A(self, name: str) -> Tensor:
-        factor: Tensor = self.lora_embedding_A[name]
+        factor: Tensor = in_memory(self.lora_embedding_A)[name]
         return factor
 
     def factor_B(self, name: str) -> Tensor:
-        factor: Tensor = self.lora_embedding_B[name]
+        factor: Tensor = in_memory(self.lora_embedding_B)[name]
         return factor
 
     def factor_bias(self, name: str) -> Tensor | None:

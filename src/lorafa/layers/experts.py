@@ -17,7 +17,7 @@ from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.weights import updated_tensors
+from lorafa.layers.weights import require_in_memory, updated_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,6 +45,7 @@ class LoraExperts(LoraLayer):
                 f"{name}: lora_dropout={config.lora_dropout} cannot act on a bare parameter, which has no input of its "
                 "own. Set lora_dropout=0."
             )
+        require_in_memory(name, base)
         super().check(name, base, rank, config)
 
     def _parameter(self) -> Tensor:
@@ -84,6 +85,10 @@ class LoraExperts(LoraLayer):
     def base_weight(self) -> Tensor:
         stored = self._kept[0] if self._kept else self._parameter()
         return ParameterBackend(self.parameter_name).to_matrix(self.get_base_layer(), stored)
+
+    def merged_base(self, names: Sequence[str]) -> nn.Module:
+        require_in_memory(type(self).__name__, self.get_base_layer())
+        return super().merged_base(names)
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         parameters = self.get_base_layer()._parameters

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from lorafa.backends.base import is_hooked
-from lorafa.backends.offload import is_only_moved
+from lorafa.backends.offload import is_only_moved, rests_elsewhere
 from lorafa.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -141,13 +141,24 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _require_kept(layer: LoraLayer, adapter: Adapter) -> None:
-    """Raise AdapterError if gradients would go to copies of the factors that hooks bring in for this call."""
-    if not (layer.training and torch.is_grad_enabled()):
-        return
-    resting = [key for key, p in layer.stored_parameters(adapter.name).items() if p.is_meta and p.requires_grad]
-    if resting:
+    if layer.training and torch.is_grad_enabled():
+        for holder in layer.holders():
+            if adapter.name in holder:
+                held = holder[adapter.name]
+                require_kept(adapter.name, held if isinstance(held, nn.Module) else holder)
+
+
+def require_kept(name: str, holder: nn.Module) -> None:
+    """Raise AdapterError if gradients of what an adapter trains would go to copies that hooks bring in for one call.
+
+    Args:
+        name: the adapter's.
+        holder: the module that holds what it trains.
+    """
+    resting = (module for module in holder.modules() if rests_elsewhere(module))
+    if any(parameter.requires_grad for module in resting for parameter in module.parameters(recurse=False)):
         raise AdapterError(
-            f"Adapter {adapter.name!r} cannot be trained: {resting[0]} rests elsewhere, and hooks of accelerate bring "
-            "in a copy for each call, so gradients would be lost. Offload the base before the adapter is put on it, "
-            "and the factors stay in memory; or call eval() to run the model without training it."
+            f"Adapter {name!r} cannot be trained: its parameters rest elsewhere, and hooks of accelerate bring in a "
+            "copy for each call, so gradients would be lost. Offload the base before the adapter is put on it, and "
+            "what it trains stays in memory; or call eval() to run the model without training it."
         )

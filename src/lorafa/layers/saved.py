@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lorafa.backends.offload import copied_to_memory
+from lorafa.layers.own_modules import require_kept
 from lorafa.layers.parts import Stored
 from lorafa.layers.wrapper import Wrapper
 
@@ -26,7 +28,7 @@ class ModulesToSaveWrapper(Wrapper):
 
     def attach(self, name: str) -> None:
         """Give adapter ``name`` a trainable copy of the original module."""
-        duplicate = copy.deepcopy(self.original_module)
+        duplicate = copied_to_memory(self.original_module)
         duplicate.requires_grad_(True)
         self.modules_to_save[name] = duplicate
 
@@ -71,4 +73,7 @@ class ModulesToSaveWrapper(Wrapper):
         return getattr(self.current(), "bias", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current()(*args, **kwargs)
+        current = self.current()
+        if self.training and torch.is_grad_enabled() and current is not self.original_module:
+            require_kept(", ".join(self._active_adapter), current)
+        return current(*args, **kwargs)

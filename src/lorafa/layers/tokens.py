@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import replaced
+from lorafa.backends.offload import in_memory, value_of, weight_of
 from lorafa.errors import shorten
+from lorafa.layers.own_modules import require_kept
 from lorafa.layers.parts import Stored
 from lorafa.layers.wrapper import Wrapper
 
@@ -65,7 +67,7 @@ class TrainableTokensWrapper(Wrapper):
 
     def wanted_twice(self, one: str, other: str, *, trains: bool) -> str | None:
         """Rows that both have, unless they are equal and stay so."""
-        indices, rows = self.token_adapter.token_indices, self.token_adapter.trainable_tokens_delta
+        indices, rows = self.token_adapter.token_indices, in_memory(self.token_adapter.trainable_tokens_delta)
         mine, others = (dict(zip(indices[n], rows[n], strict=True)) for n in (one, other))
         both = [i for i in mine if i in others]
         different = both if trains else [i for i in both if not torch.equal(mine[i], others[i])]
@@ -75,8 +77,13 @@ class TrainableTokensWrapper(Wrapper):
         return self.original_module
 
     def _table(self) -> Tensor:
+        return weight_of(self.original_module)
+
+    @property
+    def table_size(self) -> int:
+        """The number of rows of the whole table."""
         table: Tensor = self.original_module.weight  # type: ignore[assignment]
-        return table
+        return table.shape[0]
 
     def _current(self) -> tuple[list[int], Tensor] | None:
         """Indices and rows (tokens, dim) in force."""
@@ -86,11 +93,12 @@ class TrainableTokensWrapper(Wrapper):
         """Indices and rows (tokens, dim) of these adapters; a row that several have is equal in all of them."""
         chosen: dict[int, Tensor] = {}
         adapter = self.token_adapter
-        names = [name for name in names if name in adapter.trainable_tokens_delta]
+        rows = in_memory(adapter.trainable_tokens_delta)
+        names = [name for name in names if name in rows]
         if len(names) == 1:
-            return adapter.token_indices[names[0]], adapter.trainable_tokens_delta[names[0]]
+            return adapter.token_indices[names[0]], rows[names[0]]
         for name in names:
-            chosen |= dict(zip(adapter.token_indices[name], adapter.trainable_tokens_delta[name], strict=True))
+            chosen |= dict(zip(adapter.token_indices[name], rows[name], strict=True))
         return (list(chosen), torch.stack(list(chosen.values()))) if chosen else None
 
     @property
@@ -113,13 +121,15 @@ class TrainableTokensWrapper(Wrapper):
         current = self._current()
         if current is None:
             return y
+        if self.training and torch.is_grad_enabled():
+            require_kept(", ".join(self._active_adapter), self.token_adapter.trainable_tokens_delta)
         index = torch.tensor(current[0], device=y.device)
-        rows = current[1].to(y.dtype)
+        x, rows = x.to(y.device), current[1].to(y)
         if x.is_floating_point():  # a head: the columns of the chosen tokens
-            bias = self.bias
+            bias = value_of(self.original_module, self.bias)
             columns = nn.functional.linear(x, rows, None if bias is None else bias[index])
             return y.index_copy(-1, index, columns)
-        position = torch.full((self._table().shape[0],), -1, device=x.device)
+        position = torch.full((self.table_size,), -1, device=x.device)
         position[index] = torch.arange(len(index), device=x.device)
         chosen = position[x]
         scale = getattr(self.original_module, "embed_scale", None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorafa.adapter import full_precision
 from lorafa.backends.base import is_finite
+from lorafa.backends.offload import rests_elsewhere, value_of
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.own_modules import require_uncalled
 from lorafa.linalg import working_dtype
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = None) -> dict[str, Tensor]:
     """Weight (and bias) with the counting updates added, with gradients, under the names a module knows them by."""
+    require_in_memory(type(layer).__name__, layer.get_base_layer())
     adapters, base, weight = layer.counting(), layer.get_base_layer(), layer.base_weight()
     for adapter in adapters:
         if not adapter.as_made:
@@ -39,6 +41,16 @@ def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = 
     return tensors if bias is None else tensors | {str(bias_name): bias}
 
 
+def require_in_memory(name: str, *bases: nn.Module) -> None:
+    """Raise BackendError if the base of a layer that adds the update to its weight has its weights elsewhere."""
+    if any(map(rests_elsewhere, bases)):
+        raise BackendError(
+            f"{name}: the weights of this {type(bases[0]).__name__} rest elsewhere, and hooks of accelerate bring them "
+            "in for each call, which would undo the update that is added to them. Keep the module in memory "
+            "(device_map), or leave it out of the targets."
+        )
+
+
 def updated_bias(layer: LoraLayer, adapters: Sequence[Adapter]) -> Tensor | None:
     """The base's bias plus those of the adapters; None where none of these has one.
 
@@ -48,7 +60,7 @@ def updated_bias(layer: LoraLayer, adapters: Sequence[Adapter]) -> Tensor | None
     changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
     if not changes:
         return None
-    change, bias = torch.stack(changes).sum(0), layer.backend.bias(layer.pristine)
+    change, bias = torch.stack(changes).sum(0), value_of(layer.pristine, layer.backend.bias(layer.pristine))
     if bias is None:
         raise BackendError(
             f"lora_bias cannot be merged into a {type(layer.pristine).__name__} without a bias; nothing was merged. "
@@ -83,9 +95,3 @@ def require_finite(merged: nn.Module, base: nn.Module, names: Sequence[str]) -> 
             "its dtype; nothing was merged. The adapter was probably trained to divergence, or the model needs a "
             "dtype of wider range: bfloat16 or float32."
         )
-
-
-def device_of(base: nn.Module) -> torch.device:
-    """Where the layer's own tensors are; the CPU if it has none."""
-    own = (*base.parameters(recurse=False), *base.buffers(recurse=False))
-    return own[0].device if own else torch.device("cpu")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from torch import nn
 
+from lorafa.backends.offload import identity_of
 from lorafa.config import LoraConfig, TaskType
 from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
@@ -178,11 +179,11 @@ def _saved_wrapper(module: nn.Module, parents: Parents) -> ModulesToSaveWrapper:
 
 def _keep_ties(wrappers: Iterable[ModulesToSaveWrapper], name: str) -> None:
     """Let copies share a weight where their originals do."""
-    first: dict[int, nn.Module] = {}
+    first: dict[Hashable, nn.Module] = {}
     for wrapper in wrappers:
         duplicate = wrapper.modules_to_save[name]
-        for key, parameter in wrapper.original_module.named_parameters(recurse=False):
-            owner = first.setdefault(id(parameter), duplicate)
+        for key, _ in wrapper.original_module.named_parameters(recurse=False):
+            owner = first.setdefault(identity_of(wrapper.original_module, key), duplicate)
             if owner is not duplicate:
                 setattr(duplicate, key, getattr(owner, key))
 

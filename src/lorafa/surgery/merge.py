@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lorafa.backends.offload import weight_of
 from lorafa.errors import warn
 from lorafa.surgery.adapters import require_adapters
 from lorafa.surgery.ties import share_merged
@@ -82,7 +83,7 @@ def _loosen(model: nn.Module, tied: bool) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if head is None or head.weight is embedding.weight or head.weight.shape != embedding.weight.shape:
         return
-    if (head.weight == embedding.weight).all():
+    if (weight_of(head) == weight_of(embedding)).all():
         head.weight = embedding.weight
         return
     model.config.tie_word_embeddings = False  # type: ignore[union-attr]

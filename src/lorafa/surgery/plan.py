@@ -13,6 +13,7 @@ from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_tied_ends
 from lorafa.surgery.build import Builder, Options, Stats
+from lorafa.surgery.offloaded import require_reachable
 from lorafa.surgery.quantize import require_unshared
 from lorafa.surgery.targets import Target, find_targets, resolved_targets
 from lorafa.surgery.ties import Tie, find_ties
@@ -49,7 +50,7 @@ def plan(
         NotAvailableError: the config asks for a feature this version does not have.
         AdapterError: the name is taken or unusable.
         TargetError: a pattern matches nothing, or something that cannot carry an adapter.
-        ConfigError, BackendError: rank, variant or start do not go with a layer.
+        ConfigError, BackendError: rank, variant, start or another setting do not go with a layer.
         CalibrationError: the start needs statistics that were not given.
     """
     options = options or Options()
@@ -60,6 +61,7 @@ def plan(
     targets = find_targets(model, config, lenient=options.from_file)
     config = replace(_with_layout(config, targets), target_modules=resolved_targets(model, config, targets))
     auxiliary = plan_auxiliary(model, config, [target.module for target in targets], lenient=options.from_file)
+    require_reachable(model, config, targets, [*auxiliary.saved, *(module for module, _, _ in auxiliary.tokens)])
     ties = find_ties(list(places(model)), config, targets)
     tied = {tie.target for tie in ties}
     builder = Builder(config, name, options, stats or {})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
+from lorafa.backends.offload import in_memory
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig
 from lorafa.errors import TargetError, did_you_mean, shorten, warn
@@ -62,7 +63,7 @@ class Target:
 
     def weight(self) -> Tensor:
         """The pristine weight, (out, in) or (E, out, in)."""
-        return self.backend.weight(self.base) if self.wrapper is None else self.wrapper.base_weight()
+        return self.backend.weight(in_memory(self.base)) if self.wrapper is None else self.wrapper.base_weight()
 
 
 def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> list[Target]:

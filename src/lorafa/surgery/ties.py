@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from lorafa.backends.offload import identity_of
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
@@ -32,16 +33,17 @@ class Tie:
 
 def tied_groups(everything: Iterable[Place]) -> list[list[Place]]:
     """The modules that share a weight, group by group; the first of each, an embedding if there is one, owns it."""
-    by_weight: dict[int, dict[int, Place]] = {}
+    by_weight: dict[Hashable, dict[int, Place]] = {}
     for place in everything:
-        weight = _unwrapped(place.module)._parameters.get("weight")
-        if weight is not None:
-            by_weight.setdefault(id(weight), {}).setdefault(id(place.module), place)
+        module = unwrapped(place.module)
+        if module._parameters.get("weight") is not None:
+            by_weight.setdefault(identity_of(module, "weight"), {}).setdefault(id(place.module), place)
     groups = (list(group.values()) for group in by_weight.values() if len(group) > 1)
-    return [sorted(group, key=lambda p: not isinstance(_unwrapped(p.module), nn.Embedding)) for group in groups]
+    return [sorted(group, key=lambda p: not isinstance(unwrapped(p.module), nn.Embedding)) for group in groups]
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself where a wrapper stands in its place."""
     if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
         return module.original_module
     return module.pristine if isinstance(module, LoraLayer) else module
