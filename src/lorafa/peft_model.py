@@ -308,7 +308,7 @@ class PeftModel(nn.Module):
         _refuse_mixed_batch(kwargs)
         if labels is not None:
             kwargs["labels"] = labels
-        return self.get_base_model()(*args, **kwargs)
+        return self.base_model(*args, **kwargs)  # and not past it: hooks may be on the LoraModel
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_mixed_batch(kwargs)
