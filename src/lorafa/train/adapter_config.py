@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+
+from torch import nn
 
 from lorafa.config import LoraConfig
+from lorafa.surgery.targets import spelled_out
 from lorafa.train.settings.init import start_fields, start_of
 from lorafa.train.settings.run import RunConfig
 
 
-def lora_config(config: RunConfig) -> LoraConfig:
-    """The adapter's settings as the library takes them.
+def lora_config(config: RunConfig, model: nn.Module | None = None) -> LoraConfig:
+    """The adapter's settings as the library takes them; a dropout that was not set depends on the model's layers.
 
     Raises:
         ConfigError: a value is not allowed, or two contradict each other.
@@ -22,7 +25,10 @@ def lora_config(config: RunConfig) -> LoraConfig:
         "lora_dropout": _dropout(config),
         "init_seed": config.train.seed,
     }
-    return LoraConfig(**peft | of_the_run | start_fields(config.init))
+    made = LoraConfig(**peft | of_the_run | start_fields(config.init))
+    if model is None or config.peft.lora_dropout is not None or not spelled_out(model, made).target_parameters:
+        return made
+    return replace(made, lora_dropout=0.0)
 
 
 def _dropout(config: RunConfig) -> float:

@@ -84,7 +84,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
-    adapter = lora_config(config)
+    lora_config(config)  # what is wrong with the settings is said before anything is loaded
     records = read_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
@@ -103,7 +103,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
-        begun = start_adapter(model, adapter, config.init, train.samples, collator)
+        begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(records, train, heldout, tokenizer, console)
     seconds = time.monotonic() - started
