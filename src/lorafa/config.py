@@ -111,7 +111,12 @@ class LoraConfig:
     """Rank: the inner dimension of B @ A."""
     target_modules: list[str] | set[str] | str | None = None
     """Last names (or dotted ends) of the layers to adapt, one regular expression for full names, "all-linear", or None
-    for the architecture's usual layers."""
+    for the architecture's usual layers.
+
+    "all-linear" is every linear layer but the output head, and the experts and routers of mixtures that transformers
+    keeps stacked in parameters: those go into ``target_parameters`` of the config that is saved, ``gate_up_proj``,
+    which holds two layers, with twice the rank. ``lora_dropout`` cannot act on them and raises, as in PEFT, which could
+    not load a file of both: set it to 0, or leave them out with exclude_modules=["experts", "gate"]."""
     exclude_modules: list[str] | set[str] | str | None = None
     """Layers to leave alone, written like target_modules; wins over it."""
     lora_alpha: int | float = 8

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig, MixtralConfig
 
 from lorafa.cli import main as cli
 from lorafa.data.shapes import SHAPES
@@ -135,6 +135,17 @@ def test_a_quantized_base_is_noted(output: Any, tmp_path: Path) -> None:
     LlamaConfig(**sizes, num_attention_heads=2, quantization_config=quantized).save_pretrained(tmp_path)
     assert params(f"model={tmp_path}") == 0
     assert "The model is stored quantized; the base is counted as if it were not." in " ".join(output()[0].split())
+
+
+def test_dropout_that_was_not_set_is_none_where_experts_are_adapted(output: Any, tmp_path: Path) -> None:
+    """By default 0.05, which cannot act on their stacked weights."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2).save_pretrained(tmp_path)
+    assert params(f"model={tmp_path}", "peft.r=2") == 0
+    text, _ = output()
+    assert all(name in text for name in ("experts.down_proj", "experts.gate_up_proj", "gate.weight"))
+    assert params(f"model={tmp_path}", "peft.r=2", "peft.lora_dropout=0.1") != 0
+    assert "lora_dropout=0.1 cannot act on a bare parameter" in output()[1]
 
 
 def test_settings_that_change_nothing_counted_are_refused(output: Any) -> None:

@@ -92,7 +92,7 @@ def adapter_costs(model: nn.Module, config: RunConfig) -> list[tuple[str, Adapte
     from lorafa.train.recipe import lora_config
     from lorafa.train.schema import OptimConfig
 
-    adapter = lora_config(config)
+    adapter = lora_config(config, model)
     as_set = adapter_cost(model, adapter, config.optim)
     costs = [(words(config.optim), as_set)]
     if as_set.factors != "AB":

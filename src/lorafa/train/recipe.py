@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
+from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -31,6 +32,7 @@ from lorafa.evals.perplexity import answer_loss
 from lorafa.losses import supervised_nll, supports_chunked_loss
 from lorafa.peft_model import PeftModel
 from lorafa.storage import read_json
+from lorafa.surgery.targets import spelled_out
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.init_config import start_fields, start_of
@@ -87,7 +89,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
-    adapter = lora_config(config)
+    lora_config(config)  # what is wrong with the settings is said before anything is loaded
     records = read_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
@@ -105,7 +107,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
-        begun = start_adapter(model, adapter, config.init, train.samples, collator)
+        begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(records, train, heldout, tokenizer, console)
     seconds = time.monotonic() - started
@@ -202,14 +204,14 @@ def graded(records: Records, settings: EvalConfig) -> list[Record]:
     return [record for record in records.heldout if record.answer is not None][: settings.size]
 
 
-def lora_config(config: RunConfig) -> LoraConfig:
-    """The adapter's settings as the library takes them.
+def lora_config(config: RunConfig, model: nn.Module | None = None) -> LoraConfig:
+    """The adapter's settings as the library takes them; a dropout that was not set depends on the model's layers.
 
     Raises:
         ConfigError: a value is not allowed, or two contradict each other.
     """
     peft = config.peft
-    return LoraConfig(
+    made = LoraConfig(
         task_type="CAUSAL_LM",
         r=peft.r,
         lora_alpha=peft.lora_alpha,
@@ -230,6 +232,9 @@ def lora_config(config: RunConfig) -> LoraConfig:
         init_seed=config.train.seed,
         **start_fields(config.init),
     )
+    if model is None or peft.lora_dropout is not None or not spelled_out(model, made).target_parameters:
+        return made
+    return replace(made, lora_dropout=0.0)
 
 
 def _dropout(config: RunConfig) -> float:

@@ -86,7 +86,8 @@ class PeftConfig:
     """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
     lora_dropout: float | None = None
     """Probability of zeroing an input feature of A, in [0, 1); null is 0.05, or 0 where the start takes a part of the
-    base into A and B, of which dropout would take away as well."""
+    base into A and B, of which dropout would take away as well, and where stacked experts are adapted, on which it
+    cannot act."""
     target_modules: str | list[str] = "all-linear"
     """Modules to adapt: all-linear, a list of names, or one regular expression."""
     exclude_modules: str | list[str] | None = None

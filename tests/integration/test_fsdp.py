@@ -1,5 +1,7 @@
-"""Torch's first FSDP keeps parameters as views of a flat one, as plain attributes while a module runs: two processes
-under it take the steps of one, on layers whose adapter acts through the weight too."""
+"""Two processes under torch's FSDP take the steps of one, on layers whose adapter acts through the weight too.
+
+The first FSDP keeps parameters as views of a flat one, which are plain attributes while a module runs.
+"""
 
 from __future__ import annotations
 
@@ -85,17 +87,27 @@ def evaluated(model: nn.Module, x: Tensor) -> list[Tensor]:
         return [model.train()(x), model.eval()(x)]
 
 
-def work(rank: int, wrapping: str, folder: str) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+def wrapped(model: nn.Module, wrapping: str) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if wrapping == "FSDP2":
+        mesh = init_device_mesh("cpu", (2,))
+        for block in [module for module in model.modules() if isinstance(module, Block)]:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
     units: dict[str, Any] = {"whole": None, "blocks": {Block}, "base layers": {nn.MultiheadAttention}}
     policy = None if units[wrapping] is None else ModuleWrapPolicy(units[wrapping])
-    model = FullyShardedDataParallel(
-        adapted(), auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
     )
+
+
+def work(rank: int, wrapping: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = wrapped(adapted(), wrapping)
     try:
         steps(model, batch().chunk(2)[rank])
         found: Any = evaluated(model, batch())
@@ -117,7 +129,7 @@ def run(wrapping: str, folder: Path) -> Any:
     return torch.load(folder / "found.pt")
 
 
-@pytest.mark.parametrize("wrapping", ["whole", "blocks"])
+@pytest.mark.parametrize("wrapping", ["whole", "blocks", "FSDP2"])
 def test_adapters_on_weights_act_and_train_as_in_one_process(wrapping: str, tmp_path: Path) -> None:
     single = adapted()
     untrained = evaluated(copy.deepcopy(single), batch())
