@@ -257,15 +257,16 @@ def test_a_gguf_becomes_a_plain_bfloat16_folder_with_the_same_weights(tmp_path):
     writer.add_head_count(1)
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(9)
+    writer.add_vocab_size(10)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(["<end>", *"abcdefg", "ab"])
-    writer.add_token_types([3] + [1] * 8)
-    writer.add_token_merges(["a b"])
+    writer.add_token_list(["<end>", *"abcdefg", "ab", "cd"])
+    writer.add_token_types([3] + [1] * 9)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
-    shapes = {"token_embd": (9, 32), "output_norm": (32,), "output": (9, 32), "blk.0.attn_norm": (32,)}
+    shapes = {"token_embd": (10, 32), "output_norm": (32,), "output": (10, 32), "blk.0.attn_norm": (32,)}
     shapes |= {
         "blk.0.ffn_norm": (32,),
         "blk.0.ffn_up": (64, 32),

@@ -239,7 +239,8 @@ def dequantize_gguf(gguf: Path, folder: Path) -> None:
     except (OSError, ValueError, ImportError) as error:
         raise SourceError(f"Could not read {gguf.name}: {first_line(error)}.") from error
     config = dequantized.config
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):  # transformers 5.2 leaves it out itself
+        del config.quantization_config
     # A model built afresh never heard of quantization; clearing the marks on the loaded one means knowing them all.
     plain = type(dequantized)(config)
     plain.load_state_dict(dequantized.state_dict())
