@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from train_toys import ROWS, make_workplace, read, settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafa.cli.main import main
+from lorafa.conf.compose import compose
+from lorafa.runs.record import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +133,36 @@ def test_a_warning_is_one_line_without_code(
     assert main(["train", *settings(workplace, tmp_path / "run"), f"model={model}", "--dry-run"]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
     assert line.startswith("warning: The model has no place for 9 weights of the folder ")
+
+
+@pytest.mark.parametrize("way", ["LORAFA_CACHE", "data.cache_dir", "a run to continue"])
+def test_code_in_a_cache_that_others_made_does_not_run(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    """Neither with --dry-run, nor where the record of a run names the cache."""
+    wheel, ran = tmp_path / "reasoning-gym-0.1.25.whl", tmp_path / "ran"
+    folder = "reasoning_gym/arithmetic/gsm_symbolic"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("reasoning_gym/utils.py", f"open({str(ran)!r}, 'w')")
+        archive.writestr(f"{folder}/gsm_symbolic.py", "tasks_ok = []")
+        for part in ("00_49", "50_99"):
+            archive.writestr(f"{folder}/generators_{part}.py", "")
+    arguments = [f"model={workplace / 'model'}"]
+    if way == "LORAFA_CACHE":
+        monkeypatch.setenv(way, str(tmp_path))
+    else:
+        arguments.append(f"data.cache_dir={tmp_path}")
+    if way == "a run to continue":
+        run = RunDirectory.create(tmp_path / "run", compose(arguments))
+        checkpoint = run.checkpoints / "checkpoint-1"
+        checkpoint.mkdir(parents=True)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (checkpoint / name).touch()
+        (checkpoint / "trainer_state.json").write_text("{}")
+        arguments = [f"train.resume={run.path}"]
+    for more in (["--dry-run"], []):
+        assert main(["train", *arguments, *more]) == 1
+        err = " ".join(capsys.readouterr().err.split())
+        assert f"The cached {wheel} is not the wheel that was published" in err
+        assert "Delete it and run again" in err
+        assert not ran.exists()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
+import filelock
 import pytest
 
 from lorafa.conf.compose import compose
 from lorafa.errors import CheckpointError, ConfigError
+from lorafa.runs import record
 from lorafa.runs.environment import environment, peak_rss_bytes
-from lorafa.runs.record import RunDirectory
+from lorafa.runs.record import RunDirectory, TakenError
+from lorafa.train.schema import RunConfig
 
 
 @pytest.fixture
@@ -36,6 +40,91 @@ def test_runs_of_one_second_get_directories_of_their_own(tmp_path: Path, monkeyp
     paths = [RunDirectory.create(RunDirectory.place(compose()), compose()).path for _ in range(3)]
     assert len(set(paths)) == 3
     assert {path.parent.name for path in paths} == {"runs"}
+
+
+def test_a_claim_is_one_s_own_until_it_ends_and_leaves_nothing_where_nothing_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def look_and_fail(config: RunConfig, given: bool) -> None:
+        with RunDirectory.claimed(config) as run:
+            assert run.path.is_dir()
+            with pytest.raises(TakenError, match=r"is taken: another process is writing to it\. Nothing of it was"):
+                run.held().__enter__()
+            if given:
+                with pytest.raises(TakenError, match="is taken"):
+                    RunDirectory.claimed(config).__enter__()
+            raise KeyError
+
+    for given in (["run_dir=a/b/c"], []):
+        with pytest.raises(KeyError):
+            look_and_fail(compose(given), bool(given))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_directory_can_be_given_and_stays(tmp_path: Path) -> None:
+    config = compose([f"run_dir={tmp_path}"])
+    with pytest.raises(KeyError), RunDirectory.claimed(config):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".lock").touch()  # of a run that was killed before it wrote anything
+    with RunDirectory.claimed(config) as run:
+        RunDirectory.create(run.path, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_claims_of_one_second_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        @staticmethod
+        def now() -> datetime:
+            return datetime(2026, 1, 1, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(record, "datetime", Clock)
+    with RunDirectory.claimed(compose()) as first, RunDirectory.claimed(compose()) as second:
+        names = [first.path.name, second.path.name]
+    assert names == [first.path.name, f"{first.path.name}-2"]
+    assert first.path.name.startswith("20260101-120000-lora-r")
+
+
+def test_a_folder_that_another_process_takes_back_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its claim came to nothing, and it removes the empty runs/ that it had made."""
+    path, mkdir = tmp_path / "runs" / "a", Path.mkdir
+    removed: list[Path] = []
+
+    def make(folder: Path, *arguments: object, **more: object) -> None:
+        if folder == path and not removed:
+            removed.append(path.parent)
+            path.parent.rmdir()
+        mkdir(folder, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", make)
+    with RunDirectory.claimed(compose([f"run_dir={path}"])) as run:
+        assert run.path.is_dir()
+    assert removed
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("no flock here")])
+def test_a_place_without_locks_is_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with pytest.raises(ConfigError, match=r"cannot be locked against other processes: .*(No locks|no flock).*\. Put"):
+        run.held().__enter__()
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"The run directory '.*' cannot be made: File name too long\. Choose"):
+        RunDirectory.claimed(compose([f"run_dir={tmp_path / ('n' * 300)}"])).__enter__()
+
+
+def test_recorded_settings_can_be_read_whichever_version_wrote_them(run: RunDirectory) -> None:
+    (run.path / "config.yaml").write_text("peft: {of_another_version: 1}")
+    assert run.settings() == {"peft": {"of_another_version": 1}}
 
 
 def test_the_default_name_says_what_ran() -> None:

@@ -60,7 +60,7 @@ class RunDirectory:
             raise ConfigError(
                 f"The run directory {str(path)!r} cannot be made: {str(there)!r} {why}. Choose another run_dir."
             )
-        if path.is_dir() and not _is_empty(path):
+        if os.path.isdir(path) and not _is_empty(path):
             raise ConfigError(
                 f"The run directory {str(path)!r} exists and is not empty; a run overwrites nothing. "
                 f"Choose another run_dir, or continue that run: train.resume={path}"
