@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from train_toys import ROWS, make_workplace, read, settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafa.cli.main import main
+from toys.workplace import ROWS, make_workplace, read, settings
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import close, config_for, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.adapter import Adapter
 from lorafa.config import unavailable
@@ -22,6 +21,8 @@ from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
 from lorafa.variants import VARIANTS, asking_settings
 from lorafa.variants.base import Variant
+from toys.adapters import config_for, train
+from toys.compare import close
 
 LINEAR = "torch.nn.modules.linear.Linear"
 

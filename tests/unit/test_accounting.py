@@ -9,9 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from trainer_toys import adapted_model
 from transformers.optimization import Adafactor
 
 from lorafa import LoraConfig, get_peft_model
@@ -21,6 +18,8 @@ from lorafa.layers.base import LoraLayer
 from lorafa.train.accounting import AdapterCost, KindCost, adapter_cost
 from lorafa.train.optimizers import pair_optimizer
 from lorafa.train.schema import OptimConfig
+from toys.training import adapted_model
+from toys.watch import Allocated
 
 
 class Experts(nn.Module):
@@ -258,18 +257,6 @@ def llama_cost(rank: int, hidden: int, kv: int, mlp: int, layers: int) -> int:
     """A and B on all seven projections of a Llama, by hand."""
     sides = (2 * hidden, hidden + kv, hidden + kv, 2 * hidden, *3 * (hidden + mlp,))
     return layers * rank * sum(sides)
-
-
-class Allocated(TorchDispatchMode):
-    """Bytes of the tensors that operations returned and that have numbers, which those of the meta device have not."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        real = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.device.type != "meta"]
-        self.nbytes += sum(t.nbytes for t in real)
-        return result
 
 
 def test_what_allocates_is_seen() -> None:

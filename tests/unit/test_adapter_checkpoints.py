@@ -12,11 +12,13 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from torch import nn
-from trainer_toys import CONFIG, Killed, adapted_model, assert_equal_bits, collate, kill_after, samples, weights
 
 import lorafa
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
+from toys.compare import assert_equal_bits, trained_values
+from toys.data import collate, samples
+from toys.training import CONFIG, Killed, adapted_model, kill_after
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
@@ -57,9 +59,9 @@ MODELS = {
 @pytest.mark.parametrize("case", MODELS)
 def test_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, case: str) -> None:
     whole = trainer_for(tmp_path / "whole", MODELS[case]())
-    start = weights(whole.model)
+    start = trained_values(whole.model)
     whole.train()
-    assert not any(torch.equal(value, start[name]) for name, value in weights(whole.model).items())
+    assert not any(torch.equal(value, start[name]) for name, value in trained_values(whole.model).items())
 
     killed = trainer_for(tmp_path / "cut", MODELS[case](), [kill_after(5)])
     with pytest.raises(Killed):
@@ -68,7 +70,7 @@ def test_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path
     resumed = trainer_for(tmp_path / "cut", MODELS[case]())
     resumed.train(resume_from_checkpoint=True)
 
-    assert_equal_bits(weights(resumed.model), weights(whole.model))
+    assert_equal_bits(trained_values(resumed.model), trained_values(whole.model))
     assert_equal_bits(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
 
 
@@ -79,7 +81,7 @@ def test_checkpoint_is_an_adapter_that_both_libraries_load(tmp_path: Path, libra
     folder = tmp_path / "checkpoint-8"
     assert {path.name for path in folder.iterdir()} == ADAPTER | STATE | {"lorafa.json", "README.md"}
     stored = load_file(folder / "adapter_model.safetensors")
-    assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in weights(trainer.model).values())
+    assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in trained_values(trainer.model).values())
 
     loaded = library.PeftModel.from_pretrained(adapted_model().unload(), folder)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
@@ -96,20 +98,20 @@ def test_every_adapter_has_its_folder_in_a_checkpoint(tmp_path: Path) -> None:
     for name in ("second", "rests"):
         loaded.load_adapter(folder / name, name)
     loaded.base_model.set_adapter(["default", "second"])
-    assert_equal_bits(weights(loaded), weights(trainer.model))
+    assert_equal_bits(trained_values(loaded), trained_values(trainer.model))
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_best_model_is_loaded_at_the_end(tmp_path: Path, case: str) -> None:
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 1.0}
     trainer = trainer_for(tmp_path, MODELS[case](), load_best_model_at_end=True, **every)
-    trainable = set(weights(trainer.model))
+    trainable = set(trained_values(trainer.model))
     trainer.train()
     losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
     best = min(losses, key=losses.__getitem__)
     assert 1 <= best < 8, "the rate must be so high that the last step is not the best"
     assert trainer.evaluate()["eval_loss"] == losses[best]
-    assert set(weights(trainer.model)) == trainable
+    assert set(trained_values(trainer.model)) == trainable
 
 
 def test_the_adapted_model_is_what_trains_and_the_model_inside_what_transformers_looks_at(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_gradient_checkpointing_of_the_old_kind_reaches_the_adapters(tmp_path: P
     stored, kept = (trainer_for(tmp_path, adapted_model(), save_strategy="no", **o) for o in ({}, reentrant))
     stored.train()
     kept.train()
-    torch.testing.assert_close(weights(kept.model), weights(stored.model), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trained_values(kept.model), trained_values(stored.model), rtol=1e-4, atol=1e-6)
 
 
 def test_models_made_by_the_trainer_are_trained_and_saved(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorafa
-from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError, CheckpointError
 from lorafa.io.adapter_files import read_adapter
+from toys.adapters import train
+from toys.compare import assert_unchanged, everything
 
 WEIGHTS, CONFIG, SIDE = "adapter_model.safetensors", "adapter_config.json", "lorafa.json"
 

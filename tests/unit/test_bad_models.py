@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from data_toys import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
@@ -18,6 +17,7 @@ from lorafa.data.models import load_model, resolve_model
 from lorafa.data.shapes import shape_model
 from lorafa.data.wheels import scratch_folder
 from lorafa.errors import SourceError
+from toys.language_models import byte_tokenizer, tiny_llama
 
 
 @pytest.fixture(scope="module")

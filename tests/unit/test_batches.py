@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import LoraConfig, collect_statistics
 from lorafa.calibration.batches import digest_of
 from lorafa.errors import CalibrationError
+from toys.calibration import LAYERS, Toy, inputs, loss
 
 rich = pytest.importorskip("rich")
 Console = pytest.importorskip("rich.console").Console

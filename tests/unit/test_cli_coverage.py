@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 
-import torch
 from rich.console import Console
 from torch import nn
 
 from lorafa import LoraConfig, get_peft_model
 from lorafa.train.coverage import CoverageRow, coverage, coverage_table
+from toys.models import Stack
 
 
 class Block(nn.Module):
@@ -64,24 +64,13 @@ def test_trained_rows_of_an_embedding_are_seen() -> None:
     assert (embed.kind, embed.matched, embed.base, embed.trainable) == ("Embedding", 0, 10 * 4, 3 * 4)
 
 
-class Experts(nn.Module):
-    """Three experts in one parameter, and a router beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = nn.Parameter(torch.randn(3, 4, 6))
-        self.router = nn.Linear(4, 3)
-
-
 def test_stacked_experts_count_their_stack_and_not_their_children() -> None:
     model = nn.Sequential()
-    model.add_module("mlp", Experts())
+    model.add_module("mlp", Stack())
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.stack"])
     found = {row.name: row for row in coverage(get_peft_model(model, config))}
-    assert found["mlp"] == CoverageRow(
-        "mlp", "Experts", modules=1, matched=1, base=3 * 4 * 6, trainable=3 * 2 * (4 + 6)
-    )
-    assert (found["router"].base, found["router"].matched) == (4 * 3 + 3, 0)
+    assert found["mlp"] == CoverageRow("mlp", "Stack", modules=1, matched=1, base=3 * 4 * 6, trainable=3 * 2 * (4 + 6))
+    assert (found["router"].base, found["router"].matched) == (6 * 3 + 3, 0)
 
 
 def test_the_table_ends_with_the_sums() -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calibration_toys import LAYERS, Toy, collected, gradient_matrix, gradients, inputs, loss, over, statistics
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.batches import Asked, Batches
 from lorafa.calibration.collect import collect
+from toys.calibration import LAYERS, Toy, collected, gradient_matrix, gradients, inputs, loss, over, statistics
 
 
 class Rows(Statistic):

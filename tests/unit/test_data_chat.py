@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_toys import CHATML, byte_tokenizer, conversation
 
 from lorafa.data.chat import IGNORE, Sample, encode_all, encode_prompt, render_sample
 from lorafa.data.collate import Collator
 from lorafa.data.records import Message, Record
 from lorafa.errors import DataError
+from toys.language_models import CHATML, byte_tokenizer, conversation
 
 
 def encode(record, tokenizer, max_length):

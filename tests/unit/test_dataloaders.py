@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from calibration_toys import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
-from lorafa import LoraConfig, RankRule, collect_statistics, initialize
+from lorafa import RankRule, collect_statistics, initialize
 from lorafa.errors import CalibrationError
 from lorafa.statistics import Statistics
+from toys.calibration import LAYERS, Toy, config, gradient_matrix, gradients, inputs, loss
 
 ROWS = list(torch.cat(inputs(4)))
 """Eight rows of six tokens, in batches of two."""
@@ -28,11 +28,6 @@ WANTED: dict[str, dict[str, Any]] = {
     "eva": {"start": "eva"},
     "corda": {"start": "corda"},
 }
-
-
-def config(start: str = "lora_one", **settings: Any) -> LoraConfig:
-    values = {"r": 2, "lora_alpha": 4, "target_modules": list(LAYERS), "init_lora_weights": start, "init_seed": 0}
-    return LoraConfig(**(values | settings))  # type: ignore[arg-type]
 
 
 def loader(*, shuffle: bool = False, seed: int | None = None) -> DataLoader[Tensor]:

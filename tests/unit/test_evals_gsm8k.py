@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_toys import byte_tokenizer, conversation, tiny_llama
 
 from lorafa.data.chat import encode_prompt
 from lorafa.data.records import Message, Record
@@ -17,6 +16,7 @@ from lorafa.evals import gsm8k
 from lorafa.evals.generation import generate_greedy
 from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream, wilson_interval
 from lorafa.modes import evaluating
+from toys.language_models import byte_tokenizer, conversation, tiny_llama
 
 
 @pytest.mark.parametrize(

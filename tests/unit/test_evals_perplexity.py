@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from data_toys import tiny_llama
 
 from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.evals.perplexity import answer_loss
 from lorafa.losses import supervised_nll
+from toys.language_models import tiny_llama
 
 SAMPLES = [
     Sample([1, 2, 3, 4], [IGNORE, IGNORE, 3, 4]),

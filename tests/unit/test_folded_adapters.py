@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from adapter_toys import Single, base_layer, close, only_layer, read_by, stats_for, train, with_adapter
 from lorafa import (
     LoraConfig,
     PeftModel,
@@ -35,6 +34,9 @@ from lorafa.optimizers import (
     create_riemannian_optimizer,
 )
 from lorafa.train.accounting import adapter_cost
+from toys.adapters import only_layer, read_by, stats_for, train, with_adapter
+from toys.compare import close
+from toys.layers import Single, base_layer
 
 OUT, IN, R = 24, 16, 4
 CORES = {"lora_sb": "lora_core", "kasa": "lora_diag"}

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import KINDS, input_for
-from adapter_toys import adapted as adapted_kind
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError
 from lorafa.optimizers import create_lorafa_optimizer
 from lorafa.optimizers.pairs import pairs_of
-from optimizer_toys import IN, Mlp, adapted, batch, loss
+from toys.adapters import adapted as adapted_kind
+from toys.layers import KINDS, input_for
+from toys.models import Mlp
+from toys.optimizers import IN, adapted, batch, loss
 
 LAYERS = ["first", "second"]
 

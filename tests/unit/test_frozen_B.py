@@ -18,7 +18,8 @@ from lorafa.optimizers import (
     create_riemannian_optimizer,
 )
 from lorafa.optimizers.pairs import pairs_of
-from optimizer_toys import Mlp, adapted
+from toys.models import Mlp
+from toys.optimizers import adapted
 
 MOVING_TOGETHER: dict[str, Callable[[PeftModel], Optimizer]] = {
     "Riemannian preconditioning": lambda model: create_riemannian_optimizer(model, SGD, lr=1e-2),

@@ -5,38 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from lorafa.functional import low_rank_linear
-
-
-class Kept:
-    """Distinct storages saved for backward, leaves (parameters) left out: address -> (bytes, dtype)."""
-
-    def __init__(self, *known: Tensor | None) -> None:
-        self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
-        self.storages: dict[int, tuple[int, torch.dtype]] = {}
-        self._alive: list[Tensor] = []
-        self._hooks = saved_tensors_hooks(self._pack, lambda t: t)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self._alive.append(tensor)  # so that no address is used twice
-            self.storages[storage.data_ptr()] = (storage.nbytes(), tensor.dtype)
-        return tensor
-
-    def __enter__(self) -> Kept:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._hooks.__exit__(*args)
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for size, _ in self.storages.values())
-
+from toys.watch import Kept
 
 T, WIDE, R = 64, 96, 4
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, collected, gradient_matrix, gradients, inputs, loss, over, statistics
 from lorafa import LoraConfig, initialize
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.batches import Batches
@@ -20,6 +19,7 @@ from lorafa.calibration.gradient import (
 from lorafa.calibration.moments import SecondMoment
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.linalg import full_svd
+from toys.calibration import LAYERS, Toy, collected, gradient_matrix, gradients, inputs, loss, over, statistics
 
 
 def exact(gradient: Tensor, **kwargs: float) -> dict[str, float]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
 from lorafa import LoraConfig, RankRule, collect_statistics, initialize
 from lorafa.errors import CalibrationError
 from lorafa.linalg import full_svd
+from toys.calibration import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
 
 RANK = 20
 """Of the smallest layer: every triplet is kept."""

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import LoraConfig, RankRule, initialize
 from lorafa.calibration.base import CalibrationOptions, Measured
 from lorafa.calibration.gradient import GradientSketch
 from lorafa.calibration.projections import Projections
 from lorafa.calibration.spectrum import Spectrum, by_cross_validation
+from toys.calibration import LAYERS, Toy, inputs, loss
 
 COLLECTED: dict[str, dict[str, Any]] = {
     "dense": {"dense": True},

@@ -11,12 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, everything
-from calibration_toys import LAYERS, Toy, gradient_matrix, gradients, inputs, loss
 from lorafa import (
     CordaConfig,
     EvaConfig,
-    LoraConfig,
     PeftModel,
     RankRule,
     choose_ranks,
@@ -28,11 +25,8 @@ from lorafa.errors import AdapterError, CalibrationError, CheckpointError, Confi
 from lorafa.initializers.lora_one import LoraOneConfig
 from lorafa.linalg import full_svd
 from lorafa.starting import GAMMAS
-
-
-def config(start: str = "lora_one", **settings: Any) -> LoraConfig:
-    values = {"r": 2, "lora_alpha": 4, "target_modules": list(LAYERS), "init_lora_weights": start, "init_seed": 0}
-    return LoraConfig(**(values | settings))  # type: ignore[arg-type]
+from toys.calibration import LAYERS, Toy, config, gradient_matrix, gradients, inputs, loss
+from toys.compare import assert_unchanged, everything, refused
 
 
 def train_step(model: nn.Module, data: list[Tensor]) -> Any:
@@ -96,22 +90,6 @@ def test_statistics_are_those_of_the_base_under_adapters_too() -> None:
         torch.testing.assert_close(under[name]["gradient.S"], plain[name]["gradient.S"], rtol=1e-10, atol=1e-14)
     adapted.add_adapter("second", config(), stats=under)
     assert torch.any(adapted.get_base_model().first.factor_B("second") != 0)
-
-
-def refused(model: nn.Module, error: type[Exception], text: str) -> Any:
-    before = everything(model)
-
-    class Block:
-        def __enter__(self) -> None:
-            self.raises = pytest.raises(error, match=text)
-            self.raises.__enter__()
-
-        def __exit__(self, *details: Any) -> bool:
-            result = self.raises.__exit__(*details)
-            assert_unchanged(before, model)
-            return bool(result)
-
-    return Block()
 
 
 def test_statistics_of_another_model_are_refused() -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import stats_for
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import ConfigError
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import InitResult, LayerSpec, initializer
 from lorafa.initializers.goat import GoatConfig
 from lorafa.linalg import fix_signs, truncated_svd
+from toys.adapters import stats_for
 
 
 def start(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import close, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import BackendError, ConfigError, TargetError
+from toys.adapters import train
+from toys.compare import close
 
 DIM, HEADS = 8, 2
 

@@ -9,39 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, close, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from lorafa.errors import TargetError
-
-
-class Tied(nn.Module):
-    """A language model whose head shares the table of its embedding."""
-
-    def __init__(self, bias: bool = False, scale: float | None = None) -> None:
-        super().__init__()
-        self.embed, self.q_proj = nn.Embedding(10, 6).double(), nn.Linear(6, 6).double()
-        self.head = nn.Linear(6, 10, bias=bias).double()
-        self.head.weight = self.embed.weight
-        if scale is not None:
-            self.embed.embed_scale = scale
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(torch.tanh(self.q_proj(self.embed(x))))
-        return y
-
+from toys.adapters import train
+from toys.compare import assert_unchanged, close, everything
+from toys.models import Tied
 
 X = torch.tensor([[1, 3, 3], [9, 0, 7]])
 ROWS = [3, 7]
 
 
 def adapted(model: nn.Module | None = None, **settings: object) -> PeftModel:
-    config = {"target_modules": ["q_proj"], "r": 2} | settings
+    config = {"target_modules": ["proj"], "r": 2} | settings
     peft = get_peft_model(model or Tied(), LoraConfig(**config))  # type: ignore[arg-type]
     train(peft)
     return peft
@@ -53,13 +32,13 @@ def with_rows(model: PeftModel, name: str = "default") -> Tied:
     adapter = model.get_base_model().embed.token_adapter
     with torch.no_grad():
         twin.embed.weight[adapter.token_indices[name]] = adapter.trainable_tokens_delta[name]
-    twin.q_proj = copy.deepcopy(model.get_base_model().q_proj)
+    twin.proj = copy.deepcopy(model.get_base_model().proj)
     return twin
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_trained_rows_stand_in_for_those_of_the_table_in_embedding_and_tied_head(bias: bool) -> None:
-    model = adapted(Tied(bias), trainable_token_indices=ROWS)
+    model = adapted(Tied(bias=bias), trainable_token_indices=ROWS)
     twin = with_rows(model)
     assert twin.head.weight is twin.embed.weight
     close(model(X), twin(X))
@@ -68,7 +47,7 @@ def test_trained_rows_stand_in_for_those_of_the_table_in_embedding_and_tied_head
 def test_rows_start_as_the_table_has_them() -> None:
     base, x = Tied(), X
     expected = base(x)
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=ROWS))
+    model = get_peft_model(base, LoraConfig(target_modules=["proj"], trainable_token_indices=ROWS))
     assert torch.equal(model.get_base_model().embed(x), base.embed.original_module(x))
     close(model(x), expected)
     assert model.get_base_model().embed.token_adapter.trainable_tokens_delta["default"].shape == (2, 6)
@@ -98,7 +77,7 @@ def test_rows_are_switched_off_switched_over_merged_and_taken_off() -> None:
         original = base(X)
         model = adapted(base, trainable_token_indices=ROWS)
         first = model(X)
-        model.add_adapter("b", LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]))
+        model.add_adapter("b", LoraConfig(target_modules=["proj"], trainable_token_indices=[1]))
         model.set_adapter("b")
         train(model)
         close(model(X), with_rows(model, "b")(X))
@@ -109,13 +88,13 @@ def test_rows_are_switched_off_switched_over_merged_and_taken_off() -> None:
         merged = copy.deepcopy(model).merge_and_unload()
         close(merged(X), first)
         assert type(merged.embed) is nn.Embedding
-        assert merged.head.weight is merged.embed.weight or torch.equal(merged.head.weight, merged.embed.weight)
+        assert merged.head.weight is merged.embed.weight
         assert torch.equal(model.unload()(X), original)
 
 
 def test_named_adapters_are_folded_in_with_their_rows_whichever_is_active() -> None:
     model = adapted(trainable_token_indices=ROWS)
-    model.add_adapter("second", LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=[1, 3]))
+    model.add_adapter("second", LoraConfig(target_modules=["proj"], r=2, trainable_token_indices=[1, 3]))
     model.set_adapter("second")
     train(model)
     expected = model(X)
@@ -129,7 +108,7 @@ def test_rows_go_through_a_state_dict() -> None:
     tensors = get_peft_model_state_dict(model)
     assert tensors["base_model.model.embed.token_adapter.trainable_tokens_delta"].shape == (2, 6)
     torch.manual_seed(4)
-    other = get_peft_model(Tied(), LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=ROWS))
+    other = get_peft_model(Tied(), LoraConfig(target_modules=["proj"], r=2, trainable_token_indices=ROWS))
     set_peft_model_state_dict(other, tensors)
     assert torch.equal(other(X), model(X))
 
@@ -165,7 +144,7 @@ def test_saved_module_is_a_trained_copy_and_the_original_stays() -> None:
         assert wrapper.weight is wrapper.modules_to_save["default"].weight
         with model.disable_adapter():
             assert torch.equal(model(X), original)
-        model.add_adapter("b", LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["head"]))
+        model.add_adapter("b", LoraConfig(target_modules=["proj"], r=2, modules_to_save=["head"]))
         model.set_adapter("b")
         assert torch.equal(model(X), original), "the second copy starts from the original, not from the first"
         assert not wrapper.modules_to_save["default"].weight.requires_grad
@@ -190,7 +169,7 @@ def test_saved_modules_that_are_tied_train_one_table() -> None:
 def test_deleting_an_adapter_takes_its_copies_and_rows_away() -> None:
     model = adapted(trainable_token_indices=ROWS)
     before = set(model.state_dict())
-    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [1]}
+    settings = {"target_modules": ["proj"], "trainable_token_indices": [1]}
     model.add_adapter("b", LoraConfig(**settings))
     model.delete_adapter("b")
     assert set(model.state_dict()) == before
@@ -204,7 +183,7 @@ def test_rows_of_a_table_that_another_adapter_trains_are_refused(first: dict[str
     model = adapted(**first)
     before = everything(model)
     with pytest.raises(TargetError, match="'embed' is adapted or trained in full by another adapter already"):
-        model.add_adapter("b", LoraConfig(target_modules=["q_proj"], trainable_token_indices=ROWS))
+        model.add_adapter("b", LoraConfig(target_modules=["proj"], trainable_token_indices=ROWS))
     assert_unchanged(before, model)
 
 
@@ -215,7 +194,7 @@ def test_rows_of_a_table_whose_tied_head_is_adapted_are_refused() -> None:
     for first in ({"target_modules": ["head"]}, {"modules_to_save": ["head"]}):
         model = adapted(**first)
         with pytest.raises(TargetError, match=text):
-            model.add_adapter("b", LoraConfig(target_modules=["q_proj"], trainable_token_indices=ROWS))
+            model.add_adapter("b", LoraConfig(target_modules=["proj"], trainable_token_indices=ROWS))
 
 
 def test_rows_are_trained_beside_a_head_that_is_saved_in_full() -> None:
@@ -224,7 +203,7 @@ def test_rows_are_trained_beside_a_head_that_is_saved_in_full() -> None:
         original = base(X)
         model = adapted(base, modules_to_save=["head"], trainable_token_indices=ROWS)
         head = base.head.modules_to_save["default"]
-        close(model(X), head(torch.tanh(base.q_proj(base.embed(X)))))
+        close(model(X), head(torch.tanh(base.proj(base.embed(X)))))
         expected = model(X)
         with model.disable_adapter():
             assert torch.equal(model(X), original)

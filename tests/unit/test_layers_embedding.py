@@ -6,19 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import Single, close, only_layer, train
-from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from lorafa import LoraConfig, get_peft_model, get_peft_model_state_dict
 from lorafa.errors import BackendError
-
-
-def adapted(layer: nn.Embedding, **settings: object) -> PeftModel:
-    model = get_peft_model(Single(layer), LoraConfig(target_modules=["layer"], r=2, lora_alpha=3, **settings))
-    train(model)
-    return model
+from toys.adapters import on_layer, only_layer
+from toys.compare import close
+from toys.layers import Single
 
 
 def test_output_is_the_row_of_the_updated_table() -> None:
-    model, x = adapted(nn.Embedding(10, 6, dtype=torch.float64)), torch.tensor([[0, 3, 3], [9, 1, 0]])
+    model, x = on_layer(nn.Embedding(10, 6, dtype=torch.float64)), torch.tensor([[0, 3, 3], [9, 1, 0]])
     layer = only_layer(model)
     A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     table = layer.get_base_layer().weight + 1.5 * (B @ A).T
@@ -26,13 +22,13 @@ def test_output_is_the_row_of_the_updated_table() -> None:
 
 
 def test_scalar_and_empty_indices() -> None:
-    model = adapted(nn.Embedding(10, 6))
+    model = on_layer(nn.Embedding(10, 6))
     assert model(torch.tensor(3)).shape == (6,)
     assert model(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 6)
 
 
 def test_gradients_are_those_of_the_updated_table() -> None:
-    model, x = adapted(nn.Embedding(10, 6, dtype=torch.float64)), torch.tensor([0, 3, 3, 9])
+    model, x = on_layer(nn.Embedding(10, 6, dtype=torch.float64)), torch.tensor([0, 3, 3, 9])
     layer = only_layer(model)
     probe = torch.randn(4, 6, dtype=torch.float64)
     (model(x) * probe).sum().backward()
@@ -44,7 +40,7 @@ def test_gradients_are_those_of_the_updated_table() -> None:
 
 def test_padding_row_gets_no_gradient_from_the_adapter() -> None:
     """nn.Embedding promises that the row of padding_idx is not trained."""
-    model, x = adapted(nn.Embedding(10, 6, padding_idx=2)), torch.tensor([2, 2, 5])
+    model, x = on_layer(nn.Embedding(10, 6, padding_idx=2)), torch.tensor([2, 2, 5])
     layer = only_layer(model)
     model(x).sum().backward()
     assert not layer.lora_embedding_A["default"].grad[:, 2].any()
@@ -52,7 +48,7 @@ def test_padding_row_gets_no_gradient_from_the_adapter() -> None:
 
 
 def test_padding_row_computes_the_same_before_and_after_merging() -> None:
-    model, x = adapted(nn.Embedding(10, 6, padding_idx=2)), torch.tensor([2, 5])
+    model, x = on_layer(nn.Embedding(10, 6, padding_idx=2)), torch.tensor([2, 5])
     expected = model(x)
     model.merge_adapter()
     torch.testing.assert_close(model(x), expected)
@@ -72,7 +68,7 @@ class Scaled(nn.Embedding):
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"},
                                       {"use_dora": True, "init_lora_weights": "pissa"}], ids=str)  # fmt: skip
 def test_scale_inside_the_embedding_acts_on_the_update_too(settings: dict[str, object]) -> None:
-    model, x = adapted(Scaled(10, 6, dtype=torch.float64), **settings), torch.tensor([[0, 3], [9, 1]])
+    model, x = on_layer(Scaled(10, 6, dtype=torch.float64), **settings), torch.tensor([[0, 3], [9, 1]])
     layer = only_layer(model)
     weight = layer.get_base_layer().weight
     table = weight + layer.adapters["default"].delta_weight(weight.T).T
@@ -95,7 +91,7 @@ def test_embedding_that_looks_up_other_rows_than_its_input_is_refused() -> None:
 
 
 def test_factors_are_stored_as_peft_stores_them() -> None:
-    tensors = get_peft_model_state_dict(adapted(nn.Embedding(10, 6)))
+    tensors = get_peft_model_state_dict(on_layer(nn.Embedding(10, 6), r=2))
     assert {key: tuple(value.shape) for key, value in tensors.items()} == {
         "base_model.model.layer.lora_embedding_A": (2, 10),
         "base_model.model.layer.lora_embedding_B": (6, 2),
@@ -105,16 +101,16 @@ def test_factors_are_stored_as_peft_stores_them() -> None:
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_dropout_is_warned_of_because_indices_cannot_be_dropped(use_dora: bool) -> None:
     with pytest.warns(UserWarning, match="layer: lora_dropout does not act on embedding layers"):
-        model = adapted(nn.Embedding(10, 6), lora_dropout=0.5, use_dora=use_dora)
+        model = on_layer(nn.Embedding(10, 6), lora_dropout=0.5, use_dora=use_dora)
     x = torch.arange(10)
     assert torch.equal(model(x), model(x))
 
 
 def test_half_precision_table_gives_half_precision_rows() -> None:
-    model = adapted(nn.Embedding(10, 6, dtype=torch.bfloat16))
+    model = on_layer(nn.Embedding(10, 6, dtype=torch.bfloat16))
     assert model(torch.arange(10)).dtype is torch.bfloat16
 
 
 def test_table_that_lookups_renormalise_is_refused() -> None:
     with pytest.raises(BackendError, match=r"layer: .*max_norm=1.0 .*renormalise.*exclude_modules"):
-        adapted(nn.Embedding(10, 6, max_norm=1.0))
+        on_layer(nn.Embedding(10, 6, max_norm=1.0))

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import close, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from lorafa.errors import TargetError
 from lorafa.layers.experts import LoraExperts
+from toys.adapters import train
+from toys.compare import close
 
 E, IN, HIDDEN = 3, 6, 5
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import Single, adapted, close, only_layer, train
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import BackendError
 from lorafa.functional import low_rank_linear
 from lorafa.layers import linear as linear_module
 from lorafa.variants import lora as lora_module
+from toys.adapters import adapted, only_layer, train
+from toys.compare import close
+from toys.layers import Single
 
 LINEAR = "torch.nn.modules.linear.Linear"
 CONV1D = "transformers.pytorch_utils.Conv1D"

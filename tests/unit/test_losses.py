@@ -11,8 +11,6 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import BackendError, DataError
@@ -22,6 +20,7 @@ from lorafa.losses import (
     supervised_nll,
     supports_chunked_loss,
 )
+from toys.watch import Allocated
 
 VOCAB, HIDDEN, BATCH, TOKENS = 211, 16, 3, 12
 SMALL = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -156,25 +155,14 @@ def cut_to_one_gradient(model: nn.Module) -> nn.Module:
     return model
 
 
-class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 def test_full_logits_are_never_allocated() -> None:
     model, batch = cut_to_one_gradient(causal_lm()), batch_of(rows=4, tokens=24)
-    with LargestTensor() as largest:
+    with Allocated() as seen:
         supervised_loss(model, batch, 24).backward()
-    assert largest.numel == 24 * VOCAB  # all else is smaller, the attention's 4 * 2 * 24 * 24 too
-    with LargestTensor() as largest:
+    assert seen.largest == 24 * VOCAB  # all else is smaller, the attention's 4 * 2 * 24 * 24 too
+    with Allocated() as seen:
         model(**batch)
-    assert largest.numel >= 4 * 24 * VOCAB
+    assert seen.largest >= 4 * 24 * VOCAB
 
 
 def saved_tensors(run: Any) -> list[Tensor]:
@@ -185,14 +173,14 @@ def saved_tensors(run: Any) -> list[Tensor]:
 
 
 def test_a_cpu_makes_logits_of_few_sizes() -> None:
-    model, seen = causal_lm(), set()
+    model, rows = causal_lm(), set()
     for count in (1, 2, 17, 31, 32, 33, 50, 63, 64, 65, 78):
         labels = torch.full((80,), -100).index_fill(0, torch.arange(count), 3).view(2, 40)
         batch = {"input_ids": torch.ones(2, 40, dtype=torch.long), "shift_labels": labels}
-        with LargestTensor() as largest, torch.no_grad():
+        with Allocated() as seen, torch.no_grad():
             supervised_nll(model, batch)
-        seen.add(largest.numel // VOCAB)
-    assert seen == {32, 64, 96}
+        rows.add(seen.largest // VOCAB)
+    assert rows == {32, 64, 96}
 
 
 def test_only_the_gradient_of_the_supervised_rows_is_saved() -> None:

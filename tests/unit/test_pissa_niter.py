@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import only_layer, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from toys.adapters import only_layer, train
 
 OUT, IN, RANK = 180, 200, 4
 NUMBERS = (1, 4, 16)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from adapter_toys import PARAMETERS, Single, base_layer, config_for, only_layer, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.surgery.plan import plan
 from lorafa.surgery.walk import lora_layers
+from toys.adapters import config_for, only_layer, train
+from toys.layers import PARAMETERS, Single, base_layer
 
 LINEAR = "torch.nn.modules.linear.Linear"
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, everything
-from calibration_toys import LAYERS, Toy, gradients, inputs, loss
 from lorafa import (
     CordaConfig,
     EvaConfig,
@@ -28,11 +26,8 @@ from lorafa import (
     preprocess_loraga,
 )
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError
-
-
-def config(start: str | bool, **settings: Any) -> LoraConfig:
-    values = {"r": 2, "lora_alpha": 4, "target_modules": list(LAYERS), "init_lora_weights": start, "init_seed": 0}
-    return LoraConfig(**(values | settings))  # type: ignore[arg-type]
+from toys.calibration import LAYERS, Toy, config, gradients, inputs, loss
+from toys.compare import assert_unchanged, everything
 
 
 def step(model: nn.Module, data: list[Tensor]) -> Any:

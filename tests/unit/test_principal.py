@@ -18,7 +18,7 @@ from lorafa.calibration.principal import MOST_PASSES, IncrementalPCA, PCASetting
 from lorafa.errors import CalibrationError
 from lorafa.linalg import leading_right
 from lorafa.method_configs import EvaConfig
-from process_toys import leave_group
+from toys.processes import leave_group
 
 IN = 20
 

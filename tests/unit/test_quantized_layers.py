@@ -8,12 +8,12 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.backends.int8 import Int8Linear
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.backends.quantized import QuantizedLinear
+from toys.watch import Kept
 
 
 @pytest.fixture(params=[NF4Linear, Int8Linear])
@@ -48,20 +48,9 @@ def test_bias_gets_its_gradient_when_it_trains(kind: type[QuantizedLinear]) -> N
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    sizes: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            alive.append(tensor)
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda t: t):
+    with Kept(*model.parameters(), *model.buffers()) as kept:
         model(x)
-    return sum(sizes.values())
+    return kept.bytes
 
 
 def test_nothing_dequantized_is_kept_for_backward(kind: type[QuantizedLinear]) -> None:

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration_toys import LAYERS, Toy, gradients, inputs, loss
 from lorafa import LoraConfig, PeftModel, RankRule, choose_ranks, collect_statistics, initialize
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers.gora import GoraConfig
 from lorafa.starting import start_from
+from toys import calibration
+from toys.calibration import LAYERS, Toy, gradients, inputs, loss
 
 
 def config(start: str = "gora", **settings: Any) -> LoraConfig:
-    values = {"r": 4, "lora_alpha": 8, "target_modules": list(LAYERS), "init_lora_weights": start, "init_seed": 0}
-    return LoraConfig(**(values | settings))  # type: ignore[arg-type]
+    return calibration.config(start, **({"r": 4, "lora_alpha": 8} | settings))
 
 
 def ranks_of(model: PeftModel) -> dict[str, int]:

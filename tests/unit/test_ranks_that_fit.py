@@ -9,13 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, gradients, inputs, loss
 from lorafa import EvaConfig, LoraConfig, RankRule, choose_ranks, collect_statistics, initialize, with_ranks
 from lorafa.calibration.base import CalibrationOptions, Measured
 from lorafa.calibration.gradient import GradientSketch
 from lorafa.calibration.projections import Projections
 from lorafa.calibration.spectrum import Spectrum, by_budget, by_energy, by_stable_rank
 from lorafa.errors import CalibrationError, ConfigError
+from toys import calibration
+from toys.calibration import LAYERS, Toy, gradients, inputs, loss
+
+
+def config(start: str = "lora_one", **settings: Any) -> LoraConfig:
+    return calibration.config(start, **({"r": 4, "lora_alpha": 8} | settings))
 
 
 def sketched(G: Tensor, rank: int, passes: int, seed: int) -> Spectrum:
@@ -93,11 +98,6 @@ def test_directions_are_bought_in_their_order() -> None:
     spectra = {"late": late, "steady": steady}
     assert by_budget(spectra, 2 * 20, r_max=2, r_min=0) == {"late": 0, "steady": 2}
     assert by_budget(spectra, 3 * 20, r_max=2, r_min=1) == {"late": 2, "steady": 1}
-
-
-def config(start: str = "lora_one", **settings: Any) -> LoraConfig:
-    values = {"r": 4, "lora_alpha": 8, "target_modules": list(LAYERS), "init_lora_weights": start, "init_seed": 0}
-    return LoraConfig(**(values | settings))  # type: ignore[arg-type]
 
 
 def flat(held: int) -> dict[str, dict[str, Tensor]]:

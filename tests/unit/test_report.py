@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from drawing_toys import axes_of, curves, heights, legend
 from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.report.page import write_report
@@ -18,6 +17,7 @@ from lorafa.report.plots import loss_curve, running_mean
 from lorafa.report.starts import rank_rows, spectra_and_ranks
 from lorafa.report.tables import duration, result_tables, score_rows
 from lorafa.runs.record import RunDirectory
+from toys.pages import axes_of, curves, heights, legend
 
 BEFORE = {"loss": 2.0, "accuracy": 0.1, "correct": 1, "total": 10, "interval": [0.01, 0.4], "unparsed": 7}
 AFTER = {"loss": 0.5, "accuracy": 0.6, "correct": 6, "total": 10, "interval": [0.3, 0.8], "unparsed": 0}

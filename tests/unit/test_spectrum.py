@@ -30,6 +30,7 @@ from lorafa.errors import CalibrationError, ConfigError
 from lorafa.linalg import full_svd
 from lorafa.ranks import RULES, RankRule, choose_ranks, with_ranks
 from lorafa.surgery.targets import find_targets
+from toys.models import Two
 
 
 def spectrum(values: list[float], out: int = 10, in_: int = 12, **more: Any) -> Spectrum:
@@ -138,15 +139,8 @@ def test_a_layer_gets_at_most_as_many_ranks_as_eva_follows_components(rho: float
     assert IncrementalPCA(measured).k == most
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(x))
-        return y
+def two() -> Two:
+    return Two(12, 10, 12)
 
 
 def stats(first: list[float], second: list[float]) -> dict[str, dict[str, Tensor]]:
@@ -163,13 +157,13 @@ CONFIG = LoraConfig(r=2, lora_alpha=8, target_modules=["first", "second"], init_
 
 
 def test_chosen_ranks_are_patterns_that_keep_the_scaling() -> None:
-    model = Model()
+    model = two()
     ranks = choose_ranks(model, CONFIG, stats([9.0, 8, 7, 6], [1.0, 0.5, 0.1, 0.1]))
     assert ranks == {"first": 3, "second": 1}
     for use_rslora in (False, True):
         config = LoraConfig(**(vars(CONFIG) | {"use_rslora": use_rslora}))
-        adapted = get_peft_model(Model(), with_ranks(model, config, ranks)).get_base_model()
-        plain = get_peft_model(Model(), config).get_base_model()
+        adapted = get_peft_model(two(), with_ranks(model, config, ranks)).get_base_model()
+        plain = get_peft_model(two(), config).get_base_model()
         for name, rank in ranks.items():
             layer = adapted.get_submodule(name)
             assert layer.r["default"] == rank
@@ -180,12 +174,12 @@ def test_chosen_ranks_are_patterns_that_keep_the_scaling() -> None:
 
 
 def test_a_rank_of_zero_leaves_the_layer_out() -> None:
-    config = with_ranks(Model(), CONFIG, {"first": 4, "second": 0})
-    adapted = get_peft_model(Model(), config)
+    config = with_ranks(two(), CONFIG, {"first": 4, "second": 0})
+    adapted = get_peft_model(two(), config)
     assert [path for path, _ in adapted.base_model.lora_layers()] == ["first"]
     nothing = {"principal.singular_values": torch.zeros(4), "principal.total_variance": torch.ones(())}
     with pytest.raises(ConfigError, match="Every layer would get rank 0"):
-        choose_ranks(Model(), CONFIG, dict.fromkeys(("first", "second"), nothing), RankRule("explained_variance"))
+        choose_ranks(two(), CONFIG, dict.fromkeys(("first", "second"), nothing), RankRule("explained_variance"))
 
 
 class Nested(nn.Module):
@@ -229,16 +223,16 @@ class Stack(nn.Module):
 
 
 def test_a_parameter_is_left_out_where_its_name_is_not_the_end_of_one_that_stays() -> None:
-    def model() -> nn.Module:
+    def two() -> nn.Module:
         return nn.ModuleDict({"a": Stack(), "b": nn.ModuleDict({"a": Stack()}), "fc": nn.Linear(4, 4)})
 
-    chosen = with_ranks(model(), LoraConfig(r=2, target_modules=["fc"], target_parameters=["b.a.w", "b.a.v"]),
+    chosen = with_ranks(two(), LoraConfig(r=2, target_modules=["fc"], target_parameters=["b.a.w", "b.a.v"]),
                         {"b.a.w": 2, "b.a.v": 0, "fc": 0})  # fmt: skip
-    assert [(t.full_name, t.rank) for t in find_targets(model(), chosen)] == [("b.a.w", 2)]
+    assert [(t.full_name, t.rank) for t in find_targets(two(), chosen)] == [("b.a.w", 2)]
     with pytest.raises(
         ConfigError, match=r"b\.a\.w cannot be left out: target_parameters takes names and their dotted"
     ):
-        with_ranks(model(), LoraConfig(r=2, target_modules=[], target_parameters=["a.w"]), {"a.w": 2, "b.a.w": 0})
+        with_ranks(two(), LoraConfig(r=2, target_modules=[], target_parameters=["a.w"]), {"a.w": 2, "b.a.w": 0})
 
 
 @pytest.mark.parametrize(
@@ -253,7 +247,7 @@ def test_a_parameter_is_left_out_where_its_name_is_not_the_end_of_one_that_stays
 )
 def test_ranks_that_do_not_fit_the_config_are_refused(ranks: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        with_ranks(Model(), CONFIG, ranks)
+        with_ranks(two(), CONFIG, ranks)
 
 
 @pytest.mark.parametrize(
@@ -267,15 +261,15 @@ def test_ranks_that_do_not_fit_the_config_are_refused(ranks: dict[str, Any], tex
     ],
 )
 def test_rules_are_chosen_by_name(rule: RankRule, expected: dict[str, int]) -> None:
-    assert choose_ranks(Model(), CONFIG, stats([9.0, 8, 7, 1], [1.0, 0.3, 0.1, 0.1]), rule) == expected
+    assert choose_ranks(two(), CONFIG, stats([9.0, 8, 7, 1], [1.0, 0.3, 0.1, 0.1]), rule) == expected
 
 
 def test_rules_say_what_they_lack() -> None:
     given = stats([1.0], [1.0])
     with pytest.raises(CalibrationError, match=r"no principal directions of the input of 'first'.*\['principal'\]"):
-        choose_ranks(Model(), CONFIG, given, RankRule("explained_variance"))
+        choose_ranks(two(), CONFIG, given, RankRule("explained_variance"))
     with pytest.raises(CalibrationError, match="do not keep two half samples apart"):
-        choose_ranks(Model(), CONFIG, given, RankRule("cross_validation"))
+        choose_ranks(two(), CONFIG, given, RankRule("cross_validation"))
     with pytest.raises(ConfigError, match=r"rule.*'budgte'.*Did you mean 'budget'|rule must be"):
         RankRule("budgte")
     with pytest.raises(ConfigError, match="r_max must be"):
@@ -283,7 +277,7 @@ def test_rules_say_what_they_lack() -> None:
     with pytest.raises(
         ConfigError, match=r"rule for ranks is a RankRule, found 'budget' \(str\)\. Pass RankRule\('budg"
     ):
-        choose_ranks(Model(), CONFIG, given, "budget")  # type: ignore[arg-type]
+        choose_ranks(two(), CONFIG, given, "budget")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -314,11 +308,11 @@ def test_a_budget_gives_every_layer_two_ranks_where_it_is_larger_than_that(r: in
     """At an average of 2 all of it would be spent on the smallest ranks."""
     config = LoraConfig(**(vars(CONFIG) | {"r": r}))
     given = stats([9.0] * 10, [1e-3] * 10)
-    ranks = choose_ranks(Model(), config, given, RankRule("budget", r_max=10))
+    ranks = choose_ranks(two(), config, given, RankRule("budget", r_max=10))
     assert ranks == {"first": 2 * r - least, "second": least}
-    assert choose_ranks(Model(), config, given, RankRule("budget", r_min=1, r_max=10))["second"] == 1
-    assert choose_ranks(Model(), config, given, RankRule("budget", r_max=1)) == {"first": 1, "second": 1}
-    assert min(choose_ranks(Model(), config, given, RankRule("stable_rank")).values()) >= 1
+    assert choose_ranks(two(), config, given, RankRule("budget", r_min=1, r_max=10))["second"] == 1
+    assert choose_ranks(two(), config, given, RankRule("budget", r_max=1)) == {"first": 1, "second": 1}
+    assert min(choose_ranks(two(), config, given, RankRule("stable_rank")).values()) >= 1
 
 
 def directions(*S: float, total: float) -> dict[str, Tensor]:
@@ -329,7 +323,7 @@ def directions(*S: float, total: float) -> dict[str, Tensor]:
 
 def test_a_layer_whose_input_does_not_vary_gets_no_rank() -> None:
     stats = {"first": directions(3.0, 1.0, total=10.0), "second": directions(0.0, 0.0, total=0.0)}
-    assert choose_ranks(Model(), CONFIG, stats, RankRule("explained_variance")) == {"first": 2, "second": 0}
+    assert choose_ranks(two(), CONFIG, stats, RankRule("explained_variance")) == {"first": 2, "second": 0}
 
 
 def test_inputs_that_are_not_finite_choose_no_ranks() -> None:
@@ -338,9 +332,9 @@ def test_inputs_that_are_not_finite_choose_no_ranks() -> None:
     rule = RankRule("explained_variance")
     before = CONFIG.r
     with pytest.warns(UserWarning, match="The input of 1 of 2 layers is not finite, and their ranks stay .*: second"):
-        assert choose_ranks(Model(), CONFIG, stats, rule) == {"first": before, "second": before}
+        assert choose_ranks(two(), CONFIG, stats, rule) == {"first": before, "second": before}
     with pytest.raises(CalibrationError, match="No layer has a finite input, so there is nothing to choose ranks by"):
-        choose_ranks(Model(), CONFIG, {"first": bad, "second": bad}, rule)
+        choose_ranks(two(), CONFIG, {"first": bad, "second": bad}, rule)
 
 
 def broken(values: list[float]) -> dict[str, Tensor]:
@@ -355,9 +349,9 @@ GRADIENT_RULES = [rule for rule in RULES if "gradient" in RankRule(rule).reads()
 @pytest.mark.parametrize("bad", [[torch.nan] * 4, [torch.inf, 3.0, 2.0, 1.0]])
 @pytest.mark.parametrize("rule", GRADIENT_RULES)
 def test_a_layer_whose_gradient_is_not_finite_keeps_its_rank_and_spoils_no_other(rule: str, bad: list[float]) -> None:
-    class Three(Model):
+    class Three(Two):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(12, 10, 12)
             self.bad = nn.Linear(50, 70)
 
     values = torch.tensor([9.0, 8, 7, 1], dtype=torch.float64)
@@ -365,7 +359,7 @@ def test_a_layer_whose_gradient_is_not_finite_keeps_its_rank_and_spoils_no_other
     for name, shape in (("first", (10, 12)), ("second", (12, 10))):
         given[name] |= {"gradient.cross": values, "gradient.S_half": values, "gradient.dense": torch.ones(shape)}
     config = LoraConfig(**(vars(CONFIG) | {"target_modules": ["first", "second", "bad"], "rank_pattern": {"bad": 5}}))
-    alone = choose_ranks(Model(), CONFIG, given, RankRule(rule))
+    alone = choose_ranks(two(), CONFIG, given, RankRule(rule))
     with pytest.warns(UserWarning, match="gradient of 1 of 3 layers is not finite, and their ranks stay .*: bad"):
         ranks = choose_ranks(Three(), config, given | {"bad": broken(bad)}, RankRule(rule))
     assert ranks == alone | {"bad": 5}
@@ -375,4 +369,4 @@ def test_a_layer_whose_gradient_is_not_finite_keeps_its_rank_and_spoils_no_other
 def test_no_ranks_are_chosen_where_no_gradient_is_finite(rule: str) -> None:
     given = dict.fromkeys(("first", "second"), broken([torch.nan] * 4))
     with pytest.raises(CalibrationError, match="No layer has a finite gradient, so there is nothing to choose ranks"):
-        choose_ranks(Model(), CONFIG, given, RankRule(rule))
+        choose_ranks(two(), CONFIG, given, RankRule(rule))

@@ -9,15 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, inputs, loss
-from lorafa import LoraConfig, collect_statistics, get_peft_model
+from lorafa import collect_statistics, get_peft_model
 from lorafa.errors import CheckpointError
 from lorafa.statistics import Statistics
-
-
-def config(start: str = "lora_one", **settings: Any) -> LoraConfig:
-    values = {"r": 2, "lora_alpha": 4, "target_modules": list(LAYERS), "init_lora_weights": start, "init_seed": 0}
-    return LoraConfig(**(values | settings))  # type: ignore[arg-type]
+from toys.calibration import LAYERS, Toy, config, inputs, loss
 
 
 def test_a_file_of_statistics_comes_back_bit_for_bit(tmp_path: Path) -> None:

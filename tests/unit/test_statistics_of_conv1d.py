@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from calibration_toys import gradient_matrix
 from lorafa import LoraConfig, PeftModel, collect_statistics, get_peft_model
+from toys.calibration import gradient_matrix
 
 OUT, IN, RANK = 12, 20, 3
 DATA = list(torch.randn(3, 2, 5, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))

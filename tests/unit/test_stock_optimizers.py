@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lorafa.errors import AdapterError
 from lorafa.optimizers import create_loraplus_optimizer, create_lorapro_optimizer, create_riemannian_optimizer
-from optimizer_toys import adapted, batch, loss
+from toys.optimizers import adapted, batch, loss
 
 Make = Callable[..., Optimizer]
 MAKERS: dict[str, Make] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,38 +10,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError
-
-
-class Tied(nn.Module):
-    """A head that is the embedding, as small language models have it."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        super().__init__()
-        self.config = SimpleNamespace(tie_word_embeddings=True)
-        self.embed = nn.Embedding(10, 6)
-        self.body = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 10, bias=False)
-        self.head.weight = self.embed.weight
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.embed(x)).tanh())
-
+from toys.adapters import train
+from toys.compare import assert_unchanged, everything
+from toys.models import Tied
 
 X = torch.arange(10).view(2, 5)
 
 
 def adapted(*targets: str, **settings: Any) -> PeftModel:
-    model = get_peft_model(Tied().double(), LoraConfig(target_modules=list(targets), r=2, **settings))
+    model = get_peft_model(Tied(), LoraConfig(target_modules=list(targets), r=2, **settings))
     train(model)
     return model.eval()
 
@@ -53,17 +31,17 @@ def run(model: nn.Module) -> Tensor:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "linear": {"targets": ["body"]},
+    "linear": {"targets": ["proj"]},
     "embedding": {"targets": ["embed"]},
     "head": {"targets": ["head"]},
     "both ends": {"targets": ["embed", "head"]},
-    "copy of the head": {"targets": ["body"], "modules_to_save": ["head"]},
-    "copies of both ends": {"targets": ["body"], "modules_to_save": ["embed", "head"]},
-    "token rows": {"targets": ["body"], "trainable_token_indices": [1, 4]},
-    "biases": {"targets": ["body"], "bias": "all"},
-    "bias of B": {"targets": ["body"], "lora_bias": True},
-    "dora": {"targets": ["embed", "body"], "use_dora": True},
-    "pissa": {"targets": ["body"], "init_lora_weights": "pissa"},
+    "copy of the head": {"targets": ["proj"], "modules_to_save": ["head"]},
+    "copies of both ends": {"targets": ["proj"], "modules_to_save": ["embed", "head"]},
+    "token rows": {"targets": ["proj"], "trainable_token_indices": [1, 4]},
+    "biases": {"targets": ["proj"], "bias": "all"},
+    "bias of B": {"targets": ["proj"], "lora_bias": True},
+    "dora": {"targets": ["embed", "proj"], "use_dora": True},
+    "pissa": {"targets": ["proj"], "init_lora_weights": "pissa"},
 }
 UNTIED = {"embedding", "head", "both ends", "copy of the head", "dora"}
 
@@ -104,7 +82,7 @@ def test_unloading_gives_the_base_model_back_bit_for_bit(case: str, merged: bool
     model = make(case)
     if merged:
         model.merge_adapter()
-    plain, wanted = model.unload(), Tied().double()
+    plain, wanted = model.unload(), Tied()
     assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in plain.state_dict().items())
     assert plain.head.weight is plain.embed.weight
     assert plain.config.tie_word_embeddings is True
@@ -124,16 +102,16 @@ def test_tied_weights_are_untied_just_where_they_have_to_be(case: str) -> None:
 
 
 def test_merging_one_of_several_adapters_leaves_the_others_to_be_merged_too() -> None:
-    model = adapted("body")
-    model.add_adapter("b", LoraConfig(target_modules=["body"], r=3))
+    model = adapted("proj")
+    model.add_adapter("b", LoraConfig(target_modules=["proj"], r=3))
     model.set_adapter("b")
     train(model)
     model.base_model.set_adapter(["default", "b"])
     both = run(model)
     model.merge_adapter(["default"])
-    assert model.base_model.model.body.merged_adapters == ["default"]
+    assert model.base_model.model.proj.merged_adapters == ["default"]
     model.merge_adapter(["b"])
-    assert model.base_model.model.body.merged_adapters == ["default", "b"]
+    assert model.base_model.model.proj.merged_adapters == ["default", "b"]
     torch.testing.assert_close(run(model), both, rtol=1e-10, atol=1e-10)
     model.merge_adapter(["b"])  # merged already: nothing is added twice
     torch.testing.assert_close(run(model), both, rtol=1e-10, atol=1e-10)
@@ -179,7 +157,7 @@ def test_an_update_that_is_finite_only_until_it_is_rounded_to_float16_is_refused
 
 
 def test_saving_while_merged_saves_the_factors_as_they_are(tmp_path: Any) -> None:
-    model = adapted("body")
+    model = adapted("proj")
     model.save_pretrained(tmp_path / "before")
     model.merge_adapter()
     model.save_pretrained(tmp_path / "merged")
@@ -188,5 +166,5 @@ def test_saving_while_merged_saves_the_factors_as_they_are(tmp_path: Any) -> Non
     assert all(torch.equal(value, merged[key]) for key, value in before.items())
     for name in ("adapter_config.json", "lorafa.json"):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
-    loaded = PeftModel.from_pretrained(Tied().double(), tmp_path / "merged")
+    loaded = PeftModel.from_pretrained(Tied(), tmp_path / "merged")
     torch.testing.assert_close(run(loaded), run(model), rtol=1e-10, atol=1e-10)

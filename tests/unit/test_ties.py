@@ -14,39 +14,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, close, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from lorafa.errors import CheckpointError, ConfigError, TargetError
 from lorafa.optimizers import create_lorafa_optimizer
 from lorafa.optimizers.pairs import pairs_of
 from lorafa.surgery.ties import tied_groups
 from lorafa.surgery.walk import places
+from toys.adapters import train
+from toys.compare import assert_unchanged, close, everything
+from toys.models import Tied as OneTable
 
 X = torch.tensor([[1, 3, 3], [9, 0, 7]])
 ROWS = [3, 7]
 
 
-class Tied(nn.Module):
-    """A language model of one table: for its input, for that of a second input, and for its head."""
+class Tied(OneTable):
+    """With a second input, and a bias on the head."""
 
     def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.second = (nn.Embedding(10, 6).double() for _ in range(2))
-        self.proj = nn.Linear(6, 6).double()
-        self.head = nn.Linear(6, 10).double()
-        if tied:
-            self.second.weight = self.head.weight = self.embed.weight
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(torch.tanh(self.proj(self.embed(x)) + self.second(x.flip(0))))
-        return y
+        super().__init__(bias=True, second=True, tied=tied)
 
 
 def adapted(base: nn.Module | None = None, **settings: Any) -> PeftModel:

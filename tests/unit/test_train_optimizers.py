@@ -9,7 +9,6 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import transformers as hf
-from trainer_toys import adapted_model, collate, samples
 
 from lorafa.conf.compose import compose
 from lorafa.conf.typed import build, plain
@@ -19,6 +18,8 @@ from lorafa.optimizers.pairs import pairs_of
 from lorafa.train.optimizers import FORMS, KINDS, NAMES, OPTIONS, pair_optimizer
 from lorafa.train.schema import OptimConfig, RunConfig
 from lorafa.train.trainer import LoraTrainer
+from toys.data import collate, samples
+from toys.training import adapted_model
 
 CASES: dict[str, dict[str, Any]] = {
     "lora_fa": {"name": "lora_fa"},

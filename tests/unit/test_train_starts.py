@@ -16,6 +16,7 @@ from lorafa.errors import ConfigError, DataError
 from lorafa.starting import GAMMAS
 from lorafa.train.init_config import InitConfig, start_fields
 from lorafa.train.starts import Started, start_adapter
+from toys.language_models import llama as of_two_layers
 
 transformers = pytest.importorskip("transformers")
 ROWS = [Sample([1, 2, n, 4], [-100, 2, n, 4]) for n in range(3, 20)]
@@ -27,12 +28,7 @@ SIDES = {"model.layers.0.self_attn.q_proj": 16 + 16, "model.layers.0.mlp.down_pr
 
 
 def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    model: nn.Module = transformers.LlamaForCausalLM(config)
-    return model
+    return of_two_layers(num_hidden_layers=1)
 
 
 def start(
@@ -51,13 +47,13 @@ def test_ranks_by_cross_validation_take_two_batches() -> None:
 
 
 def test_the_ranks_of_a_rule_are_those_of_the_adapter_and_are_recorded() -> None:
-    """For rank 2 everywhere a budget buys no less than leaves no rank to buy, and one rank at the least."""
-    made = start(mode="lora_one", ranks="budget", iters=4)
+    """A budget of rank 4 everywhere is spent to the last rank that it pays for."""
+    made = start(mode="lora_one", ranks="budget", iters=4, adapter={"r": 4})
     ranks = made.record["ranks"]
     assert ranks == {path: layer.r["default"] for path, layer in made.model.base_model.lora_layers()}
-    left = sum((2 - ranks[name]) * side for name, side in SIDES.items())
+    left = sum((4 - ranks[name]) * side for name, side in SIDES.items())
     assert 0 <= left < min(SIDES.values())
-    assert ranks != dict.fromkeys(SIDES, 2)
+    assert ranks != dict.fromkeys(SIDES, 4)
 
 
 def test_passes_over_data_whose_gradients_are_not_read() -> None:

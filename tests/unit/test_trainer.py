@@ -17,19 +17,6 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from trainer_toys import (
-    CONFIG,
-    VOCAB,
-    Do,
-    Killed,
-    adapted_model,
-    assert_equal_bits,
-    kill_after,
-    log_of,
-    samples,
-    trainer_for,
-    weights,
-)
 
 import lorafa
 from lorafa.data.chat import Sample
@@ -37,6 +24,9 @@ from lorafa.data.collate import Collator
 from lorafa.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.trainer import check_gradients
+from toys.compare import assert_equal_bits, trained_values
+from toys.data import VOCAB, samples
+from toys.training import CONFIG, Do, Killed, adapted_model, kill_after, log_of, trainer_for
 
 # ---- resume ----
 
@@ -61,7 +51,7 @@ def test_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
     resumed.train(resume_from_checkpoint=True)
 
     assert resumed.state.global_step == whole.state.global_step == 12
-    assert_equal_bits(weights(resumed.model), weights(whole.model))
+    assert_equal_bits(trained_values(resumed.model), trained_values(whole.model))
     assert_equal_bits(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
     assert log_of(resumed) == log_of(whole)
 
@@ -80,12 +70,12 @@ def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
     (tmp_path / "checkpoint-4" / "rng_state.pth").unlink()
     trainer = trainer_for(tmp_path)
-    before = weights(trainer.model)
+    before = trained_values(trainer.model)
     with pytest.raises(
         CheckpointError, match=r"optimizer\.pt, rng_state\.pth missing or damaged.*beside it: .*checkpoint-2"
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert_equal_bits(weights(trainer.model), before)
+    assert_equal_bits(trained_values(trainer.model), before)
     shutil.rmtree(tmp_path / "checkpoint-2")
     with pytest.raises(CheckpointError, match="no complete checkpoint to resume from in"):
         trainer.train(resume_from_checkpoint=True)
@@ -95,11 +85,13 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-import test_trainer as t
-from process_toys import leave_group
+from test_trainer import PARALLEL
+from toys import training as t
+from toys.compare import trained_values
+from toys.processes import leave_group
 
 folder, kill, batch = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-args = {"per_device_train_batch_size": batch, **t.PARALLEL}
+args = {"per_device_train_batch_size": batch, **PARALLEL}
 trainer = t.trainer_for(folder, own={"callbacks": [t.kill_after(kill)]}, **args)
 try:
     trainer.train()
@@ -108,7 +100,7 @@ except t.Killed:
     trainer.train(resume_from_checkpoint=True)
 assert trainer.own_loss_reason is None
 if trainer.is_world_process_zero():
-    torch.save(t.weights(trainer.model), folder / "weights.pt")
+    torch.save(trained_values(trainer.model), folder / "weights.pt")
 if torch.distributed.is_initialized():
     leave_group()
 """
@@ -142,7 +134,7 @@ def test_checkpoint_holds_the_adapter_and_what_resume_needs_and_nothing_of_the_b
     adapter = {"adapter_config.json", "adapter_model.safetensors", "lorafa.json"}
     assert files == adapter | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     stored = load_file(tmp_path / "checkpoint-8" / "adapter_model.safetensors")
-    assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in weights(trainer.model).values())
+    assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in trained_values(trainer.model).values())
 
 
 def test_every_adapter_of_the_model_is_saved_and_resumed(tmp_path: Path) -> None:
@@ -156,7 +148,7 @@ def test_every_adapter_of_the_model_is_saved_and_resumed(tmp_path: Path) -> None
     trainer.train()
     resumed = trainer_for(tmp_path, two_adapters(), max_steps=4)
     resumed.train(resume_from_checkpoint=True)
-    assert_equal_bits(weights(resumed.model), weights(trainer.model))
+    assert_equal_bits(trained_values(resumed.model), trained_values(trainer.model))
 
 
 def test_best_model_is_loaded_at_the_end_and_a_lower_loss_is_better(tmp_path: Path) -> None:
@@ -215,7 +207,7 @@ def test_chunked_loss_trains_like_the_own_loss(tmp_path: Path) -> None:
     chunked.train()
     own.train()
     assert (chunked.own_loss_reason, own.own_loss_reason) == (None, "chunked_loss=False")
-    torch.testing.assert_close(weights(chunked.model), weights(own.model), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(trained_values(chunked.model), trained_values(own.model), rtol=1e-3, atol=1e-4)
 
 
 def test_metrics_that_need_logits_get_them(tmp_path: Path) -> None:
@@ -238,7 +230,7 @@ def test_compiled_training_compiles_the_loss_with_the_model(tmp_path: Path) -> N
     compiled.train()
     plain = trainer_for(tmp_path, max_steps=2)
     plain.train()
-    torch.testing.assert_close(weights(compiled.model), weights(plain.model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained_values(compiled.model), trained_values(plain.model), rtol=1e-4, atol=1e-5)
 
 
 def test_own_loss_is_announced_with_its_reason(tmp_path: Path) -> None:

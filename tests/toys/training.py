@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import nn
 
 import lorafa
 from lorafa.train.trainer import LoraTrainer
+from toys.data import VOCAB, collate, samples
 
-VOCAB, SAMPLES = 53, 10
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime", "train_loss"}
 TIMES |= {"eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time", "total_flos"}
 CONFIG = hf.LlamaConfig(
@@ -28,24 +28,6 @@ def adapted_model(
     torch.manual_seed(0)
     config = library.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, **changes)
     return library.get_peft_model(hf.LlamaForCausalLM(hf.LlamaConfig(**(CONFIG.to_dict() | (base or {})))), config)
-
-
-def samples(count: int = SAMPLES, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Samples of 4 to 12 tokens whose first two are a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(4, 13, (count,), generator=generator).tolist()
-    ids = [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
-    return [{"input_ids": row, "labels": [-100, -100, *row[2:]]} for row in ids]
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, value: int) -> Tensor:
-        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
-
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
-    return {"input_ids": padded("input_ids", 0), "attention_mask": mask, "labels": padded("labels", -100)}
 
 
 def trainer_for(
@@ -79,13 +61,5 @@ def kill_after(step: int) -> Do:
     return Do("on_step_end", kill)
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def log_of(trainer: LoraTrainer) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in trainer.state.log_history]
-
-
-def assert_equal_bits(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -14,27 +14,28 @@ from typing import Any
 import peft
 import torch
 import transformers
-from parity_models import (
+from torch import Tensor, nn
+
+import lorafa
+from toys.language_models import (
     IDS,
-    Attention,
-    Convolution,
-    Linears,
-    Lookup,
-    Mixture,
     Transposed,
     bert,
     gpt2,
     llama,
     logits,
     mixtral,
-    on,
     qwen2_moe,
     seq2seq_logits,
     t5,
 )
-from torch import Tensor, nn
+from toys.models import Attention, Convolution, Linears, Lookup, Mixture
 
-import lorafa
+
+def on(*shape: int) -> Callable[[nn.Module], Tensor]:
+    """Run on fixed random numbers of a shape."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return lambda model: model(x.to(next(model.parameters()).dtype))
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,10 @@ CASES: dict[str, Case] = {
             "rank_pattern": {"experts.up": 2},
         },
     ),
-    **{f"llama-{name}": Case(llama, logits, settings | {"r": 4}) for name, settings in LLAMA.items()},
+    **{
+        f"llama-{name}": Case(lambda: llama(num_hidden_layers=3), logits, settings | {"r": 4})
+        for name, settings in LLAMA.items()
+    },
     "llama-tied-embedding": Case(
         lambda: llama(tie_word_embeddings=True), logits, {"target_modules": ["embed_tokens"], "r": 4}
     ),

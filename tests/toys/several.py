@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import train
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from toys.adapters import train
 
 
 class Model(nn.Module):

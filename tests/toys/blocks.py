@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import LoraError
+from toys import compare
+from toys.adapters import train
 
 
 class Block(nn.Module):
@@ -55,12 +55,9 @@ def config(**settings: Any) -> LoraConfig:
 
 @contextmanager
 def refused(model: nn.Module, kind: type[LoraError], text: str) -> Iterator[None]:
-    """The block raises ``kind`` with ``text`` in its message, and the model is bit-identical after it."""
-    before = everything(model)
-    with pytest.raises(kind, match=re.escape(text)) as caught:
+    """As in toys.compare, with ``text`` as it stands."""
+    with compare.refused(model, kind, re.escape(text)):
         yield
-    assert type(caught.value) is kind
-    assert_unchanged(before, model)
 
 
 def train_model(**settings: Any) -> PeftModel:
