@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from toys.places import ROOT
+
 PACKAGE = ROOT / "src" / "lorafa"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = ("src", "tests", "benchmarks", "recipes")

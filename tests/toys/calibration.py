@@ -49,6 +49,14 @@ def inputs(batches: int = 4, rows: int = 6, in_: int = 40, dtype: torch.dtype = 
     return [torch.randn(2, rows, in_, generator=generator, dtype=torch.float64).to(dtype) for _ in range(batches)]
 
 
+def tokens(count: int = 200, in_: int = 20, power: float = 1.0, rank: int | None = None) -> Tensor:
+    """Tokens with a mean, and a spectrum i^-power that ends at ``rank``."""
+    scale = torch.arange(1, in_ + 1).double() ** -power
+    scale[in_ if rank is None else rank :] = 0
+    basis = torch.linalg.qr(torch.randn(in_, in_, dtype=torch.float64)).Q
+    return (torch.randn(count, in_, dtype=torch.float64) * scale) @ basis + torch.randn(in_) * bool(rank is None)
+
+
 def loss(model: nn.Module, x: Tensor) -> Tensor:
     """A mean over the batch."""
     y: Tensor = model(x)

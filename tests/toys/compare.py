@@ -44,6 +44,13 @@ def assert_equal_bits(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name], other[name])
+
+
 def best(matrix: Tensor, rank: int) -> Tensor:
     """The nearest matrix of a rank, by torch's own decomposition."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -11,6 +11,16 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def some_tensors() -> dict[str, Tensor]:
+    """As an adapter's file holds them, of three dtypes."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a.lora_A.weight": torch.randn(2, 5, generator=generator),
+        "a.lora_B.weight": torch.randn(4, 2, generator=generator).to(torch.bfloat16),
+        "steps": torch.tensor([1, 2, 3]),
+    }
+
+
 VOCAB, SAMPLES = 53, 10
 
 

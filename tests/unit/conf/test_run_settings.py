@@ -17,6 +17,7 @@ from lorafa.errors import ConfigError
 from lorafa.train.init_config import InitConfig
 from lorafa.train.recipe import lora_config
 from lorafa.train.schema import RunConfig
+from toys.places import ROOT
 
 SOURCE = Path(schema.__file__).parents[1]
 
@@ -284,7 +285,7 @@ def test_the_documented_command_sets_what_it_names_and_nothing_else() -> None:
     named = {"direction": "LoRA-FA", "scale": "stable", "stable_gamma": 128.0, "bsz": 1, "iters": 8, "max_length": 1024}
     default = plain(compose(["init=gradient"]))
     assert plain(compose(DOCUMENTED.split())) == default | {"init": default["init"] | named}
-    assert DOCUMENTED in (Path(__file__).parents[2] / "docs" / "starts.md").read_text(encoding="utf-8")
+    assert DOCUMENTED in (ROOT / "docs" / "starts.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import yaml
 
 from lorafa.conf.typed import plain
 from lorafa.runs.record import RunDirectory
+from toys.places import ROOT
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULTS = ROOT / "docs" / "results"
 RUNS = sorted(path.parent for path in RESULTS.glob("**/config.yaml"))
 
 

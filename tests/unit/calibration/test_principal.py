@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import Measured, Statistic
-from lorafa.calibration.moments import CordaMoment, MomentSketch, SecondMoment
 from lorafa.calibration.principal import MOST_PASSES, IncrementalPCA, PCASettings, Scatter, merged
 from lorafa.errors import CalibrationError
 from lorafa.linalg import leading_right
 from lorafa.method_configs import EvaConfig
-from toys.processes import leave_group
+from toys.calibration import tokens
 
 IN = 20
 
@@ -34,14 +30,6 @@ def run(statistic: Statistic, batches: list[Tensor], passes: int = 1) -> dict[st
             statistic.update(x, None)
         statistic.end_pass(number, (len(batches), 0))
     return statistic.result()
-
-
-def data(count: int = 200, in_: int = IN, power: float = 1.0, rank: int | None = None) -> Tensor:
-    """Tokens with a mean, and a spectrum i^-power that ends at ``rank``."""
-    scale = torch.arange(1, in_ + 1).double() ** -power
-    scale[in_ if rank is None else rank :] = 0
-    basis = torch.linalg.qr(torch.randn(in_, in_, dtype=torch.float64)).Q
-    return (torch.randn(count, in_, dtype=torch.float64) * scale) @ basis + torch.randn(in_) * bool(rank is None)
 
 
 def exact(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +63,7 @@ def test_it_asks_for_no_more_directions_than_there_are() -> None:
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("sizes", [[200], [50] * 4, [7, 193], [3, 3, 94, 100]])
 def test_with_as_many_components_as_dimensions_it_is_the_pca_of_all_tokens(sizes: list[int], center: bool) -> None:
-    x = data()
+    x = tokens()
     found = run(pca(rank=10, center=center), list(x.split(sizes)))
     shifted = x - x.mean(0) * center
     _, S, Vh = torch.linalg.svd(shifted, full_matrices=False)
@@ -91,7 +79,7 @@ def test_inputs_in_half_precision_lose_nothing_beyond_their_own_rounding(
     dtype: torch.dtype, rank: int, sizes: list[int]
 ) -> None:
     """Against the PCA in float64 of the rounded inputs: what is left is float32's rounding of sums of 200 products."""
-    x = (data() * 5 + 3).to(dtype)
+    x = (tokens() * 5 + 3).to(dtype)
     found = run(pca(rank=rank, tau=1.0), list(x.split(sizes)))
     k = min(2 * rank, IN)
     S, Vh = exact(x.double())
@@ -105,7 +93,7 @@ def test_inputs_in_half_precision_lose_nothing_beyond_their_own_rounding(
 
 
 def test_data_of_a_low_rank_are_recovered_exactly_and_have_no_directions_beyond_it() -> None:
-    x = data(rank=4)
+    x = tokens(rank=4)
     found = run(pca(rank=3, tau=1.0), list(x.split(40)))
     S, Vh = exact(x)
     torch.testing.assert_close(found["singular_values"][:4], S[:4], rtol=1e-10, atol=0)
@@ -116,7 +104,7 @@ def test_data_of_a_low_rank_are_recovered_exactly_and_have_no_directions_beyond_
 
 def test_an_update_is_the_svd_of_components_batch_and_mean_correction() -> None:
     """EVA (2410.07170), after Ross et al. 2008: [diag(S) V; X - mean(X); sqrt(N n / (N + n)) (mean - mean(X))]."""
-    first, second = data(30), data(50) + 1
+    first, second = tokens(30), tokens(50) + 1
     S, Vh = exact(first)
     gap = (30 * 50 / 80) ** 0.5 * (first.mean(0) - second.mean(0))
     stack = torch.cat([S[:6, None] * Vh[:6], second - second.mean(0), gap[None]])
@@ -129,14 +117,14 @@ def test_an_update_is_the_svd_of_components_batch_and_mean_correction() -> None:
 
 
 def test_explained_variance_ratios_sum_to_one_where_nothing_was_cut_off() -> None:
-    found = run(pca(rank=10), list(data().split(50)))
+    found = run(pca(rank=10), list(tokens().split(50)))
     torch.testing.assert_close((found["singular_values"].square() / found["total_variance"]).sum().item(), 1.0)
 
 
 @pytest.mark.parametrize("in_", [IN, 400], ids=["exact", "subspace iteration"])
 def test_the_order_of_batches_does_not_matter(in_: int) -> None:
     """As long as none is passed over because the layer had converged: hence tau = 1."""
-    x = data(1200, in_)
+    x = tokens(1200, in_)
     batches = list(x.split(150))
     one, other = run(pca(in_=in_, tau=1.0), batches), run(pca(in_=in_, tau=1.0), batches[::-1])
     sines = (1 - cosines(one["components"][:3], other["components"][:3]).square()).clamp(min=0).sqrt()
@@ -148,7 +136,7 @@ def test_the_order_of_batches_does_not_matter(in_: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(200, 300), (300, 200)], ids=["wide", "tall"])
 def test_subspace_iteration_finds_the_leading_directions(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    M = data(*shape, power=1.5).to(dtype)
+    M = tokens(*shape, power=1.5).to(dtype)
     start = torch.randn(shape[1], 16, dtype=dtype)
     S, Vh = leading_right(M, 8, start, 4)
     wanted = torch.linalg.svd(M)
@@ -179,7 +167,7 @@ def test_zeros_have_no_directions() -> None:
 
 
 def test_batches_of_fewer_tokens_than_components_wait_and_none_is_lost() -> None:
-    x = data(100)
+    x = tokens(100)
     small, found = pca(rank=5), pca(rank=5)
     result = run(small, list(x.split(4)))
     run(found, list(x.split(12)))  # 3 times 4 tokens are the first to be 10 or more
@@ -191,7 +179,7 @@ def test_batches_of_fewer_tokens_than_components_wait_and_none_is_lost() -> None
 
 
 def test_waiting_tokens_are_copies() -> None:
-    x, buffer, statistic = data(8), torch.empty(4, IN, dtype=torch.float64), pca(rank=3)
+    x, buffer, statistic = tokens(8), torch.empty(4, IN, dtype=torch.float64), pca(rank=3)
     for part in x.split(4):
         buffer.copy_(part)
         statistic.update(buffer, None)
@@ -199,14 +187,14 @@ def test_waiting_tokens_are_copies() -> None:
 
 
 def test_a_component_has_converged_when_an_update_leaves_it_in_place() -> None:
-    x, statistic = data(300, power=2), pca(rank=2)
+    x, statistic = tokens(300, power=2), pca(rank=2)
     statistic.update(x, None)
     assert not statistic.satisfied
     statistic.update(x, None)  # the same tokens again
     assert statistic.converged.all()
     assert statistic.satisfied
     before = statistic.result()
-    statistic.update(10 * data(300), None)
+    statistic.update(10 * tokens(300), None)
     assert all(torch.equal(value, before[key]) for key, value in statistic.result().items())
 
 
@@ -249,7 +237,7 @@ def test_layers_wait_for_the_components_they_would_get_if_ranks_were_shared_out(
 
 
 def test_data_are_gone_round_again_until_it_settles_but_not_for_ever() -> None:
-    statistic, batches = pca(rank=3, tau=0.99), list(data(60).split(15))
+    statistic, batches = pca(rank=3, tau=0.99), list(tokens(60).split(15))
     run(statistic, batches[:2])
     assert statistic.wants_pass(1)
     assert not statistic.wants_pass(MOST_PASSES)
@@ -266,10 +254,10 @@ def test_data_are_gone_round_again_until_it_settles_but_not_for_ever() -> None:
 
 
 def test_tokens_that_are_not_finite_make_a_result_that_is_not() -> None:
-    x = data(50)
+    x = tokens(50)
     x[3, 4] = torch.nan
     statistic = pca()
-    found = run(statistic, [data(50), x, data(50)])
+    found = run(statistic, [tokens(50), x, tokens(50)])
     assert found["components"].isnan().all()
     assert found["singular_values"].isnan().all()
     assert not statistic.explained_variance.any()
@@ -283,7 +271,7 @@ def test_a_layer_that_saw_nothing_is_named(batches: list[Tensor]) -> None:
 
 
 def test_halves_merge_to_the_whole() -> None:
-    x = data(120, rank=6) + 3
+    x = tokens(120, rank=6) + 3
     halves = [Scatter.of(part).truncated(6) for part in (x[:50], x[50:])]
     S, Vh = exact(x)
     for order in (halves, halves[::-1]):
@@ -296,60 +284,8 @@ def test_halves_merge_to_the_whole() -> None:
 
 
 def test_equal_shares_of_what_is_known_merge_to_what_is_known() -> None:
-    known = Scatter.of(data(50)).truncated(6)
+    known = Scatter.of(tokens(50)).truncated(6)
     again = merged([known.times(1 / 3)] * 3, 6)
     torch.testing.assert_close(again.rows, known.rows, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(again.total, known.total, rtol=1e-12, atol=0)
     assert again.count == pytest.approx(50)
-
-
-KINDS: dict[str, type[Statistic]] = {
-    "principal": IncrementalPCA,
-    "second_moment": SecondMoment,
-    "corda_moment": CordaMoment,
-    "moment_sketch": MomentSketch,
-}
-
-
-def collected(folder: Path, rank: int, world: int) -> None:
-    """Two passes over every ``world``-th batch; the last rank of two sees nothing in a third statistic."""
-    torch.set_num_threads(1)
-    batches = torch.load(folder / "data.pt")[rank::world]
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    found = {}
-    for name, kind in KINDS.items():
-        for seen in ("all", "first only"):
-            statistic = kind(Measured("layer", 8, IN, 10, PCASettings(tau=1.0)))
-            passes = 2 if name == "principal" else 1
-            for number in range(passes):
-                statistic.start_pass(number, {})
-                for x in batches if seen == "all" or rank == 0 else []:
-                    statistic.update(x, None)
-                if world > 1:
-                    statistic.reduce()
-                statistic.end_pass(number, (2, 2))
-            found[name, seen] = statistic.result()
-    torch.save(found, folder / f"{world}-{rank}.pt")
-    if world > 1:
-        leave_group()
-
-
-def test_two_processes_have_the_values_of_one(tmp_path: Path) -> None:
-    torch.save([data(n).float() for n in (30, 8, 25, 40)], tmp_path / "data.pt")
-    collected(tmp_path, 0, 1)
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=collected, args=(tmp_path, rank, 2)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
-    whole, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
-    for key, values in whole.items():
-        for name, value in values.items():
-            assert torch.equal(first[key][name], second[key][name]), (key, name)
-            if key[1] == "all" and name not in ("vectors", "components"):
-                torch.testing.assert_close(first[key][name], value, rtol=2e-4, atol=2e-4, msg=f"{key} {name}")
-    one, two = whole["principal", "all"], first["principal", "all"]
-    assert (one["components"] * two["components"]).sum(1).abs()[:10].min() > 0.999

@@ -5,10 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,24 +14,8 @@ import lorafa.io.files as files
 from lorafa.errors import CheckpointError
 from lorafa.io.files import read_tensors, write_tensors
 from lorafa.storage import make_folder, read_json, write_json
-
-SOURCE = str(Path(__file__).parents[2] / "src")
-
-
-def some_tensors() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "a.lora_A.weight": torch.randn(2, 5, generator=generator),
-        "a.lora_B.weight": torch.randn(4, 2, generator=generator).to(torch.bfloat16),
-        "steps": torch.tensor([1, 2, 3]),
-    }
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype
-        assert torch.equal(one[name], other[name])
+from toys.compare import assert_same_tensors
+from toys.data import some_tensors
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -45,7 +25,7 @@ def leftovers(folder: Path) -> list[str]:
 def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
     write_tensors(tmp_path / "w.safetensors", some_tensors(), {"lorafa": "{}"})
     tensors, metadata = read_tensors(tmp_path / "w.safetensors")
-    assert_same(tensors, some_tensors())
+    assert_same_tensors(tensors, some_tensors())
     assert metadata == {"format": "pt", "lorafa": "{}"}
     assert leftovers(tmp_path) == []
 
@@ -54,7 +34,7 @@ def test_the_file_is_readable_by_safetensors_itself(tmp_path):
     from safetensors.torch import load_file
 
     write_tensors(tmp_path / "w.safetensors", some_tensors())
-    assert_same(load_file(tmp_path / "w.safetensors"), some_tensors())
+    assert_same_tensors(load_file(tmp_path / "w.safetensors"), some_tensors())
 
 
 def test_tensors_that_share_memory_or_have_strides_are_written_in_full(tmp_path):
@@ -67,7 +47,7 @@ def test_tensors_that_share_memory_or_have_strides_are_written_in_full(tmp_path)
         "parameter": torch.nn.Parameter(weight),
     }
     write_tensors(tmp_path / "w.safetensors", shared)
-    assert_same(read_tensors(tmp_path / "w.safetensors")[0], {name: t.detach() for name, t in shared.items()})
+    assert_same_tensors(read_tensors(tmp_path / "w.safetensors")[0], {name: t.detach() for name, t in shared.items()})
 
 
 def test_an_empty_adapter_is_a_valid_file(tmp_path):
@@ -102,7 +82,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch, old
         write_tensors(path, {"other": torch.ones(3)})
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     if old_file:
-        assert_same(read_tensors(path)[0], some_tensors())
+        assert_same_tensors(read_tensors(path)[0], some_tensors())
 
 
 def test_any_other_failure_while_writing_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch):
@@ -117,52 +97,7 @@ def test_any_other_failure_while_writing_leaves_the_old_file_and_no_trace(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         write_tensors(path, {"other": torch.ones(3)})
     assert os.listdir(tmp_path) == ["w.safetensors"]
-    assert_same(read_tensors(path)[0], some_tensors())
-
-
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="file size limits are a POSIX feature")
-def test_a_write_the_system_refuses_midway_leaves_the_old_file(tmp_path):
-    write_tensors(tmp_path / "w.safetensors", some_tensors())
-    result = run_python(
-        """
-        import resource, sys, torch
-        from lorafa.errors import CheckpointError
-        from lorafa.io.files import write_tensors
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        try:
-            write_tensors(sys.argv[1], {"large": torch.zeros(10000)})
-        except CheckpointError as error:
-            print(error)
-        """,
-        str(tmp_path / "w.safetensors"),
-    )
-    assert "w.safetensors could not be written: " in result.stdout, result.stderr
-    assert os.listdir(tmp_path) == ["w.safetensors"]
-    assert_same(read_tensors(tmp_path / "w.safetensors")[0], some_tensors())
-
-
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX feature")
-def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
-    write_tensors(tmp_path / "w.safetensors", some_tensors())
-    result = run_python(
-        """
-        import os, signal, sys, torch
-        import lorafa.storage as storage
-        from lorafa.io.files import write_tensors
-        replace = os.replace
-        storage.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)  # the last moment before the new name
-        write_tensors(sys.argv[1], {"new": torch.zeros(10)})
-        """,
-        str(tmp_path / "w.safetensors"),
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert_same(read_tensors(tmp_path / "w.safetensors")[0], some_tensors())
+    assert_same_tensors(read_tensors(path)[0], some_tensors())
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
@@ -245,7 +180,7 @@ def test_a_pickle_is_refused_with_the_reason_and_read_as_tensors_only_when_asked
     ):
         read_tensors(path)
     tensors, metadata = read_tensors(path, allow_pickle=True)
-    assert_same(tensors, some_tensors())
+    assert_same_tensors(tensors, some_tensors())
     assert metadata == {}
 
 

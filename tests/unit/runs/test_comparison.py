@@ -23,6 +23,7 @@ from lorafa.errors import ConfigError, DivergedError, TrainingError
 from lorafa.report.comparison import HEADINGS, cells, read_rows, write_comparison
 from lorafa.runs.comparison import LOCKS, Plan, compare, interval, steps_to
 from lorafa.train.schema import RunConfig
+from toys.places import ROOT
 
 PLAN: dict[str, Any] = {
     "baseline": "lora",
@@ -226,7 +227,7 @@ def test_a_single_rate_is_given_and_not_at_an_end(tmp_path: Path) -> None:
 
 
 def test_the_result_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
-    earlier = Path(__file__).parents[2] / "docs" / "results" / "optimizers" / "comparison.json"
+    earlier = ROOT / "docs" / "results" / "optimizers" / "comparison.json"
     (tmp_path / "comparison.json").write_text(earlier.read_text())
     lora = next(row for row in read_rows(tmp_path) if row["method"] == "lora")
     assert cells(lora)[1:4] == ("0.004", "3", "0.6914 +- 0.0031")
@@ -314,7 +315,7 @@ def test_the_command_says_what_is_wrong_and_leaves_with_two(tmp_path: Path, caps
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_a_plan(path: Path) -> None:
     written = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
     assert [method.name for method in Plan.read(path).methods] == list(written)

@@ -13,8 +13,9 @@ from transformers import BertConfig, LlamaConfig
 
 from lorafa.cli import main as cli
 from lorafa.data.shapes import SHAPES
+from toys.places import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "params.md"
+PAGE = ROOT / "docs" / "params.md"
 COMMANDS = [shlex.split(line, comments=True) for line in PAGE.read_text().splitlines() if line.startswith("lorafa ")]
 OPT = ["model=opt-125m", "peft.lora_r=16", "peft.target_modules=[q_proj,k_proj,v_proj,out_proj]"]
 

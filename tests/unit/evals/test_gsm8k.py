@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lorafa.evals.generation import generate_greedy
 from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream, wilson_interval
 from lorafa.modes import evaluating
 from toys.language_models import byte_tokenizer, conversation, tiny_llama
+from toys.places import ROOT
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_every_gold_answer_of_gsm8k_is_read(gsm8k_rows):
 
 @pytest.fixture
 def gsm8k_rows():
-    path = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
+    path = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
     if not path.is_file():
         pytest.skip("GSM8K's rows are not part of the repository")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
