@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from lorafa.data.chat import encode_all
-from lorafa.models.load import load_model
 from lorafa.data.records import Message, Record
+from lorafa.models.load import load_model
 
 
 def main() -> None:

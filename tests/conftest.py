@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.register_assert_rewrite("toys")
 torch.set_num_threads(1)
 
 

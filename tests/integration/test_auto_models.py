@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers_toys import IDS, SMALL, adapted, llama, logits, transformers
 
 import lorafa
 from lorafa import AutoPeftModel, AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from lorafa.errors import ConfigError, SourceError
+from toys.adapters import adapted
+from toys.language_models import IDS, SMALL, llama, logits
+from transformers_toys import transformers
 
 
 @pytest.fixture

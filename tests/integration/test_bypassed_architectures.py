@@ -11,9 +11,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from adapter_toys import train
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import TargetError
+from toys.adapters import train
 
 IDS = torch.arange(3, 15)[None]
 TINY = {"vocab_size": 40, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0}

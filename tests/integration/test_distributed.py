@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorafa.optimizers import create_lorafa_optimizer, create_lorapro_optimizer
 from lorafa.optimizers.pairs import pairs_of
-from optimizer_toys import adapted, batch, loss
-from process_toys import leave_group
+from toys.optimizers import adapted, batch, loss
+from toys.processes import leave_group
 
 MAKERS = {"lora_fa": create_lorafa_optimizer, "lora_pro": create_lorapro_optimizer}
 

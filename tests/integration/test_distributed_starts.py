@@ -12,19 +12,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, inputs, loss
-from lorafa import LoraConfig, collect_statistics, initialize
+from lorafa import collect_statistics, initialize
 from lorafa.errors import CheckpointError
 from lorafa.initializers.lora_one import LoraOneConfig
-from process_toys import leave_group
+from toys.calibration import Toy, config, inputs, loss
+from toys.processes import leave_group
 
 DATA = inputs(4)
 WEIGHTS = (1.0, -2.0)
 """Of a step's size in the loss on held-out rows of each process: one wants it small, the other large, and more so."""
-
-
-def config(**settings: Any) -> LoraConfig:
-    return LoraConfig(r=2, target_modules=list(LAYERS), init_lora_weights="lora_one", init_seed=0, **settings)
 
 
 def counted_loss(calls: list[int]) -> Any:

@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from calibration_toys import gradient_matrix
 from lorafa import EvaConfig, LoraConfig, collect_statistics
 from lorafa.errors import CalibrationError
-from process_toys import leave_group
+from toys.calibration import gradient_matrix
+from toys.processes import leave_group
 
 IN = 8
 Batch = dict[str, Tensor]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adapter_toys import train as move
 from lorafa import LoraConfig, check_gradients, get_peft_model
 from lorafa.errors import BackendError
-from process_toys import leave_group
+from toys.processes import leave_group
 
 DIM = 4
 
@@ -99,9 +99,7 @@ def wrapped(model: nn.Module, wrapping: str) -> nn.Module:
         return fully_shard(model, mesh=mesh)
     units: dict[str, Any] = {"whole": None, "blocks": {Block}, "base layers": {nn.MultiheadAttention}}
     policy = None if units[wrapping] is None else ModuleWrapPolicy(units[wrapping])
-    return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-    )
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
 
 
 def work(rank: int, wrapping: str, folder: str) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from adapter_toys import train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from lorafa.errors import CheckpointError
-from process_toys import leave_group
+from toys.adapters import train
+from toys.processes import leave_group
 
 VOCABULARY, DIM = 12, 8
 CASES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
-from train_toys import make_workplace, metrics, read, settings
 from transformers import AutoModelForCausalLM
 
 from lorafa import PeftModel
@@ -19,6 +18,7 @@ from lorafa.backends.nf4 import NF4Linear
 from lorafa.cli.main import main
 from lorafa.runs.record import RunDirectory
 from lorafa.train import recipe
+from toys.workplace import make_workplace, metrics, read, settings
 
 SHORT = ["+init=loftq", "init.loftq_iter=2", "train.steps=4", "train.checkpoint_every=2", "eval.size=2"]
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_toys import close, train
 from lorafa import LoraConfig, PeftModel, collect_statistics, get_peft_model, initialize
+from toys.adapters import train
+from toys.compare import close
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.arange(12).view(2, 6)

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainer_toys import adapted_model, collate, samples, weights
 
 from lorafa.settings.typed import build
 from lorafa.train.recipe import training_arguments
 from lorafa.train.settings.optim import OptimConfig, pair_optimizer
 from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.trainer import LoraTrainer
+from toys.compare import trained_values
+from toys.data import collate, samples
+from toys.training import adapted_model
 
 Setting = tuple[str, Any]
 COMMON: tuple[Setting, ...] = (("lr", 0.02), ("weight_decay", 0.3))
@@ -51,12 +53,12 @@ def trained(*settings: Setting) -> Mapping[str, Tensor]:
             config = RunConfig(optim=optim, train=TrainConfig(steps=3, batch_size=2))
             arguments = training_arguments(config, Path(folder))
             LoraTrainer(model, arguments, train_dataset=samples(), data_collator=collate).train()
-        return weights(model)
+        return trained_values(model)
     for step in range(3):
         model(**collate(samples(2, seed=step))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return weights(model)
+    return trained_values(model)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from lorafa.optimizers import (
     create_riemannian_optimizer,
 )
 from lorafa.optimizers.pairs import pairs_of
-from optimizer_toys import adapted, batch, loss
+from toys.compare import trained_values
+from toys.optimizers import adapted, batch, loss
 
 LR = 1e-2
 MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -48,12 +49,8 @@ def twins(dtype: torch.dtype = torch.float64) -> tuple[PeftModel, PeftModel]:
     return model, copy.deepcopy(model)
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def assert_same(one: nn.Module, other: nn.Module, tolerance: float = 0.0) -> None:
-    found, expected = trained(one), trained(other)
+    found, expected = trained_values(one), trained_values(other)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, msg=name)
@@ -74,7 +71,7 @@ def test_a_scaler_skips_a_step_on_an_infinite_gradient_which_leaves_no_trace(nam
     model, plain = twins(torch.float32)
     optimizer, unscaled = MAKERS[name](model), MAKERS[name](plain)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    data, before = batch(torch.float32), trained(model)
+    data, before = batch(torch.float32), trained_values(model)
 
     def scaled_step(*, overflow: bool) -> None:
         optimizer.zero_grad()
@@ -88,7 +85,7 @@ def test_a_scaler_skips_a_step_on_an_infinite_gradient_which_leaves_no_trace(nam
 
     scaled_step(overflow=True)
     assert scaler.get_scale() == 2.0**9
-    assert all(torch.equal(value, before[key]) for key, value in trained(model).items())
+    assert all(torch.equal(value, before[key]) for key, value in trained_values(model).items())
     for _ in range(2):
         scaled_step(overflow=False)
         step(plain, unscaled, data)
@@ -201,7 +198,7 @@ def test_a_model_that_was_compiled_and_run_before_trains_as_in_eager_mode(name: 
     model, plain = twins()
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager")
-    loss(compiled, batch())  # with A still trained: freezing it must not be missed
+    loss(compiled, batch())  # with A still trained_values: freezing it must not be missed
     optimizer, other = MAKERS[name](compiled), MAKERS[name](plain)
     for _ in range(2):
         data = batch()
@@ -309,7 +306,7 @@ def test_a_step_on_a_grouped_convolution_is_that_of_a_pair_for_each_group(name: 
 def test_the_trainer_of_transformers_takes_the_steps_of_a_loop_by_hand(name: str, tmp_path: Path) -> None:
     """With a cosine schedule, accumulation and clipping: Trainer(optimizers=(optimizer, scheduler))."""
     transformers = pytest.importorskip("transformers")
-    from transformers_toys import llama
+    from toys.language_models import llama
 
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], bias="none", init_seed=0)
@@ -348,7 +345,7 @@ def test_the_trainer_of_transformers_takes_the_steps_of_a_loop_by_hand(name: str
     assert [line["learning_rate"] / LR for line in logged] == pytest.approx([0, 0.5, *cosine])
     assert [line["grad_norm"] for line in logged] == pytest.approx(norms, rel=1e-4)
     assert_same(model, plain, 1e-6)
-    assert all("lora_B" in key for key in trained(model))
+    assert all("lora_B" in key for key in trained_values(model))
     assert all(torch.equal(p, frozen[key]) for key, p in model.named_parameters() if key in frozen)
     for pair, other in zip(pairs_of(model), pairs_of(plain), strict=True):
         assert torch.equal(pair.A, other.A)

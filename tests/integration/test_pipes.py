@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_toys import make_workplace, read, settings
 
 from lorafa.cli import main as cli
 from lorafa.cli.main import main
+from toys.workplace import make_workplace, read, settings
 
 SOURCES = str(Path(__file__).parents[2] / "src")
 CLOSED = 141

@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
-from train_toys import ROWS, make_workplace, metrics, read
 
 from lorafa import LoraConfig, RankRule
 from lorafa.calibration import RANK_RULES
@@ -48,6 +47,7 @@ from lorafa.spec import LayerSpec
 from lorafa.train.recipe import lora_config
 from lorafa.train.settings.optim import OptimConfig, pair_optimizer
 from lorafa.train.settings.run import RunConfig
+from toys.workplace import ROWS, make_workplace, metrics, read
 
 # ---- one file of each: what its author writes -----------------------------------------------------------------------
 

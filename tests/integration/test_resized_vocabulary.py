@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers_toys import llama
 
-from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from lorafa.errors import CheckpointError, ConfigError
+from toys.adapters import train
+from toys.compare import assert_unchanged, everything
+from toys.language_models import llama
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,9 +15,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from adapter_toys import train
 from lorafa import LoraConfig, PeftModel, check_gradients, get_peft_model
 from lorafa.errors import ConfigError, TargetError
+from toys.adapters import train
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
@@ -77,9 +77,7 @@ def test_all_linear_leaves_no_linear_map_but_the_head(kind: str) -> None:
     }
     with torch.no_grad():
         expected = model.eval()(IDS).logits
-        torch.testing.assert_close(
-            copy.deepcopy(model).merge_and_unload()(IDS).logits, expected, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     check_gradients(model)
 

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from train_toys import make_workplace, read, settings
 
-from drawing_toys import axes_of, curves, heights, legend
 from lorafa.cli.main import main
+from toys.pages import axes_of, curves, heights, legend
+from toys.workplace import make_workplace, read, settings
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers_toys import IDS, llama, transformers
 
 from lorafa import LoraConfig, collect_statistics
+from toys.language_models import IDS, llama
 
 KINDS = ("gradient", "second_moment", "corda_moment", "principal")
 LABELS = IDS.masked_fill(IDS == 0, -100)

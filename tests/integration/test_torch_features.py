@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from adapter_toys import adapted, input_for, only_layer, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
-from process_toys import leave_group
+from toys.adapters import adapted, only_layer, train
+from toys.layers import input_for
+from toys.processes import leave_group
 
 LINEAR = "torch.nn.modules.linear.Linear"
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from train_toys import ROWS, make_workplace, read, settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.runs.record import RunDirectory
+from toys.workplace import ROWS, make_workplace, read, settings
 
 
 @pytest.fixture(scope="module")

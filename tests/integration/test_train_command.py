@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_toys import STEPS, make_workplace, metrics, read, settings
 from transformers import AutoModelForCausalLM
 
 from lorafa import PeftModel
 from lorafa.cli.main import main
 from lorafa.train import recipe
+from toys.workplace import STEPS, make_workplace, metrics, read, settings
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_toys import make_workplace, metrics, read, settings
 
 from lorafa.cli.main import main
 from lorafa.train import recipe
+from toys.workplace import make_workplace, metrics, read, settings
 
 Act = Callable[[], None]
 

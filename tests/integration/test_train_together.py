@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from train_toys import make_workplace, metrics, read, settings
+
+from toys.workplace import make_workplace, metrics, read, settings
 
 SOURCES = str(Path(__file__).parents[2] / "src")
 LIMIT = 300

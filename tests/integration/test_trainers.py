@@ -9,22 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers_toys import IDS, adapted, llama, logits
+from torch import nn
 
 from lorafa import PeftModel
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
+from toys.compare import assert_equal_bits, trained_values
+from toys.data import Counting
+from toys.language_models import IDS, adapted, inference, llama
 
 transformers = pytest.importorskip("transformers")
-
-
-class Counting(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = (torch.arange(8) + index) % 29 + 2
-        return {"input_ids": ids, "labels": ids}
 
 
 SETTINGS = {
@@ -36,14 +29,6 @@ SETTINGS = {
 def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
     arguments = transformers.TrainingArguments(str(folder), **(SETTINGS | options))
     return transformers.Trainer(model, arguments, train_dataset=Counting(), eval_dataset=Counting())
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_equal_bits(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # ---- transformers.Trainer as it is: checkpoints of the whole state, an adapter where save_pretrained is called
@@ -61,7 +46,7 @@ def test_the_trainer_of_transformers_resumes_bit_for_bit_from_the_whole_state(tm
     torch.manual_seed(123)  # another process starts with other random numbers
     resumed = trainer(dropped_out(), tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert_equal_bits(trained(resumed.model), trained(whole.model))
+    assert_equal_bits(trained_values(resumed.model), trained_values(whole.model))
 
 
 def test_the_trainer_of_transformers_loads_the_best_model_and_its_adapter_is_saved(tmp_path: Path) -> None:
@@ -73,7 +58,7 @@ def test_the_trainer_of_transformers_loads_the_best_model_and_its_adapter_is_sav
     assert best < 6, "the rate must be so high that the last step is not the best"
     assert run.evaluate()["eval_loss"] == losses[best]
     run.model.save_pretrained(tmp_path / "adapter")
-    assert_equal_bits(logits(PeftModel.from_pretrained(llama(), tmp_path / "adapter")), logits(run.model))
+    assert_equal_bits(inference(PeftModel.from_pretrained(llama(), tmp_path / "adapter")), inference(run.model))
 
 
 def test_the_trainer_of_transformers_cannot_save_the_whole_state_of_tied_weights(tmp_path: Path) -> None:
@@ -116,18 +101,18 @@ def numbers_tokenizer() -> Any:
 def test_sft_trainer_saves_resumes_and_reloads_adapters(tmp_path: Path, make: Callable[[], PeftModel]) -> None:
     trl = pytest.importorskip("trl")
     whole = sft(trl, make(), tmp_path)
-    before = trained(whole.model)
+    before = trained_values(whole.model)
     whole.train()
-    assert not any(torch.equal(value, before[name]) for name, value in trained(whole.model).items())
+    assert not any(torch.equal(value, before[name]) for name, value in trained_values(whole.model).items())
     names = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
     assert "model.safetensors" not in names
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-6")
-    torch.testing.assert_close(logits(loaded), logits(whole.model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inference(loaded), inference(whole.model), rtol=1e-5, atol=1e-6)
 
     resumed = sft(trl, make(), tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert_equal_bits(trained(resumed.model), trained(whole.model))
+    assert_equal_bits(trained_values(resumed.model), trained_values(whole.model))
 
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "greater_is_better": True}  # so not the last
     best = sft(trl, make(), tmp_path / "best", load_best_model_at_end=True, **every)

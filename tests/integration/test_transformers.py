@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers_toys import IDS, adapted, llama, logits, loss_and_gradients, t5
+from torch import nn
 
-from adapter_toys import train
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from toys.adapters import train
+from toys.data import Counting
+from toys.language_models import IDS, adapted, inference, llama, loss_and_gradients, t5
 
 transformers = pytest.importorskip("transformers")
 
@@ -131,10 +132,10 @@ def test_gradient_checkpointing_can_be_turned_off_again() -> None:
 def test_a_deep_copy_of_an_adapted_transformer_is_independent() -> None:
     model = adapted(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     twin = copy.deepcopy(model)
-    before = logits(model)
-    assert torch.equal(logits(twin), before)
+    before = inference(model)
+    assert torch.equal(inference(twin), before)
     train(twin)
-    assert torch.equal(logits(model), before)
+    assert torch.equal(inference(model), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -156,22 +157,13 @@ def test_a_half_precision_base_trains_float32_adapters(dtype: torch.dtype) -> No
 # ---- accelerate and the Trainer
 
 
-class Repeats(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = (torch.arange(8) + index) % 29 + 2
-        return {"input_ids": ids, "labels": ids}
-
-
 def test_accelerate_prepares_an_adapted_model() -> None:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
     model = adapted().train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    loader = torch.utils.data.DataLoader(Repeats(), batch_size=4)
+    loader = torch.utils.data.DataLoader(Counting(), batch_size=4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses = []
     for _ in range(3):
@@ -191,7 +183,7 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
     }  # fmt: skip
     arguments = transformers.TrainingArguments(str(folder), **(settings | options))
-    return transformers.Trainer(model, arguments, train_dataset=Repeats(), eval_dataset=Repeats())
+    return transformers.Trainer(model, arguments, train_dataset=Counting(), eval_dataset=Counting())
 
 
 def test_the_trainer_of_transformers_trains_the_adapter_alone(tmp_path: Path) -> None:
@@ -238,7 +230,7 @@ def test_what_the_trainer_of_transformers_saves_can_be_loaded(tmp_path: Path) ->
 
         assert "model.safetensors" in names
         fresh.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    assert torch.equal(logits(fresh), logits(model))
+    assert torch.equal(inference(fresh), inference(model))
 
 
 def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
@@ -251,7 +243,7 @@ def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
         resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-2")
     )
     assert continued.get_nb_trainable_parameters() == whole.get_nb_trainable_parameters()
-    assert not torch.equal(logits(continued), logits(halves))
+    assert not torch.equal(inference(continued), inference(halves))
 
 
 def test_the_trainer_of_transformers_evaluates_and_keeps_the_best_model(tmp_path: Path) -> None:

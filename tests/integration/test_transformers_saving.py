@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers_toys import IDS, adapted, llama, logits, loss_and_gradients, t5
 
 import lorafa
 from lorafa import PeftModel
+from toys.language_models import IDS, adapted, inference, llama, loss_and_gradients, t5
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,7 +20,7 @@ def test_a_merged_model_is_saved_and_loaded_by_transformers(tmp_path: Path) -> N
     merged = adapted().merge_and_unload()
     merged.save_pretrained(tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(merged))
+    assert torch.equal(inference(loaded), inference(merged))
     assert loaded.state_dict().keys() == llama().state_dict().keys()
 
 
@@ -38,14 +38,14 @@ def test_merging_one_end_of_tied_weights_unties_them_and_keeps_the_outputs(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     model = adapted(llama(tie_word_embeddings=True), **settings)
-    expected = logits(model)
+    expected = inference(model)
     with pytest.warns(UserWarning, match="config.tie_word_embeddings was set to False"):
         merged = model.merge_and_unload()
     assert merged.config.tie_word_embeddings is False
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inference(merged), expected, rtol=1e-5, atol=1e-5)
     merged.save_pretrained(tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(merged))
+    assert torch.equal(inference(loaded), inference(merged))
 
 
 @pytest.mark.parametrize(
@@ -59,16 +59,16 @@ def test_merging_one_end_of_tied_weights_unties_them_and_keeps_the_outputs(
 )
 def test_tied_weights_that_change_together_stay_tied(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = adapted(llama(tie_word_embeddings=True), **settings)
-    expected = logits(model)
+    expected = inference(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         merged = model.merge_and_unload()
     assert merged.config.tie_word_embeddings is True
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inference(merged), expected, rtol=1e-5, atol=1e-5)
     merged.save_pretrained(tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(merged))
+    assert torch.equal(inference(loaded), inference(merged))
 
 
 def test_copies_of_tied_weights_are_trained_as_one() -> None:
@@ -167,7 +167,7 @@ def test_an_adapter_with_new_rows_is_loaded_on_a_resized_model(tmp_path: Path) -
         other.resize_token_embeddings(36)  # new rows at random, other ones than before
     assert not torch.equal(other.model.embed_tokens.weight, llama().model.embed_tokens.weight[:36])
     loaded = PeftModel.from_pretrained(other, tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(inference(loaded), inference(model))
 
 
 def test_an_adapter_for_a_resized_model_says_so_on_the_old_one(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import lorafa
+from toys.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "lorafa"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = ("src", "tests", "benchmarks", "recipes")

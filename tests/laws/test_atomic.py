@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import Experts, assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from lorafa.errors import (
     AdapterError,
@@ -23,6 +22,9 @@ from lorafa.errors import (
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery import auxiliary
 from lorafa.surgery.merge import merge_adapter
+from toys.adapters import train
+from toys.compare import assert_unchanged, everything
+from toys.layers import Experts
 
 
 class Everything(nn.Module):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import KINDS, Experts, Single, backend_for, base_layer, close, input_for, weight_for
 from lorafa.backends import BACKENDS, backend_of
 from lorafa.errors import BackendError
 from lorafa.layers import LAYERS
+from toys.compare import close
+from toys.layers import KINDS, Experts, Single, backend_for, base_layer, input_for, weight_for
 
 
 def as_the_formula(kind: str, layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

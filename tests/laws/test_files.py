@@ -9,26 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adapter_toys import (
-    DEFINED,
-    KINDS,
-    STARTED,
-    VARIANT,
-    Single,
-    assert_unchanged,
-    base_layer,
-    config_for,
-    everything,
-    hosts_of,
-    initializer_of,
-    input_for,
-    read_by,
-    starts_of,
-    stats_for,
-    train,
-    with_adapter,
-    with_starts,
-)
 from lorafa import (
     LoraConfig,
     PeftModel,
@@ -38,6 +18,23 @@ from lorafa import (
     set_peft_model_state_dict,
 )
 from lorafa.errors import CheckpointError
+from toys.adapters import (
+    DEFINED,
+    STARTED,
+    VARIANT,
+    config_for,
+    hosts_of,
+    initializer_of,
+    read_by,
+    starts_of,
+    stats_for,
+    train,
+    with_adapter,
+    with_starts,
+)
+from toys.compare import assert_unchanged, everything
+from toys.layers import KINDS, Single, base_layer, input_for
+from toys.models import Pair
 
 LINEAR = "torch.nn.modules.linear.Linear"
 
@@ -164,16 +161,6 @@ def test_whole_model_state_dict_fills_another_model(kind: str) -> None:
     other.load_state_dict(model.state_dict())
     x = input_for(kind, torch.bfloat16)
     assert torch.equal(other(x), model(x))
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.v_proj(self.q_proj(x))
-        return y
 
 
 def pair(*targets: str, **settings: object) -> PeftModel:

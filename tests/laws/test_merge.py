@@ -9,30 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import (
-    DEFINED,
-    IN,
-    KINDS,
-    OUT,
-    VARIANT,
-    Single,
-    adapted,
-    assert_unchanged,
-    backend_for,
-    base_layer,
-    close,
-    config_for,
-    everything,
-    input_for,
-    only_layer,
-    train,
-    with_adapter,
-    with_starts,
-)
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.walk import lora_layers
+from toys.adapters import DEFINED, VARIANT, adapted, config_for, only_layer, train, with_adapter, with_starts
+from toys.compare import assert_unchanged, close, everything
+from toys.layers import IN, KINDS, OUT, Single, backend_for, base_layer, input_for
 
 EXACT = [(v, k) for v, k in DEFINED if not backend_for(k).quantized]
 """NF4 rounds to 4 bits again when merged: no output law there."""

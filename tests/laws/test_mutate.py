@@ -11,22 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adapter_toys import (
-    EXACT,
-    KINDS,
-    PARAMETERS,
-    STARTS,
-    VARIANT,
-    adapted,
-    backend_for,
-    config_for,
-    initializer_of,
-    input_for,
-    starts_of,
-    with_adapter,
-)
 from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base, restore_base
 from lorafa.errors import AdapterError, BackendError, LoraError
+from toys.adapters import STARTS, VARIANT, adapted, config_for, initializer_of, starts_of, with_adapter
+from toys.compare import EXACT
+from toys.layers import KINDS, PARAMETERS, backend_for, input_for
 
 MOVING = [start for start in STARTS if initializer_of(start).moves_base and not initializer_of(start).quantizer]
 MOVED = [(start, variant) for variant in VARIANT for start in starts_of(variant, *MOVING) if start in MOVING]

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_toys import DEFINED, VARIANT, adapted, close, input_for, only_layer
 from lorafa import mutate_base, restore_base
 from lorafa.errors import AdapterError
 from lorafa.surgery.walk import lora_layers
+from toys.adapters import DEFINED, VARIANT, adapted, only_layer
+from toys.compare import close
+from toys.layers import input_for
 
 LINEAR = "torch.nn.modules.linear.Linear"
 

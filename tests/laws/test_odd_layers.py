@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import Single, close, only_layer, train
 from lorafa import LoraConfig, get_peft_model, mutate_base
 from lorafa.backends import BACKENDS, backend_of
 from lorafa.backends.base import Backend
@@ -17,6 +16,9 @@ from lorafa.backends.dense import DenseBackend
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.errors import BackendError, LoraError, TargetError
 from odd_layers import IN, ODD, OUT, Odd, Packed, Wrapped, dense, hooked, with_weight
+from toys.adapters import only_layer, train
+from toys.compare import close
+from toys.layers import Single
 
 CARRYING = [name for name, odd in ODD.items() if odd.carries is None]
 RUNNING = [name for name in CARRYING if ODD[name].runs]

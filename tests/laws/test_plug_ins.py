@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import close, config_for, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.adapter import Adapter, Extra, Variant
 from lorafa.errors import CalibrationError, ConfigError
@@ -21,6 +20,8 @@ from lorafa.surgery.available import unavailable
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
 from lorafa.variants import VARIANTS, asking_settings
+from toys.adapters import config_for, train
+from toys.compare import close
 
 LINEAR = "torch.nn.modules.linear.Linear"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import LoraConfig, RankRule, initialize
 from lorafa.calibration import RANK_RULES
+from toys.calibration import LAYERS, Toy, inputs, loss
 
 STARTS = ("lora_one", "lora_ga", "lora_ga_peft", "functional", "gora", "eva", "pissa", "kaiming")
 WHOLE = ("gora",)

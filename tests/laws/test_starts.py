@@ -9,18 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from adapter_toys import (
-    KINDS,
+from lorafa import LoraConfig, PeftModel, get_peft_model
+from toys.adapters import (
     STARTED,
     STARTED_AT_BASE,
     STARTS,
     VARIANT,
-    Single,
-    backend_for,
-    base_layer,
     config_for,
     initializer_of,
-    input_for,
     only_layer,
     read_by,
     settings_of,
@@ -28,7 +24,8 @@ from adapter_toys import (
     train,
     with_adapter,
 )
-from lorafa import LoraConfig, PeftModel, get_peft_model
+from toys.layers import KINDS, Single, backend_for, base_layer, input_for
+from toys.models import Pair
 
 LINEAR = "torch.nn.modules.linear.Linear"
 
@@ -141,16 +138,6 @@ def test_a_start_leaves_the_base_weight_alone(start: bool | str, variant: str, k
     model(input_for(kind))
     after = {key.replace("out_proj.base_layer.", "out_proj."): value for key, value in layer.state_dict().items()}
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.v_proj, self.embed = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(5, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.v_proj(self.q_proj(x))
-        return y
 
 
 def start_of(model: PeftModel, path: str, adapter: str = "default") -> torch.Tensor:

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import STARTS, VARIANT, initializer_of, settings_of, starts_of, stats_for, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, initialize
 from lorafa.spec import LayerSpec
+from toys.adapters import STARTS, VARIANT, initializer_of, settings_of, starts_of, stats_for, train
 
 transformers = pytest.importorskip("transformers")
 

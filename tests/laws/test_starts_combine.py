@@ -9,21 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_toys import (
-    STARTS,
-    Single,
-    adapted,
-    base_layer,
-    config_for,
-    initializer_of,
-    input_for,
-    only_layer,
-    read_by,
-    stats_for,
-    with_adapter,
-)
 from lorafa import PeftModel
 from lorafa.errors import AdapterError, BackendError, ConfigError, LoraError
+from toys.adapters import STARTS, adapted, config_for, initializer_of, only_layer, read_by, stats_for, with_adapter
+from toys.layers import Single, base_layer, input_for
 
 LINEAR, CONV = "torch.nn.modules.linear.Linear", "torch.nn.modules.conv.Conv2d"
 TABLE = "torch.nn.modules.sparse.Embedding"

@@ -11,20 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import (
-    STARTED,
-    STARTS,
-    Single,
-    base_layer,
-    initializer_of,
-    input_for,
-    read_by,
-    settings_of,
-    stats_for,
-    train,
-    with_adapter,
-)
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from toys.adapters import STARTED, STARTS, initializer_of, read_by, settings_of, stats_for, train, with_adapter
+from toys.layers import Single, base_layer, input_for
+from toys.models import Two
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"lora_alpha": 5},
@@ -36,24 +26,9 @@ ON_THE_BASE = [start for start in STARTS if initializer_of(start).quantizer is N
 """Starts whose adapter sits on the base as it was; those that quantize it are in tests/parity."""
 
 
-class Model(nn.Module):
-    """Two layers; with ``poor`` the second has a weight of zeros."""
-
-    def __init__(self, *, poor: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 14)
-        if poor:
-            nn.init.zeros_(self.second.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(x).tanh())
-        return y
-
-
 def trained(start: bool | str, *, poor: bool = False, **settings: Any) -> PeftModel:
     """An adapter that has left its start; with ``poor`` the second layer has nothing to start from."""
-    model = Model(poor=poor)
+    model = Two(poor=poor)
     stats = {name: stats_for(model.get_submodule(name).weight) for name in LAYERS}  # type: ignore[arg-type]
     if poor:
         stats["second"] = {key: torch.zeros_like(value) for key, value in stats["second"].items()}
@@ -89,8 +64,8 @@ def test_peft_puts_it_on_the_untouched_base_with_equal_outputs(
 ) -> None:
     model, x = trained(start, **settings), torch.randn(5, 12)
     model.save_pretrained(tmp_path)
-    assert not torch.allclose(model(x), Model()(x), atol=1e-2)
-    torch.testing.assert_close(to_peft(Model(), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(x), Two()(x), atol=1e-2)
+    torch.testing.assert_close(to_peft(Two(), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", [start for start in ON_THE_BASE if initializer_of(start).variant is None])
@@ -98,8 +73,8 @@ def test_a_bias_of_B_goes_with_it(start: bool | str, tmp_path: Path) -> None:
     """PEFT refuses to make one beside a start with a name, but reads a file that has both."""
     model, x = trained(start, lora_bias=True), torch.randn(5, 12)
     model.save_pretrained(tmp_path)
-    assert_comes_back(model, Model(), x, tmp_path)
-    torch.testing.assert_close(to_peft(Model(), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
+    assert_comes_back(model, Two(), x, tmp_path)
+    torch.testing.assert_close(to_peft(Two(), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -107,7 +82,7 @@ def test_a_bias_of_B_goes_with_it(start: bool | str, tmp_path: Path) -> None:
 def test_it_comes_back_and_trains_on(start: bool | str, settings: dict[str, Any], tmp_path: Path) -> None:
     model = trained(start, **settings)
     model.save_pretrained(tmp_path)
-    assert_comes_back(model, Model(), torch.randn(5, 12), tmp_path)
+    assert_comes_back(model, Two(), torch.randn(5, 12), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +111,11 @@ def test_with_a_layer_that_fell_back_it_is_the_same_and_the_file_says_so(start: 
     made = initializer_of(start)
     model, x = trained(start, poor=True, **SETTINGS["patterns"]), torch.randn(5, 12)
     model.save_pretrained(tmp_path)
-    loaded = assert_comes_back(model, Model(poor=True), x, tmp_path)
+    loaded = assert_comes_back(model, Two(poor=True), x, tmp_path)
     fallbacks = {path: layer.fallbacks for path, layer in model.base_model.lora_layers()}
     assert fallbacks["first"] == {}
     if made.needs or (made.moves_base and start != "kasa"):  # which loses nothing with singular values of zero
         assert fallbacks["second"]["default"]
     assert {path: layer.fallbacks for path, layer in loaded.base_model.lora_layers()} == fallbacks
     if start in ON_THE_BASE:
-        torch.testing.assert_close(to_peft(Model(poor=True), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(to_peft(Two(poor=True), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)

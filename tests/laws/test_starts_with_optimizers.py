@@ -9,15 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from adapter_toys import (
-    STARTS,
-    assert_unchanged,
-    everything,
-    initializer_of,
-    read_by,
-    settings_of,
-    stats_for,
-)
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError
 from lorafa.optimizers import (
@@ -27,6 +18,9 @@ from lorafa.optimizers import (
     create_preconditioned_adamw,
     create_riemannian_optimizer,
 )
+from toys.adapters import STARTS, initializer_of, read_by, settings_of, stats_for
+from toys.compare import assert_unchanged, everything
+from toys.models import Two
 
 LR = 1e-3
 LORA_FA: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -49,19 +43,8 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 LAYERS = ("first", "second")
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 14)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(x).tanh())
-        return y
-
-
 def fresh(start: bool | str) -> PeftModel:
-    model = Model()
+    model = Two()
     stats = {name: stats_for(model.get_submodule(name).weight) for name in LAYERS}  # type: ignore[arg-type]
     config = LoraConfig(r=2, lora_alpha=5, target_modules=list(LAYERS), init_seed=0, **settings_of(start))
     return get_peft_model(model, config, stats=read_by(start, stats))
@@ -121,7 +104,7 @@ def test_a_step_moves_what_is_trained_and_nothing_else(start: bool | str, optimi
     outputs = model(x).detach()
     made = MAKERS[optimizer](model)
     torch.testing.assert_close(model(x), outputs, rtol=1e-5, atol=1e-5)  # where factors are folded too,
-    if torch.equal(outputs, Model()(x)):  # together with what is taken out of the base
+    if torch.equal(outputs, Two()(x)):  # together with what is taken out of the base
         assert torch.equal(model(x), outputs)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained

@@ -6,24 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import (
-    DEFINED,
-    KINDS,
-    VARIANT,
-    adapted,
-    backend_for,
-    base_layer,
-    close,
-    config_for,
-    initializer_of,
-    input_for,
-    only_layer,
-    with_starts,
-)
 from lorafa import get_peft_model
 from lorafa.errors import ConfigError
 from lorafa.layers import LAYERS
 from lorafa.variants import VARIANTS
+from toys.adapters import DEFINED, VARIANT, adapted, config_for, initializer_of, only_layer, with_starts
+from toys.compare import close
+from toys.layers import KINDS, backend_for, base_layer, input_for
 
 OVER_A_START = [
     (variant, kind, start)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input_toys import Model, refused, train_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from lorafa.errors import (
     SourceError,
     TargetError,
 )
+from toys.blocks import Model, refused, train_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input_toys import Model, config, refused, train_model
 
 import lorafa
 from lorafa import PeftModel, get_peft_model
 from lorafa.errors import AdapterError, ConfigError, NotAvailableError, TargetError
+from toys.blocks import Model, config, refused, train_model
 
 NO_LAYER = [
     (

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import (
-    IN,
-    STARTED,
-    STARTS,
-    Single,
-    assert_unchanged,
-    base_layer,
-    everything,
-    initializer_of,
-    only_layer,
-    settings_of,
-    with_adapter,
-)
-from calibration_toys import LAYERS, Toy, inputs, loss
-from lorafa import LoraConfig, collect_statistics, get_peft_model, initialize
+from lorafa import collect_statistics, get_peft_model, initialize
 from lorafa.backends.int8 import Int8Linear
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.backends.quantized import QuantizedLinear
 from lorafa.calibration import STATISTICS
-from lorafa.errors import CalibrationError, ConfigError, LoraError
+from lorafa.errors import BackendError, CalibrationError, ConfigError
+from toys.adapters import STARTED, STARTS, initializer_of, only_layer, with_adapter
+from toys.calibration import Toy, config, inputs, loss
+from toys.compare import refused
+from toys.layers import IN, Single, base_layer
 
 FROM_DATA = [start for start in STARTS if initializer_of(start).needs]
 FROM_GRADIENTS = [
@@ -37,24 +26,13 @@ FROM_GRADIENTS = [
 ]
 
 
-def config(start: bool | str, **settings: Any) -> LoraConfig:
-    values = {"r": 2, "target_modules": list(LAYERS), "init_seed": 0} | settings_of(start) | settings
-    return LoraConfig(**values)  # type: ignore[arg-type]
-
-
-def refused(model: nn.Module, error: type[LoraError], text: str, call: Callable[[], Any]) -> None:
-    before = everything(model)
-    with pytest.raises(error, match=text):
-        call()
-    assert_unchanged(before, model)
-
-
 @pytest.mark.parametrize(("start", "kind"), [(start, kind) for start, variant, kind in STARTED if variant == "lora"])
 def test_a_rank_beyond_the_layer_is_refused_or_started_from_in_full(start: bool | str, kind: str) -> None:
     model, rank = Single(base_layer(kind)), 3 * IN + 2
     if initializer_of(start).needs or initializer_of(start).reads_weight:  # it has no more directions than the layer
         text = rf"layer.*: .*\b({rank}|{2 * rank})\b.*Lower the rank.*exclude_modules"
-        refused(model, ConfigError, text, lambda: with_adapter(model, kind, init_lora_weights=start, r=rank))
+        with refused(model, ConfigError, text):
+            with_adapter(model, kind, init_lora_weights=start, r=rank)
         return
     adapted = with_adapter(model, kind, init_lora_weights=start, r=rank)
     A, B = only_layer(adapted).factor_A("default"), only_layer(adapted).factor_B("default")
@@ -99,7 +77,8 @@ def test_gradients_and_inputs_with_nothing_in_them_fall_back_and_say_so(start: b
 def test_no_data_at_all_is_an_error(start: bool | str) -> None:
     model = Toy()
     text = "There was no batch to calibrate with: the data is empty. Pass a dataloader"
-    refused(model, CalibrationError, text, lambda: initialize(model, config(start), [], loss=loss))
+    with refused(model, CalibrationError, text):
+        initialize(model, config(start), [], loss=loss)
 
 
 @pytest.mark.parametrize("start", FROM_DATA)
@@ -111,7 +90,8 @@ def test_a_step_without_backward_is_an_error_where_gradients_are_read(start: boo
 
     if start in FROM_GRADIENTS:
         text = r"No gradient arrived at first, .*none of them called backward\(\).* Call loss\.backward\(\) in the"
-        refused(model, CalibrationError, text, lambda: initialize(model, config(start), step))
+        with refused(model, CalibrationError, text):
+            initialize(model, config(start), step)
     else:
         assert only_layer(initialize(model, config(start), step)).fallbacks == {}
 
@@ -122,12 +102,14 @@ def test_statistics_of_other_weights_or_another_start_are_refused(start: bool | 
     nn.init.ones_(other.last.weight)
     stats = collect_statistics(model, config(start), inputs(), loss=loss)
     text = "collected on another model: 1 of 3 layers are missing or have other weights here: last"
-    refused(other, CalibrationError, text, lambda: get_peft_model(other, config(start), stats=stats))
+    with refused(other, CalibrationError, text):
+        get_peft_model(other, config(start), stats=stats)
     needs = initializer_of(start).needs
     unread = next(name for name in STATISTICS.names() if not any(need.endswith(name) for need in needs))
     reader = next(made for made in FROM_DATA if unread in initializer_of(made).needs)
     text = rf"init_lora_weights={reader!r} needs .*{unread}.* of 'first'; none was given\. Collect these statistics"
-    refused(model, CalibrationError, text, lambda: get_peft_model(model, config(reader), stats=stats))
+    with refused(model, CalibrationError, text):
+        get_peft_model(model, config(reader), stats=stats)
 
 
 class Quantized(nn.Module):
@@ -155,7 +137,8 @@ def test_a_quantized_base_is_read_as_the_weight_it_stands_for_or_refused(
     settings, data = config(start, target_modules=["first"]), inputs(dtype=torch.float32)
     if initializer_of(start).quantizer is not None:
         text = f"'first' is a {kind.__name__}, quantized already. Put an ordinary adapter on it"
-        refused(model, LoraError, text, lambda: get_peft_model(model, settings))
+        with refused(model, BackendError, text):
+            get_peft_model(model, settings)
         return
     layers = []
     for base in (model, dense):

@@ -12,11 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapter_toys import assert_unchanged, everything
-from calibration_toys import LAYERS, Toy, inputs, loss
 from lorafa import (
     EvaConfig,
-    LoraConfig,
     RankRule,
     Statistics,
     choose_ranks,
@@ -32,13 +29,10 @@ from lorafa import (
 )
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError, LoraError, TargetError
 from lorafa.starts.gamma import best_gamma
+from toys.calibration import Toy, config, inputs, loss
+from toys.compare import assert_unchanged, everything
 
 AUTO = {"stable_gamma": "auto"}
-
-
-def config(start: bool | str = "lora_one", **settings: Any) -> LoraConfig:
-    values = {"r": 2, "target_modules": list(LAYERS), "init_lora_weights": start, "init_seed": 0}
-    return LoraConfig(**(values | settings))  # type: ignore[arg-type]
 
 
 class Unrun(Toy):

@@ -8,19 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_toys import STARTS, assert_unchanged, everything, initializer_of, only_layer, settings_of, stats_for
-from calibration_toys import LAYERS, Toy, inputs, loss
-from lorafa import LoraConfig, get_peft_model, initialize, preprocess_loraga
+from lorafa import get_peft_model, initialize, preprocess_loraga
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.starts.ranks import RankRule
+from toys.adapters import STARTS, initializer_of, only_layer, stats_for
+from toys.calibration import LAYERS, Toy, config, inputs, loss
+from toys.compare import assert_unchanged, everything
 
 FROM_DATA = [start for start in STARTS if initializer_of(start).needs]
 WITHOUT = [start for start in STARTS if not initializer_of(start).needs]
-
-
-def config(start: bool | str, **settings: Any) -> LoraConfig:
-    values = {"r": 2, "target_modules": list(LAYERS), "init_seed": 0} | settings_of(start) | settings
-    return LoraConfig(**values)  # type: ignore[arg-type]
 
 
 def stats_of(model: Toy) -> dict[str, dict[str, Tensor]]:

@@ -17,6 +17,8 @@ from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult
 from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
+from toys.compare import close
+from toys.data import rand
 
 OUT, IN, R, S = 24, 32, 4, 1.7
 STATISTICS: dict[str, type[Statistic]] = {
@@ -25,10 +27,6 @@ STATISTICS: dict[str, type[Statistic]] = {
     "second_moment": SecondMoment,
 }
 METHODS = ("ipm", "kpm")
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 W = rand(OUT, IN, seed=1)
@@ -51,10 +49,6 @@ def start(
 ) -> InitResult:
     values = {"name": "layers.0.q_proj", "kind": "linear", "rank": R, "scaling": S, "seed": 0, "settings": settings}
     return INITIALIZERS.get(name)(weight, stats_of(X) if stats is None else stats, LayerSpec(**(values | spec)))  # type: ignore[arg-type]
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 # EVA

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import read_by
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS
@@ -18,12 +17,11 @@ from lorafa.initializers.goat import GoatConfig
 from lorafa.initializers.lora_sb import LoraSBConfig
 from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
+from toys.adapters import read_by
+from toys.compare import best, close
+from toys.data import rand
 
 OUT, IN, R, S = 24, 32, 4, 1.7
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 W, G = rand(OUT, IN, seed=1), rand(OUT, IN, seed=2)
@@ -38,15 +36,6 @@ def start(name: str, settings: Any = None, stats: dict[str, Tensor] | None = Non
     values = {"name": "layers.0.q_proj", "kind": "linear", "rank": R, "scaling": S, "seed": 0, "settings": settings}
     layer = LayerSpec(**(values | spec))  # type: ignore[arg-type]
     return INITIALIZERS.get(name)(W, stats_of() if stats is None else stats, layer)
-
-
-def best(matrix: Tensor, rank: int) -> Tensor:
-    return full_svd(matrix).at(slice(0, rank)).product()
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    size = max(expected.abs().max().item(), 1e-3)
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * size, check_dtype=False)
 
 
 class Model(nn.Module):

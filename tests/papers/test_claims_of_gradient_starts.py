@@ -17,13 +17,11 @@ from lorafa.initializers.gora import GoraConfig
 from lorafa.initializers.lora_one import LoraOneConfig
 from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
+from toys.compare import best, close
+from toys.data import rand
 
 OUT, IN, R, S = 24, 32, 3, 1.7
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 W, G = rand(OUT, IN, seed=1), rand(OUT, IN, seed=2)
@@ -41,14 +39,6 @@ def stats_of(gradient: Tensor = G) -> dict[str, Tensor]:
 def start(name: str, settings: Any = None, stats: dict[str, Tensor] | None = None, **spec: Any) -> InitResult:
     values = {"name": "layers.0.q_proj", "kind": "linear", "rank": R, "scaling": S, "seed": 0, "settings": settings}
     return INITIALIZERS.get(name)(W, stats or stats_of(), LayerSpec(**(values | spec)))  # type: ignore[arg-type]
-
-
-def best(matrix: Tensor, rank: int) -> Tensor:
-    return full_svd(matrix).at(slice(0, rank)).product()
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

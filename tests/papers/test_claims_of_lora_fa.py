@@ -14,7 +14,7 @@ from lorafa.optimizers import LoraFAOptimizer, create_lorafa_optimizer
 from lorafa.optimizers.lora_fa import fold_
 from lorafa.optimizers.pairs import Pair, pairs_of
 from lorafa.optimizers.row_space import RowSpace
-from optimizer_toys import adapted, batch, loss, row_projector, update, weight_gradients
+from toys.optimizers import adapted, batch, loss, row_projector, update, weight_gradients
 
 
 def test_the_projected_gradient_moves_the_weight_by_the_gradient_within_the_rows_of_A() -> None:

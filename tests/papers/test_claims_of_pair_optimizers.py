@@ -19,7 +19,7 @@ from lorafa.optimizers import (
 )
 from lorafa.optimizers.lora_pro import CHOICES, adjusted_gradients
 from lorafa.optimizers.pairs import Pair, pairs_of
-from optimizer_toys import adapted, batch, loss, row_projector, update, weight_gradients
+from toys.optimizers import adapted, batch, loss, row_projector, update, weight_gradients
 
 M, N, R, S = 9, 11, 3, 1.7
 LR, DECAY, MOMENTUM, BETAS, EPS = 0.03, 0.2, 0.6, (0.7, 0.9), 1e-8

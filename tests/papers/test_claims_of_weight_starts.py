@@ -20,7 +20,9 @@ from lorafa.initializers.pissa import PissaConfig
 from lorafa.numerics.linalg import leading_columns
 from lorafa.optimizers import create_lorapro_optimizer, create_preconditioned_adamw
 from lorafa.spec import LayerSpec
-from optimizer_toys import Mlp, adapted, batch, loss
+from toys.compare import close
+from toys.models import Mlp
+from toys.optimizers import adapted, batch, loss
 
 RANK, SCALING = 6, 1.5
 WEIGHT = torch.randn(48, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -36,10 +38,6 @@ def start(name: str, weight: Tensor, rank: int = RANK, **spec: Any) -> InitResul
     kind = "experts" if weight.dim() == 3 else "linear"
     settings = {"name": "layers.0.q_proj", "seed": 0, "kind": kind, "scaling": SCALING} | spec
     return INITIALIZERS.get(name)(weight, {}, LayerSpec(rank=rank, **settings))
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture(params=WEIGHTS)

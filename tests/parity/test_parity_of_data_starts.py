@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity_toys import quiet
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 import lorafa
+from toys.parity import quiet
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "o_proj", "down_proj"]

@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity_toys import quiet
 from torch import Tensor, nn
 
 import lorafa
 from lorafa import choose_ranks, collect_statistics, initialize, start_from, with_ranks
 from lorafa.errors import ConfigError
+from toys.parity import quiet
 
 # ---- PEFT's own config
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import lorafa
 from lorafa.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
-from optimizer_toys import RANK, Mlp, batch, loss
+from toys.models import Mlp
+from toys.optimizers import RANK, batch, loss
 
 SETTINGS: dict[str, Any] = {"r": RANK, "lora_alpha": 5, "target_modules": ["first", "second"]}
 

@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity_toys import quiet, trained
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorafa
 from lorafa.errors import TargetError
+from toys.parity import quiet, trained
 
 
 class Block(nn.Module):

@@ -12,19 +12,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity_models import Attention, Convolution, Linears, Lookup, Mixture, Transposed, on
-from parity_toys import (
-    CASES,
-    Case,
-    output,
-    quiet,
-    stored,
-    stored_config,
-    trained,
-)
 from torch import Tensor, nn
 
 import lorafa
+from toys.language_models import Transposed
+from toys.models import Attention, Convolution, Linears, Lookup, Mixture
+from toys.parity import CASES, Case, on, output, quiet, stored, stored_config, trained
 
 
 class Wide(nn.Module):

@@ -10,11 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity_models import llama, logits
-from parity_toys import CASES, quiet, trained
 from torch import nn
 
 import lorafa
+from toys.language_models import llama, logits
+from toys.parity import CASES, quiet, trained
 
 FIRST: dict[str, Any] = {
     "target_modules": ["q_proj", "v_proj"],

@@ -9,11 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity_models import IDS, gpt2, llama, logits, seq2seq_logits, t5
-from parity_toys import quiet
 from torch import nn
 
 import lorafa
+from toys.language_models import IDS, gpt2, llama, logits, seq2seq_logits, t5
+from toys.parity import quiet
 
 LLAMA: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},

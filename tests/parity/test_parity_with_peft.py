@@ -7,9 +7,9 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from parity_toys import CASES, Case, output, quiet, said, stored, stored_config, trained
 
 import lorafa
+from toys.parity import CASES, Case, output, quiet, said, stored, stored_config, trained
 
 
 def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, close, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError
+from toys.adapters import train
+from toys.compare import assert_unchanged, close, everything
 
 
 class Net(nn.Module):

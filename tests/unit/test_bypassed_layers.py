@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import close, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base
 from lorafa.errors import BackendError, TargetError
+from toys.adapters import train
+from toys.compare import close
 
 DIM = 8
 ENCODER_TARGETS = (

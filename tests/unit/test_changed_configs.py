@@ -12,22 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapter_toys import (
-    STARTS,
-    Single,
-    base_layer,
-    initializer_of,
-    input_for,
-    settings_of,
-    train,
-    with_adapter,
-)
 from lorafa import LoraConfig, LoraGAConfig, PeftModel
 from lorafa.errors import ConfigError
-from lorafa.variants import variant_of
+from lorafa.variants import variant_types
+from toys.adapters import STARTS, initializer_of, settings_of, train, with_adapter
+from toys.layers import Single, base_layer, input_for
 
 KIND = "torch.nn.modules.linear.Linear"
-PLAIN = [start for start in STARTS if variant_of(LoraConfig(**settings_of(start))).name == "lora"]
+PLAIN = [start for start in STARTS if [v.name for v in variant_types(LoraConfig(**settings_of(start)))] == ["lora"]]
 
 
 CHANGED = [(start, True) for start in PLAIN] + [(s, "pissa") for s in PLAIN if initializer_of(s).moves_base]

@@ -8,7 +8,6 @@ import json
 import math
 import pickle
 import re
-from pathlib import Path
 
 import pytest
 from torch import nn
@@ -20,6 +19,7 @@ from lorafa.errors import CheckpointError, ConfigError, NotAvailableError
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.available import require_available, unavailable
 from lorafa.version import VERSION
+from toys.places import ROOT
 
 NESTED = [
     "LoraRuntimeConfig",
@@ -288,6 +288,6 @@ def test_two_features_that_are_not_there_are_both_named():
 
 
 def test_the_version_in_the_code_is_the_one_of_the_package():
-    project = Path(__file__).parents[2] / "pyproject.toml"
+    project = ROOT / "pyproject.toml"
     (version,) = re.findall(r'^version = "(.+)"$', project.read_text(), flags=re.MULTILINE)
     assert version == VERSION

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapter_toys import train
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from toys.adapters import train
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))

@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from trainer_toys import CONFIG, adapted_model, collate, samples
 
 import lorafa
 from lorafa import LoraConfig, PeftModel, check_gradients, get_peft_model
 from lorafa.errors import AdapterError, TrainingError
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
+from toys.data import collate, samples
+from toys.training import CONFIG, adapted_model
 
 
 class Reads(nn.Module):

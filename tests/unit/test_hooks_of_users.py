@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from adapter_toys import DEFINED, KINDS, adapted, backend_for, close, input_for, only_layer
 from lorafa import PeftModel, mutate_base
+from toys.adapters import DEFINED, adapted, only_layer
+from toys.compare import close
+from toys.layers import KINDS, backend_for, input_for
 
 LINEAR = "torch.nn.modules.linear.Linear"
 State = Callable[[PeftModel], contextlib.AbstractContextManager[Any]]

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
-from adapter_toys import DEFINED, Single, adapted, backend_for, close, input_for, only_layer, starts_of, train
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.base import LoraLayer
+from toys.adapters import DEFINED, adapted, only_layer, starts_of, train
+from toys.compare import close
+from toys.layers import Single, backend_for, input_for
 
 LINEAR = "torch.nn.modules.linear.Linear"
 CONV2D = "torch.nn.modules.conv.Conv2d"

@@ -15,11 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from trainer_toys import adapted_model, collate, samples
 
 import lorafa
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.trainer import LoraTrainer
+from toys.data import collate, samples
+from toys.training import adapted_model
 
 
 class WithCheckpoints(AdapterCheckpoints, transformers.Trainer):

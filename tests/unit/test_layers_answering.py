@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from adapter_toys import KINDS, adapted, only_layer
 from lorafa import LoraConfig, get_peft_model
 from lorafa.layers.base import LoraLayer
+from toys.adapters import adapted, only_layer
+from toys.layers import KINDS
 
 
 def public_names(module: nn.Module) -> set[str]:

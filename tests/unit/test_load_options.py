@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft_model_toys import Model, config, run, three, trains
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adapter_toys import KINDS, adapted, input_for, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from lorafa.errors import CheckpointError, ConfigError, SourceError
 from lorafa.surgery.walk import lora_layers
+from toys.adapters import adapted, train
+from toys.blocks import Model, config
+from toys.layers import KINDS, input_for
+from toys.several import run, three, trains
 
 UNREAD: list[dict[str, Any]] = [
     {"device_map": "auto"},

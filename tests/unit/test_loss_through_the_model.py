@@ -101,9 +101,7 @@ def test_what_hooks_do_to_inputs_and_loss_counts() -> None:
 def test_a_hook_that_takes_the_loss_away_is_told() -> None:
     model = adapted_lm()
     model.register_forward_hook(lambda module, args, output: (1, 2))
-    with pytest.raises(
-        BackendError, match=r"has replaced its output by tuple, which has no loss\. Let the hook"
-    ):
+    with pytest.raises(BackendError, match=r"has replaced its output by tuple, which has no loss\. Let the hook"):
         supervised_loss(model, batch_of())
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from adapter_toys import backend_for, close, input_for
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from lorafa.errors import AdapterError, CheckpointError
 from offload_toys import (
@@ -29,6 +28,8 @@ from offload_toys import (
     ran,
     settings_for,
 )
+from toys.compare import close
+from toys.layers import backend_for, input_for
 
 
 @pytest.fixture(params=WHERE)
@@ -174,5 +175,3 @@ def test_an_adapted_model_can_be_dispatched(kind: str, tmp_path: Path) -> None:
     accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
     close(ran(model.train(), x)[0], y, torch.float32)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import Single, backend_for, base_layer, close, config_for, input_for, only_layer, starts_of, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base, restore_base
 from lorafa.errors import BackendError, CheckpointError, ConfigError, TargetError
 from lorafa.io.adapter_files import base_fingerprint
@@ -30,6 +29,9 @@ from offload_toys import (
     rests,
     settings_for,
 )
+from toys.adapters import config_for, only_layer, starts_of, train
+from toys.compare import close
+from toys.layers import Single, backend_for, base_layer, input_for
 
 LINEAR = "torch.nn.modules.linear.Linear"
 NF4 = "lorafa.backends.nf4.NF4Linear"

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft_model_toys import BASE, Model, X, config, names_of, run, three, trains
 from torch import Tensor
 
-from adapter_toys import assert_unchanged, everything, train
 from lorafa import PeftModel, get_peft_model
+from toys.adapters import train
+from toys.compare import assert_unchanged, everything
+from toys.several import BASE, Model, X, config, names_of, run, three, trains
 
 
 def by_hand(model: PeftModel, *names: str) -> Tensor:

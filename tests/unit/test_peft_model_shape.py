@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from peft_model_toys import BASE, Model, X, config, names_of, run, three, trains
 from torch import Tensor, nn
 
 import lorafa
-from adapter_toys import train
 from lorafa import LoraConfig, get_peft_model, inject_adapter_in_model
+from toys.adapters import train
+from toys.several import BASE, Model, X, config, names_of, run, three, trains
 
 
 def test_the_model_answers_for_the_one_it_wraps() -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft_model_toys import Model, config, run, three
 from torch import nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import ConfigError, SourceError
+from toys.blocks import Model, config
+from toys.several import run, three
 
 pytest.importorskip("huggingface_hub")
 

@@ -11,9 +11,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError
+from toys.adapters import train
+from toys.compare import assert_unchanged, everything
 
 IDS = torch.arange(8, 20)[None]
 

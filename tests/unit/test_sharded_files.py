@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapter_toys import assert_unchanged, everything, train
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from lorafa.errors import CheckpointError
 from lorafa.storage.tensors import is_part, whole
+from toys.adapters import train
+from toys.compare import assert_unchanged, everything
 
 
 class Model(nn.Module):

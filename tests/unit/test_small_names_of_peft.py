@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft_model_toys import Model, config, run, three, trains
 from safetensors.torch import load_file
 from torch import nn
 
 import lorafa
-from adapter_toys import adapted, input_for, only_layer
 from lorafa import LoraConfig, LoraModel, PeftModel, get_peft_model
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, SourceError
 from lorafa.optimizers import LoraFAOptimizer
+from toys.adapters import adapted, only_layer
+from toys.blocks import Model, config
+from toys.layers import input_for
+from toys.several import run, three, trains
 
 LINEAR = "torch.nn.modules.linear.Linear"
 

@@ -9,14 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration_toys import LAYERS, Toy, inputs, loss
-from lorafa import LoraConfig, PeftModel, get_peft_model, initialize
+from lorafa import PeftModel, get_peft_model, initialize
 from lorafa.errors import warn
 from lorafa.initializers.lora_one import LoraOneConfig
-
-
-def config(start: bool | str, **settings: Any) -> LoraConfig:
-    return LoraConfig(r=2, target_modules=list(LAYERS), init_lora_weights=start, **settings)
+from toys.calibration import Toy, config, inputs, loss
 
 
 def falling(model: nn.Module, x: Tensor) -> Tensor:

@@ -206,8 +206,7 @@ def _no_match(config: LoraConfig, field: str, unused: list[str], everything: lis
     stacked = meant(stacked_parameters(everything), names) if field == "target_modules" else []
     if stacked:
         hint = (
-            " Layers of that name are stacked in parameters of the experts: name those, "
-            f"target_parameters={stacked!r}."
+            f" Layers of that name are stacked in parameters of the experts: name those, target_parameters={stacked!r}."
         )
     if field == "target_modules" and config.layers_to_transform is not None and last in leaves:
         hint = f" It is in none of the layers that layers_to_transform={config.layers_to_transform!r} picks."

@@ -1,0 +1,56 @@
+"""What operations allocate, and what autograd keeps of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Allocated(TorchDispatchMode):
+    """The tensors that operations returned; those of the meta device, which have no numbers, count for nothing."""
+
+    nbytes = 0
+    """Of all of them together."""
+    largest = 0
+    """Elements of the largest."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self.nbytes += tensor.nbytes
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+class Kept:
+    """Distinct storages saved for backward, leaves (parameters) left out: address -> (bytes, dtype)."""
+
+    def __init__(self, *known: Tensor | None) -> None:
+        self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
+        self.storages: dict[int, tuple[int, torch.dtype]] = {}
+        self._alive: list[Tensor] = []
+        self._hooks = saved_tensors_hooks(self._pack, lambda t: t)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.known:
+            self._alive.append(tensor)  # so that no address is used twice
+            self.storages[storage.data_ptr()] = (storage.nbytes(), tensor.dtype)
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._hooks.__exit__(*args)
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for size, _ in self.storages.values())

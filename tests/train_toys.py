@@ -1,0 +1,3 @@
+"""To be removed: the place of these is now tests/toys."""
+
+from toys.workplace import *  # noqa: F403

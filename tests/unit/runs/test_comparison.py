@@ -1,0 +1,322 @@
+"""Comparisons: which runs are made, how rates are chosen, and what the table says."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+from rich.console import Console
+
+from lorafa.cli.main import main
+from lorafa.conf.compose import compose
+from lorafa.errors import ConfigError, DivergedError, TrainingError
+from lorafa.report.comparison import HEADINGS, cells, read_rows, write_comparison
+from lorafa.runs.comparison import LOCKS, Plan, compare, interval, steps_to
+from lorafa.settings.typed import plain
+from lorafa.train.settings.run import RunConfig
+from toys.places import ROOT
+
+PLAN: dict[str, Any] = {
+    "baseline": "lora",
+    "seeds": [0, 1, 2],
+    "settings": ["train.steps=20"],
+    "methods": {
+        "lora": {"settings": ["optim=adamw"], "rates": [1e-3, 2e-3, 4e-3]},
+        "fa": {"settings": ["optim=lora_fa"], "rates": [1e-3, 2e-3]},
+    },
+}
+
+BEST = {"adamw": 2e-3, "lora_fa": 1e-3}
+"""Best rates that lie inside the grids, or grow them by one rate."""
+
+
+def plan_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(PLAN | changes))
+    return path
+
+
+class Fake:
+    """Runs whose final loss is the squared distance of log2(rate) from the method's best rate, plus the seed.
+
+    Args:
+        diverges_above: a learning rate.
+        ends: what comes of a run instead, by "method/run": another loss, or an error.
+    """
+
+    def __init__(
+        self,
+        best: dict[str, float],
+        fail_after: int = 10**6,
+        diverges_above: float = math.inf,
+        ends: Mapping[str, float | Exception] = MappingProxyType({}),
+    ) -> None:
+        self.best, self.fail_after, self.diverges_above, self.ends = best, fail_after, diverges_above, ends
+        self.started: list[str] = []
+
+    def __call__(self, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+        path = Path(str(config.run_dir))
+        path.mkdir(parents=True)
+        (path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+        if len(self.started) == self.fail_after:
+            raise KeyboardInterrupt
+        name = f"{path.parent.name}/{path.name}"
+        self.started.append(name)
+        loss = math.log2(config.optim.lr / self.best[config.optim.name]) ** 2 + 0.1 * config.train.seed
+        curve = [{"step": s, "eval_loss": loss + 1 - s / 20, "seconds": 0.5 * s} for s in (10, 20)]
+        (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, curve)))
+        if config.optim.lr > self.diverges_above:
+            raise DivergedError("The loss is nan in step 3.")
+        end = self.ends.get(name, loss)
+        if isinstance(end, Exception):
+            raise end
+        result = {"status": "finished", "after": {"loss": end}, "parameters": {"trainable": 7, "all": 9}}
+        result |= {"steps": 20, "seconds": {"train": 10.0}}
+        (path / "result.json").write_text(json.dumps(result))
+        return path
+
+
+def run(folder: Path, fake: Fake, **changes: Any) -> dict[str, dict[str, Any]]:
+    console = Console(quiet=True)
+    return {row["method"]: row for row in compare(Plan.read(plan_file(folder, **changes)), folder, console, start=fake)}
+
+
+def test_the_first_seed_chooses_the_rate_and_the_others_run_at_it(tmp_path: Path) -> None:
+    fake = Fake(BEST)
+    rows = run(tmp_path, fake)
+    assert rows["lora"]["lr"] == 2e-3
+    assert rows["lora"]["loss"]["values"] == pytest.approx([0.0, 0.1, 0.2])
+    assert sum("seed-1" in name for name in fake.started) == 2
+    assert rows["lora"]["difference"] is None
+    assert rows["fa"]["difference"]["mean"] == pytest.approx(0.0)
+
+
+def test_the_grid_grows_where_the_best_rate_is_at_its_end(tmp_path: Path) -> None:
+    rows = run(tmp_path, Fake({"adamw": 16e-3, "lora_fa": 0.5e-3}))
+    assert rows["lora"]["lr"] == pytest.approx(16e-3)
+    assert rows["fa"]["lr"] == pytest.approx(0.5e-3)
+
+
+def test_several_processes_share_the_runs_of_one_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process is at two runs: all others are made meanwhile, and what it finishes is taken over."""
+    monkeypatch.setattr("lorafa.runs.comparison.WAIT", 0.01)
+    ours, theirs, done = Fake(BEST), Fake(BEST), threading.Event()
+    console = Console(file=io.StringIO(), width=200)
+    plan = Plan.read(plan_file(tmp_path))
+    taken = [("lora", 1e-3, 0), ("fa", 1e-3, 1)]
+    paths = [tmp_path / LOCKS / name / f"lr-{rate:.4g}-seed-{seed}.lock" for name, rate, seed in taken]
+    locks, configs = [FileLock(path, thread_local=False) for path in paths], []
+    for lock, (name, rate, seed) in zip(locks, taken, strict=True):
+        Path(lock.lock_file).parent.mkdir(parents=True)
+        lock.acquire()
+        method = next(method for method in plan.methods if method.name == name)
+        place = f"run_dir={tmp_path / name / f'lr-{rate:.4g}-seed-{seed}'}"
+        configs.append(compose([*plan.overrides(method, rate, seed), place]))
+
+    def other_process() -> None:
+        assert done.wait(60)
+        for lock, config in zip(locks, configs, strict=True):
+            theirs(config, console, [])
+            lock.release()
+
+    def started(config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+        path = ours(config, console, command)
+        if len(ours.started) == 6:  # five rates, one of which the grid grew by, and another seed
+            done.set()
+        return path
+
+    thread = threading.Thread(target=other_process)
+    thread.start()
+    rows = compare(plan, tmp_path, console, start=started)
+    thread.join()
+    assert not set(ours.started) & set(theirs.started)
+    assert {row["method"]: row["seeds"] for row in rows} == {"lora": 3, "fa": 3}
+    assert "Waiting for runs that other processes are at." in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_is_finished_is_not_run_again_and_what_broke_off_is_kept_beside(tmp_path: Path) -> None:
+    first = Fake(BEST, fail_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, first)
+    second = Fake(BEST)
+    run(tmp_path, second)
+    assert not set(first.started) & set(second.started)
+    assert len(list(tmp_path.glob("*/*.unfinished-1"))) == 1
+    third = Fake(BEST)
+    assert run(tmp_path, third)["lora"]["seeds"] == 3
+    assert third.started == []
+
+
+def test_a_rate_that_diverges_is_no_candidate_and_is_not_run_again(tmp_path: Path) -> None:
+    best = {"adamw": 4e-3, "lora_fa": 1e-3}
+    first = Fake(best, diverges_above=3e-3)
+    assert run(tmp_path, first)["lora"]["lr"] == 2e-3
+    second = Fake(best, diverges_above=3e-3)
+    run(tmp_path, second)
+    assert second.started == []
+
+
+def test_a_mistake_in_the_wiring_is_no_result_of_a_rate(tmp_path: Path) -> None:
+    wrong = Fake(BEST, ends={"lora/lr-0.001-seed-0": TrainingError("None of the 8 weights got a gradient.")})
+    with pytest.raises(TrainingError, match=r"None of the 8 weights got a gradient"):
+        run(tmp_path, wrong)
+    again = Fake(BEST)
+    run(tmp_path, again)
+    assert "lora/lr-0.001-seed-0" in again.started
+
+
+@pytest.mark.parametrize("end", [DivergedError("The loss is nan in step 3."), math.nan], ids=["stopped", "finished"])
+def test_a_method_of_which_a_seed_diverged_has_no_mean(end: float | Exception, tmp_path: Path) -> None:
+    row = run(tmp_path, Fake(BEST, ends={"fa/lr-0.001-seed-1": end}))["fa"]
+    assert (row["seeds"], row["diverged"]) == (3, 1)
+    assert row["loss"] is row["difference"] is row["steps_to_baseline"] is None
+    assert cells(row)[2:6] == ("3, 1 diverged", "diverged", "diverged", "diverged")
+    assert "3, 1 diverged" in write_comparison(tmp_path).read_text()
+
+
+def test_nothing_is_measured_against_a_baseline_that_diverged(tmp_path: Path) -> None:
+    row = run(tmp_path, Fake(BEST, ends={"lora/lr-0.002-seed-1": math.nan}))["fa"]
+    assert row["diverged"] == 0
+    assert row["loss"]["values"] == pytest.approx([0.0, 0.1, 0.2])
+    assert cells(row)[4:6] == ("-", "-")
+
+
+def test_a_method_that_diverges_at_every_rate_keeps_its_row(tmp_path: Path) -> None:
+    """The grid grows downwards twice, and no other seed runs at a rate that is known to diverge."""
+    lower = {f"fa/lr-{rate}-seed-0": math.nan for rate in (0.00025, 0.0005, 0.001, 0.002)}
+    fake = Fake(BEST, ends=lower)
+    row = run(tmp_path, fake)["fa"]
+    assert {name for name in fake.started if name.startswith("fa/")} == set(lower)
+    assert (row["lr"], row["seeds"], row["diverged"]) == (2.5e-4, 1, 1)
+    assert cells(row)[2:4] == ("1, 1 diverged", "diverged")
+
+
+def test_the_command_fails_if_no_method_has_a_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal folds words
+    run(tmp_path, Fake(BEST, diverges_above=0.0))
+    assert main(["compare", str(tmp_path / "plan.yaml"), str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "diverged" in shown.out
+    assert "No method has a result: each has a run that diverged. Give the plan lower learning rates." in shown.err
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_a_rate_at_the_end_of_those_tried_is_marked(tmp_path: Path) -> None:
+    rows = run(tmp_path, Fake({"adamw": 64e-3, "lora_fa": 1e-3}), seeds=[0])
+    assert (rows["lora"]["lr"], rows["lora"]["at_end"]) == (16e-3, True)
+    assert rows["fa"]["at_end"] is False
+    marked = "0.016 (at the end of the rates tried)"
+    assert cells(rows["lora"])[1] == marked
+    assert marked in write_comparison(tmp_path).read_text()
+
+
+def test_a_single_rate_is_given_and_not_at_an_end(tmp_path: Path) -> None:
+    methods = {"lora": {"settings": ["optim=adamw"], "rates": [1e-3]}}
+    assert run(tmp_path, Fake(BEST), methods=methods, seeds=[0])["lora"]["at_end"] is False
+
+
+def test_the_result_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
+    earlier = ROOT / "docs" / "results" / "optimizers" / "comparison.json"
+    (tmp_path / "comparison.json").write_text(earlier.read_text())
+    lora = next(row for row in read_rows(tmp_path) if row["method"] == "lora")
+    assert cells(lora)[1:4] == ("0.004", "3", "0.6914 +- 0.0031")
+    assert "0.6914 +- 0.0031" in write_comparison(tmp_path).read_text()
+
+
+def test_steps_to_the_baseline_are_counted_on_one_curve(tmp_path: Path) -> None:
+    """The baseline reaches its own last loss at its last measurement."""
+    rows = run(tmp_path, Fake(BEST), seeds=[0])
+    assert rows["lora"]["steps_to_baseline"] == pytest.approx(20.0)
+    assert rows["lora"]["seconds_a_step"] == pytest.approx(0.5)
+
+
+def test_runs_with_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
+    run(tmp_path, Fake(BEST))
+    with pytest.raises(ConfigError, match=r"finished, but with other settings \(peft\).*another folder"):
+        run(tmp_path, Fake(BEST), settings=["train.steps=20", "peft.r=4"])
+
+
+def test_an_interval_is_students() -> None:
+    found = interval([1.0, 2.0, 3.0])
+    assert found["mean"] == 2.0
+    assert found["half_width"] == pytest.approx(4.303 * 1.0 / 3**0.5, rel=1e-3)
+    assert interval([1.0])["half_width"] is None
+
+
+def test_the_step_a_loss_is_reached_at_lies_between_two_measurements() -> None:
+    curve = [{"step": 10, "eval_loss": 3.0}, {"step": 20, "loss": 9.0}, {"step": 30, "eval_loss": 1.0}]
+    assert steps_to(curve, 2.0) == pytest.approx(20.0)
+    assert steps_to(curve, 5.0) == 10.0
+    assert steps_to(curve, 0.5) is None
+
+
+def test_the_page_names_every_method(tmp_path: Path) -> None:
+    run(tmp_path, Fake(BEST))
+    page = write_comparison(tmp_path).read_text()
+    for name in ("lora", "fa", *HEADINGS):
+        assert name in page
+    assert page.count("<svg") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"baseline": "dora"}, r"baseline 'dora' is none of fa, lora"),
+        ({"methods": {"lora": {"settings": [], "rates": []}}}, r"lora must hold settings and rates"),
+        ({"methods": {"lora": {"settings": [], "rates": [2e-3, 1e-3]}}}, r"numbers > 0, rising"),
+        ({"methods": {"a/../b": {"settings": [], "rates": [1e-3]}}, "baseline": "a/../b"}, r"cannot name a folder"),
+        ({"more": 1}, r"must hold baseline, methods, seeds, settings, found"),
+        ({"settings": ["peft.rank=3"]}, r"peft.rank"),
+        ({"methods": {"lora": {"settings": [], "rates": ["1e-3"]}}}, r"Numbers are written with a point: 1\.0e-3"),
+        ({"settings": 3}, r"settings must be a list of settings, found 3\. Write \[train\.steps=100\]"),
+        (
+            {"settings": ["+optim.lr=3"]},
+            r"sets '\+optim\.lr=3', but optim\.lr is the comparison's: see rates\. Leave it",
+        ),
+        ({"settings": ["run_dir=x"]}, r"run_dir is the comparison's: every run has its own"),
+        (
+            {"methods": {"lora": {"settings": "optim=sgd", "rates": [1e-3]}}},
+            r"lora must be a list of settings, found 'optim=sgd'",
+        ),
+        *(
+            ({"seeds": seeds}, r"seeds must be a list of different integers, found .* Write \[0, 1, 2\]")
+            for seeds in (0, [], ["a"], [1, 1])
+        ),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_before_the_first_run(
+    changes: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        Plan.read(plan_file(tmp_path, **changes))
+
+
+def test_what_a_comparison_sets_itself_cannot_be_set_for_all_its_runs(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"the command: key=value sets 'train\.seed=3', but train\.seed is the compar"
+    ):
+        Plan.read(plan_file(tmp_path), ["threads=2", "train.seed=3"])
+
+
+def test_the_command_says_what_is_wrong_and_leaves_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(tmp_path / "none.yaml"), str(tmp_path / "runs")]) == 2
+    assert "cannot be read as a comparison" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_plan(path: Path) -> None:
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
+    assert [method.name for method in Plan.read(path).methods] == list(written)
+    assert len(written) > 1
