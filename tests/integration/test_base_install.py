@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lorafa.cli.main import EXTRA
+from toys.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 COMMAND = "import sys\nfrom lorafa.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"

@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from adapter_toys import train as move
 from lorafa import LoraConfig, check_gradients, get_peft_model
 from lorafa.errors import BackendError
+from toys.adapters import train as move
 from toys.processes import leave_group
 
 DIM = 4

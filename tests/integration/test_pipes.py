@@ -12,9 +12,10 @@ import pytest
 
 from lorafa.cli import main as cli
 from lorafa.cli.main import main
+from toys.places import ROOT
 from toys.workplace import make_workplace, read, settings
 
-SOURCES = str(Path(__file__).parents[2] / "src")
+SOURCES = str(ROOT / "src")
 CLOSED = 141
 """128 + SIGPIPE, what a shell says of `yes` in `yes | true`."""
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from toys.places import ROOT
 from toys.workplace import make_workplace, metrics, read, settings
 
-SOURCES = str(Path(__file__).parents[2] / "src")
+SOURCES = str(ROOT / "src")
 LIMIT = 300
 """Seconds after which a process that should be done has failed."""
 STEPS = ["train.steps=6", "train.checkpoint_every=2", "eval.size=0", "eval.before=false"]

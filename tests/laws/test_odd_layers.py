@@ -15,10 +15,10 @@ from lorafa.backends.base import Backend
 from lorafa.backends.dense import DenseBackend
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.errors import BackendError, LoraError, TargetError
-from odd_layers import IN, ODD, OUT, Odd, Packed, Wrapped, dense, hooked, with_weight
 from toys.adapters import only_layer, train
 from toys.compare import close
 from toys.layers import Single
+from toys.odd_layers import IN, ODD, OUT, Odd, Packed, Wrapped, dense, hooked, with_weight
 
 CARRYING = [name for name, odd in ODD.items() if odd.carries is None]
 RUNNING = [name for name in CARRYING if ODD[name].runs]
@@ -259,15 +259,15 @@ class WrappedBackend(DenseBackend):
         return None
 
 
-def test_back_end_of_a_type_of_tensor_goes_before_that_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_back_end_of_a_type_of_tensor_goes_before_that_of_the_layer() -> None:
     layer = with_weight(dense(), torch.randn(OUT, IN).as_subclass(Wrapped))
     assert type(backend_of(layer)) is DenseBackend
-    monkeypatch.setitem(BACKENDS._table, "tensor:odd_layers.Wrapped", WrappedBackend)
-    assert type(backend_of(layer)) is WrappedBackend
-    assert type(backend_of(dense())) is DenseBackend
-    model = get_peft_model(Single(layer), LoraConfig(r=4, target_modules=["layer"]))
-    x = torch.randn(3, IN)
-    close(model(x).as_subclass(Tensor), layer(x).as_subclass(Tensor), torch.float32)
+    with BACKENDS.added("tensor:toys.odd_layers.Wrapped", WrappedBackend):
+        assert type(backend_of(layer)) is WrappedBackend
+        assert type(backend_of(dense())) is DenseBackend
+        model = get_peft_model(Single(layer), LoraConfig(r=4, target_modules=["layer"]))
+        x = torch.randn(3, IN)
+        close(model(x).as_subclass(Tensor), layer(x).as_subclass(Tensor), torch.float32)
 
 
 @pytest.mark.parametrize("kind", BACKENDS.names())

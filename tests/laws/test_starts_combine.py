@@ -34,10 +34,9 @@ def refusal(start: bool | str, settings: dict[str, Any], kind: str) -> Refusal |
         return ConfigError, f"freeze_A=True leaves nothing to train: {asked} trains A alone. Drop one"
     if settings.get("lora_bias") and made.variant is not None:
         return ConfigError, f"lora_bias=True does not work with {asked}. Drop one"
-    if made.variant is not None and settings.get("use_dora"):
-        return ConfigError, f"use_dora=True and {asked} ask for two formulas, dora and {made.variant}"
     if made.variant is not None and kind != LINEAR:
-        return ConfigError, f"layer: {made.variant} is not defined on .* layers"
+        over = "dora over " if settings.get("use_dora") else ""
+        return ConfigError, f"layer: {over}{made.variant} is not defined on .* layers"
     if made.needs and kind != LINEAR:
         return ConfigError, f"layer: {asked} reads statistics of linear layers, and this is .* Leave it out"
     if made.quantizer is not None and kind != LINEAR:

@@ -196,7 +196,7 @@ def test_constructors_put_an_adapter_on_as_in_peft() -> None:
 
 
 def causal() -> nn.Module:
-    from parity_models import llama
+    from toys.language_models import llama
 
     return llama()
 

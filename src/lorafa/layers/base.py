@@ -363,6 +363,7 @@ class LoraLayer(Host):
     @torch.no_grad()
     def merged_base(self, names: Sequence[str]) -> nn.Module:
         """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
+        self._require_mergeable()  # before its weight is read: what is drawn anew is another weight each time
         adapters, weight = [self.adapters[name] for name in names], self.base_weight()
         changes = (adapter.delta_weight(weight) for adapter in adapters)
         return self.with_changes(changes, names, self.updated_bias(adapters))
@@ -374,13 +375,7 @@ class LoraLayer(Host):
             AdapterError: it would not be finite; ``names`` are the adapters the changes come from.
             BackendError: the layer cannot hold it.
         """
-        odd = self.backend.merges(self.pristine)
-        if odd is not None:
-            raise BackendError(
-                f"Nothing can be merged into this {described(self.pristine)}: {odd}, so another weight in it would not "
-                "change its output as the adapter does; nothing was changed. Keep the adapter unmerged, or remove what "
-                "is odd (hook, parametrization, replaced forward) first."
-            )
+        self._require_mergeable()
         weight = self.base_weight()
         total = weight.to(working_dtype(weight.dtype))
         for change in changes:
@@ -393,6 +388,15 @@ class LoraLayer(Host):
                 "dtype of wider range: bfloat16 or float32."
             )
         return changed
+
+    def _require_mergeable(self) -> None:
+        odd = self.backend.merges(self.pristine)
+        if odd is not None:
+            raise BackendError(
+                f"Nothing can be merged into this {described(self.pristine)}: {odd}, so another weight in it would not "
+                "change its output as the adapter does; nothing was changed. Keep the adapter unmerged, or remove what "
+                "is odd (hook, parametrization, replaced forward) first."
+            )
 
     def updated_bias(self, adapters: Sequence[Adapter]) -> Tensor | None:
         """The base's bias plus those of the adapters; None where none of these has one.
@@ -453,7 +457,9 @@ class LoraLayer(Host):
             if fused is not None:
                 return fused
         y = self.base_layer(x, *args, **kwargs)
-        out, x = y, x.to(y.device)  # where a hook of the base layer may have brought it
+        if isinstance(y, Tensor):
+            x = x.to(y.device)  # where a hook of the base layer may have brought it
+        out = y
         for adapter in adapters:
             out = self._added(out, adapter.delta_output(x, y))
         return out

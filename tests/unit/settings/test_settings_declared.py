@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import fields
 from importlib.util import find_spec, module_from_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import lorafa
 from lorafa.optimizers import OPTIMIZERS
 from lorafa.registry import Registry
 from lorafa.settings.declared import declared
@@ -57,29 +53,3 @@ def test_an_object_that_is_here_is_asked_itself() -> None:
         found = declared(OPTIMIZERS, "again")
     assert [key.name for key in found.settings] == ["betas", "eps", "algorithm"]
     assert found.keywords["lr"] == 2e-3
-
-
-STUB = """
-import sys, types
-package = types.ModuleType("lorafa")
-package.__path__ = [{path!r}]
-sys.modules["lorafa"] = package  # without what the package itself imports
-{statement}
-print(*sorted({{"torch", "transformers", "datasets", "accelerate"}} & set(sys.modules)))
-"""
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import lorafa.train.settings.run",
-        "import lorafa.conf.compose",
-        "from lorafa.cli.settings import settings_help; assert 'optim.algorithm=exact' in settings_help()",
-        "from lorafa.models import MODELS; MODELS.get('smollm2-135m')",
-        "from lorafa.data import data_set_of; data_set_of('a/b')",
-    ],
-)
-def test_settings_and_their_help_are_read_without_torch(statement: str) -> None:
-    code = STUB.format(path=str(Path(lorafa.__file__).parent), statement=statement)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

@@ -13,20 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapter_toys import (
-    DEFINED,
-    Single,
-    backend_for,
-    base_layer,
-    config_for,
-    only_layer,
-    read_by,
-    starts_of,
-    stats_for,
-    train,
-    weight_for,
-)
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from toys.adapters import DEFINED, config_for, only_layer, read_by, starts_of, stats_for, train
+from toys.layers import Single, backend_for, base_layer, weight_for
 
 accelerate = pytest.importorskip("accelerate")
 CALLED = [(v, k) for v, k in DEFINED if backend_for(k).host in ("linear", "conv", "embedding")]

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base, restore_base
 from lorafa.errors import BackendError, CheckpointError, ConfigError, TargetError
 from lorafa.io.adapter_files import base_fingerprint
-from offload_toys import (
+from toys.adapters import config_for, only_layer, starts_of, train
+from toys.compare import close
+from toys.layers import Single, backend_for, base_layer, input_for
+from toys.offload import (
     CALLED,
     CALLED_KINDS,
     WHERE,
@@ -29,9 +32,6 @@ from offload_toys import (
     rests,
     settings_for,
 )
-from toys.adapters import config_for, only_layer, starts_of, train
-from toys.compare import close
-from toys.layers import Single, backend_for, base_layer, input_for
 
 LINEAR = "torch.nn.modules.linear.Linear"
 NF4 = "lorafa.backends.nf4.NF4Linear"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from lorafa.conf.compose import compose
@@ -11,6 +9,7 @@ from lorafa.errors import ConfigError
 from lorafa.settings.typed import plain
 from lorafa.train.recipe import lora_config
 from lorafa.train.settings.init import InitConfig
+from toys.places import ROOT
 
 DOCUMENTED = (
     "+init=gradient ++init.direction=LoRA-FA ++init.scale=stable ++init.stable_gamma=128 ++init.bsz=1 ++init.iters=8 "
@@ -56,7 +55,7 @@ def test_the_documented_command_sets_what_it_names_and_nothing_else() -> None:
     named = {"direction": "LoRA-FA", "scale": "stable", "stable_gamma": 128.0, "bsz": 1, "iters": 8, "max_length": 1024}
     default = plain(compose(["init=gradient"]))
     assert plain(compose(DOCUMENTED.split())) == default | {"init": default["init"] | named}
-    assert DOCUMENTED in (Path(__file__).parents[2] / "docs" / "starts.md").read_text(encoding="utf-8")
+    assert DOCUMENTED in (ROOT / "docs" / "starts.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from torch import nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from lorafa.errors import AdapterError, CheckpointError
-from offload_toys import (
+from toys.compare import close
+from toys.layers import backend_for, input_for
+from toys.offload import (
     BESIDE,
     CALLED_KINDS,
     WHERE,
@@ -28,8 +30,6 @@ from offload_toys import (
     ran,
     settings_for,
 )
-from toys.compare import close
-from toys.layers import backend_for, input_for
 
 
 @pytest.fixture(params=WHERE)
