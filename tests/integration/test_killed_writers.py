@@ -52,10 +52,10 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     result = run_python(
         """
         import os, signal, sys, torch
-        import lorafa.storage as storage
+        import lorafa.storage.whole as whole
         from lorafa.storage.tensors import write_tensors
         replace = os.replace
-        storage.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)  # the last moment before the new name
+        whole.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)  # the last moment before the new name
         write_tensors(sys.argv[1], {"new": torch.zeros(10)})
         """,
         str(tmp_path / "w.safetensors"),

@@ -24,8 +24,7 @@ LONGER = {
     "src/lorafa/config.py": "the fields of LoraConfig with their checks beside them",
     "src/lorafa/layers/base.py": "what every kind of layer answers to, under PEFT's names",
     "src/lorafa/models/head_loss.py": "the loss, the cut before the head, and the trial that compares both",
-    "tests/unit/test_functional.py": "one formula in every dtype and transformation",
-    "tests/unit/test_offloaded_bases.py": "one kind of base under everything that is done to a layer",
+    "tests/unit/numerics/test_fused.py": "one formula in every dtype and transformation",
 }
 """Files that are longer, and the one subject each of them has."""
 

@@ -115,7 +115,6 @@ LATER = {
     "QA-LoRA": {"use_qalora": True},
     "VeLoRA": {"velora_config": {}},
     "MonteCLoRA": {"monteclora_config": {}},
-    "KaSA": {"kasa_config": {}},
     "BD-LoRA": {"use_bdlora": {}},
     "Arrow": {"arrow_config": {}},
     "Megatron": {"megatron_config": {"a": 1}},
