@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorafa.optimizers import OPTIMIZERS
 from lorafa.settings.typed import build
 from lorafa.train.recipe import training_arguments
 from lorafa.train.settings.optim import OptimConfig, pair_optimizer
@@ -73,7 +74,9 @@ def test_another_value_of_a_setting_leads_elsewhere(optimizer: tuple[Setting, ..
 
 def test_every_setting_is_tried() -> None:
     tried = {name for settings in SETTINGS.values() for name, _ in settings}
-    assert {"name", *tried} == {field.name for field in fields(OptimConfig)}
+    own = [OPTIMIZERS.get(name).settings for name in OPTIMIZERS.names()]
+    known = {field.name for settings in (OptimConfig, *filter(None, own)) for field in fields(settings)}
+    assert {"name", "own", *tried} == known
 
 
 @pytest.mark.parametrize("name", ["adamw", "lora_pro"])

@@ -247,7 +247,6 @@ CASES: dict[str, Case] = {
     "gpt2-dora": Case(gpt2, logits, {"target_modules": ["c_fc"], "fan_in_fan_out": True, "use_dora": True}),
     "t5-default": Case(t5, seq2seq_logits, {"task_type": "SEQ_2_SEQ_LM"}),
     "t5-all_linear": Case(t5, seq2seq_logits, {"target_modules": "all-linear"}),
-    "t5-shared": Case(t5, seq2seq_logits, {"target_modules": ["shared", "q"]}),
     "bert-default": Case(bert, logits, {"task_type": "SEQ_CLS"}),
     "bert-all_linear": Case(bert, logits, {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),
     "bert-token_classification": Case(
