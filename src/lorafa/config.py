@@ -247,11 +247,7 @@ class LoraConfig:
         Raises:
             ConfigError: there is no such start.
         """
-        value = start_meant(self.init_lora_weights, vars(self))
-        known: tuple[Any, Start] | None = self.__dict__.get("_start")
-        if known is None or known[0] != value:  # parsed once, and again where it was set since
-            known = self.__dict__["_start"] = value, known_start(value)
-        return known[1]
+        return known_start(start_meant(self.init_lora_weights, vars(self)))
 
     @property
     def seed(self) -> int:

@@ -30,7 +30,10 @@ MOVING_TOGETHER: dict[str, Callable[[PeftModel], Optimizer]] = {
 
 def refuse(model: PeftModel, algorithm: str, kind: type[Exception], match: str) -> None:
     def state() -> list[object]:
-        layers = [dict(layer.trains) for _, layer in model.base_model.lora_layers()]
+        layers = [
+            {name: adapter.trains for name, adapter in layer.adapters.items()}
+            for _, layer in model.base_model.lora_layers()
+        ]
         values = [(p.requires_grad, p.tolist()) for p in model.parameters()]
         return [layers, values, copy.deepcopy(model.peft_config)]
 

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigError, DivergedError, LoraError
+from lorafa.layers import LoraLayer
 from lorafa.optimizers import (
     LoraFAOptimizer,
     create_lorafa_optimizer,
@@ -47,7 +48,11 @@ def state(model: nn.Module) -> dict[str, Any]:
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     configs = {name: config.freeze_A for name, config in getattr(model, "peft_config", {}).items()}
-    trains = {path: dict(layer.trains) for path, layer in model.named_modules() if hasattr(layer, "trains")}
+    trains = {
+        path: {name: adapter.trains for name, adapter in layer.adapters.items()}
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
     return {"tensors": tensors, "flags": flags, "configs": configs, "trains": trains}
 
 
@@ -113,7 +118,7 @@ def test_an_active_adapter_that_is_not_trained_is_left_as_it_is(algorithm: str) 
     assert torch.equal(first.lora_B["other"].weight, B)
     assert not model.peft_config["other"].freeze_A
     assert model.peft_config["default"].freeze_A
-    assert first.trains == {"default": "B", "other": "AB"}
+    assert {name: adapter.trains for name, adapter in first.adapters.items()} == {"default": "B", "other": "AB"}
 
 
 def test_the_class_does_not_take_A() -> None:

@@ -22,7 +22,6 @@ from lorafa.settings.groups import OpenGroup
 from lorafa.settings.methods import (
     ArrowConfig,
     BdLoraConfig,
-    KasaConfig,
     LoraRuntimeConfig,
     MontecloraConfig,
     VeloraConfig,
@@ -180,8 +179,6 @@ class PeftConfig:
     """BD-LoRA; {} takes its defaults."""
     arrow_config: ArrowConfig | None = None
     """Arrow routing; {} takes its defaults."""
-    kasa_config: KasaConfig | None = None
-    """KaSA; {} takes its defaults."""
     megatron_config: dict[str, Any] | None = None
     """Settings of Megatron's parallel layers."""
     megatron_core: str | None = "megatron.core"
