@@ -15,9 +15,8 @@ from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_d
 from lorafa.errors import CheckpointError, ConfigError, SourceError
 from lorafa.surgery.walk import lora_layers
 from toys.adapters import adapted, train
-from toys.blocks import Model, config
 from toys.layers import KINDS, input_for
-from toys.several import run, three, trains
+from toys.several import Model, config, run, three, trains
 
 UNREAD: list[dict[str, Any]] = [
     {"device_map": "auto"},
