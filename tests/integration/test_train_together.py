@@ -53,14 +53,14 @@ sys.exit(main(arguments))
 
 CLAIM = """
 import sys, time
-from types import SimpleNamespace
+from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError
 from lorafa.runs.record import RunDirectory
+from lorafa.train.adapter_config import lora_config
 
-run_dir, start, keep = sys.argv[1] or None, float(sys.argv[2]), float(sys.argv[3])
-config = SimpleNamespace(
-    run_dir=run_dir, peft=SimpleNamespace(use_dora=False, r=8), init=SimpleNamespace(mode="default")
-)
+run_dir, start, keep = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+config = compose([f"run_dir={run_dir}"] if run_dir else [])
+lora_config(config)  # a name is made of it: what that loads is there before the moment
 while time.time() < start:
     pass
 try:
@@ -188,7 +188,7 @@ def test_runs_that_start_at_the_same_moment_have_directories_of_their_own(tmp_pa
 
 def claims(start: Start, run_dir: str, keep: float) -> list[str]:
     """What six processes say that claim the directory at the same moment."""
-    moment = time.time() + 10
+    moment = time.time() + 25
     processes = [start("-c", CLAIM, run_dir, str(moment), str(keep)) for _ in range(6)]
     return [process.communicate(timeout=LIMIT)[0].strip() for process in processes]
 

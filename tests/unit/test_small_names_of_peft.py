@@ -18,9 +18,8 @@ from lorafa.backends.nf4 import NF4Linear
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, SourceError
 from lorafa.optimizers import LoraFAOptimizer
 from toys.adapters import adapted, only_layer
-from toys.blocks import Model, config
 from toys.layers import input_for
-from toys.several import run, three, trains
+from toys.several import Model, config, run, three, trains
 
 LINEAR = "torch.nn.modules.linear.Linear"
 

@@ -17,8 +17,7 @@ from torch import nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import ConfigError, SourceError
-from toys.blocks import Model, config
-from toys.several import run, three
+from toys.several import Model, config, run, three
 
 pytest.importorskip("huggingface_hub")
 
