@@ -307,10 +307,10 @@ ODD: dict[str, Odd] = {
     ),
     "fp8 with scales": Odd(fp8, carries=QUANTIZED.format("Parameter", "torch.float8_e4m3fn"), runs=False),
     "8 bits of torchao": Odd(torchao, carries="its weight is an Int8Tensor of torchao, perhaps quantized", runs=False),
-    "packed codes": Odd(Packed, carries="is a quantized Packed of odd_layers, which cannot carry an adapter"),
+    "packed codes": Odd(Packed, carries="is a quantized Packed of toys, which cannot carry an adapter"),
     "an unknown tensor": Odd(
         lambda: with_weight(dense(), torch.randn(OUT, IN).as_subclass(Wrapped)),
-        carries="its weight is a Wrapped of odd_layers, perhaps quantized",
+        carries="its weight is a Wrapped of toys, perhaps quantized",
     ),
     "a weight of truth values": Odd(
         lambda: with_weight(dense(), torch.ones(OUT, IN, dtype=torch.bool)),
