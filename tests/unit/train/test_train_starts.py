@@ -76,7 +76,7 @@ def tripled() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("model", "targets"), [(llama, [*TARGETS, "lm_head"]), (tripled, TARGETS)])
+@pytest.mark.parametrize(("model", "targets"), [(llama, [*TARGETS, "lm_head"]), (tripled, ["gate_proj", "up_proj"])])
 def test_the_size_of_the_step_is_that_of_the_smallest_loss_on_rows_held_out(
     model: Callable[[], nn.Module], targets: list[str]
 ) -> None:
@@ -84,9 +84,7 @@ def test_the_size_of_the_step_is_that_of_the_smallest_loss_on_rows_held_out(
     adapter = {"lora_alpha": 500, "target_modules": targets}
     settings: dict[str, Any] = {"mode": "lora_one", "iters": 2, "adapter": adapter}
     losses = {g: held_out_loss(start(model=model(), stable_gamma=g, **settings).model) for g in GAMMAS}
-    assert len(set(losses.values())) == len(GAMMAS)
-    if "lm_head" in targets:
-        assert min(losses, key=losses.__getitem__) not in (GAMMAS[0], GAMMAS[-1])
+    assert min(losses, key=losses.__getitem__) not in (GAMMAS[0], GAMMAS[-1])
     found = start(model=model(), stable_gamma="auto", **settings)
     assert found.record["stable_gamma"] == min(losses, key=losses.__getitem__)
     assert held_out_loss(found.model) == min(losses.values())
