@@ -70,7 +70,7 @@ class _Pass:
 
     @property
     def half(self) -> int:
-        """Of the running batch. Halves take turns, and processes begin with different ones."""
+        """The half sample, 0 or 1, of the running batch. They take turns, and processes begin with different ones."""
         return (self.count + rank()) % 2
 
     def announce(self, batch: Any) -> None:

@@ -16,7 +16,7 @@ from lorafa.settings.checks import check_number
 
 @dataclass(frozen=True)
 class ExplainedVarianceSettings:
-    """Of rule "explained_variance"."""
+    """What rule "explained_variance" is set by."""
 
     rho: float = 2.0
     """How many times its rank a layer may get, rounded."""

@@ -56,7 +56,7 @@ class _Sums:
         return [tensor for tensor in (self.G, self.Y, self.Z) if tensor is not None]
 
     def mean(self, share: float, other: _Sums) -> _Sums:
-        """Of this with a share in [0, 1] and another with the rest."""
+        """The weighted mean: ``share``, in [0, 1], of this and the rest of ``other``."""
         pairs = ((self.G, other.G), (self.Y, other.Y), (self.Z, other.Z))
         return _Sums(*(None if a is None or b is None else share * a + (1 - share) * b for a, b in pairs))
 

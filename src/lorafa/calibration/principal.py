@@ -59,19 +59,19 @@ class Scatter:
 
     @classmethod
     def of(cls, x: Tensor, *, center: bool = True) -> Scatter:
-        """Of tokens (t, in)."""
+        """The scatter of tokens (t, in), about their mean or (``center=False``) about zero."""
         mean = x.mean(0) if center else x.new_zeros(x.shape[1])
         rows = x - mean
         return cls(rows, mean, rows.square().sum(), len(x))
 
     @classmethod
     def nothing(cls, components: int, width: int, like: Tensor | None = None) -> Scatter:
-        """Of no tokens, in the dtype and on the device of ``like``; None: float32 on the CPU."""
+        """The scatter of no tokens, in the dtype and on the device of ``like``; None: float32 on the CPU."""
         like = torch.zeros(()) if like is None else like
         return cls(like.new_zeros(components, width), like.new_zeros(width), like.new_zeros(()), 0)
 
     def joined(self, other: Scatter) -> Scatter:
-        """Of both token sets together, exactly: R = [R1; R2; sqrt(N1 N2 / N) (mean1 - mean2)]."""
+        """The scatter of both token sets together, exactly: R = [R1; R2; sqrt(N1 N2 / N) (mean1 - mean2)]."""
         if not self.count or not other.count:
             return self if self.count else other
         count = self.count + other.count

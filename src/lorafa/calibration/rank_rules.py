@@ -18,7 +18,7 @@ from lorafa.settings.checks import check_number
 
 @dataclass(frozen=True)
 class EnergySettings:
-    """Of rule "energy"."""
+    """What rule "energy" is set by."""
 
     share: float = 0.9
     """Share of a gradient's energy that its ranks must hold."""
@@ -29,7 +29,7 @@ class EnergySettings:
 
 @dataclass(frozen=True)
 class CrossValidationSettings:
-    """Of rule "cross_validation"."""
+    """What rule "cross_validation" is set by."""
 
     threshold: float = 0.25
     """Share of its singular value that a direction must hold in the other half sample to count: noise scores near

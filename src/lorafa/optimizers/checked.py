@@ -114,7 +114,7 @@ def check_stock(optimizer_cls: Any, settings: Mapping[str, Any]) -> None:
 
 
 def name_of(optimizer_cls: Any) -> str:
-    """Of a class, or of what a functools.partial will call."""
+    """The name of a class, or of what a functools.partial will call."""
     return str(getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", optimizer_cls))
 
 
