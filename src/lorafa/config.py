@@ -256,7 +256,8 @@ class LoraConfig:
 
     def start_settings(self) -> Any:
         """The settings of the start as its initializer reads them: an object of its class of settings, or None."""
-        field_name, kind = settings_field(self.start), settings_class(self.start)
+        start = self.start
+        field_name, kind = settings_field(start), settings_class(start)
         value = None if field_name is None else getattr(self, field_name)
         return value if field_name is None or kind is None else from_nested(kind, value, field_name)
 

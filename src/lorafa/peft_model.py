@@ -13,14 +13,15 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, NotAvailableError, warn
 from lorafa.io import load
 from lorafa.io.card import update_card
-from lorafa.settings.checks import check_arguments
+from lorafa.settings.checks import check_arguments, check_text
 from lorafa.storage.hub import UploadOptions, uploaded
 from lorafa.surgery.activate import require_nothing_merged
 from lorafa.surgery.adapted import AdaptedModel
 from lorafa.surgery.build import Options
 from lorafa.surgery.forward import ForwardOfTheWrapped, is_checkpointed, let_inputs_require_grad
-from lorafa.surgery.given import lora_config, with_base_name
+from lorafa.surgery.given import lora_config
 from lorafa.surgery.lora_model import LoraModel
+from lorafa.surgery.resolve import Resolved, resolve
 from lorafa.surgery.stats import Stats, forget_left, given
 from lorafa.surgery.walk import uncompiled
 
@@ -50,23 +51,19 @@ class PeftModel(AdaptedModel):
             As :func:`get_peft_model`; ``model`` is as it was then.
         """
         super().__init__()
-        _check_can_wrap(model, "add_adapter" if peft_config is not None else "load_adapter")
+        check_can_wrap(model, "add_adapter" if peft_config is not None else "load_adapter")
         self.base_model = LoraModel(model)
         self.training = model.training
         if peft_config is not None:
-            self._start(peft_config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
+            resolved = resolve(model, lora_config(peft_config))
+            self._start(resolved, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
 
-    def _start(
-        self, config: LoraConfig, name: str, options: Options, stats: Stats | None = None, revision: str | None = None
-    ) -> None:
+    def _start(self, resolved: Resolved, name: str, options: Options, stats: Stats | None = None) -> None:
         """Put the first adapter on and let it count."""
-        model, config = self.get_base_model(), with_base_name(lora_config(config), self.get_base_model())
-        if revision is not None:
-            config.revision = revision
-        self._add(config, name, options, stats)
-        self.base_model.set_adapter(name, inference_mode=config.inference_mode)
-        if is_checkpointed(model):
-            let_inputs_require_grad(model)
+        self._add(resolved, name, options, stats)
+        self.base_model.set_adapter(name, inference_mode=resolved.config.inference_mode)
+        if is_checkpointed(resolved.model):
+            let_inputs_require_grad(resolved.model)
 
     # ---- making, loading and saving
 
@@ -239,13 +236,13 @@ class PeftModel(AdaptedModel):
             CalibrationError, ConfigError, TargetError: as :func:`get_peft_model`; nothing was changed.
         """
         options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
-        self._add(with_base_name(lora_config(peft_config), self.get_base_model()), adapter_name, options, stats)
+        self._add(resolve(self.get_base_model(), lora_config(peft_config)), adapter_name, options, stats)
 
-    def _add(self, config: LoraConfig, name: str, options: Options, stats: Stats | None) -> None:
-        model = self.get_base_model()
-        self.base_model.inject_adapter(config, name, options, given(model, config, stats))
-        if stats is None and config.start.initializer.needs:  # it has taken what a preprocess function left
-            forget_left(model)
+    def _add(self, resolved: Resolved, name: str, options: Options, stats: Stats | None) -> None:
+        resolved = resolved.called_by_model()
+        self.base_model.inject_resolved(resolved, name, options, given(resolved.model, resolved.config, stats))
+        if stats is None and resolved.start.initializer.needs:  # it has taken what a preprocess function left
+            forget_left(resolved.model)
 
     # ---- running
 
@@ -303,7 +300,8 @@ def _refuse_mixed_batch(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _check_can_wrap(model: nn.Module, method: str) -> None:
+def check_can_wrap(model: nn.Module, method: str) -> None:
+    """Raises AdapterError for a PeftModel, whose ``method`` is meant, and for a base that an update is merged into."""
     if isinstance(model, nn.Module) and isinstance(uncompiled(model), PeftModel):
         raise AdapterError(f"The model is a PeftModel already. Call its {method}() to put another adapter on it.")
     require_nothing_merged(model)
@@ -342,9 +340,18 @@ def get_peft_model(
     """
     if mixed:
         raise NotAvailableError(f"mixed=True: {_MIXED}")
-    _check_can_wrap(model, "add_adapter")
-    wrapped = PeftModel(model)
-    wrapped._start(peft_config, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats, revision)
+    check_text("revision", revision)
+    check_can_wrap(model, "add_adapter")
+    resolved = resolve(model, lora_config(peft_config))
+    if revision is not None:
+        resolved = resolved.changed(revision=revision)
+    return adapted(resolved, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
+
+
+def adapted(resolved: Resolved, adapter_name: str, options: Options, stats: Stats | None = None) -> PeftModel:
+    """:func:`get_peft_model` for a config that has met its model; errors are those of the parts not yet checked."""
+    wrapped = PeftModel(resolved.model)
+    wrapped._start(resolved, adapter_name, options, stats)
     return wrapped
 
 

@@ -19,6 +19,7 @@ from lorafa.spec import LayerSpec
 from lorafa.surgery.available import unavailable
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
+from lorafa.surgery.resolve import resolve
 from lorafa.variants import VARIANTS, asking_settings
 from toys.adapters import config_for, train
 from toys.compare import close
@@ -146,8 +147,8 @@ def test_a_start_gets_the_statistics_of_its_layer_and_is_refused_without_them() 
     config, mean = config_for(LINEAR, init_lora_weights="from_mean"), torch.arange(8.0)
     model = Model()
     with pytest.raises(CalibrationError, match="init_lora_weights='from_mean' needs mean of 'layer'; none was given"):
-        plan(model, config, "default")
-    apply(model, plan(model, config, "default", stats={"layer": {"mean": mean}}))
+        plan(resolve(model, config), "default")
+    apply(model, plan(resolve(model, config), "default", stats={"layer": {"mean": mean}}))
     assert torch.equal(model.layer.factor_A("default"), mean.expand(4, 8))
 
 

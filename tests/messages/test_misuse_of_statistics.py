@@ -29,6 +29,7 @@ from lorafa import (
 )
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError, LoraError, TargetError
 from lorafa.starts.gamma import best_gamma
+from lorafa.surgery.resolve import resolve
 from toys.calibration import Toy, config, inputs, loss
 from toys.compare import assert_unchanged, everything
 
@@ -113,7 +114,7 @@ def test_held_out_rows_that_are_missing_unread_or_gone_after_one_look() -> None:
     refused(ConfigError, unread.replace("128", "None"), lambda m: start_from(m, config("eva"), {}, heldout=data))
     once = r"heldout= is 'generator', an iterator.*list\(heldout\)"
     refused(CalibrationError, once, lambda model: initialize(model, auto, data, heldout=(x for x in data), loss=loss))
-    refused(CalibrationError, once, lambda model: best_gamma(model, auto, {}, (x for x in data), loss=loss))
+    refused(CalibrationError, once, lambda model: best_gamma(resolve(model, auto), {}, (x for x in data), loss=loss))
     one = r"heldout= is 'dict', one batch and not several\. .* \[heldout\]"
     refused(CalibrationError, one, lambda model: initialize(model, auto, data, heldout={"x": data[0]}, loss=loss))
 

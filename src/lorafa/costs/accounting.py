@@ -26,6 +26,7 @@ from lorafa.surgery.available import require_available
 from lorafa.surgery.build import Options
 from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import Plan, plan
+from lorafa.surgery.resolve import resolve
 from lorafa.surgery.walk import base_parameters, lora_layers
 from lorafa.train.settings.optim import OptimConfig, entry_of
 
@@ -129,7 +130,7 @@ def _planned(model: nn.Module, config: LoraConfig, factors: str) -> Plan:
     """The adapter with these factors trained, and a start that reads nothing unless the formula is the start's own."""
     if config.start.initializer.variant is None:
         config = replace(config, init_lora_weights=True, **dict.fromkeys(START_SETTINGS))  # type: ignore[arg-type]
-    planned = plan(model, config, _NAME, Options(low_cpu_mem_usage=True))
+    planned = plan(resolve(model, config), _NAME, Options(low_cpu_mem_usage=True))
     layers = [replace(layer, parts=replace(layer.parts, trains=factors)) for layer in planned.layers]
     return replace(planned, layers=layers)
 

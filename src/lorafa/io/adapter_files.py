@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +20,25 @@ from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig, read_config
 from lorafa.errors import CheckpointError, ConfigError, shorten, warn
 from lorafa.initializers.settings import START_SETTINGS
 from lorafa.io.card import write_card
+from lorafa.io.file_config import file_config
 from lorafa.io.find import WEIGHTS_NAME, find_adapter_files
-from lorafa.io.peft_format import PREFIX, file_config, file_tensors, has_start, in_state, without_prefix
+from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, without_prefix
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
 from lorafa.storage.hub import HubOptions
-from lorafa.storage.tensors import can_be_gathered, is_part, read_tensors, require_values, whole, write_tensors
+from lorafa.storage.tensors import (
+    can_be_gathered,
+    is_part,
+    read_header,
+    read_tensors,
+    require_values,
+    whole,
+    write_tensors,
+)
 from lorafa.storage.whole import make_folder, write_json
-from lorafa.surgery.walk import lora_layers, places, uncompiled
+from lorafa.surgery.available import require_available
+from lorafa.surgery.walk import Place, lora_layers, places, uncompiled
 from lorafa.variants import variant_types
 from lorafa.version import VERSION
 
@@ -59,9 +69,14 @@ class StoredAdapter:
 
 
 def base_fingerprint(
-    model: nn.Module, names: list[str] | None = None, state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    everything: Iterable[Place] | None = None,
 ) -> dict[str, Any]:
     """Fingerprint of the pristine weights of the adapted layers, or of the layers called ``names``.
+
+    ``everything`` is every place of the model, where the caller knows them.
 
     A weight of which only a part is here is gathered by all processes, or taken from ``state_dict`` where that is
     given. Where neither gives all of it, it is recorded as not readable: a part is no description of the whole.
@@ -71,7 +86,8 @@ def base_fingerprint(
         modules = dict(_fingerprinted(model))
     else:
         wanted = set(names)
-        modules = {place.name: place.module for place in places(model) if place.name in wanted}
+        everything = places(model) if everything is None else everything
+        modules = {place.name: place.module for place in everything if place.name in wanted}
     origins = {name: m.origin for name, m in modules.items() if isinstance(m, LoraLayer) and m.origin is not None}
     weights = {name: _readable(module) for name, module in modules.items()}
     parts = {name: weight for name, weight in weights.items() if weight is not None and is_part(weight, 2)}
@@ -233,12 +249,14 @@ def read_adapter(
     allow_pickle: bool = False,
     use_safetensors: bool | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    inference_mode: bool = True,
     **hub: Unpack[HubOptions],
 ) -> StoredAdapter:
-    """Read an adapter from a folder or the Hub; nothing of any model is needed or touched.
+    """Read an adapter from a folder or the Hub, the config first; nothing of any model is needed or touched.
 
     Args:
         config: use this config instead of the stored one.
+        inference_mode: what the config says of it.
         allow_pickle: also read a ``.bin`` file (with ``weights_only=True``).
         use_safetensors: True reads no ``.bin`` file, False nothing else.
         key_mapping: regular expression -> replacement, applied to every key in turn.
@@ -246,15 +264,19 @@ def read_adapter(
     Raises:
         SourceError: folder, repository or file missing, or the Hub cannot be reached.
         CheckpointError: the file is damaged, holds inf or nan, or is a pickle and ``allow_pickle`` is False.
-        ConfigError: the stored config is not one lorafa can carry out.
+        ConfigError, NotAvailableError: the stored config is not one lorafa can carry out.
     """
     files = find_adapter_files(source, subfolder=subfolder, use_safetensors=use_safetensors, **hub)
-    tensors, metadata = read_tensors(files.weights, allow_pickle=allow_pickle)
-    side, tensors = from_metadata(metadata), renamed(tensors, key_mapping)
+    side = from_metadata(read_header(files.weights))
     if config is None:
         original, own = side.get("start", side.get("config", {})), side.get("own", {})
         changed = {key: original[key] for key in _CHANGED if key in original}
-        config = read_config(files.config, changed | {key: own[key] for key in LORAFA_ONLY if key in own})
+        changed |= {key: own[key] for key in LORAFA_ONLY if key in own}
+        config = read_config(files.config, changed | {"inference_mode": inference_mode})
+    else:
+        config = replace(config, inference_mode=inference_mode)
+    require_available(config)
+    tensors = renamed(read_tensors(files.weights, allow_pickle=allow_pickle)[0], key_mapping)
     return StoredAdapter(
         files.weights, config, without_prefix(tensors), side.get("base", {}), side.get("fallbacks", {}),
         "start" in side, side.get("quantized", {}),
@@ -273,13 +295,15 @@ def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
 
     That is why layers did not start as the config says, and the dense weight of layers that the start has quantized.
     """
-    for path, layer in lora_layers(model):
+    for path, layer in lora_layers(model) if stored.fallbacks else ():
         if path in stored.fallbacks and name in layer.adapters:
             layer.adapters[name].fallback = stored.fallbacks[path]
+    if not stored.quantized:
+        return
     for path, layer in _fingerprinted(model):
         if path in stored.quantized:
             layer.origin = stored.base[path]
-    if different := compare_fingerprints(stored.quantized, _dequantized(model, stored)):
+    if different := compare_fingerprints(stored.quantized, _dequantized(places(model), stored)):
         warn(
             f"{len(different)} of {len(stored.quantized)} layers are quantized to other codes than those the adapter "
             f"was trained on: {shorten(different, 3)}. The base is in another dtype than it was then; load it in that "
@@ -287,10 +311,10 @@ def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
         )
 
 
-def _dequantized(model: nn.Module, stored: StoredAdapter) -> dict[str, Any]:
+def _dequantized(everything: Iterable[Place], stored: StoredAdapter) -> dict[str, Any]:
     """Fingerprint of the dequantized weights of those layers a start has quantized that are quantized here."""
     found: dict[str, Tensor | None] = {}
-    for place in places(model):
+    for place in everything:
         if place.name in stored.quantized:
             base = place.module.pristine if isinstance(place.module, LoraLayer) else place.module
             backend = backend_of(base)
@@ -298,10 +322,13 @@ def _dequantized(model: nn.Module, stored: StoredAdapter) -> dict[str, Any]:
     return fingerprint(found.items())
 
 
-def check_fits_base(model: nn.Module, stored: StoredAdapter, *, ignore_sizes: bool = False) -> None:
+def check_fits_base(
+    model: nn.Module, everything: list[Place], stored: StoredAdapter, *, ignore_sizes: bool = False
+) -> None:
     """Refuse an adapter that was made for other base weights.
 
     Args:
+        everything: every place of the model.
         ignore_sizes: pass over layers whose weight has another shape here.
 
     Raises:
@@ -310,12 +337,14 @@ def check_fits_base(model: nn.Module, stored: StoredAdapter, *, ignore_sizes: bo
     """
     brought = {key.removesuffix(".base_layer.weight") for key in stored.tensors}  # embeddings the file holds itself
     if stored.base:
-        actual = base_fingerprint(model, [name for name in stored.base if name not in brought])
+        named = [name for name in stored.base if name not in brought]
+        actual = base_fingerprint(model, named, everything=everything)
         known = {name: value for name, value in stored.base.items() if name in actual}
         if ignore_sizes:
             known = {name: value for name, value in known.items() if _same_shape(value, actual[name])}
         check_base(known, actual, stored.path, base_name=stored.config.base_model_name_or_path)
-    if different := compare_fingerprints(stored.quantized, _dequantized(model, stored)):
+    quantized = _dequantized(everything, stored) if stored.quantized else {}
+    if different := compare_fingerprints(stored.quantized, quantized):
         raise CheckpointError(
             f"{stored.path} was made for layers quantized otherwise: {len(different)} of {len(stored.quantized)} hold "
             f"other codes here: {shorten(different, 3)}. Load it on the dense model it was made for, in the dtype it "

@@ -30,7 +30,8 @@ from lorafa.surgery.activate import require_adapters, require_unmerged
 from lorafa.surgery.build import Options
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.lora_model import LoraModel
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.resolve import resolve
+from lorafa.surgery.walk import lora_layers, places
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,8 +108,9 @@ def read(
     hub: HubOptions = {name: options[name] for name in HubOptions.__optional_keys__ if name in options}  # type: ignore[assignment,literal-required]
     reading: dict[str, Any] = {name: options[name] for name in _READING if name in options}  # type: ignore[literal-required]
     given = None if config is None else lora_config(config)
-    stored = read_adapter(source, config=given, key_mapping=key_mapping, **reading, **hub)
-    return replace(stored, config=replace(stored.config, inference_mode=not is_trainable))
+    return read_adapter(
+        source, config=given, key_mapping=key_mapping, inference_mode=not is_trainable, **reading, **hub
+    )
 
 
 def load_peft_weights(
@@ -193,8 +195,9 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
             "ignore_mismatched_sizes=True keeps the start of what the file does not fit, and low_cpu_mem_usage=True "
             "makes none. Drop one of the two."
         )
+    everything = list(places(tuner.model))
     if not given.get("ignore_base_mismatch"):
-        check_fits_base(tuner.model, stored, ignore_sizes=ignore_sizes)
+        check_fits_base(tuner.model, everything, stored, ignore_sizes=ignore_sizes)
     options = replace(
         options,
         dtype=adapter_dtype(given),
@@ -203,7 +206,8 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
         file_has_starts=stored.with_start,
         quantized=frozenset(stored.quantized),
     )
-    take_back = tuner.apply_plan(tuner.plan_adapter(stored.config, name, options))
+    resolved = resolve(tuner.model, stored.config, lenient=True, checked=True, everything=everything)
+    take_back = tuner.apply_plan(tuner.plan_resolved(resolved, name, options))
     try:
         _fill(tuner, stored, name, ignore_sizes)
         note_history(tuner.model, name, stored)
@@ -229,7 +233,7 @@ def fill(tuner: LoraModel, stored: StoredAdapter, name: str, given: LoadOptions)
             f"Drop the dtype, or delete_adapter({name!r}) first."
         )
     if not given.get("ignore_base_mismatch"):
-        check_fits_base(tuner.model, stored, ignore_sizes=ignore_sizes)
+        check_fits_base(tuner.model, list(places(tuner.model)), stored, ignore_sizes=ignore_sizes)
     _fill(tuner, stored, name, ignore_sizes)
 
 

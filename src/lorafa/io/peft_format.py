@@ -14,7 +14,6 @@ from lorafa.adapter import LooseTensors
 from lorafa.backends.offload import rests_elsewhere, value_of
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
-from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
 from lorafa.io.ties import check_ties, tied_tensors
@@ -26,9 +25,6 @@ from lorafa.surgery.walk import base_parameters, hosts, lora_layers, uncompiled_
 PREFIX = "base_model.model."
 START_A, START_B = "lora_start.A", "lora_start.B"
 _UNFOLDED = "lora_unfolded"
-_PEFT_STARTS_ANYWHERE = (True, False, "gaussian")
-_PEFT_STARTS_ON_SOME = ("orthogonal", "eva", "loftq", "mica")
-_SOME = ("linear", "embedding")
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,13 +69,14 @@ def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Stored]
             if key.rpartition(".")[2] == "bias":
                 yield base_entry(key, parameter, pristine)
     elif config.bias == "lora_only":
-        for path, layer in _adapted(model, name):
+        for path, layer in adapted_layers(model, name):
             bias = layer.base_layer._parameters.get("bias")
             if bias is not None:
                 yield base_entry(f"{path}.base_layer.bias", bias, pristine)
 
 
-def _adapted(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
+def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers that carry adapter ``name``, with their paths in the user's model."""
     return ((path, layer) for path, layer in lora_layers(model) if name in layer.adapters)
 
 
@@ -115,6 +112,13 @@ def file_tensors(
         CheckpointError: ``state_dict`` lacks a tensor of the adapter, or only a part of one is here.
     """
     values = _values(model, list(entries(model, name, config, tables=tables)), state_dict, name)
+    return _arranged(model, name, config, values, with_start=with_start, dense=dense)
+
+
+def _arranged(
+    model: nn.Module, name: str, config: LoraConfig, values: dict[str, Tensor], *, with_start: bool, dense: bool
+) -> dict[str, Tensor]:
+    """The tensors of a file out of those that are stored, by key; on the meta device it is their shapes alone."""
     for path, layer in _with_other_factors(model, name) if dense else ():
         stored = {key: values[key] for key in _factor_keys(path, layer)}
         made = _dense(path, layer, name, stored, values)
@@ -215,13 +219,13 @@ def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> l
         return []
     return [
         f"{path}.base_layer.{child}.{LoraLayer.factor_names[1]}"
-        for path, layer in _adapted(model, name)
+        for path, layer in adapted_layers(model, name)
         for child in layer.inner_layers
     ]
 
 
 def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple[Tensor, Tensor]]]:
-    for path, layer in _adapted(model, name):
+    for path, layer in adapted_layers(model, name):
         start = layer.adapters[name].start if name in layer.lora_start else None  # a tied one's is another layer's
         if start is not None:
             yield path, layer, (start.A, start.B)
@@ -229,7 +233,7 @@ def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple
 
 def _with_other_factors(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
     """The layers whose variant stores A and B in another form than the dense one."""
-    adapted = _adapted(model, name)
+    adapted = adapted_layers(model, name)
     return [(path, layer) for path, layer in adapted if not layer.adapters[name].variant.factors_are_stored]
 
 
@@ -286,33 +290,6 @@ def _holds_dense(config: LoraConfig, with_start: bool) -> bool:
     return with_start or not config.start.initializer.moves_base
 
 
-def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
-    """The config that goes with :func:`file_tensors`: rank and alpha grow where a start was stacked onto A and B.
-
-    PEFT makes a start before it reads the tensors. One that it could not make on these layers, and that left the base
-    alone, is history and written as True; one that moved the base of a variant stays, for PEFT to repeat or to refuse.
-    """
-    layers = [layer for _, layer in _adapted(model, name)]
-    plain = all(layer.adapters[name].variant.plain for layer in layers)
-    if not has_start(model, name):
-        some = plain and not config.lora_bias and all(layer.kind in _SOME for layer in layers)
-        anywhere = (True, False) if config.lora_bias else _PEFT_STARTS_ANYWHERE
-        known = anywhere + (_PEFT_STARTS_ON_SOME if some else ())
-        return config if config.init_lora_weights in known else replace(config, init_lora_weights=True, **NO_SETTINGS)
-    if not plain:
-        return config
-    factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
-    return replace(
-        config,
-        r=config.r * 2,
-        lora_alpha=config.lora_alpha * factor,
-        rank_pattern={key: value * 2 for key, value in config.rank_pattern.items()},
-        alpha_pattern={key: value * factor for key, value in config.alpha_pattern.items()},
-        init_lora_weights=True,
-        **NO_SETTINGS,
-    )
-
-
 @torch.no_grad()
 def load_tensors(
     model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
@@ -339,7 +316,7 @@ def load_tensors(
         live.copy_(value)
     for entry in filled:
         entry.tensor.data.copy_(tensors[entry.key])
-    for _, layer in _adapted(model, name):
+    for _, layer in adapted_layers(model, name):
         layer.adapters_changed()
 
 
@@ -356,27 +333,42 @@ def _require_memory(model: nn.Module, name: str, filled: Iterable[Stored]) -> No
 
 
 def wanted_tensors(
-    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    with_start: bool,
+    values: bool = True,
 ) -> dict[str, Tensor]:
     """What a file of adapter ``name`` would hold; whole tables only if ``tensors`` has them: some files do.
+
+    Args:
+        values: False makes tensors of the same shapes on the meta device, which hold none.
 
     Raises:
         CheckpointError: the adapter, or what else the file holds, is sharded here, so that nothing can be filled in.
     """
     tables = [entry for entry in table_entries(model, pristine_tensors(model)) if entry.key in tensors]
-    filled = [*entries(model, name, config), *tables]
+    own = list(entries(model, name, config))
+    filled = [*own, *tables]
     if parts := [entry.key for entry in filled if is_part(entry.tensor, _dims(entry))]:
         raise CheckpointError(
             f"Adapter {name!r} cannot be filled from a file: only parts of {shorten(parts, 3)} are in this process "
             "(FSDP, DeepSpeed ZeRO-3). Load the file before the model is sharded. Nothing was loaded."
         )
-    dense = _holds_dense(config, with_start)
-    want = file_tensors(model, name, config, with_start=with_start, dense=dense)
+    read = _value if values else _shape
+    found = {entry.key: read(model, entry) for entry in own}
+    want = _arranged(model, name, config, found, with_start=with_start, dense=_holds_dense(config, with_start))
     return {entry.key: entry.tensor.detach() for entry in tables} | want
+
+
+def _shape(model: nn.Module, entry: Stored) -> Tensor:
+    return torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype, device="meta")
 
 
 def misfit(
     model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
 ) -> Misfit:
     """How the tensors of a file differ from those adapter ``name`` has; empty if they fit."""
-    return compare(tensors, wanted_tensors(model, name, config, tensors, with_start=with_start))
+    return compare(tensors, wanted_tensors(model, name, config, tensors, with_start=with_start, values=False))

@@ -20,11 +20,11 @@ from lorafa.initializers.eva import directions_as_A
 from lorafa.io.peft_format import PREFIX
 from lorafa.peft_model import PeftModel
 from lorafa.settings.methods import EvaConfig
-from lorafa.starts.ranks import RankRule, choose_ranks, with_ranks
+from lorafa.starts.ranks import RankRule, ranked, shared_out
 from lorafa.starts.statistics import statistics_of
 from lorafa.surgery.activate import require_adapters, require_unmerged, set_requires_grad
 from lorafa.surgery.given import lora_config
-from lorafa.surgery.targets import find_targets
+from lorafa.surgery.resolve import resolve
 
 LayerInputs = Callable[[Tensor, Any, str], Tensor]
 
@@ -93,7 +93,8 @@ def get_eva_state_dict(
         )
     inner, config = _model_and_config(model, peft_config, adapter_name)
     require_batches("dataloader", dataloader)
-    settings, targets = config.eva_config or EvaConfig(), find_targets(inner, config)
+    resolved = resolve(inner, config)
+    settings, targets = config.eva_config or EvaConfig(), resolved.targets
     if settings.rho == 1:  # otherwise ranks are those the data explain
         for target in targets:
             check_singular_vectors(target.full_name, target.rank, target.backend.full_shape(target.base))
@@ -116,14 +117,14 @@ def get_eva_state_dict(
 
     batches = replace(of_data(inner, dataloader, forward=forward), rows=rows, reads_output=forward_fn is not None)
     with shown(batches, show_progress_bar) as counted:
-        stats = statistics_of(inner, config, counted)
+        stats = statistics_of(resolved, counted)
     bad = [name for name, tensors in stats.items() if not tensors["principal.singular_values"].isfinite().all()]
     if bad:
         raise CalibrationError(
             f"The inputs of {shorten(bad, 3)} are not finite, so they have no directions. Check the data and the model."
         )
     if settings.rho > 1:
-        ranks = choose_ranks(inner, config, stats, RankRule("explained_variance", rho=settings.rho))
+        ranks = shared_out(resolved, stats, RankRule("explained_variance", rho=settings.rho))
     return _state_dict(settings, ranks, stats)
 
 
@@ -224,7 +225,8 @@ def initialize_lora_eva_weights(
 
 def _start_again(model: PeftModel, name: str, config: LoraConfig, directions: Mapping[str, Tensor]) -> None:
     inner, tuner = model.get_base_model(), model.base_model
-    targets = {target.full_name: target.rank for target in find_targets(inner, config)}
+    resolved = resolve(inner, config)
+    targets = {target.full_name: target.rank for target in resolved.targets}
     _require_targets("The state dict", directions, targets)
     if not directions:
         raise ConfigError("The state dict is empty: no layer would have an adapter. Pass what get_eva_state_dict gave.")
@@ -236,8 +238,8 @@ def _start_again(model: PeftModel, name: str, config: LoraConfig, directions: Ma
             )
     ranks = {layer: len(directions.get(layer, ())) for layer in targets}
     settings = config.eva_config or EvaConfig()
-    chosen = with_ranks(inner, config, ranks, keep_scaling=settings.adjust_scaling_factors)
-    chosen = replace(chosen, eva_config=replace(settings, whiten=False))  # the directions are as they should be
+    chosen = ranked(resolved, ranks, keep_scaling=settings.adjust_scaling_factors)
+    made = chosen.changed(eva_config=replace(settings, whiten=False))  # the directions are as they should be
     stats = {  # a direction of length 0 is none
         layer: {"principal.components": A, "principal.singular_values": A.norm(dim=1)}
         for layer, A in directions.items()
@@ -247,8 +249,8 @@ def _start_again(model: PeftModel, name: str, config: LoraConfig, directions: Ma
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the config means was said when the adapter was made
         warnings.filterwarnings("always", message=".*has nothing to start from")
-        planned = tuner.plan_adapter(chosen, f"{name}_eva", stats=stats)
-    planned = replace(planned, name=name, config=replace(planned.config, eva_config=settings))
+        planned = tuner.plan_resolved(made, f"{name}_eva", stats=stats)
+    planned = replace(planned, name=name, config=chosen.config)
     tuner.delete_adapter(name)
     tuner.apply_plan(planned)
     tuner.set_adapter(active if len(active) > 1 else active[0])

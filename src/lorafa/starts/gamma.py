@@ -4,51 +4,56 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafa.backends.offload import device_of
 from lorafa.calibration.batches import moved, require_batches
 from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_label, scalar
 from lorafa.calibration.processes import gathered, together
-from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, warn
 from lorafa.models.modes import evaluating
-from lorafa.peft_model import get_peft_model
-from lorafa.starts.statistics import Statistics
+from lorafa.peft_model import PeftModel
+from lorafa.surgery.resolve import Resolved
+from lorafa.surgery.walk import hosts
+from lorafa.variants import variant_types
 
 GAMMAS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
 """What ``stable_gamma="auto"`` tries."""
+_NAME = "trial_of_gamma"
+"""The adapter's name meanwhile."""
 
 
 def best_gamma(
-    model: nn.Module, config: LoraConfig, stats: Statistics, heldout: Sequence[Any], *, loss: Loss | None = None
-) -> LoraConfig:
+    resolved: Resolved, stats: Mapping[str, Mapping[str, Tensor]], heldout: Sequence[Any], *, loss: Loss | None = None
+) -> Resolved:
     """The config with the ``stable_gamma`` of :data:`GAMMAS` whose start has the smallest loss on held-out batches.
 
-    Every trial puts the adapter on and runs over the batches. Warns if the best is the largest tried, for
-    then no step may be better than this one, or the smallest, for then a larger step may be.
+    The adapter is put on once: s B A is proportional to 1 / gamma, so that each trial is another scaling. A formula
+    with tensors of its own (DoRA's magnitudes) starts them from s B A, and is put on for each trial anew.
+
+    Warns if the best is the largest tried, for then no step may be better than this one, or the smallest, for then a
+    larger step may be.
 
     Raises:
         CalibrationError: ``heldout`` is no sequence of batches, or no trial has a finite loss.
     """
     require_batches("heldout", heldout)
-    losses, flags = {}, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for gamma in GAMMAS:
-        trial = replace(config, init_config=replace(config.init_config, stable_gamma=gamma))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the layers that fall back come with the start that is kept
-            adapted = get_peft_model(model, trial, stats=stats)
-        try:
-            losses[gamma] = _mean_loss(adapted, heldout, loss or default_loss(adapted))
-        finally:
-            adapted.unload()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+    wrapped, losses = PeftModel(resolved.model), {}
+    at_once = all(variant.plain for variant in variant_types(resolved.config))
+    for tried in (GAMMAS,) if at_once else [(gamma,) for gamma in GAMMAS]:
+        with _put_on(wrapped, _with_gamma(resolved, tried[0]), stats):
+            layers = [layer for _, layer in wrapped.base_model.lora_layers() if _NAME in layer.adapters]
+            scalings = [layer.scaling[_NAME] for layer in layers]
+            for gamma in tried:
+                for layer, scaling in zip(layers, scalings, strict=True):
+                    layer.scaling[_NAME] = scaling * (tried[0] / gamma)
+                losses[gamma] = _mean_loss(wrapped, heldout, loss or default_loss(wrapped))
     finite = {gamma: value for gamma, value in losses.items() if math.isfinite(value)}
     if not finite:
         raise CalibrationError(
@@ -66,11 +71,35 @@ def best_gamma(
             f"stable_gamma='auto': the loss falls up to the largest gamma tried, {best:g}: a smaller step than any may "
             "be better, and the default start none at all."
         )
-    return replace(config, init_config=replace(config.init_config, stable_gamma=best))
+    return _with_gamma(resolved, best)
+
+
+def _with_gamma(resolved: Resolved, gamma: float) -> Resolved:
+    return resolved.changed(init_config=replace(resolved.config.init_config, stable_gamma=gamma))
+
+
+@contextmanager
+def _put_on(wrapped: PeftModel, resolved: Resolved, stats: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Have the adapter on, alone and trained, for the length of a with-block."""
+    tuner, model = wrapped.base_model, resolved.model
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = [(host, host.active_adapters) for _, host in hosts(model)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the layers that fall back come with the start that is kept
+        take_back = tuner.apply_plan(tuner.plan_resolved(resolved, _NAME, stats=stats))
+    try:
+        tuner.set_adapter(_NAME)
+        yield
+    finally:
+        take_back()
+        for host, names in active:
+            host.activate(names)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
-    """Of the batches of all processes, in which it is the same number."""
+    """The mean over the batches of all processes, in each of which it is the same number."""
     device, losses = device_of(model), []
     with together(), evaluating(model):
         for number, batch in enumerate(batches, 1):

@@ -15,23 +15,23 @@ from lorafa.calibration.batches import digest_of, of_data, of_function, require_
 from lorafa.calibration.loss import Loss
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, ConfigError
-from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.peft_model import PeftModel, adapted, check_can_wrap
 from lorafa.settings.checks import check_choice, names
 from lorafa.starts.gamma import best_gamma
-from lorafa.starts.ranks import RankRule, choose_ranks, require_rule, with_ranks
+from lorafa.starts.ranks import RankRule, check_readable, ranked, require_rule, shared_out
 from lorafa.starts.statistics import Statistics, require_gradients, statistics_of
 from lorafa.surgery.build import Options
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.plan import plan
-from lorafa.surgery.stats import require_statistics
-from lorafa.surgery.walk import require_module, user_model
+from lorafa.surgery.resolve import Resolved, met, resolve
+from lorafa.surgery.walk import require_module
 
 Data = Iterable[Any] | Callable[[], Any]
 
 
 def collect_statistics(
     model: nn.Module,
-    config: LoraConfig,
+    config: LoraConfig | Resolved,
     data: Data,
     *,
     loss: Loss | None = None,
@@ -85,8 +85,6 @@ def collect_statistics(
         TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` cannot be read or written.
     """
-    require_module(model)
-    config = lora_config(config)
     check_choice("weighting", weighting, ("batches", "tokens"))
     if callable(data) and weighting == "tokens":
         raise ConfigError(
@@ -98,16 +96,17 @@ def collect_statistics(
             "loss= is of batches, and a function as data runs forward and backward by itself. Drop loss=, or pass the "
             "batches."
         )
+    resolved = met(model, config)
     if weighting != "batches":
-        require_gradients(config, names("also", also), {"weighting": weighting})
-    inner = user_model(model)
-    cache = file_named_by(config) if cache is None else cache
+        require_gradients(resolved.config, names("also", also), {"weighting": weighting})
+    inner = resolved.model
+    cache = file_named_by(resolved.config) if cache is None else cache
     options = CalibrationOptions(passes=passes, dense=dense, halves=halves)
     batches = of_function(data) if callable(data) else of_data(inner, data, loss=loss, weighting=weighting)
     if cache is not None:
         batches = replace(batches, digest=digest_of(data if callable(data) else iter(data), loss, weighting))
     with shown(batches, progress) as counted:
-        return statistics_of(inner, config, counted, options=options, also=also, cache=cache)
+        return statistics_of(resolved, counted, options=options, also=also, cache=cache)
 
 
 def file_named_by(config: LoraConfig) -> str | None:
@@ -151,24 +150,26 @@ def initialize(
     _require_heldout(config, heldout)
     if ranks is not None:
         collecting = _united(config, ranks, collecting)
-    _require_room(model, config, adapter_name)
-    stats = collect_statistics(model, config, data, loss=loss, **collecting)
-    return start_from(
-        model, config, stats, adapter_name, ranks=ranks, heldout=heldout, loss=None if heldout is None else loss,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-    )  # fmt: skip
+    check_can_wrap(require_module(model), "add_adapter")
+    resolved = resolve(model, config)
+    _require_room(resolved, adapter_name)
+    stats = collect_statistics(model, resolved, data, loss=loss, **collecting)
+    options = Options(autocast_adapter_dtype)
+    return _started(
+        resolved, stats, adapter_name, options, ranks=ranks, heldout=heldout, loss=None if heldout is None else loss
+    )
 
 
-def _require_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+def _require_room(resolved: Resolved, adapter_name: str) -> None:
     """Raise for an adapter that could not be put on whatever the data says, before any is read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come with the adapter that is kept
-        plan(model, config, adapter_name, Options(low_cpu_mem_usage=True))
+        plan(resolved, adapter_name, Options(low_cpu_mem_usage=True))
 
 
 def start_from(
     model: nn.Module,
-    config: LoraConfig,
+    config: LoraConfig | Resolved,
     stats: Statistics,
     adapter_name: str = "default",
     *,
@@ -187,13 +188,29 @@ def start_from(
         ConfigError: ``loss`` or ``heldout`` where they are not read, or missing ``heldout``.
         As :func:`lorafa.choose_ranks` and :func:`lorafa.get_peft_model`; the model is unchanged then.
     """
-    config = lora_config(config)
-    require_statistics(stats)
     if loss is not None and heldout is None:
         raise ConfigError("loss= is that of held-out rows here, and there are none. Drop loss=, or pass heldout=.")
-    config = _with_start(model, config, stats, ranks=ranks, heldout=heldout, loss=loss)
-    read = None if ranks is not None and not config.start.initializer.needs else stats  # else for the ranks alone
-    return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, stats=read)
+    check_can_wrap(require_module(model), "add_adapter")
+    resolved = met(model, config)
+    check_readable(resolved, stats, None if ranks is None else require_rule(ranks))
+    options = Options(autocast_adapter_dtype)
+    return _started(resolved, stats, adapter_name, options, ranks=ranks, heldout=heldout, loss=loss)
+
+
+def _started(
+    resolved: Resolved,
+    stats: Statistics,
+    adapter_name: str,
+    options: Options,
+    *,
+    ranks: RankRule | None,
+    heldout: Sequence[Any] | None,
+    loss: Loss | None,
+) -> PeftModel:
+    """The adapted model, by statistics that were collected for this or checked."""
+    resolved = _with_start(resolved, stats, ranks=ranks, heldout=heldout, loss=loss)
+    read = ranks is None or resolved.start.initializer.needs  # else they were for the ranks alone
+    return adapted(resolved, adapter_name, options, dict(stats) if read else None)
 
 
 def _require_heldout(config: LoraConfig, heldout: Any) -> None:
@@ -227,30 +244,29 @@ def _united(config: LoraConfig, rule: RankRule, collecting: Mapping[str, Any]) -
 
 
 def _with_start(
-    model: nn.Module,
-    config: LoraConfig,
+    resolved: Resolved,
     stats: Statistics,
     *,
-    ranks: RankRule | None = None,
-    heldout: Sequence[Any] | None = None,
-    loss: Loss | None = None,
-) -> LoraConfig:
+    ranks: RankRule | None,
+    heldout: Sequence[Any] | None,
+    loss: Loss | None,
+) -> Resolved:
     """The config with everything decided that its start leaves to the data: ranks, and ``stable_gamma="auto"``.
 
     Every layer keeps its scaling when ranks change, but with ``adjust_scaling_factors=False`` of EVA, and where GoRA
     with ``use_rslora`` shares ranks out by its own rule: its scaling is alpha / sqrt(r) of the layer's new rank.
     """
-    _require_heldout(config, heldout)
-    rule = _own_rule(config) if ranks is None else ranks
+    _require_heldout(resolved.config, heldout)
+    rule = _own_rule(resolved) if ranks is None else ranks
     if rule is not None:
-        of_new_rank = ranks is None and config.use_rslora and config.start.initializer.own_scaling
-        keep = getattr(config.start_settings(), "adjust_scaling_factors", True) and not of_new_rank
-        config = with_ranks(model, config, choose_ranks(model, config, stats, rule), keep_scaling=keep)
-    return config if heldout is None else best_gamma(model, config, stats, heldout, loss=loss)
+        of_new_rank = ranks is None and resolved.config.use_rslora and resolved.start.initializer.own_scaling
+        keep = getattr(resolved.settings, "adjust_scaling_factors", True) and not of_new_rank
+        resolved = ranked(resolved, shared_out(resolved, stats, rule), keep_scaling=keep)
+    return resolved if heldout is None else best_gamma(resolved, stats, heldout, loss=loss)
 
 
-def _own_rule(config: LoraConfig) -> RankRule | None:
+def _own_rule(resolved: Resolved) -> RankRule | None:
     """What the start shares its ranks out by where the caller names no rule; None: the config's ranks stay."""
-    own = config.start.initializer.own_ranks
-    fields = None if own is None else own(config.start_settings(), config.r)
+    own = resolved.start.initializer.own_ranks
+    fields = None if own is None else own(resolved.settings, resolved.config.r)
     return None if fields is None else RankRule(**fields)

@@ -19,6 +19,7 @@ from lorafa.errors import ConfigError, NotAvailableError
 from lorafa.starts.initialize import collect_statistics, file_named_by
 from lorafa.starts.statistics import Statistics, statistics_of
 from lorafa.surgery import given
+from lorafa.surgery.resolve import resolve
 from lorafa.surgery.stats import leave_for
 
 
@@ -77,7 +78,7 @@ def preprocess_corda(
         )
     if run_model is None:
         file = file_named_by(lora_config)
-        stats = statistics_of(model, lora_config, of_function(_nothing_to_run(file)), cache=file)
+        stats = statistics_of(resolve(model, lora_config), of_function(_nothing_to_run(file)), cache=file)
     else:
         stats = collect_statistics(model, lora_config, run_model)
     leave_for(model, stats)

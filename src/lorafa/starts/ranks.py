@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -17,10 +17,10 @@ from lorafa.initializers.base import Initializer
 from lorafa.initializers.stages import numerical_rank
 from lorafa.settings.checks import check_choice, check_int, found, names
 from lorafa.starts.statistics import Statistics
-from lorafa.surgery.given import lora_config
+from lorafa.surgery.resolve import Resolved, met, resolve
 from lorafa.surgery.stats import require_statistics
-from lorafa.surgery.targets import Target, find_targets
-from lorafa.surgery.walk import places, user_model
+from lorafa.surgery.targets import Target
+from lorafa.surgery.walk import Place
 
 Stats = Mapping[str, Mapping[str, Tensor]]
 T = TypeVar("T")
@@ -119,7 +119,9 @@ def require_rule(rule: object) -> RankRule:
     return rule
 
 
-def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankRule | None = None) -> dict[str, int]:
+def choose_ranks(
+    model: nn.Module, config: LoraConfig | Resolved, stats: Stats, rule: RankRule | None = None
+) -> dict[str, int]:
     """The rank of every target by its full name; the model is only read.
 
     No layer gets more than the config's start can be made with: min(out, in), and the directions its statistics hold.
@@ -132,18 +134,31 @@ def choose_ranks(model: nn.Module, config: LoraConfig, stats: Stats, rule: RankR
         ConfigError: ``rule`` is no RankRule, the budget is too small, or every layer would get rank 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
-    rule, model = RankRule() if rule is None else require_rule(rule), user_model(model)
-    config = lora_config(config)
+    rule, resolved = RankRule() if rule is None else require_rule(rule), met(model, config)
     if stats is None:
         raise CalibrationError(
             "Ranks are chosen by statistics, and stats is None. Pass what collect_statistics returned."
         )
+    check_readable(resolved, stats, rule)
+    return shared_out(resolved, stats, rule)
+
+
+def check_readable(resolved: Resolved, stats: Stats, rule: RankRule | None = None) -> None:
+    """Refuse statistics that are none, of another model, or by other settings than the start or the rule reads.
+
+    Raises:
+        CalibrationError: they are.
+    """
     require_statistics(stats)
     if isinstance(stats, Statistics):
-        stats.check_fits(model)
-        stats.check_read_as(config, names("also", rule.reads()["also"]))
-    targets = find_targets(model, config)
-    start, entry = config.start.initializer, rule.entry
+        stats.check_fits(resolved.model)
+        stats.check_read_as(resolved.config, [] if rule is None else names("also", rule.reads()["also"]))
+
+
+def shared_out(resolved: Resolved, stats: Stats, rule: RankRule) -> dict[str, int]:
+    """:func:`choose_ranks` by statistics that were checked."""
+    config, targets = resolved.config, resolved.targets
+    start, entry = resolved.start.initializer, rule.entry
     layers = {target.full_name: _layer(target, start, stats.get(target.full_name, {})) for target in targets}
     measured = {name: entry.measure(layer, rule.settings) for name, layer in layers.items()}
     measured = _finite(entry.of, measured, entry.is_finite)
@@ -184,7 +199,7 @@ def _finite(what: str, layers: dict[str, T], is_finite: Callable[[T], bool]) -> 
 
 
 def with_ranks(
-    model: nn.Module, config: LoraConfig, ranks: Mapping[str, int], *, keep_scaling: bool = True
+    model: nn.Module, config: LoraConfig | Resolved, ranks: Mapping[str, int], *, keep_scaling: bool = True
 ) -> LoraConfig:
     """The config with these ranks for its targets, as patterns over full names; a rank of 0 leaves the layer out.
 
@@ -196,13 +211,17 @@ def with_ranks(
         ConfigError: a target has no rank, a rank no target, or all are 0.
         TargetError: as :func:`lorafa.get_peft_model`.
     """
-    model = user_model(model)
-    config = lora_config(config)
-    targets = find_targets(model, config)
+    return ranked(met(model, config), ranks, keep_scaling=keep_scaling).given
+
+
+def ranked(resolved: Resolved, ranks: Mapping[str, int], *, keep_scaling: bool = True) -> Resolved:
+    """:func:`with_ranks` for a config that has met the model: it and its targets have these ranks then."""
+    config, targets = resolved.config, resolved.targets
     _check_ranks(targets, ranks)
     kept = [target for target in targets if ranks[target.full_name]]
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, int | float] = {}
+    made: list[Target] = []
     for target in kept:
         rank, key = ranks[target.full_name], f"^{re.escape(target.full_name)}"
         alpha = target.alpha * (_rescaling(target.rank, rank, config) if keep_scaling else 1)
@@ -210,12 +229,13 @@ def with_ranks(
             rank_pattern[key] = rank
         if alpha != config.lora_alpha:
             alpha_pattern[key] = alpha
+        made.append(replace(target, rank=rank, alpha=alpha))
     changes: dict[str, object] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     if len(kept) == len(targets):
-        return replace(config, **changes)  # type: ignore[arg-type]
-    chosen = replace(config, **changes | _only(model, kept))  # type: ignore[arg-type]
+        return resolved.changed(made, **changes)
+    chosen = resolve(resolved.model, replace(resolved.given, **changes | _only(resolved.named, kept)))  # type: ignore[arg-type]
     names = {target.full_name for target in kept}
-    extra = [target.full_name for target in find_targets(model, chosen) if target.full_name not in names]
+    extra = [target.full_name for target in chosen.targets if target.full_name not in names]
     if extra:
         raise ConfigError(
             f"{shorten(extra, 3)} cannot be left out: target_parameters takes names and their dotted ends, and a "
@@ -240,7 +260,7 @@ def _check_ranks(targets: list[Target], ranks: Mapping[str, int]) -> None:
         raise ConfigError("Every rank is 0, so no layer would have an adapter. Give one layer a rank of 1 or more.")
 
 
-def _only(model: nn.Module, kept: list[Target]) -> dict[str, object]:
+def _only(named: Iterable[Place], kept: list[Target]) -> dict[str, object]:
     """The fields of a config that name these targets and no other.
 
     A name in a list also stands for every name that ends in a dot and it: where that is a layer that is left out, a
@@ -249,7 +269,7 @@ def _only(model: nn.Module, kept: list[Target]) -> dict[str, object]:
     modules = {target.name: target.module for target in kept if target.parameter is None}
     parameters = {target.full_name for target in kept if target.parameter is not None}
     wanted: object = sorted(modules)
-    if any(_ends_in(place.name, modules) and place.module not in modules.values() for place in places(model)):
+    if any(_ends_in(place.name, modules) and place.module not in modules.values() for place in named):
         wanted = "|".join(map(re.escape, sorted(modules)))
     changes = {"target_modules": wanted, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     return changes | {"target_parameters": sorted(parameters) or None}

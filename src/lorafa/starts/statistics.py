@@ -27,9 +27,8 @@ from lorafa.settings.checks import names
 from lorafa.storage.fingerprint import compare_fingerprints, digest_of_all, from_metadata, to_metadata
 from lorafa.storage.tensors import is_pickle, read_tensors, write_tensors
 from lorafa.surgery.activate import disabled
-from lorafa.surgery.available import require_available
-from lorafa.surgery.given import lora_config
-from lorafa.surgery.targets import Target, find_targets
+from lorafa.surgery.resolve import Resolved
+from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import adapter_names, skeleton
 
 _SEPARATOR = "::"
@@ -133,31 +132,26 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
 
 
 def statistics_of(
-    model: nn.Module,
-    config: LoraConfig,
+    resolved: Resolved,
     batches: Batches,
     *,
     options: CalibrationOptions | None = None,
     also: Sequence[str] = (),
     cache: str | Path | None = None,
 ) -> Statistics:
-    """Collect what the start of ``config`` reads of its targets, over passes of ``batches``.
+    """Collect what the start of a config reads of its targets, over passes of ``batches``.
 
     Args:
-        model: the user's model, with or without adapters; they are off meanwhile.
+        resolved: the config, and the user's model, with or without adapters; they are off meanwhile.
         options: their seed is the config's.
         also: more statistics, by name.
         cache: file to take them from if it holds those of this model, config and data, and to write otherwise.
 
     Raises:
         CalibrationError: nothing to collect, or collecting failed; see :func:`lorafa.calibration.collect.collect`.
-        TargetError, ConfigError, NotAvailableError: as :func:`lorafa.get_peft_model`.
         CheckpointError: ``cache`` is a file that cannot be read or written.
     """
-    config = lora_config(config)
-    config.check()
-    require_available(config)
-    targets = find_targets(model, config)
+    model, config, targets = resolved.model, resolved.config, resolved.targets
     wanted = _wanted(config, names("also", also))
     options = _as_read(config, wanted, options or CalibrationOptions())
     _require_folder(cache)

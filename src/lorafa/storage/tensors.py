@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -123,16 +124,39 @@ def is_pickle(path: Path) -> bool:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:  # of which no extremes are known
+        return bool(torch.isfinite(tensor).all())
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # both are NaN if any value is; no mask is made
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """The texts in the header of a file of tensors, of which none is read; a pickle has none.
+
+    Raises:
+        CheckpointError: the file is missing, or damaged.
+    """
+    path = Path(path)
+    if is_pickle(path):
+        return {}
+    _check_size(path)
+    with _damage(path), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Fetch or save it again.") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     _check_size(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Fetch or save it again.") from error
+    with _damage(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def _check_size(path: Path) -> None:

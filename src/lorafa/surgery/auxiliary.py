@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 from torch import nn
@@ -18,8 +18,8 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
 from lorafa.surgery.bypassed import Bypassed
-from lorafa.surgery.targets import find_targets, resolved_targets
-from lorafa.surgery.walk import Parents, Place, embedding_of, hosts, places, tied_groups
+from lorafa.surgery.targets import Target, spelled_targets
+from lorafa.surgery.walk import Parents, Place, embedding_of, hosts, tied_groups
 
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -53,20 +53,25 @@ class AuxiliaryPlan:
                 _tokens_wrapper(follower, rows, parents)
 
 
-def with_heads(config: LoraConfig) -> LoraConfig:
-    """A copy of the config whose ``modules_to_save`` names the new heads that its ``task_type`` trains."""
-    given = config.modules_to_save or []
-    heads = [name for name in _heads(config) if name not in given]
-    return replace(config, modules_to_save=[*given, *heads] or config.modules_to_save)
+def name_saved(draft: LoraConfig, everything: list[Place], *, lenient: bool) -> None:
+    """Settle ``modules_to_save`` of a draft: with the new heads its ``task_type`` trains, and names for expressions.
+
+    PEFT would take a regular expression for a name. If an embedding and its head are both named, their copies are tied
+    in any case, so ``ensure_weight_tying`` is set; not where the config comes with a file (``lenient``), which may hold
+    copies that were trained apart. With more than two modules it is not set: PEFT could not read the file.
+    """
+    given = draft.modules_to_save or []
+    heads = [name for name in _heads(draft) if name not in given]
+    if not (given or heads):
+        return
+    draft.modules_to_save = list(dict.fromkeys(n for name in [*given, *heads] for n in _spelled(everything, name)))
+    groups, saved = tied_groups(everything), _saved_of(draft, everything)
+    pair = len(groups) == 1 and len(groups[0]) == 2 and all(id(place.module) in saved for place in groups[0])
+    draft.ensure_weight_tying = draft.ensure_weight_tying or (pair and not lenient)
 
 
-def with_saved_names(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """A copy of the config whose ``modules_to_save`` has names in the place of regular expressions, for PEFT's sake."""
-    if not config.modules_to_save:
-        return config
-    everything = [place for place in places(model) if place.name]
-    spelled = [_spelled(everything, name) for name in config.modules_to_save]
-    return replace(config, modules_to_save=list(dict.fromkeys(chain(*spelled))))
+def _saved_of(config: LoraConfig, everything: list[Place]) -> set[int]:
+    return {id(p.module) for name in config.modules_to_save or () for p in _called(everything, name)}
 
 
 def _spelled(everything: Iterable[Place], name: str) -> list[str]:
@@ -74,26 +79,17 @@ def _spelled(everything: Iterable[Place], name: str) -> list[str]:
     return [name] if not hits or any(place.name.endswith(name) for place in hits) else [place.name for place in hits]
 
 
-def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> LoraConfig:
-    """A copy of a config with ``ensure_weight_tying`` that names all modules that share a weight, if it names one.
+def name_tied_ends(model: nn.Module, draft: LoraConfig, everything: list[Place], targets: Sequence[Target]) -> bool:
+    """Let a draft with ``ensure_weight_tying`` name all modules that share a weight, where it names one of them.
 
-    If ``modules_to_save`` names both an embedding and its head, their copies are tied in any case, so it is set; not
-    where the config comes with a file (``lenient``), which may hold copies that were trained apart. With more than two
-    modules it is not: PEFT could not read the file.
+    Returns:
+        Whether it names more modules now, so that its targets are to be found again.
 
     Raises:
         ConfigError: of modules that share a weight, one is to be trained in full and one to get an adapter.
-        TargetError: as :func:`lorafa.surgery.targets.find_targets`.
     """
-    everything = [place for place in places(model) if place.name]
-    groups = tied_groups(everything)
-    saved = {id(p.module) for name in config.modules_to_save or () for p in _called(everything, name)}
-    if not config.ensure_weight_tying:
-        pair = len(groups) == 1 and len(groups[0]) == 2 and all(id(place.module) in saved for place in groups[0])
-        return replace(config, ensure_weight_tying=True) if pair and not lenient else config
-    targets = find_targets(model, config, lenient=lenient)
-    adapted = {id(target.module) for target in targets}
-    to_save, to_adapt = (_other_ends(groups, ids) for ids in (saved, adapted))
+    groups, adapted = tied_groups(everything), {id(target.module) for target in targets}
+    to_save, to_adapt = (_other_ends(groups, ids) for ids in (_saved_of(draft, everything), adapted))
     both = to_save.keys() & to_adapt.keys()
     if both:
         raise ConfigError(
@@ -101,20 +97,17 @@ def with_tied_ends(model: nn.Module, config: LoraConfig, *, lenient: bool = Fals
             "(modules_to_save) and one gets an adapter (target_modules). Name them in one of the two, or set "
             "ensure_weight_tying=False."
         )
-    if not (to_save or to_adapt or config.trainable_token_indices):
+    if not (to_save or to_adapt or draft.trainable_token_indices):
         warn(
             "ensure_weight_tying=True has nothing to tie: no module that target_modules or modules_to_save names "
             "shares its weight with another one."
         )
-    saved_names = [*(config.modules_to_save or ()), *chain(*to_save.values())]
-    target_names = list(chain(*to_adapt.values()))
-    return replace(
-        config,
-        modules_to_save=saved_names or config.modules_to_save,
-        target_modules=_with_names(resolved_targets(model, config, targets), target_names)
-        if target_names
-        else config.target_modules,
-    )
+    saved_names, target_names = list(chain(*to_save.values())), list(chain(*to_adapt.values()))
+    if saved_names:
+        draft.modules_to_save = [*(draft.modules_to_save or ()), *saved_names]
+    if target_names:
+        draft.target_modules = _with_names(spelled_targets(model, draft, everything, targets), target_names)
+    return bool(saved_names or target_names)
 
 
 def _other_ends(groups: Iterable[list[Place]], chosen: Container[int]) -> dict[tuple[str, ...], list[str]]:
@@ -137,11 +130,18 @@ def _heads(config: LoraConfig) -> tuple[str, ...]:
 
 
 def plan_auxiliary(
-    model: nn.Module, config: LoraConfig, adapted: list[nn.Module], *, lenient: bool = False
+    model: nn.Module,
+    config: LoraConfig,
+    everything: list[Place],
+    adapted: list[nn.Module],
+    *,
+    lenient: bool = False,
 ) -> AuxiliaryPlan:
     """Find the modules ``modules_to_save`` and ``trainable_token_indices`` mean.
 
     Args:
+        everything: every named place of the model.
+        adapted: the modules that get an adapter.
         lenient: warn of a name in ``modules_to_save`` that matches nothing instead of raising; for a config that comes
             with a file, whose tensors are checked one by one anyway.
 
@@ -149,7 +149,6 @@ def plan_auxiliary(
         TargetError: a name matches nothing, or a module that an adapter is put on.
         ConfigError: a token index outside the table.
     """
-    everything = [place for place in places(model) if place.name]
     saved = _saved_modules(everything, config, Bypassed(model, everything), {id(m) for m in adapted}, lenient)
     taken = {id(module): "an adapter" for module in adapted} | {id(module): "modules_to_save" for module in saved}
     rows = _with_followers(_token_rows(model, everything, config, taken), tied_groups(everything), config, taken)

@@ -12,7 +12,6 @@ from lorafa.adapter import LooseTensors, Variant, update_factors
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.backends.oddities import described
-from lorafa.config import LoraConfig
 from lorafa.errors import BackendError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import DegenerateError, InitResult
@@ -20,6 +19,7 @@ from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.spec import LayerSpec, factor_shapes
 from lorafa.surgery.quantize import require_replaceable, standing_in
+from lorafa.surgery.resolve import Resolved
 from lorafa.surgery.stats import LayerStats, Stats
 from lorafa.surgery.targets import Target
 from lorafa.variants import formula_of, variant_types
@@ -49,23 +49,22 @@ class Options:
 class Builder:
     """Builds the adapter ``name`` layer by layer; no model is touched."""
 
-    def __init__(self, config: LoraConfig, name: str, options: Options, stats: Stats) -> None:
-        """Take a config that has been checked.
+    def __init__(self, resolved: Resolved, name: str, options: Options, stats: Stats) -> None:
+        """Read everything that is the same for all layers.
 
         Raises:
             ConfigError: the start reads no statistics, and some were given.
         """
-        self.config, self.name, self.options, self.stats = config, name, options, stats
-        self.seed = config.seed
-        self.reads_weight = config.start.initializer.reads_weight or any(
-            variant.reads_weight for variant in variant_types(config)
-        )
-        self.initializer, self.number = config.start.initializer, config.start.number
-        self.settings = config.start_settings()
+        self.config, self.name, self.options, self.stats = resolved.config, name, options, stats
+        self.seed = self.config.seed
+        self.variants = variant_types(self.config)
+        self.initializer, self.number = resolved.start.initializer, resolved.start.number
+        self.settings = resolved.settings
+        self.reads_weight = self.initializer.reads_weight or any(variant.reads_weight for variant in self.variants)
         self._check_given()
         self.repeats = options.from_file and self.initializer.moves_base and not options.file_has_starts
         self.filled_later = options.low_cpu_mem_usage or (options.from_file and not self.repeats)
-        self.trains = "".join(f for f in self.initializer.trains if not (config.freeze_A and f == "A"))
+        self.trains = "".join(f for f in self.initializer.trains if not (self.config.freeze_A and f == "A"))
 
     def _check_given(self) -> None:
         """Raise for ``stats`` that are not read."""
@@ -86,7 +85,7 @@ class Builder:
             CheckpointError: so does that of a file which does not hold it.
         """
         spec = self._spec(target)
-        variant = formula_of(self.config, spec)
+        variant = formula_of(self.variants, self.config, spec)
         self._check(target, variant)
         weight = self._weight(target)
         spec = self._with_shapes(variant, weight, spec)

@@ -1,4 +1,4 @@
-"""The config as a caller hands it in, and what it takes from the model that it meets."""
+"""The config as a caller hands it in."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.settings.checks import found
-from lorafa.surgery.walk import name_of
 
 _WRITE = "LoraConfig(init_lora_weights=..., target_modules=...)"
 
@@ -82,9 +79,3 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
         ConfigError: as there.
     """
     return LoraConfig.from_dict(config_dict)
-
-
-def with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """A copy of the config that names the base model, where that has a name."""
-    name = name_of(model)
-    return replace(config) if name is None else replace(config, base_model_name_or_path=name)

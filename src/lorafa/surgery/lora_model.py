@@ -23,6 +23,7 @@ from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resize import resize_vocabulary
+from lorafa.surgery.resolve import Resolved, resolve
 from lorafa.surgery.stats import Stats
 from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name, wrapped_places
 
@@ -68,14 +69,22 @@ class LoraModel(nn.Module):
         self, config: LoraConfig, adapter_name: str, options: Options | None = None, stats: Stats | None = None
     ) -> Plan:
         """Everything ``inject_adapter`` would do, built and checked; changes nothing."""
-        config = lora_config(config)
+        lenient = options is not None and options.from_file
+        resolved = resolve(self.model, lora_config(config), lenient=lenient)
+        return self.plan_resolved(resolved, adapter_name, options, stats)
+
+    def plan_resolved(
+        self, resolved: Resolved, adapter_name: str, options: Options | None = None, stats: Stats | None = None
+    ) -> Plan:
+        """The same, for a config that has met the model."""
+        config = resolved.config
         others = [name for name, other in self.peft_config.items() if other.bias != "none"]
         if config.bias != "none" and others:
             raise ConfigError(
                 f"bias={config.bias!r}: adapter {others[0]!r} trains base biases already, and there is only one set of "
                 "them. Use bias='none' for all adapters but one."
             )
-        return plan(self.model, config, adapter_name, options, stats)
+        return plan(resolved, adapter_name, options, stats)
 
     def apply_plan(self, planned: Plan) -> Callable[[], None]:
         """Carry out a plan and return how to take it back; the adapter is inactive until :meth:`set_adapter`."""
@@ -114,14 +123,20 @@ class LoraModel(nn.Module):
             ConfigError: its start is computed from the weights or from ``stats``, and ``low_cpu_mem_usage`` computes
                 none.
         """
-        config = lora_config(config)
-        if options is not None and options.low_cpu_mem_usage and (config.start.initializer.reads_weight or stats):
+        self.inject_resolved(resolve(self.model, lora_config(config)), adapter_name, options, stats)
+
+    def inject_resolved(
+        self, resolved: Resolved, adapter_name: str, options: Options | None = None, stats: Stats | None = None
+    ) -> None:
+        """The same, for a config that has met the model."""
+        reads_weight = resolved.start.initializer.reads_weight
+        if options is not None and options.low_cpu_mem_usage and (reads_weight or stats):
             raise ConfigError(
-                f"init_lora_weights={config.init_lora_weights!r} computes its start from the "
-                f"{'weight' if config.start.initializer.reads_weight else 'statistics'}, but low_cpu_mem_usage=True "
-                "computes none. Drop one of the two."
+                f"init_lora_weights={resolved.config.init_lora_weights!r} computes its start from the "
+                f"{'weight' if reads_weight else 'statistics'}, but low_cpu_mem_usage=True computes none. Drop one of "
+                "the two."
             )
-        self.apply_plan(self.plan_adapter(config, adapter_name, options, stats))
+        self.apply_plan(self.plan_resolved(resolved, adapter_name, options, stats))
 
     @property
     def active_adapters(self) -> list[str]:

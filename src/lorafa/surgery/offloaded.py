@@ -11,15 +11,16 @@ from lorafa.backends.offload import rests_elsewhere, rests_inside
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, TargetError
 from lorafa.surgery.targets import Target
-from lorafa.surgery.walk import places, pristine_of
+from lorafa.surgery.walk import Place, pristine_of
 
 
 def require_reachable(
-    model: nn.Module, config: LoraConfig, targets: Iterable[Target], others: Iterable[nn.Module]
+    everything: Iterable[Place], config: LoraConfig, targets: Iterable[Target], others: Iterable[nn.Module]
 ) -> None:
     """Raise for what would fail or be lost in the first call, where weights of the model rest elsewhere.
 
     Args:
+        everything: every place of the model.
         others: the modules that are wrapped beside the targets.
 
     Raises:
@@ -27,7 +28,7 @@ def require_reachable(
             it has no longer then.
         ConfigError: biases are to be trained that are copies, brought in for one call.
     """
-    everything = [replace(place, module=pristine_of(place.module)) for place in places(model)]
+    everything = [replace(place, module=pristine_of(place.module)) for place in everything]
     if not any(rests_elsewhere(place.module) for place in everything):
         return
     wrapped = {id(module) for module in (*(target.base for target in targets), *others)}

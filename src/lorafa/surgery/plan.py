@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -11,16 +11,16 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, shorten, warn
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
-from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary, with_heads, with_saved_names, with_tied_ends
-from lorafa.surgery.available import require_available
+from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary
 from lorafa.surgery.build import Builder, Options
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.offloaded import require_reachable
 from lorafa.surgery.quantize import require_unshared
+from lorafa.surgery.resolve import Resolved
 from lorafa.surgery.stats import Stats
-from lorafa.surgery.targets import Target, find_targets, resolved_targets, spelled_out
+from lorafa.surgery.targets import Target
 from lorafa.surgery.ties import Tie, find_ties
-from lorafa.surgery.walk import lora_layers, places
+from lorafa.surgery.walk import Place, layers_at
 
 
 @dataclass(frozen=True)
@@ -44,37 +44,30 @@ class Plan:
     auxiliary: AuxiliaryPlan
 
 
-def plan(
-    model: nn.Module, config: LoraConfig, name: str, options: Options | None = None, stats: Stats | None = None
-) -> Plan:
+def plan(resolved: Resolved, name: str, options: Options | None = None, stats: Stats | None = None) -> Plan:
     """Build adapter ``name`` without touching the model; raise if any part of it cannot be built.
 
     Raises:
-        NotAvailableError: the config asks for a feature this version does not have.
         AdapterError: the name is taken or unusable.
-        TargetError: a pattern matches nothing, or something that cannot carry an adapter.
+        TargetError: something that is trained beside the factors cannot be, or a name of it matches nothing.
         ConfigError, BackendError: rank, variant, start or another setting do not go with a layer.
         CalibrationError: the start needs statistics that were not given.
     """
     options = options or Options()
-    config.check()
-    require_available(config)
-    check_adapter_name(model, name)
-    config = spelled_out(model, with_saved_names(model, with_heads(config)))
-    config = with_tied_ends(model, config, lenient=options.from_file)
-    targets = find_targets(model, config, lenient=options.from_file)
-    config = replace(_with_layout(config, targets), target_modules=resolved_targets(model, config, targets))
-    auxiliary = plan_auxiliary(model, config, [target.module for target in targets], lenient=options.from_file)
-    require_reachable(model, config, targets, [*auxiliary.saved, *(module for module, _, _ in auxiliary.tokens)])
-    ties = find_ties(list(places(model)), config, targets)
+    model, config, targets, named = resolved.model, resolved.config, resolved.targets, resolved.named
+    check_adapter_name(resolved.everything, name)
+    auxiliary = plan_auxiliary(model, config, named, [target.module for target in targets], lenient=resolved.lenient)
+    beside = [*auxiliary.saved, *(module for module, _, _ in auxiliary.tokens)]
+    require_reachable(resolved.everything, config, targets, beside)
+    ties = find_ties(named, config, targets)
     tied = {tie.target for tie in ties}
-    builder = Builder(config, name, options, stats or {})
-    require_unshared(places(model), list(filter(builder.quantizes, targets)), str(config.init_lora_weights))
+    builder = Builder(resolved, name, options, stats or {})
+    require_unshared(named, list(filter(builder.quantizes, targets)), str(config.init_lora_weights))
     layers = [layer for target in targets if target not in tied for layer in _layers(target, builder)]
     _say_fallbacks(config, layers)
     if config.lora_dropout and not options.from_file:
         _say_what_dropout_does(config, layers)
-        _say_where_dropout_is_not(model, config, targets)
+        _say_where_dropout_is_not(resolved)
     return Plan(name, config, targets, layers, ties, auxiliary)
 
 
@@ -89,7 +82,7 @@ def _say_fallbacks(config: LoraConfig, layers: list[PlannedLayer]) -> None:
 
 
 def _say_what_dropout_does(config: LoraConfig, layers: list[PlannedLayer]) -> None:
-    """Of a start that takes something out of the base: A and B put it back, but for the columns that are dropped."""
+    """Warn of starts that take something out of the base: A and B put it back, but for the columns dropped."""
     moved = (layer.parts.B for layer in layers if layer.parts.start is not None and not layer.parts.B.is_meta)
     if any(bool(B.any()) for B in moved):
         warn(
@@ -99,18 +92,18 @@ def _say_what_dropout_does(config: LoraConfig, layers: list[PlannedLayer]) -> No
         )
 
 
-def _say_where_dropout_is_not(model: nn.Module, config: LoraConfig, targets: list[Target]) -> None:
-    bypassed = Bypassed(model, [place for place in places(model) if place.name])
-    names = [t.name for t in targets if t.parameter is None and bypassed.reads(t.name)]
+def _say_where_dropout_is_not(resolved: Resolved) -> None:
+    bypassed = Bypassed(resolved.model, resolved.named)
+    names = [t.name for t in resolved.targets if t.parameter is None and bypassed.reads(t.name)]
     if names:
         warn(
-            f"lora_dropout={config.lora_dropout} does not act where the model multiplies by a layer's weight instead "
-            f"of calling it, as it does, always or in some kernels, with {shorten(names, 3)}: there the update is in "
-            "the weight, and has no input to drop."
+            f"lora_dropout={resolved.config.lora_dropout} does not act where the model multiplies by a layer's weight "
+            f"instead of calling it, as it does, always or in some kernels, with {shorten(names, 3)}: there the update "
+            "is in the weight, and has no input to drop."
         )
 
 
-def check_adapter_name(model: nn.Module, name: str) -> None:
+def check_adapter_name(everything: Iterable[Place], name: str) -> None:
     """Raises AdapterError for a name that is taken or that could not be a part of a parameter's name."""
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"An adapter name is a non-empty string without a dot, found {name!r}.")
@@ -119,23 +112,10 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
             f"{name!r} cannot be an adapter name: torch's containers of modules have an attribute of that name. "
             f"Call it {name + '_1'!r}, for example."
         )
-    if any(name in host.adapters for _, host in lora_layers(model)):
+    if any(name in layer.adapters for place in everything for layer in layers_at(place)):
         raise AdapterError(
             f"The model already has an adapter {name!r}. Choose another name, or delete_adapter({name!r}) first."
         )
-
-
-def _with_layout(config: LoraConfig, targets: list[Target]) -> LoraConfig:
-    """The config with ``fan_in_fan_out`` as the layers are; here it changes nothing, in files PEFT reads it."""
-    stored = {target.backend.fan_in_fan_out: target for target in targets}
-    if not config.fan_in_fan_out or False not in stored:
-        return config
-    layer = stored[False]
-    warn(
-        f"fan_in_fan_out=True means weights stored as (in, out), but that of {layer.full_name!r}, a "
-        f"{type(layer.base).__name__}, is (out, in): it is False there. Drop it; a layer's type says how it stores."
-    )
-    return config if True in stored else replace(config, fan_in_fan_out=False)
 
 
 def _layers(target: Target, builder: Builder) -> Iterator[PlannedLayer]:

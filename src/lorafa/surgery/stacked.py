@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -66,8 +66,8 @@ def _routes(module: nn.Module, experts: int) -> bool:
     return weight is not None and weight.dim() == 2 and weight.shape[0] == experts and backend_of(module) is None
 
 
-def with_stacked(config: LoraConfig, everything: Sequence[Place], kept: Collection[str]) -> LoraConfig:
-    """A copy of a config of all linear layers whose ``target_parameters`` name stacked experts and routers too.
+def name_stacked(draft: LoraConfig, everything: Sequence[Place], kept: Collection[str]) -> None:
+    """Let ``target_parameters`` of a draft that means all linear layers name stacked experts and routers too.
 
     ``gate_up_proj`` holds two layers of an expert, so it gets twice the rank, and the alpha that keeps the scaling,
     unless ``rank_pattern`` says another: as PEFT does.
@@ -75,17 +75,17 @@ def with_stacked(config: LoraConfig, everything: Sequence[Place], kept: Collecti
     Args:
         kept: full names of the parameters that ``exclude_modules`` leaves.
     """
-    given = config.target_parameters or []
-    names = _short_names(everything, [name for name in kept if not _means(given, name)], kept)
     if not kept:
-        return config
-    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+        return
+    given = draft.target_parameters or []
+    names = _short_names(everything, [name for name in kept if not _means(given, name)], kept)
+    ranks, alphas = dict(draft.rank_pattern), dict(draft.alpha_pattern)
     for name in (name for name in kept if name.rpartition(".")[2] == "gate_up_proj"):
-        if not any(re.match(rf"(.*\.)?({key})$", name) for key in config.rank_pattern):
+        if not any(re.match(rf"(.*\.)?({key})$", name) for key in draft.rank_pattern):
             key = r".*\.gate_up_proj"
-            ranks[key] = FUSED * config.r
-            alphas.setdefault(key, config.lora_alpha * (math.sqrt(FUSED) if config.use_rslora else FUSED))
-    return replace(config, target_parameters=[*given, *names], rank_pattern=ranks, alpha_pattern=alphas)
+            ranks[key] = FUSED * draft.r
+            alphas.setdefault(key, draft.lora_alpha * (math.sqrt(FUSED) if draft.use_rslora else FUSED))
+    draft.target_parameters, draft.rank_pattern, draft.alpha_pattern = [*given, *names], ranks, alphas
 
 
 def _short_names(everything: Sequence[Place], names: Collection[str], kept: Collection[str]) -> list[str]:

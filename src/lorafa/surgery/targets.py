@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
-from lorafa.surgery.stacked import meant, stacked_parameters, warn_of_left_out, with_stacked
+from lorafa.surgery.stacked import meant, name_stacked, stacked_parameters, warn_of_left_out
 from lorafa.surgery.walk import Place, dotted_ends, embedding_of, places, uncompiled
 
 ALL_LINEAR = "all-linear"
@@ -69,18 +70,23 @@ class Target:
         return self.backend.weight(in_memory(self.base)) if self.wrapper is None else self.wrapper.base_weight()
 
 
-def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False) -> list[Target]:
-    """The layers ``config`` means, in the order of the model, each once however many names it has.
+def find_targets(
+    model: nn.Module, draft: LoraConfig, everything: list[Place], *, lenient: bool = False
+) -> list[Target]:
+    """The layers a config means, in the order of the model, each once however many names it has.
+
+    The stacked experts that "all-linear" takes in are named in ``target_parameters`` of the draft.
 
     Args:
+        everything: every named place of the model.
         lenient: warn of patterns that match nothing instead of raising; for a config that comes with a file, whose
             tensors are checked one by one anyway.
 
     Raises:
         TargetError: a pattern matches nothing, or matches something that cannot carry an adapter.
     """
-    everything = [place for place in places(model) if place.name]
-    config, patterns = _with_stacked(everything, config)
+    config, patterns = draft, _Patterns(draft)
+    _take_stacked(draft, everything, patterns)
     chosen = _modules(model, everything, config, patterns, lenient)
     targets = [_target(place, None, config, patterns) for place in chosen]
     targets += _parameters(everything, config, patterns, taken={id(place.module) for place in chosen})
@@ -99,7 +105,9 @@ def find_targets(model: nn.Module, config: LoraConfig, *, lenient: bool = False)
     return targets
 
 
-def resolved_targets(model: nn.Module, config: LoraConfig, targets: Sequence[Target]) -> set[str] | str | None:
+def spelled_targets(
+    model: nn.Module, config: LoraConfig, everything: Sequence[Place], targets: Sequence[Target]
+) -> set[str] | str | None:
     """``target_modules`` to keep and save, with None and "all-linear" spelled out.
 
     None becomes the architecture's usual layers, "all-linear" the shortest ends of names that mean just ``targets``.
@@ -110,7 +118,7 @@ def resolved_targets(model: nn.Module, config: LoraConfig, targets: Sequence[Tar
     if not _is_all_linear(wanted):
         return wanted if isinstance(wanted, str) else set(wanted)
     chosen = {id(target.module) for target in targets if target.parameter is None}
-    others = {end for place in places(model) if id(place.module) not in chosen for end in dotted_ends(place.name)}
+    others = {end for place in everything if id(place.module) not in chosen for end in dotted_ends(place.name)}
     names = [target.name for target in targets if target.parameter is None]
     return {next((end for end in dotted_ends(name) if end not in others), name) for name in names}
 
@@ -119,24 +127,24 @@ def _is_all_linear(wanted: object) -> bool:
     return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
 
 
-def spelled_out(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The config with the stacked experts that "all-linear" takes in named in ``target_parameters``."""
-    return _with_stacked([place for place in places(model) if place.name], config)[0]
+def takes_parameters(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether a config means single parameters of the model, stacked experts among them."""
+    draft = copy.copy(config)
+    _take_stacked(draft, [place for place in places(model) if place.name], _Patterns(draft))
+    return bool(draft.target_parameters)
 
 
-def _with_stacked(everything: list[Place], config: LoraConfig) -> tuple[LoraConfig, _Patterns]:
-    """The same, and the books on the patterns of that config."""
-    patterns = _Patterns(config)
-    if not _is_all_linear(config.target_modules):
-        return config, patterns
+def _take_stacked(draft: LoraConfig, everything: list[Place], patterns: _Patterns) -> None:
+    """Name in ``target_parameters`` of the draft the stacked experts that "all-linear" takes in."""
+    if not _is_all_linear(draft.target_modules):
+        return
     kept = [
         s.name
         for s in stacked_parameters(everything)
-        if not _inside_saved(s.place.name, config)
-        and not any(patterns.matches("exclude_modules", config.exclude_modules, n) for n in (s.place.name, s.name))
+        if not _inside_saved(s.place.name, draft)
+        and not any(patterns.matches("exclude_modules", draft.exclude_modules, n) for n in (s.place.name, s.name))
     ]
-    patterns.config = config = with_stacked(config, everything, kept)
-    return config, patterns
+    name_stacked(draft, everything, kept)
 
 
 class _Patterns:

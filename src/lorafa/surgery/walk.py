@@ -93,6 +93,14 @@ def places(model: nn.Module) -> Iterator[Place]:
         stack.extend(reversed(children))
 
 
+def layers_at(place: Place) -> Iterator[LoraLayer]:
+    """The layer with adapters that stands at a place, and those inside it that adapt other parameters of the module."""
+    module = place.module
+    while isinstance(module, LoraLayer):
+        yield module
+        module = module.base_layer
+
+
 def pristine_of(module: nn.Module) -> nn.Module:
     """The module that a host stands for, with the weight nothing was merged into; any other module itself."""
     return module.pristine if isinstance(module, Host) else module

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from torch import nn
 
 from lorafa.config import LoraConfig
-from lorafa.surgery.targets import spelled_out
+from lorafa.surgery.targets import takes_parameters
 from lorafa.train.settings.init import start_fields, start_of
 from lorafa.train.settings.run import RunConfig
 
@@ -26,7 +26,7 @@ def lora_config(config: RunConfig, model: nn.Module | None = None) -> LoraConfig
         "init_seed": config.train.seed,
     }
     made = LoraConfig(**peft | of_the_run | start_fields(config.init))
-    if model is None or config.peft.lora_dropout is not None or not spelled_out(model, made).target_parameters:
+    if model is None or config.peft.lora_dropout is not None or not takes_parameters(model, made):
         return made
     return replace(made, lora_dropout=0.0)
 

@@ -16,6 +16,7 @@ from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.starts.initialize import collect_statistics, start_from
+from lorafa.surgery.resolve import resolve
 from lorafa.train.settings.init import InitConfig, rank_rule, start_of
 
 HELD_OUT = 8
@@ -58,9 +59,10 @@ def start_adapter(
     if any(STATISTICS.get(name).reads_gradient for name in (*needs, *collecting["also"])):
         _require_answers([*rows, *held], init.max_length)
     batches = _batches(rows, init.bsz, init.max_length, collator)
-    stats = collect_statistics(model, adapter, batches, **collecting)
+    resolved = resolve(model, adapter)
+    stats = collect_statistics(model, resolved, batches, **collecting)
     heldout = _batches(held, 1, init.max_length, collator) if tries else None
-    adapted = start_from(model, adapter, stats, ranks=rule, heldout=heldout)
+    adapted = start_from(model, resolved, stats, ranks=rule, heldout=heldout)
     ranks = {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()}
     record: dict[str, Any] = {
         "rows": count,

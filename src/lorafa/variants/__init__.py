@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from lorafa.errors import ConfigError
@@ -71,14 +72,14 @@ def variant_types(config: HasStart) -> tuple[type[Variant], ...]:
     return tuple(found[stage] for stage in STAGES if stage in found)
 
 
-def formula_of(config: HasStart, spec: LayerSpec) -> Variant:
+def formula_of(types: Iterable[type[Variant]], config: HasStart, spec: LayerSpec) -> Variant:
     """The formula of a config on one layer, each over the one inside it.
 
-    Raises:
-        ConfigError: as :func:`variant_types`.
+    Args:
+        types: what :func:`variant_types` says of the config.
     """
     formula: Variant | None = None
-    for variant in variant_types(config):
+    for variant in types:
         formula = variant.of(config, spec, formula)
     assert formula is not None  # there is always one that forms B A
     return formula

@@ -13,7 +13,7 @@ from lorafa import LoraConfig, get_peft_model
 from lorafa.calibration import RANK_RULES
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.starts.ranks import RankRule, choose_ranks, with_ranks
-from lorafa.surgery.targets import find_targets
+from lorafa.surgery.resolve import resolve
 from toys.models import Two
 
 
@@ -106,7 +106,7 @@ def test_a_parameter_is_left_out_where_its_name_is_not_the_end_of_one_that_stays
 
     chosen = with_ranks(two(), LoraConfig(r=2, target_modules=["fc"], target_parameters=["b.a.w", "b.a.v"]),
                         {"b.a.w": 2, "b.a.v": 0, "fc": 0})  # fmt: skip
-    assert [(t.full_name, t.rank) for t in find_targets(two(), chosen)] == [("b.a.w", 2)]
+    assert [(t.full_name, t.rank) for t in resolve(two(), chosen).targets] == [("b.a.w", 2)]
     with pytest.raises(
         ConfigError, match=r"b\.a\.w cannot be left out: target_parameters takes names and their dotted"
     ):

@@ -11,6 +11,7 @@ from torch import nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.surgery.plan import plan
+from lorafa.surgery.resolve import resolve
 from lorafa.surgery.walk import lora_layers
 from toys.adapters import config_for, only_layer, train
 from toys.layers import PARAMETERS, Single, base_layer
@@ -74,9 +75,9 @@ def test_a_second_adapter_starts_from_the_pristine_weight_while_the_first_is_mer
     model = get_peft_model(Single(base_layer(kind)), config_for(kind))
     train(model)
     config = config_for(kind, init_lora_weights="pissa", r=2)
-    (planned,) = plan(model.get_base_model(), config, "second").layers
+    (planned,) = plan(resolve(model.get_base_model(), config), "second").layers
     model.merge_adapter()
-    (again,) = plan(model.get_base_model(), config, "second").layers
+    (again,) = plan(resolve(model.get_base_model(), config), "second").layers
     torch.testing.assert_close(again.parts.A, planned.parts.A)
     torch.testing.assert_close(again.parts.B, planned.parts.B)
     assert len(list(lora_layers(model))) == 1

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import TargetError
-from lorafa.surgery.targets import find_targets, resolved_targets
+from lorafa.surgery.resolve import resolve
 
 
 def block() -> nn.Module:
@@ -36,7 +36,7 @@ def model(depth: int = 3) -> nn.Module:
 
 
 def names(root: nn.Module, **settings: Any) -> list[str]:
-    return [target.name for target in find_targets(root, LoraConfig(**settings))]
+    return [target.name for target in resolve(root, LoraConfig(**settings)).targets]
 
 
 Q = [f"layers.{i}.attn.q_proj" for i in range(3)]
@@ -108,10 +108,10 @@ def test_all_linear_leaves_the_inside_of_attention_alone() -> None:
 
 def test_all_linear_is_kept_as_the_shortest_ends_that_mean_the_same() -> None:
     root, config = model(), LoraConfig(target_modules="all-linear", exclude_modules=["attn.out_proj"])
-    targets = find_targets(root, config)
-    kept = resolved_targets(root, config, targets)
+    resolved = resolve(root, config)
+    kept, targets = resolved.config.target_modules, resolved.targets
     assert kept == {"q_proj", "up", "mlp.out_proj", "lm_head"}
-    again = find_targets(root, LoraConfig(target_modules=kept))
+    again = resolve(root, LoraConfig(target_modules=kept)).targets
     assert [target.name for target in again] == [target.name for target in targets]
 
 
@@ -145,7 +145,7 @@ def test_an_architecture_without_usual_layers_says_so() -> None:
 
 def ranks(**settings: Any) -> dict[str, tuple[int, float]]:
     config = LoraConfig(**({"target_modules": ["q_proj", "up"], "r": 4, "lora_alpha": 6} | settings))
-    return {target.name: (target.rank, target.alpha) for target in find_targets(model(), config)}
+    return {target.name: (target.rank, target.alpha) for target in resolve(model(), config).targets}
 
 
 def test_patterns_set_ranks_and_alphas_of_the_layers_they_match() -> None:
@@ -173,13 +173,13 @@ class Routed(nn.Module):
 def test_parameters_are_targets_of_their_own() -> None:
     root = nn.ModuleDict({"experts": Routed(), "other": Routed()})
     config = LoraConfig(target_modules=[], target_parameters=["experts.up", "down"], rank_pattern={"down": 3}, r=2)
-    found = [(target.name, target.parameter, target.rank) for target in find_targets(root, config)]
+    found = [(target.name, target.parameter, target.rank) for target in resolve(root, config).targets]
     assert found == [("experts", "up", 2), ("experts", "down", 3), ("other", "down", 3)]
 
 
 def test_modules_inside_a_module_with_adapted_parameters_can_be_targets_too() -> None:
     root = nn.ModuleDict({"experts": Routed()})
-    found = find_targets(root, LoraConfig(target_modules=["inner"], target_parameters=["up"]))
+    found = resolve(root, LoraConfig(target_modules=["inner"], target_parameters=["up"])).targets
     assert {(target.name, target.parameter) for target in found} == {("experts.inner", None), ("experts", "up")}
 
 
@@ -197,6 +197,6 @@ def test_names_are_those_before_wrapping_when_a_second_adapter_comes() -> None:
 def test_a_lenient_search_warns_of_what_it_does_not_find_and_takes_the_rest() -> None:
     config = LoraConfig(target_modules=["q_proj", "gone"], rank_pattern={"gone": 3})
     with pytest.warns(UserWarning, match="'gone' matches nothing") as seen:
-        found = find_targets(model(), config, lenient=True)
+        found = resolve(model(), config, lenient=True).targets
     assert [target.name for target in found] == Q
     assert len(seen) == 2

@@ -1,0 +1,43 @@
+"""The config that is written beside an adapter's tensors, where that is not the config it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from lorafa.config import LoraConfig
+from lorafa.initializers.settings import NO_SETTINGS
+from lorafa.io.peft_format import adapted_layers, has_start
+
+_PEFT_STARTS_ANYWHERE = (True, False, "gaussian")
+_PEFT_STARTS_ON_SOME = ("orthogonal", "eva", "loftq", "mica")
+_SOME = ("linear", "embedding")
+"""Kinds of layer on which PEFT makes the starts of the second line."""
+
+
+def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
+    """The config that goes with :func:`lorafa.io.peft_format.file_tensors`: rank and alpha grow where a start was stacked onto A and B.
+
+    PEFT makes a start before it reads the tensors. One that it could not make on these layers, and that left the base
+    alone, is history and written as True; one that moved the base of a variant stays, for PEFT to repeat or to refuse.
+    """
+    layers = [layer for _, layer in adapted_layers(model, name)]
+    plain = all(layer.adapters[name].variant.plain for layer in layers)
+    if not has_start(model, name):
+        some = plain and not config.lora_bias and all(layer.kind in _SOME for layer in layers)
+        anywhere = (True, False) if config.lora_bias else _PEFT_STARTS_ANYWHERE
+        known = anywhere + (_PEFT_STARTS_ON_SOME if some else ())
+        return config if config.init_lora_weights in known else replace(config, init_lora_weights=True, **NO_SETTINGS)
+    if not plain:
+        return config
+    factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
+    return replace(
+        config,
+        r=config.r * 2,
+        lora_alpha=config.lora_alpha * factor,
+        rank_pattern={key: value * 2 for key, value in config.rank_pattern.items()},
+        alpha_pattern={key: value * factor for key, value in config.alpha_pattern.items()},
+        init_lora_weights=True,
+        **NO_SETTINGS,
+    )
