@@ -124,6 +124,15 @@ def test_explained_variance_is_eva() -> None:
     assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=1.0) == {"a": 2, "b": 2}
 
 
+@pytest.mark.parametrize("names", ["qkv", "vkq", "kqv"])
+def test_a_tie_of_explained_variance_goes_to_the_earlier_layer(names: str) -> None:
+    """Layers of one input explain exactly as much. The first of them gets the larger rank, whatever its name."""
+    shares = dict.fromkeys(names, torch.tensor([0.4, 0.3, 0.2, 0.06, 0.03, 0.01], dtype=torch.float64))
+    for budget, expected in ((9, [3, 3, 3]), (10, [4, 3, 3]), (11, [4, 4, 3]), (12, [4, 4, 4])):
+        before = dict(zip(names, (3, 3, budget - 6), strict=True))
+        assert list(by_explained_variance(shares, before, rho=2.0).values()) == expected
+
+
 @pytest.mark.parametrize(("rho", "rank", "most"), [(1.2, 3, 4), (1.1, 3, 3), (1.7, 2, 3), (2.0, 5, 10), (1.0, 7, 7)])
 def test_a_layer_gets_at_most_as_many_ranks_as_eva_follows_components(rho: float, rank: int, most: int) -> None:
     """k = round(rho r), for the principal components as for the ranks that are chosen among them."""
