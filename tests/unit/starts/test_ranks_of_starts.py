@@ -69,7 +69,7 @@ def test_gora_takes_another_rule_or_the_ranks_of_the_config() -> None:
     other = initialize(Toy(), config(use_rslora=True), inputs(), loss=loss, ranks=rule)
     assert ranks_of(other) == dict.fromkeys(LAYERS, 3)
     assert scalings_of(other) == pytest.approx([8 / 4**0.5] * 3)
-    with pytest.raises(ConfigError, match="share_ranks is a switch, found 1"):
+    with pytest.raises(ConfigError, match="share_ranks must be True or False, found 1"):
         GoraConfig(share_ranks=1)  # type: ignore[arg-type]
 
 
