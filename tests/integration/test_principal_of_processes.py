@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lorafa.calibration.base import Measured, Statistic
-from lorafa.calibration.moments import CordaMoment, MomentSketch, SecondMoment
+from lorafa.calibration.moments import CordaMoment, ExactMoment, MomentSketch, SecondMoment
 from lorafa.calibration.principal import IncrementalPCA, PCASettings
 from toys.calibration import tokens
 from toys.processes import leave_group
@@ -20,6 +20,7 @@ IN = 20
 KINDS: dict[str, type[Statistic]] = {
     "principal": IncrementalPCA,
     "second_moment": SecondMoment,
+    "exact_moment": ExactMoment,
     "corda_moment": CordaMoment,
     "moment_sketch": MomentSketch,
 }

@@ -171,8 +171,13 @@ def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
     refused(model, lambda m: m.set_adapter("second"), AdapterError, r"Call restore_base\(model\) before activating")
     refused(model, lambda m: m.delete_adapter("default"), AdapterError, r"restore_base\(model\) before deleting it")
     restore_base(model)
-    refused(model, mutate_base, AdapterError, "only if it is the one adapter and active; here are 'default', 'second'")
+    alone = r"'default' must be the only one there .* are 'default', 'second'\. Call delete_adapter\('second'\) first"
+    refused(model, mutate_base, AdapterError, alone)
     model.delete_adapter("second")
+    active = r"'default' alone must be active before .* Active are: none\. Call set_adapter\('default'\) first"
+    model.base_model.set_adapter([])
+    refused(model, mutate_base, AdapterError, active)
+    model.set_adapter("default")
     model.merge_adapter()
     refused(model, mutate_base, AdapterError, "merged into the base weights")
 

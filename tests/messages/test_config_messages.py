@@ -46,7 +46,7 @@ FIELDS: list[tuple[dict[str, object], str]] = [
     ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights has no value 'pissa_niter_x'."),
     ({"init_lora_weights": None}, "init_lora_weights has no value None."),
     ({"init_lora_weights": 1}, "init_lora_weights has no value 1."),
-    ({"use_dora": "yes"}, "use_dora is a switch, found 'yes' (str). Pass True or False."),
+    ({"use_dora": "yes"}, "use_dora must be True or False, found 'yes' (str)."),
     ({"task_type": "CAUSAL"}, "task_type has no value 'CAUSAL'. Did you mean 'CAUSAL_LM'? Pass one of: 'SEQ_CLS', "),
     ({"peft_type": "IA3"}, "peft_type has no value 'IA3'. Pass one of: 'LORA'."),
     ({"revision": 3}, "revision must be a text or None, found 3 (int). Put it in quotes."),
@@ -65,7 +65,10 @@ FIELDS: list[tuple[dict[str, object], str]] = [
         {"target_parameters": "w"},
         "target_parameters must be a list of names, found 'w' (str). Pass target_parameters=['w",
     ),
-    ({"rank_pattern": [4]}, "rank_pattern must be a dict from module names to numbers, found [4] (list)."),
+    (
+        {"rank_pattern": [4]},
+        'rank_pattern must be a dict from module names to numbers, found [4] (list). Pass {"q_proj": 8}.',
+    ),
     ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] must be an integer >= 1, found 0 (int)."),
     (
         {"rank_pattern": {"q": "4"}},
@@ -97,7 +100,7 @@ FIELDS: list[tuple[dict[str, object], str]] = [
         {"alora_invocation_tokens": "hi"},
         "alora_invocation_tokens must be a list of token ids, found 'hi' (str). Tokenize",
     ),
-    ({"freeze_A": "yes"}, "freeze_A is a switch, found 'yes' (str). Pass True or False."),
+    ({"freeze_A": "yes"}, "freeze_A must be True or False, found 'yes' (str)."),
     ({"init_seed": -1}, "init_seed must be an integer >= 0, found -1 (int)."),
     ({"qalora_group_size": 0}, "qalora_group_size must be an integer >= 1, found 0 (int)."),
 ]
@@ -153,12 +156,12 @@ COMBINATIONS: list[tuple[dict[str, object], str]] = [
 ]
 
 NESTED: list[tuple[Callable[[], object], str]] = [
-    (lambda: LoraRuntimeConfig(ephemeral_gpu_offload=1), "ephemeral_gpu_offload is a switch, found 1 (int)."),
+    (lambda: LoraRuntimeConfig(ephemeral_gpu_offload=1), "ephemeral_gpu_offload must be True or False, found 1 (int)."),
     (lambda: LoftQConfig(loftq_bits=3), "loftq_bits must be 4 or 8, found 3 (int). Pass loftq_bits=4."),
     (lambda: LoftQConfig(loftq_iter=0), "loftq_iter must be an integer >= 1, found 0 (int)."),
     (lambda: EvaConfig(rho=0.5), "rho must be a number >= 1, found 0.5. Pass a number in that range."),
     (lambda: EvaConfig(tau=1.1), "tau must be a number in [0, 1], found 1.1. Pass a number in that range."),
-    (lambda: EvaConfig(whiten=None), "whiten is a switch, found None (NoneType). Pass True or False."),
+    (lambda: EvaConfig(whiten=None), "whiten must be True or False, found None (NoneType)."),
     (
         lambda: CordaConfig(corda_method="ipn"),
         "corda_method has no value 'ipn'. Did you mean 'ipm'? Pass one of: 'ipm', ",

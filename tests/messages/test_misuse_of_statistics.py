@@ -273,7 +273,7 @@ def test_ranks_from_statistics_that_are_none_or_of_another_model() -> None:
     )
     refused(
         ConfigError,
-        r"ranks must be a mapping of full names to ranks, found \[4, 4\]",
+        r"ranks must be a mapping of full names to ranks, as choose_ranks returns, found \[4, 4\] \(list\)\.",
         lambda m: with_ranks(m, config(), [4, 4]),
     )
     other = Toy()

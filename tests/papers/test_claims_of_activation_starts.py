@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorafa import CordaConfig, EvaConfig
 from lorafa.calibration.base import Measured, Statistic
-from lorafa.calibration.moments import CordaMoment, SecondMoment
+from lorafa.calibration.moments import CordaMoment, ExactMoment, SecondMoment
 from lorafa.calibration.principal import IncrementalPCA
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS
@@ -24,7 +24,7 @@ OUT, IN, R, S = 24, 32, 4, 1.7
 STATISTICS: dict[str, type[Statistic]] = {
     "principal": IncrementalPCA,
     "corda_moment": CordaMoment,
-    "second_moment": SecondMoment,
+    "exact_moment": ExactMoment,
 }
 METHODS = ("ipm", "kpm")
 
@@ -217,6 +217,31 @@ def test_lora_null_finds_the_least_energies_beside_a_channel_that_dwarfs_them(la
     close((x @ Q).square().sum(), torch.linalg.eigvalsh(x.mT @ x)[:R].sum(), 1e-2)
 
 
+def energy_of_A(C: Tensor, x: Tensor) -> float:
+    """||x Q^T||^2 for LoRA-Null's directions by C, in units of the least that r directions can have."""
+    A = start("lora_null", stats={"exact_moment.C": C}, weight=rand(96, x.shape[1], seed=6).float()).A.double()
+    held = (x.double() @ torch.linalg.qr(A.mT).Q).square().sum()
+    return float(held / torch.linalg.eigvalsh(x.double().mT @ x.double())[:R].sum())
+
+
+@pytest.mark.parametrize(("largest", "in_float32"), [(1e3, 3.0), (1e4, 50.0)])
+def test_lora_null_finds_the_least_energies_beside_a_direction_that_dwarfs_them(
+    largest: float, in_float32: float
+) -> None:
+    """Of no single channel, so that it is in every entry of C: a C of float32 leaves A 4 and 100 times the least."""
+    scale = torch.logspace(0, -1.5, 128, dtype=torch.float64)
+    scale[0] = largest
+    x = (rand(4096, 128, seed=7) * scale @ torch.linalg.qr(rand(128, 128, seed=8)).Q.mT).float()
+    found = {}
+    for kind in (ExactMoment, SecondMoment):
+        statistic = kind(Measured("layers.0.q_proj", OUT, 128, R))
+        for batch in x.split(256):
+            statistic.update(batch, None)
+        found[kind] = energy_of_A(statistic.result()["C"], x)
+    assert found[ExactMoment] == pytest.approx(1, abs=1e-4)
+    assert found[SecondMoment] > in_float32
+
+
 # All of them
 
 
@@ -247,7 +272,7 @@ def test_inputs_of_zeros_are_degenerate() -> None:
     zeros = torch.zeros(50, IN)
     with pytest.raises(DegenerateError, match=r"^its input has 0 singular values other than zero where 4 are needed"):
         start("eva", stats={f"principal.{k}": v for k, v in _principal(zeros).items()})
-    for name, statistic in (("corda", "corda_moment"), ("lora_null", "second_moment")):
+    for name, statistic in (("corda", "corda_moment"), ("lora_null", "exact_moment")):
         with pytest.raises(DegenerateError, match=r"^its input is zero"):
             start(name, stats={f"{statistic}.C": torch.zeros(IN, IN)})
 

@@ -246,7 +246,7 @@ def test_goat_shares_its_rank_out_among_the_experts(rank: int) -> None:
     [
         ({"experts": 0}, "experts must be an integer >= 1, found 0"),
         ({"rho": 0}, "rho must be a number > 0, found 0"),
-        ({"last": 1}, r"last is a switch, found 1 \(int\)\. Pass True or False"),
+        ({"last": 1}, r"last must be True or False, found 1 \(int\)\."),
     ],
 )
 def test_settings_of_goat_are_checked(setting: dict[str, Any], text: str) -> None:

@@ -309,7 +309,7 @@ def test_lora_pro_in_full_is_adam_on_the_weight_projected_back(X: str) -> None:
     def formula(A: Tensor, B: Tensor, G: Tensor, s: float, states: tuple[State, State], step: int) -> Factors:
         h = adam_direction(tangent(A, B, G), states[0], step)
         for_A, for_B = pro_gradients(A, B, s * B.T @ h, s * h @ A.T, s, X, 0.0)
-        kept = 1 - LR * DECAY
+        kept = math.sqrt(1 - LR * DECAY)
         return kept * A - LR * for_A, kept * B - LR * for_B
 
     compare_steps(model, optimizer, formula)
@@ -318,14 +318,14 @@ def test_lora_pro_in_full_is_adam_on_the_weight_projected_back(X: str) -> None:
 
 
 def test_steps_of_lora_ones_adamw_move_A_first_and_condition_B_with_the_new_A() -> None:
-    """And nothing corrects the bias."""
+    """And nothing corrects the bias, and decay comes last, as in the authors' code."""
     model, reg = adapted(**PATTERNS), 1e-2
     optimizer = create_preconditioned_adamw(model, lr=LR, prec_reg=reg, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
     def formula(A: Tensor, B: Tensor, G: Tensor, s: float, states: tuple[State, State], step: int) -> Factors:
         kept, g_A, g_B = 1 - LR * DECAY, s * B.T @ G, s * G @ A.T
-        A = kept * A - LR * adam_direction(damped_inverse(B.T @ B, reg) @ g_A, states[0], step, corrected=False)
-        B = kept * B - LR * adam_direction(g_B @ damped_inverse(A @ A.T, reg), states[1], step, corrected=False)
+        A = kept * (A - LR * adam_direction(damped_inverse(B.T @ B, reg) @ g_A, states[0], step, corrected=False))
+        B = kept * (B - LR * adam_direction(g_B @ damped_inverse(A @ A.T, reg), states[1], step, corrected=False))
         return A, B
 
     compare_steps(model, optimizer, formula)

@@ -190,7 +190,7 @@ def test_olora_settings_reach_the_start_and_wrong_ones_are_refused() -> None:
     settings: dict[str, Any] = {"target_modules": ["0"], "r": RANK, "init_lora_weights": "olora"}
     get_peft_model(model, LoraConfig(**settings, init_config={"pivoted": True}))
     assert model[0].fallbacks == {}
-    with pytest.raises(ConfigError, match="pivoted is a switch, found 'yes'"):
+    with pytest.raises(ConfigError, match="pivoted must be True or False, found 'yes'"):
         LoraConfig(**settings, init_config={"pivoted": "yes"})
 
 

@@ -113,7 +113,7 @@ def stats_for(weight: Tensor) -> dict[str, Tensor]:
     tensors = {f"{name}.{key}": value for name, svd in found.items() for key, value in svd._asdict().items()}
     _, S, Vh = full_svd(x - x.mean(0))
     tensors |= {"principal.components": Vh, "principal.singular_values": S}
-    return tensors | {"gradient.dense": G, "second_moment.C": C, "corda_moment.C": C}
+    return tensors | {"gradient.dense": G, **{f"{name}_moment.C": C for name in ("second", "exact", "corda")}}
 
 
 def hosts_of(variant: str) -> frozenset[str]:

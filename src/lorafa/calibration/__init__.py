@@ -16,6 +16,7 @@ STATISTICS: Registry[type[Statistic]] = Registry(
         "gradient": "lorafa.calibration.gradient:GradientSketch",
         "whitened_gradient": "lorafa.calibration.gradient:WhitenedGradientSketch",
         "second_moment": "lorafa.calibration.moments:SecondMoment",
+        "exact_moment": "lorafa.calibration.moments:ExactMoment",
         "moment_sketch": "lorafa.calibration.moments:MomentSketch",
         "corda_moment": "lorafa.calibration.moments:CordaMoment",
         "principal": "lorafa.calibration.principal:IncrementalPCA",

@@ -45,18 +45,20 @@ def by_explained_variance(ratios: Mapping[str, Tensor], ranks: Mapping[str, int]
     """EVA's ranks (Paischer et al. 2024, arXiv:2410.07170, section 3.3): the components that explain most anywhere.
 
     Args:
-        ratios: (k,) of each layer, :func:`variance_shares`, falling.
+        ratios: (k,) of each layer, :func:`variance_shares`, falling. Of equal components, as layers with one input have
+            them, those of the layer that comes first here count first.
         ranks: of each layer before, the sum of which is shared out.
         rho: no layer gets more than :func:`most_components`. A layer may get 0; what explains nothing gets none.
     """
     worth = [
-        (float(value), -index, name)
+        (-float(value), index, name)
         for name, values in ratios.items()
         for index, value in enumerate(values[: most_components(rho, ranks[name])])
         if value > 0
     ]
     found = dict.fromkeys(ranks, 0)
-    for *_, name in sorted(worth, reverse=True)[: sum(ranks.values())]:
+    worth.sort(key=lambda one: one[:2])  # without the name: a stable sort leaves equals in the layers' order
+    for *_, name in worth[: sum(ranks.values())]:
         found[name] += 1
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.processes import add_up
 from lorafa.errors import CalibrationError
-from lorafa.numerics.linalg import add_gram, float_matrix, mirror_, nystrom
+from lorafa.numerics.linalg import add_gram, float_matrix, mirror_, nystrom, wide
 
 
 class InputStatistic(Statistic):
@@ -39,8 +39,8 @@ class SecondMoment(InputStatistic):
     """Result: ``C`` (in, in) = sum over tokens of x x^T / T, and their number T as ``tokens``.
 
     Products are in float32 whatever the model's dtype (float64 stays). Of bfloat16 inputs they are exact that way; a
-    product rounded to bfloat16 would bury every direction that holds less than 1/256 of the largest, and of those the
-    smallest eigenvectors and all inverses of C are made. float16 would overflow.
+    product rounded to bfloat16 would bury every direction that holds less than 1/256 of the largest. float16 would
+    overflow. That is enough where C is damped; for its smallest eigenvectors there is :class:`ExactMoment`.
     """
 
     depends_on_rank = False
@@ -51,11 +51,15 @@ class SecondMoment(InputStatistic):
         self.count = _counter()
 
     def update(self, x: Tensor, d: Tensor | None) -> None:
-        x = float_matrix(x)
+        x = self._rows(x)
         if self.sum is None:
             self.sum, self.count = self._zeros(x), _counter(x.device)
         self._add(self.sum, x)
         self.count += len(x)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Inputs in the dtype that products and sums are made in."""
+        return float_matrix(x)
 
     def _zeros(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.layer.in_, self.layer.in_)
@@ -65,7 +69,7 @@ class SecondMoment(InputStatistic):
 
     def sums(self) -> list[Tensor]:
         if self.sum is None:
-            self.sum = self._zeros(torch.zeros(()))
+            self.sum = self._zeros(self._rows(torch.zeros(())))
         return [self.sum, self.count]
 
     def result(self) -> dict[str, Tensor]:
@@ -75,6 +79,18 @@ class SecondMoment(InputStatistic):
         self.require(float(self.count))
         assert self.sum is not None
         return self.sum / self.count.to(self.sum)
+
+
+class ExactMoment(SecondMoment):
+    """The same C in float64 (float32 on mps, which has no other), for the directions the inputs use least.
+
+    C squares the inputs: where one direction is a thousand times larger than the rest, rounding its entries to float32
+    moves them by as much as the least directions hold. Both products and sums have to be in float64; sums of float32
+    products, and a C that is rounded at the end, lose these directions too. It costs twice the memory of C.
+    """
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return wide(float_matrix(x))
 
 
 class MomentSketch(SecondMoment):

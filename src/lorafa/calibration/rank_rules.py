@@ -200,25 +200,26 @@ def _next(name: str, spectrum: Spectrum, rank: int) -> tuple[float, float, str]:
 def by_importance(
     importance: Mapping[str, float],
     shapes: Mapping[str, tuple[int, int]],
-    average: float,
+    budget: int,
     r_min: int,
     r_max: int,
 ) -> dict[str, int]:
-    """GoRA's ranks (He et al. 2025, arXiv:2502.12171, equations 5-7): a share of the budget by mean |W o G|.
+    """GoRA's ranks (He et al. 2025, arXiv:2502.12171, equations 5-7): each layer's share of the parameters.
 
-    r = round(B I / sum I) / sqrt(m + n) with the budget B = average * sum sqrt(m + n), between ``r_min`` and ``r_max``.
-    The root is that of the authors' code.
+    r = floor(round(budget I / sum I) / (m + n)), between ``r_min`` and ``r_max``. The authors' code can put the root or
+    the logarithm of m + n for it, here and in the budget; the scripts it is released with leave it as it is.
 
     Args:
         importance: of each layer, :func:`importance_of`.
+        budget: parameters, those of the ranks of the config.
     """
     total = sum(importance.values())
-    sizes = {name: math.sqrt(out + in_) for name, (out, in_) in shapes.items()}
-    budget = average * sum(sizes.values())
+    sizes = {name: out + in_ for name, (out, in_) in shapes.items()}
+    average = budget // sum(sizes.values())
     ranks = {}
     for name, value in importance.items():
-        share = round(budget * value / total) if total > 0 else average * sizes[name]
-        ranks[name] = _clip(round(share / sizes[name]), r_min, min(r_max, *shapes[name]))
+        rank = round(budget * value / total) // sizes[name] if total > 0 else average
+        ranks[name] = _clip(rank, r_min, min(r_max, *shapes[name]))
     return ranks
 
 
@@ -286,7 +287,7 @@ def _importance(asked: Asked) -> dict[str, int]:
         for name, layer in asked.layers.items()
     }
     shapes = {name: layer.shape for name, layer in asked.layers.items()}
-    return by_importance(found, shapes, asked.average, asked.least, asked.r_max)
+    return by_importance(found, shapes, asked.budget, asked.least, asked.r_max)
 
 
 def _require_entries(settings: Any, collecting: Mapping[str, Any], of_start: Any) -> None:

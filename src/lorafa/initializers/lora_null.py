@@ -15,9 +15,13 @@ from lorafa.numerics.linalg import float_matrix, spd_eigh
 from lorafa.spec import LayerSpec
 
 
-@initializer(needs=("second_moment",), reads_weight=True, moves_base=True)
+@initializer(needs=("exact_moment",), reads_weight=True, moves_base=True)
 def lora_null(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """s B A = W Q Q^T, shared evenly, with Q (in, r) the eigenvectors of C = X^T X / T of the r smallest eigenvalues.
+
+    C is summed and decomposed in float64: in float32 one large direction of the inputs hides the smallest eigenvalues.
+    X is as it came. The authors' code divides each batch by its largest entry first, so that batches weigh unequally
+    and the directions are those of another C.
 
     Raises:
         ConfigError: r > min(out, in).
@@ -25,8 +29,8 @@ def lora_null(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> I
     """
     check_rank(spec, weight)
     W = float_matrix(weight)
-    C = require_moment(stats, "second_moment", spec).to(W.device)
-    _, vectors = spd_eigh(C)  # in float64: in float32 one large input hides the smallest eigenvalues
+    C = require_moment(stats, "exact_moment", spec).to(W.device)
+    _, vectors = spd_eigh(C)
     Q = vectors[:, : spec.rank].to(W)
     triplets = leading(W @ Q, spec, "its weight along the directions its input leaves free", exact=True)
     return taken_from_base(triplets._replace(Vh=triplets.Vh @ Q.mT), spec.scaling)

@@ -16,6 +16,7 @@ Where B has (nearly) lost its rank, at the start above all, h_A = g_A and h_B = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,6 +100,16 @@ def _singular(grams: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return lost, dependent
 
 
+def _shares_of_decay(lr: float, weight_decay: float) -> tuple[float, float]:
+    """What is left of A and of B where B A is to keep 1 - lr weight_decay of itself, as a weight does under AdamW.
+
+    The root of it is left of each. AdamW turns a weight round where lr weight_decay is above 1; B has the sign then.
+    """
+    kept = 1 - lr * weight_decay
+    root = math.sqrt(abs(kept))
+    return root, math.copysign(root, kept)
+
+
 def create_lorapro_optimizer(
     model: nn.Module,
     *,
@@ -116,13 +127,16 @@ def create_lorapro_optimizer(
     Args:
         model: a model with adapters of which A and B are trained.
         lr: learning rate.
-        form: ``"adamw"`` keeps Adam's moments of h_A and h_B: 2 r (m + n) numbers a layer, an algorithm of its own that
-            other libraries call LoRA-Pro; ``"sgd"`` steps on h_A and h_B; ``"full"`` is the paper's AdamW, which keeps
-            the moments of the whole weight: 2 m n numbers a layer, 8 m n bytes, as training the weight itself would.
+        form: ``"adamw"`` keeps Adam's moments of h_A and h_B: 2 r (m + n) numbers a layer. It is the authors' default,
+            by the name of "efficient", and another algorithm than ``"full"``, the paper's AdamW, which keeps the
+            moments of the whole weight: 2 m n numbers a layer, 8 m n bytes, as training the weight itself would.
+            ``"sgd"`` steps on h_A and h_B.
         X: ``"zero"``, ``"sylvester"`` or ``"symmetric"``; ``"full"`` uses it for its last projection.
         betas: decay of the two moments; not of ``"sgd"``.
         eps: added to sqrt(v); not of ``"sgd"``.
-        weight_decay: of matrices; decoupled, but for ``"sgd"``, where torch adds it to the gradient.
+        weight_decay: of matrices. ``"full"`` leaves B A with 1 - lr weight_decay of itself, as AdamW would a weight;
+            the authors decay the base as well, which is frozen here. ``"adamw"`` leaves that share of A and of B, and
+            so the square of it of B A. Both are decoupled; ``"sgd"`` has torch add the decay to the gradient.
         momentum: of ``"sgd"``.
         damping: added to B^T B and A A^T, as a share of their mean eigenvalue.
 
@@ -175,7 +189,8 @@ class LoraProAdamW(PairOptimizer):
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to sqrt(v).
-        weight_decay: decoupled decay, before the step.
+        weight_decay: decoupled decay, before the step: A and B are each left with the root of 1 - lr weight_decay, and
+            other parameters with all of it.
         pairs: the pairs among ``params``.
         X: of the last projection.
         damping: as in `create_lorapro_optimizer`.
@@ -215,8 +230,9 @@ class LoraProAdamW(PairOptimizer):
         adamw_([moved], [G], [state], step=state["step"], lr=1.0, **numbers)
         for_A, for_B = -s * B.mT @ moved, -s * moved @ A.mT
         for_A, for_B = adjusted_gradients(A, B, for_A, for_B, s, self.X, self.damping)
-        lr, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
-        for factor, step in ((pair.A, batch.A.split(for_A)[0]), (pair.B, batch.B.split(for_B)[0])):
+        lr, (kept_A, kept_B) = group["lr"], _shares_of_decay(group["lr"], group["weight_decay"])
+        steps = (pair.A, batch.A.split(for_A)[0], kept_A), (pair.B, batch.B.split(for_B)[0], kept_B)
+        for factor, step, kept in steps:
             factor.copy_(kept * factor.to(step.dtype) - lr * step)
 
     def moment_shapes(self) -> Mapping[Tensor, tuple[int, ...]]:

@@ -48,7 +48,10 @@ def precondition(optimizer: Optimizer, pairs: Sequence[Pair], transform: Transfo
         ConfigError: the optimizer computes gradients inside its step.
     """
     if isinstance(optimizer, LBFGS):
-        raise ConfigError("LBFGS computes gradients inside its step, where they cannot be preconditioned. Use another.")
+        raise ConfigError(
+            "LBFGS computes gradients inside its step, where they cannot be preconditioned. Use torch.optim.AdamW, or "
+            "another class whose step takes no closure."
+        )
     batches = batches_of(pairs)
 
     def hook(stepping: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

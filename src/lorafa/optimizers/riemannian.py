@@ -46,7 +46,8 @@ def create_riemannian_optimizer(
         damping: ``"relative"``: ``reg`` times the mean eigenvalue, the same for factors of any size;
             ``"absolute"``: ``reg`` itself, as PEFT and the authors do.
         **kwargs: passed to ``optimizer_cls``. ``weight_decay`` spares vectors, and is 0 if not given, whatever the
-            class would take.
+            class would take. AdamW's leaves A and B each with 1 - lr weight_decay of themselves, as the authors'
+            classes do, and so B A with the square of that.
 
     Raises:
         ConfigError: an argument is out of range or not the optimizer's, or it needs a closure.
@@ -81,7 +82,7 @@ class PreconditionedAdamW(PairOptimizer):
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to sqrt(v).
-        weight_decay: decoupled decay, before the step.
+        weight_decay: decoupled decay, after the step, as the authors have it; B is preconditioned with the decayed A.
         prec_reg: added to the diagonals of B^T B and A A^T.
         pairs: the pairs among ``params``.
     """
@@ -96,7 +97,7 @@ class PreconditionedAdamW(PairOptimizer):
 
     def update(self) -> None:
         """A of every pair, then its B with the new A, then what is trained besides."""
-        adamw, live = AdamWSteps(self, correct_bias=False), live_batches(self._batches)
+        adamw, live = AdamWSteps(self, correct_bias=False, decay_last=True), live_batches(self._batches)
         for_A = [self._for_A(batch) for batch in live]  # what fails, fails before the first of them is moved
         for batch, gradients in zip(live, for_A, strict=True):
             adamw.step(batch.A.parameters, batch.A.split(gradients))

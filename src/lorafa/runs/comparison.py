@@ -368,6 +368,14 @@ def _check_same(now: Mapping[str, Any], then: Mapping[str, Any], path: Path) -> 
     different = [group for group in now if group not in ("threads", "run_dir") and now[group] != then.get(group)]
     if different:
         raise ConfigError(
-            f"{path} is finished, but with other settings ({', '.join(different)}) than this comparison's. "
-            "Give another folder."
+            f"{path} is finished, but with other settings ({', '.join(different)}) than this comparison's: "
+            f"{_difference(different[0], now[different[0]], then.get(different[0]))}. Give another folder."
         )
+
+
+def _difference(name: str, now: object, then: object) -> str:
+    """The first setting of a group that differs, with both values: "peft.r was 16 then and is 4 now"."""
+    if not isinstance(now, Mapping) or not isinstance(then, Mapping):
+        return f"{name} was {then!r} then and is {now!r} now"
+    key = next(key for key in (*now, *then) if now.get(key) != then.get(key))
+    return _difference(f"{name}.{key}", now.get(key), then.get(key))

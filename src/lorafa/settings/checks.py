@@ -24,7 +24,7 @@ def is_int(value: object) -> bool:
 
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is a switch, found {found(value)}. Pass True or False.")
+        raise ConfigError(f"{name} must be True or False, found {found(value)}.")
 
 
 def check_int(name: str, value: Any, *, at_least: int | None = None) -> None:
@@ -153,7 +153,9 @@ def name_table(name: str, value: object) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{name} must be a dict from module names to numbers, found {found(value)}.")
+        raise ConfigError(
+            f'{name} must be a dict from module names to numbers, found {found(value)}. Pass {{"q_proj": 8}}.'
+        )
     return dict(value)
 
 

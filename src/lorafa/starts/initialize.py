@@ -65,7 +65,7 @@ def collect_statistics(
         halves: keep two half samples of gradients apart, for ranks from data: every other batch, of two or more, which
             with several passes come in the same order each time.
         also: further statistics by name: "gradient", "principal" (for ranks by explained variance), "second_moment",
-            "moment_sketch" (the same of thin memory), "corda_moment", "whitened_gradient".
+            "exact_moment" (the same in float64), "moment_sketch" (of thin memory), "corda_moment", "whitened_gradient".
         cache: file to take the result from if it was collected like this before, and to write it to otherwise; by
             default the one CorDA's config names. Of ``loss`` and of a function as ``data`` it knows module, name and
             code, but not what they read from elsewhere, nor which data a function runs over: delete the file when
@@ -76,7 +76,8 @@ def collect_statistics(
         By the name of each layer (out, in) a table of tensors, by the name of each statistic: "gradient.U" (out, k),
         ".S" (k,), ".Vh" (k, in), k = 4 r or 2 r + 8 leading triplets of the gradient; ".norm2" (), its squared norm as
         estimated, ".error2" (), the squared norm of what the sketch misses; ".dense" (out, in) where it is whole.
-        "second_moment.C", "corda_moment.C" (in, in). "principal.components" (k, in), ".singular_values" (k,).
+        "second_moment.C", "exact_moment.C", "corda_moment.C" (in, in). "principal.components" (k, in),
+        ".singular_values" (k,).
 
     Raises:
         CalibrationError: the data is empty or cannot be gone over again, no gradient arrives, or a target is no linear

@@ -246,7 +246,9 @@ def ranked(resolved: Resolved, ranks: Mapping[str, int], *, keep_scaling: bool =
 
 def _check_ranks(targets: list[Target], ranks: Mapping[str, int]) -> None:
     if not isinstance(ranks, Mapping):
-        raise ConfigError(f"ranks must be a mapping of full names to ranks, found {found(ranks)}.")
+        raise ConfigError(
+            f"ranks must be a mapping of full names to ranks, as choose_ranks returns, found {found(ranks)}."
+        )
     names = [target.full_name for target in targets]
     missing, unknown = [name for name in names if name not in ranks], [name for name in ranks if name not in names]
     if missing or unknown:

@@ -42,13 +42,7 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
             "them. Only starts such as pissa or lora_ga have one."
         )
     for path, layer in started:
-        others = [name for name in layer.adapters if name != adapter_name]
-        if others or layer.active_adapters != [adapter_name]:
-            raise AdapterError(
-                f"{path}: the base weights can be without the start of {adapter_name!r} only if it is the one adapter "
-                f"and active; here are {', '.join(map(repr, layer.adapters))}, active: "
-                f"{', '.join(map(repr, layer.active_adapters)) or 'none'}. Nothing was changed."
-            )
+        _require_alone(path, layer, adapter_name)
         if layer.without_start:
             raise AdapterError(f"The start of adapter {adapter_name!r} is taken out of the base weights already.")
         if layer.kind not in _KINDS:
@@ -61,6 +55,23 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
     share_merged(changed)
     for layer, base, _ in changed:
         layer.put_merged(base, [])
+
+
+def _require_alone(path: str, layer: LoraLayer, name: str) -> None:
+    """Raises AdapterError where other adapters are on the layer, or another choice than this one is active."""
+    others = [other for other in layer.adapters if other != name]
+    if others:
+        raise AdapterError(
+            f"{path}: every adapter of a layer reads its base weights, so {name!r} must be the only one there before "
+            f"its start is taken out of them. Here are {', '.join(map(repr, layer.adapters))}. Call "
+            f"delete_adapter({others[0]!r}) first. Nothing was changed."
+        )
+    if layer.active_adapters != [name]:
+        raise AdapterError(
+            f"{path}: {name!r} alone must be active before its start is taken out of the base weights. Active are: "
+            f"{', '.join(map(repr, layer.active_adapters)) or 'none'}. Call set_adapter({name!r}) first. Nothing was "
+            "changed."
+        )
 
 
 def _without_start(path: str, layer: LoraLayer, adapter_name: str) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import Measured, Statistic
-from lorafa.calibration.moments import CordaMoment, MomentSketch, SecondMoment
+from lorafa.calibration.moments import CordaMoment, ExactMoment, MomentSketch, SecondMoment
 from lorafa.errors import CalibrationError
 from lorafa.numerics.linalg import add_gram, damped_until_invertible, mirror_, nystrom
 from lorafa.settings.methods import CordaConfig
@@ -44,7 +44,7 @@ def decaying(in_: int, power: float) -> tuple[Tensor, Tensor]:
     return Q * values @ Q.mT, values
 
 
-@pytest.mark.parametrize("statistic", [SecondMoment, CordaMoment, MomentSketch])
+@pytest.mark.parametrize("statistic", [SecondMoment, ExactMoment, CordaMoment, MomentSketch])
 def test_padding_does_not_count_and_layers_with_the_same_input_share_one(statistic: type[Statistic]) -> None:
     made = statistic(layer())
     assert (made.tokens, made.shares_input, made.reads_gradient) == ("attended", True, False)
@@ -52,6 +52,7 @@ def test_padding_does_not_count_and_layers_with_the_same_input_share_one(statist
 
 def test_they_are_found_by_name() -> None:
     assert STATISTICS.get("second_moment") is SecondMoment
+    assert STATISTICS.get("exact_moment") is ExactMoment
     assert STATISTICS.get("corda_moment") is CordaMoment
 
 
@@ -76,12 +77,21 @@ def test_half_precision_costs_the_second_moment_nothing_beyond_the_rounding_of_t
     assert torch.linalg.eigh(C).eigenvectors[3, 0].abs() > 0.999
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_exact_moment_is_that_of_float64_whatever_the_inputs(dtype: torch.dtype) -> None:
+    """Also of a process that saw nothing, whose sums are added to those of the others."""
+    x = (tokens(400) * torch.logspace(3, -3, IN, dtype=torch.float64)).to(dtype)
+    exact = x.double().mT @ x.double() / len(x)
+    torch.testing.assert_close(after(ExactMoment(layer()), *x.chunk(3))["C"], exact, rtol=1e-12, atol=0)
+    assert ExactMoment(layer()).sums()[0].dtype is torch.float64
+
+
 def test_squares_beyond_float16_do_not_overflow() -> None:
     x = torch.full((100, IN), 300.0, dtype=torch.float16)
     assert after(SecondMoment(layer()), x)["C"].eq(9e4).all()
 
 
-@pytest.mark.parametrize("statistic", [SecondMoment, CordaMoment, MomentSketch])
+@pytest.mark.parametrize("statistic", [SecondMoment, ExactMoment, CordaMoment, MomentSketch])
 def test_a_layer_that_saw_nothing_is_named(statistic: type[Statistic]) -> None:
     text = r"No input reached 'layers.0.q_proj' in calibration.*Use batches that pass through .* exclude_modules"
     for batches in ([], [torch.zeros(0, IN)]):
@@ -151,7 +161,7 @@ def test_sketch_in_float32_is_exact_to_float32() -> None:
     assert (found["vectors"] * found["values"] @ found["vectors"].mT - wanted).norm() < 1e-5 * C.norm()
 
 
-@pytest.mark.parametrize("statistic", [SecondMoment, MomentSketch])
+@pytest.mark.parametrize("statistic", [SecondMoment, ExactMoment, MomentSketch])
 def test_ranks_add_up(statistic: type[SecondMoment]) -> None:
     x, parts = tokens(), []
     for share in x.split([10, 30]):

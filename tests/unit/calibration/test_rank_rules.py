@@ -108,13 +108,38 @@ def test_budget_pays_for_what_the_other_half_confirms() -> None:
 
 
 def test_importance_is_gora() -> None:
-    """r = clip(round(B I / sum I) / f(m + n)), B = average * sum f(m + n)."""
+    """r = clip(floor(round(B I / sum I) / (m + n))), B = sum r (m + n)."""
     shapes = {"a": (8, 8), "b": (18, 18), "c": (8, 8)}
-    ranks = by_importance({"a": 3.0, "b": 1.0, "c": 0.0}, shapes, average=4, r_min=2, r_max=7)
-    budget = 4 * (4 + 6 + 4)
-    assert ranks == {"a": 7, "b": round(budget / 4 / 6), "c": 2}
+    budget = 4 * (16 + 36 + 16)
+    ranks = by_importance({"a": 3.0, "b": 1.0, "c": 0.0}, shapes, budget, r_min=2, r_max=7)
+    assert ranks == {"a": 7, "b": 2, "c": 2}  # 204 / 16 = 12.75, 68 / 36 = 1.9
+    assert by_importance({"a": 3.0, "b": 1.0, "c": 0.0}, shapes, budget, r_min=1, r_max=16) == {"a": 8, "b": 1, "c": 1}
     W, G = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 4.0]])
     assert importance_of(W, G) == (3 + 8) / 2
+
+
+def test_equal_importance_gives_equal_parameters() -> None:
+    """And so the smaller layers the larger ranks."""
+    shapes = {"square": (48, 48), "wide": (48, 144), "small": (24, 24)}
+    budget = 6 * sum(map(sum, shapes.values()))
+    ranks = by_importance(dict.fromkeys(shapes, 0.3), shapes, budget, r_min=1, r_max=99)
+    assert ranks == {"square": 7, "wide": 3, "small": 14}  # 672 parameters each
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_importance_spends_its_budget_and_no_more_but_for_the_least_rank(seed: int) -> None:
+    """Every layer has its share of the parameters, short of it by less than one rank costs."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(40, 200, (6, 2), generator=generator).tolist()
+    shapes = {str(index): (out, in_) for index, (out, in_) in enumerate(sizes)}
+    importance = dict(zip(shapes, (0.5 + torch.rand(6, generator=generator)).tolist(), strict=True))
+    budget = 16 * sum(map(sum, shapes.values()))
+    ranks = by_importance(importance, shapes, budget, r_min=1, r_max=1000)
+    for name, shape in shapes.items():
+        share = budget * importance[name] / sum(importance.values())
+        full = min(shape)  # no layer takes a larger rank
+        assert ranks[name] == full or -0.5 <= share - ranks[name] * sum(shape) < sum(shape) + 0.5
+    assert sum(ranks[name] * sum(shape) for name, shape in shapes.items()) <= budget + len(shapes) / 2
 
 
 def test_explained_variance_is_eva() -> None:
@@ -122,6 +147,15 @@ def test_explained_variance_is_eva() -> None:
     assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=2.0) == {"a": 4, "b": 0}
     assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=1.5) == {"a": 3, "b": 1}
     assert by_explained_variance(ratios, {"a": 2, "b": 2}, rho=1.0) == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize("names", ["qkv", "vkq", "kqv"])
+def test_a_tie_of_explained_variance_goes_to_the_earlier_layer(names: str) -> None:
+    """Layers of one input explain exactly as much. The first of them gets the larger rank, whatever its name."""
+    shares = dict.fromkeys(names, torch.tensor([0.4, 0.3, 0.2, 0.06, 0.03, 0.01], dtype=torch.float64))
+    for budget, expected in ((9, [3, 3, 3]), (10, [4, 3, 3]), (11, [4, 4, 3]), (12, [4, 4, 4])):
+        before = dict(zip(names, (3, 3, budget - 6), strict=True))
+        assert list(by_explained_variance(shares, before, rho=2.0).values()) == expected
 
 
 @pytest.mark.parametrize(("rho", "rank", "most"), [(1.2, 3, 4), (1.1, 3, 3), (1.7, 2, 3), (2.0, 5, 10), (1.0, 7, 7)])

@@ -306,10 +306,10 @@ def test_settings_that_would_do_nothing_are_refused() -> None:
         (riemannian(torch.optim.Rprop, weight_decay=0.5), "Rprop has no weight_decay"),
         (plus(loraplus_weight_decay=-1.0), "loraplus_weight_decay must be a number >= 0, found -1.0"),
         (riemannian(weight_decay=-1.0), "weight_decay must be a number >= 0, found -1.0"),
-        (plus(fast_vectors="no"), "fast_vectors is a switch, found 'no'"),
+        (plus(fast_vectors="no"), "fast_vectors must be True or False, found 'no'"),
         (plus("AdamW"), r"optimizer_cls must be a class such as torch.optim.AdamW, found 'AdamW' \(str\)"),
         (riemannian("AdamW"), r"optimizer_cls must be a class such as torch.optim.AdamW, found 'AdamW' \(str\)"),
-        (lambda: create_lorafa_optimizer(model, correct_bias="no"), "correct_bias is a switch, found 'no'"),
+        (lambda: create_lorafa_optimizer(model, correct_bias="no"), "correct_bias must be True or False, found 'no'"),
     ]:
         refused(model, action, ConfigError, match)
 

@@ -245,6 +245,8 @@ def test_runs_with_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     run(tmp_path, Fake(BEST))
     with pytest.raises(ConfigError, match=r"finished, but with other settings \(peft\).*another folder"):
         run(tmp_path, Fake(BEST), settings=["train.steps=20", "peft.r=4"])
+    with pytest.raises(ConfigError, match=r"other settings \(peft, train\).*: peft\.r was 16 then and is 4 now\."):
+        run(tmp_path, Fake(BEST), settings=["train.steps=30", "peft.r=4"])
 
 
 def test_an_interval_is_students() -> None:

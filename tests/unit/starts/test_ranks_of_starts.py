@@ -29,13 +29,13 @@ def scalings_of(model: PeftModel) -> list[float]:
 
 
 def shares(model: Toy, data: list[Tensor], r: int) -> dict[str, int]:
-    """clip(B I / sum I / sqrt(m + n)) to [r / 2, 4 r] with B = r sum sqrt(m + n), by autograd's gradients."""
+    """clip(B I / sum I / (m + n)) to [r / 2, 4 r] with B = r sum (m + n), rounded down, by autograd's gradients."""
     weights = {name: model.get_submodule(name).weight.detach() for name in LAYERS}
     importance = {name: (weights[name] * G).abs().mean().item() for name, G in gradients(model, data).items()}  # type: ignore[operator]
-    size = {name: sum(weight.shape) ** 0.5 for name, weight in weights.items()}  # type: ignore[operator]
+    size = {name: sum(weight.shape) for name, weight in weights.items()}  # type: ignore[operator]
     budget = r * sum(size.values())
-    found = {name: round(budget * importance[name] / sum(importance.values())) / size[name] for name in LAYERS}
-    return {name: min(max(round(value), r // 2), 4 * r) for name, value in found.items()}
+    found = {name: round(budget * importance[name] / sum(importance.values())) // size[name] for name in LAYERS}
+    return {name: min(max(value, r // 2), 4 * r) for name, value in found.items()}
 
 
 def test_gora_chooses_its_own_ranks() -> None:
@@ -69,7 +69,7 @@ def test_gora_takes_another_rule_or_the_ranks_of_the_config() -> None:
     other = initialize(Toy(), config(use_rslora=True), inputs(), loss=loss, ranks=rule)
     assert ranks_of(other) == dict.fromkeys(LAYERS, 3)
     assert scalings_of(other) == pytest.approx([8 / 4**0.5] * 3)
-    with pytest.raises(ConfigError, match="share_ranks is a switch, found 1"):
+    with pytest.raises(ConfigError, match="share_ranks must be True or False, found 1"):
         GoraConfig(share_ranks=1)  # type: ignore[arg-type]
 
 

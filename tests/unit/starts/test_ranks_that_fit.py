@@ -162,6 +162,31 @@ def test_explained_variance_gives_a_layer_up_to_rho_times_its_rank(rho: float, r
     assert sum(ranks.values()) == 6
 
 
+class OneInput(nn.Module):
+    """Three layers of one input, which come in another order than their names, and one of a narrow input."""
+
+    def __init__(self, narrow: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.narrow = narrow
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(48, 48) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = torch.cat([x[..., : self.narrow], torch.zeros_like(x[..., self.narrow :])], dim=-1)
+        y: Tensor = self.q_proj(x) + self.k_proj(x) + self.v_proj(x) + self.o_proj(narrow)
+        return y
+
+
+@pytest.mark.parametrize(("narrow", "expected"), [(1, [3, 2, 2, 1]), (2, [2, 2, 2, 2])])
+def test_of_layers_with_one_input_the_first_gets_the_larger_rank(narrow: int, expected: list[int]) -> None:
+    """The narrow input leaves them 7 or 6 of 8 ranks to share, and each direction explains as much in all three."""
+    steep = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(48)
+    model = OneInput(narrow)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapted = initialize(model, LoraConfig(r=2, target_modules=names, init_lora_weights="eva"), [steep[None]])
+    assert [layer.r["default"] for _, layer in adapted.base_model.lora_layers()] == expected
+
+
 def test_explained_variance_is_refused_statistics_of_fewer_directions_than_rho_asks_for() -> None:
     small, both = fed(eva_config=EvaConfig(rho=1.0)), {"loss": lambda model, x: model(x).square().mean()}
     text = (
