@@ -1,4 +1,4 @@
-"""PEFT's documented functions that start, or start again, an adapter."""
+"""LoftQ on a model that is quantized already, and PEFT's other functions that start an adapter again."""
 
 from __future__ import annotations
 
