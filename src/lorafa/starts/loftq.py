@@ -1,4 +1,4 @@
-"""LoftQ on a model that is quantized already, and PEFT's other functions that start an adapter again."""
+"""LoftQ on a model whose base is quantized already: PEFT's ``replace_lora_weights_loftq``."""
 
 from __future__ import annotations
 
