@@ -32,7 +32,7 @@ class LayerSpec:
     key: str = ""
     """Tells apart what would otherwise start alike: the adapter's name."""
     groups: int = 1
-    """Of a convolution. With more than one, B is cut to the ranks of its group: (out, rank / groups)."""
+    """The groups of a convolution. With more than one, B has the columns of its own group: (out, rank / groups)."""
     settings: Any = None
     """The start's nested config (EvaConfig ...), or its part of ``init_config``; None for a start without settings."""
     freeze_A: bool = False

@@ -122,6 +122,19 @@ def test_a_file_has_one_subject_or_is_short(path: Path) -> None:
     assert long == (str(path.relative_to(ROOT)) in LONGER)
 
 
+def _documented(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, text) of every docstring, those under a field or a constant included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value.strip()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_docstring_begins_with_of_and_leaves_its_noun_to_be_guessed(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [f"line {line}: {text[:60]}" for line, text in _documented(tree) if text.startswith("Of ")] == []
+
+
 def _loaded_by(statement: str) -> set[str]:
     """Names of the modules a fresh interpreter has loaded after the statement, packages before their modules."""
     code = f"import sys; {statement}; print(*sorted(sys.modules), file=sys.stderr)"

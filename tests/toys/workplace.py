@@ -22,8 +22,8 @@ ROWS = [
 STEPS = 12
 
 
-def make_workplace(folder: Path) -> Path:
-    """Put ``model/`` (random, two layers) and ``rows.jsonl`` into a folder."""
+def make_workplace(folder: Path, **sizes: int) -> Path:
+    """Put ``model/`` (random, two layers, of other ``sizes`` where they are given) and ``rows.jsonl`` into a folder."""
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     marks = ["<|user|>", "<|assistant|>", "<|end|>"]
     core = Tokenizer(models.BPE())
@@ -35,10 +35,11 @@ def make_workplace(folder: Path) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    small = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **(small | sizes))
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     return folder
 

@@ -100,7 +100,7 @@ class QuantizedBackend(Backend):
         return linear.out_features, linear.in_features
 
     def with_weight(self, layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-        """Quantizes again: the merged weight carries a new rounding to the bits of the layer."""
+        """Quantizes again: the merged weight is rounded anew to the codes of the layer."""
         new = cast(QuantizedLinear, without_hooks(in_memory(layer)))  # with the hooks and the mode of the layer
         new._buffers = {}
         new.quantize(weight.detach().float())

@@ -23,10 +23,10 @@ class CalibrationOptions:
     """How statistics are computed, whichever start reads them."""
 
     seed: int = 0
-    """Of random projections."""
+    """The seed of random projections."""
     passes: int = 1
-    """Over the data, for a gradient: 1 keeps a range and a co-range sketch; 2 finds the range first and then projects
-    on it; every further two passes are a power iteration."""
+    """Passes over the data for a gradient: 1 keeps a range and a co-range sketch; 2 finds the range first and then
+    projects on it; every further two passes are a power iteration."""
     dense: bool | None = None
     """Whether to add up whole gradients; None: where that is no more work than sketching."""
     halves: bool = False
@@ -72,10 +72,11 @@ class Statistic(ABC):
     reads_gradient: ClassVar[bool] = False
     """Whether :meth:`update` needs the output's gradient; otherwise a forward pass is enough."""
     depends_on_rank: ClassVar[bool] = True
-    """Whether ranks, random projections or other settings than those in ``settings_read`` make it another one."""
+    """Whether its value changes with the layer's rank, or with how the projections were drawn. One that does not serves
+    any rank: a file of it is used again as long as the settings in ``settings_read`` are the same."""
     settings_read: ClassVar[Mapping[str, Any]] = {}
-    """Fields of a start's settings that change what is collected, with what holds where the settings lack them; other
-    than those that only say how much of it."""
+    """The fields of a start's settings that change what is collected. Each has the value that holds where a start has
+    no such field. A field that only says how much is collected is not among them."""
     after: ClassVar[tuple[str, ...]] = ()
     """Statistics of the same layer that must be complete before this one's first pass."""
 
@@ -117,7 +118,11 @@ class Statistic(ABC):
 
     @classmethod  # noqa: B027
     def compare(cls, layers: Sequence[tuple[Measured, Any]]) -> None:
-        """Called after each batch and each pass with all layers and what serves them, where one's need is another's."""
+        """Called after each batch and each pass, for a statistic in which what one layer needs depends on the others.
+
+        Args:
+            layers: every layer with the statistic that serves it; one may serve several.
+        """
 
     def sums(self) -> list[Tensor]:
         """The accumulators of this pass that ranks add up, in place."""

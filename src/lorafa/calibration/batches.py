@@ -30,13 +30,14 @@ class Asked:
     gradients: bool
     """Whether gradients are read; if not, the model need not run backward."""
     inputs: bool
-    """Whether inputs of layers are."""
+    """Whether inputs of layers are read."""
     watched: Collection[nn.Module]
     """The layers that are looked on."""
     announce: Callable[[Any], None]
-    """To be told of a batch before the model runs, or a part of it that is not told of the masks."""
+    """Called with each batch before the model runs over it. The masks are read from it there, because a loss may run
+    parts of the model that are not given them."""
     note: Callable[[Any], None]
-    """To be told of every batch as it came."""
+    """Called with each batch as the data gave it."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,17 @@ class Batches:
     by_call: bool = False
     """Whether every call of the model is a batch, of weight 1. What ``run`` yields says nothing then."""
     reads_output: bool = True
-    """Whether what the model returns is used where it need not run backward."""
+    """Whether the model's output is used in passes that read no gradients. Where it is not, a model of transformers is
+    asked for its last logits only."""
     rows: Rows | None = None
     """Chooses the rows of an input that statistics of inputs see; None: by the masks the model gets."""
     digest: str | None = None
-    """Tells data apart, for a cache; None: what it holds of any data will do."""
+    """A hash of the data, by which a cache knows whether its statistics are of this data. None: the cache does not
+    check that."""
 
 
 def of_function(train_step: Callable[[], Any]) -> Batches:
-    """Those that a function without arguments runs over, forward and backward."""
+    """The batches that a function without arguments runs over, forward and backward."""
 
     def run(asked: Asked) -> Iterator[None]:
         if isinstance(train_step(), Iterator):
@@ -78,7 +81,7 @@ def of_data(
     weighting: str = "batches",
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Batches:
-    """Those of a dataloader or sequence.
+    """The batches of a dataloader or a sequence.
 
     Args:
         loss: a scalar; default :func:`default_loss`. Where no gradients are read it runs the model all the same.

@@ -62,9 +62,9 @@ class _Pass:
         self.count = 0
         """Batches that are done."""
         self.weights = [0.0, 0.0]
-        """Theirs, of each half sample."""
+        """The sum of their weights in each half sample."""
         self.arrived = False
-        """Whether a gradient has."""
+        """Whether a gradient has arrived."""
         self.order: list[str] | None = [] if any(_keeps_halves(entry) for entry in entries) else None
         """The batches by their digests, where half samples are kept apart over several passes."""
 
@@ -74,8 +74,8 @@ class _Pass:
         return (self.count + rank()) % 2
 
     def announce(self, batch: Any) -> None:
-        """Before the model runs over a batch. A loss may then run parts of the model alone, which are not told of the
-        masks."""
+        """Called before the model runs over a batch. The masks are read here: a loss may run parts of the model alone,
+        which are not given them."""
         self.sharing.next_call()
         self.masks, self.announced = _Masks.of(batch), True
         self.set_modes()
@@ -159,10 +159,10 @@ def _run(
     """One pass over the data for the ``active`` entries.
 
     Args:
-        order: of the batches, in the last pass that kept half samples apart over several passes.
+        order: the batches' digests in the last pass that kept half samples apart over several passes.
 
     Returns:
-        It, for the next pass.
+        The order for the next pass to compare with.
     """
     for entry in active:
         others = {e.name: e.value for e in entries if e.layer == entry.layer and e.name in entry.statistic.after}
@@ -216,7 +216,7 @@ def _require_order(current: _Pass, before: list[str] | None) -> None:
 
 
 def _weights(current: _Pass, gradients: bool) -> tuple[float, float]:
-    """Of the two half samples, over all ranks.
+    """The weights of the two half samples, summed over all ranks.
 
     Raises:
         CalibrationError: both are empty, or gradients are needed and none arrived.

@@ -5,9 +5,9 @@ random matrices follow the sum exactly:  G Omega = sum d (x^T Omega)  and  Psi G
 Y = G Omega (out, k) and a co-range sketch Z = Psi G (l, in) the leading triplets are recovered: Tropp, Yurtsever, Udell
 and Cevher 2017, arXiv:1609.00048, algorithms 4 and 7. A third sketch, Theta G with ten rows, tells the error.
 
-Of two half samples the first has a range and triplets of its own, in which the second has no part: what the second
-holds of them is then an unbiased estimate. With more than one pass it is followed beside the whole sample, in further
-columns and rows of the same sketches.
+Where the data is kept as two half samples, the first has a range and triplets of its own, in which the second has no
+part: what the second holds of them is then an unbiased estimate. With more than one pass the first half is followed
+beside the whole sample, in further columns and rows of the same sketches.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class _Found:
     directions: Tensor | None = None
     """V (in, k), orthonormal columns; of halves (in, 2 k), likewise."""
     means: list[_Sums] = field(default_factory=list)
-    """Of the last pass: the sums of each (half) sample, divided by the weight of its batches."""
+    """The sums of each (half) sample in the last pass, divided by the weight of its batches."""
     share: float = 1.0
-    """Of the first sample in the weight of all."""
+    """The share of the first sample in the weight of all batches."""
 
 
 class GradientSketch(Statistic):
@@ -99,7 +99,7 @@ class GradientSketch(Statistic):
         self.k, self.l = sketch_sizes(layer.rank, options.passes)
         self.k = min(self.k, layer.out, layer.in_)
         self.whole, self.first = slice(self.k), slice(-self.k, None)
-        """Where sketches have the whole sample's columns, and those of its first half: the same if there are only k."""
+        """Which columns of the sketches are the whole sample's, and which its first half's: the same if there are k."""
         sketching = (self.k + self.l + CHECK_ROWS) * (layer.out + layer.in_)  # products for each token
         self.dense = layer.out * layer.in_ <= sketching if options.dense is None else options.dense
         self.found = _Found()

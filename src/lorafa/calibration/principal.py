@@ -20,10 +20,10 @@ from lorafa.models.rows import IGNORE_INDEX
 from lorafa.numerics.linalg import fix_signs, float_matrix, leading_right
 
 MOST_PASSES = 10
-"""Over the data, where directions do not settle: with few batches the last of them may keep turning."""
+"""Passes over the data where directions do not settle: with few batches the last of them may keep turning."""
 _STEPS, _FIRST_STEPS = 2, 4
-"""Of subspace iteration. Measured on SmolLM2-135M (k = 16 and 32, 384 and 1536 tokens a batch): two steps from the last
-directions and as many random ones take half of PEFT's time and keep the same energy to 0.1 %."""
+"""Steps of subspace iteration. Measured on SmolLM2-135M (k = 16 and 32, 384 and 1536 tokens a batch): two steps from
+the last directions and as many random ones take half of PEFT's time and keep the same energy to 0.1 %."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,10 @@ def gathered(thing: T) -> list[T]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What one of them raises in this block all raise after it: the others would wait for it otherwise."""
+    """A block that fails in all processes if it fails in one: otherwise the others would wait for that one forever.
+
+    The process that failed raises its own error, the others the first process's that has one.
+    """
     if not distributed():
         yield
         return

@@ -26,7 +26,7 @@ class Entry:
         self.passes = 0
         self.done = False
         self.dtype: torch.dtype | None = None
-        """Of the inputs; None until there was one."""
+        """The dtype of the inputs; None until there was one."""
         self.owner: Entry | None = None
         """The same statistic of another layer with the same inputs, which does the work."""
         self.parted = False
@@ -40,7 +40,7 @@ class Entry:
         return self.statistic if self.owner is None else self.owner.statistic
 
     def start_again(self) -> None:
-        """Before the first pass, without an owner."""
+        """Go back to before the first pass, without an owner."""
         self.statistic = type(self.statistic)(self.statistic.layer)
         self.owner, self.parted, self.alone, self.passes = None, False, True, 0
 
@@ -51,14 +51,14 @@ class Sharing:
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries
         self.calls = 0
-        """Of the model."""
+        """Calls of the model so far."""
         self.inputs: dict[Entry, list[weakref.ref[Tensor]]] = {}
-        """In this call, of statistics that share inputs, in order."""
+        """The inputs each entry was given in this call, in order, for statistics that share inputs."""
         self.first: dict[tuple[str, int], Entry] = {}
         """(statistic, identity of an input) -> who had it first in this call."""
 
     def next_call(self) -> None:
-        """Before each call of the model, and after the last."""
+        """Called before each call of the model, and after the last."""
         for entry in self.entries:
             if entry.owner is not None and len(self.inputs.get(entry, ())) != len(self.inputs.get(entry.owner, ())):
                 entry.parted = True

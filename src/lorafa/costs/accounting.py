@@ -64,12 +64,12 @@ class AdapterCost:
     kinds: tuple[KindCost, ...]
     """In the order of the model."""
     other: int
-    """Trained beside the factors: copies of modules_to_save, token rows, base biases."""
+    """Numbers trained beside the factors: copies of modules_to_save, token rows, base biases."""
     stored: int
     """Numbers in the adapter's file, that of A included where it is frozen."""
     gradient_bytes: int
     state_bytes: int
-    """Of the optimizer, after its first step; step counters apart."""
+    """What the optimizer holds after its first step, step counters apart."""
     factors: str
     """Which are trained: "AB", "A" or "B"."""
 

@@ -1,7 +1,4 @@
-"""Rows, samples, batches and models to train on.
-
-``sources.load_records`` -> ``chat.encode_all`` -> ``collate.Collator``; ``models.load_model`` for the model.
-"""
+"""Rows, samples and batches to train on: ``sources.load_records`` -> ``chat.encode_all`` -> ``collate.Collator``."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from lorafa.data.sources import read_rows, records_of
 from lorafa.errors import ConfigError
 
 ENDINGS = (".jsonl", ".json")
-"""Of files that are read, in small or capital letters."""
+"""The endings of files that are read, in small or capital letters."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ DAMPING = 0.01
 """Added to C at first, in units of its mean eigenvalue; doubled until the inverse is good to ``ERROR``."""
 ERROR = 0.05
 STEPS = 3
-"""Of the block Krylov method: W C decays much faster than W."""
+"""Steps of the block Krylov method; few are enough, since W C decays much faster than W."""
 
 
 @initializer(needs=("corda_moment",), reads_weight=True, settings="corda_config", moves_base=True)

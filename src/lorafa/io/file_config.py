@@ -17,10 +17,16 @@ _SOME = ("linear", "embedding")
 
 
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
-    """The config that goes with :func:`lorafa.io.peft_format.file_tensors`: rank and alpha grow where a start was stacked onto A and B.
+    """The config that goes with :func:`lorafa.io.peft_format.file_tensors`.
 
-    PEFT makes a start before it reads the tensors. One that it could not make on these layers, and that left the base
-    alone, is history and written as True; one that moved the base of a variant stays, for PEFT to repeat or to refuse.
+    Rank and alpha grow where a start was stacked onto A and B. ``init_lora_weights`` is written for PEFT, which makes
+    the start before it reads the tensors:
+
+    * PEFT can make it on these layers: it is written as it is.
+    * PEFT cannot, and the start left the base alone: True, because only the tensors matter by now.
+    * The start moved the base, and was stacked onto A and B: True.
+    * The start moved the base under a variant such as DoRA, where it cannot be stacked: it is written as it is, and
+      PEFT makes it again or refuses.
     """
     layers = [layer for _, layer in adapted_layers(model, name)]
     plain = all(layer.adapters[name].variant.plain for layer in layers)

@@ -8,8 +8,9 @@ IGNORE_INDEX = -100
 """Label of a position that is not trained on, as in transformers and `torch.nn.functional.cross_entropy`."""
 
 ROW_MULTIPLE = 32
-"""On a CPU, rows are filled up with zeros to a multiple of so many where that changes no result: for every number of
-rows it has met the matrix library keeps kernels, and the allocator holes."""
+"""On a CPU, rows are filled up with zeros to a multiple of this where that changes no result. The matrix library keeps
+a kernel for every number of rows it has met, and memory freed at many different sizes leaves gaps that cannot be used
+again."""
 
 
 def filled_up(rows: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:

@@ -13,7 +13,7 @@ from lorafa.numerics.linalg import working_dtype
 from lorafa.optimizers.pairs import Pair, by_shape, check_finite
 
 CACHED_BYTES = 8 * 2**20
-"""Of the factors in a batch on a CPU: small enough that a stack is still in the cache when it is multiplied."""
+"""Largest size of a batch's factors on a CPU, so that a stack is still in the cache when it is multiplied."""
 
 
 class Stack:

@@ -25,7 +25,8 @@ from lorafa.optimizers.pairs import Pair, check_finite
 from lorafa.settings.checks import check_number
 
 SMALLEST_PIVOT = 1e-6
-"""Of A's triangular factor over its largest one; below it the rows of A count as dependent."""
+"""The smallest allowed ratio of the pivots of A's triangular factor to the largest; below it the rows of A count as
+dependent."""
 
 
 def row_factors(pair: Pair) -> Tensor:

@@ -1,4 +1,4 @@
-"""PEFT's documented functions that start, or start again, an adapter."""
+"""LoftQ on a model whose base is quantized already: PEFT's ``replace_lora_weights_loftq``."""
 
 from __future__ import annotations
 

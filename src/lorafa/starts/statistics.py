@@ -40,8 +40,8 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
 
     values_by_layer: dict[str, dict[str, Tensor]]
     about: dict[str, Any]
-    """How they were made: ``key`` tells statistics apart that need not be equal on the same ``data``, of which there is
-    a hash where they came through a cache; ``base`` is the fingerprint of the layers' weights."""
+    """How they were made. ``key`` is a hash of all that decides their values beside the data. ``data`` is a hash of the
+    data, or None where no cache was used. ``base`` is the fingerprint of the layers' weights."""
 
     def __getitem__(self, layer: str) -> Mapping[str, Tensor]:
         return self.values_by_layer[layer]
@@ -191,13 +191,15 @@ def _require_folder(cache: str | Path | None) -> None:
 
 
 def _together(digest: str | None) -> str | None:
-    """What tells the data of all processes apart, of which each knows its own share."""
+    """One hash for the data of all processes, made of those of their shares."""
     digests = gathered(digest)
     return digest if len(digests) == 1 or None in digests else digest_of(digests)
 
 
 def _stored(cache: str | Path, key: str, data: str | None) -> Statistics | None:
-    """What the file holds of this key and data; None where a process finds nothing, for all of them collect together.
+    """The statistics in the file, if they have this key and are of this data. None if not.
+
+    It is None in all processes where it is None in one, because they collect together.
 
     Raises:
         CheckpointError: a process cannot read it.

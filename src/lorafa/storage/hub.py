@@ -154,7 +154,7 @@ class UploadOptions(TypedDict, total=False):
     """Default: "Upload adapter" or what else is uploaded."""
     commit_description: str | None
     private: bool | None
-    """Of a repository that is made; None goes by the settings of the account."""
+    """Whether a repository that is made here is private; None goes by the settings of the account."""
     token: str | bool | None
     revision: str | None
     """The branch to commit to, made if it is not there."""

@@ -126,9 +126,8 @@ def is_pickle(path: Path) -> bool:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    if tensor.dtype.itemsize == 1:  # of which no extremes are known
-        return bool(torch.isfinite(tensor).all())
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # both are NaN if any value is; no mask is made
+    values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor  # torch compares no numbers of 8 bits
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())  # both are NaN if any value is; no mask is made
 
 
 def read_header(path: str | Path) -> dict[str, str]:

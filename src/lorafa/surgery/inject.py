@@ -27,7 +27,7 @@ class Undo:
 
     name: str
     requires_grad: list[tuple[nn.Parameter, bool]]
-    """Of the base's parameters; a plan changes no other adapter's."""
+    """The flags of the base's parameters before; a plan changes those of no other adapter."""
     replaced: list[tuple[nn.Module, str, nn.Module]]
     carriers: list[Host]
     """Wrappers that were there before and got the adapter."""

@@ -18,11 +18,11 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
     """Use W - s B0 A0 as the layer's weight, instead of subtracting s B0 A0 x from its output on every call.
 
     A training step then computes with rank r instead of 2 r. What it costs: W - s B0 A0 is rounded to the dtype of the
-    weights, about 1.6e-3 of a bfloat16 base, so the model no longer starts where the base is to the bit, and the file,
+    weights, about 1.6e-3 of a bfloat16 base. The model then no longer starts exactly where the base is, and the file,
     which says s (B A - B0 A0) on W, differs from what was trained by as much. The pristine weights are kept: adapters
     can be disabled, merged and saved as before, and :func:`restore_base` takes this back. Merging, and a change of the
     scaling, do so too. Save with ``save_pretrained``: a ``state_dict`` of the whole model holds the changed weights,
-    and belongs into a model that is changed alike.
+    and can be loaded only into a model that was changed in the same way.
 
     Raises:
         AdapterError: no model, or an unknown adapter; it is not the only active one; others are on its layers; one is

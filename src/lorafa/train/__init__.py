@@ -1,1 +1,1 @@
-"""Training: the chunked loss, the trainer, the recipe. Import them by module; this package itself loads nothing."""
+"""Training: the recipe, the trainer, checkpoints, and the settings of a run. This file loads none of them."""

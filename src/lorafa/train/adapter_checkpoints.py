@@ -40,7 +40,7 @@ class AdapterCheckpoints:
     """
 
     _zero_gradients_are_right: ClassVar[bool] = True
-    """Of losses in general: preferences without a margin, rewards without an advantage."""
+    """Whether a loss may rightly give no gradient: preferences without a margin, rewards without an advantage."""
     accelerator: Any
     args: Any
     model: Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from lorafa.models import MODELS
 from toys.places import ROOT
 
 PAGE = ROOT / "docs" / "params.md"
-COMMANDS = [shlex.split(line, comments=True) for line in PAGE.read_text().splitlines() if line.startswith("lorafa ")]
 OPT = ["model=opt-125m", "peft.lora_r=16", "peft.target_modules=[q_proj,k_proj,v_proj,out_proj]"]
 
 
@@ -193,11 +191,6 @@ def test_help_has_examples_the_known_shapes_and_the_exit_status(output: Any) -> 
     assert "'peft.rank_pattern={down_proj:32}'" in text
     assert all(name in text for name in MODELS.names())
     assert "exit status: 0 done, 1" in text
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_of_the_page_run(command: list[str]) -> None:
-    assert params(*command[2:]) == 0
 
 
 def test_the_page_shows_what_is_printed(output: Any) -> None:

@@ -163,11 +163,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read_tensors(tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused_by_name(bad, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(bad, dtype, tmp_path):
     path = tmp_path / "w.safetensors"
-    write_tensors(path, some_tensors() | {"b.lora_A.weight": torch.tensor([1.0, bad])})
-    text = r"not finite \(NaN or infinity\) in 1 of 4 tensors: b\.lora_A\.weight\. The training it comes from diverged"
+    fine = some_tensors() | {"empty": torch.empty(0, dtype=dtype), "b.lora_A.weight": torch.ones(2, dtype=dtype)}
+    write_tensors(path, fine)
+    assert read_tensors(path)[0].keys() == fine.keys()
+    write_tensors(path, fine | {"b.lora_A.weight": torch.tensor([1.0, bad]).to(dtype)})
+    text = r"not finite \(NaN or infinity\) in 1 of 5 tensors: b\.lora_A\.weight\. The training it comes from diverged"
     with pytest.raises(CheckpointError, match=text):
         read_tensors(path)
 

@@ -1,0 +1,266 @@
+"""The examples of README, CONTRIBUTING and docs: code runs, commands run or have settings that the command takes.
+
+A block that is not to be run has a line ``<!-- not run: reason -->`` before it. What a page's code takes for granted,
+a model or a file, stands in one table each below.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import lorafa
+from lorafa.cli.main import main, parse
+from lorafa.cli.train import _refuse_other_settings
+from lorafa.conf.compose import compose
+from lorafa.runs.comparison import Plan
+from lorafa.train.adapter_config import lora_config
+from toys.language_models import SMALL, llama
+from toys.places import ROOT
+from toys.workplace import make_workplace
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+RUN = ("python", "sh")
+DATA = ("", "text", "yaml", "json")
+"""Languages of blocks that show what is printed or written."""
+NOT_RUN = 0
+"""How many blocks are marked as not to be run."""
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    language: str
+    text: str
+    excuse: str | None
+    """Why it is not to be run; None where it is."""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fenced = re.compile(r"^(?:<!-- not run: (.+?) -->\n+)?```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+    return [
+        Block(page, text[: match.start(3)].count("\n") + 1, match[2], match[3], match[1])
+        for match in fenced.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+RUNNING = [block for block in BLOCKS if block.excuse is None]
+COMMANDS = list(
+    dict.fromkeys(
+        tuple(words)
+        for block in RUNNING
+        if block.language == "sh"
+        for line in block.text.replace("\\\n", " ").splitlines()
+        if (words := shlex.split(line, comments=True))
+    )
+)
+"""The words of every command in a block."""
+INLINE = [
+    tuple(shlex.split(text))
+    for page in PAGES
+    if page != "docs/LOG.md"  # what was run then
+    for text in re.findall(r"`((?:lorafa|python) [^`\n]*=[^`\n]*|python [^`\n]*)`", (ROOT / page).read_text())
+    if tuple(shlex.split(text)) not in COMMANDS
+]
+"""Those in the text that no block has, where they have a setting or run a file."""
+
+
+# ---- what examples take for granted
+
+
+def _base() -> Any:
+    return llama(hidden_size=32, intermediate_size=48)
+
+
+def _adapted() -> Any:
+    return lorafa.get_peft_model(_base(), lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+
+def _rows() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(SMALL["vocab_size"], (16, 8), generator=generator).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def _batches() -> list[dict[str, Any]]:
+    return [{name: torch.tensor([values]) for name, values in row.items()} for row in _rows()[:4]]
+
+
+NAMES: dict[str, dict[str, Callable[[], Any]]] = {
+    "docs/optimizers.md": {"model": _adapted, "rows": _rows},
+    "docs/peft.md": {
+        "model": _adapted,
+        "batches": _batches,
+        "optimizer": lambda: _Later(lambda names: torch.optim.AdamW(names["model"].parameters())),
+    },
+    "docs/starts.md": {"base": _base, "batches": _batches},
+}
+"""Page -> the names its code begins with: a base model, a model with an adapter, rows, batches and an optimizer, small
+enough for a test. A page that shows how they are made is not in the table."""
+FILES = {
+    "path/to/model": "a model folder: the reader's own",
+    "mine.jsonl": "records of the reader's own",
+    "short.jsonl": "the short problems of GSM8K, which come from the Hub (recipes/short_problems.py)",
+    "recipes": "the folder of the repository",
+}
+"""What lies in the folder where the examples run, and what it stands for."""
+MODULES = {"trl": "not installed for the tests; its SFTTrainer is a transformers.Trainer, as the one here"}
+"""Modules that examples import and the tests stand in for."""
+
+
+@dataclass(frozen=True)
+class _Later:
+    """A name that is made of the others."""
+
+    make: Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all of ``FILES``; the model is wide enough for the ranks of the examples."""
+    made = make_workplace(
+        tmp_path_factory.mktemp("examples"), hidden_size=64, intermediate_size=96, num_key_value_heads=4
+    )
+    (made / "path" / "to").mkdir(parents=True)
+    (made / "model").rename(made / "path" / "to" / "model")
+    (made / "rows.jsonl").unlink()
+    rows = [
+        {"question": f"Ann has {a} apples and gets {b} more. How many?", "answer": f"{a} + {b}\n#### {a + b}"}
+        for a in range(2, 12)
+        for b in range(1, 11)
+    ]
+    for name in ("mine.jsonl", "short.jsonl"):
+        (made / name).write_text("\n".join(map(json.dumps, rows)))
+    (made / "recipes").symlink_to(ROOT / "recipes")
+    assert {path.name for path in made.iterdir()} == {name.partition("/")[0] for name in FILES}
+    return made
+
+
+@pytest.fixture
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+# ---- blocks
+
+
+def test_blocks_are_in_languages_that_are_run_or_show_data() -> None:
+    assert {block.language for block in BLOCKS} <= {*RUN, *DATA}
+
+
+def test_what_is_not_run_is_counted() -> None:
+    assert len([block for block in BLOCKS if block.excuse is not None]) == NOT_RUN
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in RUNNING if block.language == "python"}))
+def test_the_code_of_a_page_runs_in_order(page: str, there: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = ModuleType("trl")
+    stand_in.SFTTrainer = transformers.Trainer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trl", stand_in)
+    names = {name: make() for name, make in NAMES.get(page, {}).items()}
+    names |= {name: value.make(names) for name, value in names.items() if isinstance(value, _Later)}
+    for block in RUNNING:
+        if block.page == page and block.language == "python":
+            lines = "\n" * (block.line - 1)  # an error names the line of the page
+            exec(compile(lines + block.text, str(ROOT / page), "exec"), names)
+
+
+def test_what_examples_take_for_granted_is_what_they_use() -> None:
+    for page, names in NAMES.items():
+        text = "\n".join(block.text for block in RUNNING if block.page == page and block.language == "python")
+        assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
+    everything = "\n".join(block.text for block in RUNNING)
+    assert [name for name in [*FILES, *MODULES] if name not in everything] == []
+
+
+# ---- commands
+
+
+def composed(words: tuple[str, ...]) -> None:
+    """The settings of a command by the way the command itself takes them."""
+    args = parse(words[1:])
+    if words[1] == "compare":
+        Plan.read(args.plan, args.overrides)
+        return
+    config = compose(args.overrides)
+    lora_config(config)
+    if config.train.resume:
+        _refuse_other_settings(args.overrides)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_runs_or_its_settings_are_those_of_the_command(
+    words: tuple[str, ...], there: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words[0] == "make":
+        for target in words[1:]:
+            subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+    elif "--help" in words:
+        with pytest.raises(SystemExit) as stopped:
+            main(list(words[1:]))
+        assert stopped.value.code == 0
+    elif words[:2] == ("lorafa", "params"):
+        assert main(list(words[1:])) == 0
+    else:
+        assert words[:2] in {("lorafa", "train"), ("lorafa", "compare")}, "no way to check this command: add one"
+        composed(words)
+
+
+@pytest.mark.parametrize("words", INLINE, ids=" ".join)
+def test_a_command_in_the_text_names_files_and_settings_that_are_there(words: tuple[str, ...], there: None) -> None:
+    if words[0] == "lorafa":
+        composed(words)
+        return
+    script = ROOT / words[1]
+    known = script.read_text() + (script.parent / "harness.py").read_text()
+    assert [word for word in words if word.startswith("--") and f'"{word}"' not in known] == []
+
+
+TINY = {
+    "model": "path/to/model", "data": "mine.jsonl", "data.eval_size": "4", "eval.max_new_tokens": "4",
+    "train.steps": "2", "train.batch_size": "4",
+}  # fmt: skip
+"""What a run of seconds needs, where the command does not say otherwise."""
+
+
+def tiny(words: tuple[str, ...], run: Path) -> list[str]:
+    given = {word.lstrip("+").partition("=")[0] for word in words}
+    said = given | ({"train.steps"} if "train=epoch" in words else set())
+    return [*words[1:], *(f"{key}={value}" for key, value in TINY.items() if key not in said), f"run_dir={run}"]
+
+
+TRAINED = [
+    words for words in COMMANDS if words[:2] == ("lorafa", "train") and not {"--help", "--dry-run"} & {*words}
+    and not any(word.startswith("train.resume=") for word in words)
+]  # fmt: skip
+
+
+def test_the_command_for_one_s_own_model_and_records_trains(there: None, tmp_path: Path) -> None:
+    own = next(words for words in TRAINED if "model=path/to/model" in words and "data=mine.jsonl" in words)
+    assert main(tiny(own, tmp_path / "run")) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", TRAINED, ids=" ".join)
+def test_every_command_that_trains_trains(words: tuple[str, ...], there: None, tmp_path: Path) -> None:
+    assert main(tiny(words, tmp_path / "run")) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
