@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from typing import Any
 
@@ -25,6 +26,7 @@ PLACES = {
 
 def unread(table: str) -> Registry[Any]:
     """A registry as it is before anybody asked for its objects: its module is run once more, on the side."""
+    import_module(PLACES[table])  # its dataclasses look it up by its name
     spec = find_spec(PLACES[table])
     assert spec is not None
     assert spec.loader is not None
