@@ -9,6 +9,7 @@ from torch import nn
 from lorafa.config import LoraConfig
 from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.peft_format import adapted_layers, has_start
+from lorafa.surgery.walk import lora_layers
 
 _PEFT_STARTS_ANYWHERE = (True, False, "gaussian")
 _PEFT_STARTS_ON_SOME = ("orthogonal", "eva", "loftq", "mica")
@@ -28,7 +29,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     * The start moved the base under a variant such as DoRA, where it cannot be stacked: it is written as it is, and
       PEFT makes it again or refuses.
     """
-    layers = [layer for _, layer in adapted_layers(model, name)]
+    layers = [layer for _, layer in adapted_layers(lora_layers(model), name)]
     plain = all(layer.adapters[name].variant.plain for layer in layers)
     if not has_start(model, name):
         some = plain and not config.lora_bias and all(layer.kind in _SOME for layer in layers)

@@ -18,10 +18,13 @@ from lorafa.io.strict import Misfit, compare
 from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
 from lorafa.io.ties import check_ties, tied_tensors
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
 from lorafa.storage.tensors import can_be_gathered, is_part, whole
 from lorafa.surgery.walk import base_parameters, hosts, lora_layers, uncompiled_name
 
+Layers = list[tuple[str, LoraLayer]]
+"""Layers with their paths in the user's model."""
 PREFIX = "base_model.model."
 START_A, START_B = "lora_start.A", "lora_start.B"
 _UNFOLDED = "lora_unfolded"
@@ -45,10 +48,13 @@ def entries(model: nn.Module, name: str, config: LoraConfig, *, tables: Tables =
         config: the adapter's; its ``bias`` says which base biases belong to the adapter.
         tables: which of the base's tables belong with it (:func:`lorafa.io.tables.which_tables`).
     """
-    for path, host in hosts(model):
+    found = list(hosts(model))
+    for path, host in found:
         yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
-    yield from _biases(model, name, config)
-    yield from table_entries(model, pristine_tensors(model), tables)
+    if config.bias != "none" or tables != "none":
+        pristine = pristine_tensors(found)
+        yield from _biases(model, adapted_layers(found, name), config, pristine)
+        yield from table_entries(model, pristine, tables)
 
 
 def _uncompiled(entry: Stored) -> Stored:
@@ -57,27 +63,32 @@ def _uncompiled(entry: Stored) -> Stored:
     return replace(entry, key=uncompiled_name(entry.key), live=live)
 
 
-def pristine_tensors(model: nn.Module) -> dict[int, Tensor]:
-    """Identity of a merged weight or bias -> the one it stands in for, which is what belongs with an adapter."""
-    return {id(merged): kept for _, host in hosts(model) for merged, kept in host.merged_parameters()}
+def pristine_tensors(found: Iterable[tuple[str, Host]]) -> dict[int, Tensor]:
+    """Identity of a merged weight or bias -> the one it stands in for, which is what belongs with an adapter.
+
+    Args:
+        found: the hosts of a model (:func:`lorafa.surgery.walk.hosts`).
+    """
+    return {id(merged): kept for _, host in found for merged, kept in host.merged_parameters()}
 
 
-def _biases(model: nn.Module, name: str, config: LoraConfig) -> Iterator[Stored]:
-    pristine = pristine_tensors(model)
+def _biases(
+    model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapping[int, Tensor]
+) -> Iterator[Stored]:
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
                 yield base_entry(key, parameter, pristine)
     elif config.bias == "lora_only":
-        for path, layer in adapted_layers(model, name):
+        for path, layer in layers:
             bias = layer.base_layer._parameters.get("bias")
             if bias is not None:
                 yield base_entry(f"{path}.base_layer.bias", bias, pristine)
 
 
-def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers that carry adapter ``name``, with their paths in the user's model."""
-    return ((path, layer) for path, layer in lora_layers(model) if name in layer.adapters)
+def adapted_layers(found: Iterable[tuple[str, nn.Module]], name: str) -> Layers:
+    """Those of the hosts of a model that are layers and carry adapter ``name``."""
+    return [(path, layer) for path, layer in found if isinstance(layer, LoraLayer) and name in layer.adapters]
 
 
 def has_start(model: nn.Module, name: str) -> bool:
@@ -119,14 +130,15 @@ def _arranged(
     model: nn.Module, name: str, config: LoraConfig, values: dict[str, Tensor], *, with_start: bool, dense: bool
 ) -> dict[str, Tensor]:
     """The tensors of a file out of those that are stored, by key; on the meta device it is their shapes alone."""
-    for path, layer in _with_other_factors(model, name) if dense else ():
+    layers = adapted_layers(lora_layers(model), name)
+    for path, layer in _with_other_factors(layers, name) if dense else ():
         stored = {key: values[key] for key in _factor_keys(path, layer)}
         made = _dense(path, layer, name, stored, values)
         values |= made | {_unfolded(path, key): stored[key] for key in made}
-    for path, layer, start in _starts(model, name) if with_start else ():
+    for path, layer, start in _starts(layers, name) if with_start else ():
         values |= _stacked(path, layer, layer.adapters[name].variant.plain, start, values)
-    values |= {key: values[key] / 2 for key in _factors_applied_twice(model, name, config)}
-    return values | tied_tensors(model, name, values)
+    values |= {key: values[key] / 2 for key in _factors_applied_twice(layers, config)}
+    return values | tied_tensors(layers, name, values)
 
 
 def _value(model: nn.Module, entry: Stored) -> Tensor:
@@ -209,7 +221,7 @@ def _dims(entry: Stored) -> int:
     return 2 if re.search(r"lora_(embedding_)?[AB](\.weight)?$", entry.key) else 0
 
 
-def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> list[str]:
+def _factors_applied_twice(layers: Layers, config: LoraConfig) -> list[str]:
     """Keys of the B that PEFT multiplies in twice: those of inner layers, nn.MultiheadAttention's out_proj.
 
     An adapter that counts once here is stored with half of that B (exact in binary) and read with twice the B of a
@@ -219,22 +231,21 @@ def _factors_applied_twice(model: nn.Module, name: str, config: LoraConfig) -> l
         return []
     return [
         f"{path}.base_layer.{child}.{LoraLayer.factor_names[1]}"
-        for path, layer in adapted_layers(model, name)
+        for path, layer in layers
         for child in layer.inner_layers
     ]
 
 
-def _starts(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer, tuple[Tensor, Tensor]]]:
-    for path, layer in adapted_layers(model, name):
+def _starts(layers: Layers, name: str) -> Iterator[tuple[str, LoraLayer, tuple[Tensor, Tensor]]]:
+    for path, layer in layers:
         start = layer.adapters[name].start if name in layer.lora_start else None  # a tied one's is another layer's
         if start is not None:
             yield path, layer, (start.A, start.B)
 
 
-def _with_other_factors(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
+def _with_other_factors(layers: Layers, name: str) -> Layers:
     """The layers whose variant stores A and B in another form than the dense one."""
-    adapted = adapted_layers(model, name)
-    return [(path, layer) for path, layer in adapted if not layer.adapters[name].variant.factors_are_stored]
+    return [(path, layer) for path, layer in layers if not layer.adapters[name].variant.factors_are_stored]
 
 
 def _factor_keys(path: str, layer: LoraLayer) -> tuple[str, str]:
@@ -259,14 +270,14 @@ def _dense(
     return made if B is loose.B else made | {key_B: layer.stored_B(B)}
 
 
-def _as_stored(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_stored(layers: Layers, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file with A and B in the form in which the variant stores them.
 
     Raises:
         CheckpointError: some dense factor is not what its stored form gives.
     """
     tensors = dict(tensors)
-    for path, layer in _with_other_factors(model, name):
+    for path, layer in _with_other_factors(layers, name):
         keys = _factor_keys(path, layer)
         stored = {key: tensors.pop(_unfolded(path, key), tensors[key]) for key in keys}
         for key, made in _dense(path, layer, name, stored, tensors).items():
@@ -299,29 +310,31 @@ def load_tensors(
     Raises:
         CheckpointError: they differ for what is one parameter here, or one rests elsewhere; nothing was changed.
     """
-    check_ties(model, name, tensors)
+    found = list(hosts(model))
+    layers = adapted_layers(found, name)
+    check_ties(found, name, tensors)
     filled = [e for e in entries(model, name, config, tables="all") if e.key in tensors]
     require_equal_tables(model, tensors)
-    _require_memory(model, name, filled)
+    _require_memory(layers, name, filled)
     tensors = dict(tensors)
-    tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(model, name, config) if key in tensors}
+    tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(layers, config) if key in tensors}
     starts: list[tuple[Tensor, Tensor]] = []
-    for path, layer, start in _starts(model, name) if with_start else ():
+    for path, layer, start in _starts(layers, name) if with_start else ():
         own, stored = _split(path, layer, layer.adapters[name].variant.plain, start[0].shape[-2], tensors)
         tensors |= own
         starts += zip(start, stored, strict=True)
     if _holds_dense(config, with_start):
-        tensors = _as_stored(model, name, tensors)
+        tensors = _as_stored(layers, name, tensors)
     for live, value in starts:
         live.copy_(value)
     for entry in filled:
         entry.tensor.data.copy_(tensors[entry.key])
-    for _, layer in adapted_layers(model, name):
+    for _, layer in layers:
         layer.adapters_changed()
 
 
-def _require_memory(model: nn.Module, name: str, filled: Iterable[Stored]) -> None:
-    starts = (layer.lora_start[name] for _, layer in lora_layers(model) if name in layer.lora_start)
+def _require_memory(layers: Layers, name: str, filled: Iterable[Stored]) -> None:
+    starts = (layer.lora_start[name] for _, layer in layers if name in layer.lora_start)
     resting = [e.key for e in filled if e.tensor.is_meta] + ["lora_start" for s in starts if rests_elsewhere(s)]
     if resting:
         raise CheckpointError(
@@ -349,7 +362,7 @@ def wanted_tensors(
     Raises:
         CheckpointError: the adapter, or what else the file holds, is sharded here, so that nothing can be filled in.
     """
-    tables = [entry for entry in table_entries(model, pristine_tensors(model)) if entry.key in tensors]
+    tables = [entry for entry in table_entries(model, pristine_tensors(hosts(model))) if entry.key in tensors]
     own = list(entries(model, name, config))
     filled = [*own, *tables]
     if parts := [entry.key for entry in filled if is_part(entry.tensor, _dims(entry))]:

@@ -23,7 +23,7 @@ from lorafa.io.strict import compare
 from lorafa.io.tables import which_tables
 from lorafa.layers.host import Host
 from lorafa.surgery.activate import require_adapters, require_nothing_merged, require_unmerged, without_start
-from lorafa.surgery.walk import uncompiled, uncompiled_name, user_model
+from lorafa.surgery.walk import hosts, uncompiled, uncompiled_name, user_model
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Any], str]:
@@ -137,7 +137,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of the user's model, by the names they had before any layer was wrapped."""
-    pristine = pristine_tensors(model)
+    pristine = pristine_tensors(hosts(model))
     stack = [("", model)]
     while stack:
         path, module = stack.pop()

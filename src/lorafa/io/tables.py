@@ -61,7 +61,9 @@ def table_entries(model: nn.Module, pristine: Mapping[int, Tensor], which: Table
     Args:
         pristine: identity of a merged tensor -> the one it stands in for.
     """
-    ends = tables(model) if which != "none" else []
+    if which == "none":
+        return
+    ends = tables(model)
     for path, module in skeleton(model):
         if not any(module is end for end in ends) or isinstance(module, ModulesToSaveWrapper):
             continue

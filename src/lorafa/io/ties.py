@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafa.errors import CheckpointError
+from lorafa.layers.base import LoraLayer
+from lorafa.layers.host import Host
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tied import TiedAdapter
-from lorafa.surgery.walk import hosts, lora_layers
 
 
-def tied_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tied_tensors(
+    layers: Iterable[tuple[str, LoraLayer]], name: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The factors of layers whose adapter ``name`` is another layer's, by key, out of those of the owner."""
     return {
         key: _turned(tensors[source], transposed).clone(memory_format=torch.contiguous_format)
-        for key, source, transposed in _tied_factors(model, name)
+        for key, source, transposed in _tied_factors(layers, name)
     }
 
 
-def check_ties(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if a file has different values for what is one parameter of adapter ``name`` here."""
-    for key, source, transposed in (*_tied_factors(model, name), *_tied_copies(model, name)):
+def check_ties(found: Sequence[tuple[str, Host]], name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a file has different values for what is one parameter of adapter ``name`` here.
+
+    Args:
+        found: the hosts of the model.
+    """
+    layers = ((path, layer) for path, layer in found if isinstance(layer, LoraLayer))
+    for key, source, transposed in (*_tied_factors(layers, name), *_tied_copies(found, name)):
         if key in tensors and source in tensors:
             one, other = tensors[key], _turned(tensors[source], transposed)
             if one.shape == other.shape and not torch.equal(one, other):
@@ -38,9 +46,9 @@ def _turned(tensor: Tensor, transposed: bool) -> Tensor:
     return tensor.T if transposed else tensor
 
 
-def _tied_factors(model: nn.Module, name: str) -> Iterator[tuple[str, str, bool]]:
+def _tied_factors(layers: Iterable[tuple[str, LoraLayer]], name: str) -> Iterator[tuple[str, str, bool]]:
     """(key, key of the owner's factor, whether it is that one's transpose)."""
-    layers = list(lora_layers(model))
+    layers = list(layers)
     paths = {id(layer): path for path, layer in layers}
     for path, layer in layers:
         adapter = layer.adapters.get(name)
@@ -51,10 +59,10 @@ def _tied_factors(model: nn.Module, name: str) -> Iterator[tuple[str, str, bool]
                 yield f"{path}.{key}", f"{paths[id(adapter.owner)]}.{source}", adapter.transposed
 
 
-def _tied_copies(model: nn.Module, name: str) -> Iterator[tuple[str, str, bool]]:
+def _tied_copies(found: Iterable[tuple[str, Host]], name: str) -> Iterator[tuple[str, str, bool]]:
     """The same for copies of modules (``modules_to_save``) that share a parameter."""
     first: dict[int, str] = {}
-    for path, host in hosts(model):
+    for path, host in found:
         if isinstance(host, ModulesToSaveWrapper):
             for key, parameter in host.stored_parameters(name).items():
                 source = first.setdefault(id(parameter), f"{path}.{key}")

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from lorafa.errors import AdapterError, BackendError, did_you_mean
-from lorafa.surgery.walk import adapter_names, hosts, lora_layers, wrappers
+from lorafa.layers.base import LoraLayer
+from lorafa.layers.host import Host
+from lorafa.layers.wrapper import Wrapper
+from lorafa.surgery.walk import hosts, lora_layers
 
 
 def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
     """Raises AdapterError unless every name is one of the model's adapters."""
-    known = adapter_names(model)
+    _require_known(hosts(model), names)
+
+
+def _layers(found: Iterable[tuple[str, Host]]) -> Iterator[LoraLayer]:
+    return (host for _, host in found if isinstance(host, LoraLayer))
+
+
+def _require_known(found: Iterable[tuple[str, Host]], names: Sequence[str]) -> None:
+    known = list(dict.fromkeys(name for layer in _layers(found) for name in layer.adapters))
     for name in names:
         if name not in known:
             raise AdapterError(
@@ -29,37 +40,38 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
         AdapterError: an unknown name, adapters are merged, or two of ``names`` want one place; nothing was changed.
     """
     listed = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    require_adapters(model, listed)
-    require_nothing_merged(model)
-    require_together(model, listed, trains=not inference_mode)
-    changed = without_start(model)
+    found = list(hosts(model))
+    _require_known(found, listed)
+    _require_nothing_merged(found)
+    for path, wrapper in found:
+        if isinstance(wrapper, Wrapper):
+            wrapper.require_together(listed, repr(path), trains=not inference_mode)
+    changed = _without_start(found)
     if changed is not None and listed != [changed]:
         raise AdapterError(
             f"The start of adapter {changed!r} is taken out of the base weights, so no other can count. Call "
             "restore_base(model) before activating other adapters."
         )
-    for _, host in hosts(model):
+    for _, host in found:
         host.set_adapter(listed, inference_mode)
-
-
-def require_together(model: nn.Module, names: Sequence[str], *, trains: bool) -> None:
-    """Raise AdapterError if two of these adapters have a copy of one module, or other values for one row of a table.
-
-    Args:
-        trains: whether they will be trained, so that rows that are equal now may differ later.
-    """
-    for path, wrapper in wrappers(model):
-        wrapper.require_together(names, repr(path), trains=trains)
 
 
 def without_start(model: nn.Module) -> str | None:
     """The adapter whose start is taken out of the base weights (:func:`lorafa.mutate_base`), or None."""
-    return next((layer.active_adapters[0] for _, layer in lora_layers(model) if layer.without_start), None)
+    return _without_start(hosts(model))
+
+
+def _without_start(found: Iterable[tuple[str, Host]]) -> str | None:
+    return next((layer.active_adapters[0] for layer in _layers(found) if layer.without_start), None)
 
 
 def require_nothing_merged(model: nn.Module) -> None:
     """Raises AdapterError if some base weight holds an update: which adapters count cannot be changed then."""
-    merged = next((layer.merged_adapters for _, layer in lora_layers(model) if layer.merged_adapters), None)
+    _require_nothing_merged(hosts(model))
+
+
+def _require_nothing_merged(found: Iterable[tuple[str, Host]]) -> None:
+    merged = next((layer.merged_adapters for layer in _layers(found) if layer.merged_adapters), None)
     if merged:
         raise AdapterError(
             f"{', '.join(map(repr, merged))} {'is' if len(merged) == 1 else 'are'} merged into the base weights. "

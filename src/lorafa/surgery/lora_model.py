@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from lorafa.config import LoraConfig
 from lorafa.context import EMPTY, CurrentCall, ForwardContext
 from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.host import Host
 from lorafa.surgery import activate
 from lorafa.surgery.build import Options
 from lorafa.surgery.forward import is_checkpointed
@@ -89,7 +90,8 @@ class LoraModel(nn.Module):
     def apply_plan(self, planned: Plan) -> Callable[[], None]:
         """Carry out a plan and return how to take it back; the adapter is inactive until :meth:`set_adapter`."""
         named = self.targeted_module_names, self.targeted_parameter_names, self._wrapped
-        active, off = self.active_adapters, any(host.disable_adapters for _, host in hosts(self.model))
+        before = [host for _, host in hosts(self.model)]
+        active, off = _active(before), any(host.disable_adapters for host in before)
         undo = apply(self.model, planned, self.call)
         targets = planned.targets
         modules = [t.name for t in targets if t.parameter is None]
@@ -141,7 +143,7 @@ class LoraModel(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that count on some layer, together; a layer may be told otherwise by itself."""
-        return list(dict.fromkeys(name for _, host in hosts(self.model) for name in host.active_adapters))
+        return _active(host for _, host in hosts(self.model))
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -260,6 +262,10 @@ class LoraModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+
+def _active(found: Iterable[Host]) -> list[str]:
+    return list(dict.fromkeys(name for host in found for name in host.active_adapters))
 
 
 def _by_name(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

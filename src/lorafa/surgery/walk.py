@@ -6,8 +6,8 @@ has that part, so a compiled model and one that is not are the same to configs, 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -69,19 +69,28 @@ class Place:
     path: str
     """Dotted name now, by which ``get_submodule`` finds it."""
     module: nn.Module
+    overlaid: bool = False
+    """Whether the module is to come there, and is not there yet; its weights are other layers'."""
 
 
-def places(model: nn.Module) -> Iterator[Place]:
+def places(model: nn.Module, overlay: Mapping[str, nn.Module] | None = None) -> Iterator[Place]:
     """Every place a module of the original model has, repeated modules at each of their names.
 
     A wrapped module is given as its wrapper; what wrappers hold of their own is not entered. A compiled one is given
     without what torch.compile put around it.
+
+    Args:
+        overlay: name -> the module that is to stand there, as if it did: a plan can be made for layers that are copies
+            of others before they are put in.
     """
     stack = [Place("", "", require_module(model))]
+    overlay = overlay or {}
     while stack:
         place = stack.pop()
+        if place.name in overlay:
+            place = Place(place.name, place.path, overlay[place.name], overlaid=True)
         while _is_compiled(place.module):
-            place = Place(place.name, _join(place.path, _COMPILED), place.module._modules[_COMPILED])  # type: ignore[arg-type]
+            place = replace(place, path=_join(place.path, _COMPILED), module=place.module._modules[_COMPILED])  # type: ignore[arg-type]
         yield place
         inside, path = place.module, place.path
         if isinstance(inside, LoraExperts):  # it wraps a whole module, whose children are the model's
@@ -89,7 +98,8 @@ def places(model: nn.Module) -> Iterator[Place]:
                 inside, path = inside.base_layer, _join(path, "base_layer")
         elif isinstance(inside, Host):
             continue
-        children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
+        over = place.overlaid
+        children = [Place(_join(place.name, name), _join(path, name), child, over) for name, child in _children(inside)]
         stack.extend(reversed(children))
 
 
@@ -107,11 +117,14 @@ def pristine_of(module: nn.Module) -> nn.Module:
 
 
 def tied_groups(everything: Iterable[Place]) -> list[list[Place]]:
-    """The modules that share a weight, group by group; the first of each, an embedding if there is one, owns it."""
+    """The modules that share a weight, group by group; the first of each, an embedding if there is one, owns it.
+
+    A module that is overlaid computes with another's weight and is trained apart from it, so it is in no group.
+    """
     by_weight: dict[Hashable, dict[int, Place]] = {}
     for place in everything:
         module = pristine_of(place.module)
-        if module._parameters.get("weight") is not None:
+        if module._parameters.get("weight") is not None and not place.overlaid:
             by_weight.setdefault(identity_of(module, "weight"), {}).setdefault(id(place.module), place)
     groups = (list(group.values()) for group in by_weight.values() if len(group) > 1)
     return [sorted(group, key=lambda p: not isinstance(pristine_of(p.module), nn.Embedding)) for group in groups]
