@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from lorafa.config import LoraConfig, PeftConfig, PeftType, TaskType
+    from lorafa.config import LoraConfig, PeftConfig
     from lorafa.errors import LoraError
     from lorafa.io.load import check_if_peft_model, load_peft_weights
     from lorafa.io.state import (
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
         LoraGAConfig,
         LoraRuntimeConfig,
         MontecloraConfig,
+        PeftType,
+        TaskType,
         VeloraConfig,
     )
     from lorafa.starts.eva import get_eva_state_dict, initialize_lora_eva_weights
@@ -172,10 +174,10 @@ _HOMES = {
     "PeftModelForSeq2SeqLM": "lorafa.peft_model",
     "PeftModelForSequenceClassification": "lorafa.peft_model",
     "PeftModelForTokenClassification": "lorafa.peft_model",
-    "PeftType": "lorafa.config",
+    "PeftType": "lorafa.settings.methods",
     "RankRule": "lorafa.starts.ranks",
     "Statistics": "lorafa.starts.statistics",
-    "TaskType": "lorafa.config",
+    "TaskType": "lorafa.settings.methods",
     "VeloraConfig": "lorafa.settings.methods",
     "check_gradients": "lorafa.surgery.gradients",
     "check_if_peft_model": "lorafa.io.load",

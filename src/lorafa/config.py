@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from enum import Enum
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from lorafa.errors import ConfigError, did_you_mean
 from lorafa.initializers import Start, known_start
 from lorafa.initializers.settings import (
     NO_SETTINGS,
-    SETTINGS_OF_PEFT,
     START_SETTINGS,
     settings_class,
     settings_field,
@@ -24,13 +23,9 @@ from lorafa.initializers.settings import (
 )
 from lorafa.settings.checks import (
     check_arguments,
-    check_choice,
     check_flag,
     check_int,
-    check_number,
-    check_regex,
     check_text,
-    found,
     index_ranges,
     indices,
     is_int,
@@ -39,6 +34,22 @@ from lorafa.settings.checks import (
     names,
     path_text,
     plain,
+)
+from lorafa.settings.fields import (
+    Form,
+    check_fields,
+    check_mapping,
+    check_pattern,
+    check_tokens,
+    name_list,
+    name_set,
+    number,
+    one_of,
+    optional,
+    patterns_to,
+    setting,
+    take_forms,
+    whole,
 )
 from lorafa.settings.methods import (
     ArrowConfig,
@@ -50,6 +61,8 @@ from lorafa.settings.methods import (
     LoraGAConfig,
     LoraRuntimeConfig,
     MontecloraConfig,
+    PeftType,
+    TaskType,
     VeloraConfig,
     from_nested,
 )
@@ -62,44 +75,53 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CONFIG_NAME = "adapter_config.json"
-_NESTED: dict[str, type[Any]] = {
-    **{name: kind for name, kind in SETTINGS_OF_PEFT.items() if kind is not LoftQConfig},  # which is kept as a dict
-    "velora_config": VeloraConfig,
-    "monteclora_config": MontecloraConfig,
-    "arrow_config": ArrowConfig,
-    "use_bdlora": BdLoraConfig,
-}
 LORAFA_ONLY = ("freeze_A", "init_seed", "attention_out_proj_twice", "init_config")
 """The fields PEFT does not have. In an adapter's files they are in the header of the tensors: PEFT warns of them."""
 BIASES = ("none", "all", "lora_only")
-FLAGS = (
-    "inference_mode",
-    "fan_in_fan_out",
-    "use_rslora",
-    "use_dora",
-    "use_qalora",
-    "lora_bias",
-    "ensure_weight_tying",
-    "attention_out_proj_twice",
-    "freeze_A",
-)
+_POSITIVE = number("a number > 0", 0)
 
 
-class TaskType(str, Enum):
-    """What the adapted model is for; as in PEFT."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+def _copied(name: str, value: Any) -> Any:
+    return copy.deepcopy(value)
 
 
-class PeftType(str, Enum):
-    """The kind of adapter; lorafa has one."""
+def _nested(kind: type[Any]) -> Form:
+    return lambda name, value: copy.deepcopy(from_nested(kind, value, name))
 
-    LORA = "LORA"
+
+def _as_dict(name: str, value: Any) -> dict[str, Any]:
+    given = from_nested(LoftQConfig, value or None, name)
+    return asdict(given) if given else {}
+
+
+def _runtime(name: str, value: Any) -> LoraRuntimeConfig:
+    return from_nested(LoraRuntimeConfig, value, name) or LoraRuntimeConfig()
+
+
+def _ranges(name: str, value: Any) -> list[tuple[int, int]] | None:
+    return None if value is None else index_ranges(name, value)
+
+
+def _one_or_more(name: str, value: Any) -> Any:
+    return value if value is None or is_int(value) else indices(name, value)
+
+
+def _check_one_or_more(name: str, value: Any) -> None:
+    if is_int(value):
+        check_int(name, value, at_least=0)
+    elif value is not None:
+        indices(name, value)
+
+
+def _check_names(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        names(name, value)
+
+
+def _check_rows(name: str, value: Any) -> None:
+    for table, rows in value.items() if isinstance(value, dict) else [("", value)]:
+        if rows is not None:
+            indices(f"{name}[{table!r}]" if table else name, rows)
 
 
 @dataclass
@@ -110,22 +132,22 @@ class LoraConfig:
         ConfigError: a value is not allowed, or two values contradict each other.
     """
 
-    task_type: TaskType | str | None = None
+    task_type: TaskType | str | None = setting(form=partial(member, TaskType))
     """What the model is for, "CAUSAL_LM" for example; sequence and token classification also train the new head."""
-    peft_type: PeftType | str | None = None
+    peft_type: PeftType | str | None = setting(form=lambda name, value: member(PeftType, name, value) or PeftType.LORA)
     """Always LORA."""
-    auto_mapping: dict[str, Any] | None = None
+    auto_mapping: dict[str, Any] | None = setting(form=_copied, check=check_mapping)
     """Class and library of the base model, written when task_type is None."""
-    peft_version: str | None = None
+    peft_version: str | None = setting(check=check_text)
     """The PEFT version that wrote the file, if PEFT did."""
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
+    base_model_name_or_path: str | None = setting(form=path_text)
+    revision: str | None = setting(check=check_text)
     """Revision of the base model."""
-    inference_mode: bool = False
+    inference_mode: bool = setting(False, check=check_flag)
     """Freeze the adapter; True in every saved file."""
-    r: int = 8
+    r: int = setting(8, check=whole(at_least=1))
     """Rank: the inner dimension of B @ A."""
-    target_modules: list[str] | set[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = setting(form=name_set, check=check_pattern)
     """Last names (or dotted ends) of the layers to adapt, one regular expression for full names, "all-linear", or None
     for the architecture's usual layers.
 
@@ -133,102 +155,74 @@ class LoraConfig:
     keeps stacked in parameters: those go into ``target_parameters`` of the config that is saved, ``gate_up_proj``,
     which holds two layers, with twice the rank. ``lora_dropout`` cannot act on them and raises, as in PEFT, which could
     not load a file of both: set it to 0, or leave them out with exclude_modules=["experts", "gate"]."""
-    exclude_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = setting(form=name_set, check=check_pattern)
     """Layers to leave alone, written like target_modules; wins over it."""
-    lora_alpha: int | float = 8
+    lora_alpha: int | float = setting(8, check=_POSITIVE)
     """The update is scaled by lora_alpha / r."""
-    lora_dropout: float = 0.0
+    lora_dropout: float = setting(0.0, check=number("a probability in [0, 1)", 0, 1, closed="["))
     """Probability of zeroing an input feature of A, in [0, 1)."""
-    fan_in_fan_out: bool = False
+    fan_in_fan_out: bool = setting(False, check=check_flag)
     """The weight is stored as (in, out), as in GPT-2's Conv1D. For PEFT's files only: here a layer's type says it."""
-    bias: str = "none"
+    bias: str = setting("none", check=one_of(BIASES))
     """Base biases to train: "none", "all", or "lora_only" for those of adapted layers."""
-    use_rslora: bool = False
+    use_rslora: bool = setting(False, check=check_flag)
     """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[str] | None = setting(form=name_list)
     """Modules to train in full and save with the adapter: ends of their names, at a dot or not, as in PEFT ("norm"
     means input_layernorm, too), or regular expressions for the whole name."""
     init_lora_weights: bool | str = True
     """Where A and B start: True (Kaiming A, B = 0), False (both random), or a name of lorafa.initializers."""
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: list[int] | int | None = setting(form=_one_or_more, check=_check_one_or_more)
     """Adapt only the layers with these indices."""
-    layers_pattern: list[str] | str | None = None
+    layers_pattern: list[str] | str | None = setting(form=_copied, check=_check_names)
     """Name of the list the indices count, "layers" for example."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = setting(form=name_table, check=patterns_to(whole(at_least=1)), factory=dict)
     """Other ranks for some layers: a name's end or a regular expression -> rank."""
-    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = setting(form=name_table, check=patterns_to(_POSITIVE), factory=dict)
     """Other alphas for some layers."""
-    megatron_config: dict[str, Any] | None = None
-    megatron_core: str | None = "megatron.core"
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    megatron_config: dict[str, Any] | None = setting(form=_copied, check=check_mapping)
+    megatron_core: str | None = setting("megatron.core", check=check_text)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(form=_copied, check=_check_rows)
     """Train these rows of the input embedding, or of each embedding named."""
-    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
-    eva_config: EvaConfig | None = None
-    corda_config: CordaConfig | None = None
-    lora_ga_config: LoraGAConfig | None = None
-    use_dora: bool = False
+    loftq_config: LoftQConfig | dict[str, Any] = setting(form=_as_dict, factory=dict)
+    eva_config: EvaConfig | None = setting(form=_nested(EvaConfig))
+    corda_config: CordaConfig | None = setting(form=_nested(CordaConfig))
+    lora_ga_config: LoraGAConfig | None = setting(form=_nested(LoraGAConfig))
+    use_dora: bool = setting(False, check=check_flag)
     """Learn the length of each output row apart from its direction (DoRA, arXiv:2402.09353)."""
-    velora_config: VeloraConfig | None = None
-    alora_invocation_tokens: list[int] | None = None
+    velora_config: VeloraConfig | None = setting(form=_nested(VeloraConfig))
+    alora_invocation_tokens: list[int] | None = setting(form=_copied, check=check_tokens)
     """Activated LoRA (arXiv:2504.12397): the adapter acts from the last occurrence of these tokens on."""
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: MontecloraConfig | None = None
-    layer_replication: list[tuple[int, int]] | None = None
+    use_qalora: bool = setting(False, check=check_flag)
+    qalora_group_size: int = setting(16, check=whole(at_least=1))
+    monteclora_config: MontecloraConfig | None = setting(form=_nested(MontecloraConfig))
+    layer_replication: list[tuple[int, int]] | None = setting(form=_ranges)
     """Ranges [start, end) of layers to stack; copies share the base weights and have adapters of their own."""
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    runtime_config: LoraRuntimeConfig = setting(form=_runtime, factory=LoraRuntimeConfig)
     """How to run; never saved."""
-    lora_bias: bool = False
+    lora_bias: bool = setting(False, check=check_flag)
     """Give B a bias."""
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | None = setting(form=name_list)
     """Parameters (not modules) to adapt, such as the stacked weights of experts: dotted ends of their names."""
-    use_bdlora: BdLoraConfig | None = None
-    arrow_config: ArrowConfig | None = None
-    kasa_config: KasaConfig | None = None
-    ensure_weight_tying: bool = False
+    use_bdlora: BdLoraConfig | None = setting(form=_nested(BdLoraConfig))
+    arrow_config: ArrowConfig | None = setting(form=_nested(ArrowConfig))
+    kasa_config: KasaConfig | None = setting(form=_nested(KasaConfig))
+    ensure_weight_tying: bool = setting(False, check=check_flag)
     """Give all modules that share the weight of a target, of a module in ``modules_to_save`` or of a table of
     ``trainable_token_indices`` (embedding and output head) one adapter, copy or set of rows, trained as one."""
-    freeze_A: bool = False
+    freeze_A: bool = setting(False, check=check_flag)
     """Train B only (LoRA-FA, arXiv:2308.03303): no layer keeps its input for backward. Not in PEFT."""
-    init_seed: int | None = None
+    init_seed: int | None = setting(check=optional(whole(at_least=0)))
     """Seed of the random starts; None: torch.initial_seed() when the adapter is made. Not in PEFT."""
-    attention_out_proj_twice: bool = False
+    attention_out_proj_twice: bool = setting(False, check=check_flag)
     """Apply the update of nn.MultiheadAttention's out_proj twice, as PEFT does. Not in PEFT."""
     init_config: Any = None
     """Settings of a start for which PEFT has no field, as a dict or as the start's own class. Not in PEFT."""
 
     def __post_init__(self) -> None:
-        self._take_copies()
-        self.check()
-
-    def _take_copies(self) -> None:
-        """Bring every field to its one form without touching the objects handed in."""
-        self.task_type = member(TaskType, "task_type", self.task_type)
-        self.peft_type = member(PeftType, "peft_type", self.peft_type) or PeftType.LORA
-        self.base_model_name_or_path = path_text("base_model_name_or_path", self.base_model_name_or_path)
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                setattr(self, name, set(names(name, value)))
-        for name in ("modules_to_save", "target_parameters"):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else names(name, value))
-        for name in ("rank_pattern", "alpha_pattern"):
-            setattr(self, name, name_table(name, getattr(self, name)))
-        if self.layers_to_transform is not None and not is_int(self.layers_to_transform):
-            self.layers_to_transform = indices("layers_to_transform", self.layers_to_transform)
-        for name in ("auto_mapping", "megatron_config", "layers_pattern", "alora_invocation_tokens"):
-            setattr(self, name, copy.copy(getattr(self, name)))
-        self.trainable_token_indices = copy.deepcopy(self.trainable_token_indices)
-        for name, config_class in _NESTED.items():
-            setattr(self, name, copy.deepcopy(from_nested(config_class, getattr(self, name), name)))
-        runtime = from_nested(LoraRuntimeConfig, self.runtime_config, "runtime_config")
-        self.runtime_config = runtime or LoraRuntimeConfig()
-        loftq = from_nested(LoftQConfig, self.loftq_config or None, "loftq_config")
-        self.loftq_config = asdict(loftq) if loftq else {}
+        take_forms(self)
         self._take_start()
-        if self.layer_replication is not None:
-            self.layer_replication = index_ranges("layer_replication", self.layer_replication)
+        self.check()
 
     def _take_start(self) -> None:
         """Bring the start to its one form and fill in its default settings, which all but LoftQ have."""
@@ -388,8 +382,8 @@ def _is_empty(value: object) -> bool:
 
 def check_config(config: LoraConfig) -> None:
     """Raises ConfigError for the first value that is not allowed."""
-    _check_fields(config)
-    _check_targets(config)
+    check_fields(config)
+    _check_layers(config)
     _check_start(config)
     if config.use_dora and config.megatron_config:
         raise ConfigError("use_dora does not work on Megatron's layers. Drop megatron_config or set use_dora=False.")
@@ -401,54 +395,7 @@ def check_config(config: LoraConfig) -> None:
             )
 
 
-def _check_fields(config: LoraConfig) -> None:
-    for name in FLAGS:
-        check_flag(name, getattr(config, name))
-    for name in ("peft_version", "base_model_name_or_path", "revision", "megatron_core"):
-        check_text(name, getattr(config, name))
-    for name in ("auto_mapping", "megatron_config"):
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{name} must be a dict or None, found {found(value)}. Drop it or pass a dict.")
-    check_int("r", config.r, at_least=1)
-    check_int("qalora_group_size", config.qalora_group_size, at_least=1)
-    check_number("lora_alpha", config.lora_alpha, "a number > 0", 0)
-    check_number("lora_dropout", config.lora_dropout, "a probability in [0, 1)", 0, 1, closed="[")
-    check_choice("bias", config.bias, BIASES)
-    if config.init_seed is not None:
-        check_int("init_seed", config.init_seed, at_least=0)
-    tokens = config.alora_invocation_tokens
-    if tokens is not None and not (isinstance(tokens, list) and all(is_int(token) and token >= 0 for token in tokens)):
-        raise ConfigError(
-            f"alora_invocation_tokens must be a list of token ids, found {found(tokens)}. Tokenize the text."
-        )
-
-
-def _check_targets(config: LoraConfig) -> None:
-    for name in ("target_modules", "exclude_modules"):
-        pattern = getattr(config, name)
-        if isinstance(pattern, str):
-            check_regex(name, pattern)
-    for key, rank in config.rank_pattern.items():
-        check_regex("rank_pattern", key)
-        check_int(f"rank_pattern[{key!r}]", rank, at_least=1)
-    for key, alpha in config.alpha_pattern.items():
-        check_regex("alpha_pattern", key)
-        check_number(f"alpha_pattern[{key!r}]", alpha, "a number > 0", 0)
-    _check_layers(config)
-    tokens = config.trainable_token_indices
-    if tokens is not None:
-        for name, rows in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
-            indices("trainable_token_indices" + (f"[{name!r}]" if name else ""), rows)
-
-
 def _check_layers(config: LoraConfig) -> None:
-    if is_int(config.layers_to_transform):
-        check_int("layers_to_transform", config.layers_to_transform, at_least=0)
-    elif config.layers_to_transform is not None:
-        indices("layers_to_transform", config.layers_to_transform)
-    if config.layers_pattern is not None and not isinstance(config.layers_pattern, str):
-        names("layers_pattern", config.layers_pattern)
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(config.target_modules, str) and getattr(config, name) not in (None, []):
             raise ConfigError(

@@ -14,9 +14,10 @@ from torch import nn
 
 import lorafa.settings.methods as methods
 from lorafa import get_peft_model
-from lorafa.config import LoraConfig, PeftType, TaskType
+from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError, NotAvailableError
 from lorafa.layers.base import LoraLayer
+from lorafa.settings.methods import PeftType, TaskType
 from lorafa.surgery.available import require_available, unavailable
 from lorafa.version import VERSION
 from toys.places import ROOT

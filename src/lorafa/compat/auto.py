@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lorafa.config import LoraConfig, TaskType
+from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, SourceError, first_line
 from lorafa.io.load import LoadOptions
 from lorafa.peft_model import PeftModel
+from lorafa.settings.methods import TaskType
 from lorafa.storage.hub import HubOptions, locate
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.walk import embedding_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any, TypeVar
 
 from lorafa.errors import ConfigError
@@ -19,6 +20,23 @@ from lorafa.settings.checks import (
 )
 
 T = TypeVar("T")
+
+
+class TaskType(str, Enum):
+    """What the adapted model is for; as in PEFT."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, Enum):
+    """The kind of adapter; lorafa has one."""
+
+    LORA = "LORA"
 
 
 def from_nested(config_class: type[T], value: object, name: str) -> T | None:

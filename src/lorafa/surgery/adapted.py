@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lorafa.config import LoraConfig, PeftType
+from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError
+from lorafa.settings.methods import PeftType
 from lorafa.surgery.activate import disabled
 from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.status import LayerStatus, ModelStatus, count_parameters, get_layer_status, get_model_status

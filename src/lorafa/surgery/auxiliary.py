@@ -12,11 +12,12 @@ from torch import nn
 from lorafa.backends import backend_of
 from lorafa.backends.oddities import computed, described, tensor_like
 from lorafa.backends.offload import identity_of
-from lorafa.config import LoraConfig, TaskType
+from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
+from lorafa.settings.methods import TaskType
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.targets import Target, spelled_targets
 from lorafa.surgery.walk import Parents, Place, embedding_of, hosts, tied_groups
