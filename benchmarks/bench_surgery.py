@@ -1,4 +1,4 @@
-"""How long does it take to put adapters on a model, and does the hundredth cost more than the second?
+"""How long does it take to put adapters on a model and to load them, and does the hundredth cost more than the second?
 
     python benchmarks/bench_surgery.py [--repeats 5]
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
+import warnings
 from typing import Any
 
 import peft
@@ -42,7 +44,24 @@ def wrap(repeats: int) -> None:
             assert wrapped == 210, f"{library.__name__} adapted {wrapped} layers"
     ours, theirs = median(seconds["lorafa"]), median(seconds["peft"])
     emit(benchmark=NAME, case="get_peft_model", lorafa_seconds=round(ours, 3), peft_seconds=round(theirs, 3))
-    verdict(NAME, "get_peft_model, r=64, time / PEFT", ours / theirs, 0.7)
+    verdict(NAME, "get_peft_model, r=64, time / PEFT", ours / theirs, 0.35)
+
+
+def load(repeats: int) -> None:
+    base = base_model()
+    seconds: dict[str, list[float]] = {"lorafa": [], "peft": []}
+    with tempfile.TemporaryDirectory() as folder:
+        config = lorafa.LoraConfig(r=64, target_modules="all-linear")
+        lorafa.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder)
+        for turn in range(repeats + 1):
+            for library in (lorafa, peft):
+                model = copy.deepcopy(base)
+                taken = timed(lambda: library.PeftModel.from_pretrained(model, folder))  # noqa: B023 (called at once)
+                if turn:
+                    seconds[library.__name__].append(taken)
+    ours, theirs = median(seconds["lorafa"]), median(seconds["peft"])
+    emit(benchmark=NAME, case="from_pretrained", lorafa_seconds=round(ours, 3), peft_seconds=round(theirs, 3))
+    verdict(NAME, "from_pretrained, r=64, time / PEFT", ours / theirs, 0.5)
 
 
 def many(count: int) -> None:
@@ -60,7 +79,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=100)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
+    warnings.simplefilter("ignore")  # PEFT's of its own files
     wrap(arguments.repeats)
+    load(arguments.repeats)
     many(arguments.adapters)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafa import PeftModel
 from lorafa.cli.main import main
-from lorafa.train import recipe
+from lorafa.train import recipe, trainer
 from toys.workplace import STEPS, make_workplace, metrics, read, settings
 
 
@@ -225,11 +225,18 @@ def test_what_does_not_fit_leaves_no_run_directory(
     assert not run.exists()
 
 
-def test_the_heldout_loss_is_measured_on_the_way(workplace: Path, tmp_path: Path) -> None:
+def test_the_heldout_loss_is_measured_on_the_way_and_the_loss_is_tried_once_a_run(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+    for module in (recipe, trainer):
+        trial = module.supports_chunked_loss
+        monkeypatch.setattr(module, "supports_chunked_loss", lambda model, own=trial: tried.append(model) or own(model))
     own = [text for text in settings(workplace, tmp_path / "run") if "checkpoint" not in text]
     more = ["train.eval_every=5", "train.eval_size=2", "optim=lora_fa", "optim.algorithm=fold", "eval.size=0"]
     assert main(["train", *own, *more]) == 0
     assert [row["step"] for row in metrics(tmp_path / "run") if "eval_loss" in row][:2] == [5, 10]
+    assert len(tried) == 1
 
 
 def test_what_lora_fa_freezes_is_not_counted_as_trained(workplace: Path, tmp_path: Path) -> None:

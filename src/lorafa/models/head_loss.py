@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -297,6 +297,13 @@ def supports_chunked_loss(model: nn.Module) -> str | None:
     if not torch.isclose(own.float(), ours.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
         return f"on a few tokens the model's own loss is {own.item():.6f} and the chunked loss {ours.item():.6f}"
     return None
+
+
+class Trial(NamedTuple):
+    """What a trial of the chunked loss on a model has shown: it need not be made again."""
+
+    own_loss_reason: str | None
+    """What :func:`supports_chunked_loss` has said."""
 
 
 def _parts(model: nn.Module) -> CausalParts | str:

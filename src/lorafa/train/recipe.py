@@ -26,7 +26,7 @@ from lorafa.errors import DataError
 from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
-from lorafa.models.head_loss import supervised_nll, supports_chunked_loss
+from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, load_model
 from lorafa.peft_model import PeftModel
 from lorafa.storage.whole import read_json
@@ -68,6 +68,8 @@ class Prepared:
     """How long it took to load and make all this."""
     start: dict[str, Any] = field(default_factory=dict)
     """What a start from data has read and chosen; empty for the others."""
+    trial: Trial | None = None
+    """What the run's one trial of the chunked loss has shown; None where the model's own is asked for."""
 
     def samples_sha256(self) -> str:
         """Fingerprint of all samples, in their order: by it a continued run knows that it goes on with the same."""
@@ -106,8 +108,9 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(records, train, heldout, tokenizer, console)
+    trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
-    return Prepared(begun.model, tokenizer, records, train, heldout, collator, seconds, begun.record)
+    return Prepared(begun.model, tokenizer, records, train, heldout, collator, seconds, begun.record, trial)
 
 
 def train(
@@ -170,7 +173,7 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers.
     """
     settings, evaluation = config.eval, EVALS.get(config.eval.name)
-    chunked = config.train.chunked_loss and supports_chunked_loss(prepared.model) is None
+    chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
     summed = supervised_nll if chunked else None
     loss = answer_loss(prepared.model, prepared.heldout.samples, prepared.collator, settings.batch_size, summed)
     asked = evaluation.asks(prepared.records.heldout, settings.own)
@@ -244,6 +247,7 @@ def _fit(
         prepared.model,
         training_arguments(config, output_dir),
         chunked_loss=config.train.chunked_loss,
+        trial=prepared.trial,
         train_dataset=prepared.train.samples,
         eval_dataset=prepared.heldout.samples[: config.train.eval_size] if measured else None,
         data_collator=prepared.collator,

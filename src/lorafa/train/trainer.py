@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lorafa.errors import DivergedError, shorten, warn
-from lorafa.models.head_loss import SupervisedLoss, supervised_nll, supports_chunked_loss
+from lorafa.models.head_loss import SupervisedLoss, Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
@@ -38,6 +38,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         args: `transformers.TrainingArguments`.
         chunked_loss: compute the loss at supervised positions only, in chunks; False keeps the model's own.
         chunk_tokens: rows that go through the output head at once; None chooses by memory.
+        trial: what a trial of that loss on this model has shown; None makes one.
         check_gradients: stop after the first backward pass if an adapter got no gradient. Turn it off where that is
             right, as with experts no token was sent to.
         **settings: everything else `transformers.Trainer` takes.
@@ -55,13 +56,14 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         *,
         chunked_loss: bool = True,
         chunk_tokens: int | None = None,
+        trial: Trial | None = None,
         check_gradients: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__(model, args, check_gradients=check_gradients, **settings)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # as the chunked loss does
         self.chunk_tokens = chunk_tokens
-        self.own_loss_reason = self._own_loss_reason() if chunked_loss else "chunked_loss=False"
+        self.own_loss_reason = self._own_loss_reason(trial) if chunked_loss else "chunked_loss=False"
         """Why the model's own loss is used, or None where the chunked one is."""
         if chunked_loss and self.own_loss_reason is not None:
             warn(f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.")
@@ -70,13 +72,13 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
-    def _own_loss_reason(self) -> str | None:
+    def _own_loss_reason(self, trial: Trial | None) -> str | None:
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, *DATA_PARALLEL) or self.args.n_gpu > 1:
             return f"the model is spread by {'DataParallel' if self.args.n_gpu > 1 else kind.value}"
         if self.label_smoother is not None or self.compute_loss_func is not None or self.args.use_liger_kernel:
             return "label smoothing, compute_loss_func or use_liger_kernel define another loss"
-        return supports_chunked_loss(self.model)
+        return supports_chunked_loss(self.model) if trial is None else trial.own_loss_reason
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Where something wraps the model (data parallel, compile), wrap its loss: that is what calls it."""
