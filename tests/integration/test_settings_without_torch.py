@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 import lorafa
+from toys.places import ROOT
+
+DEMO = ROOT / "docs" / "results" / "demo"
+"""A run that an earlier version has recorded."""
 
 STUB = """
 import sys, types
@@ -28,9 +33,21 @@ print(*sorted({{"torch", "transformers", "datasets", "accelerate"}} & set(sys.mo
         "from lorafa.cli.settings import settings_help; assert 'optim.algorithm=exact' in settings_help()",
         "from lorafa.models import MODELS; MODELS.get('smollm2-135m')",
         "from lorafa.data import data_set_of; data_set_of('a/b')",
+        f"from lorafa.runs.record import RunDirectory; RunDirectory.open({str(DEMO)!r}).settings()",
     ],
 )
 def test_settings_and_their_help_are_read_without_torch(statement: str) -> None:
     code = STUB.format(path=str(Path(lorafa.__file__).parent), statement=statement)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_report_of_a_run_is_written_without_torch(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "run")
+    code = (
+        "import sys; from lorafa.cli.main import main; "
+        "code = main(['report', sys.argv[1]]); print(code, *{'torch', 'transformers'} & set(sys.modules))"
+    )
+    run = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0"

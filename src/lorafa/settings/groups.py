@@ -67,9 +67,12 @@ class OpenGroup:
 
     @classmethod
     def own_names(cls, values: Mapping[str, Any]) -> set[str]:
-        """The settings that the entries named in plain values have of their own."""
-        chosen = cls._chosen(values)
-        return {name for field, entry in chosen.items() for name in _names(cls._own_class(field, entry))}
+        """The settings that the entries named in plain values have of their own, read from source where it can be."""
+        found: set[str] = set()
+        for field, entry in cls._chosen(values).items():
+            listed = cls.own_keys(field).get(cls.words(field, entry))
+            found.update(_names(cls._own_class(field, entry)) if listed is None else [key.name for key in listed])
+        return found
 
     @classmethod
     def sorted_out(cls, values: Mapping[str, Any]) -> dict[str, Any]:
