@@ -107,7 +107,7 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
     base = {id(p): p for _, p in base_parameters(model)}.values()
     factors = _trained_factors(config, optim)
     planned = _planned(model, config, factors)
-    rehearse([(layer.target.name, layer.target.backend.host) for layer in planned.layers], config, optim)
+    rehearse([(layer.target.name, layer.target.layer_type.is_table) for layer in planned.layers], config, optim)
     with _applied(model, planned):
         layers = list(lora_layers(model))
         kinds = _kinds(layers)

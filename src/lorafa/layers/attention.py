@@ -23,6 +23,7 @@ class LoraAttention(LoraLayer):
     """
 
     kind = "attention"
+    changes_weight = True
     takes_dropout = False
     inner_layers = ("out_proj",)
 

@@ -44,6 +44,14 @@ class LoraLayer(Host):
     """Whether the adapter has an input of its own that ``lora_dropout`` can act on."""
     takes_bias: ClassVar[bool] = True
     """Whether B can have a bias (``lora_bias``)."""
+    is_linear: ClassVar[bool] = False
+    """Whether the base computes x W^T + b for x (..., in), so that statistics of inputs and gradients are defined."""
+    is_table: ClassVar[bool] = False
+    """Whether the base looks up rows: a row of A is met only when its token is."""
+    changes_weight: ClassVar[bool] = False
+    """Whether the update goes into the weight for the length of a call, in place of a product with an input."""
+    can_be_tied: ClassVar[bool] = False
+    """Whether it can count the adapter of a layer with the same weight, or its transpose, as its own."""
     inner_layers: ClassVar[tuple[str, ...]] = ()
     """Children of the base layer that get an adapter of their own whenever it gets one."""
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")

@@ -18,6 +18,8 @@ class LoraLinear(LoraLayer):
     """x is (..., in), the output (..., out)."""
 
     kind = "linear"
+    is_linear = True
+    can_be_tied = True
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)

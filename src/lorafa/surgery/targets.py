@@ -16,6 +16,7 @@ from lorafa.backends.offload import in_memory
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig
 from lorafa.errors import TargetError, did_you_mean, shorten, warn
+from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
@@ -54,6 +55,11 @@ class Target:
         backend = backend_of(self.base) if self.parameter is None else ParameterBackend(self.parameter)
         assert backend is not None  # find_targets has checked
         return backend
+
+    @property
+    def layer_type(self) -> type[LoraLayer]:
+        """The kind of layer that carries its adapters."""
+        return LAYERS.get(self.backend.host)
 
     @property
     def wrapper(self) -> LoraLayer | None:
@@ -305,22 +311,24 @@ def _all_linear(model: nn.Module, everything: list[Place], config: LoraConfig) -
     if head is None and config.task_type == "SEQ_CLS":
         head = next((h for h in (getattr(model, n, None) for n in _CLASSIFIER_HEADS) if h is not None), None)
         head = uncompiled(head) if head is not None else None
-    attention = tuple(p.name + "." for p in everything if isinstance(p.module, nn.MultiheadAttention))
+    kinds = [(place, _kind(place.module)) for place in everything]
+    with_inner = tuple(place.name + "." for place, kind in kinds if kind is not None and kind.inner_layers)
     return [
         place
-        for place in everything
-        if (_kind(place.module) == "linear" or (_kind(place.module) is None and holds_codes(place.module)))
+        for place, kind in kinds
+        if (holds_codes(place.module) if kind is None else kind.is_linear)
         and place.module is not head
-        and not place.name.startswith(attention)
+        and not place.name.startswith(with_inner)
         and not _inside_saved(place.name, config)
     ]
 
 
-def _kind(module: nn.Module) -> str | None:
+def _kind(module: nn.Module) -> type[LoraLayer] | None:
+    """The kind of layer that carries, or would carry, adapters on a module; None where none can."""
     if isinstance(module, LoraLayer):
-        return module.kind
+        return type(module)
     backend = backend_of(module)
-    return None if backend is None else backend.host
+    return None if backend is None else LAYERS.get(backend.host)
 
 
 def _check_carries(place: Place) -> None:

@@ -16,8 +16,6 @@ from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Place, tied_groups
 from lorafa.variants import is_plain_lora, variant_types
 
-_KINDS = ("embedding", "linear")
-
 
 @dataclass(frozen=True)
 class Tie:
@@ -51,7 +49,7 @@ def _check_ends(group: Sequence[Place], targets: Sequence[Target], config: LoraC
     problem = ""
     found = {id(target.module) for target in targets}
     left = [place.name for place in group if id(place.module) not in found]
-    if any(target.parameter is not None or target.backend.host not in _KINDS for target in targets):
+    if any(not target.layer_type.can_be_tied for target in targets):
         problem = "an adapter can be shared by linear and embedding layers only, not by other layers or parameters"
     elif left:
         problem = f"exclude_modules or modules_to_save takes {left[0]!r} away from the targets"
