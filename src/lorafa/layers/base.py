@@ -52,6 +52,10 @@ class LoraLayer(Host):
     """Whether the update goes into the weight for the length of a call, in place of a product with an input."""
     can_be_tied: ClassVar[bool] = False
     """Whether it can count the adapter of a layer with the same weight, or its transpose, as its own."""
+    parameter_name: str | None = None
+    """The parameter of the module that is adapted, where it ``nests``; None: the module's weight is."""
+    weight_is_read: bool = False
+    """Whether the module around it may multiply by ``weight`` itself instead of calling the layer."""
     inner_layers: ClassVar[tuple[str, ...]] = ()
     """Children of the base layer that get an adapter of their own whenever it gets one."""
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -83,6 +87,11 @@ class LoraLayer(Host):
         self.out_features, self.in_features = self.backend.shape(self.get_base_layer())
 
     # ---- what a kind of layer must say
+
+    @classmethod
+    def around(cls, base_layer: nn.Module, parameter_name: str | None) -> Self:
+        """The layer on a module, or where it ``nests`` on one parameter of it."""
+        return cls(base_layer)
 
     @classmethod
     def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:

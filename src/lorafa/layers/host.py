@@ -19,6 +19,9 @@ class Host(nn.Module):
 
     wrapped_path: ClassVar[str]
     """Where the module sits whose place the host takes."""
+    nests: ClassVar[bool] = False
+    """Whether it adapts one parameter of a module that stays the model's: the module's children are still found as the
+    model's own, and the hosts of its other parameters are around this one or inside it."""
 
     def __init__(self, wrapped: nn.Module) -> None:
         super().__init__()

@@ -18,7 +18,6 @@ from lorafa.config import LoraConfig
 from lorafa.errors import TargetError, did_you_mean, shorten, warn
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.stacked import meant, name_stacked, stacked_parameters, warn_of_left_out
@@ -65,7 +64,7 @@ class Target:
     def wrapper(self) -> LoraLayer | None:
         """The layer that carries adapters of this very target already."""
         layer = self.module
-        while isinstance(layer, LoraExperts):  # those of a module's parameters are nested
+        while isinstance(layer, LoraLayer) and layer.nests:
             if layer.parameter_name == self.parameter:
                 return layer
             layer = layer.base_layer
@@ -232,7 +231,7 @@ def _no_match(config: LoraConfig, field: str, unused: list[str], everything: lis
 
 
 def _can_carry(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer) or backend_of(module) is not None
+    return not module.nests if isinstance(module, LoraLayer) else backend_of(module) is not None
 
 
 def _modules(
@@ -334,7 +333,7 @@ def _kind(module: nn.Module) -> type[LoraLayer] | None:
 def _check_carries(place: Place) -> None:
     """Raises TargetError unless a back end is sure of the module; one that carries adapters was checked before."""
     module = place.module
-    if not _can_carry(module) or isinstance(module, LoraExperts):
+    if not _can_carry(module):
         kind = f"a quantized {described(module)}" if holds_codes(module) else f"a {type(module).__name__}"
         raise TargetError(
             f"{place.name!r} is {kind}, which cannot carry an adapter. Supported are linear, embedding and convolution "
@@ -382,9 +381,7 @@ def _parameters(everything: list[Place], config: LoraConfig, patterns: _Patterns
             if (id(inner), parameter) in seen or not patterns.matches("target_parameters", wanted, name):
                 continue
             seen.add((id(inner), parameter))
-            if id(place.module) in taken or (
-                isinstance(place.module, LoraLayer) and not isinstance(place.module, LoraExperts)
-            ):
+            if id(place.module) in taken or (isinstance(place.module, LoraLayer) and not place.module.nests):
                 raise TargetError(
                     f"target_parameters: {name!r} belongs to a layer that target_modules adapts as a whole. "
                     "Take it out of one of the two (target_modules=[] adapts parameters only)."
