@@ -320,6 +320,10 @@ class LoraLayer(Host):
             if extra.saved:
                 yield Stored(extra.holder, f"{extra.holder}.{name}.weight", self.extra(extra.holder, name))
 
+    def tensors_of(self, name: str) -> list[Tensor]:
+        """Its parameters; A and B where it is tied and they are another layer's."""
+        return super().tensors_of(name) or [self.adapters[name].A, self.adapters[name].B]
+
     def unwrapped(self, names: Sequence[str]) -> nn.Module:
         """The base layer, merged as it is."""
         return self.base_layer

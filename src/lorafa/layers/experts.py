@@ -25,6 +25,7 @@ class LoraExperts(LoraLayer):
     """A is stored as (E r, in), expert by expert; B as (out, r E), the expert running fastest (PEFT's layout)."""
 
     kind = "experts"
+    peft_name = "lora.ParamWrapper"
     changes_weight = True
     nests = True
     parameter_name: str

@@ -22,6 +22,7 @@ class LoraLinear(LoraLayer):
     """
 
     kind = "linear"
+    peft_name = "lora.Linear"
     is_linear = True
     can_be_tied = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,8 +10,8 @@ from torch import nn
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.host import Host
 from lorafa.layers.tied import owner_of
-from lorafa.layers.tokens import TrainableTokensWrapper
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Place, tied_groups
 from lorafa.variants import is_plain_lora, variant_types
@@ -83,10 +83,10 @@ class SharedRows:
     """Lets modules share one table again whose wrappers shared one, and the rows trained in it."""
 
     def __init__(self) -> None:
-        self._first: dict[tuple[object, ...], nn.Module] = {}
+        self._first: dict[Hashable, nn.Module] = {}
 
-    def share(self, host: nn.Module, plain: nn.Module, names: Sequence[str]) -> None:
-        """Take in the ``plain`` module that a wrapper has made of the rows of the adapters ``names``."""
-        if isinstance(host, TrainableTokensWrapper) and plain is not host.original_module:
-            table, rows = host.original_module.weight, host.token_adapter.token_indices
-            plain.weight = self._first.setdefault((id(table), id(rows), *names), plain).weight
+    def share(self, host: Host, plain: nn.Module, names: Sequence[str]) -> None:
+        """Take in the ``plain`` module that a host has made with the rows of the adapters ``names``."""
+        source = host.rows_from(names)
+        if source is not None:
+            plain.weight = self._first.setdefault(source, plain).weight
