@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafa.backends.embedding import is_table
 from lorafa.backends.offload import identity_of
 from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
@@ -125,7 +126,7 @@ def tied_groups(everything: Iterable[Place]) -> list[list[Place]]:
         if module._parameters.get("weight") is not None and not place.overlaid:
             by_weight.setdefault(identity_of(module, "weight"), {}).setdefault(id(place.module), place)
     groups = (list(group.values()) for group in by_weight.values() if len(group) > 1)
-    return [sorted(group, key=lambda p: not isinstance(pristine_of(p.module), nn.Embedding)) for group in groups]
+    return [sorted(group, key=lambda p: not is_table(pristine_of(p.module))) for group in groups]
 
 
 def require_module(model: object) -> nn.Module:
