@@ -231,7 +231,8 @@ def _no_match(config: LoraConfig, field: str, unused: list[str], everything: lis
 
 
 def _can_carry(module: nn.Module) -> bool:
-    return not module.nests if isinstance(module, LoraLayer) else backend_of(module) is not None
+    kind = _kind(module)
+    return kind is not None and not kind.nests
 
 
 def _modules(
@@ -373,9 +374,7 @@ def _parameters(everything: list[Place], config: LoraConfig, patterns: _Patterns
     targets: list[Target] = []
     seen: set[tuple[int, str]] = set()
     for place in everything if wanted else ():
-        inner = place.module
-        while isinstance(inner, LoraLayer):
-            inner = inner.base_layer
+        inner = place.module.get_base_layer() if isinstance(place.module, LoraLayer) else place.module
         for parameter, value in inner.named_parameters(recurse=False):
             name = f"{place.name}.{parameter}"
             if (id(inner), parameter) in seen or not patterns.matches("target_parameters", wanted, name):
