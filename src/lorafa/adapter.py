@@ -110,6 +110,7 @@ class AdaptedLayer(Protocol):
 
     training: bool
     takes_dropout: ClassVar[bool]
+    factor_names: ClassVar[tuple[str, str]]
     adapters: dict[str, Adapter]
     _modules: dict[str, nn.Module | None]
     lora_dropout: nn.ModuleDict
@@ -230,6 +231,11 @@ class Adapter:
     def start(self) -> Start | None:
         start: Start | None = self.layer.lora_start._modules.get(self.name)  # type: ignore[assignment]
         return start if start is None else in_memory(start)
+
+    @property
+    def tied_to(self) -> tuple[AdaptedLayer, bool] | None:
+        """The layer whose factors it counts as its own, and whether turned round; None: they are those of its layer."""
+        return None
 
     def extra(self, kind: str) -> Tensor:
         """A tensor the variant added, by the variant's own name for it."""

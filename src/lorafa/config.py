@@ -225,12 +225,12 @@ class LoraConfig:
         self.check()
 
     def _take_start(self) -> None:
-        """Bring the start to its one form and fill in its default settings, which all but LoftQ have."""
+        """Bring the start to its one form and fill in its default settings, unless it needs them given."""
         start = self.start
         if self.init_lora_weights is not True:  # which stays where settings ask for the start
             self.init_lora_weights = start.value
         field_name, kind = settings_field(start), settings_class(start)
-        if field_name is not None and kind is not None and kind is not LoftQConfig:
+        if field_name is not None and kind is not None and not start.initializer.needs_settings:
             given = copy.deepcopy(from_nested(kind, getattr(self, field_name), field_name))
             setattr(self, field_name, kind() if given is None else given)
 
@@ -433,8 +433,8 @@ def _check_settings(config: LoraConfig, start: Start) -> None:
             raise ConfigError(
                 f"{name} is set but would be ignored: init_lora_weights is {start.value!r}. {instead} {name}."
             )
-    if own == "loftq_config" and not config.loftq_config:
-        raise ConfigError("init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).")
     kind = settings_class(start)
+    if start.initializer.needs_settings and own and kind and not getattr(config, own):
+        raise ConfigError(f"init_lora_weights={start.value!r} needs {own}. Pass {own}={kind.__name__}().")
     if own == "init_config" and kind is not None:
         from_nested(kind, config.init_config, own)

@@ -31,6 +31,8 @@ class LayerSpec:
     seed: int
     key: str = ""
     """Tells apart what would otherwise start alike: the adapter's name."""
+    is_table: bool = False
+    """Whether it looks up rows: a row of A is met only when its token is."""
     groups: int = 1
     """The groups of a convolution. With more than one, B has the columns of its own group: (out, rank / groups)."""
     settings: Any = None

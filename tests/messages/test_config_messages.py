@@ -135,7 +135,7 @@ COMBINATIONS: list[tuple[dict[str, object], str]] = [
     ),
     (
         {"init_lora_weights": "loftq"},
-        "init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig(loftq_bits=4).",
+        "init_lora_weights='loftq' needs loftq_config. Pass loftq_config=LoftQConfig().",
     ),
     (
         {"loftq_config": LoftQConfig()},

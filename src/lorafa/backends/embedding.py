@@ -12,6 +12,11 @@ from lorafa.backends.base import Backend, replaced
 from lorafa.backends.oddities import changing_hooks, fixed, is_plain, own_forward, own_tensor, unsettled
 
 
+def is_table(module: nn.Module) -> bool:
+    """Whether the module looks up rows of its weight."""
+    return isinstance(module, nn.Embedding)
+
+
 class EmbeddingBackend(Backend):
     """A forward of its own may do no more than multiply the rows by ``embed_scale``, as Gemma's does in transformers:
     the update is then multiplied alike. Any other one looks up what cannot be known here."""

@@ -18,7 +18,6 @@ from lorafa.initializers.settings import START_SETTINGS
 from lorafa.io.peft_format import file_tensors
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.experts import LoraExperts
 from lorafa.optimizers.pairs import Pair
 from lorafa.optimizers.state_bytes import Sizes
 from lorafa.surgery.activate import set_adapter
@@ -107,7 +106,7 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
     base = {id(p): p for _, p in base_parameters(model)}.values()
     factors = _trained_factors(config, optim)
     planned = _planned(model, config, factors)
-    rehearse([(layer.target.name, layer.target.backend.host) for layer in planned.layers], config, optim)
+    rehearse([(layer.target.name, layer.target.layer_type.is_table) for layer in planned.layers], config, optim)
     with _applied(model, planned):
         layers = list(lora_layers(model))
         kinds = _kinds(layers)
@@ -189,12 +188,11 @@ def _kind(name: str, kind: str, layers: list[LoraLayer]) -> KindCost:
 
 def _own_parameters(layer: LoraLayer) -> list[nn.Parameter]:
     base = layer.get_base_layer()
-    if isinstance(layer, LoraExperts):
-        return [base.get_parameter(layer.parameter_name)]
-    return list(base.parameters(recurse=False))
+    own = layer.parameter_name
+    return list(base.parameters(recurse=False)) if own is None else [base.get_parameter(own)]
 
 
 def _last_name(path: str, layer: LoraLayer) -> str:
     """``layers.3.mlp.up_proj`` -> ``up_proj``; numbers of lists and the wrappers' own level are passed over."""
     words = [word for word in path.split(".") if word != "base_layer" and not word.isdigit()] or ["(model)"]
-    return f"{words[-1]}.{layer.parameter_name}" if isinstance(layer, LoraExperts) else words[-1]
+    return words[-1] if layer.parameter_name is None else f"{words[-1]}.{layer.parameter_name}"

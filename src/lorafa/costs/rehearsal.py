@@ -16,26 +16,26 @@ from lorafa.train.settings.optim import OptimConfig, entry_of, pair_optimizer
 _SIZE, _RANK = 8, 4
 
 
-def rehearse(layers: Sequence[tuple[str, str]], config: LoraConfig, optim: OptimConfig) -> None:
+def rehearse(layers: Sequence[tuple[str, bool]], config: LoraConfig, optim: OptimConfig) -> None:
     """Make the optimizer for small layers of the same names: which factors are trained, and how A starts, decides.
 
     One layer of each sort does, an embedding and any other. A start from data or to a quantized base, which a toy does
     not have, is taken to begin with a full-rank A, unless its formula is its own; that one reads a random gradient.
 
     Args:
-        layers: dotted name in the model and kind ("linear", "embedding", ...) of every adapted layer.
+        layers: dotted name in the model of every adapted layer, and whether it is an embedding.
 
     Raises:
         AdapterError: that of the training, with the name of the first layer in its way.
     """
     if entry_of(optim).make is None:
         return
-    first = {kind == "embedding": path for path, kind in reversed(layers)}
+    first = {is_table: path for path, is_table in reversed(layers)}
     toy = nn.Module()
     with torch.random.fork_rng(devices=[]):
-        for path, kind in layers:
+        for path, is_table in layers:
             if path in first.values():
-                _add(toy, path, nn.Embedding(_SIZE, _SIZE) if kind == "embedding" else nn.Linear(_SIZE, _SIZE))
+                _add(toy, path, nn.Embedding(_SIZE, _SIZE) if is_table else nn.Linear(_SIZE, _SIZE))
         settings: dict[str, Any] = {"init_seed": 0, "freeze_A": config.freeze_A, **_start(config)}
         toy_config = LoraConfig(r=_RANK, target_modules=list(first.values()), **settings)
         gradient = {"gradient.S": torch.ones(_SIZE), "gradient.dense": torch.randn(_SIZE, _SIZE)}

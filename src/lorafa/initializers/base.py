@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec
 
 from torch import Tensor, nn
 
@@ -92,6 +92,13 @@ class Initializer:
     """Whether it makes A and B in whatever shapes the variant stores them (:meth:`LayerSpec.stored_shapes`)."""
     asked_by_settings: bool = False
     """Whether its field of settings asks for it by itself, with ``init_lora_weights=True``, as in PEFT."""
+    needs_settings: bool = False
+    """Whether its settings have to be given; otherwise they are filled in with their defaults."""
+    peft_makes_on: frozenset[str] | None = frozenset()
+    """Kinds of layer on which PEFT makes it by this name; None: on all. It does so before it reads the tensors of a
+    file, so a file names no start that PEFT does not make."""
+    peft_makes_with: frozenset[Literal["formula", "lora_bias"]] = frozenset()
+    """What PEFT makes it together with: another formula than s B A, a bias of B."""
     otherwise: Callable[[Tensor, LayerSpec], InitResult] | None = None
     """Starts a layer on which it raises DegenerateError, computing what the base does; None: as by default."""
 

@@ -20,7 +20,13 @@ def own_ranks(settings: EvaConfig, r: int) -> dict[str, Any] | None:
     return {"rule": "explained_variance", "rho": settings.rho} if settings.rho > 1 else None
 
 
-@initializer(needs=("principal",), settings="eva_config", own_ranks=own_ranks, waits=True)
+@initializer(
+    needs=("principal",),
+    settings="eva_config",
+    own_ranks=own_ranks,
+    waits=True,
+    peft_makes_on=frozenset({"linear", "embedding"}),
+)
 def eva(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A = V_r^T, orthonormal rows, and B = 0; with ``whiten`` row i is divided by sqrt(sigma_i), as in PEFT.
 

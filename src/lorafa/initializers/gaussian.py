@@ -11,7 +11,7 @@ from lorafa.initializers.stages import random_start
 from lorafa.spec import LayerSpec
 
 
-@initializer(any_shape=True)
+@initializer(any_shape=True, peft_makes_on=None, peft_makes_with=frozenset({"formula"}))
 def gaussian(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """The standard deviation is 1/r, as in PEFT and diffusers. Embeddings: A = 0, B ~ N(0, 1), but for a frozen A."""
     return random_start(weight, spec, lambda A, generator: A.normal_(0.0, 1 / spec.rank, generator=generator))

@@ -11,7 +11,7 @@ from lorafa.initializers.stages import random_start
 from lorafa.spec import LayerSpec
 
 
-@initializer(any_shape=True)
+@initializer(any_shape=True, peft_makes_on=None, peft_makes_with=frozenset({"formula", "lora_bias"}))
 def kaiming(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """Embeddings: A = 0, B ~ N(0, 1), but for a frozen A."""
     bound = weight.shape[-1] ** -0.5

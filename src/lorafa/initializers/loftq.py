@@ -53,7 +53,13 @@ def fit(lost: Tensor, size: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
     return torch.where(nothing[:, None], random, A), torch.where(nothing, 0.0, B)
 
 
-@initializer(reads_weight=True, keeps_function=False, quantizer=quantize)
+@initializer(
+    reads_weight=True,
+    keeps_function=False,
+    quantizer=quantize,
+    needs_settings=True,
+    peft_makes_on=frozenset({"linear", "embedding"}),
+)
 def loftq(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """The base becomes Q_T, and s B A = [W - Q_T]_r: the nearest to W that A and B can bring it.
 

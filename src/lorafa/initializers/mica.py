@@ -13,7 +13,7 @@ from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
 
 
-@initializer(reads_weight=True, trains="A")
+@initializer(reads_weight=True, trains="A", peft_makes_on=frozenset({"linear", "embedding"}))
 def mica(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B is the last r left singular vectors of W and stays as it is; A = 0 is trained.
 

@@ -25,7 +25,7 @@ def check_even(rank: int, found: str) -> None:
         )
 
 
-@initializer(check_rank=check_even)
+@initializer(check_rank=check_even, peft_makes_on=frozenset({"linear", "embedding"}))
 def orthogonal(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """Raises ConfigError for an odd rank, and for a grouped convolution, whose B would be cut apart."""
     check_even(spec.rank, f"r={spec.rank} of {spec.name}")

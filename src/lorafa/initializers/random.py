@@ -11,12 +11,17 @@ from lorafa.initializers.base import InitResult, initializer
 from lorafa.spec import LayerSpec
 
 
-@initializer(keeps_function=False, any_shape=True)
+@initializer(
+    keeps_function=False,
+    any_shape=True,
+    peft_makes_on=None,
+    peft_makes_with=frozenset({"formula", "lora_bias"}),
+)
 def random(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B ~ U(-1/sqrt(r), 1/sqrt(r)); embeddings: both N(0, 1)."""
     A_shape, B_shape = spec.stored_shapes(weight)
     generator = spec.generator()
-    if spec.kind == "embedding":
+    if spec.is_table:
         A = torch.empty(A_shape).normal_(generator=generator)
         return InitResult(A, torch.empty(B_shape).normal_(generator=generator))
     bounds = weight.shape[-1] ** -0.5, spec.rank**-0.5

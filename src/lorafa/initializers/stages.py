@@ -20,7 +20,7 @@ def random_start(weight: Tensor, spec: LayerSpec, draw: Callable[[Tensor, torch.
     there too.
     """
     A_shape, B_shape = spec.stored_shapes(weight)
-    if spec.kind == "embedding" and not spec.freeze_A:
+    if spec.is_table and not spec.freeze_A:
         return InitResult(torch.zeros(A_shape), torch.empty(B_shape).normal_(generator=spec.generator()))
     return InitResult(draw(torch.empty(A_shape), spec.generator()), torch.zeros(B_shape))
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from lorafa.config import LoraConfig
+from lorafa.initializers import known_start
+from lorafa.initializers.base import Initializer
 from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.peft_format import adapted_layers, has_start
+from lorafa.layers.base import LoraLayer
 from lorafa.surgery.walk import lora_layers
-
-_PEFT_STARTS_ANYWHERE = (True, False, "gaussian")
-_PEFT_STARTS_ON_SOME = ("orthogonal", "eva", "loftq", "mica")
-_SOME = ("linear", "embedding")
-"""Kinds of layer on which PEFT makes the starts of the second line."""
 
 
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
@@ -32,10 +31,9 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     layers = [layer for _, layer in adapted_layers(lora_layers(model), name)]
     plain = all(layer.adapters[name].variant.plain for layer in layers)
     if not has_start(model, name):
-        some = plain and not config.lora_bias and all(layer.kind in _SOME for layer in layers)
-        anywhere = (True, False) if config.lora_bias else _PEFT_STARTS_ANYWHERE
-        known = anywhere + (_PEFT_STARTS_ON_SOME if some else ())
-        return config if config.init_lora_weights in known else replace(config, init_lora_weights=True, **NO_SETTINGS)
+        if _peft_makes(known_start(config.init_lora_weights).initializer, layers, plain=plain, bias=config.lora_bias):
+            return config
+        return replace(config, init_lora_weights=True, **NO_SETTINGS)
     if not plain:
         return config
     factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
@@ -48,3 +46,10 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         init_lora_weights=True,
         **NO_SETTINGS,
     )
+
+
+def _peft_makes(start: Initializer, layers: Sequence[LoraLayer], *, plain: bool, bias: bool) -> bool:
+    """Whether PEFT makes the start by its name on all these layers, for their formula (plain: s B A) and bias of B."""
+    on, beside = start.peft_makes_on, start.peft_makes_with
+    goes = (plain or "formula" in beside) and (not bias or "lora_bias" in beside)
+    return goes and (on is None or all(layer.kind in on for layer in layers))

@@ -13,7 +13,6 @@ from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError, SourceError, warn
 from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
-from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.settings.checks import is_int
 from lorafa.storage.hub import locate
 from lorafa.storage.whole import read_json
@@ -65,7 +64,7 @@ def table_entries(model: nn.Module, pristine: Mapping[int, Tensor], which: Table
         return
     ends = tables(model)
     for path, module in skeleton(model):
-        if not any(module is end for end in ends) or isinstance(module, ModulesToSaveWrapper):
+        if not any(module is end for end in ends) or (isinstance(module, Host) and module.trains_whole):
             continue
         inner = module
         while isinstance(inner, Host):

@@ -10,8 +10,6 @@ from torch import Tensor
 from lorafa.errors import CheckpointError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
-from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.layers.tied import TiedAdapter
 
 
 def tied_tensors(
@@ -31,7 +29,7 @@ def check_ties(found: Sequence[tuple[str, Host]], name: str, tensors: Mapping[st
         found: the hosts of the model.
     """
     layers = ((path, layer) for path, layer in found if isinstance(layer, LoraLayer))
-    for key, source, transposed in (*_tied_factors(layers, name), *_tied_copies(found, name)):
+    for key, source, transposed in (*_tied_factors(layers, name), *_shared(found, name)):
         if key in tensors and source in tensors:
             one, other = tensors[key], _turned(tensors[source], transposed)
             if one.shape == other.shape and not torch.equal(one, other):
@@ -51,20 +49,20 @@ def _tied_factors(layers: Iterable[tuple[str, LoraLayer]], name: str) -> Iterato
     layers = list(layers)
     paths = {id(layer): path for path, layer in layers}
     for path, layer in layers:
-        adapter = layer.adapters.get(name)
-        if isinstance(adapter, TiedAdapter):
-            A, B = adapter.owner.factor_names
-            own = (B, A) if adapter.transposed else (A, B)
+        tied = layer.adapters[name].tied_to if name in layer.adapters else None
+        if tied is not None:
+            owner, transposed = tied
+            A, B = owner.factor_names
+            own = (B, A) if transposed else (A, B)
             for key, source in zip(layer.factor_names, own, strict=True):
-                yield f"{path}.{key}", f"{paths[id(adapter.owner)]}.{source}", adapter.transposed
+                yield f"{path}.{key}", f"{paths[id(owner)]}.{source}", transposed
 
 
-def _tied_copies(found: Iterable[tuple[str, Host]], name: str) -> Iterator[tuple[str, str, bool]]:
-    """The same for copies of modules (``modules_to_save``) that share a parameter."""
+def _shared(found: Iterable[tuple[str, Host]], name: str) -> Iterator[tuple[str, str, bool]]:
+    """The same for one parameter that several hosts store, as copies of tied modules do (``modules_to_save``)."""
     first: dict[int, str] = {}
     for path, host in found:
-        if isinstance(host, ModulesToSaveWrapper):
-            for key, parameter in host.stored_parameters(name).items():
-                source = first.setdefault(id(parameter), f"{path}.{key}")
-                if source != f"{path}.{key}":
-                    yield f"{path}.{key}", source, False
+        for key, parameter in host.stored_parameters(name).items():
+            source = first.setdefault(id(parameter), f"{path}.{key}")
+            if source != f"{path}.{key}":
+                yield f"{path}.{key}", source, False

@@ -23,6 +23,8 @@ class LoraAttention(LoraLayer):
     """
 
     kind = "attention"
+    peft_name = "lora.MultiheadAttention"
+    changes_weight = True
     takes_dropout = False
     inner_layers = ("out_proj",)
 

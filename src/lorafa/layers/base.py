@@ -44,6 +44,18 @@ class LoraLayer(Host):
     """Whether the adapter has an input of its own that ``lora_dropout`` can act on."""
     takes_bias: ClassVar[bool] = True
     """Whether B can have a bias (``lora_bias``)."""
+    is_linear: ClassVar[bool] = False
+    """Whether the base computes x W^T + b for x (..., in), so that statistics of inputs and gradients are defined."""
+    is_table: ClassVar[bool] = False
+    """Whether the base looks up rows: a row of A is met only when its token is."""
+    changes_weight: ClassVar[bool] = False
+    """Whether the update goes into the weight for the length of a call, in place of a product with an input."""
+    can_be_tied: ClassVar[bool] = False
+    """Whether it can count the adapter of a layer with the same weight, or its transpose, as its own."""
+    parameter_name: str | None = None
+    """The parameter of the module that is adapted, where it ``nests``; None: the module's weight is."""
+    weight_is_read: bool = False
+    """Whether the module around it may multiply by ``weight`` itself instead of calling the layer."""
     inner_layers: ClassVar[tuple[str, ...]] = ()
     """Children of the base layer that get an adapter of their own whenever it gets one."""
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -75,6 +87,11 @@ class LoraLayer(Host):
         self.out_features, self.in_features = self.backend.shape(self.get_base_layer())
 
     # ---- what a kind of layer must say
+
+    @classmethod
+    def around(cls, base_layer: nn.Module, parameter_name: str | None) -> Self:
+        """The layer on a module, or where it ``nests`` on one parameter of it."""
+        return cls(base_layer)
 
     @classmethod
     def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
@@ -302,6 +319,10 @@ class LoraLayer(Host):
         for extra in self.adapters[name].variant.extras.values() if name in self.adapters else ():
             if extra.saved:
                 yield Stored(extra.holder, f"{extra.holder}.{name}.weight", self.extra(extra.holder, name))
+
+    def tensors_of(self, name: str) -> list[Tensor]:
+        """Its parameters; A and B where it is tied and they are another layer's."""
+        return super().tensors_of(name) or [self.adapters[name].A, self.adapters[name].B]
 
     def unwrapped(self, names: Sequence[str]) -> nn.Module:
         """The base layer, merged as it is."""

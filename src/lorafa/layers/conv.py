@@ -22,6 +22,10 @@ class LoraConv(LoraLayer):
         super().__init__(base_layer)
         self.in_features = cast(Conv, base_layer).in_channels  # as PEFT counts them: without the taps
 
+    @property
+    def peft_name(self) -> str:
+        return f"lora.{type(self.get_base_layer()).__name__}"
+
     @classmethod
     def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:
         if rank % cls.rank_groups(base):

@@ -14,6 +14,9 @@ class LoraEmbedding(LoraLayer):
     """x holds indices (...), the output is (..., dim). Dropout of indices is not defined and not done."""
 
     kind = "embedding"
+    peft_name = "lora.Embedding"
+    is_table = True
+    can_be_tied = True
     factor_names = ("lora_embedding_A", "lora_embedding_B")
     takes_dropout = False
     takes_bias = False

@@ -25,6 +25,10 @@ class LoraExperts(LoraLayer):
     """A is stored as (E r, in), expert by expert; B as (out, r E), the expert running fastest (PEFT's layout)."""
 
     kind = "experts"
+    peft_name = "lora.ParamWrapper"
+    changes_weight = True
+    nests = True
+    parameter_name: str
     takes_dropout = False
     takes_bias = False
 
@@ -34,6 +38,11 @@ class LoraExperts(LoraLayer):
         self._kept: tuple[nn.Parameter, ...] = ()  # the pristine parameter while a merged one stands in its place
         if self._parameter().dim() == 3:  # of a matrix the module may have its own word, as a router has
             self.num_experts = self._parameter().shape[0]
+
+    @classmethod
+    def around(cls, base_layer: nn.Module, parameter_name: str | None) -> Self:
+        assert parameter_name is not None  # a back end of whole layers never names this kind
+        return cls(base_layer, parameter_name)
 
     @classmethod
     def check(cls, name: str, base: nn.Module, rank: int, *, bias: bool, dropout: float) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafa.layers.parts import Stored
 
@@ -19,6 +19,9 @@ class Host(nn.Module):
 
     wrapped_path: ClassVar[str]
     """Where the module sits whose place the host takes."""
+    nests: ClassVar[bool] = False
+    """Whether it adapts one parameter of a module that stays the model's: the module's children are still found as the
+    model's own, and the hosts of its other parameters are around this one or inside it."""
 
     def __init__(self, wrapped: nn.Module) -> None:
         super().__init__()
@@ -26,7 +29,15 @@ class Host(nn.Module):
         self._active_adapter: list[str] = []
         self._disable_adapters = False
 
+    trains_whole: ClassVar[bool] = False
+    """Whether it trains a copy of the whole module, which files hold in place of the module's own tensors."""
+
     # ---- what a kind of host must say
+
+    @property
+    @abstractmethod
+    def peft_name(self) -> str:
+        """What PEFT calls this kind of host."""
 
     @abstractmethod
     def held(self) -> Iterable[str]:
@@ -43,6 +54,14 @@ class Host(nn.Module):
     @abstractmethod
     def forget(self, name: str) -> None:
         """Drop what an adapter has here."""
+
+    def tensors_of(self, name: str) -> list[Tensor]:
+        """What an adapter that is held computes with here, whichever host has it in files."""
+        return list(self.stored_parameters(name).values())
+
+    def rows_from(self, names: Sequence[str]) -> Hashable | None:
+        """What ``unwrapped(names)`` makes a new table from, where it does; hosts that say the same can share theirs."""
+        return None
 
     @property
     def pristine(self) -> nn.Module:
@@ -71,6 +90,14 @@ class Host(nn.Module):
 
     def enable_adapters(self, enabled: bool) -> None:
         self._disable_adapters = not enabled
+
+    def require_together(self, names: Iterable[str], where: str, *, trains: bool) -> None:
+        """Raise AdapterError if one of these adapters would take the place of what another one has here.
+
+        Args:
+            where: the path of the wrapped module, for the error.
+            trains: whether they will be trained, so that what is equal now may differ later.
+        """
 
     def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, and train (unless ``inference_mode``)."""

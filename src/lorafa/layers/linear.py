@@ -15,15 +15,16 @@ from lorafa.numerics.fused import autocast_dtype, compute_dtype, low_rank_linear
 
 
 class LoraLinear(LoraLayer):
-    """x is (..., in), the output (..., out)."""
+    """x is (..., in), the output (..., out).
+
+    Where a module around it may read its ``weight`` (``weight_is_read``), that and ``bias`` hold the updates of the
+    adapters that count; otherwise they are the base layer's, as in PEFT.
+    """
 
     kind = "linear"
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.weight_is_read = False
-        """Whether the module around it may multiply by ``weight`` itself instead of calling it; then that, and
-        ``bias``, hold the updates of the adapters that count. Otherwise they are the base layer's, as in PEFT."""
+    peft_name = "lora.Linear"
+    is_linear = True
+    can_be_tied = True
 
     @property
     def weight(self) -> Tensor:

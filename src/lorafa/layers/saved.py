@@ -19,6 +19,8 @@ class ModulesToSaveWrapper(Wrapper):
 
     _own = "modules_to_save"
     wrapped_path = "original_module"
+    peft_name = "ModulesToSaveWrapper"
+    trains_whole = True
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__(original_module)

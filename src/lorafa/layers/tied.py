@@ -23,6 +23,10 @@ class TiedAdapter(Adapter):
     transposed: bool
 
     @property
+    def tied_to(self) -> tuple[LoraLayer, bool]:
+        return self.owner, self.transposed
+
+    @property
     def A(self) -> Tensor:
         own = self.owner.adapters[self.name]
         return own.B.T if self.transposed else own.A

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class TrainableTokensWrapper(Wrapper):
 
     _own = "token_adapter"
     wrapped_path = "token_adapter.base_layer"
+    peft_name = "TrainableTokensLayer"
 
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(base_layer)
@@ -63,6 +64,16 @@ class TrainableTokensWrapper(Wrapper):
 
     def held(self) -> Iterable[str]:
         return self.token_adapter.trainable_tokens_delta
+
+    def tensors_of(self, name: str) -> list[Tensor]:
+        """The rows, which of tied tables one alone stores."""
+        return [self.token_adapter.trainable_tokens_delta[name]]
+
+    def rows_from(self, names: Sequence[str]) -> Hashable | None:
+        """The base table, and the rows in its place."""
+        if self._rows(names) is None:
+            return None
+        return id(self.original_module.weight), id(self.token_adapter.token_indices), *names
 
     def wanted_twice(self, one: str, other: str, *, trains: bool) -> str | None:
         """Rows that both have, unless they are equal and stay so."""

@@ -28,12 +28,6 @@ class Wrapper(Host):
         """What two adapters both have here, of which one alone could count, for an error; None if they go together."""
 
     def require_together(self, names: Iterable[str], where: str, *, trains: bool) -> None:
-        """Raise AdapterError if one of these adapters would take the place of what another one has here.
-
-        Args:
-            where: the path of the wrapped module, for the error.
-            trains: whether they will be trained, so that what is equal now may differ later.
-        """
         held = [name for name in dict.fromkeys(names) if name in self.held()]
         for one, other in combinations(held, 2):
             what = self.wanted_twice(one, other, trains=trains)

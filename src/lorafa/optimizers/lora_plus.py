@@ -58,8 +58,8 @@ def create_loraplus_optimizer(
     check_stock(optimizer_cls, kwargs | {"weight_decay": decay})
     pairs = pairs_of(model, folding=True)
     fast = lr * loraplus_lr_ratio
-    on_embeddings = [pair for pair in pairs if pair.layer.kind == "embedding"]
-    elsewhere = [pair for pair in pairs if pair.layer.kind != "embedding"]
+    on_embeddings = [pair for pair in pairs if pair.layer.is_table]
+    elsewhere = [pair for pair in pairs if not pair.layer.is_table]
     matrices, vectors = other_groups(model, pairs, decay)
     groups: list[dict[str, Any]] = [
         {"params": [pair.A for pair in elsewhere], "lr": lr, "weight_decay": decay},

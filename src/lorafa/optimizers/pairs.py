@@ -54,11 +54,10 @@ class Pair:
     def _places(self) -> list[tuple[dict[str, nn.Parameter | None], str]]:
         """Where the layer keeps A and B: a module's table of parameters, and the name there."""
         places = []
-        for factor in "AB":
-            holder = getattr(self.layer, f"lora_{factor}")
-            table = getattr(self.layer, f"lora_embedding_{factor}")
-            own = self.name in holder
-            places.append((holder[self.name]._parameters, "weight") if own else (table._parameters, self.name))
+        for key in self.layer.factor_names:
+            holder, _, inner = key.partition(".")
+            held = getattr(self.layer, holder)
+            places.append((held[self.name]._parameters, inner) if inner else (held._parameters, self.name))
         return places
 
     def is_in_place(self) -> bool:

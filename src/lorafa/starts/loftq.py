@@ -83,7 +83,7 @@ def _on_quantized_layers(peft_model: PeftModel, adapter_name: str) -> list[tuple
     require_adapters(model, [adapter_name])
     require_unmerged(model, adapter_name, "fitting it to what quantizing lost")
     layers = [(name, layer) for name, layer in peft_model.base_model.lora_layers() if adapter_name in layer.adapters]
-    quantized = [(name, layer) for name, layer in layers if layer.kind == "linear" and layer.backend.quantized]
+    quantized = [(name, layer) for name, layer in layers if layer.is_linear and layer.backend.quantized]
     if not quantized:
         raise TargetError(
             f"Adapter {adapter_name!r} is on no quantized linear layer, so nothing was lost that it could make up for. "

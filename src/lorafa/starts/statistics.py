@@ -269,10 +269,10 @@ def _statistics(
 
 
 def _linear_shape(target: Target) -> tuple[int, int]:
-    if target.backend.host != "linear":
+    if not target.layer_type.is_linear:
         raise CalibrationError(
-            f"{target.full_name}: statistics are collected of linear layers, and this is {target.backend.host}. Leave "
-            "it out with exclude_modules, or choose another start."
+            f"{target.full_name}: statistics are collected of linear layers, and this is {target.layer_type.kind}. "
+            "Leave it out with exclude_modules, or choose another start."
         )
     return target.backend.shape(target.base)
 

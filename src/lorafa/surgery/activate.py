@@ -10,7 +10,6 @@ from torch import nn
 from lorafa.errors import AdapterError, BackendError, did_you_mean
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
-from lorafa.layers.wrapper import Wrapper
 from lorafa.surgery.walk import hosts, lora_layers
 
 
@@ -43,9 +42,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     found = list(hosts(model))
     _require_known(found, listed)
     _require_nothing_merged(found)
-    for path, wrapper in found:
-        if isinstance(wrapper, Wrapper):
-            wrapper.require_together(listed, repr(path), trains=not inference_mode)
+    for path, host in found:
+        host.require_together(listed, repr(path), trains=not inference_mode)
     changed = _without_start(found)
     if changed is not None and listed != [changed]:
         raise AdapterError(

@@ -13,9 +13,8 @@ from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.backends.oddities import described
 from lorafa.errors import BackendError, CalibrationError, CheckpointError, ConfigError
-from lorafa.initializers import INITIALIZERS
+from lorafa.initializers import INITIALIZERS, SWITCHES
 from lorafa.initializers.base import DegenerateError, InitResult
-from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
 from lorafa.spec import LayerSpec, factor_shapes
 from lorafa.surgery.quantize import require_replaceable, standing_in
@@ -110,10 +109,11 @@ class Builder:
 
     def _check(self, target: Target, variant: Variant) -> None:
         """Raise unless variant, start and settings go with the layer."""
-        name, kind = target.full_name, target.backend.host
+        name, layer_type = target.full_name, target.layer_type
+        kind = layer_type.kind
         if kind not in variant.hosts:
             raise ConfigError(f"{name}: {variant.name} is not defined on {kind} layers. Exclude it, or use plain LoRA.")
-        if self.initializer.needs and kind != "linear" and not self.filled_later:
+        if self.initializer.needs and not layer_type.is_linear and not self.filled_later:
             raise ConfigError(
                 f"{name}: init_lora_weights={self.config.init_lora_weights!r} reads statistics of linear layers, and "
                 f"this is {kind}. Leave it out with exclude_modules, or choose another start."
@@ -121,9 +121,7 @@ class Builder:
         if self.quantizes(target):
             require_replaceable(target, str(self.config.init_lora_weights))
         self._check_weight(target, variant)
-        LAYERS.get(kind).check(
-            name, target.base, target.rank, bias=self.config.lora_bias, dropout=self.config.lora_dropout
-        )
+        layer_type.check(name, target.base, target.rank, bias=self.config.lora_bias, dropout=self.config.lora_dropout)
 
     def _check_weight(self, target: Target, variant: Variant) -> None:
         """Raise unless what the variant and the start take the weight for is what the layer computes with."""
@@ -141,16 +139,16 @@ class Builder:
             )
 
     def _spec(self, target: Target) -> LayerSpec:
-        kind = target.backend.host
-        scaling, groups = self.config.scaling(target.rank, target.alpha), LAYERS.get(kind).rank_groups(target.base)
+        scaling, layer_type = self.config.scaling(target.rank, target.alpha), target.layer_type
         return LayerSpec(
             name=target.full_name,
-            kind=kind,
+            kind=layer_type.kind,
+            is_table=layer_type.is_table,
             rank=target.rank,
             scaling=scaling,
             seed=self.seed,
             key=self.name,
-            groups=groups,
+            groups=layer_type.rank_groups(target.base),
             settings=self.settings,
             freeze_A=self.config.freeze_A,
             number=self.number,
@@ -298,7 +296,7 @@ def _adapter_dtype(base: nn.Module, backend: Backend, options: Options) -> torch
 
 def by_default(weight: Tensor, spec: LayerSpec) -> InitResult:
     """A Kaiming A and B = 0."""
-    return INITIALIZERS.get("kaiming")(weight, {}, spec)
+    return INITIALIZERS.get(SWITCHES[True])(weight, {}, spec)
 
 
 def _is_of(name: str, statistic: str) -> bool:

@@ -14,6 +14,7 @@ from types import CellType, CodeType, FunctionType
 
 from torch import nn
 
+from lorafa.backends.embedding import is_table
 from lorafa.surgery.walk import Parents, Place, pristine_of, tied_groups
 
 
@@ -133,7 +134,7 @@ class Bypassed:
         """
         group = self._shared.get(id(place.module), ())
         others = [p for p in group if p.module is not place.module]
-        if not (_is_table(place) and any(map(_is_table, others))):
+        if not (is_table(pristine_of(place.module)) and any(is_table(pristine_of(p.module)) for p in others)):
             return []
         owner, _, name = place.name.rpartition(".")
         classes = [type(self._holders[owner])]
@@ -141,10 +142,6 @@ class Bypassed:
             owner = owner.rpartition(".")[0]
             classes.append(type(self._holders[owner]))
         return [] if _may_call(classes, name) else [p.name for p in others]
-
-
-def _is_table(place: Place) -> bool:
-    return isinstance(pristine_of(place.module), nn.Embedding)
 
 
 _CHILDREN = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})

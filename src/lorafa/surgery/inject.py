@@ -8,11 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from lorafa.context import CurrentCall
-from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.experts import LoraExperts
 from lorafa.layers.host import Host
-from lorafa.layers.linear import LoraLinear
 from lorafa.layers.tied import attach_tied
 from lorafa.storage.fingerprint import describe
 from lorafa.surgery.bypassed import weight_is_read
@@ -82,16 +79,12 @@ def _host_for(
     """
     wrapper = target.wrapper
     if wrapper is None:
-        if target.parameter is None:
-            module = target.module
-            wrapper = LAYERS.get(target.backend.host)(module if base is None else base)
-            wrapper.origin = None if base is None else describe(cast(Tensor, module.weight))
-        else:
-            module = model.get_submodule(target.path)  # with the wrappers of its other parameters around it
-            wrapper = LoraExperts(module, target.parameter)
+        # The layer of a parameter goes around those of the other parameters of its module.
+        module = target.module if target.parameter is None else model.get_submodule(target.path)
+        wrapper = target.layer_type.around(module if base is None else base, target.parameter)
+        wrapper.origin = None if base is None else describe(cast(Tensor, module.weight))
         wrapper.call = call
-        if isinstance(wrapper, LoraLinear):
-            wrapper.weight_is_read = weight_is_read(module, parents)
+        wrapper.weight_is_read = weight_is_read(module, parents)
         parents.replace(module, wrapper)
     return wrapper
 

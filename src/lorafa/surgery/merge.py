@@ -68,8 +68,9 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     chosen = {id(host): _folded_in(model, host.active_adapters, adapter_names) for _, host in hosts(model)}
     parents, tables = Parents(model), SharedRows()
     for _, host in reversed(list(hosts(model))):  # inner wrappers first
-        plain = host.unwrapped(chosen[id(host)] if merge else [])
-        tables.share(host, plain, chosen[id(host)])
+        names = chosen[id(host)] if merge else []
+        plain = host.unwrapped(names)
+        tables.share(host, plain, names)
         parents.replace(host, plain)
     if merge:
         _loosen(model, ties)

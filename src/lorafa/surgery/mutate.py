@@ -11,8 +11,6 @@ from lorafa.surgery.activate import require_adapters, require_nothing_merged, re
 from lorafa.surgery.ties import share_merged
 from lorafa.surgery.walk import lora_layers
 
-_KINDS = ("linear", "embedding", "conv")
-
 
 def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
     """Use W - s B0 A0 as the layer's weight, instead of subtracting s B0 A0 x from its output on every call.
@@ -45,7 +43,7 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
         _require_alone(path, layer, adapter_name)
         if layer.without_start:
             raise AdapterError(f"The start of adapter {adapter_name!r} is taken out of the base weights already.")
-        if layer.kind not in _KINDS:
+        if layer.changes_weight:
             raise BackendError(
                 f"{path}: a {type(layer).__name__} adds its update to the weight in every forward pass; taking the "
                 "start out of it would save nothing. Nothing was changed."

@@ -26,7 +26,7 @@ def require_replaceable(target: Target, start: str) -> None:
             f"{said}, and {name!r} is a {type(base).__name__}, quantized already. Put an ordinary adapter on it and "
             "fit that with replace_lora_weights_loftq."
         )
-    if backend.host != "linear" or "weight" not in base._parameters or backend.dense(base) is None:
+    if "weight" not in base._parameters or backend.dense(base) is None:
         raise BackendError(
             f"{said}, and {name!r} is a {type(base).__name__}. Leave it out with exclude_modules, or choose another "
             "start."

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from lorafa.backends import backend_of
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
-from lorafa.layers.saved import ModulesToSaveWrapper
-from lorafa.layers.tokens import TrainableTokensWrapper
-from lorafa.surgery.walk import hosts, user_model
+from lorafa.surgery.walk import hosts, lora_layers, user_model
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]
@@ -58,15 +57,6 @@ class ModelStatus:
     quantization_backend: str | None = None
 
 
-_TYPES = {
-    "linear": "lora.Linear",
-    "embedding": "lora.Embedding",
-    "attention": "lora.MultiheadAttention",
-    "experts": "lora.ParamWrapper",
-}
-"""PEFT's names for the kinds of layer; a convolution is called after its base."""
-
-
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """The status of every adapted layer, in the order of the model; works on injected models too.
 
@@ -78,50 +68,26 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
 
 def _status(path: str, host: Host) -> LayerStatus:
-    if isinstance(host, LoraLayer):
-        return _layer_status(path, host)
-    if isinstance(host, ModulesToSaveWrapper):
-        return _wrapper_status(path, "ModulesToSaveWrapper", host, dict(host.modules_to_save.items()))
-    assert isinstance(host, TrainableTokensWrapper)
-    return _wrapper_status(
-        f"{path}.token_adapter", "TrainableTokensLayer", host, dict(host.token_adapter.trainable_tokens_delta.items())
-    )
-
-
-def _layer_status(path: str, layer: LoraLayer) -> LayerStatus:
-    parameters: dict[str, list[Tensor]] = {
-        name: [*layer.stored_parameters(name).values()] or [adapter.A, adapter.B]  # a tied one's are another layer's
-        for name, adapter in layer.adapters.items()
-    }
-    base = layer.get_base_layer()
-    dense = getattr(base, "weight", None) is not None or layer.kind in ("attention", "experts")
+    own = {name: host.tensors_of(name) for name in host.held()}
+    layer = host if isinstance(host, LoraLayer) else None
+    holder = host.wrapped_path.rpartition(".")[0]  # PEFT lists the module that holds the wrapped one
     return LayerStatus(
-        name=path,
-        module_type=_TYPES.get(layer.kind) or f"lora.{type(base).__name__}",
-        enabled=not layer.disable_adapters,
-        active_adapters=layer.active_adapters,
-        merged_adapters=list(layer.merged_adapters),
-        requires_grad={name: _same(p.requires_grad for p in own) for name, own in parameters.items()},
-        available_adapters=sorted(layer.adapters),
-        devices={name: sorted({p.device.type for p in own}) for name, own in parameters.items()},
-        quantization_backend=None if dense else type(base).__name__,
-    )
-
-
-def _wrapper_status(
-    path: str, kind: str, host: ModulesToSaveWrapper | TrainableTokensWrapper, own: Mapping[str, nn.Module | Tensor]
-) -> LayerStatus:
-    parameters = {name: [held] if isinstance(held, Tensor) else list(held.parameters()) for name, held in own.items()}
-    return LayerStatus(
-        name=path,
-        module_type=kind,
+        name=f"{path}.{holder}" if holder else path,
+        module_type=host.peft_name,
         enabled=not host.disable_adapters,
-        active_adapters=[name for name in host.active_adapters if name in own],
-        merged_adapters=[],
-        requires_grad={name: _same(p.requires_grad for p in held) for name, held in parameters.items()},
-        available_adapters=sorted(parameters),
-        devices={name: sorted({p.device.type for p in held}) for name, held in parameters.items()},
+        active_adapters=[name for name in host.active_adapters if layer is not None or name in own],
+        merged_adapters=[] if layer is None else list(layer.merged_adapters),
+        requires_grad={name: _same(t.requires_grad for t in held) for name, held in own.items()},
+        available_adapters=sorted(own),
+        devices={name: sorted({t.device.type for t in held}) for name, held in own.items()},
+        quantization_backend=None if layer is None else _quantized(layer.get_base_layer()),
     )
+
+
+def _quantized(base: nn.Module) -> str | None:
+    """The type of a quantized base layer; None for any other."""
+    backend = backend_of(base)
+    return type(base).__name__ if backend is not None and backend.quantized else None
 
 
 def _same(values: Iterable[T]) -> T | Irregular:
@@ -131,10 +97,9 @@ def _same(values: Iterable[T]) -> T | Irregular:
 
 def get_model_status(model: nn.Module) -> ModelStatus:
     """The status of the whole model; works on injected models too."""
-    layers = get_layer_status(model)
+    layers, inner = get_layer_status(model), user_model(model)
     trainable, total = count_parameters(model)
     names = sorted({name for layer in layers for name in layer.available_adapters})
-    inner = user_model(model)
     flags = {n: [layer.requires_grad[n] for layer in layers if n in layer.requires_grad] for n in names}
     quantized = [layer.quantization_backend for layer in layers]
     return ModelStatus(
@@ -146,7 +111,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         num_adapter_layers=len(layers),
         enabled=_same(layer.enabled for layer in layers) if layers else False,
         active_adapters=_same(layer.active_adapters for layer in layers) if layers else [],
-        merged_adapters=_merged(layers),
+        merged_adapters=_merged([layer for _, layer in lora_layers(inner)]),
         requires_grad={name: _same(values) for name, values in flags.items()},
         available_adapters=names,
         devices={n: sorted({d for layer in layers for d in layer.devices.get(n, [])}) for n in names},
@@ -154,9 +119,8 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     )
 
 
-def _merged(layers: Sequence[LayerStatus]) -> list[str] | Irregular:
+def _merged(layers: Sequence[LoraLayer]) -> list[str] | Irregular:
     """The adapters merged in every layer that has them; "irregular" if one is merged in some of its layers only."""
-    factors = [layer for layer in layers if layer.module_type.startswith("lora.")]
-    merged = sorted({name for layer in factors for name in layer.merged_adapters})
-    waiting = {name for layer in factors for name in layer.available_adapters if name not in layer.merged_adapters}
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    waiting = {name for layer in layers for name in layer.adapters if name not in layer.merged_adapters}
     return "irregular" if waiting & set(merged) else merged

@@ -16,8 +16,8 @@ from lorafa.backends.offload import in_memory
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig
 from lorafa.errors import TargetError, did_you_mean, shorten, warn
+from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.experts import LoraExperts
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.stacked import meant, name_stacked, stacked_parameters, warn_of_left_out
@@ -56,10 +56,15 @@ class Target:
         return backend
 
     @property
+    def layer_type(self) -> type[LoraLayer]:
+        """The kind of layer that carries its adapters."""
+        return LAYERS.get(self.backend.host)
+
+    @property
     def wrapper(self) -> LoraLayer | None:
         """The layer that carries adapters of this very target already."""
         layer = self.module
-        while isinstance(layer, LoraExperts):  # those of a module's parameters are nested
+        while isinstance(layer, LoraLayer) and layer.nests:
             if layer.parameter_name == self.parameter:
                 return layer
             layer = layer.base_layer
@@ -226,7 +231,8 @@ def _no_match(config: LoraConfig, field: str, unused: list[str], everything: lis
 
 
 def _can_carry(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer) or backend_of(module) is not None
+    kind = _kind(module)
+    return kind is not None and not kind.nests
 
 
 def _modules(
@@ -305,28 +311,30 @@ def _all_linear(model: nn.Module, everything: list[Place], config: LoraConfig) -
     if head is None and config.task_type == "SEQ_CLS":
         head = next((h for h in (getattr(model, n, None) for n in _CLASSIFIER_HEADS) if h is not None), None)
         head = uncompiled(head) if head is not None else None
-    attention = tuple(p.name + "." for p in everything if isinstance(p.module, nn.MultiheadAttention))
+    kinds = [(place, _kind(place.module)) for place in everything]
+    with_inner = tuple(place.name + "." for place, kind in kinds if kind is not None and kind.inner_layers)
     return [
         place
-        for place in everything
-        if (_kind(place.module) == "linear" or (_kind(place.module) is None and holds_codes(place.module)))
+        for place, kind in kinds
+        if (holds_codes(place.module) if kind is None else kind.is_linear)
         and place.module is not head
-        and not place.name.startswith(attention)
+        and not place.name.startswith(with_inner)
         and not _inside_saved(place.name, config)
     ]
 
 
-def _kind(module: nn.Module) -> str | None:
+def _kind(module: nn.Module) -> type[LoraLayer] | None:
+    """The kind of layer that carries, or would carry, adapters on a module; None where none can."""
     if isinstance(module, LoraLayer):
-        return module.kind
+        return type(module)
     backend = backend_of(module)
-    return None if backend is None else backend.host
+    return None if backend is None else LAYERS.get(backend.host)
 
 
 def _check_carries(place: Place) -> None:
     """Raises TargetError unless a back end is sure of the module; one that carries adapters was checked before."""
     module = place.module
-    if not _can_carry(module) or isinstance(module, LoraExperts):
+    if not _can_carry(module):
         kind = f"a quantized {described(module)}" if holds_codes(module) else f"a {type(module).__name__}"
         raise TargetError(
             f"{place.name!r} is {kind}, which cannot carry an adapter. Supported are linear, embedding and convolution "
@@ -366,17 +374,13 @@ def _parameters(everything: list[Place], config: LoraConfig, patterns: _Patterns
     targets: list[Target] = []
     seen: set[tuple[int, str]] = set()
     for place in everything if wanted else ():
-        inner = place.module
-        while isinstance(inner, LoraLayer):
-            inner = inner.base_layer
+        inner = place.module.get_base_layer() if isinstance(place.module, LoraLayer) else place.module
         for parameter, value in inner.named_parameters(recurse=False):
             name = f"{place.name}.{parameter}"
             if (id(inner), parameter) in seen or not patterns.matches("target_parameters", wanted, name):
                 continue
             seen.add((id(inner), parameter))
-            if id(place.module) in taken or (
-                isinstance(place.module, LoraLayer) and not isinstance(place.module, LoraExperts)
-            ):
+            if id(place.module) in taken or (isinstance(place.module, LoraLayer) and not place.module.nests):
                 raise TargetError(
                     f"target_parameters: {name!r} belongs to a layer that target_modules adapts as a whole. "
                     "Take it out of one of the two (target_modules=[] adapts parameters only)."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,13 +10,11 @@ from torch import nn
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.host import Host
 from lorafa.layers.tied import owner_of
-from lorafa.layers.tokens import TrainableTokensWrapper
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Place, tied_groups
 from lorafa.variants import is_plain_lora, variant_types
-
-_KINDS = ("embedding", "linear")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def _check_ends(group: Sequence[Place], targets: Sequence[Target], config: LoraC
     problem = ""
     found = {id(target.module) for target in targets}
     left = [place.name for place in group if id(place.module) not in found]
-    if any(target.parameter is not None or target.backend.host not in _KINDS for target in targets):
+    if any(not target.layer_type.can_be_tied for target in targets):
         problem = "an adapter can be shared by linear and embedding layers only, not by other layers or parameters"
     elif left:
         problem = f"exclude_modules or modules_to_save takes {left[0]!r} away from the targets"
@@ -85,10 +83,10 @@ class SharedRows:
     """Lets modules share one table again whose wrappers shared one, and the rows trained in it."""
 
     def __init__(self) -> None:
-        self._first: dict[tuple[object, ...], nn.Module] = {}
+        self._first: dict[Hashable, nn.Module] = {}
 
-    def share(self, host: nn.Module, plain: nn.Module, names: Sequence[str]) -> None:
-        """Take in the ``plain`` module that a wrapper has made of the rows of the adapters ``names``."""
-        if isinstance(host, TrainableTokensWrapper) and plain is not host.original_module:
-            table, rows = host.original_module.weight, host.token_adapter.token_indices
-            plain.weight = self._first.setdefault((id(table), id(rows), *names), plain).weight
+    def share(self, host: Host, plain: nn.Module, names: Sequence[str]) -> None:
+        """Take in the ``plain`` module that a host has made with the rows of the adapters ``names``."""
+        source = host.rows_from(names)
+        if source is not None:
+            plain.weight = self._first.setdefault(source, plain).weight

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from lorafa.backends.embedding import is_table
 from lorafa.backends.offload import identity_of
 from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.experts import LoraExperts
 from lorafa.layers.host import Host
 from lorafa.layers.wrapper import Wrapper
 from lorafa.settings.checks import found
@@ -93,11 +93,10 @@ def places(model: nn.Module, overlay: Mapping[str, nn.Module] | None = None) -> 
             place = replace(place, path=_join(place.path, _COMPILED), module=place.module._modules[_COMPILED])  # type: ignore[arg-type]
         yield place
         inside, path = place.module, place.path
-        if isinstance(inside, LoraExperts):  # it wraps a whole module, whose children are the model's
-            while isinstance(inside, LoraLayer):
-                inside, path = inside.base_layer, _join(path, "base_layer")
-        elif isinstance(inside, Host):
+        if isinstance(inside, Host) and not inside.nests:
             continue
+        while isinstance(inside, Host):
+            path, inside = _join(path, inside.wrapped_path), inside.get_submodule(inside.wrapped_path)
         over = place.overlaid
         children = [Place(_join(place.name, name), _join(path, name), child, over) for name, child in _children(inside)]
         stack.extend(reversed(children))
@@ -127,7 +126,7 @@ def tied_groups(everything: Iterable[Place]) -> list[list[Place]]:
         if module._parameters.get("weight") is not None and not place.overlaid:
             by_weight.setdefault(identity_of(module, "weight"), {}).setdefault(id(place.module), place)
     groups = (list(group.values()) for group in by_weight.values() if len(group) > 1)
-    return [sorted(group, key=lambda p: not isinstance(pristine_of(p.module), nn.Embedding)) for group in groups]
+    return [sorted(group, key=lambda p: not is_table(pristine_of(p.module))) for group in groups]
 
 
 def require_module(model: object) -> nn.Module:

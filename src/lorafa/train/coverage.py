@@ -9,7 +9,6 @@ from rich.table import Table
 from torch import nn
 
 from lorafa.layers.base import LoraLayer
-from lorafa.layers.experts import LoraExperts
 from lorafa.layers.host import Host
 from lorafa.surgery.walk import places
 
@@ -91,11 +90,11 @@ def _parameters(module: nn.Module) -> tuple[nn.Module, list[nn.Parameter], list[
     if not isinstance(module, Host):
         return module, list(module.parameters(recurse=False)), []
     original: nn.Module = module
-    while isinstance(original, Host):  # experts carry one wrapper a parameter
+    while isinstance(original, Host):  # there may be one for each parameter
         original = original.get_submodule(original.wrapped_path)
     inside = {id(p) for p in original.parameters()}
     added = [p for p in module.parameters() if id(p) not in inside]
-    return original, list(original.parameters(recurse=not isinstance(module, LoraExperts))), added
+    return original, list(original.parameters(recurse=not module.nests)), added
 
 
 def _kind_name(name: str) -> str:
