@@ -16,8 +16,8 @@ from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.spec import LayerSpec
+from lorafa.surgery.apply import apply
 from lorafa.surgery.available import unavailable
-from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import plan
 from lorafa.surgery.resolve import resolve
 from lorafa.variants import VARIANTS, asking_settings

@@ -21,9 +21,9 @@ from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.pairs import Pair
 from lorafa.optimizers.state_bytes import Sizes
 from lorafa.surgery.activate import set_adapter
+from lorafa.surgery.apply import apply
 from lorafa.surgery.available import require_available
 from lorafa.surgery.build import Options
-from lorafa.surgery.inject import apply
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resolve import resolve
 from lorafa.surgery.walk import base_parameters, lora_layers

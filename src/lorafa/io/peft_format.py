@@ -255,7 +255,7 @@ def _factor_keys(path: str, layer: LoraLayer) -> tuple[str, str]:
 
 def _unfolded(path: str, key: str) -> str:
     """The key of a stored factor whose dense form has its usual key: ``<path>.lora_unfolded.B``."""
-    return f"{path}.{_UNFOLDED}.{'A' if 'lora_A' in key.removeprefix(path) else 'B'}"
+    return f"{path}.{_UNFOLDED}.{key.removesuffix('.weight')[-1]}"  # lora_A, lora_embedding_B
 
 
 def _dense(

@@ -4,7 +4,7 @@ An adapter goes on in three steps, so that a call that fails leaves the model bi
 
 * **plan** (:func:`lorafa.surgery.plan.plan`) meets a config with a model. It finds the layers, checks all that can be
   wrong, and makes every tensor of the adapter. It changes nothing.
-* **apply** (:func:`lorafa.surgery.inject.apply`) changes the model: it wraps the layers, attaches what was made, and
+* **apply** (:func:`lorafa.surgery.apply.apply`) changes the model: it wraps the layers, attaches what was made, and
   freezes the rest. The adapter does not count yet; :func:`lorafa.surgery.activate.set_adapter` lets it.
 * **undo** is what apply returns: calling it takes the plan back, ``requires_grad`` included. apply calls it by itself
   where something fails halfway, and loading does where a file turns out not to fit.

@@ -17,10 +17,10 @@ from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, 
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
 from lorafa.surgery import activate
+from lorafa.surgery.apply import apply
 from lorafa.surgery.build import Options
 from lorafa.surgery.forward import is_checkpointed
 from lorafa.surgery.given import lora_config
-from lorafa.surgery.inject import apply
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resize import resize_vocabulary
