@@ -13,7 +13,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _same_random_state() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # torch.manual_seed keeps a trace of the stack for each device that is not
+        torch.cuda.manual_seed_all(0)
 
 
 def pytest_collection_finish() -> None:
