@@ -18,7 +18,8 @@ def _same_random_state() -> None:
         torch.cuda.manual_seed_all(0)
 
 
-def pytest_collection_finish() -> None:
-    """Who looks for garbage from here on, as every run does at its end, passes over the tests and what they import."""
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_of_this_file() -> None:
+    """Who looks for garbage, as every run does at its end, passes over what was there before: tests and imports."""
     gc.collect()
     gc.freeze()
