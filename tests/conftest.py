@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -11,4 +13,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _same_random_state() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # torch.manual_seed keeps a trace of the stack for each device that is not
+        torch.cuda.manual_seed_all(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_of_this_file() -> None:
+    """Who looks for garbage, as every run does at its end, passes over what was there before: tests and imports."""
+    gc.collect()
+    gc.freeze()

@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lorafa.optimizers import create_lorafa_optimizer, create_lorapro_optimizer
 from lorafa.optimizers.pairs import pairs_of
 from toys.optimizers import adapted, batch, loss
-from toys.processes import leave_group
+from toys.processes import leave_group, run_group
 
 MAKERS = {"lora_fa": create_lorafa_optimizer, "lora_pro": create_lorapro_optimizer}
 
 
-def train(optimizer: str, rank: int, world: int, folder: str) -> None:
+def train(rank: int, optimizer: str, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model: torch.nn.Module = adapted()
@@ -40,14 +39,8 @@ def train(optimizer: str, rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.parametrize("optimizer", MAKERS)
 def test_data_parallel_steps_are_those_of_the_whole_batch(optimizer: str, tmp_path: Path) -> None:
-    train(optimizer, 0, 1, str(tmp_path))
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=train, args=(optimizer, rank, 2, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
+    train(0, optimizer, 1, str(tmp_path))
+    run_group(train, optimizer, 2, str(tmp_path))
 
     def found(world: int, rank: int) -> list[Tensor]:
         loaded: list[Tensor] = torch.load(tmp_path / f"{optimizer}-{world}-{rank}.pt")

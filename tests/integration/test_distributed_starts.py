@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from lorafa import collect_statistics, initialize
 from lorafa.errors import CheckpointError
 from lorafa.initializers.lora_one import LoraOneConfig
 from toys.calibration import Toy, config, inputs, loss
-from toys.processes import leave_group
+from toys.processes import leave_group, run_group
 
 DATA = inputs(4)
 WEIGHTS = (1.0, -2.0)
@@ -112,13 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes finds."""
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-        assert process.exitcode == 0
+    run_group(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from lorafa import EvaConfig, LoraConfig, collect_statistics
 from lorafa.errors import CalibrationError
 from toys.calibration import gradient_matrix
-from toys.processes import leave_group
+from toys.processes import leave_group, run_group
 
 IN = 8
 Batch = dict[str, Tensor]
@@ -155,14 +154,8 @@ Found = dict[Case, Any]
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found, Found]:
     """What one process finds, and each of two."""
     folder: Path = tmp_path_factory.mktemp("statistics")
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, 2, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
     work(0, 1, str(folder))
-    for process in processes:
-        process.join(timeout=600)
-        assert process.exitcode == 0
+    run_group(work, 2, str(folder), within=600)
     whole, first, second = (torch.load(folder / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     return whole, first, second
 

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, check_gradients, get_peft_model
 from lorafa.errors import BackendError
 from toys.adapters import train as move
-from toys.processes import leave_group
+from toys.processes import leave_group, run_group
 
 DIM = 4
 
@@ -117,13 +116,7 @@ def work(rank: int, wrapping: str, folder: str) -> None:
 
 
 def run(wrapping: str, folder: Path) -> Any:
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, wrapping, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-        assert process.exitcode == 0
+    run_group(work, wrapping, str(folder))
     return torch.load(folder / "found.pt")
 
 

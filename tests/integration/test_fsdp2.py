@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -20,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from lorafa import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from lorafa.errors import CheckpointError
 from toys.adapters import train
-from toys.processes import leave_group
+from toys.processes import leave_group, run_group
 
 VOCABULARY, DIM = 12, 8
 CASES: dict[str, dict[str, Any]] = {
@@ -170,13 +169,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("fsdp2")
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-        process.kill()
+    run_group(work, str(folder))
     found = [json.loads((folder / f"wrong-{rank}.json").read_text()) for rank in range(2)]
     return {case: [text for said in found for text in said.get(case, ["not reached"])] for case in CASES}
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lorafa.calibration.base import Measured, Statistic
 from lorafa.calibration.moments import CordaMoment, ExactMoment, MomentSketch, SecondMoment
 from lorafa.calibration.principal import IncrementalPCA, PCASettings
 from toys.calibration import tokens
-from toys.processes import leave_group
+from toys.processes import leave_group, run_group
 
 IN = 20
 
@@ -26,7 +25,7 @@ KINDS: dict[str, type[Statistic]] = {
 }
 
 
-def collected(folder: Path, rank: int, world: int) -> None:
+def collected(rank: int, folder: Path, world: int) -> None:
     """Two passes over every ``world``-th batch; the last rank of two sees nothing in a third statistic."""
     torch.set_num_threads(1)
     batches = torch.load(folder / "data.pt")[rank::world]
@@ -52,14 +51,8 @@ def collected(folder: Path, rank: int, world: int) -> None:
 
 def test_two_processes_have_the_values_of_one(tmp_path: Path) -> None:
     torch.save([tokens(n).float() for n in (30, 8, 25, 40)], tmp_path / "data.pt")
-    collected(tmp_path, 0, 1)
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=collected, args=(tmp_path, rank, 2)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
+    collected(0, tmp_path, 1)
+    run_group(collected, tmp_path, 2)
     whole, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     for key, values in whole.items():
         for name, value in values.items():

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from toys.adapters import adapted, only_layer, train
 from toys.layers import input_for
-from toys.processes import leave_group
+from toys.processes import leave_group, run_group
 
 LINEAR = "torch.nn.modules.linear.Linear"
 
@@ -231,7 +231,7 @@ def _work(rank: int, port: int, out: str) -> None:
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     out = tmp_path_factory.mktemp("processes") / "results.pt"
-    torch.multiprocessing.spawn(_work, args=(free_port(), str(out)), nprocs=2)
+    run_group(_work, free_port(), str(out))
     return torch.load(out)  # type: ignore[no-any-return]
 
 

@@ -19,11 +19,15 @@ ASKED = {"first": 1, "second": 4, "last": 9}
 """The ranks of the config, which a rule has to think over."""
 FAR = {"explained_variance": {"rho": 2.0}, "energy": {"r_max": 40, "share": 0.999}}
 """Settings with which a rule asks for much; of the others the largest rank."""
+RULES = RANK_RULES.names()
+CASES = [
+    *((start, rule, 1) for start in STARTS for rule in RULES),
+    *((STARTS[i % len(STARTS)], RULES[i % len(RULES)], 2) for i in range(max(len(STARTS), len(RULES)))),
+]
+"""Every start with every rule in one pass over the data; in two passes each of them once."""
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("rule", RANK_RULES.names())
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("start", "rule", "passes"), CASES)
 def test_every_rule_ends_in_an_adapter(start: str, rule: str, passes: int) -> None:
     """With a layer's rank far below and one's far above those of the others; none starts as by default instead."""
     collecting: dict[str, Any] = {"also": ["gradient"], "passes": passes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -17,9 +18,22 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in tensors.items() if ".modules_to_save." not in key}
 
 
-@pytest.fixture(params=list(CASES))
+Saved = tuple[lorafa.PeftModel, Path, Path]
+"""A trained model of ours, its folder, and that of a model of PEFT."""
+
+
+@pytest.fixture(scope="module", params=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def saved(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    ours, folder = trained(case.lorafa()), tmp_path_factory.mktemp("saved")
+    with quiet():
+        ours.save_pretrained(folder / "ours")
+        case.peft().save_pretrained(folder / "theirs")
+    return ours, folder / "ours", folder / "theirs"
 
 
 def test_parameters_have_the_names_shapes_and_flags_they_have_in_peft(case: Case) -> None:
@@ -38,24 +52,16 @@ def test_the_targeted_modules_are_those_of_peft(case: Case) -> None:
     assert sorted(ours.targeted_parameter_names) == sorted(theirs.targeted_parameter_names)
 
 
-def test_our_file_has_peft_keys_and_gives_equal_outputs_in_peft(case: Case, tmp_path) -> None:
-    ours, theirs = trained(case.lorafa()), case.peft()
+def test_our_file_has_peft_keys_and_gives_equal_outputs_in_peft(case: Case, saved: Saved) -> None:
+    ours, our_folder, their_folder = saved
     with quiet():
-        ours.save_pretrained(tmp_path / "ours")
-        theirs.save_pretrained(tmp_path / "theirs")
-        loaded = peft.PeftModel.from_pretrained(case.base(), tmp_path / "ours").eval()
-    assert shapes(stored(tmp_path / "ours")) == shapes(stored(tmp_path / "theirs"))
+        loaded = peft.PeftModel.from_pretrained(case.base(), our_folder).eval()
+    assert shapes(stored(our_folder)) == shapes(stored(their_folder))
     torch.testing.assert_close(output(case, loaded), output(case, ours), rtol=1e-6, atol=1e-6)
 
 
-def test_peft_says_no_more_of_our_file_than_of_its_own(case: Case, tmp_path) -> None:
-    with quiet():
-        trained(case.lorafa()).save_pretrained(tmp_path / "ours")
-        case.peft().save_pretrained(tmp_path / "theirs")
-    ours, theirs = (
-        said(lambda folder=tmp_path / library: peft.PeftModel.from_pretrained(case.base(), folder))
-        for library in ("ours", "theirs")
-    )
+def test_peft_says_no_more_of_our_file_than_of_its_own(case: Case, saved: Saved) -> None:
+    ours, theirs = (said(lambda at=at: peft.PeftModel.from_pretrained(case.base(), at)) for at in saved[1:])
     assert ours <= theirs
 
 
@@ -70,11 +76,8 @@ def test_a_file_of_peft_gives_equal_outputs_here(case: Case, tmp_path) -> None:
     torch.testing.assert_close(output(case, ours), output(case, theirs), rtol=1e-6, atol=1e-6)
 
 
-def test_our_config_file_says_what_that_of_peft_says(case: Case, tmp_path) -> None:
-    with quiet():
-        case.lorafa().save_pretrained(tmp_path / "ours")
-        case.peft().save_pretrained(tmp_path / "theirs")
-    ours, theirs = stored_config(tmp_path / "ours"), stored_config(tmp_path / "theirs")
+def test_our_config_file_says_what_that_of_peft_says(case: Case, saved: Saved) -> None:
+    ours, theirs = (stored_config(folder) for folder in saved[1:])
     assert ours.keys() - case.ours.keys() == theirs.keys()
     assert targeted(case, ours) == targeted(case, theirs)  # "all-linear" may be spelled out in several ways
     for values in (ours, theirs):

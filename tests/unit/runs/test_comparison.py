@@ -7,6 +7,8 @@ import json
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,6 +45,23 @@ def plan_file(folder: Path, **changes: Any) -> Path:
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(PLAN | changes))
     return path
+
+
+@cache
+def composed(*overrides: str) -> RunConfig:
+    return compose(overrides)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_settings_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a tenth of a second, and a comparison does it for every run, each time it is made."""
+
+    def compose_but_for_the_place(overrides: Sequence[str]) -> RunConfig:
+        values = [text for text in overrides if not text.startswith("run_dir=")]
+        places = [text.removeprefix("run_dir=") for text in overrides if text.startswith("run_dir=")]
+        return replace(composed(*values), **({"run_dir": places[-1]} if places else {}))
+
+    monkeypatch.setattr("lorafa.runs.comparison.compose", compose_but_for_the_place)
 
 
 class Fake:
