@@ -38,6 +38,7 @@ from lorafa.settings.checks import (
 from lorafa.settings.fields import (
     Form,
     check_fields,
+    check_forms,
     check_mapping,
     check_pattern,
     check_tokens,
@@ -119,9 +120,9 @@ def _check_names(name: str, value: Any) -> None:
 
 
 def _check_rows(name: str, value: Any) -> None:
-    for table, rows in value.items() if isinstance(value, dict) else [("", value)]:
-        if rows is not None:
-            indices(f"{name}[{table!r}]" if table else name, rows)
+    tables = value if isinstance(value, dict) else {} if value is None else {None: value}
+    for table, rows in tables.items():
+        indices(name if table is None else f"{name}[{table!r}]", rows)
 
 
 @dataclass
@@ -140,7 +141,7 @@ class LoraConfig:
     """Class and library of the base model, written when task_type is None."""
     peft_version: str | None = setting(check=check_text)
     """The PEFT version that wrote the file, if PEFT did."""
-    base_model_name_or_path: str | None = setting(form=path_text)
+    base_model_name_or_path: str | None = setting(form=path_text, check=check_text)
     revision: str | None = setting(check=check_text)
     """Revision of the base model."""
     inference_mode: bool = setting(False, check=check_flag)
@@ -222,7 +223,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         take_forms(self)
         self._take_start()
-        self.check()
+        check_config(self)
 
     def _take_start(self) -> None:
         """Bring the start to its one form and fill in its default settings, unless it needs them given."""
@@ -263,6 +264,7 @@ class LoraConfig:
         Raises:
             ConfigError: a value is not allowed, or two values contradict each other.
         """
+        check_forms(self)
         check_config(self)
 
     def of_trained(self) -> LoraConfig:

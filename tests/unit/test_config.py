@@ -292,3 +292,24 @@ def test_the_version_in_the_code_is_the_one_of_the_package():
     project = ROOT / "pyproject.toml"
     (version,) = re.findall(r'^version = "(.+)"$', project.read_text(), flags=re.MULTILINE)
     assert version == VERSION
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base_model_name_or_path", 5),
+        ("task_type", "NONE"),
+        ("modules_to_save", "head"),
+        ("target_parameters", [1]),
+        ("layer_replication", [[4, 2]]),
+        ("trainable_token_indices", {"embed": None}),
+        ("eva_config", 3),
+    ],
+)
+def test_a_field_that_was_set_afterwards_is_checked_again(name: str, value: object) -> None:
+    config = LoraConfig(target_modules=["fc"])
+    setattr(config, name, value)
+    with pytest.raises(ConfigError, match=name):
+        config.check()
+    with pytest.raises(ConfigError, match=name):
+        LoraConfig(target_modules=["fc"], **{name: value})

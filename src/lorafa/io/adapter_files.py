@@ -38,7 +38,7 @@ from lorafa.storage.tensors import (
 )
 from lorafa.storage.whole import make_folder, write_json
 from lorafa.surgery.available import require_available
-from lorafa.surgery.walk import Place, lora_layers, places, uncompiled
+from lorafa.surgery.walk import Place, lora_layers, places, pristine_of, uncompiled
 from lorafa.variants import variant_types
 from lorafa.version import VERSION
 
@@ -316,7 +316,7 @@ def _dequantized(everything: Iterable[Place], stored: StoredAdapter) -> dict[str
     found: dict[str, Tensor | None] = {}
     for place in everything:
         if place.name in stored.quantized:
-            base = place.module.pristine if isinstance(place.module, LoraLayer) else place.module
+            base = pristine_of(place.module)
             backend = backend_of(base)
             found[place.name] = backend.weight(in_memory(base)) if backend is not None and backend.quantized else None
     return fingerprint(found.items())

@@ -21,7 +21,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
 from lorafa.storage.tensors import can_be_gathered, is_part, whole
-from lorafa.surgery.walk import base_parameters, hosts, lora_layers, uncompiled_name
+from lorafa.surgery.walk import base_parameters, hosts, layers_of, lora_layers, uncompiled_name
 
 Layers = list[tuple[str, LoraLayer]]
 """Layers with their paths in the user's model."""
@@ -88,7 +88,7 @@ def _biases(
 
 def adapted_layers(found: Iterable[tuple[str, nn.Module]], name: str) -> Layers:
     """Those of the hosts of a model that are layers and carry adapter ``name``."""
-    return [(path, layer) for path, layer in found if isinstance(layer, LoraLayer) and name in layer.adapters]
+    return [(path, layer) for path, layer in layers_of(found) if name in layer.adapters]
 
 
 def has_start(model: nn.Module, name: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lorafa.errors import CheckpointError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
+from lorafa.surgery.walk import layers_of
 
 
 def tied_tensors(
@@ -28,7 +29,7 @@ def check_ties(found: Sequence[tuple[str, Host]], name: str, tensors: Mapping[st
     Args:
         found: the hosts of the model.
     """
-    layers = ((path, layer) for path, layer in found if isinstance(layer, LoraLayer))
+    layers = layers_of(found)
     for key, source, transposed in (*_tied_factors(layers, name), *_shared(found, name)):
         if key in tensors and source in tensors:
             one, other = tensors[key], _turned(tensors[source], transposed)

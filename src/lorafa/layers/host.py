@@ -22,15 +22,14 @@ class Host(nn.Module):
     nests: ClassVar[bool] = False
     """Whether it adapts one parameter of a module that stays the model's: the module's children are still found as the
     model's own, and the hosts of its other parameters are around this one or inside it."""
+    trains_whole: ClassVar[bool] = False
+    """Whether it trains a copy of the whole module, which files hold in place of the module's own tensors."""
 
     def __init__(self, wrapped: nn.Module) -> None:
         super().__init__()
         self.training = wrapped.training
         self._active_adapter: list[str] = []
         self._disable_adapters = False
-
-    trains_whole: ClassVar[bool] = False
-    """Whether it trains a copy of the whole module, which files hold in place of the module's own tensors."""
 
     # ---- what a kind of host must say
 

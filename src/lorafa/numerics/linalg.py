@@ -179,7 +179,7 @@ def spd_inverse(L: Tensor) -> Tensor:
 
 
 def wide(matrix: Tensor) -> Tensor:
-    """In float64, where the device has it: for r x r matrices, which cost nothing."""
+    """The matrix in float64, where the device has it (mps has not). Cheap for r x r; a copy of twice the size else."""
     return matrix if matrix.device.type == "mps" else matrix.double()
 
 

@@ -377,5 +377,6 @@ def _difference(name: str, now: object, then: object) -> str:
     """The first setting of a group that differs, with both values: "peft.r was 16 then and is 4 now"."""
     if not isinstance(now, Mapping) or not isinstance(then, Mapping):
         return f"{name} was {then!r} then and is {now!r} now"
-    key = next(key for key in (*now, *then) if now.get(key) != then.get(key))
-    return _difference(f"{name}.{key}", now.get(key), then.get(key))
+    absent = "(not set)"
+    key = next(key for key in (*now, *then) if now.get(key, absent) != then.get(key, absent))
+    return _difference(f"{name}.{key}", now.get(key, absent), then.get(key, absent))

@@ -41,6 +41,14 @@ def take_forms(config: Any) -> None:
             setattr(config, one.name, form(one.name, getattr(config, one.name)))
 
 
+def check_forms(config: Any) -> None:
+    """Raises ConfigError for the first field of a dataclass that cannot be brought to its form; changes nothing."""
+    for one in fields(config):
+        form: Form | None = one.metadata.get("form")
+        if form is not None:
+            form(one.name, getattr(config, one.name))
+
+
 def check_fields(config: Any) -> None:
     """Raises ConfigError for the first field of a dataclass whose value is not allowed."""
     for one in fields(config):

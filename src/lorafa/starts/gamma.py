@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,13 +21,11 @@ from lorafa.errors import CalibrationError, warn
 from lorafa.models.modes import evaluating
 from lorafa.peft_model import PeftModel
 from lorafa.surgery.resolve import Resolved
-from lorafa.surgery.walk import hosts
+from lorafa.surgery.walk import adapter_names, hosts
 from lorafa.variants import variant_types
 
 GAMMAS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
 """What ``stable_gamma="auto"`` tries."""
-_NAME = "trial_of_gamma"
-"""The adapter's name meanwhile."""
 
 
 def best_gamma(
@@ -46,20 +45,29 @@ def best_gamma(
     require_batches("heldout", heldout)
     wrapped, losses = PeftModel(resolved.model), {}
     at_once = all(variant.plain for variant in variant_types(resolved.config))
+    name = next(name for count in itertools.count() if (name := f"trial_{count}") not in adapter_names(resolved.model))
     for tried in (GAMMAS,) if at_once else [(gamma,) for gamma in GAMMAS]:
-        with _put_on(wrapped, _with_gamma(resolved, tried[0]), stats):
-            layers = [layer for _, layer in wrapped.base_model.lora_layers() if _NAME in layer.adapters]
-            scalings = [layer.scaling[_NAME] for layer in layers]
+        with _put_on(wrapped, name, _with_gamma(resolved, tried[0]), stats):
+            loss = loss or default_loss(wrapped)
+            layers = [layer for _, layer in wrapped.base_model.lora_layers() if name in layer.adapters]
+            scalings = [layer.scaling[name] for layer in layers]
             for gamma in tried:
                 for layer, scaling in zip(layers, scalings, strict=True):
-                    layer.scaling[_NAME] = scaling * (tried[0] / gamma)
-                losses[gamma] = _mean_loss(wrapped, heldout, loss or default_loss(wrapped))
+                    layer.scaling[name] = scaling * (tried[0] / gamma)
+                losses[gamma] = _mean_loss(wrapped, heldout, loss)
     finite = {gamma: value for gamma, value in losses.items() if math.isfinite(value)}
     if not finite:
         raise CalibrationError(
             f"The loss on the held-out rows is not finite for any gamma from {GAMMAS[0]:g} to {GAMMAS[-1]:g}. Check "
             "the rows, and that the model's own loss on them is finite."
         )
+    if len(set(losses.values())) == 1:
+        usual = type(resolved.config.init_config).stable_gamma
+        warn(
+            f"stable_gamma='auto': the loss on the held-out rows is the same for every gamma, so the start makes no "
+            f"difference there; stable_gamma={usual:g} is kept. Check that the rows reach the adapted layers."
+        )
+        return _with_gamma(resolved, usual)
     best = min(finite, key=finite.__getitem__)
     if best == GAMMAS[0]:
         warn(
@@ -79,23 +87,27 @@ def _with_gamma(resolved: Resolved, gamma: float) -> Resolved:
 
 
 @contextmanager
-def _put_on(wrapped: PeftModel, resolved: Resolved, stats: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+def _put_on(
+    wrapped: PeftModel, name: str, resolved: Resolved, stats: Mapping[str, Mapping[str, Tensor]]
+) -> Iterator[None]:
     """Have the adapter on, alone and trained, for the length of a with-block."""
     tuner, model = wrapped.base_model, resolved.model
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = [(host, host.active_adapters) for _, host in hosts(model)]
+    before = [(host, host.active_adapters, host.disable_adapters) for _, host in hosts(model)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the layers that fall back come with the start that is kept
-        take_back = tuner.apply_plan(tuner.plan_resolved(resolved, _NAME, stats=stats))
+        take_back = tuner.apply_plan(tuner.plan_resolved(resolved, name, stats=stats))
     try:
-        tuner.set_adapter(_NAME)
+        tuner.set_adapter(name)
+        tuner.enable_adapter_layers()
         yield
     finally:
         take_back()
-        for host, names in active:
+        for host, names, off in before:
             host.activate(names)
+            host.enable_adapters(not off)
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag  # by method, a lazy layer's parameter refuses
 
 
 def _mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:

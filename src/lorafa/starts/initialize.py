@@ -147,12 +147,11 @@ def initialize(
         raise AdapterError(
             "The model is a PeftModel already. Call collect_statistics on it, then its add_adapter with stats=."
         )
-    config = lora_config(config)
-    _require_heldout(config, heldout)
-    if ranks is not None:
-        collecting = _united(config, ranks, collecting)
     check_can_wrap(require_module(model), "add_adapter")
-    resolved = resolve(model, config)
+    resolved = resolve(model, lora_config(config))
+    _require_heldout(resolved.config, heldout)
+    if ranks is not None:
+        collecting = _united(resolved.config, ranks, collecting)
     _require_room(resolved, adapter_name)
     stats = collect_statistics(model, resolved, data, loss=loss, **collecting)
     options = Options(autocast_adapter_dtype)
@@ -209,7 +208,7 @@ def _started(
     loss: Loss | None,
 ) -> PeftModel:
     """The adapted model, by statistics that were collected for this or checked."""
-    resolved = _with_start(resolved, stats, ranks=ranks, heldout=heldout, loss=loss)
+    resolved = _with_start(met(resolved.model, resolved), stats, ranks=ranks, heldout=heldout, loss=loss)
     read = ranks is None or resolved.start.initializer.needs  # else they were for the ranks alone
     return adapted(resolved, adapter_name, options, dict(stats) if read else None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -203,6 +204,8 @@ def with_ranks(
 ) -> LoraConfig:
     """The config with these ranks for its targets, as patterns over full names; a rank of 0 leaves the layer out.
 
+    With ``ensure_weight_tying`` the modules that share a target's weight are targets, too.
+
     Args:
         ranks: of every target by its full name.
         keep_scaling: change each layer's alpha so that its scaling s stays what the config says for its old rank.
@@ -225,7 +228,7 @@ def ranked(resolved: Resolved, ranks: Mapping[str, int], *, keep_scaling: bool =
     for target in kept:
         rank, key = ranks[target.full_name], f"^{re.escape(target.full_name)}"
         alpha = target.alpha * (_rescaling(target.rank, rank, config) if keep_scaling else 1)
-        if rank != config.r:
+        if rank != config.r or target.rank != config.r:  # which something else than r has said
             rank_pattern[key] = rank
         if alpha != config.lora_alpha:
             alpha_pattern[key] = alpha
@@ -233,14 +236,19 @@ def ranked(resolved: Resolved, ranks: Mapping[str, int], *, keep_scaling: bool =
     changes: dict[str, object] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     if len(kept) == len(targets):
         return resolved.changed(made, **changes)
-    chosen = resolve(resolved.model, replace(resolved.given, **changes | _only(resolved.named, kept)))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the config means was said when it met the model
+        chosen = resolve(resolved.model, replace(resolved.given, **changes | _only(resolved.named, kept)))  # type: ignore[arg-type]
     names = {target.full_name for target in kept}
-    extra = [target.full_name for target in chosen.targets if target.full_name not in names]
+    extra = [target for target in chosen.targets if target.full_name not in names]
     if extra:
-        raise ConfigError(
-            f"{shorten(extra, 3)} cannot be left out: target_parameters takes names and their dotted ends, and a "
-            "parameter that stays is such an end. Give both a rank of 1 or more."
+        why = (
+            "it shares its weight with a layer that stays, and ensure_weight_tying gives both one adapter"
+            if extra[0].parameter is None
+            else "target_parameters takes names and their dotted ends, and a parameter that stays is such an end"
         )
+        listed = shorten([target.full_name for target in extra], 3)
+        raise ConfigError(f"{listed} cannot be left out: {why}. Give both a rank of 1 or more.")
     return chosen
 
 

@@ -263,16 +263,19 @@ def _statistics(
 ) -> dict[str, dict[str, Statistic]]:
     settings, projections, made = config.start_settings(), Projections(options.seed), {}
     for target in targets:
-        measured = Measured(target.full_name, *_linear_shape(target), target.rank, settings, options, projections)
+        shape = _linear_shape(target, config)
+        measured = Measured(target.full_name, *shape, target.rank, settings, options, projections)
         made[target.full_name] = {name: STATISTICS.get(name)(measured) for name in wanted}
     return made
 
 
-def _linear_shape(target: Target) -> tuple[int, int]:
+def _linear_shape(target: Target, config: LoraConfig) -> tuple[int, int]:
     if not target.layer_type.is_linear:
+        tied = config.ensure_weight_tying and target.layer_type.can_be_tied
         raise CalibrationError(
             f"{target.full_name}: statistics are collected of linear layers, and this is {target.layer_type.kind}. "
-            "Leave it out with exclude_modules, or choose another start."
+            + ("If it is a target because it shares a weight with one, set ensure_weight_tying=False. " if tied else "")
+            + "Leave it out with exclude_modules, or choose another start."
         )
     return target.backend.shape(target.base)
 

@@ -1,9 +1,11 @@
 """Adapters on a model: which layers get one, how it is made, put on, made to count, merged and taken off again.
 
-An adapter goes on in three steps, so that a call that fails leaves the model bit for bit as it was:
+An adapter goes on in steps, so that a call that fails leaves the model bit for bit as it was:
 
-* **plan** (:func:`lorafa.surgery.plan.plan`) meets a config with a model. It finds the layers, checks all that can be
-  wrong, and makes every tensor of the adapter. It changes nothing.
+* **resolve** (:func:`lorafa.surgery.resolve.resolve`) lets a config meet a model, once: it checks the config, finds the
+  layers, and settles what depends on the model. Later steps trust it.
+* **plan** (:func:`lorafa.surgery.plan.plan`) checks all else that can be wrong, and makes every tensor of the adapter.
+  It changes nothing.
 * **apply** (:func:`lorafa.surgery.apply.apply`) changes the model: it wraps the layers, attaches what was made, and
   freezes the rest. The adapter does not count yet; :func:`lorafa.surgery.activate.set_adapter` lets it.
 * **undo** is what apply returns: calling it takes the plan back, ``requires_grad`` included. apply calls it by itself

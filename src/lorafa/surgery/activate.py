@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorafa.errors import AdapterError, BackendError, did_you_mean
-from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
-from lorafa.surgery.walk import hosts, lora_layers
+from lorafa.surgery.walk import hosts, layers_of, lora_layers
 
 
 def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
@@ -18,12 +17,8 @@ def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
     _require_known(hosts(model), names)
 
 
-def _layers(found: Iterable[tuple[str, Host]]) -> Iterator[LoraLayer]:
-    return (host for _, host in found if isinstance(host, LoraLayer))
-
-
 def _require_known(found: Iterable[tuple[str, Host]], names: Sequence[str]) -> None:
-    known = list(dict.fromkeys(name for layer in _layers(found) for name in layer.adapters))
+    known = list(dict.fromkeys(name for _, layer in layers_of(found) for name in layer.adapters))
     for name in names:
         if name not in known:
             raise AdapterError(
@@ -60,7 +55,7 @@ def without_start(model: nn.Module) -> str | None:
 
 
 def _without_start(found: Iterable[tuple[str, Host]]) -> str | None:
-    return next((layer.active_adapters[0] for layer in _layers(found) if layer.without_start), None)
+    return next((layer.active_adapters[0] for _, layer in layers_of(found) if layer.without_start), None)
 
 
 def require_nothing_merged(model: nn.Module) -> None:
@@ -69,7 +64,7 @@ def require_nothing_merged(model: nn.Module) -> None:
 
 
 def _require_nothing_merged(found: Iterable[tuple[str, Host]]) -> None:
-    merged = next((layer.merged_adapters for layer in _layers(found) if layer.merged_adapters), None)
+    merged = next((layer.merged_adapters for _, layer in layers_of(found) if layer.merged_adapters), None)
     if merged:
         raise AdapterError(
             f"{', '.join(map(repr, merged))} {'is' if len(merged) == 1 else 'are'} merged into the base weights. "

@@ -54,7 +54,7 @@ class AuxiliaryPlan:
                 _tokens_wrapper(follower, rows, parents)
 
 
-def name_saved(draft: LoraConfig, everything: list[Place], *, lenient: bool) -> None:
+def name_saved(draft: LoraConfig, named: list[Place], *, lenient: bool) -> None:
     """Settle ``modules_to_save`` of a draft: with the new heads its ``task_type`` trains, and names for expressions.
 
     PEFT would take a regular expression for a name. If an embedding and its head are both named, their copies are tied
@@ -65,22 +65,22 @@ def name_saved(draft: LoraConfig, everything: list[Place], *, lenient: bool) -> 
     heads = [name for name in _heads(draft) if name not in given]
     if not (given or heads):
         return
-    draft.modules_to_save = list(dict.fromkeys(n for name in [*given, *heads] for n in _spelled(everything, name)))
-    groups, saved = tied_groups(everything), _saved_of(draft, everything)
+    draft.modules_to_save = list(dict.fromkeys(n for name in [*given, *heads] for n in _spelled(named, name)))
+    groups, saved = tied_groups(named), _saved_of(draft, named)
     pair = len(groups) == 1 and len(groups[0]) == 2 and all(id(place.module) in saved for place in groups[0])
     draft.ensure_weight_tying = draft.ensure_weight_tying or (pair and not lenient)
 
 
-def _saved_of(config: LoraConfig, everything: list[Place]) -> set[int]:
-    return {id(p.module) for name in config.modules_to_save or () for p in _called(everything, name)}
+def _saved_of(config: LoraConfig, named: list[Place]) -> set[int]:
+    return {id(p.module) for name in config.modules_to_save or () for p in _called(named, name)}
 
 
-def _spelled(everything: Iterable[Place], name: str) -> list[str]:
-    hits = _called(everything, name)
+def _spelled(named: Iterable[Place], name: str) -> list[str]:
+    hits = _called(named, name)
     return [name] if not hits or any(place.name.endswith(name) for place in hits) else [place.name for place in hits]
 
 
-def name_tied_ends(model: nn.Module, draft: LoraConfig, everything: list[Place], targets: Sequence[Target]) -> bool:
+def name_tied_ends(model: nn.Module, draft: LoraConfig, named: list[Place], targets: Sequence[Target]) -> bool:
     """Let a draft with ``ensure_weight_tying`` name all modules that share a weight, where it names one of them.
 
     Returns:
@@ -89,8 +89,8 @@ def name_tied_ends(model: nn.Module, draft: LoraConfig, everything: list[Place],
     Raises:
         ConfigError: of modules that share a weight, one is to be trained in full and one to get an adapter.
     """
-    groups, adapted = tied_groups(everything), {id(target.module) for target in targets}
-    to_save, to_adapt = (_other_ends(groups, ids) for ids in (_saved_of(draft, everything), adapted))
+    groups, adapted = tied_groups(named), {id(target.module) for target in targets}
+    to_save, to_adapt = (_other_ends(groups, ids) for ids in (_saved_of(draft, named), adapted))
     both = to_save.keys() & to_adapt.keys()
     if both:
         raise ConfigError(
@@ -107,7 +107,7 @@ def name_tied_ends(model: nn.Module, draft: LoraConfig, everything: list[Place],
     if saved_names:
         draft.modules_to_save = [*(draft.modules_to_save or ()), *saved_names]
     if target_names:
-        draft.target_modules = _with_names(spelled_targets(model, draft, everything, targets), target_names)
+        draft.target_modules = _with_names(spelled_targets(model, draft, named, targets), target_names)
     return bool(saved_names or target_names)
 
 
@@ -133,7 +133,7 @@ def _heads(config: LoraConfig) -> tuple[str, ...]:
 def plan_auxiliary(
     model: nn.Module,
     config: LoraConfig,
-    everything: list[Place],
+    named: list[Place],
     adapted: list[nn.Module],
     *,
     lenient: bool = False,
@@ -141,7 +141,7 @@ def plan_auxiliary(
     """Find the modules ``modules_to_save`` and ``trainable_token_indices`` mean.
 
     Args:
-        everything: every named place of the model.
+        named: every named place of the model.
         adapted: the modules that get an adapter.
         lenient: warn of a name in ``modules_to_save`` that matches nothing instead of raising; for a config that comes
             with a file, whose tensors are checked one by one anyway.
@@ -150,22 +150,22 @@ def plan_auxiliary(
         TargetError: a name matches nothing, or a module that an adapter is put on.
         ConfigError: a token index outside the table.
     """
-    saved = _saved_modules(everything, config, Bypassed(model, everything), {id(m) for m in adapted}, lenient)
+    saved = _saved_modules(named, config, Bypassed(model, named), {id(m) for m in adapted}, lenient)
     taken = {id(module): "an adapter" for module in adapted} | {id(module): "modules_to_save" for module in saved}
-    rows = _with_followers(_token_rows(model, everything, config, taken), tied_groups(everything), config, taken)
+    rows = _with_followers(_token_rows(model, named, config, taken), tied_groups(named), config, taken)
     return AuxiliaryPlan(saved, rows, keep_ties=config.ensure_weight_tying or not lenient)
 
 
 def _saved_modules(
-    everything: list[Place], config: LoraConfig, bypassed: Bypassed, adapted: Container[int], lenient: bool
+    named: list[Place], config: LoraConfig, bypassed: Bypassed, adapted: Container[int], lenient: bool
 ) -> list[nn.Module]:
     """The modules to copy; what is inside one of them is copied with it."""
     found: dict[int, nn.Module] = {}
     inside: set[int] = set()
     for name in config.modules_to_save or ():
-        hits = _called(everything, name)
+        hits = _called(named, name)
         if not hits and name not in _heads(config):  # of the usual names of heads a model has one
-            leaves = sorted({p.name.rpartition(".")[2] for p in everything})
+            leaves = sorted({p.name.rpartition(".")[2] for p in named})
             message = (
                 f"modules_to_save: {name!r} matches no module.{did_you_mean(name, leaves)} "
                 f"The last names of the model's modules are: {shorten(leaves, 12)}."
@@ -208,13 +208,13 @@ def _check_can_be_saved(place: Place, name: str, adapted: Container[int]) -> Non
         )
 
 
-def _called(everything: Iterable[Place], name: str) -> list[Place]:
+def _called(named: Iterable[Place], name: str) -> list[Place]:
     """Places whose name ends in ``name``, at a dot or not, as in PEFT: "norm" means input_layernorm, too.
 
     If there is none, those it is a regular expression for.
     """
-    hits = [p for p in everything if p.name.endswith(name)]
-    return hits or [p for p in everything if re.fullmatch(rf"(.*\.)?{name}", p.name)]
+    hits = [p for p in named if p.name.endswith(name)]
+    return hits or [p for p in named if re.fullmatch(rf"(.*\.)?{name}", p.name)]
 
 
 def _saved_wrapper(module: nn.Module, parents: Parents) -> ModulesToSaveWrapper:
@@ -237,17 +237,17 @@ def _keep_ties(wrappers: Iterable[ModulesToSaveWrapper], name: str) -> None:
 
 
 def _token_rows(
-    model: nn.Module, everything: list[Place], config: LoraConfig, taken: dict[int, str]
+    model: nn.Module, named: list[Place], config: LoraConfig, taken: dict[int, str]
 ) -> list[tuple[Place, list[int]]]:
     wanted = config.trainable_token_indices
     if not wanted:
         return []
-    by_name = wanted if isinstance(wanted, dict) else {_input_embedding(model, everything): wanted}
+    by_name = wanted if isinstance(wanted, dict) else {_input_embedding(model, named): wanted}
     found: list[tuple[Place, list[int]]] = []
     for name, indices in by_name.items():
-        hits = [p for p in everything if p.name == name or p.name.endswith(f".{name}")]
+        hits = [p for p in named if p.name == name or p.name.endswith(f".{name}")]
         if not hits:
-            leaves = sorted({p.name.rpartition(".")[2] for p in everything})
+            leaves = sorted({p.name.rpartition(".")[2] for p in named})
             raise TargetError(
                 f"trainable_token_indices: {name!r} matches no module.{did_you_mean(name, leaves)} "
                 f"The last names of the model's modules are: {shorten(leaves, 12)}."
@@ -292,7 +292,7 @@ def _odd_table(table: nn.Module) -> str | None:
 
 
 def _with_followers(
-    named: list[tuple[Place, list[int]]], groups: list[list[Place]], config: LoraConfig, taken: dict[int, str]
+    asked: list[tuple[Place, list[int]]], groups: list[list[Place]], config: LoraConfig, taken: dict[int, str]
 ) -> list[Rows]:
     """The rows of each table that is named, followed by the modules that share it unless they have rows of their own.
 
@@ -300,7 +300,7 @@ def _with_followers(
         TargetError: a module that would follow is adapted or trained in full.
         ConfigError: one would not follow, and ``ensure_weight_tying`` asks for one table.
     """
-    rows = {id(place.module): indices for place, indices in named}
+    rows = {id(place.module): indices for place, indices in asked}
     followers: dict[int, list[nn.Module]] = {}
     for group in groups:
         owner, *others = group
@@ -310,7 +310,7 @@ def _with_followers(
             followers[id(owner.module)] = [p.module for p in others if _follows(p, owner, rows, taken)]
     following = {id(module) for modules in followers.values() for module in modules}
     found: list[Rows] = []
-    for place, indices in named:
+    for place, indices in asked:
         if id(place.module) in following:
             continue
         if isinstance(place.module, TrainableTokensWrapper) and place.module.is_tied:
@@ -347,9 +347,9 @@ def _follows(place: Place, owner: Place, rows: dict[int, list[int]], taken: dict
     return True
 
 
-def _input_embedding(model: nn.Module, everything: list[Place]) -> str:
+def _input_embedding(model: nn.Module, named: list[Place]) -> str:
     table = embedding_of(model, "get_input_embeddings")
-    name = next((p.name for p in everything if p.module is table), None)
+    name = next((p.name for p in named if p.module is table), None)
     if name is None:
         raise TargetError(
             "trainable_token_indices: the model does not say which module is its input embedding. "

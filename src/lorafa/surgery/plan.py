@@ -1,4 +1,4 @@
-"""Plan an adapter: find its layers and build all of it. Everything that can fail fails here; nothing is changed."""
+"""Plan an adapter: build all of it for the layers that were found. What can fail fails here; nothing is changed."""
 
 from __future__ import annotations
 

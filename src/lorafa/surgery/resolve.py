@@ -16,21 +16,26 @@ from lorafa.surgery.auxiliary import name_saved, name_tied_ends
 from lorafa.surgery.available import require_available
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.targets import Target, find_targets, spelled_targets
-from lorafa.surgery.walk import Place, name_of, places, require_module, user_model
+from lorafa.surgery.walk import Place, hosts, name_of, places, require_module, user_model
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config that has met a model. It holds as long as no adapter is put on the model or taken off it."""
+    """A config that has met a model. It holds as long as no adapter is put on the model or taken off it.
+
+    What is settled is set in ``config`` as a new value, so that nothing of it is in ``given`` or at the caller's.
+    """
 
     model: nn.Module
     given: LoraConfig
     """The config as it was handed in: a checked copy."""
     config: LoraConfig
-    """Another one, in which what depends on the model is settled; a plan is made of it, and files hold it."""
+    """The same, with what depends on the model settled; a plan is made of it, and files hold it."""
     everything: list[Place]
     """Every place of the model, the model itself first."""
     targets: list[Target]
+    carried: tuple[object, ...] = ()
+    """What adapters the model carried at that time."""
     lenient: bool = False
     """The config comes with a file: a pattern that matches nothing was worth a warning, and no error."""
 
@@ -42,6 +47,10 @@ class Resolved:
     def settings(self) -> Any:
         """Those of the start, as its initializer reads them."""
         return self.config.start_settings()
+
+    def holds(self) -> bool:
+        """Whether the model carries the adapters that it carried when the config met it, on the same layers."""
+        return self.carried == _carried(self.model)
 
     @property
     def named(self) -> list[Place]:
@@ -103,11 +112,15 @@ def resolve(
         targets = find_targets(model, draft, named, lenient=lenient)
     _settle_layout(draft, targets)
     draft.target_modules = spelled_targets(model, draft, named, targets)
-    return Resolved(model, given, draft, everything, targets, lenient)
+    return Resolved(model, given, draft, everything, targets, _carried(model), lenient)
+
+
+def _carried(model: nn.Module) -> tuple[object, ...]:
+    return tuple((id(host), *host.held()) for _, host in hosts(model))
 
 
 def met(model: nn.Module, config: LoraConfig | Resolved) -> Resolved:
-    """A config that has met the model already, or meets it now.
+    """A config that has met the model already, if the model still carries the same adapters, or meets it now.
 
     Args:
         model: the user's model, or a PeftModel around it.
@@ -116,7 +129,7 @@ def met(model: nn.Module, config: LoraConfig | Resolved) -> Resolved:
         As :func:`resolve`.
     """
     inner = user_model(require_module(model))
-    if isinstance(config, Resolved) and config.model is inner:
+    if isinstance(config, Resolved) and config.model is inner and config.holds():
         return config
     return resolve(inner, config.given if isinstance(config, Resolved) else lora_config(config))
 

@@ -76,14 +76,14 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, draft: LoraConfig, everything: list[Place], *, lenient: bool = False
+    model: nn.Module, draft: LoraConfig, named: list[Place], *, lenient: bool = False
 ) -> list[Target]:
     """The layers a config means, in the order of the model, each once however many names it has.
 
     The stacked experts that "all-linear" takes in are named in ``target_parameters`` of the draft.
 
     Args:
-        everything: every named place of the model.
+        named: every named place of the model.
         lenient: warn of patterns that match nothing instead of raising; for a config that comes with a file, whose
             tensors are checked one by one anyway.
 
@@ -91,13 +91,13 @@ def find_targets(
         TargetError: a pattern matches nothing, or matches something that cannot carry an adapter.
     """
     config, patterns = draft, _Patterns(draft)
-    _take_stacked(draft, everything, patterns)
-    chosen = _modules(model, everything, config, patterns, lenient)
+    _take_stacked(draft, named, patterns)
+    chosen = _modules(model, named, config, patterns, lenient)
     targets = [_target(place, None, config, patterns) for place in chosen]
-    targets += _parameters(everything, config, patterns, taken={id(place.module) for place in chosen})
-    patterns.report(everything, warn_only=lenient and bool(targets))
+    targets += _parameters(named, config, patterns, taken={id(place.module) for place in chosen})
+    patterns.report(named, warn_only=lenient and bool(targets))
     if not lenient and not _is_all_linear(config.target_modules):
-        warn_of_left_out(everything, config, {target.full_name for target in targets})
+        warn_of_left_out(named, config, {target.full_name for target in targets})
     if not targets and config.exclude_modules and config.target_modules:
         raise TargetError(
             f"exclude_modules={config.exclude_modules!r} takes away every layer that target_modules names. Narrow it."
@@ -111,7 +111,7 @@ def find_targets(
 
 
 def spelled_targets(
-    model: nn.Module, config: LoraConfig, everything: Sequence[Place], targets: Sequence[Target]
+    model: nn.Module, config: LoraConfig, named: Sequence[Place], targets: Sequence[Target]
 ) -> set[str] | str | None:
     """``target_modules`` to keep and save, with None and "all-linear" spelled out.
 
@@ -123,7 +123,7 @@ def spelled_targets(
     if not _is_all_linear(wanted):
         return wanted if isinstance(wanted, str) else set(wanted)
     chosen = {id(target.module) for target in targets if target.parameter is None}
-    others = {end for place in everything if id(place.module) not in chosen for end in dotted_ends(place.name)}
+    others = {end for place in named if id(place.module) not in chosen for end in dotted_ends(place.name)}
     names = [target.name for target in targets if target.parameter is None]
     return {next((end for end in dotted_ends(name) if end not in others), name) for name in names}
 
@@ -139,17 +139,17 @@ def takes_parameters(model: nn.Module, config: LoraConfig) -> bool:
     return bool(draft.target_parameters)
 
 
-def _take_stacked(draft: LoraConfig, everything: list[Place], patterns: _Patterns) -> None:
+def _take_stacked(draft: LoraConfig, named: list[Place], patterns: _Patterns) -> None:
     """Name in ``target_parameters`` of the draft the stacked experts that "all-linear" takes in."""
     if not _is_all_linear(draft.target_modules):
         return
     kept = [
         s.name
-        for s in stacked_parameters(everything)
+        for s in stacked_parameters(named)
         if not _inside_saved(s.place.name, draft)
         and not any(patterns.matches("exclude_modules", draft.exclude_modules, n) for n in (s.place.name, s.name))
     ]
-    name_stacked(draft, everything, kept)
+    name_stacked(draft, named, kept)
 
 
 class _Patterns:
@@ -190,7 +190,7 @@ class _Patterns:
                 return value
         return None
 
-    def report(self, everything: list[Place], *, warn_only: bool) -> None:
+    def report(self, named: list[Place], *, warn_only: bool) -> None:
         """Raise for, or warn of, every pattern that has matched nothing."""
         config = self.config
         for field in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "exclude_modules"):
@@ -199,24 +199,24 @@ class _Patterns:
             unused = [p for p in wanted if (field, p) not in self.used and p.lower() != ALL_LINEAR]
             if not unused:
                 continue
-            message = _no_match(config, field, unused, everything)
+            message = _no_match(config, field, unused, named)
             if warn_only or field == "exclude_modules":
                 warn(message)
             else:
                 raise TargetError(message)
 
 
-def _no_match(config: LoraConfig, field: str, unused: list[str], everything: list[Place]) -> str:
+def _no_match(config: LoraConfig, field: str, unused: list[str], named: list[Place]) -> str:
     if field == "target_parameters":
-        leaves = sorted({n for place in everything for n, _ in place.module.named_parameters(recurse=False)})
+        leaves = sorted({n for place in named for n, _ in place.module.named_parameters(recurse=False)})
         kind = "parameters"
     else:
-        leaves = sorted({p.name.rpartition(".")[2] for p in everything if _can_carry(p.module)})
+        leaves = sorted({p.name.rpartition(".")[2] for p in named if _can_carry(p.module)})
         kind = "layers that can carry an adapter"
     last = unused[0].rpartition(".")[2]
     hint = "" if last in leaves else did_you_mean(last, leaves)
     names = config.target_modules if isinstance(config.target_modules, str) else unused
-    stacked = meant(stacked_parameters(everything), names) if field == "target_modules" else []
+    stacked = meant(stacked_parameters(named), names) if field == "target_modules" else []
     if stacked:
         hint = (
             f" Layers of that name are stacked in parameters of the experts: name those, target_parameters={stacked!r}."
@@ -236,16 +236,16 @@ def _can_carry(module: nn.Module) -> bool:
 
 
 def _modules(
-    model: nn.Module, everything: list[Place], config: LoraConfig, patterns: _Patterns, lenient: bool
+    model: nn.Module, named: list[Place], config: LoraConfig, patterns: _Patterns, lenient: bool
 ) -> list[Place]:
     wanted = config.target_modules
     if wanted is None:
         if config.target_parameters:
             return []
         wanted = _default_targets(model)
-    bypassed = Bypassed(model, everything)
+    bypassed = Bypassed(model, named)
     if _is_all_linear(wanted):
-        found = [p for p in _all_linear(model, everything, config) if not bypassed.why(p)]
+        found = [p for p in _all_linear(model, named, config) if not bypassed.why(p)]
         found = [p for p in found if not patterns.matches("exclude_modules", config.exclude_modules, p.name)]
         if not found and not config.target_parameters:
             raise TargetError(
@@ -253,7 +253,7 @@ def _modules(
                 "to adapt, or narrow exclude_modules."
             )
     else:
-        found = [place for place in everything if _is_wanted(place.name, wanted, config, patterns)]
+        found = [place for place in named if _is_wanted(place.name, wanted, config, patterns)]
     for place in found:
         _check_carries(place)
         why = bypassed.passed_by(place) if config.ensure_weight_tying else bypassed.why(place)
@@ -302,7 +302,7 @@ def _default_targets(model: nn.Module) -> set[str] | str:
     return targets if isinstance(targets, str) else set(targets)
 
 
-def _all_linear(model: nn.Module, everything: list[Place], config: LoraConfig) -> list[Place]:
+def _all_linear(model: nn.Module, named: list[Place], config: LoraConfig) -> list[Place]:
     """Every linear layer but the output head (of sequence classifiers: the classifier) and the insides of attention.
 
     Those that no back end knows are among them, so that they are refused: a model adapted by halves is no "all".
@@ -311,7 +311,7 @@ def _all_linear(model: nn.Module, everything: list[Place], config: LoraConfig) -
     if head is None and config.task_type == "SEQ_CLS":
         head = next((h for h in (getattr(model, n, None) for n in _CLASSIFIER_HEADS) if h is not None), None)
         head = uncompiled(head) if head is not None else None
-    kinds = [(place, _kind(place.module)) for place in everything]
+    kinds = [(place, _kind(place.module)) for place in named]
     with_inner = tuple(place.name + "." for place, kind in kinds if kind is not None and kind.inner_layers)
     return [
         place
@@ -369,11 +369,11 @@ def _target(place: Place, parameter: str | None, config: LoraConfig, patterns: _
     )
 
 
-def _parameters(everything: list[Place], config: LoraConfig, patterns: _Patterns, taken: set[int]) -> list[Target]:
+def _parameters(named: list[Place], config: LoraConfig, patterns: _Patterns, taken: set[int]) -> list[Target]:
     wanted = set(config.target_parameters or ())
     targets: list[Target] = []
     seen: set[tuple[int, str]] = set()
-    for place in everything if wanted else ():
+    for place in named if wanted else ():
         inner = place.module.get_base_layer() if isinstance(place.module, LoraLayer) else place.module
         for parameter, value in inner.named_parameters(recurse=False):
             name = f"{place.name}.{parameter}"

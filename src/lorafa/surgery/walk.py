@@ -14,7 +14,7 @@ from torch import nn
 
 from lorafa.backends.embedding import is_table
 from lorafa.backends.offload import identity_of
-from lorafa.errors import AdapterError
+from lorafa.errors import AdapterError, TargetError, shorten
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
 from lorafa.layers.wrapper import Wrapper
@@ -80,15 +80,21 @@ def places(model: nn.Module, overlay: Mapping[str, nn.Module] | None = None) -> 
     without what torch.compile put around it.
 
     Args:
-        overlay: name -> the module that is to stand there, as if it did: a plan can be made for layers that are copies
-            of others before they are put in.
+        overlay: name of a place -> the module that is to stand there, as if it did: a plan can be made for layers that
+            are copies of others before they are put in.
+
+    Raises:
+        TargetError: the model has no place of a name in ``overlay``.
     """
     stack = [Place("", "", require_module(model))]
-    overlay = overlay or {}
+    waiting = dict(overlay or {})
+    own = {id(module) for module in model.modules()} if waiting else set()
     while stack:
         place = stack.pop()
-        if place.name in overlay:
-            place = Place(place.name, place.path, overlay[place.name], overlaid=True)
+        if place.name in waiting:
+            place = replace(place, module=waiting.pop(place.name))
+        if own and id(place.module) not in own:
+            place = replace(place, overlaid=True)
         while _is_compiled(place.module):
             place = replace(place, path=_join(place.path, _COMPILED), module=place.module._modules[_COMPILED])  # type: ignore[arg-type]
         yield place
@@ -97,9 +103,10 @@ def places(model: nn.Module, overlay: Mapping[str, nn.Module] | None = None) -> 
             continue
         while isinstance(inside, Host):
             path, inside = _join(path, inside.wrapped_path), inside.get_submodule(inside.wrapped_path)
-        over = place.overlaid
-        children = [Place(_join(place.name, name), _join(path, name), child, over) for name, child in _children(inside)]
+        children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
         stack.extend(reversed(children))
+    if waiting:
+        raise TargetError(f"The model has no place called {shorten(map(repr, waiting), 3)} for another module.")
 
 
 def layers_at(place: Place) -> Iterator[LoraLayer]:
@@ -180,6 +187,11 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield _join(path, name), parameter
+
+
+def layers_of(found: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, LoraLayer]]:
+    """Those of the hosts of a model that are layers with adapters."""
+    return [(path, host) for path, host in found if isinstance(host, LoraLayer)]
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:

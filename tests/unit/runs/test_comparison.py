@@ -22,7 +22,7 @@ from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, DivergedError, TrainingError
 from lorafa.report.comparison import HEADINGS, cells, read_rows, write_comparison
-from lorafa.runs.comparison import LOCKS, Plan, compare, interval, steps_to
+from lorafa.runs.comparison import LOCKS, Plan, _check_same, compare, interval, steps_to
 from lorafa.settings.typed import plain
 from lorafa.train.settings.run import RunConfig
 from toys.places import ROOT
@@ -341,3 +341,9 @@ def test_every_recipe_is_a_plan(path: Path) -> None:
     written = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
     assert [method.name for method in Plan.read(path).methods] == list(written)
     assert len(written) > 1
+
+
+def test_a_setting_that_is_none_on_one_side_and_missing_on_the_other_differs() -> None:
+    now, then = {"optim": {"own": {"x": None}}}, {"optim": {"own": {}}}
+    with pytest.raises(ConfigError, match=r"optim\.own\.x was '\(not set\)' then and is None now"):
+        _check_same(now, then, Path("run"))

@@ -20,11 +20,15 @@ from lorafa import (
     collect_statistics,
     get_peft_model,
     initialize,
+    inject_adapter_in_model,
 )
 from lorafa.errors import AdapterError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers.lora_one import LoraOneConfig
 from lorafa.numerics.linalg import full_svd
-from lorafa.starts.gamma import GAMMAS
+from lorafa.starts.gamma import GAMMAS, best_gamma
+from lorafa.surgery.activate import enable_adapters
+from lorafa.surgery.resolve import resolve
+from lorafa.surgery.walk import hosts
 from toys.calibration import LAYERS, Toy, config, gradient_matrix, gradients, inputs, loss
 from toys.compare import assert_unchanged, everything, refused
 
@@ -263,6 +267,46 @@ def test_gamma_auto_says_when_the_best_is_an_end_of_its_range_and_when_none_work
     model = Toy()
     with refused(model, CalibrationError, r"not finite for any gamma from 64 to 2048"):
         initialize(model, auto, data, heldout=[data[0] * torch.inf], loss=loss)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", ["lora_one", "functional"])
+def test_gamma_auto_beside_an_injected_adapter_is_that_of_the_model_alone_and_leaves_it_as_it_was(start: str) -> None:
+    data, heldout = inputs(4), inputs(6)[4:]
+    auto = config(start, init_config=LoraOneConfig(stable_gamma="auto"))
+    alone = initialize(Toy(), auto, data, heldout=heldout, loss=loss).peft_config["default"].init_config.stable_gamma
+    model = Toy()
+    inject_adapter_in_model(config(True), model, "trial_0")
+    enable_adapters(model, False)
+    before = [(host, host.active_adapters, host.disable_adapters) for _, host in hosts(model)]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    found = best_gamma(resolve(model, auto), collect_statistics(model, auto, data, loss=loss), heldout, loss=loss)
+    assert found.config.init_config.stable_gamma == alone
+    assert [(host, host.active_adapters, host.disable_adapters) for _, host in hosts(model)] == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_gamma_auto_of_a_loss_that_no_step_changes_keeps_the_usual_one_and_says_so() -> None:
+    def deaf(model: nn.Module, x: Tensor) -> Tensor:
+        return loss(model, x) if torch.is_grad_enabled() else x.new_ones(())
+
+    data, auto = inputs(4), config(init_config=LoraOneConfig(stable_gamma="auto"))
+    with pytest.warns(UserWarning, match=r"the same for every gamma.* stable_gamma=128 is kept"):
+        chosen = initialize(Toy(), auto, data, heldout=data, loss=deaf)
+    assert chosen.peft_config["default"].init_config.stable_gamma == 128
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gamma_auto_under_dora_compares_models_as_they_would_start() -> None:
+    data, heldout = inputs(4), inputs(6)[4:]
+    auto = config(init_config=LoraOneConfig(stable_gamma="auto"), use_dora=True)
+    chosen = initialize(Toy(), auto, data, heldout=heldout, loss=loss)
+    losses = {}
+    for trial in GAMMAS:
+        settings = config(init_config=LoraOneConfig(stable_gamma=trial), use_dora=True)
+        adapted = initialize(Toy(), settings, data, loss=loss).eval()
+        losses[trial] = sum(loss(adapted, x).item() for x in heldout)
+    assert chosen.peft_config["default"].init_config.stable_gamma == min(losses, key=losses.__getitem__)
 
 
 def test_saved_starts_from_data_load_with_equal_outputs(tmp_path: Path) -> None:

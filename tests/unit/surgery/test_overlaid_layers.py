@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorafa import LoraConfig
+from lorafa.errors import TargetError
 from lorafa.surgery.plan import plan
 from lorafa.surgery.resolve import resolve
 from lorafa.surgery.walk import places, tied_groups
@@ -58,6 +59,6 @@ def test_copies_of_layers_get_adapters_of_their_own_and_are_tied_to_nothing(tyin
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
-def test_an_overlay_of_no_name_of_the_model_changes_nothing() -> None:
-    model = Model()
-    assert list(places(model, {"other": nn.Linear(2, 2)})) == list(places(model))
+def test_an_overlay_of_no_place_of_the_model_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"The model has no place called 'layers\.2' for another module"):
+        list(places(Model(), {"layers.2": Block()}))

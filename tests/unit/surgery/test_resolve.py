@@ -14,8 +14,22 @@ import lorafa
 import lorafa.config
 import lorafa.io.load
 import lorafa.surgery.resolve
-from lorafa import LoraConfig, PeftModel, RankRule, choose_ranks, collect_statistics, get_peft_model, initialize
+from lorafa import (
+    LoraConfig,
+    PeftModel,
+    RankRule,
+    choose_ranks,
+    collect_statistics,
+    get_peft_model,
+    initialize,
+    inject_adapter_in_model,
+    start_from,
+    with_ranks,
+)
+from lorafa.errors import AdapterError, CalibrationError, ConfigError
+from lorafa.layers.base import LoraLayer
 from lorafa.surgery.resolve import met, resolve
+from toys.language_models import mixtral
 
 ROWS = list(torch.randn(8, 4, 6, generator=torch.Generator().manual_seed(0)))
 
@@ -108,3 +122,46 @@ def test_what_is_settled_for_a_model_is_in_no_object_of_the_caller() -> None:
     resolved.config.rank_pattern = {}
     assert given.to_dict() == before == resolved.given.to_dict()
     assert [target.rank for target in resolved.targets] == [1, 2, 2]
+
+
+def test_a_config_that_met_the_model_before_another_adapter_went_on_meets_it_again() -> None:
+    """The layers found before are no longer those of the model."""
+    base = model()
+    resolved = resolve(base, LORA_ONE)
+    stats = collect_statistics(base, resolved, ROWS, loss=loss)
+    inject_adapter_in_model(config(), base, "before")
+    assert not resolved.holds()
+    adapted = start_from(base, resolved, stats)
+    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    assert [sorted(layer.adapters) for layer in layers] == [["before", "default"]] * 3
+    with pytest.raises(AdapterError, match="already has an adapter 'default'"):
+        start_from(base, resolved, stats)
+
+
+def test_ranks_of_stacked_experts_are_those_asked_for() -> None:
+    """all-linear doubles the rank of gate_up_proj, which holds two layers, unless another is said."""
+    base = mixtral()
+    given = LoraConfig(r=4, target_modules="all-linear")
+    names = [target.full_name for target in resolve(base, given).targets]
+    chosen = with_ranks(base, given, dict.fromkeys(names, 4), keep_scaling=False)
+    adapted = get_peft_model(base, chosen)
+    assert {layer.r["default"] for _, layer in adapted.base_model.lora_layers()} == {4}
+
+
+def test_a_tied_end_that_stays_out_of_statistics_and_ranks_is_said_with_its_cause() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.fc(self.embed(x)))
+
+    tying: dict[str, Any] = {"target_modules": ["fc", "head"], "ensure_weight_tying": True}
+    text = r"embed: statistics are collected of linear layers.* shares a weight with one, set ensure_weight_tying=False"
+    with pytest.raises(CalibrationError, match=text):
+        collect_statistics(Tied(), config(init_lora_weights="lora_one", **tying), [torch.tensor([[1, 2]])], loss=loss)
+    text = r"embed cannot be left out: it shares its weight with a layer that stays, and ensure_weight_tying"
+    with pytest.raises(ConfigError, match=text):
+        with_ranks(Tied(), config(**tying), {"embed": 0, "fc": 1, "head": 2})
