@@ -162,7 +162,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found, Found
 
 def matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the tensors of a layer say, apart from the signs of singular vectors and how often data were gone over."""
-    found = {name: tensors[name] for name in ("second_moment.C", "corda_moment.C") if name in tensors}
+    found = {name: tensors[name] for name in ("second_moment.C", "exact_moment.C", "corda_moment.C") if name in tensors}
     for name in ("gradient", "whitened_gradient"):
         if f"{name}.S" in tensors:
             found[name] = gradient_matrix(tensors, name)

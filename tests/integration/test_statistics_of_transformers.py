@@ -122,4 +122,4 @@ def test_logits_that_nobody_reads_are_not_computed() -> None:
 def test_a_head_that_is_adapted_sees_every_row() -> None:
     found, rows = inputs_of(llama(), ROWS, "q_proj", "lm_head")
     assert rows == IDS.shape[1]
-    assert int(found["lm_head"]["second_moment.tokens"]) == IDS.numel()
+    assert int(found["lm_head"]["exact_moment.tokens"]) == IDS.numel()
