@@ -18,6 +18,17 @@ DATASETS: Registry[DataSet] = Registry(
     },
 )
 
+TEMPLATES: Registry[str] = Registry(
+    "chat template",
+    {
+        "alpaca": "lorafa.data.templates:ALPACA",
+        "chatml": "lorafa.data.templates:CHATML",
+        "plain": "lorafa.data.templates:PLAIN",
+        "vicuna": "lorafa.data.templates:VICUNA",
+    },
+)
+"""Chat templates that ``data.template`` takes by name."""
+
 
 def data_set_names() -> list[str]:
     """Data sets that have a name of their own; others are named by a path or a Hub id."""
