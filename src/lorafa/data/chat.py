@@ -19,7 +19,7 @@ from lorafa.errors import DataError, warn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "Encoded", "Sample", "encode_all", "encode_prompt", "render", "render_sample"]
+__all__ = ["IGNORE", "Encoded", "Sample", "encode_all", "encode_prompt", "encode_prompts", "render", "render_sample"]
 
 IGNORE = -100
 """The label of a token that is read but not trained, as in ``torch.nn.functional.cross_entropy``."""
@@ -95,8 +95,22 @@ def encode_prompt(
     Raises:
         DataError: the template refuses the conversation, or leaves the assistant's text out.
     """
-    before = Writer(tokenizer).ask(list(messages), tools)
-    return [token for part in _ended(before, Tokens(tokenizer).ids(before)) for token in part]
+    return _prompt(messages, tools, Writer(tokenizer), Tokens(tokenizer))
+
+
+def encode_prompts(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids after which the model is to write the last assistant turn of each record.
+
+    Raises:
+        DataError: as :func:`encode_prompt`; the row is named.
+    """
+    writer, tokens, prompts = Writer(tokenizer), Tokens(tokenizer), []
+    for record in records:
+        try:
+            prompts.append(_prompt(record.question, record.tools, writer, tokens))
+        except DataError as error:
+            raise DataError(f"{_row(record)}: {error}") from error
+    return prompts
 
 
 def render_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -106,6 +120,11 @@ def render_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
         piece = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
         text.append(piece, style="green" if trained else "dim")
     return text
+
+
+def _prompt(messages: Iterable[Message], tools: Sequence[Any], writer: Writer, tokens: Tokens) -> list[int]:
+    before = writer.ask(list(messages), tools)
+    return [token for part in _ended(before, tokens.ids(before)) for token in part]
 
 
 def _say_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -116,7 +116,7 @@ class Writer:
             if message.role != "assistant":
                 continue
             try:
-                turn = self._turn(messages[: number + 1], tools, text, len(messages))
+                turn = self._turn(messages, number, tools, text)
                 said += changed_words(message, text[turn.start : turn.stop])
             except (Refused, DataError) as error:
                 refused[number] = str(error)
@@ -129,21 +129,33 @@ class Writer:
     def _text(self, messages: Sequence[Message], tools: Sequence[Any], *, asks: bool = False) -> str:
         return render(messages, self.tokenizer, add_generation_prompt=asks, tools=tools)
 
-    def _turn(self, messages: Sequence[Message], tools: Sequence[Any], text: str, count: int) -> _Turn:
-        """Where the last of the messages stands in the text of the whole conversation, which has ``count``."""
-        asked, neighbour = self._asked(messages[:-1], tools)
-        through = text if len(messages) == count else self._text(messages, tools)
+    def _turn(self, messages: Sequence[Message], number: int, tools: Sequence[Any], text: str) -> _Turn:
+        """Where the message of that number stands in the text of all."""
+        asked, neighbour = self._asked(messages[:number], tools)
+        through = text if number == len(messages) - 1 else self._text(messages[: number + 1], tools)
         if not text.startswith(asked) or not through.startswith(asked):
-            raise Refused(_REWRITTEN.format(len(messages)))
+            raise Refused(_REWRITTEN.format(number + 1))
         start = len(asked)
         words = len(through) - _common_end(through[start:], neighbour[start:])
         mark = self._mark(through, start, words)
+        end = self._end_of_sequence() if mark is None else self._id(mark.group())
         words = words if mark is None else min(words, mark.start())
-        if mark is not None and text.startswith(through[: mark.end()]):
-            return _Turn(start, self._after(mark, text), self._id(mark.group()), added=False)
-        if not text.startswith(through[:words]):
-            raise Refused(_REWRITTEN.format(len(messages)))
-        return _Turn(start, words, self._end_of_sequence() if mark is None else self._id(mark.group()), added=True)
+        tail = "" if mark is None else through[words : mark.end()]
+        if not text.startswith(through[:words]):  # as the last turn it is written differently
+            words = self._end_of_words(messages, number, tools, text, start)
+        if mark is not None and text.startswith(tail, words):
+            return _Turn(start, self._after(mark.group(), text, words + len(tail)), end, added=False)
+        return _Turn(start, words, end, added=True)
+
+    def _end_of_words(
+        self, messages: Sequence[Message], number: int, tools: Sequence[Any], text: str, start: int
+    ) -> int:
+        """Where a turn that others follow has its last word: what comes after is the same with other words."""
+        others = [*messages[:number], Message("assistant", HOLE), *messages[number + 1 :]]
+        neighbour = self._text(others, tools)
+        if HOLE not in neighbour[start:]:
+            raise Refused(_REWRITTEN.format(number + 1))
+        return len(text) - _common_end(text[start:], neighbour[start:])
 
     def _asked(self, before: Sequence[Message], tools: Sequence[Any]) -> tuple[str, str]:
         """What precedes an answer to ``before``, and the same conversation with a hole for an answer.
@@ -173,12 +185,9 @@ class Writer:
         mark = marks[-1]
         return mark if self._special.fullmatch(mark.group()) or mark.start() >= words else None
 
-    def _after(self, mark: re.Match[str], text: str) -> int:
+    def _after(self, mark: str, text: str, stop: int) -> int:
         """Where the end of a turn is over: some tokens take the blanks that follow with them."""
-        stop = mark.end()
-        if mark.group() in self._swallowing:
-            stop += len(text[stop:]) - len(text[stop:].lstrip())
-        return stop
+        return len(text) - len(text[stop:].lstrip()) if mark in self._swallowing else stop
 
     def _end_by_template(self) -> set[str]:
         """The token with which the template ends a turn: texts cannot have it either, special or not."""

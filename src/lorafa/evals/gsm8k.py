@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal
 
-from lorafa.data.chat import encode_prompt
+from lorafa.data.chat import encode_prompts
 from lorafa.data.records import Record, final_answer, last_number
 from lorafa.errors import ConfigError, DataError, did_you_mean
 from lorafa.evals.entry import Evaluation, Scores, Subject
@@ -104,7 +104,7 @@ def evaluate(
             raise DataError(
                 f"A record asks nothing before its answer {gold!r}, so there is nothing to generate from. Leave it out."
             )
-    prompts = [encode_prompt(record.question, tokenizer, record.tools) for record in records]
+    prompts = encode_prompts(records, tokenizer)
     written = generate_greedy(
         model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, ends=ends, progress=progress
     )
@@ -158,7 +158,7 @@ def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
 
 
 def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> None:
-    prompts = [encode_prompt(record.question, subject.tokenizer, record.tools) for record in records]
+    prompts = encode_prompts(records, subject.tokenizer)
     check_prompts(subject.model, prompts, settings.max_new_tokens)
 
 

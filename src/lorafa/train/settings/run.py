@@ -87,7 +87,7 @@ class DataConfig(OpenGroup):
     max_length: int = 1024
     """Longest sample in tokens; what happens to a longer one is counted and printed."""
     template: str | None = None
-    """Chat template: alpaca, chatml, plain, vicuna, or a file with one in Jinja; null takes the tokenizer's own."""
+    """Chat template: known by name (chatml, plain ...) or a file with one in Jinja; null takes the tokenizer's own."""
     seed: int = 0
     """Seed of the generated or shuffled records: decides which are held out."""
     own: Any = None
