@@ -53,8 +53,7 @@ class LeftOut:
 
     def in_text(self, messages: Sequence[Message], tools: Sequence[Any], text: str) -> list[str]:
         """What is given to be read and is not in the text."""
-        whole = dense(text)
-        cut = [f"a text of the role {m.role}" for m in messages if dense(m.content) not in whole]
+        cut = [f"a text of the role {m.role}" for m in messages if not _holds(text, m.content)]
         missing = (*cut, *self._unwritten(messages, tools))
         return [f"have {what}, of which the chat template leaves out a part or all" for what in missing]
 
@@ -111,6 +110,8 @@ def _leaves(value: Any) -> Iterable[str]:
 
 
 def _holds(words: str, part: str) -> bool:
-    """Whether the part stands there, as it is or as JSON writes it."""
-    written = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-    return any(dense(one) in dense(words) for one in written)
+    """Whether the part stands there, as it is or as JSON writes it; blanks aside."""
+    if part in words:
+        return True
+    written, whole = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]), dense(words)
+    return any(dense(one) in whole for one in written)

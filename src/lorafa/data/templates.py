@@ -55,6 +55,9 @@ def find_template(name: str) -> str:
             f"Give {', '.join(TEMPLATES.names())}, or a file with a Jinja template."
         )
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.template: the file {name!r} cannot be read: {error}. Give a text file.") from error
+    if not text.strip():
+        raise ConfigError(f"data.template: the file {name!r} is empty. Write a template into it, or name one.")
+    return text

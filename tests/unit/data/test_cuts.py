@@ -109,6 +109,8 @@ def test_thoughts_calls_tools_and_their_answers_reach_the_template() -> None:
     start, _ = trained_parts(sample)[-1]
     assert encode_prompt(messages[:-1], tokenizer, tools) == sample.input_ids[:start]
     assert not said(messages, tokenizer, tools)
+    as_json = tokenizer_with(CALLS.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content)"))
+    assert not said((*messages[:2], Message("tool", 'a "quote"\n\u20ac'), messages[3]), as_json, tools)
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "tool_calls", "function_call"])

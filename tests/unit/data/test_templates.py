@@ -43,3 +43,6 @@ def test_what_is_neither_is_answered_with_the_nearest_name(tmp_path: Path) -> No
     (tmp_path / "bytes.jinja").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ConfigError, match=r"data\.template: the file '.*bytes\.jinja' cannot be read"):
         find_template(str(tmp_path / "bytes.jinja"))
+    (tmp_path / "empty.jinja").write_text("\n")
+    with pytest.raises(ConfigError, match=r"data\.template: the file '.*empty\.jinja' is empty"):
+        find_template(str(tmp_path / "empty.jinja"))
