@@ -67,6 +67,9 @@ SHAPES = {
     "an end on a line of its own": Shape(
         _each("{{ m.role + ': ' + m.content + '\\n<|im_end|>\\n' }}", "assistant: "), end="\n" + END
     ),
+    "an end, and another after the conversation": Shape(
+        _each(_TURN, _ASKS) + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", end=END
+    ),
     "plain": Shape(PLAIN),
     "our ChatML": Shape(CHATML, end=END),
     "Alpaca": Shape(ALPACA),

@@ -174,16 +174,18 @@ class Writer:
         return (header if between.strip() and asked == self._text(before, tools) else asked), neighbour
 
     def _mark(self, through: str, start: int, words: int) -> re.Match[str] | None:
-        """The token that ends the turn with which ``through`` ends: the last there is, with only blanks after it.
+        """The token that ends the turn with which ``through`` ends: the first one behind the words.
 
-        A special token there is the template's, as no text has any. Another added token (``</answer>``) may be the
-        text's, so it has to stand behind the words.
+        A special token is the template's, as no text has any, so one that only begins before ``words`` counts: the
+        neighbour ends with another that looks alike. Where the two have no end in common, it is the last of all.
         """
         marks = list(self._added.finditer(through, start))
-        if not marks or through[marks[-1].end() :].strip():
-            return None
-        mark = marks[-1]
-        return mark if self._special.fullmatch(mark.group()) or mark.start() >= words else None
+        for mark in marks:
+            if mark.end() > words and (mark.start() >= words or self._special.fullmatch(mark.group())):
+                return mark
+        last = marks[-1] if marks else None
+        closes = last is not None and self._special.fullmatch(last.group()) and not through[last.end() :].strip()
+        return last if closes else None
 
     def _after(self, mark: str, text: str, stop: int) -> int:
         """Where the end of a turn is over: some tokens take the blanks that follow with them."""
