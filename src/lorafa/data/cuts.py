@@ -66,6 +66,8 @@ class Writer:
         self._missing = LeftOut(self._text)
         self._between = ""
         """What the template writes before an answer and after what it asks with."""
+        self._header = ""
+        """What it adds where it asks for an answer."""
         special = special_tokens(tokenizer)
         self._special = any_of(special)
         """Tokens that no text can have."""
@@ -139,12 +141,18 @@ class Writer:
         words = len(through) - _common_end(through[start:], neighbour[start:])
         mark = self._mark(through, start, words)
         end = self._end_of_sequence() if mark is None else self._id(mark.group())
-        words = words if mark is None else min(words, mark.start())
-        tail = "" if mark is None else through[words : mark.end()]
+        words = alone = words if mark is None else min(words, mark.start())
         if not text.startswith(through[:words]):  # as the last turn it is written differently
             words = self._end_of_words(messages, number, tools, text, start)
-        if mark is not None and text.startswith(tail, words):
-            return _Turn(start, self._after(mark.group(), text, words + len(tail)), end, added=False)
+        if mark is not None and not text.startswith(through[alone : mark.end()], words):
+            try:  # where another turn follows, the end may be another
+                through = self._text(messages[: number + 1], tools, asks=True).removesuffix(self._header)
+                mark = self._mark(through, start, alone)
+            except DataError:  # a template that asks for no answer after an answer
+                mark = None
+        if mark is not None and text.startswith(through[alone : mark.end()], words):
+            stop = self._after(mark.group(), text, words + mark.end() - alone)
+            return _Turn(start, stop, self._id(mark.group()), added=False)
         return _Turn(start, words, end, added=True)
 
     def _end_of_words(
@@ -199,6 +207,7 @@ class Writer:
             return set()
         hole = neighbour.index(HOLE) + len(HOLE)
         self._between = neighbour[len(asked) : hole - len(HOLE)]
+        self._header = asked.removeprefix(self._text([Message("user", "?")], ()))
         mark = self._mark(neighbour, hole, hole)
         return set() if mark is None else {mark.group()}
 

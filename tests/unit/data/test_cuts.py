@@ -143,6 +143,19 @@ def test_a_call_that_ends_with_another_token_than_an_answer_is_trained_to_that_t
     assert sorted(tokenizer.convert_ids_to_tokens(sorted(ends))) == ["<|im_end|>", "<|im_start|>"]
 
 
+def test_an_end_that_is_another_in_the_last_turn_is_trained_in_each_turn_as_it_is_written() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{{ '<|im_end|>' if loop.last and not add_generation_prompt else '<|im_start|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    messages = turns(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    assert trained(messages, tokenizer) == ["a<|im_start|>", "b<|im_end|>"]
+    sample = encode_all([Record(messages)], tokenizer, 1000).samples[0]
+    assert encode_prompt(messages[:3], tokenizer) == sample.input_ids[: trained_parts(sample)[1][0]]
+
+
 @pytest.mark.parametrize("answer", ["It is <answer>Paris</answer>", "It is Paris.", "</tool_call>"])
 def test_an_added_word_at_the_end_of_an_answer_is_no_end(answer: str) -> None:
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
