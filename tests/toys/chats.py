@@ -70,10 +70,10 @@ SHAPES = {
     "an end, and another after the conversation": Shape(
         _each(_TURN, _ASKS) + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", end=END
     ),
-    "plain": Shape(PLAIN),
-    "our ChatML": Shape(CHATML, end=END),
-    "Alpaca": Shape(ALPACA),
-    "Vicuna": Shape(VICUNA, before=" "),
+    "plain": Shape(PLAIN.text),
+    "our ChatML": Shape(CHATML.text, end=END),
+    "Alpaca": Shape(ALPACA.text),
+    "Vicuna": Shape(VICUNA.text, before=" "),
 }  # fmt: skip
 
 TEXTS = ["def f(x):\n    return x", "Two words and\n\na line.", "  x = 1", "The answer is 42.", "a b a b a b: [/INST] "]

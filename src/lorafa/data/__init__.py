@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lorafa.registry import Registry
 
 if TYPE_CHECKING:
-    from lorafa.data.entry import DataSet
+    from lorafa.data.entry import ChatTemplate, DataSet
 
 DATASETS: Registry[DataSet] = Registry(
     "data set",
@@ -18,7 +18,7 @@ DATASETS: Registry[DataSet] = Registry(
     },
 )
 
-TEMPLATES: Registry[str] = Registry(
+TEMPLATES: Registry[ChatTemplate] = Registry(
     "chat template",
     {
         "alpaca": "lorafa.data.templates:ALPACA",

@@ -32,8 +32,8 @@ def render(
     from jinja2.exceptions import TemplateError  # the command line knows this module before a command runs
 
     turns = [{**message.extra, "role": message.role, "content": message.content} for message in messages]
-    template = tokenizer.chat_template or PLAIN
-    if template == PLAIN and tokenizer.eos_token is None:
+    template = tokenizer.chat_template or PLAIN.text
+    if template == PLAIN.text and tokenizer.eos_token is None:
         raise DataError(
             "The tokenizer has neither a chat template nor an end-of-sequence token, so the model could not learn to "
             "stop. Set tokenizer.eos_token or tokenizer.chat_template."

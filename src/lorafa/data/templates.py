@@ -9,21 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorafa.data import TEMPLATES
+from lorafa.data.entry import ChatTemplate
 from lorafa.errors import ConfigError, did_you_mean
 
-PLAIN = (
+PLAIN = ChatTemplate(
     "{{ start }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
 """Prompt, newline, completion, end-of-sequence token; no word of who speaks."""
 
-CHATML = (
+CHATML = ChatTemplate(
     "{{ start }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
     "+ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """``<|im_start|>role``, newline, text, ``<|im_end|>``: for tokenizers that have these two tokens."""
 
-ALPACA = (
+ALPACA = ChatTemplate(
     "{{ start }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '### Response:\\n' }}"
     "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' }}{% endif %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
@@ -31,7 +32,7 @@ ALPACA = (
 )
 """``### Instruction:`` and ``### Response:``, each with its text on the next line; a system text stands by itself."""
 
-VICUNA = (
+VICUNA = ChatTemplate(
     "{{ start }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% elif message['role'] == 'user' %}"
     "{{ 'USER: ' + message['content'] + ' ' }}{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
@@ -47,7 +48,7 @@ def find_template(name: str) -> str:
         ConfigError: it is neither, or the file cannot be read.
     """
     if name in TEMPLATES:
-        return TEMPLATES.get(name)
+        return TEMPLATES.get(name).text
     path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(

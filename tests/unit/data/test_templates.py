@@ -27,7 +27,7 @@ CONVERSATION = turns(("system", "s"), ("user", "q"), ("assistant", "a"))
 def test_a_template_by_name_writes_a_conversation(name: str, text: str) -> None:
     tokenizer = chat_tokenizer("bytes", find_template(name))
     assert render(CONVERSATION, tokenizer, add_generation_prompt=False) == text
-    assert name in TEMPLATES.names()
+    assert find_template(name) == TEMPLATES.get(name).text  # the second time, too
 
 
 def test_a_template_comes_from_a_file(tmp_path: Path) -> None:
