@@ -156,6 +156,35 @@ def test_a_dry_run_shows_settings_coverage_and_a_sample_and_writes_nothing(
     assert "tokens are trained" in out
 
 
+def test_a_template_by_name_or_from_a_file_is_what_samples_and_questions_are_written_with(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<|end|>{{ m.content }}{% endfor %}")
+    for template, shown in (("plain", "\u2502 Ann has"), (str(tmp_path / "own.jinja"), "\u2502 <|end|>Ann has")):
+        arguments = [*settings(workplace, tmp_path / "run"), f"data.template={template}", "--dry-run"]
+        assert main(["train", *arguments]) == 0
+        assert shown in capsys.readouterr().out
+    assert main(["train", *settings(workplace, tmp_path / "run"), "data.template=vicunna", "--dry-run"]) == 2
+    assert "Did you mean 'vicuna'?" in " ".join(capsys.readouterr().err.split())
+
+
+def test_answers_are_over_at_the_ends_that_were_trained(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answer(model: Any, tokenizer: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        asked.append(tokenizer.convert_ids_to_tokens(sorted(options["ends"])))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr("lorafa.evals.gsm8k.generate_greedy", answer)
+    template = tmp_path / "own.jinja"
+    ends = "<|{{ 'user' if m.role == 'assistant' else 'assistant' }}|>"
+    template.write_text(f"{{% for m in messages %}}{{{{ m.content }}}}{ends}{{% endfor %}}")
+    assert main(["train", *settings(workplace, tmp_path / "run"), f"data.template={template}", "train.steps=1"]) == 0
+    assert asked == [["<|user|>"]] * 2
+
+
 def test_the_best_checkpoint_is_the_one_that_is_kept(workplace: Path, tmp_path: Path) -> None:
     run = tmp_path / "best"
     extra = ["train.keep_best=true", "eval.size=0", "optim.lr=0.3", "optim.schedule=constant"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lorafa.registry import Registry
 
 if TYPE_CHECKING:
-    from lorafa.data.entry import DataSet
+    from lorafa.data.entry import ChatTemplate, DataSet
 
 DATASETS: Registry[DataSet] = Registry(
     "data set",
@@ -17,6 +17,17 @@ DATASETS: Registry[DataSet] = Registry(
         "hub": "lorafa.data.hub:HUB",
     },
 )
+
+TEMPLATES: Registry[ChatTemplate] = Registry(
+    "chat template",
+    {
+        "alpaca": "lorafa.data.templates:ALPACA",
+        "chatml": "lorafa.data.templates:CHATML",
+        "plain": "lorafa.data.templates:PLAIN",
+        "vicuna": "lorafa.data.templates:VICUNA",
+    },
+)
+"""Chat templates that ``data.template`` takes by name."""
 
 
 def data_set_names() -> list[str]:

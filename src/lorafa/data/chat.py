@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from lorafa.data import TEMPLATES
+from lorafa.data.apart import Tokens
+from lorafa.data.cuts import Stretch, Writer
 from lorafa.data.records import Message, Record
-from lorafa.errors import DataError
+from lorafa.data.rendering import render
+from lorafa.errors import DataError, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["IGNORE", "Encoded", "Sample", "encode_all", "encode_prompt", "encode_prompts", "render", "render_sample"]
+
 IGNORE = -100
 """The label of a token that is read but not trained, as in ``torch.nn.functional.cross_entropy``."""
-
-PLAIN_TEMPLATE = (
-    "{{ start }}{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
-)
-"""For tokenizers without a chat template: prompt, newline, completion, end-of-sequence token."""
 
 
 @dataclass(frozen=True)
@@ -46,77 +46,71 @@ class Encoded:
     samples: list[Sample]
     dropped: int
     truncated: int
+    ends: frozenset[int] = frozenset()
+    """The ids with which trained turns end."""
 
 
 def encode_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenize conversations and label their assistant turns, each through its end-of-turn token.
+    """Tokenize conversations and label their assistant turns, each through the token that ends it.
 
-    The chat template renders the conversation up to each assistant turn and through it; what the turn adds is trained.
-    The token after the turn's end mark (ChatML writes a newline) is not. A template that closes a turn with no special
-    token gets the end-of-sequence token there, so that the model learns to stop. Without a chat template
-    ``PLAIN_TEMPLATE`` is used. Longer conversations lose their tail; those whose answer lies beyond ``max_length`` are
-    dropped and counted.
+    The chat template writes the conversation; what the assistant says in it is trained, from what the model is asked
+    with up to the end of the turn. The token after the end (ChatML writes a newline), role headers and system prompts
+    are not. A turn that the template ends with no token gets the end-of-sequence token, or the one it writes in the
+    last turn. Text that spells a special token stays text. Without a chat template the one called ``plain`` is used,
+    with a warning. What the template leaves out of what is read, or changes in blanks, is a warning with the number of
+    rows. Longer conversations lose their tail; those whose answer lies beyond ``max_length`` are dropped and counted.
 
     Raises:
-        DataError: no sample is left; a conversation has no assistant turn; the template refuses a conversation, leaves
-            the assistant's text out, or renders a prefix of it differently from the whole; the tokenizer cannot say
-            where its tokens stand.
+        DataError: no sample is left; a conversation has no assistant turn that is trained; the template refuses a
+            conversation, leaves a part of what is trained out, or writes a turn differently once others follow; the
+            tokenizer cannot tokenize a conversation in parts. The row is named.
     """
     if not records:
         raise DataError("There are no records to tokenize. Give some.")
-    samples, starts = [], []
+    _say_template(tokenizer)
+    writer, tokens, said = Writer(tokenizer), Tokens(tokenizer), dict[str, list[str]]()
+    samples, starts, ends = [], [], set[int]()
     for record in records:
-        ids, labels = _tokenize(record, tokenizer)
-        start = next((i for i, label in enumerate(labels) if label != IGNORE), None)
-        if start is None:
-            raise DataError(
-                "All labels of a sample are masked: the chat template leaves the assistant's text out. Use another "
-                f"template or tokenizer. The sample: {_start(record)}."
-            )
-        starts.append(start)
+        ids, labels, end = _tokenize(record, writer, tokens, said)
+        starts.append(next(i for i, label in enumerate(labels) if label != IGNORE))
+        ends |= end
         samples.append(Sample(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length))
+    for what, rows in said.items():
+        warn(f"{len(rows):,} of {len(records):,} rows {what}. The first: {rows[0]}.")
     usable = [sample for sample in samples if sample.trained]
     if not usable:
         raise DataError(
             f"None of the {len(samples)} samples has a trained token within max_length={max_length}: the first answer "
             f"to start does so at token {min(starts) + 1}. Raise data.max_length, or shorten the prompts."
         )
-    return Encoded(usable, len(samples) - len(usable), sum(sample.truncated for sample in usable))
+    truncated = sum(sample.truncated for sample in usable)
+    return Encoded(usable, len(samples) - len(usable), truncated, frozenset(ends))
 
 
-def encode_prompt(messages: Iterable[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids after which the model is to write an assistant turn: what precedes the labels of :func:`encode_all`."""
-    text = render(messages, tokenizer, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids
-
-
-def render(messages: Iterable[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
-    """The conversation as the text the model reads, special tokens written out.
+def encode_prompt(
+    messages: Iterable[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] = ()
+) -> list[int]:
+    """The ids after which the model is to write an assistant turn: what precedes the labels of :func:`encode_all`.
 
     Raises:
-        DataError: the template refuses the conversation, or there is neither a template nor an end-of-sequence token.
+        DataError: the template refuses the conversation, or leaves the assistant's text out.
     """
-    from jinja2.exceptions import TemplateError  # the command line knows this module before a command runs
+    return _prompt(messages, tools, Writer(tokenizer), Tokens(tokenizer))
 
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    plain = {} if tokenizer.chat_template else {"chat_template": PLAIN_TEMPLATE, "start": _start_token(tokenizer)}
-    if plain and tokenizer.eos_token is None:
-        raise DataError(
-            "The tokenizer has neither a chat template nor an end-of-sequence token, so the model could not learn to "
-            "stop. Set tokenizer.eos_token or tokenizer.chat_template."
-        )
-    try:
-        text: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **plain
-        )
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise DataError(
-            f"The tokenizer's chat template refuses a conversation with the roles {roles}: {error}. "
-            "Change the rows, or set tokenizer.chat_template."
-        ) from error
-    return text
+
+def encode_prompts(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids after which the model is to write the last assistant turn of each record.
+
+    Raises:
+        DataError: as :func:`encode_prompt`; the row is named.
+    """
+    writer, tokens, prompts = Writer(tokenizer), Tokens(tokenizer), []
+    for record in records:
+        try:
+            prompts.append(_prompt(record.question, record.tools, writer, tokens))
+        except DataError as error:
+            raise DataError(f"{_row(record)}: {error}") from error
+    return prompts
 
 
 def render_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -128,69 +122,59 @@ def render_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
     return text
 
 
-def _tokenize(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids and labels of the whole conversation."""
+def _prompt(messages: Iterable[Message], tools: Sequence[Any], writer: Writer, tokens: Tokens) -> list[int]:
+    before = writer.ask(list(messages), tools)
+    return [token for part in _ended(before, tokens.ids(before)) for token in part]
+
+
+def _say_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        warn(
+            "The tokenizer has no chat template. Conversations are written with the one called plain: each text on a "
+            "line, without the names of who speaks, and an end-of-sequence token after each answer. data.template= "
+            f"takes {', '.join(TEMPLATES.names())} or a file."
+        )
+
+
+def _tokenize(
+    record: Record, writer: Writer, tokens: Tokens, said: dict[str, list[str]]
+) -> tuple[list[int], list[int], set[int]]:
+    """Ids and labels of the whole conversation, and the tokens with which its trained turns end."""
     if not any(message.role == "assistant" for message in record.messages):
-        raise DataError(f"The conversation has no assistant turn: {_start(record)}. There is nothing to train on.")
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{type(tokenizer).__name__} cannot say where in the text its tokens stand. "
-            "Use a tokenizer with a tokenizer.json (a 'fast' one)."
-        )
-    text = render(record.messages, tokenizer, add_generation_prompt=False)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = list(encoding.input_ids)
-    offsets: list[tuple[int, int]] = encoding.offset_mapping
-    labels = [IGNORE] * len(ids)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    # From the last turn to the first: an inserted token then moves no position that is still needed.
-    for start, end in reversed(_assistant_spans(record.messages, text, tokenizer)):
-        turn = [i for i, (at, _) in enumerate(offsets) if start <= at < end]
-        closing = [i for i in turn if ids[i] in special and not text[offsets[i][1] : end].strip()]
-        if turn and not closing:
-            closing = [turn[-1] + 1]
-            ids.insert(closing[0], _end_of_sequence(tokenizer))
-            labels.insert(closing[0], IGNORE)
-        if turn:
-            labels[turn[0] : closing[0] + 1] = ids[turn[0] : closing[0] + 1]
-    return ids, labels
+        raise DataError(f"The conversation has no assistant turn: {_row(record)}. There is nothing to train on.")
+    trained = {i for i, message in enumerate(record.messages) if message.role == "assistant" and message.trained}
+    if not trained:
+        raise DataError(f"No assistant turn is to be trained, all have the weight 0: {_row(record)}. Leave it out.")
+    try:
+        written = writer.write(record.messages, record.tools)
+        if gone := sorted(trained & written.refused.keys()):
+            raise DataError(written.refused[gone[0]])
+        parts = tokens.ids(written.stretches)
+        if not tokens.keeps(written.stretches, [token for part in parts for token in part]):
+            raise DataError("the tokenizer reads the conversation differently in parts. Use another one.")
+    except DataError as error:
+        raise DataError(f"{_row(record)}: {error}") from error
+    for what in dict.fromkeys(written.said):
+        said.setdefault(what, []).append(_row(record))
+    ids: list[int] = []
+    labels: list[int] = []
+    for stretch, part in zip(written.stretches, _ended(written.stretches, parts), strict=True):
+        ids += part
+        labels += part if stretch.turn in trained else [IGNORE] * len(part)
+    ends = {stretch.end for stretch in written.stretches if stretch.turn in trained and stretch.end is not None}
+    return ids, labels, ends
 
 
-def _assistant_spans(
-    messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, int]]:
-    """Where each assistant turn stands in ``text``, as (start, end) in characters."""
-    spans = []
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before = render(messages[:i], tokenizer, add_generation_prompt=True) if i else ""
-        through = render(messages[: i + 1], tokenizer, add_generation_prompt=False)
-        if not text.startswith(before) or not text.startswith(through):
-            raise DataError(
-                f"The chat template renders the conversation up to message {i + 1} differently once later turns "
-                "follow, so the assistant's tokens cannot be told apart. Split such conversations into rows that end "
-                "with their only assistant turn, or set a plainer tokenizer.chat_template."
-            )
-        spans.append((len(before), len(through)))
-    return spans
+def _ended(stretches: Sequence[Stretch], parts: Sequence[list[int]]) -> list[list[int]]:
+    """The ids of each stretch with the end of its turn, where the template does not write it."""
+    return [
+        [*part, stretch.end] if stretch.added and stretch.end is not None else part
+        for stretch, part in zip(stretches, parts, strict=True)
+    ]
 
 
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning-of-sequence token, if this tokenizer puts one before plain text."""
-    bos: str | None = tokenizer.bos_token
-    return bos if bos is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
-
-
-def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "The chat template closes an assistant turn with no special token and the tokenizer has no end-of-sequence "
-            "token, so the model could not learn to stop. Set tokenizer.eos_token."
-        )
-    token: int = tokenizer.eos_token_id
-    return token
-
-
-def _start(record: Record) -> str:
+def _row(record: Record) -> str:
+    """Which row it is: its place, or how it begins."""
+    if record.place:
+        return record.place
     return repr(record.messages[0].content[:60]) if record.messages else "(no messages)"

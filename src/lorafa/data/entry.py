@@ -33,3 +33,11 @@ class DataSet:
     """A frozen dataclass of its own settings, all with defaults; each is ``data.<name>``."""
     takes: Callable[[str], bool] | None = None
     """For a source of many data sets: whether a name is one of its own, by the look of it. None: its line's name is."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A line of ``TEMPLATES``."""
+
+    text: str
+    """In Jinja; begins with ``{{ start }}``, the beginning-of-sequence token where the tokenizer puts one."""

@@ -11,7 +11,8 @@ from lorafa.data import data_set_names
 from lorafa.data.entry import DataSet, Wanted
 from lorafa.data.files import FileSettings, is_file
 from lorafa.data.records import Records
-from lorafa.data.sources import Row, no_such_data_set, records_of
+from lorafa.data.rows import Row
+from lorafa.data.sources import no_such_data_set, records_of
 from lorafa.errors import SourceError, first_line
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
+"""The roles a turn can have; those after the first three where the chat template takes them."""
 
 _MARK = re.compile(r"####|the (?:final )?answer is\b:?", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w./])[-\u2212]?[$€£]?[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![.,]?\d|/\d)")
@@ -19,6 +22,10 @@ class Message:
 
     role: str
     content: str
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What chat templates read beside the content: reasoning_content, tool_calls, tool_call_id, name ..."""
+    trained: bool = field(default=True, compare=False)
+    """Whether an assistant's turn is trained, or only read (``"weight": 0``)."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,10 @@ class Record:
 
     messages: tuple[Message, ...]
     answer: str | None = None
+    tools: tuple[Any, ...] = field(default=(), hash=False)
+    """Descriptions of the functions that may be called, as chat templates read them."""
+    place: str = field(default="", compare=False)
+    """Where the row stands, for messages: "rows.jsonl, line 3"."""
 
     @property
     def question(self) -> tuple[Message, ...]:

@@ -1,9 +1,8 @@
-"""Rows by name, and how a row becomes a record."""
+"""Records by name, what of them is held out, and the rows of a file."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from random import Random
@@ -11,15 +10,10 @@ from typing import Any
 
 from lorafa.data import data_set_names, data_set_of
 from lorafa.data.entry import Wanted
-from lorafa.data.records import ROLES, Message, Record, Records, final_answer, last_number
-from lorafa.errors import DataError, SourceError, did_you_mean, first_line, shorten
+from lorafa.data.records import Message, Record, Records
+from lorafa.data.rows import ACCEPTED, Row, converter, parsed
+from lorafa.errors import DataError, SourceError, did_you_mean
 from lorafa.settings.checks import check_keys
-
-ACCEPTED = "messages; prompt + completion; question + answer; instruction (+ input) + output"
-
-_PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-
-Row = Mapping[str, Any]
 
 
 def load_records(name: str, *, train_size: int | None, eval_size: int, seed: int, **settings: Any) -> Records:
@@ -75,7 +69,7 @@ def records_of(
         raise DataError(
             f"{wanted.name} holds no rows. Each row is a JSON object with one of these sets of columns: {ACCEPTED}."
         )
-    convert = _converter(wanted.name, rows[0][1], prompt_column, completion_column)
+    convert = converter(wanted.name, rows[0][1], prompt_column, completion_column)
     records = [convert(row, place) for place, row in rows]
     return split_records(records, wanted.train_size, wanted.eval_size, wanted.seed, wanted.name)
 
@@ -131,7 +125,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
     if path.suffix.lower() == ".json":
         advice = "If it holds one object a line, name it .jsonl; else mend it."
-        whole = _parse(text, str(path), advice)
+        whole = parsed(text, str(path), advice)
         if not isinstance(whole, list):
             raise DataError(f"{path} holds one {type(whole).__name__}, expected a list of objects, one a row. {advice}")
         values = [(f"{path}, row {number}", value) for number, value in enumerate(whole, 1)]
@@ -140,7 +134,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
         # Not str.splitlines: JSON strings may hold U+2028 and its like unescaped.
         lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
         advice = one_list or "Mend or delete it; nothing was loaded."
-        values = [(place, _parse(line, place, advice)) for place, line in lines if line.strip()]
+        values = [(place, parsed(line, place, advice)) for place, line in lines if line.strip()]
     for place, value in values:
         if not isinstance(value, dict):
             raise DataError(
@@ -156,104 +150,3 @@ def _what_it_is(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return ": it is a link to nothing"
     return ": a file of another kind" if path.exists() else ""
-
-
-def _parse(text: str, place: str, advice: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        near = text[max(error.pos - 30, 0) : error.pos + 30]
-        raise DataError(
-            f"{place}: not valid JSON: {error.msg} at character {error.pos + 1}, near {near!r}. {advice}"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
-        raise DataError(f"{place}: cannot be read: {first_line(error)}. {advice}") from error
-
-
-def _converter(
-    name: str, first: Row, prompt_column: str | None, completion_column: str | None
-) -> Callable[[Row, str], Record]:
-    """How a row becomes a record, judged by the columns of the first one."""
-    if prompt_column is not None and completion_column is not None:
-        missing = [column for column in (prompt_column, completion_column) if column not in first]
-        if missing:
-            raise DataError(
-                f"{name} has no column {missing[0]!r}.{did_you_mean(missing[0], first)} "
-                f"Its columns are: {_columns(first)}."
-            )
-        return lambda row, place: _pair(row, place, prompt_column, completion_column)
-    if "messages" in first:
-        return _conversation
-    for prompt, completion in _PAIRS:
-        if prompt in first and completion in first:
-            return lambda row, place: _pair(row, place, prompt, completion)
-    raise DataError(
-        f"{name} has the columns {_columns(first)}; accepted are: {ACCEPTED}. "
-        "Rename the columns, or name two of them with data.prompt_column and data.completion_column."
-    )
-
-
-def _columns(row: Row) -> str:
-    return shorten((f"{column!s:.40}" for column in row), 10) or "(none)"
-
-
-def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> Record:
-    prompt, completion = _text(row, place, prompt_column), _text(row, place, completion_column)
-    if prompt_column == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n\n{_text(row, place, 'input')}"
-    return _record((Message("user", prompt), Message("assistant", completion)))
-
-
-def _text(row: Row, place: str, column: str) -> str:
-    if column not in row:
-        raise DataError(
-            f"{place}: no column {column!r}; this row has {_columns(row)}. Give every row the same columns."
-        )
-    value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        found = "nothing" if value is None else repr(value)[:40]
-        raise DataError(f"{place}: column {column!r} holds {found}, expected text. Mend or delete the row.")
-    return _checked(value, place)
-
-
-def _checked(text: str, place: str) -> str:
-    """The text itself, unless it holds half of a surrogate pair, which no tokenizer can read."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: {text[error.start]!r} at character {error.start + 1} is half a character (a lone surrogate). "
-            "Mend or delete the row."
-        ) from error
-    return text
-
-
-def _conversation(row: Row, place: str) -> Record:
-    turns = row.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise DataError(
-            f'{place}: \'messages\' must be a list of {{"role": ..., "content": ...}}, found {turns!r:.60}.'
-        )
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or turn.get("role") not in ROLES:
-            raise DataError(
-                f"{place}: message {number} needs a role ({', '.join(ROLES)}) and a content that is text, "
-                f"found {turn!r:.80}."
-            )
-        messages.append(Message(turn["role"], _checked(turn["content"], place)))
-    if not any(message.role == "assistant" and message.content.strip() for message in messages):
-        raise DataError(
-            f"{place}: no assistant turn with text in it, so there is nothing to learn from this row. "
-            f"Its roles are: {', '.join(message.role for message in messages)}."
-        )
-    return _record(tuple(messages))
-
-
-def _record(messages: tuple[Message, ...]) -> Record:
-    record = Record(messages)
-    last = [message.content for message in messages if message.role == "assistant"][-1]
-    answer = final_answer(last)
-    if answer is None or last_number(answer) is None or not record.question:  # unasked, it cannot be graded
-        return record
-    return Record(messages, answer)

@@ -19,6 +19,8 @@ class Subject:
     model: Any
     """A causal language model, with or without adapters."""
     tokenizer: Any
+    ends: frozenset[int] = frozenset()
+    """Ids with which the trained turns end: an answer is over there."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,13 +27,14 @@ def generate_greedy(
     *,
     batch_size: int,
     max_new_tokens: int,
+    ends: Iterable[int] = (),
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, token by token, without the end token; in the order of ``prompts``.
 
-    Prompts of similar length share a batch (left padding); a batch ends when all its rows have. Of the
-    model's own generation config only the end tokens apply (with the tokenizer's), not its sampling settings, beams,
-    penalties and minimal lengths.
+    Prompts of similar length share a batch (left padding); a batch ends when all its rows have. An answer is over at
+    any of ``ends`` (those that were trained: ``Encoded.ends``) and at the end tokens of tokenizer and model. Nothing
+    else of the model's own generation config applies, whatever it is called.
     Nothing about the model or the tokenizer is changed.
 
     Raises:
@@ -41,23 +43,22 @@ def generate_greedy(
     from transformers import GenerationConfig
 
     check_prompts(model, prompts, max_new_tokens)
-    ends = _end_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
+    stops = _end_ids(model, tokenizer, ends)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
     greedy = GenerationConfig(
-        do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_p=1.0,
-        top_k=50, min_new_tokens=0, num_return_sequences=1, return_dict_in_generate=False,
-        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True,
+        do_sample=False, num_beams=1, return_dict_in_generate=False, use_cache=True,
+        max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad,
     )  # fmt: skip
     device = device_of(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
-    with evaluating(model):
+    with evaluating(model), _without_own_settings(model):
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             ids, mask = _left_padded([prompts[i] for i in rows], pad)
             out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
             for i, written in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                stop = next((at for at, token in enumerate(written) if token in ends), len(written))
+                stop = next((at for at, token in enumerate(written) if token in stops), len(written))
                 answers[i] = written[:stop]
             if progress is not None:
                 progress(min(first + batch_size, len(order)), len(order))
@@ -89,8 +90,29 @@ def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """The model's own generation config is blank inside the block: what it says fills whatever ours leaves open.
+
+    A list of neutral values would have to know every field that there is, and those still to come.
+    """
+    from transformers import GenerationConfig
+
+    own = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
+    try:
+        for module in own:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module in model.modules():
+            if module in own:
+                module.generation_config = own[module]
+            elif "generation_config" in vars(module):  # a wrapper has handed it on
+                del module.generation_config
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: Iterable[int]) -> list[int]:
     """Every token after which an answer is over."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    return sorted({token for token in [tokenizer.eos_token_id, *listed] if token is not None})
+    listed = own if isinstance(own, list | tuple) else [own]
+    return sorted({token for token in [tokenizer.eos_token_id, *listed, *trained] if token is not None})

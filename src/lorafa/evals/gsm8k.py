@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal
 
-from lorafa.data.chat import encode_prompt
+from lorafa.data.chat import encode_prompts
 from lorafa.data.records import Record, final_answer, last_number
 from lorafa.errors import ConfigError, DataError, did_you_mean
 from lorafa.evals.entry import Evaluation, Scores, Subject
@@ -73,11 +73,13 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int = 256,
     extract: str = "number",
+    ends: Iterable[int] = (),
     progress: Progress | None = None,
 ) -> EvalResult:
     """Ask every record's question, answer greedily, and compare the final numbers.
 
-    ``extract`` names one of ``EXTRACTORS``; it is applied to the gold answer as well. The model (plain, or with
+    ``extract`` names one of ``EXTRACTORS``; it is applied to the gold answer as well. ``ends`` are those that were
+    trained, where an answer is over besides at the end tokens of tokenizer and model. The model (plain, or with
     adapters) and the tokenizer are left as they were.
 
     Raises:
@@ -102,9 +104,9 @@ def evaluate(
             raise DataError(
                 f"A record asks nothing before its answer {gold!r}, so there is nothing to generate from. Leave it out."
             )
-    prompts = [encode_prompt(record.question, tokenizer) for record in records]
+    prompts = encode_prompts(records, tokenizer)
     written = generate_greedy(
-        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, ends=ends, progress=progress
     )
     read = EXTRACTORS[extract]
     samples = []
@@ -156,7 +158,7 @@ def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
 
 
 def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> None:
-    prompts = [encode_prompt(record.question, subject.tokenizer) for record in records]
+    prompts = encode_prompts(records, subject.tokenizer)
     check_prompts(subject.model, prompts, settings.max_new_tokens)
 
 
@@ -170,6 +172,7 @@ def _measure(
         batch_size=batch_size,
         max_new_tokens=settings.max_new_tokens,
         extract=settings.extract,
+        ends=subject.ends,
         progress=progress,
     )
     answers = [

@@ -22,6 +22,7 @@ from lorafa.data.chat import Encoded, encode_all, render_sample
 from lorafa.data.collate import Collator
 from lorafa.data.records import Records
 from lorafa.data.sources import load_records
+from lorafa.data.templates import find_template
 from lorafa.errors import DataError
 from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
@@ -87,6 +88,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     """
     started = time.monotonic()
     lora_config(config)  # what is wrong with the settings is said before anything is loaded
+    template = find_template(config.data.template) if config.data.template else None
     records = read_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
@@ -97,6 +99,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             cache_dir=cache,
             revision=config.model.revision,
         )
+    if template is not None:
+        tokenizer.chat_template = template
     train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
     check_samples(model, [*train.samples, *heldout.samples])
     evaluation = EVALS.get(config.eval.name)
@@ -180,7 +184,7 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
         return {"loss": loss, "answers": []}
-    subject = Subject(prepared.model, prepared.tokenizer)
+    subject = Subject(prepared.model, prepared.tokenizer, prepared.train.ends | prepared.heldout.ends)
     with progress_bar(console, f"{when}: answering") as bar:
         scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)

@@ -66,7 +66,10 @@ def test_a_template_that_does_not_close_turns_gets_the_end_token_after_each():
     bare = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     tokenizer = byte_tokenizer(bare, eos_token="<|endoftext|>")
     sample = encode(conversation("a", "b", "c", "d"), tokenizer, 500)
-    assert trained_text(sample, tokenizer) == "assistant: b\n<|endoftext|>assistant: d\n<|endoftext|>"
+    assert trained_text(sample, tokenizer) == "b<|endoftext|>d<|endoftext|>"
+    assert tokenizer.decode(sample.input_ids).endswith(
+        "assistant: b<|endoftext|>\nuser: c\nassistant: d<|endoftext|>\n"
+    )
     assert sample.input_ids.count(tokenizer.eos_token_id) == 2
 
 
@@ -110,7 +113,7 @@ def test_no_records_are_an_error():
 
 def test_a_template_that_leaves_the_answer_out_is_an_error():
     deaf = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    with pytest.raises(DataError, match=r"masked: the chat template leaves the assistant's text out. Use another"):
+    with pytest.raises(DataError, match=r"^'question': the chat template leaves the assistant's text out. Use another"):
         encode_all([conversation("question", "answer")] * 2, byte_tokenizer(deaf), 100)
 
 
@@ -142,11 +145,3 @@ def test_a_tokenizer_without_any_end_token_is_an_error():
     bare = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(DataError, match=r"closes an assistant turn with no special token.*Set tokenizer.eos_token"):
         encode(conversation("a", "b"), byte_tokenizer(bare, unk_token="<|endoftext|>"), 100)
-
-
-def test_a_tokenizer_that_does_not_know_its_offsets_is_an_error():
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(DataError, match=r"Slow cannot say where in the text its tokens stand. Use a tokenizer with"):
-        encode(conversation("a", "b"), Slow(), 100)

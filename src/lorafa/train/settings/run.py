@@ -86,6 +86,8 @@ class DataConfig(OpenGroup):
     """Records held out for evaluation, never trained on."""
     max_length: int = 1024
     """Longest sample in tokens; what happens to a longer one is counted and printed."""
+    template: str | None = None
+    """Chat template: known by name (chatml, plain ...) or a file with one in Jinja; null takes the tokenizer's own."""
     seed: int = 0
     """Seed of the generated or shuffled records: decides which are held out."""
     own: Any = None

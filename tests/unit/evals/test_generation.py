@@ -1,0 +1,96 @@
+"""Greedy answers are greedy whatever the model's own generation config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from lorafa import LoraConfig, get_peft_model
+from lorafa.evals.generation import generate_greedy
+from toys.language_models import byte_tokenizer, tiny_llama
+
+PROMPT, NEW = [5, 6, 7, 200], 8
+
+
+def by_hand(model: Any, ends: set[int]) -> list[int]:
+    """The definition: the likeliest token, one full forward pass at a time."""
+    ids = list(PROMPT)
+    with torch.no_grad():
+        for _ in range(NEW):
+            best = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            if best in ends:
+                break
+            ids.append(best)
+    return ids[len(PROMPT) :]
+
+
+TOKENIZER = byte_tokenizer()
+MODEL = tiny_llama().eval()
+ANSWER = by_hand(MODEL, {TOKENIZER.eos_token_id})
+A_TOKEN = ANSWER[2]
+ODD: dict[str, Any] = {
+    "suppress_tokens": [A_TOKEN], "begin_suppress_tokens": [ANSWER[0]], "bad_words_ids": [[A_TOKEN]],
+    "sequence_bias": [[[A_TOKEN], -50.0]], "forced_bos_token_id": 3, "forced_eos_token_id": 3,
+    "exponential_decay_length_penalty": (2, 5.0), "watermarking_config": {"bias": 2.5, "seeding_scheme": "lefthash"},
+    "cache_implementation": "static", "stop_strings": ["a"], "bos_token_id": 3, "pad_token_id": 3,
+    "decoder_start_token_id": 3, "force_words_ids": [[3]], "constraints": None, "custom_field": 3,
+    "prompt_lookup_num_tokens": 2, "assistant_early_exit": 1, "max_length": 5, "max_time": 1e-9,
+}  # fmt: skip
+"""A value for those fields whose kind cannot be told from the default."""
+FIELDS = sorted({name for name in vars(GenerationConfig()) if not name.startswith("_")} | ODD.keys())
+OWN = {"eos_token_id", "transformers_version"}
+"""The end tokens are read on purpose."""
+
+
+def odd_value(name: str) -> Any:
+    default = getattr(GenerationConfig(), name, None)
+    if name in ODD:
+        return ODD[name]
+    return not default if isinstance(default, bool) else 3
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in OWN])
+def test_no_setting_of_the_model_s_own_reaches_the_answers(name: str) -> None:
+    own = MODEL.generation_config
+    MODEL.generation_config = GenerationConfig()
+    setattr(MODEL.generation_config, name, odd_value(name))
+    before = dict(vars(MODEL.generation_config))
+    try:
+        assert generate_greedy(MODEL, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW) == [ANSWER]
+        assert vars(MODEL.generation_config) == before
+    finally:
+        MODEL.generation_config = own
+
+
+def test_an_answer_is_over_at_each_end_that_was_trained() -> None:
+    (found,) = generate_greedy(MODEL, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW, ends=[A_TOKEN])
+    assert found == by_hand(MODEL, {TOKENIZER.eos_token_id, A_TOKEN}) == ANSWER[: ANSWER.index(A_TOKEN)]
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_the_settings_of_a_wrapped_model_are_left_as_they_were(by_peft: bool) -> None:
+    import peft
+
+    model = tiny_llama()
+    model.generation_config.repetition_penalty = 5.0
+    own = model.generation_config
+    if by_peft:
+        wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    else:
+        wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert generate_greedy(wrapped, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW) == [ANSWER]
+    assert wrapped.generation_config is own
+    assert model.generation_config is own
+    assert [m for m in wrapped.modules() if "generation_config" in vars(m)] == [model]
+
+
+def test_a_failure_leaves_the_settings_as_they_were() -> None:
+    model = tiny_llama()
+    own = model.generation_config
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate_greedy(model, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW)
+    assert model.generation_config is own
