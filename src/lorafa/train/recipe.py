@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from array import array
 from collections.abc import Iterator, Mapping
@@ -34,12 +35,11 @@ from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.settings.optim import pair_optimizer, stock_arguments
-from lorafa.train.settings.run import DataConfig, RunConfig
+from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
+from lorafa.train.settings.run import DataConfig, RunConfig, check_rise
+from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import start_adapter
 from lorafa.train.trainer import LoraTrainer
-
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 class Recorder(Protocol):
@@ -98,6 +98,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             revision=config.model.revision,
         )
     train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
+    _check_length(config, len(train.samples))
     check_samples(model, [*train.samples, *heldout.samples])
     evaluation = EVALS.get(config.eval.name)
     asked = evaluation.asks(records.heldout, config.eval.own)
@@ -187,6 +188,23 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
 
 
+def steps_in_all(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of the training, on one process."""
+    train = config.train
+    batches = math.ceil(rows / train.batch_size)
+    return train.steps or math.ceil((train.epochs or 1) * math.ceil(batches / train.accumulation))
+
+
+def _check_length(config: RunConfig, rows: int) -> None:
+    """Raises ConfigError where the warm-up is as long as the passes over that many rows.
+
+    A run that was begun when this was no error is continued all the same.
+    """
+    if config.train.rules > 1:
+        steps = steps_in_all(config, rows)
+        check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")
+
+
 def read_records(data: DataConfig) -> Records:
     """The records the settings name."""
     own = {} if data.own is None else asdict(data.own)
@@ -204,12 +222,10 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         options["gradient_checkpointing"] = True
     if train.keep_best or train.eval_every:
         options |= {"eval_strategy": "steps", "eval_steps": train.eval_every or train.checkpoint_every}
+    if train.keep_best or SCHEDULES.get(optim.schedule).measured:
+        options |= {"metric_for_best_model": "loss", "greater_is_better": False}
     if train.keep_best:
-        options |= {
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "loss",
-            "greater_is_better": False,
-        }
+        options["load_best_model_at_end"] = True
     return TrainingArguments(
         output_dir=str(output_dir),
         max_steps=train.steps or -1,
@@ -220,8 +236,6 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         seed=train.seed,
         max_grad_norm=optim.max_grad_norm,
-        lr_scheduler_type=SCHEDULES[optim.schedule],
-        warmup_steps=optim.warmup,
         logging_steps=train.log_every,
         logging_first_step=True,
         include_num_input_tokens_seen="non_padding",
@@ -229,6 +243,7 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
+        **schedule_of_trainer(optim),
         **stock_arguments(optim),
         **options,
     )
@@ -248,6 +263,7 @@ def _fit(
         training_arguments(config, output_dir),
         chunked_loss=config.train.chunked_loss,
         trial=prepared.trial,
+        rules=config.train.rules,
         train_dataset=prepared.train.samples,
         eval_dataset=prepared.heldout.samples[: config.train.eval_size] if measured else None,
         data_collator=prepared.collator,

@@ -7,6 +7,7 @@ their ranges when they are made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -29,6 +30,7 @@ from lorafa.settings.methods import (
 from lorafa.settings.typed import Key
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.optim import OptimConfig
+from lorafa.train.settings.schedules import SCHEDULES
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -217,6 +219,9 @@ class TrainConfig:
     """Steps between two measurements of the held-out loss during training; 0 measures before and after only."""
     eval_size: int | None = None
     """Held-out samples of such a measurement; null takes all."""
+    rules: Literal[1, 2] = 2
+    """How a warm-up counts and rows are ordered. 2: the first step has a rate, and two seeds have nothing in common.
+    1: as runs had it that were begun before; they keep it, and a run of today can be compared with them."""
     keep_best: bool = False
     """Measure the held-out loss at every checkpoint and end with the best one."""
     resume: str | None = None
@@ -293,11 +298,34 @@ class RunConfig:
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
             _check_at_most("threads", self.threads, MOST_THREADS)
-        if self.train.steps is not None and self.optim.warmup >= max(1, self.train.steps):
+        if SCHEDULES.get(self.optim.schedule).measured and not (self.train.eval_every or self.train.keep_best):
             raise ConfigError(
-                f"optim.warmup={self.optim.warmup:g} steps are the whole training (train.steps={self.train.steps}), so "
-                "optim.lr would never be reached. Give fewer, or a share below 1 such as optim.warmup=0.05."
+                f"optim.schedule={self.optim.schedule} goes by the held-out loss, which is not measured on the way. "
+                "Set train.eval_every, for example to 10."
             )
+        if self.train.steps is not None:
+            check_rise(self.optim, self.train.steps, f"train.steps={self.train.steps}")
+
+
+def check_rise(optim: OptimConfig, steps: int, length: str) -> None:
+    """Raises ConfigError for a warm-up as long as the training, and for a fall that begins before it ends."""
+    warmup = optim.warmup or 0.0
+    if warmup >= max(1, steps):
+        raise ConfigError(
+            f"optim.warmup={warmup:g} steps are the whole training ({length}), so optim.lr would never be reached. "
+            "Give fewer, or a share below 1 such as optim.warmup=0.05."
+        )
+    fall = getattr(optim.own_of_schedule, "num_decay_steps", 0)
+    if steps_of(warmup, steps) + steps_of(fall, steps) > max(steps, 2):
+        raise ConfigError(
+            f"optim.warmup={warmup:g} and optim.num_decay_steps={fall:g} are more than the whole training "
+            f"({length}). Lower one of them."
+        )
+
+
+def steps_of(number: float, steps: int) -> int:
+    """What is given in steps, or as a share of all steps below 1, in steps."""
+    return int(number) if number >= 1 else math.ceil(number * steps)
 
 
 def _check_at_most(name: str, value: int, most: int) -> None:
