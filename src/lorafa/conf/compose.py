@@ -32,6 +32,8 @@ ALIASES: Mapping[str, str] = {
     "init.weight": "init.scale",
 }
 """Names that published commands use -> the name here."""
+EITHER = (("train.steps", "train.epochs"),)
+"""Settings that exclude each other."""
 OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
     name: group
     for name, group in get_type_hints(RunConfig).items()
@@ -55,7 +57,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 def composed(overrides: Sequence[str] = ()) -> DictConfig:
     """What the yaml files and the overrides say together, not yet checked for types."""
-    translated = [line for lines in _last_choices(overrides) for line in lines]
+    translated = [line for lines in _last_choices(overrides) for line in lines] + _instead(overrides)
     try:
         with hydra.initialize_config_dir(config_dir=str(FOLDER.resolve()), version_base="1.3"):
             config = hydra.compose("train", overrides=translated)
@@ -100,6 +102,16 @@ def _last_choices(overrides: Sequence[str]) -> list[list[str]]:
     known = groups()
     last = {name: place for place, name in enumerate(names) if name in known}
     return [lines for place, lines in enumerate(translated) if last.get(names[place], place) == place]
+
+
+def _instead(overrides: Sequence[str]) -> list[str]:
+    """Of two settings that exclude each other, one that is given makes the other null, which a file may have set."""
+    given = {}
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        given[ALIASES.get(key, key)] = value.strip()
+    both = [(one, other) for pair in EITHER for one, other in (pair, pair[::-1])]
+    return [f"++{other}=null" for one, other in both if given.get(one, "null") != "null" and other not in given]
 
 
 def translate(text: str) -> list[str]:

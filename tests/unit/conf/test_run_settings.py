@@ -152,6 +152,24 @@ def test_lists_mappings_and_null_are_values() -> None:
     assert compose(["train.steps=null", "train.epochs=2"]).train.epochs == 2.0
 
 
+@pytest.mark.parametrize(
+    ("overrides", "steps", "epochs"),
+    [
+        ("train.epochs=1", None, 1.0),
+        ("++model.epochs=1", None, 1.0),
+        ("train.steps=7", 7, None),
+        ("train=epoch train.steps=7", 7, None),
+        ("train=epoch", None, 1.0),
+        ("train.steps=7 train.epochs=2 train.steps=null", None, 2.0),
+        ("train.epochs=null", 80, None),
+    ],
+)
+def test_one_of_steps_and_epochs_is_enough(overrides: str, steps: int | None, epochs: float | None) -> None:
+    train = compose(overrides.split()).train
+    assert (train.steps, train.epochs) == (steps, epochs)
+    assert schema.TrainConfig(epochs=2).steps is None
+
+
 def test_a_config_goes_through_plain_values_unchanged() -> None:
     config = compose(["peft.target_modules=[a,b]", "threads=2", "optim.betas=[0.5,0.6]"])
     assert build(RunConfig, plain(config)) == config
@@ -212,7 +230,8 @@ def test_a_config_is_frozen() -> None:
         ("data.max_length=1", "data.max_length must be an integer >= 2"),
         ("train.steps=0", "train.steps must be an integer >= 1, found 0"),
         ("train.batch_size=0", "train.batch_size must be an integer >= 1"),
-        ("train.epochs=1", r"train.steps or train.epochs, found steps=\d+ and epochs=1.0. Set one and make the other"),
+        ("train.epochs=1 train.steps=9", r"train.steps=9 and train.epochs=1 both say how long .* Give one of the two"),
+        ("train.steps=null", r"Nothing says how long the training is\. Give train\.steps, or train\.epochs=1 for"),
         ("eval.max_new_tokens=0", "eval.max_new_tokens must be an integer >= 1"),
         ("eval.extract=upsteam", r"must be one of number, upstream, found 'upsteam' \(str\). Did you mean 'upstream'"),
         ("threads=0", "threads must be an integer >= 1"),

@@ -194,9 +194,9 @@ class TrainConfig:
     """The length of the training, its batches, and what is kept."""
 
     steps: int | None = None
-    """Optimizer steps; null goes by epochs."""
+    """Optimizer steps. This or epochs is enough: the other is null then."""
     epochs: float | None = None
-    """Passes over the training records; null goes by steps."""
+    """Passes over the training records, whole or in part."""
     batch_size: int = 8
     """Samples in one forward pass."""
     accumulation: int = 1
@@ -228,11 +228,13 @@ class TrainConfig:
     """Run directory to continue from its last checkpoint; its settings are taken from there."""
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is not None and self.epochs is not None:
             raise ConfigError(
-                f"The length of the training is train.steps or train.epochs, found steps={self.steps} and "
-                f"epochs={self.epochs}. Set one and make the other null: train.epochs=1 train.steps=null."
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} both say how long the training is. Give "
+                "one of the two."
             )
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("Nothing says how long the training is. Give train.steps, or train.epochs=1 for example.")
         if self.steps is not None:
             check_int("train.steps", self.steps, at_least=1)
         if self.epochs is not None:
