@@ -32,7 +32,7 @@ ALIASES: Mapping[str, str] = {
     "init.weight": "init.scale",
 }
 """Names that published commands use -> the name here."""
-EITHER = (("train.steps", "train.epochs"),)
+EITHER = (("train.steps", "train.epochs"), ("data.eval_size", "data.eval_file"))
 """Settings that exclude each other."""
 OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
     name: group

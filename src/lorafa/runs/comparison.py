@@ -123,7 +123,11 @@ class Plan:
             raise ConfigError(f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}.")
         for each in plan.methods:
             for rate in each.rates:
-                compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])
+                config = compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])
+                if config.data.eval_size == 0:
+                    raise ConfigError(
+                        f"{path}: runs are compared by held-out loss, and data.eval_size of {each.name} is 0. Give more."
+                    )
         return plan
 
     def overrides(self, method: Method, rate: float, seed: int) -> list[str]:
@@ -256,9 +260,19 @@ def is_over(run: RunDirectory) -> bool:
 
 
 def final_loss(run: RunDirectory) -> float:
-    """Held-out loss after training, nats a token; inf where the run diverged or the loss is not finite."""
+    """Held-out loss after training, nats a token; inf where the run diverged or the loss is not finite.
+
+    Raises:
+        ConfigError: it holds no rows out.
+    """
     result = run.result()
-    loss = math.inf if result.get("diverged") else float(result["after"]["loss"])
+    if result.get("diverged"):
+        return math.inf
+    if "loss" not in result["after"]:
+        raise ConfigError(
+            f"The run {str(run.path)!r} holds no rows out, so it has no loss to be compared by. Set data.eval_size."
+        )
+    loss = float(result["after"]["loss"])
     return loss if math.isfinite(loss) else math.inf
 
 

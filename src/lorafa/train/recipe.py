@@ -71,6 +71,17 @@ class Prepared:
     trial: Trial | None = None
     """What the run's one trial of the chunked loss has shown; None where the model's own is asked for."""
 
+    def counted(self) -> dict[str, int]:
+        """How many rows are trained on and held out, and how many were left out or cut."""
+        train, heldout = self.train, self.heldout
+        return {
+            "train": len(train.samples),
+            "heldout": len(heldout.samples),
+            "repeated": self.records.repeated,
+            "dropped": train.dropped + heldout.dropped,
+            "truncated": train.truncated + heldout.truncated,
+        }
+
     def samples_sha256(self) -> str:
         """Fingerprint of all samples, in their order: by it a continued run knows that it goes on with the same."""
         digest = hashlib.sha256()
@@ -97,7 +108,15 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             cache_dir=cache,
             revision=config.model.revision,
         )
-    train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
+    train = encode_all(records.train, tokenizer, config.data.max_length)
+    heldout = Encoded([], 0, 0)
+    if records.heldout:
+        heldout = encode_all(records.heldout, tokenizer, config.data.max_length)
+    elif wants := _wants_heldout(config):
+        raise DataError(
+            f"{wants} goes by held-out rows, and none of {records.source} are held out. Set data.eval_size or "
+            "data.eval_file, or leave it out."
+        )
     _check_length(config, len(train.samples))
     check_samples(model, [*train.samples, *heldout.samples])
     evaluation = EVALS.get(config.eval.name)
@@ -138,6 +157,7 @@ def train(
     run.update_result(
         source=prepared.records.source,
         samples_sha256=samples_now,
+        rows=prepared.counted(),
         parameters=_counted(model),
         **({"start": prepared.start} if prepared.start else {}),
     )
@@ -171,8 +191,11 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     """The answer loss over all held-out samples, and what ``eval.name`` measures.
 
     Returns:
-        loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers.
+        loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers; no
+        loss where no rows are held out.
     """
+    if not prepared.heldout.samples:
+        return {"answers": []}
     settings, evaluation = config.eval, EVALS.get(config.eval.name)
     chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
     summed = supervised_nll if chunked else None
@@ -186,6 +209,17 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
     return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
+
+
+def _wants_heldout(config: RunConfig) -> str | None:
+    """The setting that needs held-out rows during the training."""
+    train, schedule = config.train, config.optim.schedule
+    wants = {
+        "train.keep_best": train.keep_best,
+        "train.eval_every": train.eval_every,
+        f"optim.schedule={schedule}": SCHEDULES.get(schedule).measured,
+    }
+    return next((name for name, wanted in wants.items() if wanted), None)
 
 
 def steps_in_all(config: RunConfig, rows: int) -> int:
@@ -208,7 +242,14 @@ def _check_length(config: RunConfig, rows: int) -> None:
 def read_records(data: DataConfig) -> Records:
     """The records the settings name."""
     own = {} if data.own is None else asdict(data.own)
-    return load_records(data.name, train_size=data.train_size, eval_size=data.eval_size, seed=data.seed, **own)
+    return load_records(
+        data.name,
+        train_size=data.train_size,
+        eval_size=data.eval_size,
+        seed=data.seed,
+        eval_file=data.eval_file,
+        **own,
+    )
 
 
 def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
@@ -300,8 +341,10 @@ def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: An
         highlight=False,
         markup=False,
     )
+    if not heldout.samples:
+        console.print("No rows are held out: nothing is measured before and after.")
     left_out = {
-        "repeat a held-out question and were left out": records.repeated,
+        "answer a question of a held-out row and were left out": records.repeated,
         "have no answer within data.max_length and were left out": train.dropped + heldout.dropped,
         "were cut at data.max_length": train.truncated + heldout.truncated,
     }

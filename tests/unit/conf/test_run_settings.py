@@ -26,7 +26,7 @@ SOURCE = Path(schema.__file__).parents[2]
 
 DEFAULTS: dict[str, Any] = {
     "model": {"name": "smollm2-135m", "revision": None, "dtype": "bfloat16", "attention": "auto", "cache_dir": None},
-    "data": {"name": "word_problems", "train_size": 1600, "eval_size": 100, "max_length": 512, "seed": 0,
+    "data": {"name": "word_problems", "train_size": 1600, "eval_size": 100, "eval_file": None, "max_length": 512, "seed": 0,
              "templates": 24, "cache_dir": None},
     "init": {"mode": "default", "bsz": 1, "iters": 8, "max_length": 1024, "passes": 1, "ranks": None, "r_min": None,
              "r_max": None},
@@ -226,7 +226,7 @@ def test_a_config_is_frozen() -> None:
         ("optim.lr=-1", "optim.lr must be a number >= 0, found -1.0"),
         ("optim.warmup=-1", "optim.warmup must be a number >= 0"),
         ("data.name=12", r"data.name must be a text, found 12 \(int\)"),
-        ("data.eval_size=0", "data.eval_size must be an integer >= 1, found 0"),
+        ("data.eval_size=-1", "data.eval_size must be an integer >= 0, found -1"),
         ("data.max_length=1", "data.max_length must be an integer >= 2"),
         ("train.steps=0", "train.steps must be an integer >= 1, found 0"),
         ("train.batch_size=0", "train.batch_size must be an integer >= 1"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lorafa.data import DATASETS, data_set_names, data_set_of
+from lorafa.data.heldout import check_size
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
@@ -84,8 +85,11 @@ class DataConfig(OpenGroup):
     """Task: one known by name, a .jsonl or .json file, or a Hub data set id."""
     train_size: int | None = None
     """Records to train on; null takes all that are left after the held-out ones."""
-    eval_size: int = 100
-    """Records held out for evaluation, never trained on."""
+    eval_size: int | float | None = None
+    """Records held out for evaluation, never trained on: how many, a share of them below 1, or 0. null is 100, but at
+    most a tenth of the records there are."""
+    eval_file: str | None = None
+    """File in any form that data= takes, whose records are all held out, in place of eval_size."""
     max_length: int = 1024
     """Longest sample in tokens; what happens to a longer one is counted and printed."""
     seed: int = 0
@@ -113,7 +117,12 @@ class DataConfig(OpenGroup):
         super().__post_init__()
         if self.train_size is not None:
             check_int("data.train_size", self.train_size, at_least=1)
-        check_int("data.eval_size", self.eval_size, at_least=1)
+        check_size("data.eval_size", self.eval_size)
+        if self.eval_file is not None and self.eval_size is not None:
+            raise ConfigError(
+                f"All records of data.eval_file={self.eval_file} are held out, found data.eval_size={self.eval_size} "
+                "as well. Leave one of the two out."
+            )
         check_int("data.max_length", self.max_length, at_least=2)
         check_int("data.seed", self.seed, at_least=0)
 
