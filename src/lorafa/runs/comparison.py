@@ -126,7 +126,7 @@ class Plan:
                 config = compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])
                 if config.data.eval_size == 0:
                     raise ConfigError(
-                        f"{path}: runs are compared by held-out loss, and data.eval_size of {each.name} is 0. Give more."
+                        f"{path}: runs are compared by held-out loss, and data.eval_size of {each.name} is 0."
                     )
         return plan
 

@@ -305,6 +305,7 @@ def _fit(
         chunked_loss=config.train.chunked_loss,
         trial=prepared.trial,
         rules=config.train.rules,
+        decode=prepared.tokenizer.decode,
         train_dataset=prepared.train.samples,
         eval_dataset=prepared.heldout.samples[: config.train.eval_size] if measured else None,
         data_collator=prepared.collator,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,8 +90,13 @@ def lengths_of(samples: Iterable[Any]) -> list[int]:
     return [_length(sample, index) for index, sample in enumerate(samples)]
 
 
+def tokens_of(sample: Any) -> Sequence[int] | None:
+    """The token ids of a sample, a mapping with ``input_ids`` or an object that has them; None of another one."""
+    return sample.get("input_ids") if isinstance(sample, Mapping) else getattr(sample, "input_ids", None)
+
+
 def _length(sample: Any, index: int) -> int:
-    tokens = sample.get("input_ids") if isinstance(sample, Mapping) else getattr(sample, "input_ids", None)
+    tokens = tokens_of(sample)
     if tokens is None:
         raise DataError(
             f"Batches can only be grouped by length where samples have input_ids; sample {index} is a "

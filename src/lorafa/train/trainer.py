@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lorafa.errors import DivergedError, shorten, warn
+from lorafa.errors import DataError, DivergedError, shorten, warn
 from lorafa.models.head_loss import SupervisedLoss, Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.storage.whole import read_json
@@ -19,7 +21,7 @@ from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
 from lorafa.train.rates import scheduler
-from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of
+from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
 
 NEWEST = 2
 """The rules of a training that begins now; see ``train.rules`` of a run."""
@@ -56,6 +58,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
             right, as with experts no token was sent to.
         rules: how warm-ups count and samples are ordered: 2, or 1 as before (``train.rules`` of a run). None takes 2,
             and in a training that is resumed what its checkpoint was made with.
+        decode: from token ids to text, for errors that name rows.
         **settings: everything else `transformers.Trainer` takes.
 
     Raises:
@@ -74,9 +77,12 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         trial: Trial | None = None,
         check_gradients: bool = True,
         rules: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(model, args, check_gradients=check_gradients, **settings)
+        self.decode = decode
+        self._batches_of_step: Sequence[Mapping[str, Any]] = ()
         self._rules_given = rules
         self.rules = NEWEST if rules is None else rules
         """How warm-ups count and samples are ordered."""
@@ -131,8 +137,45 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            self._stop(f"The loss is {loss.item()} in step {self.state.global_step + 1}.")
+            self._stop(f"The loss is {loss.item()} in step {self.state.global_step + 1}{self._rows_of([inputs])}.")
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._batches_of_step = batches
+        if count is not None and int(count) == 0:  # a batch without labels adds 0 where others of the step have some
+            raise DataError(
+                f"No token of step {self.state.global_step + 1} is trained: all its labels are masked "
+                f"(-100){self._rows_of(batches)}. Check the answers of these rows and that max_length leaves room for "
+                "them, or leave the rows out."
+            )
+        return batches, count
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        scaled = self.accelerator.scaler is not None  # a scaler passes over steps without finite gradients by itself
+        if norm is not None and not scaled and not math.isfinite(norm):
+            rows = self._rows_of(self._batches_of_step)
+            self._stop(f"The gradient is not finite in step {self.state.global_step + 1}{rows}.")
+        return norm
+
+    def _rows_of(self, batches: Sequence[Mapping[str, Any]]) -> str:
+        """The rows of batches by their numbers among the training rows, in words to stand behind the step."""
+        numbers: dict[tuple[int, ...], int] = {}
+        if hasattr(self.train_dataset, "__len__"):
+            for number in range(len(self.train_dataset), 0, -1):
+                numbers[tuple(tokens_of(self.train_dataset[number - 1]) or ())] = number
+        rows = [
+            tuple(ids[mask.bool()].tolist())
+            for batch in batches
+            if {"input_ids", "attention_mask"} <= batch.keys()
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        known = [str(numbers[row]) for row in rows if row in numbers]
+        if not known:
+            return ""
+        begins = f", the first begins {self.decode(list(rows[0]))[:60]!r}" if self.decode else ""
+        return f" ({'row' if len(known) == 1 else 'rows'} {shorten(known, 8)} of the training rows{begins})"
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -161,6 +204,8 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         """As in transformers, but without logits where nobody asks for them; adds to the loss over all tokens."""
         if inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not (inputs["labels"][..., 1:] != IGNORE_INDEX).any():
+            return torch.zeros((), device=self.args.device), None, None
         if prediction_loss_only and self.own_loss_reason is None:
             with torch.no_grad(), self.accelerator.autocast():
                 total, count = supervised_nll(self.model, self._prepare_inputs(inputs), self.chunk_tokens)
@@ -238,12 +283,19 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
             self.control.should_log = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._require_finite()
+        return super()._finalize_training(*args, **kwargs)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._require_finite()
+        self.state.stateful_callbacks[MARK] = {"rules": self.rules}
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _require_finite(self) -> None:
         bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if bad:
             self._stop(f"After step {self.state.global_step} {len(bad)} weights are not finite: {shorten(bad)}.")
-        self.state.stateful_callbacks[MARK] = {"rules": self.rules}
-        super()._save_checkpoint(*args, **kwargs)
 
     def _stop(self, what: str) -> None:
         newest = last_checkpoint(self.args.output_dir)

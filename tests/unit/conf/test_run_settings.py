@@ -26,8 +26,8 @@ SOURCE = Path(schema.__file__).parents[2]
 
 DEFAULTS: dict[str, Any] = {
     "model": {"name": "smollm2-135m", "revision": None, "dtype": "bfloat16", "attention": "auto", "cache_dir": None},
-    "data": {"name": "word_problems", "train_size": 1600, "eval_size": 100, "eval_file": None, "max_length": 512, "seed": 0,
-             "templates": 24, "cache_dir": None},
+    "data": {"name": "word_problems", "train_size": 1600, "eval_size": 100, "eval_file": None, "max_length": 512,
+             "seed": 0, "templates": 24, "cache_dir": None},
     "init": {"mode": "default", "bsz": 1, "iters": 8, "max_length": 1024, "passes": 1, "ranks": None, "r_min": None,
              "r_max": None},
     "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0, "warmup": 0.05, "schedule": "linear",
