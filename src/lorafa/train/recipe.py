@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from array import array
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from lorafa.data.chat import Encoded, encode_all, render_sample
@@ -30,16 +28,13 @@ from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, load_model
 from lorafa.peft_model import PeftModel
-from lorafa.storage.whole import read_json
 from lorafa.train.adapter_config import lora_config
-from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
+from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
-from lorafa.train.settings.run import DataConfig, RunConfig, check_rise
+from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import start_adapter
-from lorafa.train.trainer import LoraTrainer
 
 
 class Recorder(Protocol):
@@ -70,6 +65,11 @@ class Prepared:
     """What a start from data has read and chosen; empty for the others."""
     trial: Trial | None = None
     """What the run's one trial of the chunked loss has shown; None where the model's own is asked for."""
+
+    def material(self) -> Material:
+        """The part that the training itself takes."""
+        train, heldout = self.train.samples, self.heldout.samples
+        return Material(self.model, train, heldout, self.collator, self.tokenizer.decode, self.trial)
 
     def counted(self) -> dict[str, int]:
         """How many rows are trained on and held out, and how many were left out or cut."""
@@ -117,7 +117,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             f"{wants} goes by held-out rows, and none of {records.source} are held out. Set data.eval_size or "
             "data.eval_file, or leave it out."
         )
-    _check_length(config, len(train.samples))
+    check_length(config, len(train.samples))
     check_samples(model, [*train.samples, *heldout.samples])
     evaluation = EVALS.get(config.eval.name)
     asked = evaluation.asks(records.heldout, config.eval.own)
@@ -171,10 +171,18 @@ def train(
     trained_before = logged[-1].get("seconds", 0.0) if logged else 0.0
     with _timed(seconds, "train", trained_before), progress_bar(console, "Training") as bar:
         callback = RunCallback(run.add_metrics, bar, trained_before)
-        steps = _fit(prepared, config, run.checkpoints, callback, checkpoint)
+        fitted = fit(prepared.material(), config, run.checkpoints, callback, checkpoint)
+    if fitted.stopped:
+        console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     model.save_pretrained(str(run.adapter))
     # LoRA-FA's optimizer has frozen A meanwhile
-    run.update_result(steps=steps, adapter=run.adapter.name, seconds=seconds, parameters=_counted(model))
+    run.update_result(
+        steps=fitted.steps,
+        stopped=fitted.stopped,
+        adapter=run.adapter.name,
+        seconds=seconds,
+        parameters=_counted(model),
+    )
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
@@ -222,23 +230,6 @@ def _wants_heldout(config: RunConfig) -> str | None:
     return next((name for name, wanted in wants.items() if wanted), None)
 
 
-def steps_in_all(config: RunConfig, rows: int) -> int:
-    """Optimizer steps of the training, on one process."""
-    train = config.train
-    batches = math.ceil(rows / train.batch_size)
-    return train.steps or math.ceil((train.epochs or 1) * math.ceil(batches / train.accumulation))
-
-
-def _check_length(config: RunConfig, rows: int) -> None:
-    """Raises ConfigError where the warm-up is as long as the passes over that many rows.
-
-    A run that was begun when this was no error is continued all the same.
-    """
-    if config.train.rules > 1:
-        steps = steps_in_all(config, rows)
-        check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")
-
-
 def read_records(data: DataConfig) -> Records:
     """The records the settings name."""
     own = {} if data.own is None else asdict(data.own)
@@ -250,72 +241,6 @@ def read_records(data: DataConfig) -> Records:
         eval_file=data.eval_file,
         **own,
     )
-
-
-def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
-    """The settings as `transformers.Trainer` takes them."""
-    train, optim = config.train, config.optim
-    options: dict[str, Any] = {"save_strategy": "no"}
-    if train.checkpoint_every:
-        options = {"save_strategy": "steps", "save_steps": train.checkpoint_every}
-        options["save_total_limit"] = train.keep_checkpoints
-    if train.gradient_checkpointing:
-        options["gradient_checkpointing"] = True
-    if train.keep_best or train.eval_every:
-        options |= {"eval_strategy": "steps", "eval_steps": train.eval_every or train.checkpoint_every}
-    if train.keep_best or SCHEDULES.get(optim.schedule).measured:
-        options |= {"metric_for_best_model": "loss", "greater_is_better": False}
-    if train.keep_best:
-        options["load_best_model_at_end"] = True
-    return TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=train.steps or -1,
-        num_train_epochs=train.epochs or 1,
-        per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=config.eval.batch_size,
-        gradient_accumulation_steps=train.accumulation,
-        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
-        seed=train.seed,
-        max_grad_norm=optim.max_grad_norm,
-        logging_steps=train.log_every,
-        logging_first_step=True,
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=[],
-        **schedule_of_trainer(optim),
-        **stock_arguments(optim),
-        **options,
-    )
-
-
-def _fit(
-    prepared: Prepared, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
-) -> int:
-    """Train and return the number of optimizer steps done in all parts of the training together."""
-    state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
-    if state.get("global_step", 0) >= state.get("max_steps", 1):  # transformers would take one step more
-        prepared.model.load_adapter(state["best_model_checkpoint"] or str(checkpoint), "default", is_trainable=True)
-        return int(state["global_step"])
-    measured = config.train.keep_best or config.train.eval_every
-    trainer = LoraTrainer(
-        prepared.model,
-        training_arguments(config, output_dir),
-        chunked_loss=config.train.chunked_loss,
-        trial=prepared.trial,
-        rules=config.train.rules,
-        decode=prepared.tokenizer.decode,
-        train_dataset=prepared.train.samples,
-        eval_dataset=prepared.heldout.samples[: config.train.eval_size] if measured else None,
-        data_collator=prepared.collator,
-        callbacks=[callback],
-        optimizers=(pair_optimizer(prepared.model, config.optim), None),
-    )
-    trainer.remove_callback(PrinterCallback)  # the bar and the record say it
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    steps: int = trainer.state.global_step
-    return steps
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from transformers.trainer_utils import SchedulerType
 
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError
+from lorafa.train.fit import steps_in_all, training_arguments
 from lorafa.train.rates import scheduler
-from lorafa.train.recipe import steps_in_all, training_arguments
 from lorafa.train.settings.optim import schedule_of_trainer
 from lorafa.train.settings.schedules import SCHEDULES
 

@@ -228,6 +228,8 @@ class TrainConfig:
     """Steps between two measurements of the held-out loss during training; 0 measures before and after only."""
     eval_size: int | None = None
     """Held-out samples of such a measurement; null takes all."""
+    patience: int | None = None
+    """Stop after so many measurements of the held-out loss without a lower one; needs eval_every or keep_best."""
     rules: Literal[1, 2] = 2
     """How a warm-up counts and rows are ordered. 2: the first step has a rate, and two seeds have nothing in common.
     1: as runs had it that were begun before; they keep it, and a run of today can be compared with them."""
@@ -255,6 +257,13 @@ class TrainConfig:
         _check_at_most("train.seed", self.seed, SEEDS - 1)
         if self.eval_size is not None:
             check_int("train.eval_size", self.eval_size, at_least=1)
+        if self.patience is not None:
+            check_int("train.patience", self.patience, at_least=1)
+            if not (self.eval_every or self.keep_best):
+                raise ConfigError(
+                    f"train.patience={self.patience} counts measurements of the held-out loss, and none is made on the "
+                    "way. Set train.eval_every, for example to 10."
+                )
         if self.keep_best and self.eval_every not in (0, self.checkpoint_every):
             raise ConfigError(
                 f"train.keep_best measures at every checkpoint (train.checkpoint_every={self.checkpoint_every}), found "
