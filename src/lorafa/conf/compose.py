@@ -105,7 +105,7 @@ def _last_choices(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _instead(overrides: Sequence[str]) -> list[str]:
-    """Of two settings that exclude each other, one that is given makes the other null, which a file may have set."""
+    """One of two settings that exclude each other makes the other null, which a file may have set."""
     given = {}
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")

@@ -31,6 +31,7 @@ from rich.markup import escape
 
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, DivergedError, first_line
+from lorafa.runs.differences import difference, differing
 from lorafa.runs.experiment import start_run
 from lorafa.runs.record import RunDirectory, TakenError
 from lorafa.settings.checks import is_int
@@ -49,6 +50,7 @@ OWN = {
     "optim.lr": "see rates",
     "train.seed": "see seeds",
     "run_dir": "every run has its own",
+    "if_exists": "runs that are over are kept, others start anew",
     "train.resume": "a run that was cut short starts anew",
 }
 """Settings that the comparison gives every run."""
@@ -379,17 +381,9 @@ def steps_to(metrics: Sequence[Mapping[str, Any]], goal: float) -> float | None:
 
 
 def _check_same(now: Mapping[str, Any], then: Mapping[str, Any], path: Path) -> None:
-    different = [group for group in now if group not in ("threads", "run_dir") and now[group] != then.get(group)]
+    different = differing(now, then)
     if different:
         raise ConfigError(
             f"{path} is finished, but with other settings ({', '.join(different)}) than this comparison's: "
-            f"{_difference(different[0], now[different[0]], then.get(different[0]))}. Give another folder."
+            f"{difference(different[0], now[different[0]], then.get(different[0]))}. Give another folder."
         )
-
-
-def _difference(name: str, now: object, then: object) -> str:
-    """The first setting of a group that differs, with both values: "peft.r was 16 then and is 4 now"."""
-    if not isinstance(now, Mapping) or not isinstance(then, Mapping):
-        return f"{name} was {then!r} then and is {now!r} now"
-    key = next(key for key in (*now, *then) if now.get(key) != then.get(key))
-    return _difference(f"{name}.{key}", now.get(key), then.get(key))

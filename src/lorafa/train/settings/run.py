@@ -311,6 +311,9 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run_dir: str | None = None
     """Directory to create for the run; null makes runs/<date>-<time>-<adapter>."""
+    if_exists: Literal["error", "resume", "new"] = "error"
+    """What to do where run_dir holds a run already: refuse; resume it from its last checkpoint, where the settings are
+    the same; or take the next free name, <run_dir>-2 and so on."""
     threads: int | None = None
     """Processor threads; null takes PyTorch's choice."""
 
