@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lorafa.conf.continued import with_settings_of_file
 from lorafa.errors import ConfigError, did_you_mean, first_line
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key, build, keys
@@ -52,7 +53,8 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """
     values = OmegaConf.to_container(composed(overrides), resolve=True)
     assert isinstance(values, dict)
-    return build(RunConfig, {str(key): value for key, value in values.items()})
+    config = build(RunConfig, {str(key): value for key, value in values.items()})
+    return config if config.peft.adapter is None else with_settings_of_file(config, _given_of_peft(overrides))
 
 
 def composed(overrides: Sequence[str] = ()) -> DictConfig:
@@ -66,6 +68,22 @@ def composed(overrides: Sequence[str] = ()) -> DictConfig:
             return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"The settings {' '.join(overrides)!r} do not fit together: {first_line(error)}.") from error
+
+
+def _given_of_peft(overrides: Sequence[str]) -> list[str]:
+    """The settings of `peft` that the overrides name.
+
+    Raises:
+        ConfigError: they choose an option of it.
+    """
+    named = [text.lstrip("+").partition("=")[0] for text in overrides]
+    chosen = [text for text, name in zip(overrides, named, strict=True) if name == "peft"]
+    if chosen:
+        raise ConfigError(
+            f"{chosen[-1]} describes a new adapter, and peft.adapter goes on with one. Drop one of the two."
+        )
+    keys_named = [ALIASES.get(name, name).split(".") for name in named]
+    return [parts[1] for parts in keys_named if parts[0] == "peft" and len(parts) > 1]
 
 
 def groups() -> dict[str, list[str]]:
@@ -154,7 +172,7 @@ def _may_be_own(key: str) -> bool:
 
 def _is_path(key: str) -> bool:
     """Settings that are paths are called so: what the grammar cannot read (``~/runs``) is taken as it stands."""
-    return key.endswith(("_dir", "_file")) or key == "train.resume"
+    return key.endswith(("_dir", "_file")) or key in ("train.resume", "peft.adapter")
 
 
 def _nearest(key: str) -> str:

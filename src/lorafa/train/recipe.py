@@ -6,7 +6,7 @@ import hashlib
 import time
 from array import array
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
-from lorafa.train.start import start_adapter
+from lorafa.train.start import Started, start_adapter
 
 
 class Recorder(Protocol):
@@ -125,7 +125,10 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
-        begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
+        if config.peft.adapter is not None:
+            begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
+        else:
+            begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(records, train, heldout, tokenizer, console)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
@@ -164,7 +167,8 @@ def train(
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
     before = earlier.get("before")
     if before is None and config.eval.before:
-        with _timed(seconds, "evaluate before"), model.disable_adapter():
+        as_it_starts = nullcontext() if config.peft.adapter is not None else model.disable_adapter()
+        with _timed(seconds, "evaluate before"), as_it_starts:
             before = measure(prepared, config, console, "Before")
         run.update_result(before=before, seconds=seconds)
     logged = run.metrics()

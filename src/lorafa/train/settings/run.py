@@ -131,6 +131,8 @@ class DataConfig(OpenGroup):
 class PeftConfig:
     """The adapter; ranges are checked by `lorafa.LoraConfig`, whose names these are."""
 
+    adapter: str | None = None
+    """Folder of an adapter to train on; all other settings of peft are then those of its file."""
     r: int = 8
     """Rank: inner dimension of B @ A."""
     lora_alpha: int | float = 8
@@ -321,6 +323,12 @@ class RunConfig:
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
             _check_at_most("threads", self.threads, MOST_THREADS)
+        if self.peft.adapter is not None and (self.init.mode != InitConfig().mode or self.init.ranks is not None):
+            chosen = f"init.mode={self.init.mode}" if self.init.ranks is None else f"init.ranks={self.init.ranks}"
+            raise ConfigError(
+                f"{chosen} would change nothing: peft.adapter={self.peft.adapter} starts where its file stands. Drop "
+                "one of the two."
+            )
         if SCHEDULES.get(self.optim.schedule).measured and not (self.train.eval_every or self.train.keep_best):
             raise ConfigError(
                 f"optim.schedule={self.optim.schedule} goes by the held-out loss, which is not measured on the way. "
