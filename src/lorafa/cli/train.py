@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     keep_freed_memory()  # before the first tensor
     config = compose(args.overrides)
-    longer = _longer(args.overrides, config) if config.train.resume else None
+    longer = longer_of(args.overrides, config) if config.train.resume else None
     if args.dry_run:
         return _dry_run(config, longer, console)
     from lorafa.report.page import write_report
@@ -102,7 +102,7 @@ LONGER = ("steps", "epochs", "patience")
 """Settings of ``train`` that a run may be continued with."""
 
 
-def _longer(overrides: Sequence[str], config: RunConfig) -> dict[str, Any]:
+def longer_of(overrides: Sequence[str], config: RunConfig) -> dict[str, Any]:
     """How long the continued run is to be, where that is said; other settings are refused."""
     named = {text: text.lstrip("+").partition("=")[0].replace("model.epochs", "train.epochs") for text in overrides}
     others = [text for text, key in named.items() if key not in ("train.resume", *(f"train.{one}" for one in LONGER))]
