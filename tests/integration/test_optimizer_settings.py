@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorafa.optimizers import OPTIMIZERS
 from lorafa.settings.typed import build
-from lorafa.train.recipe import training_arguments
+from lorafa.train.fit import training_arguments
 from lorafa.train.settings.optim import OptimConfig, pair_optimizer
 from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.trainer import LoraTrainer
@@ -76,7 +76,7 @@ def test_every_setting_is_tried() -> None:
     tried = {name for settings in SETTINGS.values() for name, _ in settings}
     own = [OPTIMIZERS.get(name).settings for name in OPTIMIZERS.names()]
     known = {field.name for settings in (OptimConfig, *filter(None, own)) for field in fields(settings)}
-    assert {"name", "own", *tried} == known
+    assert {"name", "own", "own_of_schedule", *tried} == known
 
 
 @pytest.mark.parametrize("name", ["adamw", "lora_pro"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorafa.cli.main import main
 from lorafa.conf.compose import compose
@@ -166,3 +166,18 @@ def test_code_in_a_cache_that_others_made_does_not_run(
         assert f"The cached {wheel} is not the wheel that was published" in err
         assert "Delete it and run again" in err
         assert not ran.exists()
+
+
+def test_a_pad_token_without_a_row_of_the_embedding_trains(workplace: Path, tmp_path: Path) -> None:
+    """It was added to the tokenizer and not to the model; rows differ in length, so that there is padding."""
+    model = shutil.copytree(workplace / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    assert tokenizer.pad_token_id == AutoConfig.from_pretrained(model).vocab_size
+    rows = [{**row, "question": "so " * i + row["question"]} for i, row in enumerate(ROWS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = tmp_path / "run"
+    changes = [f"model={model}", f"data={tmp_path / 'rows.jsonl'}", "train.steps=2"]
+    assert main(["train", *settings(workplace, run), *changes]) == 0
+    assert read(run / "result.json")["after"]["total"] == 4

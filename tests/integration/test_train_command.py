@@ -278,3 +278,42 @@ def test_what_lora_fa_freezes_is_not_counted_as_trained(workplace: Path, tmp_pat
     tensors = load_file(tmp_path / "lora_fa" / "adapter" / "adapter_model.safetensors")
     assert counted["adamw"] == sum(tensor.numel() for tensor in tensors.values())
     assert counted["lora_fa"] == sum(tensor.numel() for key, tensor in tensors.items() if "lora_B" in key)
+
+
+def test_one_step_trains_and_the_last_steps_are_logged_whatever_log_every_is(workplace: Path, tmp_path: Path) -> None:
+    short = ["eval.size=0", "train.checkpoint_every=0", "optim.warmup=0.05"]
+    assert main(["train", *settings(workplace, tmp_path / "one"), *short, "train.steps=1"]) == 0
+    result = read(tmp_path / "one" / "result.json")
+    assert result["after"]["loss"] < result["before"]["loss"]
+    assert [row["lr"] for row in metrics(tmp_path / "one")] == [1e-2]
+    assert main(["train", *settings(workplace, tmp_path / "seven"), *short, "train.steps=7", "train.log_every=3"]) == 0
+    assert [row["step"] for row in metrics(tmp_path / "seven")] == [1, 3, 6, 7]
+
+
+def test_a_warm_up_longer_than_the_passes_is_refused(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes = ["train.steps=null", "train.epochs=2", "optim.warmup=8"]
+    assert main(["train", *settings(workplace, tmp_path / "run"), *passes]) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert "optim.warmup=8 steps are the whole training (train.epochs=2, 8 steps), so optim.lr would never be" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy", "warmup_stable_decay"])
+def test_every_kind_of_schedule_trains_and_is_continued(
+    workplace: Path, tmp_path: Path, stop_after: Callable[[int], None], schedule: str
+) -> None:
+    short = ["eval.size=0", "train.steps=8", "train.eval_every=1", f"optim.schedule={schedule}"]
+    measured = ["optim.patience=0", "optim.factor=0.5", "optim.threshold=0.1"]
+    short += ["optim.num_decay_steps=0.5"] if schedule == "warmup_stable_decay" else measured
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["train", *settings(workplace, whole), *short]) == 0
+    stop_after(6)
+    assert main(["train", *settings(workplace, cut), *short]) == 130
+    stop_after(10**6)
+    assert main(["train", f"train.resume={cut}"]) == 0
+    rates = [row["lr"] for row in metrics(whole) if "lr" in row]
+    assert len(set(rates)) > 1
+    assert [row["lr"] for row in metrics(cut) if "lr" in row] == rates
+    assert read(cut / "result.json")["after"]["loss"] == read(whole / "result.json")["after"]["loss"]

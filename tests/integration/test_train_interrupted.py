@@ -153,3 +153,20 @@ def test_a_damaged_record_is_left_as_it_is(cut: Path, capsys: pytest.CaptureFixt
     assert main(["train", f"train.resume={cut}"]) == 1
     assert "Line 1 of" in err(capsys)
     assert (cut / "result.json").read_bytes() == before
+
+
+def test_a_run_that_was_begun_by_earlier_rules_is_continued_by_them(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config does not name them; the marks of its checkpoints were not made then either."""
+    short = ["train.steps=12", "train.checkpoint_every=7", "optim.warmup=3", "eval.size=0", "eval.before=false"]
+    assert main(["train", *settings(workplace, tmp_path / "whole"), *short, "train.rules=1"]) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, interrupt)
+        assert main(["train", *settings(workplace, tmp_path / "cut"), *short, "train.rules=1"]) == 130
+    file = tmp_path / "cut" / "config.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if "rules:" not in line))
+    assert main(["train", f"train.resume={tmp_path / 'cut'}"]) == 0
+    whole, parts = (metrics(tmp_path / name) for name in ("whole", "cut"))
+    assert [(row["loss"], row["lr"]) for row in parts] == [(row["loss"], row["lr"]) for row in whole]
+    assert [row["lr"] for row in whole[:4]] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2])

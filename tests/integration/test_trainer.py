@@ -335,7 +335,8 @@ def test_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good_c
     args = {"save_strategy": "steps", "save_steps": 2}
     trainer = trainer_for(tmp_path, model, {"callbacks": [spoil(model, 4, "on_step_begin")]}, **args)
     with pytest.raises(
-        DivergedError, match=r"The loss is nan in step 5\. Lower the learning rate.*checkpoint: .*checkpoint-4"
+        DivergedError,
+        match=r"The loss is nan in step 5 \(rows \d+, \d+ of the training rows\)\. Lower.*checkpoint: .*checkpoint-4",
     ):
         trainer.train()
     assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafa.errors import ConfigError
@@ -29,6 +30,9 @@ examples:
   lorafa train optim.lr=5e-4 train.steps=300       other numbers
   lorafa train train.resume=runs/20260101-120000-lora-r16
                                                    continue a run that was cut short
+  lorafa train train.resume=runs/20260101-120000-lora-r16 train.steps=200
+                                                   train one for longer (optim.schedule=constant and its like)
+  lorafa train run_dir=runs/a if_exists=resume     start or continue, as a job that is started again should
 
 exit status: 0 done, 1 the work failed (what was recorded stays in the run directory), 2 wrong arguments
 or settings (nothing is written), 130 interrupted"""
@@ -55,17 +59,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     keep_freed_memory()  # before the first tensor
     config = compose(args.overrides)
-    if config.train.resume:
-        _refuse_other_settings(args.overrides)
+    longer = longer_of(args.overrides, config) if config.train.resume else None
     if args.dry_run:
-        return _dry_run(config, console)
+        return _dry_run(config, longer, console)
     from lorafa.report.page import write_report
     from lorafa.report.tables import result_tables
     from lorafa.runs.experiment import resume_run, start_run
     from lorafa.runs.record import RunDirectory
 
     if config.train.resume:
-        path = resume_run(config.train.resume, console, args.command)
+        path = resume_run(config.train.resume, console, args.command, longer)
     else:
         path = start_run(config, console, args.command)
     console.print(result_tables(RunDirectory(path)))
@@ -74,16 +77,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _dry_run(config: RunConfig, console: Console) -> int:
-    from lorafa.runs.experiment import resumable
+def _dry_run(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) -> int:
+    from lorafa.runs.experiment import begun, resumable
     from lorafa.runs.record import RunDirectory
     from lorafa.settings.typed import plain
     from lorafa.train.recipe import prepare
 
     would = "start"
     if config.train.resume:
-        run, checkpoint = resumable(config.train.resume)
-        config, would = run.config(), f"continue from {checkpoint.name} in {run.path}"
+        run, checkpoint, config = resumable(config.train.resume, longer)
+        would = f"continue from {checkpoint.name} in {run.path}"
+    elif there := begun(config):
+        would = f"go on in {there.path}"
     else:
         RunDirectory.place(config)  # a directory in the way would stop the run
     console.print_json(data=plain(config))
@@ -93,13 +98,20 @@ def _dry_run(config: RunConfig, console: Console) -> int:
     return 0
 
 
-def _refuse_other_settings(overrides: list[str]) -> None:
-    others = [text for text in overrides if text.lstrip("+").partition("=")[0] != "train.resume"]
+LONGER = ("steps", "epochs", "patience")
+"""Settings of ``train`` that a run may be continued with."""
+
+
+def longer_of(overrides: Sequence[str], config: RunConfig) -> dict[str, Any]:
+    """How long the continued run is to be, where that is said; other settings are refused."""
+    named = {text: text.lstrip("+").partition("=")[0].replace("model.epochs", "train.epochs") for text in overrides}
+    others = [text for text, key in named.items() if key not in ("train.resume", *(f"train.{one}" for one in LONGER))]
     if others:
         raise ConfigError(
-            f"A continued run keeps its settings, found {' '.join(others)!r} beside train.resume. "
-            "Leave them out, or start a new run without train.resume."
+            f"A continued run keeps its settings, found {' '.join(others)!r} beside train.resume. Leave them out "
+            "(train.steps, train.epochs and train.patience may be given), or start a new run without train.resume."
         )
+    return {one: getattr(config.train, one) for one in LONGER if f"train.{one}" in named.values()}
 
 
 class _HelpWithSettings(argparse.Action):

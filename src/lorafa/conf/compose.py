@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lorafa.conf.continued import with_settings_of_file
 from lorafa.errors import ConfigError, did_you_mean, first_line
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key, build, keys
@@ -32,6 +33,8 @@ ALIASES: Mapping[str, str] = {
     "init.weight": "init.scale",
 }
 """Names that published commands use -> the name here."""
+EITHER = (("train.steps", "train.epochs"), ("data.eval_size", "data.eval_file"))
+"""Settings that exclude each other."""
 OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
     name: group
     for name, group in get_type_hints(RunConfig).items()
@@ -50,12 +53,13 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """
     values = OmegaConf.to_container(composed(overrides), resolve=True)
     assert isinstance(values, dict)
-    return build(RunConfig, {str(key): value for key, value in values.items()})
+    config = build(RunConfig, {str(key): value for key, value in values.items()})
+    return config if config.peft.adapter is None else with_settings_of_file(config, _given_of_peft(overrides))
 
 
 def composed(overrides: Sequence[str] = ()) -> DictConfig:
     """What the yaml files and the overrides say together, not yet checked for types."""
-    translated = [line for lines in _last_choices(overrides) for line in lines]
+    translated = [line for lines in _last_choices(overrides) for line in lines] + _instead(overrides)
     try:
         with hydra.initialize_config_dir(config_dir=str(FOLDER.resolve()), version_base="1.3"):
             config = hydra.compose("train", overrides=translated)
@@ -64,6 +68,22 @@ def composed(overrides: Sequence[str] = ()) -> DictConfig:
             return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"The settings {' '.join(overrides)!r} do not fit together: {first_line(error)}.") from error
+
+
+def _given_of_peft(overrides: Sequence[str]) -> list[str]:
+    """The settings of `peft` that the overrides name.
+
+    Raises:
+        ConfigError: they choose an option of it.
+    """
+    named = [text.lstrip("+").partition("=")[0] for text in overrides]
+    chosen = [text for text, name in zip(overrides, named, strict=True) if name == "peft"]
+    if chosen:
+        raise ConfigError(
+            f"{chosen[-1]} describes a new adapter, and peft.adapter goes on with one. Drop one of the two."
+        )
+    keys_named = [ALIASES.get(name, name).split(".") for name in named]
+    return [parts[1] for parts in keys_named if parts[0] == "peft" and len(parts) > 1]
 
 
 def groups() -> dict[str, list[str]]:
@@ -100,6 +120,16 @@ def _last_choices(overrides: Sequence[str]) -> list[list[str]]:
     known = groups()
     last = {name: place for place, name in enumerate(names) if name in known}
     return [lines for place, lines in enumerate(translated) if last.get(names[place], place) == place]
+
+
+def _instead(overrides: Sequence[str]) -> list[str]:
+    """One of two settings that exclude each other makes the other null, which a file may have set."""
+    given = {}
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        given[ALIASES.get(key, key)] = value.strip()
+    both = [(one, other) for pair in EITHER for one, other in (pair, pair[::-1])]
+    return [f"++{other}=null" for one, other in both if given.get(one, "null") != "null" and other not in given]
 
 
 def translate(text: str) -> list[str]:
@@ -142,7 +172,7 @@ def _may_be_own(key: str) -> bool:
 
 def _is_path(key: str) -> bool:
     """Settings that are paths are called so: what the grammar cannot read (``~/runs``) is taken as it stands."""
-    return key.endswith(("_dir", "_file")) or key == "train.resume"
+    return key.endswith(("_dir", "_file")) or key in ("train.resume", "peft.adapter")
 
 
 def _nearest(key: str) -> str:

@@ -42,4 +42,4 @@ def _load(wanted: Wanted, settings: FileSettings) -> Records:
     return records_of(rows, wanted, settings.prompt_column, settings.completion_column)
 
 
-FILE = DataSet(load=_load, settings=FileSettings, takes=is_file)
+FILE = DataSet(load=_load, settings=FileSettings, counts=True, takes=is_file)

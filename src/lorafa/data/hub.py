@@ -56,4 +56,4 @@ def _rows(name: str, settings: HubSettings) -> list[tuple[str, Row]]:
     return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-HUB = DataSet(load=_load, settings=HubSettings, takes=_is_hub_id)
+HUB = DataSet(load=_load, settings=HubSettings, counts=True, takes=_is_hub_id)

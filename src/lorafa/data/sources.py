@@ -5,37 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from random import Random
 from typing import Any
 
-from lorafa.data import data_set_names, data_set_of
+from lorafa.data import DATASETS, data_set_names, data_set_of
 from lorafa.data.entry import Wanted
-from lorafa.data.records import Message, Record, Records
+from lorafa.data.heldout import USUAL, check_size, split_records, with_heldout_of
+from lorafa.data.records import Records
 from lorafa.data.rows import ACCEPTED, Row, converter, parsed
 from lorafa.errors import DataError, SourceError, did_you_mean
 from lorafa.settings.checks import check_keys
 
 
-def load_records(name: str, *, train_size: int | None, eval_size: int, seed: int, **settings: Any) -> Records:
+def load_records(
+    name: str,
+    *,
+    train_size: int | None,
+    eval_size: int | float | None,
+    seed: int,
+    eval_file: str | None = None,
+    **settings: Any,
+) -> Records:
     """Load ``eval_size`` held-out rows and ``train_size`` training rows (None: all that are left).
 
     Args:
         name: a line of ``DATASETS`` (``word_problems``), a path ending in .jsonl or .json (one object a row), or a Hub
             id ``owner/name``.
+        eval_size: a number of rows, a share of them below 1, or None for 100, but at most a tenth of all rows.
+        eval_file: a file of its own in any accepted form, whose rows are all held out in place of ``eval_size``.
         seed: decides which rows are held out and the order of the rest. The held-out rows do not depend on
             ``train_size``.
         settings: the data set's own: ``prompt_column`` and ``completion_column`` of a file or a Hub dataset, by
             default the first of ``ACCEPTED`` that is there; ``subset``, ``split`` and ``revision`` of a Hub dataset;
             ``templates`` and ``cache_dir`` of ``word_problems``.
 
-    Training rows whose question is also held out are left out and counted in ``Records.repeated``. ``Record.answer``
-    is set where the last assistant turn ends in ``#### N`` or "The answer is N".
+    Training rows that answer what a held-out row asks, be it as an earlier turn, and those that a held-out row
+    continues are left out and counted in ``Records.repeated``. ``Record.answer`` is set where the last assistant turn
+    ends in ``#### N`` or "The answer is N".
 
     Raises:
         SourceError: the file or dataset cannot be found or fetched.
         ConfigError: a setting is given that this data set does not read, or a value is not allowed.
         DataError: a row is broken, columns are missing, or there are fewer rows than asked for.
     """
+    if isinstance(eval_size, float):
+        check_size("data.eval_size", eval_size)
     for setting, size in (("train_size", train_size), ("eval_size", eval_size)):
         if size is not None and size < 0:
             raise DataError(f"data.{setting} counts rows, found {size}. Give 0 or more.")
@@ -45,7 +58,28 @@ def load_records(name: str, *, train_size: int | None, eval_size: int, seed: int
     kind = data_set.settings
     check_keys(f"data={name}", settings, [] if kind is None else [field.name for field in fields(kind)])
     own = None if kind is None else kind(**settings)
+    if eval_file is not None:
+        whole = train_size if data_set.takes is None else None  # a row that is left out has another in its place
+        trained = data_set.load(Wanted(name, whole, 0, seed), own)
+        return with_heldout_of(trained, _all_of(eval_file, seed, own), train_size)
+    if not data_set.counts and not isinstance(eval_size, int):
+        if eval_size is not None:
+            raise DataError(
+                f"data.eval_size={eval_size} is a share of the rows, and {name} does not say how many there are. Give "
+                "a number of rows."
+            )
+        eval_size = USUAL
     return data_set.load(Wanted(name, train_size, eval_size, seed), own)
+
+
+def _all_of(file: str, seed: int, own: Any) -> Records:
+    """The rows of a file, read by the columns that the settings of another one name."""
+    source = DATASETS.get("file")
+    if source.takes is None or not source.takes(file):
+        raise SourceError(f"data.eval_file={file} is no file of rows. Give one that data= takes: .jsonl or .json.")
+    kind = source.settings
+    columns = {} if kind is None else {one.name: getattr(own, one.name, one.default) for one in fields(kind)}
+    return source.load(Wanted(file, None, 0, seed), None if kind is None else kind(**columns))
 
 
 def no_such_data_set(name: str) -> SourceError:
@@ -72,34 +106,6 @@ def records_of(
     convert = converter(wanted.name, rows[0][1], prompt_column, completion_column)
     records = [convert(row, place) for place, row in rows]
     return split_records(records, wanted.train_size, wanted.eval_size, wanted.seed, wanted.name)
-
-
-def split_records(records: list[Record], train_size: int | None, eval_size: int, seed: int, source: str) -> Records:
-    """Hold out ``eval_size`` rows, then take ``train_size`` of the others whose question was not held out.
-
-    Raises:
-        DataError: there are not that many rows.
-    """
-    shuffled = Random(seed).sample(records, len(records))
-    heldout = shuffled[:eval_size]
-    asked = {_asks(record) for record in heldout}
-    rest = [record for record in shuffled[eval_size:] if _asks(record) not in asked]
-    repeated = max(len(shuffled) - eval_size, 0) - len(rest)
-    wanted = 1 if train_size is None else train_size
-    if len(heldout) < eval_size or len(rest) < wanted:
-        advice = "Lower data.eval_size or data.train_size."
-        if len(records) - repeated < eval_size + wanted <= len(records):
-            advice = "Remove the rows that ask the same again, or lower data.eval_size or data.train_size."
-        raise DataError(
-            f"{source} holds {len(records)} rows ({repeated} of them repeat a held-out question), asked for "
-            f"{eval_size} to evaluate and {wanted} to train on. {advice}"
-        )
-    return Records(rest[:train_size], heldout, source, repeated)
-
-
-def _asks(record: Record) -> tuple[Message, ...]:
-    """What makes two rows the same: the question, or all of it where nothing is asked."""
-    return record.question or record.messages
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:

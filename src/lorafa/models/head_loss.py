@@ -139,12 +139,13 @@ def supervised_loss(
             to predict label t + 1. ``shift_labels`` in place of ``labels`` are already moved by one.
         chunk_tokens: rows that go through the head at once; by default as many as `CHUNK_BYTES` of float32 logits hold.
         num_items: number to divide the summed loss by; by default the supervised positions of this batch. Under
-            gradient accumulation it is the count over all batches of the step.
+            gradient accumulation it is the count over all batches of the step; a batch without any adds 0 then.
         objective: what is summed over the supervised positions, in place of the negative log-likelihood.
 
     Raises:
         BackendError: the model cannot be cut before its head, or a hook gives an output without loss.
-        DataError: the batch has no labels, none of them counts, or they are no labels of its tokens.
+        DataError: the batch has no labels, none of them counts (without ``num_items``), or they are no labels of its
+            tokens.
     """
     return _run(model, batch, chunk_tokens, num_items, objective)[0]
 
@@ -156,7 +157,9 @@ def supervised_nll(
     objective: Objective = CROSS_ENTROPY,
 ) -> tuple[Tensor, int]:
     """Summed negative log-likelihood of a batch, in nats, and the number of its terms; see `supervised_loss`."""
-    return _run(model, batch, chunk_tokens, 1, objective)
+    loss, count = _run(model, batch, chunk_tokens, 1, objective)
+    _require_some(count, batch)
+    return loss, count
 
 
 def _run(
@@ -181,6 +184,8 @@ def _run(
         states = _hidden_states(parts, inputs, targets, objective.layers)
         _require_fit(targets, states.last, parts.head)
         total, count = objective(states, targets, chunk_tokens)
+        if num_items is None:
+            _require_some(count, batch)
         return _output(total / (count if num_items is None else num_items))
 
     with _runs_instead(parts.whole, forward):
@@ -238,6 +243,16 @@ def _hidden_states(
             f"layers from 0, the embedding, to {len(known) - 1}."
         )
     return HiddenStates(output[0], parts.head, parts.transform, {layer: known[layer] for layer in layers})
+
+
+def _require_some(count: int, batch: Mapping[str, Any]) -> None:
+    """Raises DataError where nothing was supervised: there is no mean of nothing."""
+    if count == 0:
+        labels = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
+        raise DataError(
+            f"All {labels.numel() if labels is not None else 0} labels of the batch are masked (-100), so it trains "
+            "nothing. Check the answer column and the chat template, and that max_length leaves room for the answers."
+        )
 
 
 def _require_fit(targets: Tensor, hidden: Tensor, head: nn.Linear) -> None:
@@ -366,10 +381,7 @@ def _head_nll(states: HiddenStates, next_labels: Tensor, chunk_tokens: int | Non
     flat_labels = next_labels.reshape(-1).to(hidden.device)
     positions = (flat_labels != IGNORE_INDEX).nonzero().squeeze(1)  # waits for the device: the row count is its size
     if len(positions) == 0:
-        raise DataError(
-            f"All {flat_labels.numel()} labels of the batch are masked (-100), so it trains nothing. Check the answer "
-            "column and the chat template, and that max_length leaves room for the answers."
-        )
+        return hidden.sum().float() * 0.0, 0  # with a gradient, which is 0
     weight: Tensor = states.head.weight
     bias: Tensor | None = states.head.bias
     if torch.is_autocast_enabled(hidden.device.type):

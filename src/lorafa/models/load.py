@@ -42,8 +42,8 @@ def load_model(
         cache_dir: where built-in models are kept; default :func:`~lorafa.storage.wheels.default_cache_dir`.
         revision: branch, tag or commit of a Hub model.
 
-    The tokenizer has a pad token afterwards (its end-of-sequence token if it came without); padding is masked
-    by position, so sharing that token does no harm.
+    The tokenizer has a pad token afterwards: its end-of-sequence token if it came without, or with one that was added
+    and has no row in the embedding. Padding is masked by position, so sharing that token does no harm.
 
     Raises:
         ConfigError: unknown dtype.
@@ -79,7 +79,8 @@ def load_model(
         )
     _check_weights(where, loaded)
     _check_causal(where, model)
-    if tokenizer.pad_token_id is None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 

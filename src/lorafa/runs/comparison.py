@@ -31,6 +31,7 @@ from rich.markup import escape
 
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, DivergedError, first_line
+from lorafa.runs.differences import difference, differing
 from lorafa.runs.experiment import start_run
 from lorafa.runs.record import RunDirectory, TakenError
 from lorafa.settings.checks import is_int
@@ -49,6 +50,7 @@ OWN = {
     "optim.lr": "see rates",
     "train.seed": "see seeds",
     "run_dir": "every run has its own",
+    "if_exists": "runs that are over are kept, others start anew",
     "train.resume": "a run that was cut short starts anew",
 }
 """Settings that the comparison gives every run."""
@@ -123,7 +125,11 @@ class Plan:
             raise ConfigError(f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}.")
         for each in plan.methods:
             for rate in each.rates:
-                compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])
+                config = compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])
+                if config.data.eval_size == 0:
+                    raise ConfigError(
+                        f"{path}: runs are compared by held-out loss, and data.eval_size of {each.name} is 0."
+                    )
         return plan
 
     def overrides(self, method: Method, rate: float, seed: int) -> list[str]:
@@ -256,9 +262,19 @@ def is_over(run: RunDirectory) -> bool:
 
 
 def final_loss(run: RunDirectory) -> float:
-    """Held-out loss after training, nats a token; inf where the run diverged or the loss is not finite."""
+    """Held-out loss after training, nats a token; inf where the run diverged or the loss is not finite.
+
+    Raises:
+        ConfigError: it holds no rows out.
+    """
     result = run.result()
-    loss = math.inf if result.get("diverged") else float(result["after"]["loss"])
+    if result.get("diverged"):
+        return math.inf
+    if "loss" not in result["after"]:
+        raise ConfigError(
+            f"The run {str(run.path)!r} holds no rows out, so it has no loss to be compared by. Set data.eval_size."
+        )
+    loss = float(result["after"]["loss"])
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -365,18 +381,9 @@ def steps_to(metrics: Sequence[Mapping[str, Any]], goal: float) -> float | None:
 
 
 def _check_same(now: Mapping[str, Any], then: Mapping[str, Any], path: Path) -> None:
-    different = [group for group in now if group not in ("threads", "run_dir") and now[group] != then.get(group)]
+    different = differing(now, then)
     if different:
         raise ConfigError(
             f"{path} is finished, but with other settings ({', '.join(different)}) than this comparison's: "
-            f"{_difference(different[0], now[different[0]], then.get(different[0]))}. Give another folder."
+            f"{difference(different[0], now[different[0]], then.get(different[0]))}. Give another folder."
         )
-
-
-def _difference(name: str, now: object, then: object) -> str:
-    """The first setting of a group that differs, with both values: "peft.r was 16 then and is 4 now"."""
-    if not isinstance(now, Mapping) or not isinstance(then, Mapping):
-        return f"{name} was {then!r} then and is {now!r} now"
-    absent = "(not set)"
-    key = next(key for key in (*now, *then) if now.get(key, absent) != then.get(key, absent))
-    return _difference(f"{name}.{key}", now.get(key, absent), then.get(key, absent))

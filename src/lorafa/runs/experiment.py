@@ -4,71 +4,165 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from lorafa.errors import CheckpointError, ConfigError
+from lorafa.runs.differences import difference, differing
 from lorafa.runs.environment import environment, peak_rss_bytes
-from lorafa.runs.record import RunDirectory
+from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.settings.typed import plain
+from lorafa.storage.whole import read_json
+from lorafa.train.checkpoints import STATE_FILE
+from lorafa.train.fit import run_out
 from lorafa.train.recipe import prepare, train
-from lorafa.train.settings.run import RunConfig
+from lorafa.train.settings.run import RunConfig, steps_of
+from lorafa.train.settings.schedules import SCHEDULES
 
 
 def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Path:
-    """Train as ``config`` says and return the new run directory.
+    """Train as ``config`` says and return the run directory: a new one, or with ``if_exists=resume`` that of a run with
+    the same settings, which is continued, or left alone where it is finished.
 
-    The directory is this run's from the start, whoever else starts now. Something is written into it once model, data
+    A new directory is this run's from the start, whoever else starts now. Something is written into it once model, data
     and adapter stand; what fails before, a setting that does not fit, leaves nothing behind.
 
     Raises:
         LoraError: of the kind that fits; from the training on, result.json says what happened.
     """
+    if there := begun(config):
+        with there.held():
+            return _go_on(there, config, console, command)
     with RunDirectory.claimed(config) as run:
-        return _run(run.path, None, config, console, command)
+        return _run(run, None, config, console, command)
 
 
-def resume_run(path: str | Path, console: Console, command: Sequence[str]) -> Path:
+def begun(config: RunConfig) -> RunDirectory | None:
+    """The run that ``if_exists=resume`` continues; None where there is none yet.
+
+    Raises:
+        ConfigError: it has other settings.
+    """
+    path = Path(config.run_dir).expanduser() if config.run_dir and config.if_exists == "resume" else None
+    if path is None or not (path / CONFIG).is_file():
+        return None
+    run = RunDirectory.open(path)
+    now, then = plain(config), plain(run.config())
+    if groups := differing(now, then):
+        raise ConfigError(
+            f"The run {str(path)!r} has other settings, so it is not resumed: "
+            f"{difference(groups[0], now[groups[0]], then.get(groups[0]))}. Give it the same, another run_dir, or "
+            "if_exists=new."
+        )
+    return run
+
+
+def _go_on(run: RunDirectory, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+    """Continue from the last checkpoint, or from the start where the run came to none."""
+    if run.result().get("status") == "finished":
+        console.print(f"The run {run.path} is finished.", highlight=False, markup=False, soft_wrap=True)
+        return run.path
+    return _run(run, run.last_checkpoint(), config, console, command)
+
+
+def resume_run(
+    path: str | Path, console: Console, command: Sequence[str], longer: Mapping[str, Any] | None = None
+) -> Path:
     """Continue a run from its last checkpoint, with its own settings, and return its directory.
+
+    Args:
+        longer: ``steps``, ``epochs`` or ``patience`` of a training that goes on for longer than the run began with.
 
     Raises:
         LoraError: as :func:`resumable`, or another process is at the run; from the training on, result.json says what
             happened.
     """
     with RunDirectory.open(path).held():
-        run, checkpoint = resumable(path)
-        return _run(run.path, checkpoint, run.config(), console, command)
+        run, checkpoint, config = resumable(path, longer)
+        return _run(run, checkpoint, config, console, command)
 
 
-def resumable(path: str | Path) -> tuple[RunDirectory, Path]:
-    """The run in a directory and the checkpoint it can be continued from.
+def resumable(path: str | Path, longer: Mapping[str, Any] | None = None) -> tuple[RunDirectory, Path, RunConfig]:
+    """The run in a directory, the checkpoint it can be continued from, and the settings it then has.
 
     Raises:
-        ConfigError: not a run directory, or the run is finished.
+        ConfigError: not a run directory, or the run is finished and is not to be longer, or cannot be.
         CheckpointError: the run has no checkpoint.
     """
     run = RunDirectory.open(path)
-    if run.result().get("status") == "finished":
-        raise ConfigError(f"The run {str(run.path)!r} is finished; there is nothing to continue. Start a new run.")
+    config = run.config()
+    if run.result().get("status") == "finished" and not longer:
+        raise ConfigError(
+            f"The run {str(run.path)!r} is finished; there is nothing to continue. Give it more steps beside "
+            f"train.resume, train.steps={2 * int(run.result().get('steps', 1))} for example, or start a new run."
+        )
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
         raise CheckpointError(
             f"The run {str(run.path)!r} has no checkpoint to continue from (train.checkpoint_every is "
-            f"{run.config().train.checkpoint_every}). Start a new run."
+            f"{config.train.checkpoint_every}). Start a new run{_from_adapter(run)}."
         )
-    return run, checkpoint
+    return run, checkpoint, prolonged(run, checkpoint, config, longer) if longer else config
 
 
-def _run(path: Path, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+def prolonged(run: RunDirectory, checkpoint: Path, config: RunConfig, longer: Mapping[str, Any]) -> RunConfig:
+    """The settings of a run that goes on for longer; its warm-up stays the one it had.
+
+    Raises:
+        ConfigError: it would not be longer, it was stopped for its patience, or its rates would have been others.
+    """
+    state = read_json(checkpoint / STATE_FILE)
+    done, planned = int(state["global_step"]), int(state["max_steps"])
+    changes = dict(longer)
+    if changes.keys() & {"steps", "epochs"}:
+        changes = {"steps": None, "epochs": None} | changes
+    train = replace(config.train, **changes)
+    schedule = config.optim.schedule
+    if SCHEDULES.get(schedule).ends and (train.steps, train.epochs) != (config.train.steps, config.train.epochs):
+        raise ConfigError(
+            f"With optim.schedule={schedule} the rates of a longer training are others from its first step on, so the "
+            f"run {str(run.path)!r} cannot become one (a run with optim.schedule=constant could). Start a new run"
+            f"{_from_adapter(run) or ' with more steps'}."
+        )
+    if train.steps is not None and train.steps <= done:
+        raise ConfigError(
+            f"The run {str(run.path)!r} has a checkpoint of step {done} already, found train.steps={train.steps}. Give "
+            "more steps."
+        )
+    if train.epochs is not None and train.epochs <= float(state.get("epoch") or 0):
+        raise ConfigError(
+            f"The run {str(run.path)!r} has gone over its rows {state['epoch']:g} times already, found "
+            f"train.epochs={train.epochs:g}. Give more."
+        )
+    if stopped := run_out(state.get("log_history", ()), train.patience):
+        raise ConfigError(
+            f"The run {str(run.path)!r} stops for train.patience={train.patience}: {stopped}. Give train.patience=null "
+            "or more beside train.steps."
+        )
+    warmup = float(steps_of(config.optim.warmup or 0.0, planned))
+    return replace(config, train=train, optim=replace(config.optim, warmup=warmup))
+
+
+def _from_adapter(run: RunDirectory) -> str:
+    return f" from its adapter: peft.adapter={run.adapter}" if run.adapter.is_dir() else ""
+
+
+def _run(
+    run: RunDirectory, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]
+) -> Path:
     started = time.monotonic()
     with _threads(config.threads):
         prepared = prepare(config, console)
-        run = RunDirectory(path) if checkpoint else RunDirectory.create(path, config)
-        if checkpoint:
-            run.drop_metrics_after(int(checkpoint.name.rpartition("-")[2]))
+        if checkpoint is None or config != run.config():
+            RunDirectory.create(run.path, config)
+        if run.metrics():  # of a part that is done again
+            run.drop_metrics_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
         run.write_environment(environment(command))
         run.update_result(status="running", error=None)
         console.print(f"Run directory: {run.path}", highlight=False, markup=False, soft_wrap=True)

@@ -1,7 +1,8 @@
 """How settings were written down by earlier versions: the one place that knows it.
 
 A run's config.yaml is a file format. Up to 0.1 a group had the settings of all its entries side by side, those of
-others at a neutral value; today it has the common ones and those of the entry it names.
+others at a neutral value; today it has the common ones and those of the entry it names. Warm-ups and orders of rows
+went by other rules (``train.rules``).
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def current(values: Mapping[Any, Any]) -> dict[str, Any]:
     for group, neutral in NEUTRAL.items():
         if isinstance(read.get(group), dict):
             read[group] = _without_unread(_GROUPS[group], read[group], neutral)
+    if isinstance(read.get("train"), dict):
+        read["train"].setdefault("rules", 1)
     init = read.get("init")
     if isinstance(init, dict):
         if init.get("ranks") is None and init.get("r_min") == 1:

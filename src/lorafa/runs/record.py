@@ -50,12 +50,13 @@ class RunDirectory:
 
     @staticmethod
     def place(config: RunConfig) -> Path:
-        """Where the run is to be written: ``config.run_dir``, or a new directory under ``runs/``. Makes nothing yet.
+        """Where the run is to be written: ``config.run_dir``, or a new directory under ``runs/``, or for
+        ``if_exists=new`` the next free name. Makes nothing yet.
 
         Raises:
             ConfigError: the directory exists and is not empty, or cannot be made where it is to be.
         """
-        path = Path(config.run_dir).expanduser() if config.run_dir else _free(_names(config))
+        path = _free(_names(config)) if _is_numbered(config) else Path(str(config.run_dir)).expanduser()
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             why = "cannot be written to" if there.is_dir() else "is not a folder"
@@ -65,7 +66,7 @@ class RunDirectory:
         if os.path.isdir(path) and not _is_empty(path):
             raise ConfigError(
                 f"The run directory {str(path)!r} exists and is not empty; a run overwrites nothing. "
-                f"Choose another run_dir, or continue that run: train.resume={path}"
+                f"Choose another run_dir, or if_exists=new, or continue that run: train.resume={path}"
             )
         return path
 
@@ -82,7 +83,7 @@ class RunDirectory:
         """
         path = cls.place(config)
         try:
-            path, made = (path, _make(path, or_take=True)) if config.run_dir else _make_first(_names(config))
+            path, made = _make_first(_names(config)) if _is_numbered(config) else (path, _make(path, or_take=True))
         except OSError as error:
             raise ConfigError(
                 f"The run directory {str(path)!r} cannot be made: {error.strerror or error}. Choose another run_dir."
@@ -132,8 +133,12 @@ class RunDirectory:
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:
         """Make the directory and write the settings into it."""
         run = cls(make_folder(path))
-        run._write(CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        run.change_settings(config)
         return run
+
+    def change_settings(self, config: RunConfig) -> None:
+        """Write down other settings than the run began with."""
+        self._write(CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -277,14 +282,25 @@ def _short_name(config: RunConfig) -> str:
 
 
 def _names(config: RunConfig) -> Iterator[Path]:
-    """``runs/<date>-<time>-<adapter>``, then the same with a number, for runs that start within one second."""
-    named = Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{_short_name(config)}"
+    """``runs/<date>-<time>-<adapter>`` or what ``run_dir`` says, then the same with a number."""
+    if config.run_dir:
+        named = Path(config.run_dir).expanduser()
+    else:
+        named = Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{_short_name(config)}"
     yield named
     yield from (named.with_name(f"{named.name}-{number}") for number in range(2, NUMBERS))
 
 
+def _is_numbered(config: RunConfig) -> bool:
+    """Whether the run takes the first free name: without a ``run_dir``, and where what is there stays beside it."""
+    if not config.run_dir:
+        return True
+    path = Path(config.run_dir).expanduser()
+    return config.if_exists == "new" and path.is_dir() and not _is_empty(path)
+
+
 def _free(names: Iterator[Path]) -> Path:
-    return next(path for path in names if not path.exists())
+    return next(path for path in names if not os.path.lexists(path))
 
 
 def _is_empty(folder: Path) -> bool:

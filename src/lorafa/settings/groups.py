@@ -147,7 +147,8 @@ class OpenGroup:
 
     @classmethod
     def _no_such(cls, key: str, value: Any, chosen: Mapping[str, Any]) -> str:
-        words = " ".join(cls.words(field, name) for field, name in chosen.items() if name is not None)
+        first, usual = next(iter(cls.opens)), {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+        words = " ".join(cls.words(f, name) for f, name in chosen.items() if f == first or name != usual[f])
         kinds = [cls.settings_of(field, name) for field, name in chosen.items()]
         has = [one.name for one in _common(cls)] + [name for kind in kinds for name in _names(kind)]
         owners = cls.having(key)

@@ -47,6 +47,7 @@ class AdapterCheckpoints:
     state: Any
     processing_class: Any
     data_collator: Any
+    lr_scheduler: Any
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)

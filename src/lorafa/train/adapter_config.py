@@ -18,7 +18,7 @@ def lora_config(config: RunConfig, model: nn.Module | None = None) -> LoraConfig
     Raises:
         ConfigError: a value is not allowed, or two contradict each other.
     """
-    peft = {field.name: getattr(config.peft, field.name) for field in fields(config.peft)}
+    peft = {field.name: getattr(config.peft, field.name) for field in fields(config.peft) if field.name != "adapter"}
     of_the_run = {
         "task_type": "CAUSAL_LM",
         "revision": config.model.revision,

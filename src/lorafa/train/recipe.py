@@ -6,16 +6,15 @@ import hashlib
 import time
 from array import array
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from lorafa.data.chat import Encoded, encode_all, render_sample
@@ -30,17 +29,13 @@ from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, load_model
 from lorafa.peft_model import PeftModel
-from lorafa.storage.whole import read_json
 from lorafa.train.adapter_config import lora_config
-from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.coverage import coverage, coverage_table
+from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.settings.optim import pair_optimizer, stock_arguments
 from lorafa.train.settings.run import DataConfig, RunConfig
-from lorafa.train.start import start_adapter
-from lorafa.train.trainer import LoraTrainer
-
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.start import Started, start_adapter
 
 
 class Recorder(Protocol):
@@ -72,6 +67,22 @@ class Prepared:
     trial: Trial | None = None
     """What the run's one trial of the chunked loss has shown; None where the model's own is asked for."""
 
+    def material(self) -> Material:
+        """The part that the training itself takes."""
+        train, heldout = self.train.samples, self.heldout.samples
+        return Material(self.model, train, heldout, self.collator, self.tokenizer.decode, self.trial)
+
+    def counted(self) -> dict[str, int]:
+        """How many rows are trained on and held out, and how many were left out or cut."""
+        train, heldout = self.train, self.heldout
+        return {
+            "train": len(train.samples),
+            "heldout": len(heldout.samples),
+            "repeated": self.records.repeated,
+            "dropped": train.dropped + heldout.dropped,
+            "truncated": train.truncated + heldout.truncated,
+        }
+
     def samples_sha256(self) -> str:
         """Fingerprint of all samples, in their order: by it a continued run knows that it goes on with the same."""
         digest = hashlib.sha256()
@@ -101,7 +112,16 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         )
     if template is not None:
         tokenizer.chat_template = template
-    train, heldout = (encode_all(part, tokenizer, config.data.max_length) for part in (records.train, records.heldout))
+    train = encode_all(records.train, tokenizer, config.data.max_length)
+    heldout = Encoded([], 0, 0)
+    if records.heldout:
+        heldout = encode_all(records.heldout, tokenizer, config.data.max_length)
+    elif wants := _wants_heldout(config):
+        raise DataError(
+            f"{wants} goes by held-out rows, and none of {records.source} are held out. Set data.eval_size or "
+            "data.eval_file, or leave it out."
+        )
+    check_length(config, len(train.samples))
     check_samples(model, [*train.samples, *heldout.samples])
     evaluation = EVALS.get(config.eval.name)
     asked = evaluation.asks(records.heldout, config.eval.own)
@@ -109,7 +129,10 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
-        begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
+        if config.peft.adapter is not None:
+            begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
+        else:
+            begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(records, train, heldout, tokenizer, console)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
@@ -141,23 +164,33 @@ def train(
     run.update_result(
         source=prepared.records.source,
         samples_sha256=samples_now,
+        rows=prepared.counted(),
         parameters=_counted(model),
         **({"start": prepared.start} if prepared.start else {}),
     )
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
     before = earlier.get("before")
     if before is None and config.eval.before:
-        with _timed(seconds, "evaluate before"), model.disable_adapter():
+        as_it_starts = nullcontext() if config.peft.adapter is not None else model.disable_adapter()
+        with _timed(seconds, "evaluate before"), as_it_starts:
             before = measure(prepared, config, console, "Before")
         run.update_result(before=before, seconds=seconds)
     logged = run.metrics()
     trained_before = logged[-1].get("seconds", 0.0) if logged else 0.0
     with _timed(seconds, "train", trained_before), progress_bar(console, "Training") as bar:
         callback = RunCallback(run.add_metrics, bar, trained_before)
-        steps = _fit(prepared, config, run.checkpoints, callback, checkpoint)
+        fitted = fit(prepared.material(), config, run.checkpoints, callback, checkpoint)
+    if fitted.stopped:
+        console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     model.save_pretrained(str(run.adapter))
     # LoRA-FA's optimizer has frozen A meanwhile
-    run.update_result(steps=steps, adapter=run.adapter.name, seconds=seconds, parameters=_counted(model))
+    run.update_result(
+        steps=fitted.steps,
+        stopped=fitted.stopped,
+        adapter=run.adapter.name,
+        seconds=seconds,
+        parameters=_counted(model),
+    )
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
@@ -174,8 +207,11 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     """The answer loss over all held-out samples, and what ``eval.name`` measures.
 
     Returns:
-        loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers.
+        loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers; no
+        loss where no rows are held out.
     """
+    if not prepared.heldout.samples:
+        return {"answers": []}
     settings, evaluation = config.eval, EVALS.get(config.eval.name)
     chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
     summed = supervised_nll if chunked else None
@@ -191,77 +227,28 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
 
 
+def _wants_heldout(config: RunConfig) -> str | None:
+    """The setting that needs held-out rows during the training."""
+    train, schedule = config.train, config.optim.schedule
+    wants = {
+        "train.keep_best": train.keep_best,
+        "train.eval_every": train.eval_every,
+        f"optim.schedule={schedule}": SCHEDULES.get(schedule).measured,
+    }
+    return next((name for name, wanted in wants.items() if wanted), None)
+
+
 def read_records(data: DataConfig) -> Records:
     """The records the settings name."""
     own = {} if data.own is None else asdict(data.own)
-    return load_records(data.name, train_size=data.train_size, eval_size=data.eval_size, seed=data.seed, **own)
-
-
-def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
-    """The settings as `transformers.Trainer` takes them."""
-    train, optim = config.train, config.optim
-    options: dict[str, Any] = {"save_strategy": "no"}
-    if train.checkpoint_every:
-        options = {"save_strategy": "steps", "save_steps": train.checkpoint_every}
-        options["save_total_limit"] = train.keep_checkpoints
-    if train.gradient_checkpointing:
-        options["gradient_checkpointing"] = True
-    if train.keep_best or train.eval_every:
-        options |= {"eval_strategy": "steps", "eval_steps": train.eval_every or train.checkpoint_every}
-    if train.keep_best:
-        options |= {
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "loss",
-            "greater_is_better": False,
-        }
-    return TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=train.steps or -1,
-        num_train_epochs=train.epochs or 1,
-        per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=config.eval.batch_size,
-        gradient_accumulation_steps=train.accumulation,
-        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
-        seed=train.seed,
-        max_grad_norm=optim.max_grad_norm,
-        lr_scheduler_type=SCHEDULES[optim.schedule],
-        warmup_steps=optim.warmup,
-        logging_steps=train.log_every,
-        logging_first_step=True,
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=[],
-        **stock_arguments(optim),
-        **options,
+    return load_records(
+        data.name,
+        train_size=data.train_size,
+        eval_size=data.eval_size,
+        seed=data.seed,
+        eval_file=data.eval_file,
+        **own,
     )
-
-
-def _fit(
-    prepared: Prepared, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
-) -> int:
-    """Train and return the number of optimizer steps done in all parts of the training together."""
-    state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
-    if state.get("global_step", 0) >= state.get("max_steps", 1):  # transformers would take one step more
-        prepared.model.load_adapter(state["best_model_checkpoint"] or str(checkpoint), "default", is_trainable=True)
-        return int(state["global_step"])
-    measured = config.train.keep_best or config.train.eval_every
-    trainer = LoraTrainer(
-        prepared.model,
-        training_arguments(config, output_dir),
-        chunked_loss=config.train.chunked_loss,
-        trial=prepared.trial,
-        train_dataset=prepared.train.samples,
-        eval_dataset=prepared.heldout.samples[: config.train.eval_size] if measured else None,
-        data_collator=prepared.collator,
-        callbacks=[callback],
-        optimizers=(pair_optimizer(prepared.model, config.optim), None),
-    )
-    trainer.remove_callback(PrinterCallback)  # the bar and the record say it
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    steps: int = trainer.state.global_step
-    return steps
 
 
 @contextmanager
@@ -288,8 +275,10 @@ def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: An
         highlight=False,
         markup=False,
     )
+    if not heldout.samples:
+        console.print("No rows are held out: nothing is measured before and after.")
     left_out = {
-        "repeat a held-out question and were left out": records.repeated,
+        "answer a question of a held-out row and were left out": records.repeated,
         "have no answer within data.max_length and were left out": train.dropped + heldout.dropped,
         "were cut at data.max_length": train.truncated + heldout.truncated,
     }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +13,27 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lorafa.errors import DivergedError, shorten, warn
+from lorafa.errors import DataError, DivergedError, shorten, warn
 from lorafa.models.head_loss import SupervisedLoss, Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.rows import IGNORE_INDEX
+from lorafa.storage.whole import read_json
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
-from lorafa.train.checkpoints import last_checkpoint
-from lorafa.train.sampling import LengthSampler, lengths_of
+from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
+from lorafa.train.rates import scheduler
+from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
 
+NEWEST = 2
+"""The rules of a training that begins now; see ``train.rules`` of a run."""
+MARK = "lorafa"
+"""What a checkpoint's state has under ``stateful_callbacks`` for them."""
 DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def rules_of(checkpoint: Path) -> int:
+    """The rules a checkpoint was made with; 1 where it has no mark."""
+    state = read_json(checkpoint / STATE_FILE) if (checkpoint / STATE_FILE).is_file() else {}
+    return int(state.get("stateful_callbacks", {}).get(MARK, {}).get("rules", 1))
 
 
 class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
@@ -27,8 +42,8 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     What it adds: the loss is computed at supervised positions only (`lorafa.models.head_loss`) and announced when it
     cannot be; what methods add to the loss (`lorafa.penalty`) is added; checkpoints hold the adapters, not the base;
     N steps equal k steps, a checkpoint, and N - k more, bit for bit; the evaluation loss is a mean over tokens, not
-    over batches; ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss that is not
-    finite, or adapters without a gradient, stop the training.
+    over batches; the order of the samples depends on seed and epoch alone, and no two seeds have one in common; a
+    warm-up begins above 0; a loss that is not finite, or adapters without a gradient, stop the training.
 
     With several processes accelerate repeats samples to fill the last evaluation batch, and they count twice. Under
     FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
@@ -41,6 +56,9 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         trial: what a trial of that loss on this model has shown; None makes one.
         check_gradients: stop after the first backward pass if an adapter got no gradient. Turn it off where that is
             right, as with experts no token was sent to.
+        rules: how warm-ups count and samples are ordered: 2, or 1 as before (``train.rules`` of a run). None takes 2,
+            and in a training that is resumed what its checkpoint was made with.
+        decode: from token ids to text, for errors that name rows.
         **settings: everything else `transformers.Trainer` takes.
 
     Raises:
@@ -58,9 +76,16 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         chunk_tokens: int | None = None,
         trial: Trial | None = None,
         check_gradients: bool = True,
+        rules: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(model, args, check_gradients=check_gradients, **settings)
+        self.decode = decode
+        self._batches_of_step: Sequence[Mapping[str, Any]] = ()
+        self._rules_given = rules
+        self.rules = NEWEST if rules is None else rules
+        """How warm-ups count and samples are ordered."""
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # as the chunked loss does
         self.chunk_tokens = chunk_tokens
         self.own_loss_reason = self._own_loss_reason(trial) if chunked_loss else "chunked_loss=False"
@@ -112,8 +137,45 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            self._stop(f"The loss is {loss.item()} in step {self.state.global_step + 1}.")
+            self._stop(f"The loss is {loss.item()} in step {self.state.global_step + 1}{self._rows_of([inputs])}.")
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._batches_of_step = batches
+        if count is not None and int(count) == 0:  # a batch without labels adds 0 where others of the step have some
+            raise DataError(
+                f"No token of step {self.state.global_step + 1} is trained: all its labels are masked "
+                f"(-100){self._rows_of(batches)}. Check the answers of these rows and that max_length leaves room for "
+                "them, or leave the rows out."
+            )
+        return batches, count
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        scaled = self.accelerator.scaler is not None  # a scaler passes over steps without finite gradients by itself
+        if norm is not None and not scaled and not math.isfinite(norm):
+            rows = self._rows_of(self._batches_of_step)
+            self._stop(f"The gradient is not finite in step {self.state.global_step + 1}{rows}.")
+        return norm
+
+    def _rows_of(self, batches: Sequence[Mapping[str, Any]]) -> str:
+        """The rows of batches by their numbers among the training rows, in words to stand behind the step."""
+        numbers: dict[tuple[int, ...], int] = {}
+        if hasattr(self.train_dataset, "__len__"):
+            for number in range(len(self.train_dataset), 0, -1):
+                numbers[tuple(tokens_of(self.train_dataset[number - 1]) or ())] = number
+        rows = [
+            tuple(ids[mask.bool()].tolist())
+            for batch in batches
+            if {"input_ids", "attention_mask"} <= batch.keys()
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        known = [str(numbers[row]) for row in rows if row in numbers]
+        if not known:
+            return ""
+        begins = f", the first begins {self.decode(list(rows[0]))[:60]!r}" if self.decode else ""
+        return f" ({'row' if len(known) == 1 else 'rows'} {shorten(known, 8)} of the training rows{begins})"
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -142,6 +204,8 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         """As in transformers, but without logits where nobody asks for them; adds to the loss over all tokens."""
         if inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not (inputs["labels"][..., 1:] != IGNORE_INDEX).any():
+            return torch.zeros((), device=self.args.device), None, None
         if prediction_loss_only and self.own_loss_reason is None:
             with torch.no_grad(), self.accelerator.autocast():
                 total, count = supervised_nll(self.model, self._prepare_inputs(inputs), self.chunk_tokens)
@@ -155,24 +219,49 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         self._eval_sums[1] += count
         return result
 
+    # ---- rules ------------------------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if checkpoint is not None and self._rules_given is None:
+            self.rules = rules_of(Path(checkpoint))
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.rules == 1 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = scheduler(
+            self.args.lr_scheduler_type,
+            self.optimizer if optimizer is None else optimizer,
+            self.args.get_warmup_steps(num_training_steps),
+            num_training_steps,
+            self.args.lr_scheduler_kwargs,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        by_length = self._length_sampler(dataset, self.args.train_batch_size)
-        return super()._get_train_sampler(dataset) if by_length is None else by_length
+        own = self._sampler(dataset, self.args.train_batch_size, random=self.rules > 1)
+        return super()._get_train_sampler(dataset) if own is None else own
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        by_length = self._length_sampler(eval_dataset, self.args.eval_batch_size)
+        by_length = self._sampler(eval_dataset, self.args.eval_batch_size, random=False)
         return super()._get_eval_sampler(eval_dataset) if by_length is None else by_length
 
-    def _length_sampler(self, dataset: Any, batch_size: int) -> LengthSampler | None:
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+    def _sampler(self, dataset: Any, batch_size: int, random: bool) -> OrderSampler | None:
+        """The order of the samples where it is ours: by length, and any (``random``) where that is asked for."""
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("group_by_length", *(["random"] if random else [])) or not hasattr(dataset, "__len__"):
             return None
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if strategy == "random":
+            return OrderSampler(len(dataset), seed, self.rules)
         column = self.args.length_column_name
         lengths = list(dataset[column]) if column in getattr(dataset, "column_names", ()) else lengths_of(dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSampler(lengths, batch_size * self.args.world_size, seed)
+        return LengthSampler(lengths, batch_size * self.args.world_size, seed, self.rules)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # transformers tells the epoch to the loader that skips what was trained before a resume; with several processes
@@ -188,16 +277,25 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # A checkpoint in the middle of a logging interval would lose the first half of its mean: end it here.
-        if self.control.should_save or self.control.should_evaluate:
+        # A checkpoint in the middle of a logging interval would lose the first half of its mean: end it here, as where
+        # the training ends.
+        if self.control.should_save or self.control.should_evaluate or self.control.should_training_stop:
             self.control.should_log = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._require_finite()
+        return super()._finalize_training(*args, **kwargs)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._require_finite()
+        self.state.stateful_callbacks[MARK] = {"rules": self.rules}
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _require_finite(self) -> None:
         bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if bad:
             self._stop(f"After step {self.state.global_step} {len(bad)} weights are not finite: {shorten(bad)}.")
-        super()._save_checkpoint(*args, **kwargs)
 
     def _stop(self, what: str) -> None:
         newest = last_checkpoint(self.args.output_dir)

@@ -110,7 +110,7 @@ def test_what_a_model_wrote_cannot_become_markup(finished: RunDirectory) -> None
 
 def test_a_run_without_any_result_has_a_page_too(run: RunDirectory) -> None:
     page = write_report(run.path).read_text(encoding="utf-8")
-    assert "Nothing was measured yet." in page
+    assert "Nothing was measured." in page
     assert "No step was logged yet." in page
     assert "not started" in page
 

@@ -17,7 +17,7 @@ from lorafa.errors import ConfigError
 from lorafa.optimizers import OPTIMIZERS, LoraFAOptimizer, create_lorafa_optimizer
 from lorafa.optimizers.pairs import pairs_of
 from lorafa.settings.typed import build, plain
-from lorafa.train.recipe import training_arguments
+from lorafa.train.fit import training_arguments
 from lorafa.train.settings.optim import OptimConfig, pair_optimizer, words
 from lorafa.train.settings.run import RunConfig
 from toys.training import adapted_model

@@ -1,12 +1,14 @@
-"""The order of the samples: like lengths together, decided by seed and epoch alone."""
+"""The order of the samples: any, or like lengths together, decided by seed and epoch alone."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from lorafa.errors import DataError
-from lorafa.train.sampling import LengthSampler, lengths_of
+from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of
 
 
 def test_grouped_batches_have_like_lengths_and_the_longest_comes_first() -> None:
@@ -26,7 +28,26 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert list(sampler) == first
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert list(LengthSampler(sampler.lengths, 4, seed=1)) == list(sampler)
+
+
+@pytest.mark.parametrize("make", [OrderSampler, lambda count, *rest: LengthSampler(list(range(count)), 1, *rest)])
+def test_no_two_seeds_have_an_epoch_in_common(make: Any) -> None:
+    orders = set()
+    for seed in range(5):
+        sampler = make(40, seed)
+        for epoch in range(5):
+            sampler.set_epoch(epoch)
+            order = tuple(sampler)
+            assert sorted(order) == list(range(40))
+            orders.add(order)
+    assert len(orders) == 25
+
+
+def test_runs_that_were_begun_before_keep_their_order() -> None:
+    lengths = list(range(1, 41))
+    sampler = LengthSampler(lengths, 4, 0, rules=1)
+    sampler.set_epoch(1)
+    assert list(sampler) == list(LengthSampler(lengths, 4, 1, rules=1))
 
 
 def test_fewer_samples_than_a_batch_are_all_there() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafa.errors import ConfigError
 from lorafa.optimizers import OPTIMIZERS
@@ -13,6 +13,7 @@ from lorafa.settings.checks import check_number, check_rate
 from lorafa.settings.declared import declared
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key
+from lorafa.train.settings.schedules import SCHEDULES, PolynomialSettings, schedule_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,8 +27,8 @@ class OptimConfig(OpenGroup):
     """The optimizer and its schedule."""
 
     group: ClassVar[str] = "optim"
-    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
-    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": OPTIMIZERS}
+    opens: ClassVar[Mapping[str, str]] = {"name": "own", "schedule": "own_of_schedule"}
+    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": OPTIMIZERS, "schedule": SCHEDULES}
 
     name: str = "adamw"
     """Optimizer."""
@@ -35,18 +36,23 @@ class OptimConfig(OpenGroup):
     """Highest learning rate; null takes the optimizer's own, which stands below."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the trained parameters."""
-    warmup: float = 0.05
-    """Rise of the learning rate: steps if >= 1, a share of all steps below 1."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    warmup: float | None = None
+    """Rise of the learning rate: steps if >= 1, a share of all steps below 1, rounded up; the last of them is the first
+    with the whole rate. null is 0.05, and 0 for a schedule without a rise."""
+    schedule: str = "linear"
+    """Course of the learning rate, by its name in transformers; constant and constant_with_warmup are the same here."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are shortened to it; 0 leaves them alone."""
     own: Any = None
     """The optimizer's own settings."""
+    own_of_schedule: Any = None
+    """Those of the schedule."""
 
     @classmethod
     def own_keys(cls, field: str) -> dict[str, list[Key]]:
         """With the rate that goes with the optimizer."""
+        if field != "name":
+            return super().own_keys(field)
         rates = {cls.words(field, name): declared(OPTIMIZERS, name).keywords["lr"] for name in OPTIMIZERS.names()}
         doc = "Its own rate, where none is given."
         own = super().own_keys(field)
@@ -59,13 +65,35 @@ class OptimConfig(OpenGroup):
         if self.lr == 0:
             raise ConfigError("optim.lr is 0, so nothing would be learned. Give a number > 0, such as optim.lr=1e-3.")
         check_number("optim.weight_decay", self.weight_decay, "a number >= 0", 0, closed="[")
-        check_number("optim.warmup", self.warmup, "a number >= 0", 0, closed="[")
+        self._settle_warmup()
+        if isinstance(self.own_of_schedule, PolynomialSettings) and self.own_of_schedule.lr_end >= self.rate:
+            raise ConfigError(
+                f"optim.lr_end={self.own_of_schedule.lr_end:g} is not below optim.lr={self.rate:g}, so the rate would "
+                "not fall. Give a smaller one, or optim.schedule=constant."
+            )
         check_number("optim.max_grad_norm", self.max_grad_norm, "a number >= 0", 0, closed="[")
 
     def _settle_lr(self) -> None:
         """Write the optimizer's own rate down where none is given: the record of a run says which it was."""
         if self.lr is None:
             object.__setattr__(self, "lr", entry_of(self).lr)
+
+    def _settle_warmup(self) -> None:
+        warms = SCHEDULES.get(self.schedule).warms
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", 0.05 if warms else 0.0)
+        check_number("optim.warmup", self.warmup, "a number >= 0", 0, closed="[")
+        if self.warmup and not warms:
+            raise ConfigError(
+                f"optim.warmup={self.warmup:g} would change nothing: optim.schedule={self.schedule} begins at "
+                "optim.lr. Drop it."
+            )
+
+    @property
+    def rate(self) -> float:
+        """The highest rate, which is settled."""
+        assert self.lr is not None
+        return self.lr
 
 
 def entry_of(optim: OptimConfig) -> OptimizerEntry:
@@ -94,3 +122,10 @@ def stock_arguments(optim: OptimConfig) -> dict[str, Any]:
     if arguments is None:
         return {}
     return {"learning_rate": optim.lr, "weight_decay": optim.weight_decay, **arguments(optim.own)}
+
+
+def schedule_of_trainer(optim: OptimConfig) -> dict[str, Any]:
+    """What `transformers.TrainingArguments` is told of the course of the rate."""
+    kind = SCHEDULES.get(optim.schedule).kind or optim.schedule
+    own = dict(schedule_arguments(optim.own_of_schedule, optim.rate))
+    return {"lr_scheduler_type": kind, "lr_scheduler_kwargs": own or None, "warmup_steps": optim.warmup or 0.0}

@@ -7,11 +7,13 @@ their ranges when they are made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lorafa.data import DATASETS, data_set_names, data_set_of
+from lorafa.data.heldout import check_size
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
@@ -29,6 +31,7 @@ from lorafa.settings.methods import (
 from lorafa.settings.typed import Key
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.optim import OptimConfig
+from lorafa.train.settings.schedules import SCHEDULES
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -82,8 +85,11 @@ class DataConfig(OpenGroup):
     """Task: one known by name, a .jsonl or .json file, or a Hub data set id."""
     train_size: int | None = None
     """Records to train on; null takes all that are left after the held-out ones."""
-    eval_size: int = 100
-    """Records held out for evaluation, never trained on."""
+    eval_size: int | float | None = None
+    """Records held out for evaluation, never trained on: how many, a share of them below 1, or 0. null is 100, but at
+    most a tenth of the records there are."""
+    eval_file: str | None = None
+    """File in any form that data= takes, whose records are all held out, in place of eval_size."""
     max_length: int = 1024
     """Longest sample in tokens; what happens to a longer one is counted and printed."""
     template: str | None = None
@@ -113,7 +119,12 @@ class DataConfig(OpenGroup):
         super().__post_init__()
         if self.train_size is not None:
             check_int("data.train_size", self.train_size, at_least=1)
-        check_int("data.eval_size", self.eval_size, at_least=1)
+        check_size("data.eval_size", self.eval_size)
+        if self.eval_file is not None and self.eval_size is not None:
+            raise ConfigError(
+                f"All records of data.eval_file={self.eval_file} are held out, found data.eval_size={self.eval_size} "
+                "as well. Leave one of the two out."
+            )
         check_int("data.max_length", self.max_length, at_least=2)
         check_int("data.seed", self.seed, at_least=0)
 
@@ -122,6 +133,8 @@ class DataConfig(OpenGroup):
 class PeftConfig:
     """The adapter; ranges are checked by `lorafa.LoraConfig`, whose names these are."""
 
+    adapter: str | None = None
+    """Folder of an adapter to train on; all other settings of peft are then those of its file."""
     r: int = 8
     """Rank: inner dimension of B @ A."""
     lora_alpha: int | float = 8
@@ -194,9 +207,9 @@ class TrainConfig:
     """The length of the training, its batches, and what is kept."""
 
     steps: int | None = None
-    """Optimizer steps; null goes by epochs."""
+    """Optimizer steps. This or epochs is enough: the other is null then."""
     epochs: float | None = None
-    """Passes over the training records; null goes by steps."""
+    """Passes over the training records, whole or in part."""
     batch_size: int = 8
     """Samples in one forward pass."""
     accumulation: int = 1
@@ -219,17 +232,24 @@ class TrainConfig:
     """Steps between two measurements of the held-out loss during training; 0 measures before and after only."""
     eval_size: int | None = None
     """Held-out samples of such a measurement; null takes all."""
+    patience: int | None = None
+    """Stop after so many measurements of the held-out loss without a lower one; needs eval_every or keep_best."""
+    rules: Literal[1, 2] = 2
+    """How a warm-up counts and rows are ordered. 2: the first step has a rate, and two seeds have nothing in common.
+    1: as runs had it that were begun before; they keep it, and a run of today can be compared with them."""
     keep_best: bool = False
     """Measure the held-out loss at every checkpoint and end with the best one."""
     resume: str | None = None
     """Run directory to continue from its last checkpoint; its settings are taken from there."""
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is not None and self.epochs is not None:
             raise ConfigError(
-                f"The length of the training is train.steps or train.epochs, found steps={self.steps} and "
-                f"epochs={self.epochs}. Set one and make the other null: train.epochs=1 train.steps=null."
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} both say how long the training is. Give "
+                "one of the two."
             )
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("Nothing says how long the training is. Give train.steps, or train.epochs=1 for example.")
         if self.steps is not None:
             check_int("train.steps", self.steps, at_least=1)
         if self.epochs is not None:
@@ -241,6 +261,13 @@ class TrainConfig:
         _check_at_most("train.seed", self.seed, SEEDS - 1)
         if self.eval_size is not None:
             check_int("train.eval_size", self.eval_size, at_least=1)
+        if self.patience is not None:
+            check_int("train.patience", self.patience, at_least=1)
+            if not (self.eval_every or self.keep_best):
+                raise ConfigError(
+                    f"train.patience={self.patience} counts measurements of the held-out loss, and none is made on the "
+                    "way. Set train.eval_every, for example to 10."
+                )
         if self.keep_best and self.eval_every not in (0, self.checkpoint_every):
             raise ConfigError(
                 f"train.keep_best measures at every checkpoint (train.checkpoint_every={self.checkpoint_every}), found "
@@ -288,6 +315,9 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run_dir: str | None = None
     """Directory to create for the run; null makes runs/<date>-<time>-<adapter>."""
+    if_exists: Literal["error", "resume", "new"] = "error"
+    """What to do where run_dir holds a run already: refuse; resume it from its last checkpoint, where the settings are
+    the same; or take the next free name, <run_dir>-2 and so on."""
     threads: int | None = None
     """Processor threads; null takes PyTorch's choice."""
 
@@ -295,11 +325,40 @@ class RunConfig:
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
             _check_at_most("threads", self.threads, MOST_THREADS)
-        if self.train.steps is not None and self.optim.warmup >= max(1, self.train.steps):
+        if self.peft.adapter is not None and (self.init.mode != InitConfig().mode or self.init.ranks is not None):
+            chosen = f"init.mode={self.init.mode}" if self.init.ranks is None else f"init.ranks={self.init.ranks}"
             raise ConfigError(
-                f"optim.warmup={self.optim.warmup:g} steps are the whole training (train.steps={self.train.steps}), so "
-                "optim.lr would never be reached. Give fewer, or a share below 1 such as optim.warmup=0.05."
+                f"{chosen} would change nothing: peft.adapter={self.peft.adapter} starts where its file stands. Drop "
+                "one of the two."
             )
+        if SCHEDULES.get(self.optim.schedule).measured and not (self.train.eval_every or self.train.keep_best):
+            raise ConfigError(
+                f"optim.schedule={self.optim.schedule} goes by the held-out loss, which is not measured on the way. "
+                "Set train.eval_every, for example to 10."
+            )
+        if self.train.steps is not None:
+            check_rise(self.optim, self.train.steps, f"train.steps={self.train.steps}")
+
+
+def check_rise(optim: OptimConfig, steps: int, length: str) -> None:
+    """Raises ConfigError for a warm-up as long as the training, and for a fall that begins before it ends."""
+    warmup = optim.warmup or 0.0
+    if warmup >= max(1, steps):
+        raise ConfigError(
+            f"optim.warmup={warmup:g} steps are the whole training ({length}), so optim.lr would never be reached. "
+            "Give fewer, or a share below 1 such as optim.warmup=0.05."
+        )
+    fall = getattr(optim.own_of_schedule, "num_decay_steps", 0)
+    if steps_of(warmup, steps) + steps_of(fall, steps) > max(steps, 2):
+        raise ConfigError(
+            f"optim.warmup={warmup:g} and optim.num_decay_steps={fall:g} are more than the whole training "
+            f"({length}). Lower one of them."
+        )
+
+
+def steps_of(number: float, steps: int) -> int:
+    """What is given in steps, or as a share of all steps below 1, in steps."""
+    return int(number) if number >= 1 else math.ceil(number * steps)
 
 
 def _check_at_most(name: str, value: int, most: int) -> None:

@@ -1,0 +1,161 @@
+"""The training itself: from the settings to a trainer that runs, is resumed, and stops where it is told to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from lorafa.data.chat import Sample
+from lorafa.data.collate import Collator
+from lorafa.models.head_loss import Trial
+from lorafa.peft_model import PeftModel
+from lorafa.storage.whole import read_json
+from lorafa.train.checkpoints import STATE_FILE
+from lorafa.train.progress import RunCallback
+from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
+from lorafa.train.settings.run import RunConfig, check_rise
+from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.trainer import LoraTrainer
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is trained, and on what."""
+
+    model: PeftModel
+    train: Sequence[Sample]
+    heldout: Sequence[Sample]
+    collator: Collator
+    decode: Callable[[list[int]], str]
+    trial: Trial | None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a training ended."""
+
+    steps: int
+    """Optimizer steps of all its parts together."""
+    stopped: str | None = None
+    """Why it ended before its time."""
+
+
+class Patience(TrainerCallback):  # type: ignore[misc]
+    """Ends the training where the held-out loss has not fallen for so many measurements.
+
+    It goes by what was logged, which checkpoints keep: a resumed training stops where the original one would.
+    """
+
+    def __init__(self, measurements: int) -> None:
+        self.measurements = measurements
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if run_out(state.log_history, self.measurements) is not None:
+            control.should_training_stop = True
+
+
+def run_out(log: Sequence[Mapping[str, Any]], patience: int | None) -> str | None:
+    """Why a training with these measurements stops, in words; None where it goes on."""
+    losses = [(row["eval_loss"], row["step"]) for row in log if "eval_loss" in row]
+    if patience is None or not losses:
+        return None
+    best = min(range(len(losses)), key=lambda at: losses[at][0] if math.isfinite(losses[at][0]) else math.inf)
+    if len(losses) - 1 - best < patience:
+        return None
+    loss, step = losses[best]
+    return (
+        f"the held-out loss has not fallen in {len(losses) - 1 - best} measurements since step {step}, where it was "
+        f"{loss:.4f}"
+    )
+
+
+def steps_in_all(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of the training, on one process."""
+    train = config.train
+    batches = math.ceil(rows / train.batch_size)
+    return train.steps or math.ceil((train.epochs or 1) * math.ceil(batches / train.accumulation))
+
+
+def check_length(config: RunConfig, rows: int) -> None:
+    """Raises ConfigError where the warm-up is as long as the passes over that many rows.
+
+    A run that was begun when this was no error is continued all the same.
+    """
+    if config.train.rules > 1:
+        steps = steps_in_all(config, rows)
+        check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")
+
+
+def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
+    """The settings as `transformers.Trainer` takes them."""
+    train, optim = config.train, config.optim
+    options: dict[str, Any] = {"save_strategy": "no"}
+    if train.checkpoint_every:
+        options = {"save_strategy": "steps", "save_steps": train.checkpoint_every}
+        options["save_total_limit"] = train.keep_checkpoints
+    if train.gradient_checkpointing:
+        options["gradient_checkpointing"] = True
+    if train.keep_best or train.eval_every:
+        options |= {"eval_strategy": "steps", "eval_steps": train.eval_every or train.checkpoint_every}
+    if train.keep_best or SCHEDULES.get(optim.schedule).measured:
+        options |= {"metric_for_best_model": "loss", "greater_is_better": False}
+    if train.keep_best:
+        options["load_best_model_at_end"] = True
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=train.steps or -1,
+        num_train_epochs=train.epochs or 1,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=config.eval.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
+        seed=train.seed,
+        max_grad_norm=optim.max_grad_norm,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        **schedule_of_trainer(optim),
+        **stock_arguments(optim),
+        **options,
+    )
+
+
+def fit(
+    material: Material, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
+) -> Fitted:
+    """Train, from a checkpoint where there is one."""
+    state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
+    steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
+    if checkpoint and (stopped or steps >= steps_in_all(config, len(material.train))):
+        # Its last part was all but done; transformers would take one step more.
+        material.model.load_adapter(state["best_model_checkpoint"] or str(checkpoint), "default", is_trainable=True)
+        return Fitted(steps, stopped)
+    measured = config.train.keep_best or config.train.eval_every
+    trainer = LoraTrainer(
+        material.model,
+        training_arguments(config, output_dir),
+        chunked_loss=config.train.chunked_loss,
+        trial=material.trial,
+        rules=config.train.rules,
+        decode=material.decode,
+        train_dataset=material.train,
+        eval_dataset=material.heldout[: config.train.eval_size] if measured else None,
+        data_collator=material.collator,
+        callbacks=[callback, *([] if config.train.patience is None else [Patience(config.train.patience)])],
+        optimizers=(pair_optimizer(material.model, config.optim), None),
+    )
+    trainer.remove_callback(PrinterCallback)  # the bar and the record say it
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done = trainer.state.global_step
+    early = done < trainer.state.max_steps
+    return Fitted(done, run_out(trainer.state.log_history, config.train.patience) if early else None)
