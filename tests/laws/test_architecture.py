@@ -156,6 +156,7 @@ ASKED_ELSEWHERE = {
     ("starts/preprocess.py", "corda"): "one function is CorDA's own, as PEFT calls it",
     ("io/card.py", "lora"): "no formula, but a tag of model cards",
     ("runs/formats.py", "lora_ga"): "what earlier versions have written under that name",
+    ("train/trainer.py", "random"): "no start, but transformers' name of an order of rows",
     ("initializers/lora_ga.py", "random"): "no start, but one of LoRA-GA's directions",
 }
 """(file, name) of a case that is asked for by its name outside its own file -> why."""
