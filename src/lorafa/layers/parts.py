@@ -83,9 +83,9 @@ class Weight(nn.Module):
 
 def linear_holder(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """An nn.Linear around an existing weight (out, in): nothing is initialised, nothing drawn."""
-    out, in_ = weight.shape
-    holder = nn.Linear(in_, out, bias=False, device="meta")
+    holder = nn.Linear.__new__(nn.Linear)  # its constructor would draw a weight, on the meta device too
+    nn.Module.__init__(holder)
+    holder.out_features, holder.in_features = weight.shape
     holder.weight = nn.Parameter(weight)
-    if bias is not None:
-        holder.bias = nn.Parameter(bias)
+    holder.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return holder
