@@ -23,8 +23,8 @@ from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
 from lorafa.train.rates import scheduler
 from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
 
-NEWEST = 2
-"""The rules of a training that begins now; see ``train.rules`` of a run."""
+AS_TRANSFORMERS = 1
+"""The rules by which warm-ups count and rows are ordered in transformers; see ``train.rules`` of a run."""
 MARK = "lorafa"
 """What a checkpoint's state has under ``stateful_callbacks`` for them."""
 DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -56,8 +56,8 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         trial: what a trial of that loss on this model has shown; None makes one.
         check_gradients: stop after the first backward pass if an adapter got no gradient. Turn it off where that is
             right, as with experts no token was sent to.
-        rules: how warm-ups count and samples are ordered: 2, or 1 as before (``train.rules`` of a run). None takes 2,
-            and in a training that is resumed what its checkpoint was made with.
+        rules: how warm-ups count and samples are ordered: 1 as in `transformers.Trainer`, 2 as in a run of the command
+            (``train.rules``). None takes 1, and in a training that is resumed what its checkpoint was made with.
         decode: from token ids to text, for errors that name rows.
         **settings: everything else `transformers.Trainer` takes.
 
@@ -84,7 +84,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         self.decode = decode
         self._batches_of_step: Sequence[Mapping[str, Any]] = ()
         self._rules_given = rules
-        self.rules = NEWEST if rules is None else rules
+        self.rules = AS_TRANSFORMERS if rules is None else rules
         """How warm-ups count and samples are ordered."""
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # as the chunked loss does
         self.chunk_tokens = chunk_tokens
