@@ -12,7 +12,7 @@ import pytest
 import lorafa
 from toys.places import ROOT
 
-DEMO = ROOT / "docs" / "results" / "demo"
+EARLIER = ROOT / "docs/results/optimizers/lora_fa-exact/lr-0.002-seed-0"
 """A run that an earlier version has recorded."""
 
 STUB = """
@@ -33,7 +33,7 @@ print(*sorted({{"torch", "transformers", "datasets", "accelerate"}} & set(sys.mo
         "from lorafa.cli.settings import settings_help; assert 'optim.algorithm=exact' in settings_help()",
         "from lorafa.models import MODELS; MODELS.get('smollm2-135m')",
         "from lorafa.data import data_set_of; data_set_of('a/b')",
-        f"from lorafa.runs.record import RunDirectory; RunDirectory.open({str(DEMO)!r}).settings()",
+        f"from lorafa.runs.record import RunDirectory; RunDirectory.open({str(EARLIER)!r}).settings()",
     ],
 )
 def test_settings_and_their_help_are_read_without_torch(statement: str) -> None:
@@ -43,7 +43,7 @@ def test_settings_and_their_help_are_read_without_torch(statement: str) -> None:
 
 
 def test_a_report_of_a_run_is_written_without_torch(tmp_path: Path) -> None:
-    shutil.copytree(DEMO, tmp_path / "run")
+    shutil.copytree(EARLIER, tmp_path / "run")
     code = (
         "import sys; from lorafa.cli.main import main; "
         "code = main(['report', sys.argv[1]]); print(code, *{'torch', 'transformers'} & set(sys.modules))"
