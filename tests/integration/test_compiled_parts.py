@@ -22,6 +22,7 @@ from lorafa import (
     set_peft_model_state_dict,
 )
 from lorafa.io.find import WEIGHTS_NAME
+from lorafa.surgery.resolve import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +178,7 @@ def test_a_failed_call_leaves_the_compiled_parts_as_they_were() -> None:
     before = {name: id(module) for name, module in model.named_modules()}
     y = model(X)
     wrapped = get_peft_model(model, config())
-    taken = wrapped.base_model.plan_adapter(config("saved"), "other")
+    taken = wrapped.base_model.plan_adapter(resolve(wrapped.get_base_model(), config("saved")), "other")
     wrapped.base_model.apply_plan(taken)()
     assert list(wrapped.peft_config) == ["default"]
     wrapped.unload()

@@ -101,7 +101,7 @@ def without_heldout(records: Iterable[Record], heldout: Sequence[Record]) -> lis
 
 
 def _before_answers(record: Record) -> list[tuple[Message, ...]]:
-    """What stands before each assistant turn, every one of which is trained."""
+    """What stands before each assistant turn, whether it is trained or only read."""
     return [record.messages[:at] for at, message in enumerate(record.messages) if message.role == "assistant"]
 
 

@@ -207,7 +207,7 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
         quantized=frozenset(stored.quantized),
     )
     resolved = resolve(tuner.model, stored.config, lenient=True, checked=True, everything=everything)
-    take_back = tuner.apply_plan(tuner.plan_resolved(resolved, name, options))
+    take_back = tuner.apply_plan(tuner.plan_adapter(resolved, name, options))
     try:
         _fill(tuner, stored, name, ignore_sizes)
         note_history(tuner.model, name, stored)

@@ -131,14 +131,10 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:
-        """Make the directory and write the settings into it."""
+        """Make the directory, if it is not there, and write the settings into it."""
         run = cls(make_folder(path))
-        run.change_settings(config)
+        run._write(CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         return run
-
-    def change_settings(self, config: RunConfig) -> None:
-        """Write down other settings than the run began with."""
-        self._write(CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:

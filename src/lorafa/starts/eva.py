@@ -249,7 +249,7 @@ def _start_again(model: PeftModel, name: str, config: LoraConfig, directions: Ma
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the config means was said when the adapter was made
         warnings.filterwarnings("always", message=".*has nothing to start from")
-        planned = tuner.plan_resolved(made, f"{name}_eva", stats=stats)
+        planned = tuner.plan_adapter(made, f"{name}_eva", stats=stats)
     planned = replace(planned, name=name, config=chosen.config)
     tuner.delete_adapter(name)
     tuner.apply_plan(planned)

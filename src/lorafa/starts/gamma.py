@@ -96,7 +96,7 @@ def _put_on(
     before = [(host, host.active_adapters, host.disable_adapters) for _, host in hosts(model)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the layers that fall back come with the start that is kept
-        take_back = tuner.apply_plan(tuner.plan_resolved(resolved, name, stats=stats))
+        take_back = tuner.apply_plan(tuner.plan_adapter(resolved, name, stats=stats))
     try:
         tuner.set_adapter(name)
         tuner.enable_adapter_layers()

@@ -67,17 +67,14 @@ class LoraModel(nn.Module):
     # ---- adapters
 
     def plan_adapter(
-        self, config: LoraConfig, adapter_name: str, options: Options | None = None, stats: Stats | None = None
-    ) -> Plan:
-        """Everything ``inject_adapter`` would do, built and checked; changes nothing."""
-        lenient = options is not None and options.from_file
-        resolved = resolve(self.model, lora_config(config), lenient=lenient)
-        return self.plan_resolved(resolved, adapter_name, options, stats)
-
-    def plan_resolved(
         self, resolved: Resolved, adapter_name: str, options: Options | None = None, stats: Stats | None = None
     ) -> Plan:
-        """The same, for a config that has met the model."""
+        """Everything that adding the adapter would do, built and checked; changes nothing.
+
+        Raises:
+            ConfigError: another adapter trains the base's biases, and so would this one.
+            As :func:`lorafa.surgery.plan.plan`.
+        """
         config = resolved.config
         others = [name for name, other in self.peft_config.items() if other.bias != "none"]
         if config.bias != "none" and others:
@@ -138,7 +135,7 @@ class LoraModel(nn.Module):
                 f"{'weight' if reads_weight else 'statistics'}, but low_cpu_mem_usage=True computes none. Drop one of "
                 "the two."
             )
-        self.apply_plan(self.plan_resolved(resolved, adapter_name, options, stats))
+        self.apply_plan(self.plan_adapter(resolved, adapter_name, options, stats))
 
     @property
     def active_adapters(self) -> list[str]:

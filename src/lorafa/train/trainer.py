@@ -42,8 +42,9 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     What it adds: the loss is computed at supervised positions only (`lorafa.models.head_loss`) and announced when it
     cannot be; what methods add to the loss (`lorafa.penalty`) is added; checkpoints hold the adapters, not the base;
     N steps equal k steps, a checkpoint, and N - k more, bit for bit; the evaluation loss is a mean over tokens, not
-    over batches; the order of the samples depends on seed and epoch alone, and no two seeds have one in common; a
-    warm-up begins above 0; a loss that is not finite, or adapters without a gradient, stop the training.
+    over batches; ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss or a gradient
+    that is not finite, or adapters without a gradient, stop the training. With ``rules=2`` a warm-up begins above 0
+    and no two seeds have an order of the samples in common.
 
     With several processes accelerate repeats samples to fill the last evaluation batch, and they count twice. Under
     FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
