@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -149,3 +150,15 @@ def conversation(*turns: str, answer: str | None = None) -> Record:
     """Turns of user and assistant by turns, the user first."""
     roles = ("user", "assistant")
     return Record(tuple(Message(roles[i % 2], text) for i, text in enumerate(turns)), answer)
+
+
+@torch.no_grad()
+def greedy_by_hand(model: Any, prompt: Sequence[int], count: int, ends: Collection[int]) -> list[int]:
+    """The definition: append the likeliest token, one full forward pass at a time, no cache, no padding."""
+    ids = list(prompt)
+    for _ in range(count):
+        best = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if best in ends:
+            break
+        ids.append(best)
+    return ids[len(prompt) :]

@@ -5,31 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from transformers import GenerationConfig
 
 from lorafa import LoraConfig, get_peft_model
 from lorafa.evals.generation import generate_greedy
-from toys.language_models import byte_tokenizer, tiny_llama
+from toys.language_models import byte_tokenizer, greedy_by_hand, tiny_llama
 
 PROMPT, NEW = [5, 6, 7, 200], 8
-
-
-def by_hand(model: Any, ends: set[int]) -> list[int]:
-    """The definition: the likeliest token, one full forward pass at a time."""
-    ids = list(PROMPT)
-    with torch.no_grad():
-        for _ in range(NEW):
-            best = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-            if best in ends:
-                break
-            ids.append(best)
-    return ids[len(PROMPT) :]
-
-
 TOKENIZER = byte_tokenizer()
 MODEL = tiny_llama().eval()
-ANSWER = by_hand(MODEL, {TOKENIZER.eos_token_id})
+ANSWER = greedy_by_hand(MODEL, PROMPT, NEW, {TOKENIZER.eos_token_id})
 A_TOKEN = ANSWER[2]
 ODD: dict[str, Any] = {
     "suppress_tokens": [A_TOKEN], "begin_suppress_tokens": [ANSWER[0]], "bad_words_ids": [[A_TOKEN]],
@@ -67,7 +52,7 @@ def test_no_setting_of_the_model_s_own_reaches_the_answers(name: str) -> None:
 
 def test_an_answer_is_over_at_each_end_that_was_trained() -> None:
     (found,) = generate_greedy(MODEL, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW, ends=[A_TOKEN])
-    assert found == by_hand(MODEL, {TOKENIZER.eos_token_id, A_TOKEN}) == ANSWER[: ANSWER.index(A_TOKEN)]
+    assert found == greedy_by_hand(MODEL, PROMPT, NEW, {TOKENIZER.eos_token_id, A_TOKEN}) == ANSWER[: ANSWER.index(A_TOKEN)]
 
 
 @pytest.mark.parametrize("by_peft", [False, True])

@@ -15,7 +15,7 @@ from lorafa.evals import gsm8k
 from lorafa.evals.generation import generate_greedy
 from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream, wilson_interval
 from lorafa.models.modes import evaluating
-from toys.language_models import byte_tokenizer, conversation, tiny_llama
+from toys.language_models import byte_tokenizer, conversation, greedy_by_hand, tiny_llama
 from toys.places import ROOT
 
 
@@ -83,18 +83,6 @@ def test_the_wilson_interval_is_the_textbook_one():
 
 
 PROMPTS = [[5, 6, 7], [1], [200, 3, 9, 40, 17, 120], [88, 44], [9] * 11]
-
-
-def greedy_by_hand(model, prompt, count, ends):
-    """The definition: append the likeliest token, one full forward pass at a time, no cache, no padding."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            best = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-            if best in ends:
-                break
-            ids.append(best)
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
