@@ -90,17 +90,17 @@ def find_targets(
     Raises:
         TargetError: a pattern matches nothing, or matches something that cannot carry an adapter.
     """
-    config, patterns = draft, _Patterns(draft)
+    patterns = _Patterns(draft)
     _take_stacked(draft, named, patterns)
-    chosen = _modules(model, named, config, patterns, lenient)
-    targets = [_target(place, None, config, patterns) for place in chosen]
-    targets += _parameters(named, config, patterns, taken={id(place.module) for place in chosen})
+    chosen = _modules(model, named, draft, patterns, lenient)
+    targets = [_target(place, None, draft, patterns) for place in chosen]
+    targets += _parameters(named, draft, patterns, taken={id(place.module) for place in chosen})
     patterns.report(named, warn_only=lenient and bool(targets))
-    if not lenient and not _is_all_linear(config.target_modules):
-        warn_of_left_out(named, config, {target.full_name for target in targets})
-    if not targets and config.exclude_modules and config.target_modules:
+    if not lenient and not _is_all_linear(draft.target_modules):
+        warn_of_left_out(named, draft, {target.full_name for target in targets})
+    if not targets and draft.exclude_modules and draft.target_modules:
         raise TargetError(
-            f"exclude_modules={config.exclude_modules!r} takes away every layer that target_modules names. Narrow it."
+            f"exclude_modules={draft.exclude_modules!r} takes away every layer that target_modules names. Narrow it."
         )
     if not targets:
         raise TargetError(

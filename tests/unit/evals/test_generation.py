@@ -52,7 +52,8 @@ def test_no_setting_of_the_model_s_own_reaches_the_answers(name: str) -> None:
 
 def test_an_answer_is_over_at_each_end_that_was_trained() -> None:
     (found,) = generate_greedy(MODEL, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW, ends=[A_TOKEN])
-    assert found == greedy_by_hand(MODEL, PROMPT, NEW, {TOKENIZER.eos_token_id, A_TOKEN}) == ANSWER[: ANSWER.index(A_TOKEN)]
+    by_hand = greedy_by_hand(MODEL, PROMPT, NEW, {TOKENIZER.eos_token_id, A_TOKEN})
+    assert found == by_hand == ANSWER[: ANSWER.index(A_TOKEN)]
 
 
 @pytest.mark.parametrize("by_peft", [False, True])
