@@ -56,14 +56,16 @@ class RunDirectory:
         Raises:
             ConfigError: the directory exists and is not empty, or cannot be made where it is to be.
         """
-        path = _free(_names(config)) if _is_numbered(config) else Path(str(config.run_dir)).expanduser()
+        numbered = _is_numbered(config)
+        path = _free(_names(config)) if numbered else Path(str(config.run_dir)).expanduser()
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        if not usable and os.path.lexists(there):  # or another run that came to nothing has just taken it away
             why = "cannot be written to" if there.is_dir() else "is not a folder"
             raise ConfigError(
                 f"The run directory {str(path)!r} cannot be made: {str(there)!r} {why}. Choose another run_dir."
             )
-        if os.path.isdir(path) and not _is_empty(path):
+        if not numbered and os.path.isdir(path) and not _is_empty(path):  # a number is free, or the next one is taken
             raise ConfigError(
                 f"The run directory {str(path)!r} exists and is not empty; a run overwrites nothing. "
                 f"Choose another run_dir, or if_exists=new, or continue that run: train.resume={path}"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -281,3 +282,23 @@ def test_metrics_of_a_run_that_was_removed_are_a_checkpoint_error(run: RunDirect
     shutil.rmtree(run.path)
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl could not be written: No such file or directory\. Make"):
         run.add_metrics({"step": 1})
+
+
+@pytest.mark.parametrize("settings", [[], ["if_exists=new"]])
+def test_a_name_that_another_run_takes_between_the_look_and_the_claim_is_left_to_it(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if settings:
+        RunDirectory.create(Path("a"), compose())
+    config = compose([*settings, *(["run_dir=a"] if settings else [])])
+    free, taken = record._free, []
+
+    def taken_at_once(names: Iterator[Path]) -> Path:
+        taken.append(RunDirectory.create(free(names), compose()).path)
+        return taken[0]
+
+    monkeypatch.setattr(record, "_free", taken_at_once)
+    with RunDirectory.claimed(config) as run:
+        assert run.path not in taken
+        assert not (run.path / "config.yaml").exists()
