@@ -152,7 +152,7 @@ def test_a_message_without_role_or_content_is_named(tmp_path, turn):
 
 def test_an_empty_file_is_an_error(tmp_path):
     (tmp_path / "d.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match=r"holds no rows\. Each row is a JSON object with one of these sets of columns"):
+    with pytest.raises(DataError, match=r"holds no rows\. Each row has one of these sets of columns"):
         load(tmp_path / "d.jsonl")
 
 
