@@ -21,9 +21,7 @@ def columns(row: Row) -> str:
 def text_of(row: Row, place: str, column: str) -> str:
     """The text in a column, which may not be blank."""
     if column not in row:
-        raise DataError(
-            f"{place}: no column {column!r}; this row has {columns(row)}. Give every row the same columns."
-        )
+        raise DataError(f"{place}: no column {column!r}; this row has {columns(row)}. Give every row the same columns.")
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         found = "nothing" if value is None else repr(value)[:40]

@@ -151,6 +151,8 @@ class Encoder:
 
 
 _SPELLED = "spell a special token in a column 'text', where it is that token"
+
+
 def encode_all(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenize conversations and label their assistant turns, each through the token that ends it.
 

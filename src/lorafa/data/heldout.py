@@ -71,7 +71,7 @@ def without_heldout(records: Iterable[Record], heldout: Iterable[Record]) -> lis
 
 
 def check_enough(source: str, count: int, repeated: int, held: int, left: int, train_size: int | None) -> None:
-    """Raises DataError where ``left`` rows, of ``count`` with ``held`` to hold out, are fewer than are to be trained on.
+    """Raises DataError where ``left`` rows, of ``count`` with ``held`` to hold out, are fewer than are asked for.
 
     Args:
         repeated: rows that repeat a held-out question, which are not left.

@@ -53,7 +53,7 @@ class HubRows:
         if not len(self._dataset):
             raise no_rows(self.name)
         convert = self._columns.of(self.name, self._dataset[0])
-        rows, numbers = self._dataset, range(len(self._dataset))
+        rows, numbers = self._dataset, list(range(len(self._dataset))) if chosen is None else []
         if chosen is not None:
             numbers = np.flatnonzero(chosen).tolist()
             rows = self._dataset.select(numbers)

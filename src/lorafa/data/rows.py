@@ -106,7 +106,7 @@ _BESIDE = ("system", "history", "tools", "chat_template_kwargs")
 """Columns that say more of a conversation."""
 _WHY = {
     "history": "Earlier turns belong into {column!r} itself.",
-    "chat_template_kwargs": "A chat template is given no settings here: write a template that has them (data.template).",
+    "chat_template_kwargs": "A chat template is given no settings here: write one that has them (data.template).",
 }
 
 
@@ -115,7 +115,9 @@ def _refuse_beside(row: Row, place: str, column: str, names: Sequence[str]) -> N
     for name in names:
         if row.get(name):
             why = _WHY.get(name, "").format(column=column) if column != "text" else "A plain text is all there is."
-            raise DataError(f"{place}: a column {name!r} beside {column!r}, which would not be read. {why} Take it out.")
+            raise DataError(
+                f"{place}: a column {name!r} beside {column!r}, which would not be read. {why} Take it out."
+            )
 
 
 FORMS = (

@@ -163,9 +163,7 @@ def _words(sources: Sequence[Source], counts: Sequence[int], bases: Numbers, ord
         return sources[0].name
     taken = np.bincount(np.searchsorted(bases, order, side="right") - 1, minlength=len(sources)).tolist()
     return " + ".join(
-        f"{source.name} ({own:,} of {count:,} rows)"
-        if own <= count
-        else f"{source.name} ({own:,} from {count:,} rows)"
+        f"{source.name} ({own:,} of {count:,} rows)" if own <= count else f"{source.name} ({own:,} from {count:,} rows)"
         for source, own, count in zip(sources, taken, counts, strict=True)
     )
 

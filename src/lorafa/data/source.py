@@ -125,7 +125,9 @@ class Tables:
     @cached_property
     def _converters(self) -> list[Convert | None]:
         """How the rows of each file become records; None for a file without rows."""
-        return [self._converter(table) if count else None for table, count in zip(self._tables, self._counts, strict=True)]
+        return [
+            self._converter(table) if count else None for table, count in zip(self._tables, self._counts, strict=True)
+        ]
 
     def _converter(self, table: Table) -> Convert:
         _, _, first = next(table.rows())

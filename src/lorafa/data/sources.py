@@ -12,6 +12,7 @@ from lorafa.data import DATASETS, data_set_names, data_set_of
 from lorafa.data.cells import Row
 from lorafa.data.entry import DataSet, Wanted
 from lorafa.data.heldout import USUAL, check_size, with_heldout_of
+from lorafa.data.mixing import check_weights
 from lorafa.data.records import Records
 from lorafa.data.selection import Division, Selection, as_loaded, select
 from lorafa.data.source import Columns, ListedRows, Source, digest_of
@@ -130,23 +131,6 @@ def open_data(choice: Choice) -> OpenData:
     sources = tuple(_opened(name, entry, choice.settings) for name, entry in entries.items())
     heldout = None if choice.eval_file is None else _of_file(choice.eval_file, choice.settings)
     return OpenData(choice, sources, heldout)
-
-
-def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Raises ConfigError for sources that are named twice, and for weights that are not one number > 0 for each."""
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(
-            f"data= names {twice[0]!r} twice. Name it once; data.weights with data.train_size repeats its rows."
-        )
-    if weights is None:
-        return
-    if len(names) < 2:
-        raise ConfigError("data.weights are shares of several sources. Give data=[a.jsonl,b.jsonl], or leave it out.")
-    if len(weights) != len(names) or not all(0 < weight < float("inf") for weight in weights):
-        raise ConfigError(
-            f"data.weights is a number above 0 for each of the {len(names)} sources, found {list(weights)}. Give "
-            f"data.weights=[{','.join('1' * len(names))}] for equal shares."
-        )
 
 
 def _entry(name: str) -> DataSet:

@@ -1,4 +1,4 @@
-"""Files of rows, read from the beginning each time: as many as there are rows in memory at once, where it can be, one."""
+"""Files of rows, read from the beginning each time, and where that can be, one row at a time."""
 
 from __future__ import annotations
 
@@ -162,7 +162,9 @@ _ONE_A_LINE = "If it holds one object a line, name it .jsonl; else mend it."
 
 def _an_object(row: Any, place: str, advice: str) -> Row:
     if not isinstance(row, dict):
-        raise DataError(f'{place}: found a {type(row).__name__}, expected an object such as {{"prompt": ...}}. {advice}')
+        raise DataError(
+            f'{place}: found a {type(row).__name__}, expected an object such as {{"prompt": ...}}. {advice}'
+        )
     return row
 
 

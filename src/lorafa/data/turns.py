@@ -113,7 +113,9 @@ def _calls(value: Any, number: int, place: str) -> list[dict[str, Any]]:
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls or [None]:
         if not isinstance(call, dict) or set(call) != {"name", "arguments"} or not isinstance(call["name"], str):
-            raise DataError(f"{where}: a call needs a name and arguments and nothing else, found {call!r:.60}. {advice}")
+            raise DataError(
+                f"{where}: a call needs a name and arguments and nothing else, found {call!r:.60}. {advice}"
+            )
     return [{"type": "function", "function": call} for call in calls]
 
 

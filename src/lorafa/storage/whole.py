@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafa.errors import CheckpointError
+from lorafa.errors import CheckpointError, LoraError
 
 if TYPE_CHECKING:
     pass
@@ -35,6 +35,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except LoraError:  # of what is written: a source that cannot be read is an OSError as well
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written: {error.strerror or error}.{_free_space(path.parent)} Nothing was changed. "

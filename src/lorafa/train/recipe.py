@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -17,10 +15,11 @@ from rich.panel import Panel
 from transformers import set_seed
 from transformers.utils import logging
 
-from lorafa.data.chat import Encoded, encode_all, render_sample
+from lorafa.data.chat import render_sample
 from lorafa.data.collate import Collator
-from lorafa.data.records import Records
-from lorafa.data.sources import load_records
+from lorafa.data.prepared import SampleSet, is_cached, prepare_samples
+from lorafa.data.selection import Division
+from lorafa.data.sources import Choice, OpenData, open_data
 from lorafa.data.templates import find_template
 from lorafa.errors import DataError
 from lorafa.evals import EVALS
@@ -36,6 +35,9 @@ from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import Started, start_adapter
+
+MANY = 10_000
+"""Rows whose tokenizing takes long enough for a bar."""
 
 
 class Recorder(Protocol):
@@ -56,9 +58,7 @@ class Prepared:
 
     model: PeftModel
     tokenizer: Any
-    records: Records
-    train: Encoded
-    heldout: Encoded
+    data: SampleSet
     collator: Collator
     seconds: float
     """How long it took to load and make all this."""
@@ -69,26 +69,19 @@ class Prepared:
 
     def material(self) -> Material:
         """The part that the training itself takes."""
-        train, heldout = self.train.samples, self.heldout.samples
+        train, heldout = self.data.train.samples, self.data.heldout.samples
         return Material(self.model, train, heldout, self.collator, self.tokenizer.decode, self.trial)
 
     def counted(self) -> dict[str, int]:
         """How many rows are trained on and held out, and how many were left out or cut."""
-        train, heldout = self.train, self.heldout
+        train, heldout = self.data.train, self.data.heldout
         return {
             "train": len(train.samples),
             "heldout": len(heldout.samples),
-            "repeated": self.records.repeated,
+            "repeated": self.data.repeated,
             "dropped": train.dropped + heldout.dropped,
             "truncated": train.truncated + heldout.truncated,
         }
-
-    def samples_sha256(self) -> str:
-        """Fingerprint of all samples, in their order: by it a continued run knows that it goes on with the same."""
-        digest = hashlib.sha256()
-        for sample in (*self.train.samples, *self.heldout.samples):
-            digest.update(array("q", [len(sample.input_ids), *sample.input_ids, *sample.labels]).tobytes())
-        return digest.hexdigest()
 
 
 def prepare(config: RunConfig, console: Console) -> Prepared:
@@ -100,7 +93,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     started = time.monotonic()
     lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
-    records = read_records(config.data)
+    data = find_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
         model, tokenizer = load_model(
@@ -112,19 +105,17 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         )
     if template is not None:
         tokenizer.chat_template = template
-    train = encode_all(records.train, tokenizer, config.data.max_length)
-    heldout = Encoded([], 0, 0)
-    if records.heldout:
-        heldout = encode_all(records.heldout, tokenizer, config.data.max_length)
-    elif wants := _wants_heldout(config):
+    with progress_bar(console, "Tokenizing") if data.count() >= MANY else nullcontext() as bar:
+        samples = prepare_samples(data, tokenizer, config.data.max_length, config.data.cache, bar)
+    if not samples.records and (wants := _wants_heldout(config)):
         raise DataError(
-            f"{wants} goes by held-out rows, and none of {records.source} are held out. Set data.eval_size or "
+            f"{wants} goes by held-out rows, and none of {samples.source} are held out. Set data.eval_size or "
             "data.eval_file, or leave it out."
         )
-    check_length(config, len(train.samples))
-    check_samples(model, [*train.samples, *heldout.samples])
+    check_length(config, len(samples.train.samples))
+    check_samples(model, samples.lengths, samples.highest)
     evaluation = EVALS.get(config.eval.name)
-    asked = evaluation.asks(records.heldout, config.eval.own)
+    asked = evaluation.asks(samples.records, config.eval.own)
     evaluation.check(Subject(model, tokenizer), asked, config.eval.own)
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
@@ -132,12 +123,12 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         if config.peft.adapter is not None:
             begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
         else:
-            begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
+            begun = start_adapter(model, lora_config(config, model), config.init, samples.train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
-    _show_data(records, train, heldout, tokenizer, console)
+    _show_data(samples, tokenizer, console)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
-    return Prepared(begun.model, tokenizer, records, train, heldout, collator, seconds, begun.record, trial)
+    return Prepared(begun.model, tokenizer, samples, collator, seconds, begun.record, trial)
 
 
 def train(
@@ -155,14 +146,14 @@ def train(
     """
     model = prepared.model
     earlier = run.result()
-    began_with, samples_now = earlier.get("samples_sha256"), prepared.samples_sha256()
+    began_with, samples_now = earlier.get("samples_sha256"), prepared.data.sha256
     if began_with not in (None, samples_now):
         raise DataError(
-            f"{prepared.records.source} does not give the samples this run began with, so what follows would not "
+            f"{prepared.data.source} does not give the samples this run began with, so what follows would not "
             "continue it. Restore the records and the tokenizer, or start a new run."
         )
     run.update_result(
-        source=prepared.records.source,
+        source=prepared.data.source,
         samples_sha256=samples_now,
         rows=prepared.counted(),
         parameters=_counted(model),
@@ -210,17 +201,17 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers; no
         loss where no rows are held out.
     """
-    if not prepared.heldout.samples:
+    if not prepared.data.heldout.samples:
         return {"answers": []}
     settings, evaluation = config.eval, EVALS.get(config.eval.name)
     chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
     summed = supervised_nll if chunked else None
-    loss = answer_loss(prepared.model, prepared.heldout.samples, prepared.collator, settings.batch_size, summed)
-    asked = evaluation.asks(prepared.records.heldout, settings.own)
+    loss = answer_loss(prepared.model, prepared.data.heldout.samples, prepared.collator, settings.batch_size, summed)
+    asked = evaluation.asks(prepared.data.records, settings.own)
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
         return {"loss": loss, "answers": []}
-    subject = Subject(prepared.model, prepared.tokenizer, prepared.train.ends | prepared.heldout.ends)
+    subject = Subject(prepared.model, prepared.tokenizer, prepared.data.train.ends | prepared.data.heldout.ends)
     with progress_bar(console, f"{when}: answering") as bar:
         scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
@@ -238,17 +229,15 @@ def _wants_heldout(config: RunConfig) -> str | None:
     return next((name for name, wanted in wants.items() if wanted), None)
 
 
-def read_records(data: DataConfig) -> Records:
-    """The records the settings name."""
+def find_records(data: DataConfig) -> OpenData:
+    """The records the settings name. They are read here already, unless the cache may have their tokens: so what is
+    wrong with them is said before a model is loaded."""
+    division = Division(data.train_size, data.eval_size, data.seed, None if data.weights is None else (*data.weights,))
     own = {} if data.own is None else asdict(data.own)
-    return load_records(
-        data.name,
-        train_size=data.train_size,
-        eval_size=data.eval_size,
-        seed=data.seed,
-        eval_file=data.eval_file,
-        **own,
-    )
+    found = open_data(Choice(names=data.names, division=division, eval_file=data.eval_file, settings=own))
+    if not is_cached(found, data.cache):
+        _ = found.selection
+    return found
 
 
 @contextmanager
@@ -263,22 +252,22 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: Any, console: Console) -> None:
+def _show_data(data: SampleSet, tokenizer: Any, console: Console) -> None:
     """One sample, how much of the data is trained on, and what was left out."""
+    train, heldout = data.train, data.heldout
     first = train.samples[0]
-    share = sum(sample.trained for sample in train.samples) / sum(len(sample.input_ids) for sample in train.samples)
     title = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
     console.print(Panel(render_sample(first, tokenizer), title=title, title_align="left"))
     console.print(
-        f"{records.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
-        f"{share:.1%} of the training tokens are trained.",
+        f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
+        f"{data.trained / data.tokens:.1%} of the training tokens are trained.",
         highlight=False,
         markup=False,
     )
     if not heldout.samples:
         console.print("No rows are held out: nothing is measured before and after.")
     left_out = {
-        "answer a question of a held-out row and were left out": records.repeated,
+        "answer a question of a held-out row and were left out": data.repeated,
         "have no answer within data.max_length and were left out": train.dropped + heldout.dropped,
         "were cut at data.max_length": train.truncated + heldout.truncated,
     }

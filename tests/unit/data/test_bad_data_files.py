@@ -94,7 +94,7 @@ def test_what_is_there_but_no_file_of_rows_is_called_what_it_is(tmp_path: Path) 
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(SourceError, match=r"No file '.*d\.jsonl': it is a folder\. Check data="):
         load(tmp_path / "d.jsonl")
-    with pytest.raises(SourceError, match=r"The folder '.*' holds no file of rows, but d\.jsonl/\. Files are read that"):
+    with pytest.raises(SourceError, match=r"The folder '.*' holds no file of rows, but d\.jsonl/\. Files are"):
         load(tmp_path)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "nothing")
     with pytest.raises(SourceError, match=r"No file '.*link\.jsonl': it is a link to nothing\."):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from lorafa.data import DATASETS, data_set_names, data_set_of
 from lorafa.data.heldout import check_size
+from lorafa.data.mixing import check_weights
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
@@ -78,11 +79,16 @@ class DataConfig(OpenGroup):
     group: ClassVar[str] = "data"
     opens: ClassVar[Mapping[str, str]] = {"name": "own"}
     lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": DATASETS}
-    any_name: ClassVar[str] = "a file, a Hub id"
+    any_name: ClassVar[str] = "a file, a folder, a Hub id, [several,of,them]"
     """What may stand after ``data=`` beside the names of ``DATASETS``."""
+    several: ClassVar[bool] = True
+    """Whether a list of names may stand there."""
 
-    name: str = "word_problems"
-    """Task: one known by name, a .jsonl or .json file, or a Hub data set id."""
+    name: str | list[str] = "word_problems"
+    """Task: one known by name, a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, a Hub data set id,
+    or a list of files, folders and ids, which are mixed."""
+    weights: list[float] | None = None
+    """Of several sources, the share of the training rows that is from each: [3,1]; null takes all rows of all."""
     train_size: int | None = None
     """Records to train on; null takes all that are left after the held-out ones."""
     eval_size: int | float | None = None
@@ -96,14 +102,20 @@ class DataConfig(OpenGroup):
     """Chat template: known by name (chatml, plain ...) or a file with one in Jinja; null takes the tokenizer's own."""
     seed: int = 0
     """Seed of the generated or shuffled records: decides which are held out."""
+    cache: bool | None = None
+    """Keep the tokens in the user's cache, for the next start with the same records; null keeps those of 10,000 records
+    and more."""
     own: Any = None
     """The data set's own settings."""
 
     @classmethod
     def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
-        """None for a name that no data set takes: what it is is said where it is loaded."""
-        data_set = data_set_of(chosen)
-        return None if data_set is None else data_set.settings
+        """Those of a file for a name that no data set takes: what it is is said where it is loaded. Of several, those
+        of the one that has the most: a Hub data set reads all that a file does."""
+        names = [chosen] if isinstance(chosen, str) else chosen
+        kinds = [(data_set_of(name) or DATASETS.get("file")).settings for name in names]
+        found = [kind for kind in kinds if kind is not None]
+        return max(found, key=lambda kind: len(fields(kind)), default=None)
 
     @classmethod
     def entries(cls, field: str) -> list[str]:
@@ -115,8 +127,16 @@ class DataConfig(OpenGroup):
         named = {name: f"<{name}>" if DATASETS.get(name).takes else name for name in DATASETS.names()}
         return {cls.words(field, named[name]): declared(DATASETS, name).settings for name in DATASETS.names()}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources, one or several."""
+        return (self.name,) if isinstance(self.name, str) else tuple(self.name)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.names:
+            raise ConfigError("data=[] names no records. Give a file, or several.")
+        check_weights(self.names, self.weights)
         if self.train_size is not None:
             check_int("data.train_size", self.train_size, at_least=1)
         check_size("data.eval_size", self.eval_size)
