@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, ClassVar
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from lorafa.data.cells import Row
-from lorafa.data.tables import Chosen, Table
+from lorafa.data.tables import Table
 from lorafa.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from lorafa.data.tables import Chosen
 
 LONGEST = 2**31 - 1
 """Characters of a cell: Python's own limit is 131,072, less than a long document has."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafa.data.records import Records
-from lorafa.data.source import Source
 from lorafa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorafa.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class DataSet:
     settings: type[Any] | None = None
     """A frozen dataclass of its own settings, all with defaults; each is ``data.<name>``."""
     counts: bool = False
-    """Of one with ``load``: whether it knows how many rows there are; `lorafa.data.heldout.split_records` holds the
+    """Where it has ``load``, whether it knows how many rows there are; `lorafa.data.heldout.split_records` holds the
     right number out."""
     takes: Callable[[str], bool] | None = None
     """For a source of many data sets: whether a name is one of its own, by the look of it. None: its line's name is."""

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafa.data import data_set_names
 from lorafa.data.delimited import CommaSeparated, TabSeparated
 from lorafa.data.entry import DataSet
 from lorafa.data.parquet import Parquet
 from lorafa.data.source import Columns, Source, Tables
-from lorafa.data.tables import JsonLines, JsonList, Table
-from lorafa.errors import ConfigError, SourceError, shorten, warn
+from lorafa.data.tables import JsonLines, JsonList, Table, what_it_is
+from lorafa.errors import ConfigError, SourceError, did_you_mean, shorten, warn
 
 FORMATS: Mapping[str, type[Table]] = {
     ".jsonl": JsonLines,
@@ -23,6 +24,8 @@ FORMATS: Mapping[str, type[Table]] = {
 """The endings of files that are read, in small or capital letters."""
 PACKED = (".jsonl", ".json", ".csv", ".tsv")
 """Those that may be followed by .gz."""
+ENDINGS = f"{', '.join(FORMATS)} (and {', '.join(PACKED)} followed by .gz)"
+"""Both, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +95,26 @@ def _tables(folder: Path) -> list[Table]:
             other.append(path.name + ("/" if path.is_dir() else ""))
         else:
             found.append(kind(path))
-    endings = f"{', '.join(FORMATS)} (and {', '.join(PACKED)} followed by .gz)"
     if not found:
         raise SourceError(
             f"The folder {str(folder)!r} holds no file of rows, but {shorten(other) or 'nothing'}. Files are read that "
-            f"end in {endings}."
+            f"end in {ENDINGS}."
         )
     if other:
         warn(
             f"Of the folder {folder} {len(found)} files are read. Passed over: {shorten(other)}; hidden files, folders "
-            f"in it and what does not end in {endings} are not read."
+            f"in it and what does not end in {ENDINGS} are not read."
         )
     return found
+
+
+def no_such_data_set(name: str) -> SourceError:
+    """The error for a name that is none."""
+    known = data_set_names()
+    return SourceError(
+        f"No dataset {name!r}{what_it_is(Path(name).expanduser())}.{did_you_mean(name, known)} Give "
+        f"{', '.join(known)}, a file ending in {ENDINGS}, a folder of such files, or a Hub id of the form owner/name."
+    )
 
 
 FILE = DataSet(open=open_file, settings=FileSettings, takes=is_file)

@@ -6,18 +6,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lorafa.data import data_set_names
 from lorafa.data.entry import DataSet
-from lorafa.data.files import FileSettings, is_file
+from lorafa.data.files import FileSettings, is_file, no_such_data_set
 from lorafa.data.records import Record
 from lorafa.data.source import Columns, Source, digest_of, no_rows
-from lorafa.data.sources import no_such_data_set
-from lorafa.data.tables import Chosen
 from lorafa.errors import SourceError, first_line
+
+if TYPE_CHECKING:
+    from lorafa.data.tables import Chosen
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -55,7 +54,7 @@ class HubRows:
         convert = self._columns.of(self.name, self._dataset[0])
         rows, numbers = self._dataset, list(range(len(self._dataset))) if chosen is None else []
         if chosen is not None:
-            numbers = np.flatnonzero(chosen).tolist()
+            numbers = [number for number, is_chosen in enumerate(chosen) if is_chosen]
             rows = self._dataset.select(numbers)
         for number, row in zip(numbers, rows, strict=True):
             yield number, convert(row, f"{self.name}, row {number + 1}")

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from lorafa.errors import ConfigError
-
 Numbers = npt.NDArray[np.int32]
 
 
@@ -38,30 +36,3 @@ def mixed(rows: Sequence[Numbers], weights: Sequence[float] | None, most: int | 
     order = np.argsort(np.concatenate(turns), kind="stable")[:most]
     chosen: Numbers = np.concatenate(numbers)[order]
     return chosen
-
-
-def apportioned(total: int, counts: Sequence[int]) -> list[int]:
-    """``total`` rows shared out among sources in proportion to how many they have, by largest remainders."""
-    whole = max(sum(counts), 1)
-    shares = [total * count // whole for count in counts]
-    rest = sorted(range(len(counts)), key=lambda at: (-(total * counts[at] % whole), at))
-    for at in rest[: total - sum(shares)]:
-        shares[at] += 1
-    return shares
-
-
-def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Raises ConfigError for sources that are named twice, and for weights that are not one number > 0 for each."""
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(
-            f"data= names {twice[0]!r} twice. Name it once; data.weights with data.train_size repeats its rows."
-        )
-    if weights is None:
-        return
-    if len(names) < 2:
-        raise ConfigError("data.weights are shares of several sources. Give data=[a.jsonl,b.jsonl], or leave it out.")
-    if len(weights) != len(names) or not all(0 < weight < float("inf") for weight in weights):
-        raise ConfigError(
-            f"data.weights is a number above 0 for each of the {len(names)} sources, found {list(weights)}. Give "
-            f"data.weights=[{','.join('1' * len(names))}] for equal shares."
-        )

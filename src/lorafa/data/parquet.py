@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafa.data.cells import Row
-from lorafa.data.tables import Chosen, Table
+from lorafa.data.tables import Table
 from lorafa.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from lorafa.data.tables import Chosen
 
 TOGETHER = 256
 """Rows that are in memory at once, beside what the reader keeps of their group."""

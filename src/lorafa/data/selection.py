@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorafa.data.heldout import Overlap, check_enough, check_enough_beside, rows_of, shuffled
-from lorafa.data.mixing import Numbers, apportioned, mixed
+from lorafa.data.mixing import Numbers, mixed
 from lorafa.data.records import Record, Records
+from lorafa.data.shares import apportioned
 from lorafa.data.source import ListedRecords, Source
-from lorafa.data.tables import Chosen
 from lorafa.errors import DataError
+
+if TYPE_CHECKING:
+    from lorafa.data.tables import Chosen
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Division:
     """Rows held out: see :func:`lorafa.data.heldout.rows_of`."""
     seed: int
     weights: tuple[float, ...] | None = None
-    """Of several sources, which share of the rows to train on is from each."""
+    """Where there are several sources, which share of the rows to train on is from each."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def _first(sources: Sequence[Source], orders: Sequence[Numbers], sizes: Sequence
 
 
 def _repeats(sources: Sequence[Source], counts: Sequence[int], overlap: Overlap) -> list[Chosen]:
-    """Of each source, for each row whether it answers what a held-out one asks."""
+    """For each row of each source whether it answers what a held-out one asks."""
     found = []
     for source, count in zip(sources, counts, strict=True):
         repeat = np.zeros(count, bool)

@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lorafa.data.cells import Row
 from lorafa.data.records import Record
 from lorafa.data.rows import ACCEPTED, Convert, converter
-from lorafa.data.tables import Chosen, Table
+from lorafa.data.tables import Table
 from lorafa.errors import DataError, shorten, warn
+
+if TYPE_CHECKING:
+    from lorafa.data.tables import Chosen
 
 
 class Source(Protocol):

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from lorafa.data import DATASETS, data_set_names, data_set_of
+from lorafa.data import DATASETS, data_set_of
 from lorafa.data.cells import Row
 from lorafa.data.entry import DataSet, Wanted
+from lorafa.data.files import ENDINGS, no_such_data_set
 from lorafa.data.heldout import USUAL, check_size, with_heldout_of
-from lorafa.data.mixing import check_weights
 from lorafa.data.records import Records
 from lorafa.data.selection import Division, Selection, as_loaded, select
+from lorafa.data.shares import check_weights, names_of
 from lorafa.data.source import Columns, ListedRows, Source, digest_of
-from lorafa.data.tables import what_it_is
-from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean
+from lorafa.errors import ConfigError, DataError, SourceError
 from lorafa.settings.checks import check_keys
 
 
@@ -65,8 +64,8 @@ def load_records(
         DataError: a row is broken, columns are missing, or there are fewer rows than asked for.
     """
     division = Division(train_size, eval_size, seed, None if weights is None else tuple(weights))
-    names = (name,) if isinstance(name, str) else tuple(name)
-    return open_data(Choice(names=names, division=division, eval_file=eval_file, settings=settings)).selection.records()
+    choice = Choice(names=names_of(name), division=division, eval_file=eval_file, settings=settings)
+    return open_data(choice).selection.records()
 
 
 @dataclass(frozen=True)
@@ -159,10 +158,7 @@ def _of_file(file: str, settings: dict[str, Any]) -> Source:
     """The rows of a file, read by the columns that the settings of another one name."""
     entry = DATASETS.get("file")
     if entry.takes is None or not entry.takes(file):
-        raise SourceError(
-            f"data.eval_file={file} is no file of rows. Give one that data= takes: .jsonl, .json, .csv, .tsv or "
-            ".parquet."
-        )
+        raise SourceError(f"data.eval_file={file} is no file of rows. Give one that data= takes: {ENDINGS}.")
     return _opened(file, entry, settings)
 
 
@@ -185,16 +181,6 @@ def _loaded(choice: Choice) -> Selection:
             )
         eval_size = USUAL
     return as_loaded(entry.load(Wanted(name, division.train_size, eval_size, division.seed), own))
-
-
-def no_such_data_set(name: str) -> SourceError:
-    """The error for a name that is none."""
-    known = data_set_names()
-    return SourceError(
-        f"No dataset {name!r}{what_it_is(Path(name).expanduser())}.{did_you_mean(name, known)} Give "
-        f"{', '.join(known)}, a file ending in .jsonl, .json, .csv, .tsv or .parquet, a folder of such files, or a Hub "
-        "id of the form owner/name."
-    )
 
 
 def records_of(

@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lorafa.data.cells import Row, parsed
 from lorafa.errors import DataError, LoraError, SourceError, did_you_mean
 from lorafa.storage.wheels import sha256_of
 
-Chosen = npt.NDArray[np.bool_]
-"""For each row of a table or a source whether it is one of those that are read."""
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Chosen = npt.NDArray[np.bool_]
+    """For each row of a table or a source whether it is one of those that are read."""
 
 _MARK = b"\xef\xbb\xbf"  # of a text in UTF-8, which some programs put first
 

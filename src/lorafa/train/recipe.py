@@ -19,6 +19,7 @@ from lorafa.data.chat import render_sample
 from lorafa.data.collate import Collator
 from lorafa.data.prepared import SampleSet, is_cached, prepare_samples
 from lorafa.data.selection import Division
+from lorafa.data.shares import names_of
 from lorafa.data.sources import Choice, OpenData, open_data
 from lorafa.data.templates import find_template
 from lorafa.errors import DataError
@@ -234,7 +235,7 @@ def find_records(data: DataConfig) -> OpenData:
     wrong with them is said before a model is loaded."""
     division = Division(data.train_size, data.eval_size, data.seed, None if data.weights is None else (*data.weights,))
     own = {} if data.own is None else asdict(data.own)
-    found = open_data(Choice(names=data.names, division=division, eval_file=data.eval_file, settings=own))
+    found = open_data(Choice(names=names_of(data.name), division=division, eval_file=data.eval_file, settings=own))
     if not is_cached(found, data.cache):
         _ = found.selection
     return found

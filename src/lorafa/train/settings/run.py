@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from lorafa.data import DATASETS, data_set_names, data_set_of
 from lorafa.data.heldout import check_size
-from lorafa.data.mixing import check_weights
+from lorafa.data.shares import check_weights, names_of
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
@@ -88,7 +88,7 @@ class DataConfig(OpenGroup):
     """Task: one known by name, a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, a Hub data set id,
     or a list of files, folders and ids, which are mixed."""
     weights: list[float] | None = None
-    """Of several sources, the share of the training rows that is from each: [3,1]; null takes all rows of all."""
+    """Shares of the training rows, [3,1] for example, of the sources that data= lists; null takes all rows of all."""
     train_size: int | None = None
     """Records to train on; null takes all that are left after the held-out ones."""
     eval_size: int | float | None = None
@@ -112,8 +112,7 @@ class DataConfig(OpenGroup):
     def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
         """Those of a file for a name that no data set takes: what it is is said where it is loaded. Of several, those
         of the one that has the most: a Hub data set reads all that a file does."""
-        names = [chosen] if isinstance(chosen, str) else chosen
-        kinds = [(data_set_of(name) or DATASETS.get("file")).settings for name in names]
+        kinds = [(data_set_of(name) or DATASETS.get("file")).settings for name in names_of(chosen)]
         found = [kind for kind in kinds if kind is not None]
         return max(found, key=lambda kind: len(fields(kind)), default=None)
 
@@ -127,16 +126,12 @@ class DataConfig(OpenGroup):
         named = {name: f"<{name}>" if DATASETS.get(name).takes else name for name in DATASETS.names()}
         return {cls.words(field, named[name]): declared(DATASETS, name).settings for name in DATASETS.names()}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sources, one or several."""
-        return (self.name,) if isinstance(self.name, str) else tuple(self.name)
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.names:
+        names = names_of(self.name)
+        if not names:
             raise ConfigError("data=[] names no records. Give a file, or several.")
-        check_weights(self.names, self.weights)
+        check_weights(names, self.weights)
         if self.train_size is not None:
             check_int("data.train_size", self.train_size, at_least=1)
         check_size("data.eval_size", self.eval_size)
