@@ -23,6 +23,8 @@ def mixed(rows: Sequence[Numbers], weights: Sequence[float] | None, most: int | 
         most: take so many. With weights a source that has no row left begins again with its first one. None: with
             weights up to the turn of a row that is not there, so that none is taken twice; without, all.
     """
+    if len(rows) == 1 and weights is None:
+        return rows[0][:most]  # without the memory of numbers for turns
     counts = [len(own) for own in rows]
     shares = [float(count) for count in counts] if weights is None else list(weights)
     taken, until = counts, math.inf

@@ -107,8 +107,8 @@ class SampleWriter:
 
     def add(self, sample: Sample) -> int:
         """Write a sample; its number."""
-        first, _, last = sample.place.rpartition(" ")
-        counted = last.isascii() and last.isdigit() and str(int(last)) == last and len(last) < 18
+        first, blank, last = sample.place.rpartition(" ")
+        counted = blank and last.isascii() and last.isdigit() and str(int(last)) == last and len(last) < 18
         place = self.places.setdefault(first if counted else sample.place, len(self.places))
         head = np.array((place, int(last) if counted else -1, sample.truncated), HEAD)
         ids = np.array(sample.input_ids, "<i4")
