@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAGIC = b"lorafa tokens 1\n"
-READERS = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
+READERS = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
 """Packages whose version decides how rows are read and tokenized."""
 _COUNTS = struct.Struct("<4Q")  # samples, training order, held-out order, bytes of JSON
 _DIGEST = 32
