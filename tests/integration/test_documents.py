@@ -29,6 +29,7 @@ from lorafa.runs.comparison import Plan
 from lorafa.train.adapter_config import lora_config
 from toys.language_models import SMALL, llama
 from toys.places import ROOT
+from toys.records import write_rows
 from toys.workplace import make_workplace
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -118,6 +119,7 @@ enough for a test. A page that shows how they are made is not in the table."""
 FILES = {
     "path/to/model": "a model folder: the reader's own",
     "mine.jsonl": "records of the reader's own",
+    "more.csv": "more of them",
     "short.jsonl": "the short problems of GSM8K, which come from the Hub (recipes/short_problems.py)",
     "recipes": "the folder of the repository",
     "runs/20260101-120000-lora-r16": "a run of the reader's own, of which the adapter is there",
@@ -150,6 +152,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for name in ("mine.jsonl", "short.jsonl"):
         (made / name).write_text("\n".join(map(json.dumps, rows)))
+    write_rows(made / "more.csv", rows)
     (made / "recipes").symlink_to(ROOT / "recipes")
     model = transformers.AutoModelForCausalLM.from_pretrained(made / "path" / "to" / "model")
     lorafa.get_peft_model(model, lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).save_pretrained(

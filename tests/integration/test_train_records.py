@@ -28,15 +28,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command(workplace: Path, run: Path, *more: str) -> list[str]:
     given = {text.partition("=")[0] for text in more} | {"train.steps", "train.checkpoint_every"}
     own = [text for text in settings(workplace, run) if text.partition("=")[0] not in given]
-    return [
-        "train",
-        *own,
-        "train.steps=4",
-        "train.checkpoint_every=2",
-        "eval.before=false",
-        "optim.schedule=constant",
-        *more,
-    ]
+    short = ["train.steps=4", "train.checkpoint_every=2", "eval.before=false", "optim.schedule=constant"]
+    return ["train", *own, *short, *more]
 
 
 def losses(run: Path) -> list[float]:

@@ -26,6 +26,8 @@ examples:
   lorafa train                                     the default run
   lorafa train --dry-run                           settings, coverage and one sample; trains nothing
   lorafa train model=path/to/model data=mine.jsonl your model on your records
+  lorafa train data=[a.jsonl,b.csv] data.weights=[3,1]
+                                                   several sources, three rows of one for one of the other
   lorafa train peft=dora init=pissa peft.r=32      another method, another start, another rank
   lorafa train optim.lr=5e-4 train.steps=300       other numbers
   lorafa train train.resume=runs/20260101-120000-lora-r16

@@ -128,12 +128,7 @@ def _encoded(
     """Tokenize what is chosen, row by row, and write the samples."""
     writer = SampleWriter(out)
     encoder = Encoder(tokenizer, max_length)
-    of_row = np.full(sum(selection.counts), -1, np.int32)
-    for done, (number, record) in enumerate(selection.training(), 1):
-        of_row[number] = _written(encoder.sample(record), writer)
-        if progress is not None and done % 1000 == 0:
-            progress(done, len(selection))
-    train, facts = _known(of_row[selection.order], encoder, writer)
+    train, facts = _known(_of_training(selection, encoder, writer, progress), encoder, writer)
     remarks, heldout, held = encoder.remarks(), np.zeros(0, np.int32), None
     if selection.heldout:
         encoder = Encoder(tokenizer, max_length)
@@ -152,6 +147,17 @@ def _encoded(
         **_survey(Samples(stored, train), Samples(stored, heldout)),
     }
     return Contents(sizes, train, heldout, known)
+
+
+def _of_training(selection: Selection, encoder: Encoder, writer: SampleWriter, progress: Progress | None) -> Order:
+    """The numbers of the samples to train on, in their order."""
+    of_row = np.full(sum(selection.counts), -1, np.int32)
+    for done, (number, record) in enumerate(selection.training(), 1):
+        of_row[number] = _written(encoder.sample(record), writer)
+        if progress is not None and done % 1000 == 0:
+            progress(done, len(selection))
+    numbers: Order = of_row[selection.order]
+    return numbers
 
 
 def _written(sample: Sample, writer: SampleWriter) -> int:

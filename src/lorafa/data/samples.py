@@ -135,9 +135,8 @@ class Stored:
         self._places = places
         self._begins = np.empty(len(sizes), np.int64)
         self._begins[:1] = first
-        np.cumsum(sizes[:-1], out=self._begins[1:])
-        self._begins[1:] *= PER_TOKEN
-        self._begins[1:] += first + HEAD.itemsize * np.arange(1, len(sizes), dtype=np.int32)
+        np.cumsum(PER_TOKEN * sizes[:-1] + HEAD.itemsize, out=self._begins[1:])
+        self._begins[1:] += first
 
     def sample(self, number: int) -> Sample:
         """The sample of that number."""

@@ -97,7 +97,9 @@ def select(sources: Sequence[Source], division: Division, heldout: Source | None
     repeated = sum(map(len, rest)) - sum(map(len, left))
     _check(sources, counts, left, repeated, sum(held), division, heldout)
     bases = np.cumsum([0, *counts[:-1]], dtype=np.int32)
-    order = mixed([own + base for own, base in zip(left, bases, strict=True)], division.weights, division.train_size)
+    for own, base in zip(left, bases, strict=True):
+        own += base  # in place: there may be many
+    order = mixed(left, division.weights, division.train_size)
     words = _words(sources, counts, bases, order)
     return Selection(
         tuple(sources), tuple(counts), order, asked, words if heldout is None else f"{words}, held out {heldout.name}",
