@@ -47,7 +47,7 @@ def test_the_same_rows_in_another_file_give_the_same_training(workplace: Path, t
 
 
 def test_a_run_from_the_cache_is_the_same_run_and_can_be_continued(
-    workplace: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(workplace, tmp_path / "plain")) == 0
     assert not cache.exists()
@@ -56,6 +56,7 @@ def test_a_run_from_the_cache_is_the_same_run_and_can_be_continued(
     with monkeypatch.context() as patched:
         patched.setattr(Encoder, "sample", None)
         assert main(command(workplace, tmp_path / "second", "data.cache=true")) == 0
+        assert f"Their tokens were in the cache: {next(cache.iterdir())}" in capsys.readouterr().out
         assert main(["train", f"train.resume={tmp_path / 'second'}", "train.steps=5"]) == 0
     results = [read(tmp_path / run / "result.json") for run in ("plain", "first", "second")]
     assert results[0]["after"] == results[1]["after"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,8 @@ class SampleSet:
     """The highest id in any sample."""
     lengths: npt.NDArray[np.int32] = field(compare=False)
     """Tokens of each sample, one that is trained on twice counted once; in no order."""
+    found: Path | None = None
+    """The file of the cache in which they were found; None where they were made."""
 
 
 def is_cached(data: OpenData, cache: bool | None) -> bool:
@@ -88,6 +91,7 @@ def prepare_samples(
         return _in_memory(data.selection, tokenizer, max_length, progress)
     path = cache_file(data.digest(), tokenizer, max_length)
     found = read_cache(path)
+    was_there = found is not None
     try:
         if found is None:
             kept = records_as_json(data.selection.heldout)
@@ -107,7 +111,8 @@ def prepare_samples(
         warn(f"{where} They are kept in memory for this run.")
         return _in_memory(data.selection, tokenizer, max_length, progress)
     stored, contents = found
-    return _as_set(stored, contents, [record_of_json(record) for record in contents.facts["records"]])
+    records = [record_of_json(record) for record in contents.facts["records"]]
+    return replace(_as_set(stored, contents, records), found=path if was_there else None)
 
 
 def _in_memory(
@@ -156,6 +161,8 @@ def _of_training(selection: Selection, encoder: Encoder, writer: SampleWriter, p
         of_row[number] = _written(encoder.sample(record), writer)
         if progress is not None and done % 1000 == 0:
             progress(done, len(selection))
+    if progress is not None:
+        progress(len(selection), len(selection))
     numbers: Order = of_row[selection.order]
     return numbers
 

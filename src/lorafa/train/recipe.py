@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from lorafa.data.chat import render_sample
 from lorafa.data.collate import Collator
-from lorafa.data.prepared import SampleSet, is_cached, prepare_samples
+from lorafa.data.prepared import Progress, SampleSet, is_cached, prepare_samples
 from lorafa.data.selection import Division
 from lorafa.data.shares import names_of
 from lorafa.data.sources import Choice, OpenData, open_data
@@ -86,7 +86,8 @@ class Prepared:
 
 
 def prepare(config: RunConfig, console: Console) -> Prepared:
-    """Load model and records, put the adapter on, show what it covers and one sample. Writes nothing.
+    """Load model and records, put the adapter on, show what it covers and one sample. Writes nothing but
+    to the cache.
 
     Raises:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
@@ -106,7 +107,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         )
     if template is not None:
         tokenizer.chat_template = template
-    with progress_bar(console, "Tokenizing") if data.count() >= MANY else nullcontext() as bar:
+    with _bar_of_rows(console, data.count()) as bar:
         samples = prepare_samples(data, tokenizer, config.data.max_length, config.data.cache, bar)
     if not samples.records and (wants := _wants_heldout(config)):
         raise DataError(
@@ -242,6 +243,20 @@ def find_records(data: DataConfig) -> OpenData:
 
 
 @contextmanager
+def _bar_of_rows(console: Console, count: int) -> Iterator[Progress | None]:
+    """A bar from the first rows that are tokenized on, where there are many; none for those that are in the cache."""
+    with ExitStack() as begun:
+        shown: list[Progress] = []
+
+        def update(done: int, total: int) -> None:
+            if not shown:
+                shown.append(begun.enter_context(progress_bar(console, "Tokenizing")))
+            shown[0](done, total)
+
+        yield update if count >= MANY else None
+
+
+@contextmanager
 def _without_bars() -> Iterator[None]:
     """Loading without the bar of transformers, which runs into the one of the console."""
     shown = logging.is_progress_bar_enabled()
@@ -265,6 +280,8 @@ def _show_data(data: SampleSet, tokenizer: Any, console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    if data.found is not None:
+        console.print(f"Their tokens were in the cache: {data.found}", highlight=False, markup=False, soft_wrap=True)
     if not heldout.samples:
         console.print("No rows are held out: nothing is measured before and after.")
     left_out = {
