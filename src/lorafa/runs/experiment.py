@@ -106,7 +106,7 @@ def resumable(path: str | Path, longer: Mapping[str, Any] | None = None) -> tupl
     if checkpoint is None:
         raise CheckpointError(
             f"The run {str(run.path)!r} has no checkpoint to continue from (train.checkpoint_every is "
-            f"{config.train.checkpoint_every}). Start a new run{_from_adapter(run)}."
+            f"{config.train.checkpoint_every}). Start a new run{_from_there(run)}."
         )
     return run, checkpoint, prolonged(run, checkpoint, config, longer) if longer else config
 
@@ -128,7 +128,7 @@ def prolonged(run: RunDirectory, checkpoint: Path, config: RunConfig, longer: Ma
         raise ConfigError(
             f"With optim.schedule={schedule} the rates of a longer training are others from its first step on, so the "
             f"run {str(run.path)!r} cannot become one (a run with optim.schedule=constant could). Start a new run"
-            f"{_from_adapter(run) or ' with more steps'}."
+            f"{_from_there(run) or ' with more steps'}."
         )
     if train.steps is not None and train.steps <= done:
         raise ConfigError(
@@ -149,7 +149,9 @@ def prolonged(run: RunDirectory, checkpoint: Path, config: RunConfig, longer: Ma
     return replace(config, train=train, optim=replace(config.optim, warmup=warmup))
 
 
-def _from_adapter(run: RunDirectory) -> str:
+def _from_there(run: RunDirectory) -> str:
+    if run.model.is_dir():
+        return f" from its model: model={run.model}"
     return f" from its adapter: peft.adapter={run.adapter}" if run.adapter.is_dir() else ""
 
 

@@ -5,7 +5,7 @@ environment.json   versions, processor, threads, the command
 metrics.jsonl      one line a logged step
 result.json        status, what was measured before and after, times, sizes; rewritten as the run goes on
 checkpoints/       what a continued run starts from
-adapter/           the trained adapter in PEFT's format
+adapter/           the trained adapter in PEFT's format; with peft.full the whole model in model/
 report.html        written by lorafa.report
 .lock              held by the process that writes all this; the system lets go of it when that ends
 """
@@ -46,6 +46,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / "adapter"
+        self.model = path / "model"
         self.checkpoints = path / "checkpoints"
 
     @staticmethod
@@ -271,6 +272,8 @@ def _run_near(path: Path) -> str:
 
 
 def _short_name(config: RunConfig) -> str:
+    if config.peft.full:
+        return "full"
     from lorafa.train.adapter_config import lora_config  # which loads torch; reports do without
     from lorafa.variants import variant_types
 

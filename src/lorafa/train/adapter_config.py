@@ -18,7 +18,8 @@ def lora_config(config: RunConfig, model: nn.Module | None = None) -> LoraConfig
     Raises:
         ConfigError: a value is not allowed, or two contradict each other.
     """
-    peft = {field.name: getattr(config.peft, field.name) for field in fields(config.peft) if field.name != "adapter"}
+    names = [one.name for one in fields(config.peft) if one.name not in config.peft.in_its_place]
+    peft = {name: getattr(config.peft, name) for name in names}
     of_the_run = {
         "task_type": "CAUSAL_LM",
         "revision": config.model.revision,

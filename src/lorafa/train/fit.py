@@ -14,21 +14,22 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.models.head_loss import Trial
-from lorafa.peft_model import PeftModel
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
+from lorafa.train.full import in_float32, load_weights, precision
 from lorafa.train.progress import RunCallback
 from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
 from lorafa.train.settings.run import RunConfig, check_rise
 from lorafa.train.settings.schedules import SCHEDULES
-from lorafa.train.trainer import LoraTrainer
+from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
 
 
 @dataclass(frozen=True)
 class Material:
     """What is trained, and on what."""
 
-    model: PeftModel
+    model: Any
+    """A PeftModel, or a model of transformers all of whose weights are trained."""
     train: Sequence[Sample]
     heldout: Sequence[Sample]
     collator: Collator
@@ -92,8 +93,8 @@ def check_length(config: RunConfig, rows: int) -> None:
         check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")
 
 
-def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
-    """The settings as `transformers.Trainer` takes them."""
+def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> TrainingArguments:
+    """The settings as `transformers.Trainer` takes them, and ``more`` of its own."""
     train, optim = config.train, config.optim
     options: dict[str, Any] = {"save_strategy": "no"}
     if train.checkpoint_every:
@@ -127,6 +128,7 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         **schedule_of_trainer(optim),
         **stock_arguments(optim),
         **options,
+        **more,
     )
 
 
@@ -134,16 +136,31 @@ def fit(
     material: Material, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
 ) -> Fitted:
     """Train, from a checkpoint where there is one."""
+    if not config.peft.full:
+        return _fit(material, LoraTrainer, config, training_arguments(config, output_dir), callback, checkpoint)
+    with in_float32(material.model) as stored:
+        arguments = training_arguments(config, output_dir, **precision(stored))
+        return _fit(material, SupervisedTrainer, config, arguments, callback, checkpoint)
+
+
+def _fit(
+    material: Material,
+    trainer_class: type[SupervisedTrainer],
+    config: RunConfig,
+    arguments: TrainingArguments,
+    callback: RunCallback,
+    checkpoint: Path | None,
+) -> Fitted:
     state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
     steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
     if checkpoint and (stopped or steps >= steps_in_all(config, len(material.train))):
         # Its last part was all but done; transformers would take one step more.
-        material.model.load_adapter(state["best_model_checkpoint"] or str(checkpoint), "default", is_trainable=True)
+        _load(material.model, Path(state["best_model_checkpoint"] or checkpoint), config)
         return Fitted(steps, stopped)
     measured = config.train.keep_best or config.train.eval_every
-    trainer = LoraTrainer(
+    trainer = trainer_class(
         material.model,
-        training_arguments(config, output_dir),
+        arguments,
         chunked_loss=config.train.chunked_loss,
         trial=material.trial,
         rules=config.train.rules,
@@ -159,3 +176,10 @@ def fit(
     done = trainer.state.global_step
     early = done < trainer.state.max_steps
     return Fitted(done, run_out(trainer.state.log_history, config.train.patience) if early else None)
+
+
+def _load(model: Any, checkpoint: Path, config: RunConfig) -> None:
+    if config.peft.full:
+        load_weights(model, checkpoint)
+    else:
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)

@@ -32,6 +32,7 @@ from lorafa.peft_model import PeftModel
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.fit import Material, check_length, fit
+from lorafa.train.full import train_all
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
@@ -42,6 +43,7 @@ class Recorder(Protocol):
     """Where a training puts what it measures; `lorafa.runs.record.RunDirectory` is one."""
 
     adapter: Path
+    model: Path
     checkpoints: Path
 
     def add_metrics(self, row: Mapping[str, Any], /) -> None: ...
@@ -54,7 +56,8 @@ class Recorder(Protocol):
 class Prepared:
     """Everything a training needs, ready and shown."""
 
-    model: PeftModel
+    model: Any
+    """A PeftModel, or with ``peft.full`` a model of transformers."""
     tokenizer: Any
     records: Records
     train: Encoded
@@ -98,7 +101,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
-    lora_config(config)  # what is wrong with the settings is said before anything is loaded
+    if not config.peft.full:
+        lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
     records = read_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
@@ -129,7 +133,10 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
-        if config.peft.adapter is not None:
+        if config.peft.full:
+            train_all(model)
+            begun = Started(model)
+        elif config.peft.adapter is not None:
             begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
         else:
             begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
@@ -171,7 +178,8 @@ def train(
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
     before = earlier.get("before")
     if before is None and config.eval.before:
-        as_it_starts = nullcontext() if config.peft.adapter is not None else model.disable_adapter()
+        goes_on = config.peft.full or config.peft.adapter is not None
+        as_it_starts = nullcontext() if goes_on else model.disable_adapter()
         with _timed(seconds, "evaluate before"), as_it_starts:
             before = measure(prepared, config, console, "Before")
         run.update_result(before=before, seconds=seconds)
@@ -182,12 +190,12 @@ def train(
         fitted = fit(prepared.material(), config, run.checkpoints, callback, checkpoint)
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
-    model.save_pretrained(str(run.adapter))
+    kept = _save(prepared, config, run)
     # LoRA-FA's optimizer has frozen A meanwhile
     run.update_result(
         steps=fitted.steps,
         stopped=fitted.stopped,
-        adapter=run.adapter.name,
+        **kept,
         seconds=seconds,
         parameters=_counted(model),
     )
@@ -198,9 +206,22 @@ def train(
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
 
 
-def _counted(model: PeftModel) -> dict[str, int]:
-    trainable, everything = model.get_nb_trainable_parameters()
-    return {"trainable": trainable, "all": everything}
+def _save(prepared: Prepared, config: RunConfig, run: Recorder) -> dict[str, str]:
+    """Write what was trained; its name in the run's result."""
+    if not config.peft.full:
+        prepared.model.save_pretrained(str(run.adapter))
+        return {"adapter": run.adapter.name}
+    prepared.model.save_pretrained(str(run.model))
+    prepared.tokenizer.save_pretrained(str(run.model))
+    return {"model": run.model.name}
+
+
+def _counted(model: Any) -> dict[str, int]:
+    if isinstance(model, PeftModel):
+        trainable, everything = model.get_nb_trainable_parameters()
+        return {"trainable": trainable, "all": everything}
+    weights = list(model.parameters())
+    return {"trainable": sum(w.numel() for w in weights if w.requires_grad), "all": sum(w.numel() for w in weights)}
 
 
 def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A `transformers.Trainer` for adapters: it saves only them, resumes bit for bit, and weighs every token alike."""
+"""Trainers that resume bit for bit and weigh every token alike: of adapters, which alone they save, and of all weights.
+"""
 
 from __future__ import annotations
 
@@ -36,37 +37,32 @@ def rules_of(checkpoint: Path) -> int:
     return int(state.get("stateful_callbacks", {}).get(MARK, {}).get("rules", 1))
 
 
-class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` for a causal language model with adapters.
+class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` for a causal language model, all of whose weights it may train.
 
     What it adds: the loss is computed at supervised positions only (`lorafa.models.head_loss`) and announced when it
-    cannot be; what methods add to the loss (`lorafa.penalty`) is added; checkpoints hold the adapters, not the base;
-    N steps equal k steps, a checkpoint, and N - k more, bit for bit; the evaluation loss is a mean over tokens, not
-    over batches; ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss or a gradient
-    that is not finite, or adapters without a gradient, stop the training. With ``rules=2`` a warm-up begins above 0
-    and no two seeds have an order of the samples in common.
+    cannot be; what methods add to the loss (`lorafa.penalty`) is added; N steps equal k steps, a checkpoint, and N - k
+    more, bit for bit; the evaluation loss is a mean over tokens, not over batches;
+    ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss or a gradient that is not
+    finite stops the training. With ``rules=2`` a warm-up begins above 0 and no two seeds have an order of the samples
+    in common.
 
     With several processes accelerate repeats samples to fill the last evaluation batch, and they count twice. Under
     FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
 
     Args:
-        model: `lorafa.PeftModel` (or PEFT's) of a transformers model.
+        model: a causal language model of transformers, plain or with adapters.
         args: `transformers.TrainingArguments`.
         chunked_loss: compute the loss at supervised positions only, in chunks; False keeps the model's own.
         chunk_tokens: rows that go through the output head at once; None chooses by memory.
         trial: what a trial of that loss on this model has shown; None makes one.
-        check_gradients: stop after the first backward pass if an adapter got no gradient. Turn it off where that is
-            right, as with experts no token was sent to.
         rules: how warm-ups count and samples are ordered: 1 as in `transformers.Trainer`, 2 as in a run of the command
             (``train.rules``). None takes 1, and in a training that is resumed what its checkpoint was made with.
         decode: from token ids to text, for errors that name rows.
         **settings: everything else `transformers.Trainer` takes.
-
-    Raises:
-        ConfigError: the model has no adapters.
     """
 
-    _zero_gradients_are_right = False  # as they are where a loss is none, but not of next tokens
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -76,12 +72,11 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         chunked_loss: bool = True,
         chunk_tokens: int | None = None,
         trial: Trial | None = None,
-        check_gradients: bool = True,
         rules: int | None = None,
         decode: Callable[[list[int]], str] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(model, args, check_gradients=check_gradients, **settings)
+        super().__init__(model, args, **settings)
         self.decode = decode
         self._batches_of_step: Sequence[Mapping[str, Any]] = ()
         self._rules_given = rules
@@ -272,7 +267,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         super()._run_epoch(**kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        base: Any = self.model.get_base_model()
+        base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._signature_columns: list[str] = [*inspect.signature(base.forward).parameters, *self.label_names]
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -304,3 +299,20 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
             f"{what} Lower the learning rate, or clip gradients (max_grad_norm). "
             f"The last good checkpoint: {newest or 'none was written'}."
         )
+
+
+class LoraTrainer(SupervisedTrainer, AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
+    """:class:`SupervisedTrainer`, whose arguments it takes, for a model with adapters.
+
+    Checkpoints hold the adapters, not the base; adapters without a gradient stop the training.
+
+    Args:
+        model: `lorafa.PeftModel` (or PEFT's) of a transformers model.
+        check_gradients: stop after the first backward pass if an adapter got no gradient. Turn it off where that is
+            right, as with experts no token was sent to.
+
+    Raises:
+        ConfigError: the model has no adapters.
+    """
+
+    _zero_gradients_are_right = False  # as they are where a loss is none, but not of next tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from lorafa.data import DATASETS, data_set_names, data_set_of
@@ -30,7 +30,7 @@ from lorafa.settings.methods import (
 )
 from lorafa.settings.typed import Key
 from lorafa.train.settings.init import InitConfig
-from lorafa.train.settings.optim import OptimConfig
+from lorafa.train.settings.optim import OptimConfig, entry_of
 from lorafa.train.settings.schedules import SCHEDULES
 
 SEEDS = 2**32
@@ -133,8 +133,13 @@ class DataConfig(OpenGroup):
 class PeftConfig:
     """The adapter; ranges are checked by `lorafa.LoraConfig`, whose names these are."""
 
+    in_its_place: ClassVar[tuple[str, ...]] = ("adapter", "full")
+    """Settings that say what is trained in the place of a new adapter."""
     adapter: str | None = None
     """Folder of an adapter to train on; all other settings of peft are then those of its file."""
+    full: bool = False
+    """Train every weight of the model, in float32, and no adapter: what adapters are compared with. The weights are
+    kept, and measured, in model.dtype. All other settings of peft, and init, stay as they are then."""
     r: int = 8
     """Rank: inner dimension of B @ A."""
     lora_alpha: int | float = 8
@@ -331,6 +336,8 @@ class RunConfig:
                 f"{chosen} would change nothing: peft.adapter={self.peft.adapter} starts where its file stands. Drop "
                 "one of the two."
             )
+        if self.peft.full:
+            self._check_full()
         if SCHEDULES.get(self.optim.schedule).measured and not (self.train.eval_every or self.train.keep_best):
             raise ConfigError(
                 f"optim.schedule={self.optim.schedule} goes by the held-out loss, which is not measured on the way. "
@@ -338,6 +345,26 @@ class RunConfig:
             )
         if self.train.steps is not None:
             check_rise(self.optim, self.train.steps, f"train.steps={self.train.steps}")
+
+    def _check_full(self) -> None:
+        """Raises ConfigError for what needs an adapter."""
+        without = PeftConfig(full=True)
+        changed = [f"peft.{one.name}" for one in fields(PeftConfig) if _differs(self.peft, without, one.name)]
+        changed += [f"init.{one.name}" for one in fields(InitConfig) if _differs(self.init, InitConfig(), one.name)]
+        if changed:
+            raise ConfigError(
+                f"{changed[0]} is a setting of an adapter, and peft.full=true trains the model itself, without one. "
+                "Drop one of the two."
+            )
+        if entry_of(self.optim).make is not None:
+            raise ConfigError(
+                f"optim={self.optim.name} works on the factors A and B of adapters, and with peft.full=true there are "
+                "none. Choose another, optim=adamw for example."
+            )
+
+
+def _differs(one: Any, other: Any, name: str) -> bool:
+    return bool(getattr(one, name) != getattr(other, name))
 
 
 def check_rise(optim: OptimConfig, steps: int, length: str) -> None:
