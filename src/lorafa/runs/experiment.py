@@ -17,6 +17,7 @@ from lorafa.errors import CheckpointError, ConfigError
 from lorafa.runs.differences import difference, differing
 from lorafa.runs.environment import environment, peak_rss_bytes
 from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.runs.secrets import refuse_secrets
 from lorafa.settings.typed import plain
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
@@ -36,6 +37,7 @@ def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Pa
     Raises:
         LoraError: of the kind that fits; from the training on, result.json says what happened.
     """
+    refuse_secrets(plain(config))
     if there := begun(config):
         with there.held():
             return _go_on(there, config, console, command)

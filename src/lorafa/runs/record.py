@@ -24,6 +24,7 @@ import yaml
 
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
 from lorafa.runs.formats import current
+from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
 from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
@@ -176,7 +177,7 @@ class RunDirectory:
         return current(values)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json(self.path / ENVIRONMENT, dict(environment))
+        write_json(self.path / ENVIRONMENT, masked(environment))
 
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / ENVIRONMENT) if (self.path / ENVIRONMENT).is_file() else {}
@@ -239,7 +240,7 @@ class RunDirectory:
 
     def update_result(self, **entries: Any) -> None:
         """Add entries to result.json, replacing those of the same name."""
-        write_json(self.path / RESULT, {**self.result(), **entries})
+        write_json(self.path / RESULT, {**self.result(), **masked(entries)})
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
