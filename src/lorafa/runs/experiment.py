@@ -20,7 +20,7 @@ from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.secrets import refuse_secrets
 from lorafa.settings.typed import plain
 from lorafa.storage.whole import read_json
-from lorafa.train.checkpoints import STATE_FILE
+from lorafa.train.checkpoints import STATE_FILE, step_of
 from lorafa.train.fit import run_out
 from lorafa.train.recipe import prepare, train
 from lorafa.train.settings.run import RunConfig, steps_of
@@ -166,7 +166,7 @@ def _run(
         if checkpoint is None or config != run.config():
             RunDirectory.create(run.path, config)
         if run.metrics():  # of a part that is done again
-            run.drop_metrics_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+            run.drop_metrics_after(step_of(checkpoint))
         run.write_environment(environment(command))
         run.update_result(status="running", error=None)
         console.print(f"Run directory: {run.path}", highlight=False, markup=False, soft_wrap=True)

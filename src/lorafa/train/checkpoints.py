@@ -25,3 +25,8 @@ def missing_files(checkpoint: Path) -> list[str]:
     except (OSError, ValueError):
         missing.append(STATE_FILE)
     return missing
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The steps made before a checkpoint; 0 without one."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

@@ -17,7 +17,6 @@ from lorafa.models.head_loss import Trial
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.full import in_float32, load_weights, precision
-from lorafa.train.progress import RunCallback
 from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
 from lorafa.train.settings.run import RunConfig, check_rise
 from lorafa.train.settings.schedules import SCHEDULES
@@ -133,14 +132,23 @@ def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> Trai
 
 
 def fit(
-    material: Material, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
+    material: Material,
+    config: RunConfig,
+    output_dir: Path,
+    callbacks: Sequence[TrainerCallback],
+    checkpoint: Path | None,
+    name: str | None = None,
 ) -> Fitted:
-    """Train, from a checkpoint where there is one."""
+    """Train, from a checkpoint where there is one; trackers are told the name."""
+    arguments: dict[str, Any] = {"run_name": name}
+    if "trackio" in config.trackers:
+        arguments["project"] = config.report_project
     if not config.peft.full:
-        return _fit(material, LoraTrainer, config, training_arguments(config, output_dir), callback, checkpoint)
+        made = training_arguments(config, output_dir, **arguments)
+        return _fit(material, LoraTrainer, config, made, callbacks, checkpoint)
     with in_float32(material.model) as stored:
-        arguments = training_arguments(config, output_dir, **precision(stored))
-        return _fit(material, SupervisedTrainer, config, arguments, callback, checkpoint)
+        made = training_arguments(config, output_dir, **arguments, **precision(stored))
+        return _fit(material, SupervisedTrainer, config, made, callbacks, checkpoint)
 
 
 def _fit(
@@ -148,7 +156,7 @@ def _fit(
     trainer_class: type[SupervisedTrainer],
     config: RunConfig,
     arguments: TrainingArguments,
-    callback: RunCallback,
+    callbacks: Sequence[TrainerCallback],
     checkpoint: Path | None,
 ) -> Fitted:
     state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
@@ -168,7 +176,7 @@ def _fit(
         train_dataset=material.train,
         eval_dataset=material.heldout[: config.train.eval_size] if measured else None,
         data_collator=material.collator,
-        callbacks=[callback, *([] if config.train.patience is None else [Patience(config.train.patience)])],
+        callbacks=[*callbacks, *([] if config.train.patience is None else [Patience(config.train.patience)])],
         optimizers=(pair_optimizer(material.model, config.optim), None),
     )
     trainer.remove_callback(PrinterCallback)  # the bar and the record say it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import uuid
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, load_model
 from lorafa.peft_model import PeftModel
 from lorafa.train.adapter_config import lora_config
+from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.full import train_all
@@ -37,11 +39,13 @@ from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import Started, start_adapter
+from lorafa.train.trackers.entry import Reported, named_trackers, reporting
 
 
 class Recorder(Protocol):
     """Where a training puts what it measures; `lorafa.runs.record.RunDirectory` is one."""
 
+    path: Path
     adapter: Path
     model: Path
     checkpoints: Path
@@ -101,6 +105,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
+    named_trackers(config.trackers)
     if not config.peft.full:
         lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
@@ -185,9 +190,13 @@ def train(
         run.update_result(before=before, seconds=seconds)
     logged = run.metrics()
     trained_before = logged[-1].get("seconds", 0.0) if logged else 0.0
-    with _timed(seconds, "train", trained_before), progress_bar(console, "Training") as bar:
-        callback = RunCallback(run.add_metrics, bar, trained_before)
-        fitted = fit(prepared.material(), config, run.checkpoints, callback, checkpoint)
+    with (
+        _timed(seconds, "train", trained_before),
+        progress_bar(console, "Training") as bar,
+        reporting(named_trackers(config.trackers), _reported(run, config, checkpoint)) as trackers,
+    ):
+        callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
+        fitted = fit(prepared.material(), config, run.checkpoints, callbacks, checkpoint, run.path.name)
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     kept = _save(prepared, config, run)
@@ -204,6 +213,14 @@ def train(
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
     samples = earlier.get("samples", []) if answers_before is None else _side_by_side(answers_before, answers)
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
+
+
+def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Reported:
+    """What trackers are told; the name of the run among others is found once, and kept."""
+    identity = run.result().get("reported_as") or uuid.uuid4().hex[:16]
+    if config.trackers:
+        run.update_result(reported_as=identity)
+    return Reported(run.path, config.report_project, step_of(checkpoint), identity)
 
 
 def _save(prepared: Prepared, config: RunConfig, run: Recorder) -> dict[str, str]:

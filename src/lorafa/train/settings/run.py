@@ -18,7 +18,7 @@ from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
 from lorafa.registry import Registry
-from lorafa.settings.checks import check_int, check_number
+from lorafa.settings.checks import check_choice, check_int, check_number
 from lorafa.settings.declared import declared
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.methods import (
@@ -32,6 +32,7 @@ from lorafa.settings.typed import Key
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.optim import OptimConfig, entry_of
 from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.trackers import TRACKERS
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -325,8 +326,23 @@ class RunConfig:
     the same; or take the next free name, <run_dir>-2 and so on."""
     threads: int | None = None
     """Processor threads; null takes PyTorch's choice."""
+    report_to: str | list[str] = "none"
+    """Where the training is reported beside its own record: none, or one or several of tensorboard (into the run
+    directory), wandb, trackio, mlflow. Each goes by its own environment variables, WANDB_MODE=offline for example."""
+    report_project: str = "lorafa"
+    """The project, or experiment, it is filed under there; the run is called like its directory."""
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in ``report_to``."""
+        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [] if named == ["none"] else list(named)
 
     def __post_init__(self) -> None:
+        for name in self.trackers:
+            check_choice("report_to", name, ["none", *TRACKERS.names()])
+        if "none" in self.trackers or len({*self.trackers}) < len(self.trackers):
+            raise ConfigError(f"report_to={','.join(self.trackers)} contradicts itself. Name each once, or none alone.")
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
             _check_at_most("threads", self.threads, MOST_THREADS)
