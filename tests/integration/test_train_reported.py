@@ -12,7 +12,7 @@ import pytest
 from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError
-from lorafa.train.trackers import entry
+from lorafa.train.trackers import entry, names_in
 from toys.workplace import at_step, make_workplace, metrics, read, settings
 
 SHORT = ["eval.size=0", "eval.before=false", "optim.schedule=constant"]
@@ -91,4 +91,4 @@ def test_what_is_not_installed_says_the_line_that_installs_it(
 def test_names_that_are_none(value: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         compose([f"report_to={value}"])
-    assert compose(["report_to=none"]).trackers == compose(["report_to=[]"]).trackers == []
+    assert names_in(compose(["report_to=none"]).report_to) == names_in(compose(["report_to=[]"]).report_to) == []

@@ -20,6 +20,7 @@ from lorafa.train.full import in_float32, load_weights, precision
 from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
 from lorafa.train.settings.run import RunConfig, check_rise
 from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.trackers import names_in
 from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
 
 
@@ -141,7 +142,7 @@ def fit(
 ) -> Fitted:
     """Train, from a checkpoint where there is one; trackers are told the name."""
     arguments: dict[str, Any] = {"run_name": name}
-    if "trackio" in config.trackers:
+    if "trackio" in names_in(config.report_to):
         arguments["project"] = config.report_project
     if not config.peft.full:
         made = training_arguments(config, output_dir, **arguments)

@@ -39,6 +39,7 @@ from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import Started, start_adapter
+from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
 
 
@@ -105,7 +106,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
-    named_trackers(config.trackers)
+    named_trackers(config.report_to)
     if not config.peft.full:
         lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
@@ -193,7 +194,7 @@ def train(
     with (
         _timed(seconds, "train", trained_before),
         progress_bar(console, "Training") as bar,
-        reporting(named_trackers(config.trackers), _reported(run, config, checkpoint)) as trackers,
+        reporting(named_trackers(config.report_to), _reported(run, config, checkpoint)) as trackers,
     ):
         callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
         fitted = fit(prepared.material(), config, run.checkpoints, callbacks, checkpoint, run.path.name)
@@ -218,7 +219,7 @@ def train(
 def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Reported:
     """What trackers are told; the name of the run among others is found once, and kept."""
     identity = run.result().get("reported_as") or uuid.uuid4().hex[:16]
-    if config.trackers:
+    if names_in(config.report_to):
         run.update_result(reported_as=identity)
     return Reported(run.path, config.report_project, step_of(checkpoint), identity)
 

@@ -32,7 +32,7 @@ from lorafa.settings.typed import Key
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.optim import OptimConfig, entry_of
 from lorafa.train.settings.schedules import SCHEDULES
-from lorafa.train.trackers import TRACKERS
+from lorafa.train.trackers import TRACKERS, names_in
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -332,17 +332,12 @@ class RunConfig:
     report_project: str = "lorafa"
     """The project, or experiment, it is filed under there; the run is called like its directory."""
 
-    @property
-    def trackers(self) -> list[str]:
-        """The names in ``report_to``."""
-        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to
-        return [] if named == ["none"] else list(named)
-
     def __post_init__(self) -> None:
-        for name in self.trackers:
+        trackers = names_in(self.report_to)
+        for name in trackers:
             check_choice("report_to", name, ["none", *TRACKERS.names()])
-        if "none" in self.trackers or len({*self.trackers}) < len(self.trackers):
-            raise ConfigError(f"report_to={','.join(self.trackers)} contradicts itself. Name each once, or none alone.")
+        if "none" in trackers or len({*trackers}) < len(trackers):
+            raise ConfigError(f"report_to={','.join(trackers)} contradicts itself. Name each once, or none alone.")
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
             _check_at_most("threads", self.threads, MOST_THREADS)

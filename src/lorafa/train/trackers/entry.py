@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from lorafa.errors import ConfigError
-from lorafa.train.trackers import TRACKERS
+from lorafa.train.trackers import TRACKERS, names_in
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Tracker:
     """Ends what the callback leaves open, and is told whether the training failed: the next run is another one."""
 
 
-def named_trackers(names: Sequence[str]) -> list[Tracker]:
-    """The trackers called so.
+def named_trackers(report_to: str | Sequence[str]) -> list[Tracker]:
+    """The trackers that the setting names.
 
     Raises:
         ConfigError: one of them is not installed.
     """
-    named = [TRACKERS.get(name) for name in names]
+    named = [TRACKERS.get(name) for name in names_in(report_to)]
     if missing := [tracker.package for tracker in named if find_spec(tracker.package) is None]:
         raise ConfigError(
             f"report_to: {' and '.join(missing)} cannot be reported to, the package is not installed. Run: pip install "
