@@ -29,6 +29,7 @@ from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, load_model
+from lorafa.models.vocabulary import add_tokens, rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import step_of
@@ -120,6 +121,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             cache_dir=cache,
             revision=config.model.revision,
         )
+    new = add_tokens(model, tokenizer, config.model.add_tokens) if config.model.add_tokens else []
     if template is not None:
         tokenizer.chat_template = template
     train = encode_all(records.train, tokenizer, config.data.max_length)
@@ -145,7 +147,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         elif config.peft.adapter is not None:
             begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
         else:
-            begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
+            adapter = lora_config(config, model, rows_to_train(model, new) if new else None)
+            begun = start_adapter(model, adapter, config.init, train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(records, train, heldout, tokenizer, console)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
@@ -228,6 +231,8 @@ def _save(prepared: Prepared, config: RunConfig, run: Recorder) -> dict[str, str
     """Write what was trained; its name in the run's result."""
     if not config.peft.full:
         prepared.model.save_pretrained(str(run.adapter))
+        if config.model.add_tokens:
+            prepared.tokenizer.save_pretrained(str(run.adapter))
         return {"adapter": run.adapter.name}
     prepared.model.save_pretrained(str(run.model))
     prepared.tokenizer.save_pretrained(str(run.model))
