@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from lorafa.data.chat import Sample
-from lorafa.data.collate import Collator
+from lorafa.data.collate import Tokenized
+from lorafa.data.packing import PackCollator
 from lorafa.models.head_loss import Trial
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
@@ -30,9 +30,9 @@ class Material:
 
     model: Any
     """A PeftModel, or a model of transformers all of whose weights are trained."""
-    train: Sequence[Sample]
-    heldout: Sequence[Sample]
-    collator: Collator
+    train: Sequence[Tokenized]
+    heldout: Sequence[Tokenized]
+    collator: PackCollator
     decode: Callable[[list[int]], str]
     trial: Trial | None
 

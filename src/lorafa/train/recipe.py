@@ -6,7 +6,7 @@ import hashlib
 import time
 import uuid
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,17 +18,19 @@ from rich.panel import Panel
 from transformers import set_seed
 from transformers.utils import logging
 
-from lorafa.data.chat import Encoded, encode_all, render_sample
-from lorafa.data.collate import Collator
+from lorafa.data.chat import Encoded, Sample, encode_all, render_sample
+from lorafa.data.collate import Collator, Tokenized
+from lorafa.data.packing import PackCollator, Packs
 from lorafa.data.records import Records
 from lorafa.data.sources import load_records
 from lorafa.data.templates import find_template
-from lorafa.errors import DataError
+from lorafa.errors import ConfigError, DataError
 from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, load_model
+from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import add_tokens, rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.train.adapter_config import lora_config
@@ -37,6 +39,7 @@ from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.full import train_all
 from lorafa.train.progress import RunCallback, progress_bar
+from lorafa.train.sampling import lengths_of
 from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import Started, start_adapter
@@ -68,6 +71,8 @@ class Prepared:
     records: Records
     train: Encoded
     heldout: Encoded
+    batch_rows: Sequence[Tokenized]
+    """What batches are made of: the samples to train on, or packs of them."""
     collator: Collator
     seconds: float
     """How long it took to load and make all this."""
@@ -78,8 +83,8 @@ class Prepared:
 
     def material(self) -> Material:
         """The part that the training itself takes."""
-        train, heldout = self.train.samples, self.heldout.samples
-        return Material(self.model, train, heldout, self.collator, self.tokenizer.decode, self.trial)
+        heldout, collator = self.heldout.samples, PackCollator(self.collator)
+        return Material(self.model, self.batch_rows, heldout, collator, self.tokenizer.decode, self.trial)
 
     def counted(self) -> dict[str, int]:
         """How many rows are trained on and held out, and how many were left out or cut."""
@@ -133,7 +138,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             f"{wants} goes by held-out rows, and none of {records.source} are held out. Set data.eval_size or "
             "data.eval_file, or leave it out."
         )
-    check_length(config, len(train.samples))
+    rows = batch_rows(train.samples, config)
+    check_length(config, len(rows))
     check_samples(model, [*train.samples, *heldout.samples])
     evaluation = EVALS.get(config.eval.name)
     asked = evaluation.asks(records.heldout, config.eval.own)
@@ -151,9 +157,29 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             begun = start_adapter(model, adapter, config.init, train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(records, train, heldout, tokenizer, console)
+    if config.train.packing:
+        _check_packed(begun.model, rows, len(train.samples), console)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
-    return Prepared(begun.model, tokenizer, records, train, heldout, collator, seconds, begun.record, trial)
+    return Prepared(begun.model, tokenizer, records, train, heldout, rows, collator, seconds, begun.record, trial)
+
+
+def batch_rows(samples: Sequence[Sample], config: RunConfig) -> Sequence[Tokenized]:
+    """What batches are made of."""
+    if not config.train.packing:
+        return samples
+    return Packs(samples, lengths_of(samples), config.data.max_length)
+
+
+def _check_packed(model: Any, rows: Sequence[Tokenized], samples: int, console: Console) -> None:
+    """Raises ConfigError for a model that does not keep the samples of a row apart; else says how many rows there are.
+    """
+    if reason := mixes_samples(model):
+        raise ConfigError(
+            f"train.packing=true needs a model that keeps the samples of a row apart, and with this one they would not "
+            f"be trained as they are: {reason}. Leave it out; train.group_by_length pads little, too."
+        )
+    console.print(f"Packed: {samples:,} samples in {len(rows):,} rows.", highlight=False)
 
 
 def train(

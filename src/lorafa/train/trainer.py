@@ -14,6 +14,7 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from lorafa.data.packing import as_read
 from lorafa.errors import DataError, DivergedError, shorten, warn
 from lorafa.models.head_loss import SupervisedLoss, Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.rows import IGNORE_INDEX
@@ -172,6 +173,10 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
             return ""
         begins = f", the first begins {self.decode(list(rows[0]))[:60]!r}" if self.decode else ""
         return f" ({'row' if len(known) == 1 else 'rows'} {shorten(known, 8)} of the training rows{begins})"
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(as_read(inputs))
+        return prepared
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 

@@ -225,6 +225,9 @@ class TrainConfig:
     """Forward passes in one optimizer step."""
     group_by_length: bool = True
     """Put samples of like length into one batch, to pad less."""
+    packing: bool = False
+    """Put several samples into one row of up to data.max_length tokens, so that little is padding. batch_size counts
+    such rows then. Samples do not see each other, and the loss is that of the same samples in rows of their own."""
     chunked_loss: bool = True
     """Send only the supervised positions through the output head, in chunks; same loss, less memory."""
     gradient_checkpointing: bool = False
