@@ -26,7 +26,7 @@ from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
 from lorafa.runs.formats import current
 from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
-from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
+from lorafa.storage.whole import is_temporary, make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
@@ -96,6 +96,8 @@ class RunDirectory:
         with run.held():
             if not _is_empty(path) or not (path / LOCK).exists():  # another was here between the look and the lock
                 raise TakenError(run._taken())
+            for left in filter(is_temporary, path.iterdir()):
+                left.unlink()
             try:
                 yield run
             finally:
@@ -306,8 +308,9 @@ def _free(names: Iterator[Path]) -> Path:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing, or the lock alone that a process left which was ended before it began."""
-    return all(inside.name == LOCK for inside in folder.iterdir())
+    """Whether a folder holds nothing, or only what a process leaves that was ended before it began: the lock, and the
+    settings half written."""
+    return all(inside.name == LOCK or is_temporary(inside) for inside in folder.iterdir())
 
 
 def _make_first(names: Iterator[Path]) -> tuple[Path, list[Path]]:

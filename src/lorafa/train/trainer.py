@@ -21,7 +21,7 @@ from lorafa.models.rows import IGNORE_INDEX
 from lorafa.storage.whole import read_json
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
-from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
+from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, whole_or_none
 from lorafa.train.rates import scheduler
 from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
 
@@ -291,7 +291,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._require_finite()
         self.state.stateful_callbacks[MARK] = {"rules": self.rules}
-        super()._save_checkpoint(*args, **kwargs)
+        with whole_or_none(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _require_finite(self) -> None:
         bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
