@@ -112,7 +112,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(
     assert_goes_on_as(workplace, run, other)
 
 
-@pytest.mark.parametrize("moment", [pytest.param(n, marks=() if n == 9 else pytest.mark.slow) for n in range(2, 20)])
+@pytest.mark.parametrize("moment", [pytest.param(n, marks=() if n == 9 else pytest.mark.slow) for n in range(3, 20)])
 def test_a_run_told_to_stop_while_it_writes_goes_on_as_if_nothing_had_happened(
     workplace: Path, whole: tuple[Path, int], tmp_path: Path, moment: int
 ) -> None:
