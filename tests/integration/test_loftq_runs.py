@@ -42,7 +42,7 @@ def dense(workplace: Path) -> nn.Module:
 
 def answer_loss(model: Any, run: Path) -> float:
     prepared = recipe.prepare(RunDirectory.open(run).config(), Console(quiet=True))
-    return recipe.answer_loss(model, prepared.heldout.samples, prepared.collator, 4)
+    return recipe.answer_loss(model, prepared.data.heldout.samples, prepared.collator, 4)
 
 
 def test_it_is_evaluated_on_the_codes_before_and_after(finished: Path, workplace: Path) -> None:

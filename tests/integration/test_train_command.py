@@ -78,7 +78,7 @@ def test_the_saved_adapter_gives_the_loss_the_run_reported(
     prepared = recipe.prepare(config, Console(quiet=True))
     base = AutoModelForCausalLM.from_pretrained(workplace / "model")
     loaded = PeftModel.from_pretrained(base, str(finished / "adapter"))
-    loss = recipe.answer_loss(loaded, prepared.heldout.samples, prepared.collator, 4)
+    loss = recipe.answer_loss(loaded, prepared.data.heldout.samples, prepared.collator, 4)
     assert loss == pytest.approx(read(finished / "result.json")["after"]["loss"], rel=1e-5)
 
 

@@ -14,10 +14,10 @@ from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.data.chat import encode_all
 from lorafa.data.collate import Collator
+from lorafa.data.sources import load_records
 from lorafa.errors import ConfigError
 from lorafa.evals.perplexity import answer_loss
 from lorafa.train.full import precision, train_all
-from lorafa.train.recipe import read_records
 from toys.workplace import at_step, make_workplace, metrics, read, settings
 
 FULL = ["peft=full_ft", "eval.size=0"]
@@ -44,7 +44,7 @@ def test_a_step_of_sgd_takes_the_gradient_of_the_mean_loss_from_every_weight(wor
     assert main(["train", *arguments]) == 0
     model = AutoModelForCausalLM.from_pretrained(workplace / "model")
     tokenizer = AutoTokenizer.from_pretrained(workplace / "model")
-    rows = read_records(compose(arguments).data).train
+    rows = load_records(str(workplace / "rows.jsonl"), train_size=16, eval_size=4, seed=0).train
     batch = Collator(0)(encode_all(rows, tokenizer, 256).samples)
     model(**batch).loss.backward()
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
@@ -68,7 +68,7 @@ def test_what_is_measured_is_what_is_kept(workplace: Path, tmp_path: Path, capsy
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    heldout = read_records(compose(of_full(workplace, run)).data).heldout
+    heldout = load_records(str(workplace / "rows.jsonl"), train_size=None, eval_size=4, seed=0).heldout
     samples = encode_all(heldout, tokenizer, 256).samples
     assert answer_loss(model, samples, Collator(0), 32) == pytest.approx(result["after"]["loss"], rel=1e-3)
 

@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafa import AutoPeftModelForCausalLM
 from lorafa.cli.main import main
-from lorafa.conf.compose import compose
 from lorafa.data.chat import encode_all
 from lorafa.data.collate import Collator
+from lorafa.data.sources import load_records
 from lorafa.evals.perplexity import answer_loss
-from lorafa.train.recipe import read_records
 from toys.workplace import ROWS, at_step, make_workplace, metrics, read, settings
 
 NEW = "model.add_tokens=['<sum>','</sum>']"
@@ -47,7 +46,8 @@ def test_new_tokens_are_trained_kept_and_resumed(
         old = AutoTokenizer.from_pretrained(workplace / "model")
         start = before[old("<sum>", add_special_tokens=False).input_ids].mean(0)
         assert (after[new[0]] - start).abs().max() > 1e-3
-    heldout = encode_all(read_records(compose(arguments).data).heldout, tokenizer, 256)
+    records = load_records(str(workplace / "rows.jsonl"), train_size=None, eval_size=4, seed=0)
+    heldout = encode_all(records.heldout, tokenizer, 256)
     assert all(new[0] in sample.labels for sample in heldout.samples)
     loss = answer_loss(merged, heldout.samples, Collator(0), 32)
     assert loss == pytest.approx(read(run / "result.json")["after"]["loss"], rel=1e-4)

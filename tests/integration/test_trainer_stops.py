@@ -10,6 +10,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from lorafa.data.chat import Sample
+from lorafa.data.collate import Collator
 from lorafa.errors import DataError, DivergedError
 from toys.data import samples
 from toys.training import Do, adapted_model, trainer_for
@@ -47,6 +49,21 @@ def test_a_step_without_labels_is_refused_with_its_rows(tmp_path: Path) -> None:
         DataError, match=r"No token of step 1 is trained: .* \(rows \d, \d of the training rows, the fi"
     ):
         trainer_for(tmp_path, own=own, max_steps=1).train()
+
+
+def test_rows_are_named_by_where_they_stand_where_that_is_known(tmp_path: Path) -> None:
+    def of_file(count: int) -> list[Sample]:
+        rows = masked(samples(4), 0, 1, 2, 3)[:count]
+        return [Sample(**row, place=f"d.jsonl, line {7 * number}") for number, row in enumerate(rows, 1)]
+
+    own = {"train_dataset": of_file(2), "data_collator": Collator(0), "decode": str}
+    with pytest.raises(
+        DataError, match=r"\(-100\) \(rows d\.jsonl, line (7|14), d\.jsonl, line (14|7), the first begins '\["
+    ):
+        trainer_for(tmp_path, own=own, max_steps=1).train()
+    one = {"train_dataset": of_file(1), "data_collator": Collator(0)}
+    with pytest.raises(DataError, match=r"\(-100\) \(row d\.jsonl, line 7\)\. Check the answers"):
+        trainer_for(tmp_path, own=one, max_steps=1).train()
 
 
 @pytest.mark.parametrize("chunked", [True, False])

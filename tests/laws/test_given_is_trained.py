@@ -114,3 +114,19 @@ def test_the_ends_are_the_tokens_at_which_trained_turns_end(shape: str, kind: st
     last = {found.samples[0].input_ids[stop - 1] for _, stop in trained_parts(found.samples[0])}
     assert found.ends == last
     assert [tokenizer.decode([end]) for end in found.ends] == [SHAPES[shape].end.strip()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=texts)
+@quick
+def test_a_text_of_its_own_is_trained_whole_and_then_its_end(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS(next(iter(SHAPES)), kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        record = Record((Message("assistant", text),), plain=True)
+        sample = encode_all([record], tokenizer, 100_000).samples[0]
+    assert sample.labels == sample.input_ids
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    assert sample.input_ids == (ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id])
+    written = decoded(tokenizer, sample.input_ids).removesuffix(tokenizer.eos_token)
+    assert dense(written) == dense(text.removesuffix(tokenizer.eos_token))

@@ -161,7 +161,21 @@ def _chosen(group: str, option: str) -> list[str]:
         known = ", ".join(name for name in options if name != CUSTOM)
         raise ConfigError(f"{group}= is followed by nothing. Name {any_name}, or one of: {known}.")
     base = [f"{group}={CUSTOM}"] if CUSTOM in _files(group) else []
-    return [*base, f"++{group}.{chooser(group)}={_quoted(option)}"]
+    a_list = getattr(OPEN_GROUPS.get(group), "several", False) and option.startswith("[") and option.endswith("]")
+    named = _names(group, option) if a_list else _quoted(option)
+    return [*base, f"++{group}.{chooser(group)}={named}"]
+
+
+def _names(group: str, option: str) -> str:
+    """A list of names, each in quotes."""
+    try:
+        names = OverridesParser.create().parse_override(f"{group}={option}").value()
+    except HydraException as error:
+        raise ConfigError(
+            f"{group}={option} cannot be read as a list: {first_line(error).partition(' expecting ')[0]}. Put a name "
+            f"with blanks, brackets or a ~ into quotes: \"{group}=[a.jsonl,'b (1).jsonl']\"."
+        ) from error
+    return f"[{','.join(_quoted(str(name)) for name in names)}]"
 
 
 def _may_be_own(key: str) -> bool:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafa.data.records import Records
+from lorafa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorafa.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,22 @@ class Wanted:
 class DataSet:
     """A line of ``DATASETS``."""
 
-    load: Callable[[Wanted, Any], Records]
+    load: Callable[[Wanted, Any], Records] | None = None
     """(what is wanted, own settings) -> the records."""
+    open: Callable[[str, Any], Source] | None = None
+    """In its place, for what can be read row by row: (name, own settings) -> the records, of which the right ones are
+    then held out. Such data sets can be mixed, and be larger than memory."""
     settings: type[Any] | None = None
     """A frozen dataclass of its own settings, all with defaults; each is ``data.<name>``."""
     counts: bool = False
-    """Whether it knows how many rows there are; `lorafa.data.heldout.split_records` holds the right number out."""
+    """Where it has ``load``, whether it knows how many rows there are; `lorafa.data.heldout.split_records` holds the
+    right number out."""
     takes: Callable[[str], bool] | None = None
     """For a source of many data sets: whether a name is one of its own, by the look of it. None: its line's name is."""
+
+    def __post_init__(self) -> None:
+        if (self.load is None) == (self.open is None):
+            raise ConfigError("A data set has either load or open. Give one of the two.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from random import Random
 
@@ -41,8 +42,65 @@ def rows_of(size: int | float | None, count: int) -> int:
     return rows or int(count > 1)
 
 
+class Overlap:
+    """What held-out rows ask: rows that answer it must not be trained on.
+
+    These are rows in which what stands before the last answer of a held-out row is answered, at their end or as an
+    earlier turn, and rows that a held-out row continues: conversations are often given turn by turn.
+    """
+
+    def __init__(self, heldout: Iterable[Record]) -> None:
+        self._asked: set[tuple[Message, ...]] = set()
+        self._continued: set[tuple[Message, ...]] = set()
+        for record in heldout:
+            self._asked.add(record.question or record.messages)
+            self._continued.update(_through_answers(record))
+
+    def __contains__(self, record: Record) -> bool:
+        return bool(self._asked) and (
+            record.messages in self._continued
+            or (record.question or record.messages) in self._asked
+            or not self._asked.isdisjoint(_before_answers(record))
+        )
+
+
+def without_heldout(records: Iterable[Record], heldout: Iterable[Record]) -> list[Record]:
+    """The rows that answer nothing a held-out row asks (:class:`Overlap`)."""
+    overlap = Overlap(heldout)
+    return [record for record in records if record not in overlap]
+
+
+def check_enough(source: str, count: int, repeated: int, held: int, left: int, train_size: int | None) -> None:
+    """Raises DataError where ``left`` rows, of ``count`` with ``held`` to hold out, are fewer than are asked for.
+
+    Args:
+        repeated: rows that repeat a held-out question, which are not left.
+    """
+    wanted = 1 if train_size is None else train_size
+    if count < held or left < wanted:
+        advice = "Lower data.eval_size or data.train_size."
+        if count - repeated < held + wanted <= count:
+            advice = "Remove the rows that ask the same again, or lower data.eval_size or data.train_size."
+        raise DataError(
+            f"{source} holds {count} rows ({repeated} of them repeat a held-out question), asked for "
+            f"{held} to evaluate and {wanted} to train on. {advice}"
+        )
+
+
+def check_enough_beside(
+    source: str, count: int, repeated: int, heldout: str, left: int, train_size: int | None
+) -> None:
+    """The same where the rows of another source are held out."""
+    wanted = 1 if train_size is None else train_size
+    if left < wanted:
+        raise DataError(
+            f"{source} holds {count} rows ({repeated} of them repeat one of {heldout}), "
+            f"asked for {wanted} to train on. Lower data.train_size, or check that data.eval_file is another file."
+        )
+
+
 def split_records(
-    records: list[Record], train_size: int | None, eval_size: int | float | None, seed: int, source: str
+    records: Sequence[Record], train_size: int | None, eval_size: int | float | None, seed: int, source: str
 ) -> Records:
     """Hold out ``eval_size`` rows (see :func:`rows_of`), then take ``train_size`` of the others that may be trained on.
 
@@ -50,19 +108,11 @@ def split_records(
         DataError: there are not that many rows.
     """
     held = rows_of(eval_size, len(records))
-    shuffled = Random(seed).sample(records, len(records))
-    heldout = shuffled[:held]
-    rest = without_heldout(shuffled[held:], heldout)
-    repeated = max(len(shuffled) - held, 0) - len(rest)
-    wanted = 1 if train_size is None else train_size
-    if len(heldout) < held or len(rest) < wanted:
-        advice = "Lower data.eval_size or data.train_size."
-        if len(records) - repeated < held + wanted <= len(records):
-            advice = "Remove the rows that ask the same again, or lower data.eval_size or data.train_size."
-        raise DataError(
-            f"{source} holds {len(records)} rows ({repeated} of them repeat a held-out question), asked for "
-            f"{held} to evaluate and {wanted} to train on. {advice}"
-        )
+    mixed = [records[number] for number in shuffled(len(records), seed)]
+    heldout = mixed[:held]
+    rest = without_heldout(mixed[held:], heldout)
+    repeated = max(len(records) - held, 0) - len(rest)
+    check_enough(source, len(records), repeated, held, len(rest), train_size)
     return Records(rest[:train_size], heldout, source, repeated)
 
 
@@ -74,30 +124,19 @@ def with_heldout_of(records: Records, heldout: Records, train_size: int | None) 
     """
     held = [*heldout.heldout, *heldout.train]
     rest = without_heldout(records.train, held)
-    repeated, wanted = len(records.train) - len(rest), 1 if train_size is None else train_size
-    if len(rest) < wanted:
-        raise DataError(
-            f"{records.source} holds {len(records.train)} rows ({repeated} of them repeat one of {heldout.source}), "
-            f"asked for {wanted} to train on. Lower data.train_size, or check that data.eval_file is another file."
-        )
+    repeated = len(records.train) - len(rest)
+    check_enough_beside(records.source, len(records.train), repeated, heldout.source, len(rest), train_size)
     return Records(rest[:train_size], held, f"{records.source}, held out {heldout.source}", repeated)
 
 
-def without_heldout(records: Iterable[Record], heldout: Sequence[Record]) -> list[Record]:
-    """The rows that answer nothing a held-out row asks.
-
-    Left out are rows in which what stands before the last answer of a held-out row is answered, at their end or as an
-    earlier turn, and rows that a held-out row continues: conversations are often given turn by turn.
-    """
-    asked = {record.question or record.messages for record in heldout}
-    continued = {part for record in heldout for part in _through_answers(record)}
-    return [
-        record
-        for record in records
-        if record.messages not in continued
-        and (record.question or record.messages) not in asked
-        and asked.isdisjoint(_before_answers(record))
-    ]
+def shuffled(count: int, seed: int) -> array[int]:
+    """The numbers below ``count`` in the order of ``Random(seed).sample(range(count), count)``, in 4 bytes each."""
+    draw, pool = Random(seed).randrange, array("i", range(count))
+    for last in range(count - 1, -1, -1):
+        at = draw(last + 1)
+        pool[at], pool[last] = pool[last], pool[at]
+    pool.reverse()
+    return pool
 
 
 def _before_answers(record: Record) -> list[tuple[Message, ...]]:

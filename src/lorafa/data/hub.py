@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorafa.data import data_set_names
-from lorafa.data.entry import DataSet, Wanted
-from lorafa.data.files import FileSettings, is_file
-from lorafa.data.records import Records
-from lorafa.data.rows import Row
-from lorafa.data.sources import no_such_data_set, records_of
+from lorafa.data.entry import DataSet
+from lorafa.data.files import FileSettings, is_file, no_such_data_set
+from lorafa.data.records import Record
+from lorafa.data.source import Columns, Source, digest_of, no_rows
 from lorafa.errors import SourceError, first_line
+
+if TYPE_CHECKING:
+    from lorafa.data.tables import Chosen
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -34,26 +37,47 @@ def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not is_file(name)
 
 
-def _load(wanted: Wanted, settings: HubSettings) -> Records:
-    if Path(wanted.name).expanduser().exists():
-        raise no_such_data_set(wanted.name)
-    rows = _rows(wanted.name, settings)
-    return records_of(rows, wanted, settings.prompt_column, settings.completion_column)
+class HubRows:
+    """The rows of a data set of the Hub, which `datasets` keeps on disk."""
+
+    def __init__(self, name: str, dataset: Any, columns: Columns) -> None:
+        self.name = name
+        self._dataset = dataset
+        self._columns = columns
+
+    def count(self) -> int:
+        return len(self._dataset)
+
+    def records(self, chosen: Chosen | None = None) -> Iterator[tuple[int, Record]]:
+        if not len(self._dataset):
+            raise no_rows(self.name)
+        convert = self._columns.of(self.name, self._dataset[0])
+        rows, numbers = self._dataset, list(range(len(self._dataset))) if chosen is None else []
+        if chosen is not None:
+            numbers = [number for number, is_chosen in enumerate(chosen) if is_chosen]
+            rows = self._dataset.select(numbers)
+        for number, row in zip(numbers, rows, strict=True):
+            yield number, convert(row, f"{self.name}, row {number + 1}")
+
+    def digest(self) -> str:
+        return digest_of(repr(row) for row in self._dataset)
 
 
-def _rows(name: str, settings: HubSettings) -> list[tuple[str, Row]]:
+def _open(name: str, settings: HubSettings) -> Source:
     import datasets  # takes seconds to import, and only rows of the Hub need it
 
+    if Path(name).expanduser().exists():
+        raise no_such_data_set(name)
     subset, split = settings.subset, settings.split
     try:
-        rows: Iterable[Row] = datasets.load_dataset(name, subset, split=split, revision=settings.revision)
+        rows = datasets.load_dataset(name, subset, split=split, revision=settings.revision)
     except Exception as error:  # of the library itself, of its network stack, of its file readers
         others = " or ".join(f"data={known}" for known in data_set_names())
         raise SourceError(
             f"Could not load {name} (subset {subset}, split {split}) from the Hub: {first_line(error)}. Next step: "
             f"check data.subset, data.split and the connection, or give data=<file.jsonl>, or {others}."
         ) from error
-    return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
+    return HubRows(name, rows, settings.columns())
 
 
-HUB = DataSet(load=_load, settings=HubSettings, counts=True, takes=_is_hub_id)
+HUB = DataSet(open=_open, settings=HubSettings, takes=_is_hub_id)

@@ -38,6 +38,8 @@ class Record:
     """Descriptions of the functions that may be called, as chat templates read them."""
     place: str = field(default="", compare=False)
     """Where the row stands, for messages: "rows.jsonl, line 3"."""
+    plain: bool = False
+    """Whether its one turn is a text of its own: written without a chat template, and trained whole."""
 
     @property
     def question(self) -> tuple[Message, ...]:

@@ -45,7 +45,7 @@ def render(
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            **({"chat_template": template, "start": _start_token(tokenizer)} if own else {}),
+            **({"chat_template": template, "start": start_token(tokenizer)} if own else {}),
         )
     except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
         roles = ", ".join(str(turn["role"]) for turn in turns)
@@ -68,7 +68,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return any_of(added | special_tokens(tokenizer), f"(?<!{OPEN})")
 
 
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> str:
+def start_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The beginning-of-sequence token, if this tokenizer puts one before plain text."""
     bos: str | None = tokenizer.bos_token
     return bos if bos is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""

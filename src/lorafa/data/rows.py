@@ -1,115 +1,92 @@
-"""How a row of any accepted kind becomes a record."""
+"""How a row of any accepted form becomes a record."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from lorafa.data.records import ROLES, Message, Record, final_answer, last_number
-from lorafa.errors import DataError, did_you_mean, first_line, shorten
+from lorafa.data.cells import Row, columns, text_of
+from lorafa.data.records import Message, Record, final_answer, last_number
+from lorafa.data.turns import history_of, system_of, tools_of, turns_of, with_system_of
+from lorafa.errors import DataError, did_you_mean
 
-ACCEPTED = "messages; prompt + completion; question + answer; instruction (+ input) + output"
-"""Sets of columns; ``system`` may stand beside each, ``history`` beside pairs, ``tools`` beside messages."""
-
-_PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-
-Row = Mapping[str, Any]
+Convert = Callable[[Row, str], Record]
+"""(row, where it stands) -> the record."""
 
 
-def converter(
-    name: str, first: Row, prompt_column: str | None, completion_column: str | None
-) -> Callable[[Row, str], Record]:
+@dataclass(frozen=True)
+class Form:
+    """One way to write a row."""
+
+    columns: tuple[str, ...]
+    """A row that has all of them is of this form, unless it is of an earlier one."""
+    convert: Convert
+    words: str = ""
+    """What it is called in messages, where that is not the columns."""
+
+    def __str__(self) -> str:
+        return self.words or " + ".join(self.columns)
+
+
+def converter(name: str, first: Row, prompt_column: str | None, completion_column: str | None) -> Convert:
     """How a row becomes a record, judged by the columns of the first one."""
     if prompt_column is not None and completion_column is not None:
         missing = [column for column in (prompt_column, completion_column) if column not in first]
         if missing:
             raise DataError(
                 f"{name} has no column {missing[0]!r}.{did_you_mean(missing[0], first)} "
-                f"Its columns are: {_columns(first)}."
+                f"Its columns are: {columns(first)}."
             )
-        return lambda row, place: _pair(row, place, prompt_column, completion_column)
-    if "messages" in first:
-        return _conversation
-    for prompt, completion in _PAIRS:
-        if prompt in first and completion in first:
-            return lambda row, place: _pair(row, place, prompt, completion)
+        return partial(_pair, prompt_column=prompt_column, completion_column=completion_column)
+    for form in FORMS:
+        if all(column in first for column in form.columns):
+            return form.convert
     raise DataError(
-        f"{name} has the columns {_columns(first)}; accepted are: {ACCEPTED}. "
+        f"{name} has the columns {columns(first)}; accepted are: {ACCEPTED}. "
         "Rename the columns, or name two of them with data.prompt_column and data.completion_column."
     )
 
 
-def _columns(row: Row) -> str:
-    return shorten((f"{column!s:.40}" for column in row), 10) or "(none)"
-
-
 def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> Record:
-    prompt, completion = _text(row, place, prompt_column), _text(row, place, completion_column)
-    if prompt_column == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n\n{_text(row, place, 'input')}"
     named = (prompt_column, completion_column)
-    system = _system(row, place) if "system" not in named else ()
-    history = _history(row, place) if "history" not in named else ()
-    return _record((*system, *history, Message("user", prompt), Message("assistant", completion)), place)
+    beside = {column: row[column] for column in _BESIDE if column in row and column not in named}
+    lists = [isinstance(row.get(column), list) for column in named]
+    if any(lists):
+        return _pair_of_lists(row, beside, place, named, all(lists))
+    prompt, completion = text_of(row, place, prompt_column), text_of(row, place, completion_column)
+    if prompt_column == "instruction" and row.get("input"):
+        prompt = f"{prompt}\n\n{text_of(row, place, 'input')}"
+    earlier = [*system_of(beside, place), *history_of(beside, place)]
+    asked = (*earlier, Message("user", prompt), Message("assistant", completion))
+    return _record(asked, place, tools_of(beside, place))
 
 
-def _system(row: Row, place: str) -> tuple[Message, ...]:
-    """The system turn of a row with such a column."""
-    return (Message("system", _text(row, place, "system")),) if row.get("system") else ()
-
-
-def _history(row: Row, place: str) -> tuple[Message, ...]:
-    """Earlier turns, given as pairs of a question and its answer; these answers are read and not trained."""
-    turns: list[Message] = []
-    pairs = row.get("history") or []
-    for pair in pairs if isinstance(pairs, list | tuple) else [pairs]:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise DataError(
-                f"{place}: 'history' must be a list of pairs, a question and its answer as text, found {pair!r:.60}. "
-                "Mend or delete the row."
-            )
-        question, answer = (_checked(text, place) for text in pair)
-        turns += [Message("user", question), Message("assistant", answer, trained=False)]
-    return tuple(turns)
-
-
-def _text(row: Row, place: str, column: str) -> str:
-    if column not in row:
+def _pair_of_lists(row: Row, beside: Row, place: str, named: tuple[str, str], both: bool) -> Record:
+    """Turns that are read and turns that follow them, of which the assistant's are trained."""
+    if not both:
         raise DataError(
-            f"{place}: no column {column!r}; this row has {_columns(row)}. Give every row the same columns."
+            f"{place}: of {named[0]!r} and {named[1]!r} one is a list of messages and one is not. Give two texts, or "
+            "two lists."
         )
-    value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        found = "nothing" if value is None else repr(value)[:40]
-        raise DataError(f"{place}: column {column!r} holds {found}, expected text. Mend or delete the row.")
-    return _checked(value, place)
-
-
-def _checked(text: str, place: str) -> str:
-    """The text itself, unless it holds half of a surrogate pair, which no tokenizer can read."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    read = [replace(turn, trained=False) for turn in turns_of(row, place, named[0])]
+    answered = turns_of(row, place, named[1])
+    if not any(turn.role == "assistant" for turn in answered):
         raise DataError(
-            f"{place}: {text[error.start]!r} at character {error.start + 1} is half a character (a lone surrogate). "
-            "Mend or delete the row."
-        ) from error
-    return text
-
-
-def _conversation(row: Row, place: str) -> Record:
-    turns = row.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise DataError(
-            f'{place}: \'messages\' must be a list of {{"role": ..., "content": ...}}, found {turns!r:.60}.'
+            f"{place}: {named[1]!r} has no assistant turn, so there is nothing to learn from this row. Its roles are: "
+            f"{', '.join(turn.role for turn in answered)}."
         )
-    messages = [_turn(turn, number, place) for number, turn in enumerate(turns, 1)]
-    if system := _system(row, place):
-        if any(message.role == "system" for message in messages):
-            raise DataError(f"{place}: a column 'system' and a system turn in 'messages'. Keep one of the two.")
-        messages = [*system, *messages]
+    return _conversation(beside, place, named[0], [*read, *answered])
+
+
+def _turns(row: Row, place: str, column: str) -> Record:
+    return _conversation(row, place, column, turns_of(row, place, column))
+
+
+def _conversation(row: Row, place: str, column: str, turns: Sequence[Message]) -> Record:
+    _refuse_beside(row, place, column, ("history", "chat_template_kwargs"))
+    messages = with_system_of(row, place, column, list(turns))
     if not any(message.role == "assistant" and (message.content.strip() or message.extra) for message in messages):
         raise DataError(
             f"{place}: no assistant turn with text in it, so there is nothing to learn from this row. "
@@ -117,60 +94,46 @@ def _conversation(row: Row, place: str) -> Record:
         )
     if not any(message.role == "assistant" and message.trained for message in messages):
         raise DataError(f"{place}: all assistant turns have the weight 0. There is nothing to learn. Delete the row.")
-    return _record(tuple(messages), place, _tools(row, place))
+    return _record(tuple(messages), place, tools_of(row, place))
 
 
-def _turn(turn: Any, number: int, place: str) -> Message:
-    """One entry of ``messages``: what it has beside role, content and weight is for the chat template."""
-    given = {} if not isinstance(turn, dict) else {key: value for key, value in turn.items() if value is not None}
-    role, weight = given.pop("role", None), given.pop("weight", 1)
-    content = given.pop("content", "" if given.get("tool_calls") else None)
-    content = _joined(content, number, place)
-    extra = {key: _all_checked(value, place) for key, value in given.items() if value not in _EMPTY}
-    if content is None or role not in ROLES:
-        raise DataError(
-            f"{place}: message {number} needs a role ({', '.join(ROLES)}) and a content that is text, "
-            f"found {turn!r:.80}."
-        )
-    if weight not in (0, 1):
-        raise DataError(
-            f"{place}: message {number} has the weight {weight!r:.20}. Give 0 for a turn that is only read, else 1."
-        )
-    return Message(role, _checked(content, place), extra, trained=bool(weight))
+def _plain(row: Row, place: str) -> Record:
+    _refuse_beside(row, place, "text", _BESIDE)
+    return Record((Message("assistant", text_of(row, place, "text")),), plain=True, place=place)
 
 
-_EMPTY: tuple[Any, ...] = ("", [], {})
+_BESIDE = ("system", "history", "tools", "chat_template_kwargs")
+"""Columns that say more of a conversation."""
+_WHY = {
+    "history": "Earlier turns belong into {column!r} itself.",
+    "chat_template_kwargs": "A chat template is given no settings here: write one that has them (data.template).",
+}
 
 
-def _joined(content: Any, number: int, place: str) -> str | None:
-    """The text of a content, which may be a list of parts; None where it is none."""
-    if not isinstance(content, list):
-        return content if isinstance(content, str) else None
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+def _refuse_beside(row: Row, place: str, column: str, names: Sequence[str]) -> None:
+    """Raises DataError for a column that would not be read."""
+    for name in names:
+        if row.get(name):
+            why = _WHY.get(name, "").format(column=column) if column != "text" else "A plain text is all there is."
             raise DataError(
-                f"{place}: message {number} has a part that is no text: {part!r:.60}. Only parts of the type text are "
-                "read. Mend or delete the row."
+                f"{place}: a column {name!r} beside {column!r}, which would not be read. {why} Take it out."
             )
-    return "".join(part["text"] for part in content)
 
 
-def _all_checked(value: Any, place: str) -> Any:
-    """The value, all texts in it checked."""
-    if isinstance(value, str):
-        return _checked(value, place)
-    if isinstance(value, dict):
-        return {key: _all_checked(inner, place) for key, inner in value.items()}
-    return [_all_checked(inner, place) for inner in value] if isinstance(value, list) else value
-
-
-def _tools(row: Row, place: str) -> tuple[Any, ...]:
-    """The column ``tools``: a list of objects, or that as JSON."""
-    given = row.get("tools") or []
-    tools = parsed(given, f"{place}, column 'tools'", "Mend or delete the row.") if isinstance(given, str) else given
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{place}: 'tools' must be a list of objects, found {given!r:.60}. Mend or delete the row.")
-    return tuple(_all_checked(tools, place))
+FORMS = (
+    Form(("messages",), partial(_turns, column="messages")),
+    Form(("prompt", "completion"), partial(_pair, prompt_column="prompt", completion_column="completion")),
+    Form(("question", "answer"), partial(_pair, prompt_column="question", completion_column="answer")),
+    Form(
+        ("instruction", "output"),
+        partial(_pair, prompt_column="instruction", completion_column="output"),
+        "instruction (+ input) + output",
+    ),
+    Form(("conversations",), partial(_turns, column="conversations")),
+    Form(("text",), _plain),
+)
+"""The accepted forms; a row is of the first whose columns it has."""
+ACCEPTED = "; ".join(map(str, FORMS))
 
 
 def _record(messages: tuple[Message, ...], place: str, tools: tuple[Any, ...] = ()) -> Record:
@@ -180,16 +143,3 @@ def _record(messages: tuple[Message, ...], place: str, tools: tuple[Any, ...] = 
     if answer is None or last_number(answer) is None or not record.question:  # unasked, it cannot be graded
         return record
     return replace(record, answer=answer)
-
-
-def parsed(text: str, place: str, advice: str) -> Any:
-    """The value that JSON text has; ``advice`` says what to do where it is none."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        near = text[max(error.pos - 30, 0) : error.pos + 30]
-        raise DataError(
-            f"{place}: not valid JSON: {error.msg} at character {error.pos + 1}, near {near!r}. {advice}"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
-        raise DataError(f"{place}: cannot be read: {first_line(error)}. {advice}") from error

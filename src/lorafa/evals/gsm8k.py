@@ -14,7 +14,7 @@ from lorafa.data.records import Record, final_answer, last_number
 from lorafa.errors import ConfigError, DataError, did_you_mean
 from lorafa.evals.entry import Evaluation, Scores, Subject
 from lorafa.evals.generation import Progress, check_prompts, generate_greedy
-from lorafa.evals.samples import SHOWN, sample_answers, with_question
+from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
 from lorafa.settings.checks import check_int
 
 if TYPE_CHECKING:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 import torch
 
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
@@ -16,8 +17,6 @@ from lorafa.storage.wheels import default_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from lorafa.data.chat import Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -141,25 +140,28 @@ def _check_causal(where: str, model: PreTrainedModel) -> None:
         )
 
 
-def check_samples(model: PreTrainedModel, samples: Sequence[Sample]) -> None:
+def check_samples(model: PreTrainedModel, lengths: npt.NDArray[Any], highest: int) -> None:
     """Every sample is within what the model can read: its vocabulary and its context.
+
+    Args:
+        lengths: tokens of each sample.
+        highest: the highest id in any.
 
     Raises:
         DataError: a token has no row in the embedding, or a sample is longer than the context.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(max(sample.input_ids) for sample in samples)
     if highest >= rows:
         raise DataError(
             f"The tokenizer writes token {highest}, but the model's embedding has {rows} rows. They do not belong "
             "together: put the model's own tokenizer beside its config.json."
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longer = [len(sample.input_ids) for sample in samples if context and len(sample.input_ids) > context]
-    if longer:
+    longer = lengths[lengths > context] if context else lengths[:0]
+    if len(longer):
         raise DataError(
             f"{len(longer)} samples are longer than the model's context of {context} tokens, the longest has "
-            f"{max(longer)}. Cut them: data.max_length={context}."
+            f"{longer.max()}. Cut them: data.max_length={context}."
         )
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorafa.errors import CheckpointError
+from lorafa.errors import CheckpointError, LoraError
 
 
 @contextmanager
@@ -33,6 +33,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except LoraError:  # of what is written: a source that cannot be read is an OSError as well
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written: {error.strerror or error}.{free_space(path.parent)} Nothing was changed. "

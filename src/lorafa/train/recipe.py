@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -18,11 +16,13 @@ from rich.panel import Panel
 from transformers import set_seed
 from transformers.utils import logging
 
-from lorafa.data.chat import Encoded, Sample, encode_all, render_sample
+from lorafa.data.chat import Sample, render_sample
 from lorafa.data.collate import Collator, Tokenized
 from lorafa.data.packing import PackCollator, Packs
-from lorafa.data.records import Records
-from lorafa.data.sources import load_records
+from lorafa.data.prepared import SampleSet, is_cached, prepare_samples
+from lorafa.data.selection import Division
+from lorafa.data.shares import names_of
+from lorafa.data.sources import Choice, OpenData, open_data
 from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals import EVALS
@@ -46,6 +46,9 @@ from lorafa.train.start import Started, start_adapter
 from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
 
+MANY = 10_000
+"""Rows whose tokenizing takes long enough for a bar."""
+
 
 class Recorder(Protocol):
     """Where a training puts what it measures; `lorafa.runs.record.RunDirectory` is one."""
@@ -68,9 +71,7 @@ class Prepared:
     model: Any
     """A PeftModel, or with ``peft.full`` a model of transformers."""
     tokenizer: Any
-    records: Records
-    train: Encoded
-    heldout: Encoded
+    data: SampleSet
     batch_rows: Sequence[Tokenized]
     """What batches are made of: the samples to train on, or packs of them."""
     collator: Collator
@@ -83,26 +84,19 @@ class Prepared:
 
     def material(self) -> Material:
         """The part that the training itself takes."""
-        heldout, collator = self.heldout.samples, PackCollator(self.collator)
+        heldout, collator = self.data.heldout.samples, PackCollator(self.collator)
         return Material(self.model, self.batch_rows, heldout, collator, self.tokenizer.decode, self.trial)
 
     def counted(self) -> dict[str, int]:
         """How many rows are trained on and held out, and how many were left out or cut."""
-        train, heldout = self.train, self.heldout
+        train, heldout = self.data.train, self.data.heldout
         return {
             "train": len(train.samples),
             "heldout": len(heldout.samples),
-            "repeated": self.records.repeated,
+            "repeated": self.data.repeated,
             "dropped": train.dropped + heldout.dropped,
             "truncated": train.truncated + heldout.truncated,
         }
-
-    def samples_sha256(self) -> str:
-        """Fingerprint of all samples, in their order: by it a continued run knows that it goes on with the same."""
-        digest = hashlib.sha256()
-        for sample in (*self.train.samples, *self.heldout.samples):
-            digest.update(array("q", [len(sample.input_ids), *sample.input_ids, *sample.labels]).tobytes())
-        return digest.hexdigest()
 
 
 def prepare(config: RunConfig, console: Console) -> Prepared:
@@ -116,7 +110,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     if not config.peft.full:
         lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
-    records = read_records(config.data)
+    data = find_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
         model, tokenizer = load_model(
@@ -129,20 +123,18 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     new = add_tokens(model, tokenizer, config.model.add_tokens) if config.model.add_tokens else []
     if template is not None:
         tokenizer.chat_template = template
-    train = encode_all(records.train, tokenizer, config.data.max_length)
-    heldout = Encoded([], 0, 0)
-    if records.heldout:
-        heldout = encode_all(records.heldout, tokenizer, config.data.max_length)
-    elif wants := _wants_heldout(config):
+    with progress_bar(console, "Tokenizing") if data.count() >= MANY else nullcontext() as bar:
+        samples = prepare_samples(data, tokenizer, config.data.max_length, config.data.cache, bar)
+    if not samples.records and (wants := _wants_heldout(config)):
         raise DataError(
-            f"{wants} goes by held-out rows, and none of {records.source} are held out. Set data.eval_size or "
+            f"{wants} goes by held-out rows, and none of {samples.source} are held out. Set data.eval_size or "
             "data.eval_file, or leave it out."
         )
-    rows = batch_rows(train.samples, config)
+    rows = batch_rows(samples.train.samples, config)
     check_length(config, len(rows))
-    check_samples(model, [*train.samples, *heldout.samples])
+    check_samples(model, samples.lengths, samples.highest)
     evaluation = EVALS.get(config.eval.name)
-    asked = evaluation.asks(records.heldout, config.eval.own)
+    asked = evaluation.asks(samples.records, config.eval.own)
     evaluation.check(Subject(model, tokenizer), asked, config.eval.own)
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
@@ -154,14 +146,14 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
         else:
             adapter = lora_config(config, model, rows_to_train(model, new) if new else None)
-            begun = start_adapter(model, adapter, config.init, train.samples, collator)
+            begun = start_adapter(model, adapter, config.init, samples.train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
-    _show_data(records, train, heldout, tokenizer, console)
+    _show_data(samples, tokenizer, console)
     if config.train.packing:
-        _check_packed(begun.model, rows, len(train.samples), console)
+        _check_packed(begun.model, rows, len(samples.train.samples), console)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
-    return Prepared(begun.model, tokenizer, records, train, heldout, rows, collator, seconds, begun.record, trial)
+    return Prepared(begun.model, tokenizer, samples, rows, collator, seconds, begun.record, trial)
 
 
 def batch_rows(samples: Sequence[Sample], config: RunConfig) -> Sequence[Tokenized]:
@@ -197,14 +189,14 @@ def train(
     """
     model = prepared.model
     earlier = run.result()
-    began_with, samples_now = earlier.get("samples_sha256"), prepared.samples_sha256()
+    began_with, samples_now = earlier.get("samples_sha256"), prepared.data.sha256
     if began_with not in (None, samples_now):
         raise DataError(
-            f"{prepared.records.source} does not give the samples this run began with, so what follows would not "
+            f"{prepared.data.source} does not give the samples this run began with, so what follows would not "
             "continue it. Restore the records and the tokenizer, or start a new run."
         )
     run.update_result(
-        source=prepared.records.source,
+        source=prepared.data.source,
         samples_sha256=samples_now,
         rows=prepared.counted(),
         parameters=_counted(model),
@@ -280,17 +272,17 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers; no
         loss where no rows are held out.
     """
-    if not prepared.heldout.samples:
+    if not prepared.data.heldout.samples:
         return {"answers": []}
     settings, evaluation = config.eval, EVALS.get(config.eval.name)
     chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
     summed = supervised_nll if chunked else None
-    loss = answer_loss(prepared.model, prepared.heldout.samples, prepared.collator, settings.batch_size, summed)
-    asked = evaluation.asks(prepared.records.heldout, settings.own)
+    loss = answer_loss(prepared.model, prepared.data.heldout.samples, prepared.collator, settings.batch_size, summed)
+    asked = evaluation.asks(prepared.data.records, settings.own)
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
         return {"loss": loss, "answers": []}
-    subject = Subject(prepared.model, prepared.tokenizer, prepared.train.ends | prepared.heldout.ends)
+    subject = Subject(prepared.model, prepared.tokenizer, prepared.data.train.ends | prepared.data.heldout.ends)
     with progress_bar(console, f"{when}: answering") as bar:
         scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
@@ -308,17 +300,15 @@ def _wants_heldout(config: RunConfig) -> str | None:
     return next((name for name, wanted in wants.items() if wanted), None)
 
 
-def read_records(data: DataConfig) -> Records:
-    """The records the settings name."""
+def find_records(data: DataConfig) -> OpenData:
+    """The records the settings name. They are read here already, unless the cache may have their tokens: so what is
+    wrong with them is said before a model is loaded."""
+    division = Division(data.train_size, data.eval_size, data.seed, None if data.weights is None else (*data.weights,))
     own = {} if data.own is None else asdict(data.own)
-    return load_records(
-        data.name,
-        train_size=data.train_size,
-        eval_size=data.eval_size,
-        seed=data.seed,
-        eval_file=data.eval_file,
-        **own,
-    )
+    found = open_data(Choice(names=names_of(data.name), division=division, eval_file=data.eval_file, settings=own))
+    if not is_cached(found, data.cache):
+        _ = found.selection
+    return found
 
 
 @contextmanager
@@ -333,22 +323,22 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: Any, console: Console) -> None:
+def _show_data(data: SampleSet, tokenizer: Any, console: Console) -> None:
     """One sample, how much of the data is trained on, and what was left out."""
+    train, heldout = data.train, data.heldout
     first = train.samples[0]
-    share = sum(sample.trained for sample in train.samples) / sum(len(sample.input_ids) for sample in train.samples)
     title = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
     console.print(Panel(render_sample(first, tokenizer), title=title, title_align="left"))
     console.print(
-        f"{records.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
-        f"{share:.1%} of the training tokens are trained.",
+        f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
+        f"{data.trained / data.tokens:.1%} of the training tokens are trained.",
         highlight=False,
         markup=False,
     )
     if not heldout.samples:
         console.print("No rows are held out: nothing is measured before and after.")
     left_out = {
-        "answer a question of a held-out row and were left out": records.repeated,
+        "answer a question of a held-out row and were left out": data.repeated,
         "have no answer within data.max_length and were left out": train.dropped + heldout.dropped,
         "were cut at data.max_length": train.truncated + heldout.truncated,
     }

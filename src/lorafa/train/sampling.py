@@ -57,7 +57,7 @@ class LengthSampler(OrderSampler):
     batch comes first: a run that does not fit into memory fails in its first step.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, rules: int = 2) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, rules: int = 2) -> None:
         super().__init__(len(lengths), seed, rules)
         self.lengths = lengths
         self.batch_size = batch_size
@@ -81,12 +81,16 @@ class LengthSampler(OrderSampler):
         return self.lengths[index]
 
 
-def lengths_of(samples: Iterable[Any]) -> list[int]:
-    """Tokens of every sample, each a mapping with ``input_ids`` or an object that has them.
+def lengths_of(samples: Iterable[Any]) -> Sequence[int]:
+    """Tokens of every sample, each a mapping with ``input_ids`` or an object that has them; a sequence may know their
+    ``lengths``.
 
     Raises:
         DataError: a sample has no ``input_ids``.
     """
+    known: Sequence[int] | None = getattr(samples, "lengths", None)
+    if known is not None:
+        return known
     return [_length(sample, index) for index, sample in enumerate(samples)]
 
 

@@ -157,22 +157,22 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         return norm
 
     def _rows_of(self, batches: Sequence[Mapping[str, Any]]) -> str:
-        """The rows of batches by their numbers among the training rows, in words to stand behind the step."""
-        numbers: dict[tuple[int, ...], int] = {}
-        if hasattr(self.train_dataset, "__len__"):
-            for number in range(len(self.train_dataset), 0, -1):
-                numbers[tuple(tokens_of(self.train_dataset[number - 1]) or ())] = number
+        """The rows of batches, in words to stand behind the step: where they are from, or else their numbers among the
+        training rows."""
         rows = [
             tuple(ids[mask.bool()].tolist())
             for batch in batches
             if {"input_ids", "attention_mask"} <= batch.keys()
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-        known = [str(numbers[row]) for row in rows if row in numbers]
+        known = _found(self.train_dataset, rows)
         if not known:
             return ""
         begins = f", the first begins {self.decode(list(rows[0]))[:60]!r}" if self.decode else ""
-        return f" ({'row' if len(known) == 1 else 'rows'} {shorten(known, 8)} of the training rows{begins})"
+        named, places = "row" if len(known) == 1 else "rows", [place for _, place in known if place]
+        if len(places) == len(known):
+            return f" ({named} {shorten(places, 8)}{begins})"
+        return f" ({named} {shorten((str(number) for number, _ in known), 8)} of the training rows{begins})"
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs(as_read(inputs))
@@ -305,6 +305,21 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
             f"{what} Lower the learning rate, or clip gradients (max_grad_norm). "
             f"The last good checkpoint: {newest or 'none was written'}."
         )
+
+
+def _found(dataset: Any, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, str]]:
+    """The numbers from 1 of the samples with these tokens, each the first one, and where their rows stand, if known."""
+    found: dict[tuple[int, ...], tuple[int, str]] = {}
+    wanted = {row for row in rows if row}
+    for index in range(len(dataset) if hasattr(dataset, "__len__") else 0):
+        if len(found) == len(wanted):
+            break
+        sample = dataset[index]
+        ids = tokens_of(sample)
+        tokens = () if ids is None else tuple(map(int, ids))
+        if tokens in wanted:
+            found.setdefault(tokens, (index + 1, getattr(sample, "place", "")))
+    return [found[row] for row in rows if row in found]
 
 
 class LoraTrainer(SupervisedTrainer, AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorafa.data.sources import load_records, read_rows
+from lorafa.data.sources import load_records
 from lorafa.errors import ConfigError, DataError, SourceError
 
 ROW = '{"prompt": "p", "completion": "c"}\n'
@@ -65,7 +65,7 @@ def test_a_broken_line_is_shown_where_it_breaks(file: Path) -> None:
 def test_what_the_reader_of_json_cannot_hold_is_named_by_its_line(file: Path, line: str) -> None:
     file.write_text(ROW + line)
     with pytest.raises(DataError, match=r"d\.jsonl, line 2: cannot be read: .* Mend or delete it"):
-        read_rows(file)
+        load(file)
 
 
 def test_half_a_character_is_named_by_its_line(file: Path) -> None:
@@ -94,16 +94,15 @@ def test_what_is_there_but_no_file_of_rows_is_called_what_it_is(tmp_path: Path) 
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(SourceError, match=r"No file '.*d\.jsonl': it is a folder\. Check data="):
         load(tmp_path / "d.jsonl")
-    with pytest.raises(SourceError, match=r"No dataset '.*': it is a folder\. Give word_problems, a file ending in"):
+    with pytest.raises(SourceError, match=r"The folder '.*' holds no file of rows, but d\.jsonl/\. Files are"):
         load(tmp_path)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "nothing")
     with pytest.raises(SourceError, match=r"No file '.*link\.jsonl': it is a link to nothing\."):
         load(tmp_path / "link.jsonl")
-    (tmp_path / "d.csv").write_text("prompt,completion\n")
-    with pytest.raises(
-        SourceError, match=r"No dataset '.*d\.csv': a file of another kind\. Give word_problems, a file"
-    ):
-        load(tmp_path / "d.csv")
+    for name in ("d.txt", "d.parquet.gz"):
+        (tmp_path / name).write_text("prompt,completion\n")
+        with pytest.raises(SourceError, match=r"No dataset '.*': a file of another kind\. Give word_problems, a file"):
+            load(tmp_path / name)
 
 
 def test_a_file_that_may_not_be_read_is_a_source_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +110,7 @@ def test_a_file_that_may_not_be_read_is_a_source_error(file: Path, monkeypatch: 
         raise PermissionError(13, "Permission denied")
 
     write(file, PAIRS)
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(SourceError, match=r"d\.jsonl cannot be read: Permission denied\. Check its permissions"):
         load(file)
 

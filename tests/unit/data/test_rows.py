@@ -95,3 +95,30 @@ def test_half_a_character_is_found_wherever_it_stands() -> None:
     ):
         with pytest.raises(DataError, match=r"line 1: '.udfff' at character 1 is half a character"):
             record_of(broken)
+
+
+def test_a_text_of_its_own_is_one_turn_that_is_written_without_a_template() -> None:
+    record = record_of({"text": " Some text.\n", "id": 3})
+    assert record == Record((Message("assistant", " Some text.\n"),), plain=True)
+    assert record.question == ()
+    assert record.answer is None
+    assert not record_of({"text": "t", "instruction": "i", "output": "o"}).plain
+    assert not record_of({"text": "t", "conversations": [{"from": "gpt", "value": "a"}]}).plain
+
+
+@pytest.mark.parametrize("beside", ["system", "history", "tools"])
+def test_what_says_more_of_a_conversation_is_refused_beside_a_text(beside: str) -> None:
+    with pytest.raises(DataError, match=rf"line 1: a column '{beside}' beside 'text', which would not be read\. A"):
+        record_of({"text": "t", beside: [["q", "a"]]})
+    with pytest.raises(DataError, match=r"line 1: column 'text' holds '  ', expected text"):
+        record_of({"text": "  "})
+
+
+def test_tools_are_read_beside_a_pair_too() -> None:
+    assert record_of({"prompt": "p", "completion": "c", "tools": [{"name": "f"}]}).tools == ({"name": "f"},)
+
+
+def test_a_column_that_is_named_is_read_as_what_it_is_named_for() -> None:
+    row = {"system": "q", "history": "a", "tools": None}
+    record = converter("rows.jsonl", row, "system", "history")(row, "rows.jsonl, line 1")
+    assert [(message.role, message.content) for message in record.messages] == [("user", "q"), ("assistant", "a")]

@@ -142,9 +142,7 @@ def test_a_conversation_without_an_assistant_turn_is_named(tmp_path):
 @pytest.mark.parametrize("turn", [{"role": "robot", "content": "x"}, {"role": "user"}, "hello"])
 def test_a_message_without_role_or_content_is_named(tmp_path, turn):
     path = write(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "u"}, turn]}])
-    with pytest.raises(
-        DataError, match=r"line 1: message 2 needs a role \(system, user, .*\) and a content"
-    ):
+    with pytest.raises(DataError, match=r"line 1: message 2 needs a role \(system, user, .*\) and a content"):
         load(path)
     with pytest.raises(DataError, match=r"line 1: 'messages' must be a list of .* found 'hi'"):
         load(write(tmp_path / "d.jsonl", [{"messages": "hi"}]))
@@ -152,7 +150,7 @@ def test_a_message_without_role_or_content_is_named(tmp_path, turn):
 
 def test_an_empty_file_is_an_error(tmp_path):
     (tmp_path / "d.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match=r"holds no rows\. Each row is a JSON object with one of these sets of columns"):
+    with pytest.raises(DataError, match=r"holds no rows\. Each row has one of these sets of columns"):
         load(tmp_path / "d.jsonl")
 
 

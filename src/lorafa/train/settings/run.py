@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from lorafa.data import DATASETS, data_set_names, data_set_of
 from lorafa.data.heldout import check_size
+from lorafa.data.shares import check_weights, names_of
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
@@ -82,11 +83,16 @@ class DataConfig(OpenGroup):
     group: ClassVar[str] = "data"
     opens: ClassVar[Mapping[str, str]] = {"name": "own"}
     lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": DATASETS}
-    any_name: ClassVar[str] = "a file, a Hub id"
+    any_name: ClassVar[str] = "a file, a folder, a Hub id, [several,of,them]"
     """What may stand after ``data=`` beside the names of ``DATASETS``."""
+    several: ClassVar[bool] = True
+    """Whether a list of names may stand there."""
 
-    name: str = "word_problems"
-    """Task: one known by name, a .jsonl or .json file, or a Hub data set id."""
+    name: str | list[str] = "word_problems"
+    """Task: one known by name, a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, a Hub data set id,
+    or a list of files, folders and ids, which are mixed."""
+    weights: list[float] | None = None
+    """Shares of the training rows, [3,1] for example, of the sources that data= lists; null takes all rows of all."""
     train_size: int | None = None
     """Records to train on; null takes all that are left after the held-out ones."""
     eval_size: int | float | None = None
@@ -100,14 +106,19 @@ class DataConfig(OpenGroup):
     """Chat template: known by name (chatml, plain ...) or a file with one in Jinja; null takes the tokenizer's own."""
     seed: int = 0
     """Seed of the generated or shuffled records: decides which are held out."""
+    cache: bool | None = None
+    """Keep the tokens in the user's cache, for the next start with the same records; null keeps those of 10,000 records
+    and more."""
     own: Any = None
     """The data set's own settings."""
 
     @classmethod
     def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
-        """None for a name that no data set takes: what it is is said where it is loaded."""
-        data_set = data_set_of(chosen)
-        return None if data_set is None else data_set.settings
+        """Those of a file for a name that no data set takes: what it is is said where it is loaded. Of several, those
+        of the one that has the most: a Hub data set reads all that a file does."""
+        kinds = [(data_set_of(name) or DATASETS.get("file")).settings for name in names_of(chosen)]
+        found = [kind for kind in kinds if kind is not None]
+        return max(found, key=lambda kind: len(fields(kind)), default=None)
 
     @classmethod
     def entries(cls, field: str) -> list[str]:
@@ -121,6 +132,10 @@ class DataConfig(OpenGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = names_of(self.name)
+        if not names:
+            raise ConfigError("data=[] names no records. Give a file, or several.")
+        check_weights(names, self.weights)
         if self.train_size is not None:
             check_int("data.train_size", self.train_size, at_least=1)
         check_size("data.eval_size", self.eval_size)

@@ -12,7 +12,7 @@ from lorafa.data.chat import encode_prompts
 from lorafa.data.records import Message, Record
 from lorafa.evals.entry import Subject
 from lorafa.evals.gsm8k import GSM8K, Gsm8kSettings
-from lorafa.evals.samples import SHOWN
+from lorafa.evals.sample_answers import SHOWN
 from toys.language_models import byte_tokenizer, conversation, greedy_by_hand, tiny_llama
 from toys.workplace import make_workplace, read, settings
 

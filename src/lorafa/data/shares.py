@@ -1,0 +1,39 @@
+"""What is asked of several sources: their names, and the share of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorafa.errors import ConfigError
+
+
+def names_of(name: str | Sequence[str]) -> tuple[str, ...]:
+    """The sources, one or several."""
+    return (name,) if isinstance(name, str) else tuple(name)
+
+
+def apportioned(total: int, counts: Sequence[int]) -> list[int]:
+    """``total`` rows shared out among sources in proportion to how many they have, by largest remainders."""
+    whole = max(sum(counts), 1)
+    shares = [total * count // whole for count in counts]
+    rest = sorted(range(len(counts)), key=lambda at: (-(total * counts[at] % whole), at))
+    for at in rest[: total - sum(shares)]:
+        shares[at] += 1
+    return shares
+
+
+def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
+    """Raises ConfigError for sources that are named twice, and for weights that are not one number > 0 for each."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"data= names {twice[0]!r} twice. Name it once; data.weights with data.train_size repeats its rows."
+        )
+    if weights is None:
+        return
+    if len(names) < 2:
+        raise ConfigError("data.weights are shares of several sources. Give data=[a.jsonl,b.jsonl], or leave it out.")
+    if len(weights) != len(names) or not all(0 < weight < float("inf") for weight in weights):
+        raise ConfigError(
+            f"data.weights is a number above 0 for each of the {len(names)} sources, found {list(weights)}. Give "
+            f"data.weights=[{','.join('1' * len(names))}] for equal shares."
+        )
