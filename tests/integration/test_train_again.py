@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lorafa.cli.main import main
-from lorafa.train import recipe
-from toys.workplace import make_workplace, metrics, read, settings
+from toys.workplace import at_step, make_workplace, metrics, read, settings
 
 SHORT = ["eval.size=0", "optim.schedule=constant"]
 
@@ -23,17 +21,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def err(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
-
-
-def interrupt_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = recipe.RunCallback.on_log
-
-    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-        original(self, args, state, control, logs, **rest)
-        if state.global_step == step:
-            raise KeyboardInterrupt
-
-    patch.setattr(recipe.RunCallback, "on_log", on_log)
 
 
 def train(workplace: Path, run: Path, *more: str) -> int:
@@ -55,7 +42,7 @@ def test_a_run_is_started_again_with_the_same_command(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(workplace, whole, "if_exists=resume") == 0
     with monkeypatch.context() as patch:
-        interrupt_at(patch, at)
+        at_step(patch, at)
         assert train(workplace, cut, "if_exists=resume") == 130
     assert train(workplace, cut, "if_exists=resume", "--dry-run") == 0
     assert f"The run would go on in {cut}." in capsys.readouterr().out

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lorafa.cli.main import main
 from lorafa.train import recipe
-from toys.workplace import make_workplace, metrics, read, settings
+from toys.workplace import at_step, interrupt, make_workplace, metrics, read, settings
 
 Act = Callable[[], None]
 
@@ -23,22 +23,6 @@ Act = Callable[[], None]
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workplace(tmp_path_factory.mktemp("work"))
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Act) -> None:
-    """Do something when that step was logged."""
-    original = recipe.RunCallback.on_log
-
-    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-        original(self, args, state, control, logs, **rest)
-        if state.global_step == step:
-            act()
-
-    monkeypatch.setattr(recipe.RunCallback, "on_log", on_log)
 
 
 def err(capsys: pytest.CaptureFixture[str]) -> str:

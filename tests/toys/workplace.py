@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorafa.train import recipe
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -58,3 +62,19 @@ def read(path: Path) -> Any:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def at_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None] = interrupt) -> None:
+    """Do something when that step of a run was logged: by default what Ctrl-C does."""
+    original = recipe.RunCallback.on_log
+
+    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+        original(self, args, state, control, logs, **rest)
+        if state.global_step == step:
+            act()
+
+    patch.setattr(recipe.RunCallback, "on_log", on_log)

@@ -74,7 +74,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     else:
         path = start_run(config, console, args.command)
     console.print(result_tables(RunDirectory(path)))
-    text = f"Adapter: {path / 'adapter'}\nReport:  {write_report(path)}"
+    run = RunDirectory(path)
+    what = f"Model:   {run.model}" if "model" in run.result() else f"Adapter: {run.adapter}"
+    text = f"{what}\nReport:  {write_report(path)}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -49,7 +49,8 @@ def peft_settings(folder: Path) -> dict[str, Any]:
             f"{hint or did_you_mean(folder.name, near)}"
         )
     config = read_adapter(folder).config
-    values = {one.name: getattr(config, one.name) for one in fields(PeftConfig) if one.name != "adapter"}
+    names = [one.name for one in fields(PeftConfig) if one.name not in PeftConfig.in_its_place]
+    values = {name: getattr(config, name) for name in names}
     return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in values.items()}
 
 

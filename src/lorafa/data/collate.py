@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lorafa.data.chat import IGNORE, Sample
+from lorafa.data.chat import IGNORE
+
+
+class Tokenized(Protocol):
+    """A row of a batch: token ids and labels of one length."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
+    @property
+    def labels(self) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Collator:
 
     pad_id: int
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Tokenized]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape (samples, longest)."""
         longest = max(len(sample.input_ids) for sample in samples)
 

@@ -73,13 +73,23 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_
         raise DataError(
             f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it."
         )
-    longest = max(map(len, prompts), default=0)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest + max_new_tokens > context:
+    longest = max(prompts, key=len, default=[])
+    if not room_for(model, longest, max_new_tokens):
         raise DataError(
-            f"The longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} that exceeds the model's "
-            f"context of {context}. Lower eval.max_new_tokens or leave out the longest rows."
+            f"The longest prompt has {len(longest)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
+            f"model's context of {_context(model)}. Lower eval.max_new_tokens or leave out the longest rows."
         )
+
+
+def room_for(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> bool:
+    """Whether a prompt and its answer fit the model's context."""
+    context = _context(model)
+    return context is None or len(prompt) + max_new_tokens <= context
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

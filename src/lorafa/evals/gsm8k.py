@@ -14,6 +14,7 @@ from lorafa.data.records import Record, final_answer, last_number
 from lorafa.errors import ConfigError, DataError, did_you_mean
 from lorafa.evals.entry import Evaluation, Scores, Subject
 from lorafa.evals.generation import Progress, check_prompts, generate_greedy
+from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
 from lorafa.settings.checks import check_int
 
 if TYPE_CHECKING:
@@ -131,16 +132,13 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-SHOWN_SAMPLES = 6
-"""Questions whose answers are kept for the report."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Gsm8kSettings:
     """How questions are asked and answers read."""
 
     size: int | None = 64
-    """Held-out records answered by generation, at most: null all of them, 0 none. The answer loss is taken over all."""
+    """Held-out records answered by generation, at most: null all of them, 0 none. The answer loss is taken over all.
+    Where none has an answer that can be graded, a few are answered for the report."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     extract: Literal["number", "upstream"] = "number"
@@ -153,18 +151,27 @@ class Gsm8kSettings:
 
 
 def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
-    """Those with a gold answer, up to ``size`` of them."""
-    return [record for record in heldout if record.answer is not None][: settings.size]
+    """Those with a gold answer, up to ``size`` of them; where there are none at all, a few to look at."""
+    graded = [record for record in heldout if record.answer is not None]
+    return (graded or with_question(heldout))[: settings.size]
 
 
 def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> None:
     prompts = encode_prompts(records, subject.tokenizer)
-    check_prompts(subject.model, prompts, settings.max_new_tokens)
+    if _graded(records):
+        check_prompts(subject.model, prompts, settings.max_new_tokens)
+
+
+def _graded(records: Sequence[Record]) -> bool:
+    return any(record.answer is not None for record in records)
 
 
 def _measure(
     subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, batch_size: int, progress: Progress
 ) -> Scores:
+    if not _graded(records):
+        answers = sample_answers(subject, records, settings.max_new_tokens, batch_size, progress)
+        return Scores(f"{len(answers)} answers to look at", {}, answers)
     found = evaluate(
         subject.model,
         subject.tokenizer,
@@ -177,7 +184,7 @@ def _measure(
     )
     answers = [
         {"question": one.question, "gold": one.gold, "output": one.output, "correct": one.correct}
-        for one in found.samples[:SHOWN_SAMPLES]
+        for one in found.samples[:SHOWN]
     ]
     numbers = {name: value for name, value in asdict(found).items() if name != "samples"}
     return Scores(f"{found.correct} of {found.total} right ({found.accuracy:.1%})", numbers, answers)

@@ -17,9 +17,10 @@ from lorafa.errors import CheckpointError, ConfigError
 from lorafa.runs.differences import difference, differing
 from lorafa.runs.environment import environment, peak_rss_bytes
 from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.runs.secrets import refuse_secrets
 from lorafa.settings.typed import plain
 from lorafa.storage.whole import read_json
-from lorafa.train.checkpoints import STATE_FILE
+from lorafa.train.checkpoints import STATE_FILE, step_of
 from lorafa.train.fit import run_out
 from lorafa.train.recipe import prepare, train
 from lorafa.train.settings.run import RunConfig, steps_of
@@ -36,6 +37,7 @@ def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Pa
     Raises:
         LoraError: of the kind that fits; from the training on, result.json says what happened.
     """
+    refuse_secrets(plain(config))
     if there := begun(config):
         with there.held():
             return _go_on(there, config, console, command)
@@ -106,7 +108,7 @@ def resumable(path: str | Path, longer: Mapping[str, Any] | None = None) -> tupl
     if checkpoint is None:
         raise CheckpointError(
             f"The run {str(run.path)!r} has no checkpoint to continue from (train.checkpoint_every is "
-            f"{config.train.checkpoint_every}). Start a new run{_from_adapter(run)}."
+            f"{config.train.checkpoint_every}). Start a new run{_from_there(run)}."
         )
     return run, checkpoint, prolonged(run, checkpoint, config, longer) if longer else config
 
@@ -128,7 +130,7 @@ def prolonged(run: RunDirectory, checkpoint: Path, config: RunConfig, longer: Ma
         raise ConfigError(
             f"With optim.schedule={schedule} the rates of a longer training are others from its first step on, so the "
             f"run {str(run.path)!r} cannot become one (a run with optim.schedule=constant could). Start a new run"
-            f"{_from_adapter(run) or ' with more steps'}."
+            f"{_from_there(run) or ' with more steps'}."
         )
     if train.steps is not None and train.steps <= done:
         raise ConfigError(
@@ -149,7 +151,9 @@ def prolonged(run: RunDirectory, checkpoint: Path, config: RunConfig, longer: Ma
     return replace(config, train=train, optim=replace(config.optim, warmup=warmup))
 
 
-def _from_adapter(run: RunDirectory) -> str:
+def _from_there(run: RunDirectory) -> str:
+    if run.model.is_dir():
+        return f" from its model: model={run.model}"
     return f" from its adapter: peft.adapter={run.adapter}" if run.adapter.is_dir() else ""
 
 
@@ -162,7 +166,7 @@ def _run(
         if checkpoint is None or config != run.config():
             RunDirectory.create(run.path, config)
         if run.metrics():  # of a part that is done again
-            run.drop_metrics_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+            run.drop_metrics_after(step_of(checkpoint))
         run.write_environment(environment(command))
         run.update_result(status="running", error=None)
         console.print(f"Run directory: {run.path}", highlight=False, markup=False, soft_wrap=True)

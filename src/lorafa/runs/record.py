@@ -5,7 +5,7 @@ environment.json   versions, processor, threads, the command
 metrics.jsonl      one line a logged step
 result.json        status, what was measured before and after, times, sizes; rewritten as the run goes on
 checkpoints/       what a continued run starts from
-adapter/           the trained adapter in PEFT's format
+adapter/           the trained adapter in PEFT's format; with peft.full the whole model in model/
 report.html        written by lorafa.report
 .lock              held by the process that writes all this; the system lets go of it when that ends
 """
@@ -24,8 +24,9 @@ import yaml
 
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
 from lorafa.runs.formats import current
+from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
-from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
+from lorafa.storage.whole import is_temporary, make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
@@ -46,6 +47,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / "adapter"
+        self.model = path / "model"
         self.checkpoints = path / "checkpoints"
 
     @staticmethod
@@ -94,6 +96,8 @@ class RunDirectory:
         with run.held():
             if not _is_empty(path) or not (path / LOCK).exists():  # another was here between the look and the lock
                 raise TakenError(run._taken())
+            for left in filter(is_temporary, path.iterdir()):
+                left.unlink()
             try:
                 yield run
             finally:
@@ -175,7 +179,7 @@ class RunDirectory:
         return current(values)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json(self.path / ENVIRONMENT, dict(environment))
+        write_json(self.path / ENVIRONMENT, masked(environment))
 
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / ENVIRONMENT) if (self.path / ENVIRONMENT).is_file() else {}
@@ -238,7 +242,7 @@ class RunDirectory:
 
     def update_result(self, **entries: Any) -> None:
         """Add entries to result.json, replacing those of the same name."""
-        write_json(self.path / RESULT, {**self.result(), **entries})
+        write_json(self.path / RESULT, {**self.result(), **masked(entries)})
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -271,6 +275,8 @@ def _run_near(path: Path) -> str:
 
 
 def _short_name(config: RunConfig) -> str:
+    if config.peft.full:
+        return "full"
     from lorafa.train.adapter_config import lora_config  # which loads torch; reports do without
     from lorafa.variants import variant_types
 
@@ -302,8 +308,9 @@ def _free(names: Iterator[Path]) -> Path:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing, or the lock alone that a process left which was ended before it began."""
-    return all(inside.name == LOCK for inside in folder.iterdir())
+    """Whether a folder holds nothing, or only what a process leaves that was ended before it began: the lock, and the
+    settings half written."""
+    return all(inside.name == LOCK or is_temporary(inside) for inside in folder.iterdir())
 
 
 def _make_first(names: Iterator[Path]) -> tuple[Path, list[Path]]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorafa.errors import CheckpointError, LoraError
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
@@ -39,11 +37,19 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{path} could not be written: {error.strerror or error}.{_free_space(path.parent)} Nothing was changed. "
+            f"{path} could not be written: {error.strerror or error}.{free_space(path.parent)} Nothing was changed. "
             "Make room or save to another folder."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that :func:`written_whole` was writing: where nobody does any more, it is left over."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -56,7 +62,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _free_space(folder: Path) -> str:
+def free_space(folder: Path) -> str:
+    """How much room is left, as a sentence with a blank before it; nothing where the system does not tell."""
     try:
         return f" {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there."
     except OSError:

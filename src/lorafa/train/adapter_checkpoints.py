@@ -12,7 +12,7 @@ from torch import nn
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.peft_model import PeftModel
 from lorafa.surgery.gradients import check_gradients
-from lorafa.train.checkpoints import last_checkpoint, missing_files
+from lorafa.train.checkpoints import last_checkpoint, missing_files, whole_or_none
 
 
 class AdapterCheckpoints:
@@ -89,6 +89,10 @@ class AdapterCheckpoints:
         if self.check_gradients and kept and self.accelerator.sync_gradients and self.state.global_step == 0:
             check_gradients(self.model, zeros=self._zero_gradients_are_right)
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with whole_or_none(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 from torch import nn
@@ -12,23 +13,45 @@ from lorafa.train.settings.init import start_fields, start_of
 from lorafa.train.settings.run import RunConfig
 
 
-def lora_config(config: RunConfig, model: nn.Module | None = None) -> LoraConfig:
+def lora_config(
+    config: RunConfig, model: nn.Module | None = None, rows: Mapping[str, list[int]] | None = None
+) -> LoraConfig:
     """The adapter's settings as the library takes them; a dropout that was not set depends on the model's layers.
+
+    Args:
+        rows: of new tokens, by the name of their table: trained beside those that are asked for, unless the table is
+            trained as a whole.
 
     Raises:
         ConfigError: a value is not allowed, or two contradict each other.
     """
-    peft = {field.name: getattr(config.peft, field.name) for field in fields(config.peft) if field.name != "adapter"}
+    names = [one.name for one in fields(config.peft) if one.name not in config.peft.in_its_place]
+    peft = {name: getattr(config.peft, name) for name in names}
     of_the_run = {
         "task_type": "CAUSAL_LM",
         "revision": config.model.revision,
         "lora_dropout": _dropout(config),
         "init_seed": config.train.seed,
     }
+    whole = tuple(f".{name}" for name in config.peft.modules_to_save or ())
+    if rows := {name: new for name, new in (rows or {}).items() if not f".{name}".endswith(whole)}:
+        peft["trainable_token_indices"] = _together(config.peft.trainable_token_indices, rows)
     made = LoraConfig(**peft | of_the_run | start_fields(config.init))
     if model is None or config.peft.lora_dropout is not None or not takes_parameters(model, made):
         return made
     return replace(made, lora_dropout=0.0)
+
+
+def _together(asked: list[int] | dict[str, list[int]] | None, rows: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Rows that are asked for, of the embedding where no table is named, and those of new tokens."""
+    embedding = next(iter(rows))
+    by_name = asked if isinstance(asked, dict) else {embedding: asked or []}
+    short = {name: full for full in rows for name in (full, full.rpartition(".")[2])}
+    together = {full: list(new) for full, new in rows.items()}
+    for name, indices in by_name.items():
+        full = short.get(name, name)
+        together[full] = sorted({*together.get(full, []), *indices})
+    return together
 
 
 def _dropout(config: RunConfig) -> float:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from lorafa.errors import CheckpointError, first_line
+from lorafa.storage.whole import free_space
 
 STATE_FILE = "trainer_state.json"
 """What the trainer writes last: everything else is there when this is."""
@@ -25,3 +31,35 @@ def missing_files(checkpoint: Path) -> list[str]:
     except (OSError, ValueError):
         missing.append(STATE_FILE)
     return missing
+
+
+@contextmanager
+def whole_or_none(checkpoint: Path) -> Iterator[None]:
+    """A checkpoint that the block cannot write to its end is removed; those before it stay.
+
+    Raises:
+        CheckpointError: it could not be written, the disk is full for example.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointError) as error:
+        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _WRITERS):
+            raise
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        newest = last_checkpoint(checkpoint.parent)
+        raise CheckpointError(
+            f"{checkpoint} could not be written: {reason}.{free_space(checkpoint.parent)} What was there of it is "
+            f"removed. Make room and continue from the last one: {newest or 'none was written'}."
+        ) from error
+
+
+_WRITERS = ("inline_container", "PytorchStreamWriter")
+"""Names in what torch raises where its file cannot be written."""
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The steps made before a checkpoint; 0 without one."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

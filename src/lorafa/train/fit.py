@@ -11,27 +11,28 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from lorafa.data.chat import Sample
-from lorafa.data.collate import Collator
+from lorafa.data.collate import Tokenized
+from lorafa.data.packing import PackCollator
 from lorafa.models.head_loss import Trial
-from lorafa.peft_model import PeftModel
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
-from lorafa.train.progress import RunCallback
+from lorafa.train.full import in_float32, load_weights, precision
 from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
 from lorafa.train.settings.run import RunConfig, check_rise
 from lorafa.train.settings.schedules import SCHEDULES
-from lorafa.train.trainer import LoraTrainer
+from lorafa.train.trackers import names_in
+from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
 
 
 @dataclass(frozen=True)
 class Material:
     """What is trained, and on what."""
 
-    model: PeftModel
-    train: Sequence[Sample]
-    heldout: Sequence[Sample]
-    collator: Collator
+    model: Any
+    """A PeftModel, or a model of transformers all of whose weights are trained."""
+    train: Sequence[Tokenized]
+    heldout: Sequence[Tokenized]
+    collator: PackCollator
     decode: Callable[[list[int]], str]
     trial: Trial | None
 
@@ -92,8 +93,8 @@ def check_length(config: RunConfig, rows: int) -> None:
         check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")
 
 
-def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
-    """The settings as `transformers.Trainer` takes them."""
+def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> TrainingArguments:
+    """The settings as `transformers.Trainer` takes them, and ``more`` of its own."""
     train, optim = config.train, config.optim
     options: dict[str, Any] = {"save_strategy": "no"}
     if train.checkpoint_every:
@@ -127,23 +128,48 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         **schedule_of_trainer(optim),
         **stock_arguments(optim),
         **options,
+        **more,
     )
 
 
 def fit(
-    material: Material, config: RunConfig, output_dir: Path, callback: RunCallback, checkpoint: Path | None
+    material: Material,
+    config: RunConfig,
+    output_dir: Path,
+    callbacks: Sequence[TrainerCallback],
+    checkpoint: Path | None,
+    name: str | None = None,
 ) -> Fitted:
-    """Train, from a checkpoint where there is one."""
+    """Train, from a checkpoint where there is one; trackers are told the name."""
+    arguments: dict[str, Any] = {"run_name": name}
+    if "trackio" in names_in(config.report_to):
+        arguments["project"] = config.report_project
+    if not config.peft.full:
+        made = training_arguments(config, output_dir, **arguments)
+        return _fit(material, LoraTrainer, config, made, callbacks, checkpoint)
+    with in_float32(material.model) as stored:
+        made = training_arguments(config, output_dir, **arguments, **precision(stored))
+        return _fit(material, SupervisedTrainer, config, made, callbacks, checkpoint)
+
+
+def _fit(
+    material: Material,
+    trainer_class: type[SupervisedTrainer],
+    config: RunConfig,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+    checkpoint: Path | None,
+) -> Fitted:
     state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
     steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
     if checkpoint and (stopped or steps >= steps_in_all(config, len(material.train))):
         # Its last part was all but done; transformers would take one step more.
-        material.model.load_adapter(state["best_model_checkpoint"] or str(checkpoint), "default", is_trainable=True)
+        _load(material.model, Path(state["best_model_checkpoint"] or checkpoint), config)
         return Fitted(steps, stopped)
     measured = config.train.keep_best or config.train.eval_every
-    trainer = LoraTrainer(
+    trainer = trainer_class(
         material.model,
-        training_arguments(config, output_dir),
+        arguments,
         chunked_loss=config.train.chunked_loss,
         trial=material.trial,
         rules=config.train.rules,
@@ -151,7 +177,7 @@ def fit(
         train_dataset=material.train,
         eval_dataset=material.heldout[: config.train.eval_size] if measured else None,
         data_collator=material.collator,
-        callbacks=[callback, *([] if config.train.patience is None else [Patience(config.train.patience)])],
+        callbacks=[*callbacks, *([] if config.train.patience is None else [Patience(config.train.patience)])],
         optimizers=(pair_optimizer(material.model, config.optim), None),
     )
     trainer.remove_callback(PrinterCallback)  # the bar and the record say it
@@ -159,3 +185,10 @@ def fit(
     done = trainer.state.global_step
     early = done < trainer.state.max_steps
     return Fitted(done, run_out(trainer.state.log_history, config.train.patience) if early else None)
+
+
+def _load(model: Any, checkpoint: Path, config: RunConfig) -> None:
+    if config.peft.full:
+        load_weights(model, checkpoint)
+    else:
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,27 +16,35 @@ from rich.panel import Panel
 from transformers import set_seed
 from transformers.utils import logging
 
-from lorafa.data.chat import render_sample
-from lorafa.data.collate import Collator
+from lorafa.data.chat import Sample, render_sample
+from lorafa.data.collate import Collator, Tokenized
+from lorafa.data.packing import PackCollator, Packs
 from lorafa.data.prepared import Progress, SampleSet, is_cached, prepare_samples
 from lorafa.data.selection import Division
 from lorafa.data.shares import names_of
 from lorafa.data.sources import Choice, OpenData, open_data
 from lorafa.data.templates import find_template
-from lorafa.errors import DataError
+from lorafa.errors import ConfigError, DataError
 from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, load_model
+from lorafa.models.packed import mixes_samples
+from lorafa.models.vocabulary import add_tokens, rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.train.adapter_config import lora_config
+from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.fit import Material, check_length, fit
+from lorafa.train.full import train_all
 from lorafa.train.progress import RunCallback, progress_bar
+from lorafa.train.sampling import lengths_of
 from lorafa.train.settings.run import DataConfig, RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import Started, start_adapter
+from lorafa.train.trackers import names_in
+from lorafa.train.trackers.entry import Reported, named_trackers, reporting
 
 MANY = 10_000
 """Rows whose tokenizing takes long enough for a bar."""
@@ -44,7 +53,9 @@ MANY = 10_000
 class Recorder(Protocol):
     """Where a training puts what it measures; `lorafa.runs.record.RunDirectory` is one."""
 
+    path: Path
     adapter: Path
+    model: Path
     checkpoints: Path
 
     def add_metrics(self, row: Mapping[str, Any], /) -> None: ...
@@ -57,9 +68,12 @@ class Recorder(Protocol):
 class Prepared:
     """Everything a training needs, ready and shown."""
 
-    model: PeftModel
+    model: Any
+    """A PeftModel, or with ``peft.full`` a model of transformers."""
     tokenizer: Any
     data: SampleSet
+    batch_rows: Sequence[Tokenized]
+    """What batches are made of: the samples to train on, or packs of them."""
     collator: Collator
     seconds: float
     """How long it took to load and make all this."""
@@ -70,8 +84,8 @@ class Prepared:
 
     def material(self) -> Material:
         """The part that the training itself takes."""
-        train, heldout = self.data.train.samples, self.data.heldout.samples
-        return Material(self.model, train, heldout, self.collator, self.tokenizer.decode, self.trial)
+        heldout, collator = self.data.heldout.samples, PackCollator(self.collator)
+        return Material(self.model, self.batch_rows, heldout, collator, self.tokenizer.decode, self.trial)
 
     def counted(self) -> dict[str, int]:
         """How many rows are trained on and held out, and how many were left out or cut."""
@@ -93,7 +107,9 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
-    lora_config(config)  # what is wrong with the settings is said before anything is loaded
+    named_trackers(config.report_to)
+    if not config.peft.full:
+        lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
     data = find_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
@@ -105,6 +121,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             cache_dir=cache,
             revision=config.model.revision,
         )
+    new = add_tokens(model, tokenizer, config.model.add_tokens) if config.model.add_tokens else []
     if template is not None:
         tokenizer.chat_template = template
     with _bar_of_rows(console, data.count()) as bar:
@@ -114,7 +131,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             f"{wants} goes by held-out rows, and none of {samples.source} are held out. Set data.eval_size or "
             "data.eval_file, or leave it out."
         )
-    check_length(config, len(samples.train.samples))
+    rows = batch_rows(samples.train.samples, config)
+    check_length(config, len(rows))
     check_samples(model, samples.lengths, samples.highest)
     evaluation = EVALS.get(config.eval.name)
     asked = evaluation.asks(samples.records, config.eval.own)
@@ -122,15 +140,39 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
-        if config.peft.adapter is not None:
+        if config.peft.full:
+            train_all(model)
+            begun = Started(model)
+        elif config.peft.adapter is not None:
             begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
         else:
-            begun = start_adapter(model, lora_config(config, model), config.init, samples.train.samples, collator)
+            adapter = lora_config(config, model, rows_to_train(model, new) if new else None)
+            begun = start_adapter(model, adapter, config.init, samples.train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(samples, tokenizer, console)
+    if config.train.packing:
+        _check_packed(begun.model, rows, len(samples.train.samples), console)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
-    return Prepared(begun.model, tokenizer, samples, collator, seconds, begun.record, trial)
+    return Prepared(begun.model, tokenizer, samples, rows, collator, seconds, begun.record, trial)
+
+
+def batch_rows(samples: Sequence[Sample], config: RunConfig) -> Sequence[Tokenized]:
+    """What batches are made of."""
+    if not config.train.packing:
+        return samples
+    return Packs(samples, lengths_of(samples), config.data.max_length)
+
+
+def _check_packed(model: Any, rows: Sequence[Tokenized], samples: int, console: Console) -> None:
+    """Raises ConfigError for a model that does not keep the samples of a row apart; else says how many rows there are.
+    """
+    if reason := mixes_samples(model):
+        raise ConfigError(
+            f"train.packing=true needs a model that keeps the samples of a row apart, and with this one they would not "
+            f"be trained as they are: {reason}. Leave it out; train.group_by_length pads little, too."
+        )
+    console.print(f"Packed: {samples:,} samples in {len(rows):,} rows.", highlight=False)
 
 
 def train(
@@ -164,23 +206,28 @@ def train(
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
     before = earlier.get("before")
     if before is None and config.eval.before:
-        as_it_starts = nullcontext() if config.peft.adapter is not None else model.disable_adapter()
+        goes_on = config.peft.full or config.peft.adapter is not None
+        as_it_starts = nullcontext() if goes_on else model.disable_adapter()
         with _timed(seconds, "evaluate before"), as_it_starts:
             before = measure(prepared, config, console, "Before")
         run.update_result(before=before, seconds=seconds)
     logged = run.metrics()
     trained_before = logged[-1].get("seconds", 0.0) if logged else 0.0
-    with _timed(seconds, "train", trained_before), progress_bar(console, "Training") as bar:
-        callback = RunCallback(run.add_metrics, bar, trained_before)
-        fitted = fit(prepared.material(), config, run.checkpoints, callback, checkpoint)
+    with (
+        _timed(seconds, "train", trained_before),
+        progress_bar(console, "Training") as bar,
+        reporting(named_trackers(config.report_to), _reported(run, config, checkpoint)) as trackers,
+    ):
+        callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
+        fitted = fit(prepared.material(), config, run.checkpoints, callbacks, checkpoint, run.path.name)
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
-    model.save_pretrained(str(run.adapter))
+    kept = _save(prepared, config, run)
     # LoRA-FA's optimizer has frozen A meanwhile
     run.update_result(
         steps=fitted.steps,
         stopped=fitted.stopped,
-        adapter=run.adapter.name,
+        **kept,
         seconds=seconds,
         parameters=_counted(model),
     )
@@ -191,9 +238,32 @@ def train(
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
 
 
-def _counted(model: PeftModel) -> dict[str, int]:
-    trainable, everything = model.get_nb_trainable_parameters()
-    return {"trainable": trainable, "all": everything}
+def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Reported:
+    """What trackers are told; the name of the run among others is found once, and kept."""
+    identity = run.result().get("reported_as") or uuid.uuid4().hex[:16]
+    if names_in(config.report_to):
+        run.update_result(reported_as=identity)
+    return Reported(run.path, config.report_project, step_of(checkpoint), identity)
+
+
+def _save(prepared: Prepared, config: RunConfig, run: Recorder) -> dict[str, str]:
+    """Write what was trained; its name in the run's result."""
+    if not config.peft.full:
+        prepared.model.save_pretrained(str(run.adapter))
+        if config.model.add_tokens:
+            prepared.tokenizer.save_pretrained(str(run.adapter))
+        return {"adapter": run.adapter.name}
+    prepared.model.save_pretrained(str(run.model))
+    prepared.tokenizer.save_pretrained(str(run.model))
+    return {"model": run.model.name}
+
+
+def _counted(model: Any) -> dict[str, int]:
+    if isinstance(model, PeftModel):
+        trainable, everything = model.get_nb_trainable_parameters()
+        return {"trainable": trainable, "all": everything}
+    weights = list(model.parameters())
+    return {"trainable": sum(w.numel() for w in weights if w.requires_grad), "all": sum(w.numel() for w in weights)}
 
 
 def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) -> dict[str, Any]:

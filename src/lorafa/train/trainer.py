@@ -1,4 +1,5 @@
-"""A `transformers.Trainer` for adapters: it saves only them, resumes bit for bit, and weighs every token alike."""
+"""Trainers that resume bit for bit and weigh every token alike: of adapters, which alone they save, and of all weights.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +14,14 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from lorafa.data.packing import as_read
 from lorafa.errors import DataError, DivergedError, shorten, warn
 from lorafa.models.head_loss import SupervisedLoss, Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.storage.whole import read_json
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
-from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
+from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, whole_or_none
 from lorafa.train.rates import scheduler
 from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
 
@@ -36,37 +38,32 @@ def rules_of(checkpoint: Path) -> int:
     return int(state.get("stateful_callbacks", {}).get(MARK, {}).get("rules", 1))
 
 
-class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` for a causal language model with adapters.
+class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` for a causal language model, all of whose weights it may train.
 
     What it adds: the loss is computed at supervised positions only (`lorafa.models.head_loss`) and announced when it
-    cannot be; what methods add to the loss (`lorafa.penalty`) is added; checkpoints hold the adapters, not the base;
-    N steps equal k steps, a checkpoint, and N - k more, bit for bit; the evaluation loss is a mean over tokens, not
-    over batches; ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss or a gradient
-    that is not finite, or adapters without a gradient, stop the training. With ``rules=2`` a warm-up begins above 0
-    and no two seeds have an order of the samples in common.
+    cannot be; what methods add to the loss (`lorafa.penalty`) is added; N steps equal k steps, a checkpoint, and N - k
+    more, bit for bit; the evaluation loss is a mean over tokens, not over batches;
+    ``train_sampling_strategy="group_by_length"`` orders by seed and epoch alone; a loss or a gradient that is not
+    finite stops the training. With ``rules=2`` a warm-up begins above 0 and no two seeds have an order of the samples
+    in common.
 
     With several processes accelerate repeats samples to fill the last evaluation batch, and they count twice. Under
     FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
 
     Args:
-        model: `lorafa.PeftModel` (or PEFT's) of a transformers model.
+        model: a causal language model of transformers, plain or with adapters.
         args: `transformers.TrainingArguments`.
         chunked_loss: compute the loss at supervised positions only, in chunks; False keeps the model's own.
         chunk_tokens: rows that go through the output head at once; None chooses by memory.
         trial: what a trial of that loss on this model has shown; None makes one.
-        check_gradients: stop after the first backward pass if an adapter got no gradient. Turn it off where that is
-            right, as with experts no token was sent to.
         rules: how warm-ups count and samples are ordered: 1 as in `transformers.Trainer`, 2 as in a run of the command
             (``train.rules``). None takes 1, and in a training that is resumed what its checkpoint was made with.
         decode: from token ids to text, for errors that name rows.
         **settings: everything else `transformers.Trainer` takes.
-
-    Raises:
-        ConfigError: the model has no adapters.
     """
 
-    _zero_gradients_are_right = False  # as they are where a loss is none, but not of next tokens
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -76,12 +73,11 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         chunked_loss: bool = True,
         chunk_tokens: int | None = None,
         trial: Trial | None = None,
-        check_gradients: bool = True,
         rules: int | None = None,
         decode: Callable[[list[int]], str] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(model, args, check_gradients=check_gradients, **settings)
+        super().__init__(model, args, **settings)
         self.decode = decode
         self._batches_of_step: Sequence[Mapping[str, Any]] = ()
         self._rules_given = rules
@@ -178,6 +174,10 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
             return f" ({named} {shorten(places, 8)}{begins})"
         return f" ({named} {shorten((str(number) for number, _ in known), 8)} of the training rows{begins})"
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(as_read(inputs))
+        return prepared
+
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
@@ -272,7 +272,7 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
         super()._run_epoch(**kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        base: Any = self.model.get_base_model()
+        base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._signature_columns: list[str] = [*inspect.signature(base.forward).parameters, *self.label_names]
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -291,7 +291,8 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._require_finite()
         self.state.stateful_callbacks[MARK] = {"rules": self.rules}
-        super()._save_checkpoint(*args, **kwargs)
+        with whole_or_none(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _require_finite(self) -> None:
         bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
@@ -319,3 +320,20 @@ def _found(dataset: Any, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, str
         if tokens in wanted:
             found.setdefault(tokens, (index + 1, getattr(sample, "place", "")))
     return [found[row] for row in rows if row in found]
+
+
+class LoraTrainer(SupervisedTrainer, AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
+    """:class:`SupervisedTrainer`, whose arguments it takes, for a model with adapters.
+
+    Checkpoints hold the adapters, not the base; adapters without a gradient stop the training.
+
+    Args:
+        model: `lorafa.PeftModel` (or PEFT's) of a transformers model.
+        check_gradients: stop after the first backward pass if an adapter got no gradient. Turn it off where that is
+            right, as with experts no token was sent to.
+
+    Raises:
+        ConfigError: the model has no adapters.
+    """
+
+    _zero_gradients_are_right = False  # as they are where a loss is none, but not of next tokens

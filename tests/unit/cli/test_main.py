@@ -86,7 +86,7 @@ def test_help_of_train_lists_every_setting_with_its_default(capsys: pytest.Captu
     text = capsys.readouterr().out
     assert [name for name in KEYS if f"\n  {name}=" not in text] == []
     assert f"\n  peft.r={compose().peft.r}\n" in text
-    assert "peft=dora|lora|qv|rslora" in text
+    assert "peft=dora|full_ft|lora|qv|rslora" in text
     assert "Rank: inner dimension of B @ A." in text
 
 

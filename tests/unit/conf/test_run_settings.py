@@ -56,7 +56,7 @@ def test_every_field_of_lora_config_can_be_reached() -> None:
     """Through peft, or through the group it is about; the rest are records that the library writes."""
     elsewhere = {"init_lora_weights", *START_SETTINGS} | {"init_seed", "task_type", "revision"}
     records = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
-    reached = {field.name for field in fields(schema.PeftConfig)} - {"adapter"}
+    reached = {field.name for field in fields(schema.PeftConfig)} - set(schema.PeftConfig.in_its_place)
     assert reached | elsewhere | records == {field.name for field in fields(LoraConfig)}
     assert not reached & (elsewhere | records)
 
@@ -201,7 +201,7 @@ def test_a_config_is_frozen() -> None:
             "init.angle=x",
             r"no setting 'init.angle' for init=default \(found 'x'\)\. init=default has: mode, bsz,",
         ),
-        ("peft=dorra", r"peft has no option 'dorra'. Did you mean 'dora'\? Known: dora, lora"),
+        ("peft=dorra", r"peft has no option 'dorra'. Did you mean 'dora'\? Known: dora, full_ft"),
         ("peft.r=a", r"peft.r must be an integer, found 'a' \(str\). Write peft.r=8 for example."),
         ("peft.r='8'", r"peft.r must be an integer, found '8' \(str\)"),
         ("peft.r=true", r"peft.r must be an integer, found True \(bool\)"),

@@ -19,7 +19,7 @@ from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
 from lorafa.registry import Registry
-from lorafa.settings.checks import check_int, check_number
+from lorafa.settings.checks import check_choice, check_int, check_number
 from lorafa.settings.declared import declared
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.methods import (
@@ -31,8 +31,9 @@ from lorafa.settings.methods import (
 )
 from lorafa.settings.typed import Key
 from lorafa.train.settings.init import InitConfig
-from lorafa.train.settings.optim import OptimConfig
+from lorafa.train.settings.optim import OptimConfig, entry_of
 from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.trackers import TRACKERS, names_in
 
 SEEDS = 2**32
 """How many seeds NumPy's generator knows; transformers seeds it with PyTorch's."""
@@ -60,6 +61,9 @@ class ModelConfig(OpenGroup):
     """How attention is computed; auto leaves it to transformers. On a CPU eager is faster for short samples."""
     cache_dir: str | None = None
     """Folder for fetched models; null takes the user's cache."""
+    add_tokens: list[str] | None = None
+    """Texts to make tokens of. Their rows of the embedding, and of a head apart from it, are trained and kept with the
+    adapter; the tokenizer that knows them is kept beside it."""
     own: Any = None
     """A model has no settings of its own."""
 
@@ -148,8 +152,13 @@ class DataConfig(OpenGroup):
 class PeftConfig:
     """The adapter; ranges are checked by `lorafa.LoraConfig`, whose names these are."""
 
+    in_its_place: ClassVar[tuple[str, ...]] = ("adapter", "full")
+    """Settings that say what is trained in the place of a new adapter."""
     adapter: str | None = None
     """Folder of an adapter to train on; all other settings of peft are then those of its file."""
+    full: bool = False
+    """Train every weight of the model, in float32, and no adapter: what adapters are compared with. The weights are
+    kept, and measured, in model.dtype. All other settings of peft, and init, stay as they are then."""
     r: int = 8
     """Rank: inner dimension of B @ A."""
     lora_alpha: int | float = 8
@@ -231,6 +240,9 @@ class TrainConfig:
     """Forward passes in one optimizer step."""
     group_by_length: bool = True
     """Put samples of like length into one batch, to pad less."""
+    packing: bool = False
+    """Put several samples into one row of up to data.max_length tokens, so that little is padding. batch_size counts
+    such rows then. Samples do not see each other, and the loss is that of the same samples in rows of their own."""
     chunked_loss: bool = True
     """Send only the supervised positions through the output head, in chunks; same loss, less memory."""
     gradient_checkpointing: bool = False
@@ -335,8 +347,18 @@ class RunConfig:
     the same; or take the next free name, <run_dir>-2 and so on."""
     threads: int | None = None
     """Processor threads; null takes PyTorch's choice."""
+    report_to: str | list[str] = "none"
+    """Where the training is reported beside its own record: none, or one or several of tensorboard (into the run
+    directory), wandb, trackio, mlflow. Each goes by its own environment variables, WANDB_MODE=offline for example."""
+    report_project: str = "lorafa"
+    """The project, or experiment, it is filed under there; the run is called like its directory."""
 
     def __post_init__(self) -> None:
+        trackers = names_in(self.report_to)
+        for name in trackers:
+            check_choice("report_to", name, ["none", *TRACKERS.names()])
+        if "none" in trackers or len({*trackers}) < len(trackers):
+            raise ConfigError(f"report_to={','.join(trackers)} contradicts itself. Name each once, or none alone.")
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
             _check_at_most("threads", self.threads, MOST_THREADS)
@@ -346,6 +368,8 @@ class RunConfig:
                 f"{chosen} would change nothing: peft.adapter={self.peft.adapter} starts where its file stands. Drop "
                 "one of the two."
             )
+        if self.peft.full:
+            self._check_full()
         if SCHEDULES.get(self.optim.schedule).measured and not (self.train.eval_every or self.train.keep_best):
             raise ConfigError(
                 f"optim.schedule={self.optim.schedule} goes by the held-out loss, which is not measured on the way. "
@@ -353,6 +377,26 @@ class RunConfig:
             )
         if self.train.steps is not None:
             check_rise(self.optim, self.train.steps, f"train.steps={self.train.steps}")
+
+    def _check_full(self) -> None:
+        """Raises ConfigError for what needs an adapter."""
+        without = PeftConfig(full=True)
+        changed = [f"peft.{one.name}" for one in fields(PeftConfig) if _differs(self.peft, without, one.name)]
+        changed += [f"init.{one.name}" for one in fields(InitConfig) if _differs(self.init, InitConfig(), one.name)]
+        if changed:
+            raise ConfigError(
+                f"{changed[0]} is a setting of an adapter, and peft.full=true trains the model itself, without one. "
+                "Drop one of the two."
+            )
+        if entry_of(self.optim).make is not None:
+            raise ConfigError(
+                f"optim={self.optim.name} works on the factors A and B of adapters, and with peft.full=true there are "
+                "none. Choose another, optim=adamw for example."
+            )
+
+
+def _differs(one: Any, other: Any, name: str) -> bool:
+    return bool(getattr(one, name) != getattr(other, name))
 
 
 def check_rise(optim: OptimConfig, steps: int, length: str) -> None:

@@ -1,0 +1,62 @@
+"""New tokens: names for them in the tokenizer, and rows in the tables of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lorafa.errors import ConfigError, shorten
+
+
+def add_tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Make a token of each text, and give it a row in the embedding and in the head.
+
+    A row starts at the mean of those of the tokens that the text was written with before. The tables grow where they
+    have no rows to spare, which leaves all others as they are.
+
+    Args:
+        model: a causal language model of transformers; it and its tokenizer are changed.
+
+    Returns:
+        The ids of the texts, in their order.
+
+    Raises:
+        ConfigError: a text is empty, is given twice, is a token already, or cannot be written with the old tokens.
+    """
+    known = tokenizer.get_vocab()
+    twice = sorted({text for text in texts if texts.count(text) > 1})
+    if taken := [text for text in texts if text in known] or twice:
+        raise ConfigError(
+            f"model.add_tokens: {shorten(map(repr, taken))} {'is' if len(taken) == 1 else 'are'} given twice or "
+            "known to the tokenizer already. Leave it out."
+        )
+    before = [tokenizer(text, add_special_tokens=False).input_ids if text.strip() else [] for text in texts]
+    if blank := [text for text, ids in zip(texts, before, strict=True) if not ids]:
+        raise ConfigError(f"model.add_tokens: {blank[0]!r} is no text that could be a token. Leave it out.")
+    tokenizer.add_tokens(list(texts))
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(texts))
+    if max(ids) >= len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        for table in _tables(model):
+            for row, pieces in zip(ids, before, strict=True):
+                mean = table.weight[pieces].to(torch.float32).mean(dim=0)
+                table.weight[row] = mean.to(table.weight.dtype)
+                if getattr(table, "bias", None) is not None:
+                    table.bias[row] = table.bias[pieces].mean()
+    return ids
+
+
+def rows_to_train(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
+    """The tables that have the rows of tokens, by their names in the model; of those that share a weight the first."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {names[id(table)]: list(ids) for table in _tables(model)}
+
+
+def _tables(model: Any) -> Iterator[Any]:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    yield embedding
+    if head is not None and head.weight is not embedding.weight:
+        yield head
