@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
+from lorafa.errors import shorten
 
 POSITIONS = "positions_of_samples"
 """What a packed batch has beside ids, mask and labels: int64 (rows, longest), counted from 0 in each sample."""
@@ -31,6 +32,12 @@ class Pack:
     def labels(self) -> list[int]:
         """Those of the samples; nothing is asked of the token before a sample's first one, which belongs to another."""
         return [label for sample in self.samples for label in (IGNORE, *sample.labels[1:])]
+
+    @property
+    def place(self) -> str:
+        """Where the rows stand, for messages; an empty text where that is not known of all."""
+        places = [sample.place for sample in self.samples]
+        return shorten(places, 3) if all(places) else ""
 
     @property
     def positions(self) -> list[int]:

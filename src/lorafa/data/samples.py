@@ -185,10 +185,9 @@ class Samples(Sequence[Sample]):
         return map(self.stored.sample, self.order)
 
     @property
-    def lengths(self) -> npt.NDArray[Any]:
-        """Tokens of each."""
-        found: npt.NDArray[Any] = self.stored.sizes[self.order]
-        return found
+    def lengths(self) -> array[int]:
+        """Tokens of each: plain integers when they are read, and four bytes each until then."""
+        return array("i", self.stored.sizes[self.order].astype("i").tobytes())
 
     def tokens(self) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
         """The ids of each, and which of them are trained."""

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafa.data.chat import Sample
+from lorafa.data.packing import Packs
 from lorafa.data.samples import InFile, InMemory, Samples, SampleWriter, Stored
 from lorafa.errors import SourceError
-from lorafa.train.sampling import lengths_of
+from lorafa.train.sampling import LengthSampler, lengths_of
 
 PLACES = [
     "d.jsonl, line 3",
@@ -51,7 +52,7 @@ def test_what_is_read_is_what_was_written(parts: list[tuple[list[tuple[int, bool
     assert [(ids.tolist(), trained.tolist()) for ids, trained in found.tokens()] == [
         (one.input_ids, [label != -100 for label in one.labels]) for one in samples
     ]
-    assert lengths_of(found).tolist() == lengths_of(samples)  # type: ignore[attr-defined]
+    assert lengths_of(found).tolist() == lengths_of(samples)
 
 
 def three() -> list[Sample]:
@@ -67,6 +68,16 @@ def test_an_order_may_leave_samples_out_and_repeat_them_and_is_cut_like_a_list()
     assert not Samples(stored(samples)[0], np.zeros(0, int))
     with pytest.raises(IndexError):
         found[3]
+
+
+def test_what_is_packed_or_ordered_by_length_is_that_of_the_same_samples_in_a_list() -> None:
+    samples = [Sample([1] * size, [1] * size, place=f"d, row {size}") for size in (300, 5, 90, 700, 12, 5)]
+    found = Samples(stored(samples)[0], np.arange(6))
+    packs, same = (Packs(rows, lengths_of(rows), 1000) for rows in (found, samples))
+    assert list(packs) == list(same)
+    assert packs[0].place == "d, row 700, d, row 300"
+    orders = [list(LengthSampler(lengths_of(rows), 2, 0)) for rows in (found, samples)]
+    assert orders[0] == orders[1]
 
 
 def test_samples_of_a_file_can_be_sent_to_another_process(tmp_path: Path) -> None:
