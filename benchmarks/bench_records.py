@@ -21,7 +21,7 @@ from harness import Contender, emit, timed, verdict
 
 NAME = "records"
 ROWS = {"text": (10_000, 100_000, 1_000_000), "pairs": (10_000, 100_000)}
-BYTES = 48.0
+BYTES = 44.0
 """Bytes of memory a row may take, of all that grow with the rows."""
 
 

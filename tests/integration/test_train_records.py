@@ -79,13 +79,19 @@ def test_several_sources_are_mixed_by_weight_and_said(
     assert main(["train", f"train.resume={run}", "train.steps=5"]) == 0
 
 
-def test_plain_texts_are_trained_and_measured(workplace: Path, tmp_path: Path) -> None:
+def test_plain_texts_are_trained_and_measured(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = write_rows(tmp_path / "texts.jsonl", [{"text": f"A text of the number {n}."} for n in range(20)])
     run = tmp_path / "run"
     assert main(command(workplace, run, f"data={rows}")) == 0
     result = read(run / "result.json")
     assert result["after"]["loss"] > 0
     assert "total" not in result["after"]
+    assert main(command(workplace, tmp_path / "other", f"data={rows}", "data.template=plain")) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "data.template=plain would change nothing: the records of" in said
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_is_one_source_and_its_bad_row_is_named_before_a_run_is_made(

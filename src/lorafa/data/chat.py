@@ -84,6 +84,11 @@ class Encoder:
         self._said: dict[str, tuple[int, str]] = {}
         self._writing: tuple[Writer, Tokens] | None = None
 
+    @property
+    def templated(self) -> bool:
+        """Whether a chat template has written any of them."""
+        return self._writing is not None
+
     def sample(self, record: Record) -> Sample:
         """The sample of a record, cut at ``max_length``."""
         ids, labels, end, said = self._text(record) if record.plain else self._conversation(record)
@@ -112,7 +117,7 @@ class Encoder:
                 f"answer to start does so at token {(self._earliest or 0) + 1}. Raise data.max_length, or shorten the "
                 "prompts."
             )
-        without = [] if self._writing is None or self.tokenizer.chat_template else [_no_template()]
+        without = [_no_template()] if self.templated and not self.tokenizer.chat_template else []
         rows = f"{self.rows:,} rows"
         return without + [f"{count:,} of {rows} {what}. The first: {one}." for what, (count, one) in self._said.items()]
 

@@ -71,14 +71,23 @@ def open_file(name: str, settings: FileSettings) -> Source:
         SourceError: there is no file of rows.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and format_of(path) is None:
-        return Tables(name, _tables(path), settings.columns())
+    whole_folder = path.is_dir() and format_of(path) is None
+    return Tables(name, _tables(path) if whole_folder else [table_of(name)], settings.columns())
+
+
+def table_of(name: str) -> Table:
+    """The file of that name.
+
+    Raises:
+        SourceError: it is not there, or no file of rows.
+    """
+    path = Path(name).expanduser()
     kind = format_of(path)
     if kind is None:
         raise SourceError(f"No folder {name!r}. Check data=, it is a path to a file or a folder of files.")
     table = kind(path)
     with table.reading():
-        return Tables(name, [table], settings.columns())
+        return table
 
 
 def _tables(folder: Path) -> list[Table]:

@@ -64,20 +64,28 @@ class HubRows:
 
 
 def _open(name: str, settings: HubSettings) -> Source:
-    import datasets  # takes seconds to import, and only rows of the Hub need it
-
     if Path(name).expanduser().exists():
         raise no_such_data_set(name)
+    return HubRows(name, hub_dataset(name, settings), settings.columns())
+
+
+def hub_dataset(name: str, settings: HubSettings) -> Any:
+    """The data set as `datasets` has it.
+
+    Raises:
+        SourceError: it cannot be fetched.
+    """
+    import datasets  # takes seconds to import, and only rows of the Hub need it
+
     subset, split = settings.subset, settings.split
     try:
-        rows = datasets.load_dataset(name, subset, split=split, revision=settings.revision)
+        return datasets.load_dataset(name, subset, split=split, revision=settings.revision)
     except Exception as error:  # of the library itself, of its network stack, of its file readers
         others = " or ".join(f"data={known}" for known in data_set_names())
         raise SourceError(
             f"Could not load {name} (subset {subset}, split {split}) from the Hub: {first_line(error)}. Next step: "
             f"check data.subset, data.split and the connection, or give data=<file.jsonl>, or {others}."
         ) from error
-    return HubRows(name, rows, settings.columns())
 
 
 HUB = DataSet(open=_open, settings=HubSettings, takes=_is_hub_id)

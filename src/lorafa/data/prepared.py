@@ -56,6 +56,8 @@ class SampleSet:
     """Tokens to train on, and how many of them carry a label."""
     highest: int
     """The highest id in any sample."""
+    templated: bool
+    """Whether a chat template has written any sample to train on; of plain texts it writes none."""
     lengths: npt.NDArray[np.int32] = field(compare=False)
     """Tokens of each sample, one that is trained on twice counted once; in no order."""
     found: Path | None = None
@@ -134,7 +136,7 @@ def _encoded(
     writer = SampleWriter(out)
     encoder = Encoder(tokenizer, max_length)
     train, facts = _known(_of_training(selection, encoder, writer, progress), encoder, writer)
-    remarks, heldout, held = encoder.remarks(), np.zeros(0, np.int32), None
+    remarks, templated, heldout, held = encoder.remarks(), encoder.templated, np.zeros(0, np.int32), None
     if selection.heldout:
         encoder = Encoder(tokenizer, max_length)
         numbers = [_written(encoder.sample(record), writer) for record in selection.heldout]
@@ -147,6 +149,7 @@ def _encoded(
         "remarks": remarks,
         "train": facts,
         "heldout": held,
+        "templated": templated,
         "source": selection.source,
         "repeated": selection.repeated,
         **_survey(Samples(stored, train), Samples(stored, heldout)),
@@ -197,6 +200,9 @@ def _survey(train: Samples, heldout: Samples) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "tokens": counts[0], "trained": counts[1], "highest": highest}
 
 
+_FACTS = ("source", "repeated", "sha256", "tokens", "trained", "highest", "templated")
+
+
 def _as_set(stored: Stored, contents: Contents, records: Sequence[Record]) -> SampleSet:
     facts = contents.facts
     for text in facts["remarks"]:
@@ -206,6 +212,6 @@ def _as_set(stored: Stored, contents: Contents, records: Sequence[Record]) -> Sa
         known = known or {"dropped": 0, "truncated": 0, "ends": []}
         return Encoded(Samples(stored, order), known["dropped"], known["truncated"], frozenset(known["ends"]))
 
-    rest = {name: facts[name] for name in ("source", "repeated", "sha256", "tokens", "trained", "highest")}
+    rest = {name: facts[name] for name in _FACTS}
     train, heldout = encoded(contents.train, facts["train"]), encoded(contents.heldout, facts["heldout"])
     return SampleSet(train, heldout, records, lengths=stored.sizes, **rest)

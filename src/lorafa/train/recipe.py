@@ -126,6 +126,11 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         tokenizer.chat_template = template
     with _bar_of_rows(console, data.count()) as bar:
         samples = prepare_samples(data, tokenizer, config.data.max_length, config.data.cache, bar)
+    if template is not None and not samples.templated:
+        raise ConfigError(
+            f"data.template={config.data.template} would change nothing: the records of {samples.source} are plain "
+            "texts, which no chat template writes. Leave it out."
+        )
     if not samples.records and (wants := _wants_heldout(config)):
         raise DataError(
             f"{wants} goes by held-out rows, and none of {samples.source} are held out. Set data.eval_size or "

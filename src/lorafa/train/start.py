@@ -81,8 +81,8 @@ def _require_answers(rows: Sequence[Sample], longest: int) -> None:
     for number, row in enumerate(rows, 1):
         if not any(label != IGNORE for label in row.labels[1:longest]):
             raise DataError(
-                f"init reads gradients, and row {number} of the training rows has no trained token among its first "
-                f"{longest}. Raise init.max_length."
+                f"init reads gradients, and {row.place or f'row {number} of the training rows'} has no trained token "
+                f"among its first {longest}. Raise init.max_length."
             )
 
 
