@@ -3,8 +3,9 @@
     python benchmarks/bench_records.py            # 10k, 100k and 1M plain texts, 10k and 100k conversations
     python benchmarks/bench_records.py 10000      # of this many alone
 
-Each start is a process of its own. A first start reads and tokenizes and fills the cache; a second one takes the tokens
-from there and looks at each once. Memory is what the process takes beyond what it had before it saw the records.
+Each start is a process of its own. A first start reads and tokenizes and fills the cache; a second one checks the
+cached file and takes the tokens from there. Memory is what the process takes beyond what it had before it saw the
+records.
 """
 
 from __future__ import annotations
