@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from lorafa.peft_model import PeftModel
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.progress import RunCallback
-from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
-from lorafa.train.settings.run import RunConfig, check_rise
+from lorafa.train.settings.optim import check_rise, pair_optimizer, schedule_of_trainer, stock_arguments, warmup_of
+from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.trainer import LoraTrainer
 
@@ -92,6 +92,27 @@ def check_length(config: RunConfig, rows: int) -> None:
         check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")
 
 
+def in_steps(config: RunConfig, rows: int) -> RunConfig:
+    """The settings with all that depends on the number of rows written in steps."""
+    train, steps = config.train, steps_in_all(config, rows)
+
+    def every(epochs: float | None, given: int) -> int:
+        """As published scripts count: whole rows, then whole batches."""
+        return given if epochs is None else max(1, int(rows * epochs) // (train.batch_size * train.accumulation))
+
+    return replace(
+        config,
+        train=replace(
+            train,
+            checkpoint_every=every(train.checkpoint_epochs, train.checkpoint_every),
+            checkpoint_epochs=None,
+            eval_every=every(train.eval_epochs, train.eval_every),
+            eval_epochs=None,
+        ),
+        optim=replace(config.optim, warmup=warmup_of(config.optim, steps)),
+    )
+
+
 def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
     """The settings as `transformers.Trainer` takes them."""
     train, optim = config.train, config.optim
@@ -101,7 +122,7 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         options["save_total_limit"] = train.keep_checkpoints
     if train.gradient_checkpointing:
         options["gradient_checkpointing"] = True
-    if train.keep_best or train.eval_every:
+    if train.measures:
         options |= {"eval_strategy": "steps", "eval_steps": train.eval_every or train.checkpoint_every}
     if train.keep_best or SCHEDULES.get(optim.schedule).measured:
         options |= {"metric_for_best_model": "loss", "greater_is_better": False}
@@ -140,16 +161,15 @@ def fit(
         # Its last part was all but done; transformers would take one step more.
         material.model.load_adapter(state["best_model_checkpoint"] or str(checkpoint), "default", is_trainable=True)
         return Fitted(steps, stopped)
-    measured = config.train.keep_best or config.train.eval_every
     trainer = LoraTrainer(
         material.model,
-        training_arguments(config, output_dir),
+        training_arguments(in_steps(config, len(material.train)), output_dir),
         chunked_loss=config.train.chunked_loss,
         trial=material.trial,
         rules=config.train.rules,
         decode=material.decode,
         train_dataset=material.train,
-        eval_dataset=material.heldout[: config.train.eval_size] if measured else None,
+        eval_dataset=material.heldout[: config.train.eval_size] if config.train.measures else None,
         data_collator=material.collator,
         callbacks=[callback, *([] if config.train.patience is None else [Patience(config.train.patience)])],
         optimizers=(pair_optimizer(material.model, config.optim), None),

@@ -30,8 +30,8 @@ DEFAULTS: dict[str, Any] = {
              "template": None, "seed": 0, "templates": 24, "cache_dir": None},
     "init": {"mode": "default", "bsz": 1, "iters": 8, "max_length": 1024, "passes": 1, "ranks": None, "r_min": None,
              "r_max": None},
-    "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0, "warmup": 0.05, "schedule": "linear",
-              "max_grad_norm": 1.0, "betas": [0.9, 0.999], "eps": 1e-8},
+    "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0, "warmup": 0.05, "shorten_warmup": False,
+              "schedule": "linear", "max_grad_norm": 1.0, "betas": [0.9, 0.999], "eps": 1e-8},
     "eval": {"name": "gsm8k", "before": True, "batch_size": 32, "size": 64, "max_new_tokens": 128, "extract": "number"},
     "run_dir": None,
     "threads": None,
@@ -194,7 +194,7 @@ def test_a_config_is_frozen() -> None:
         ("lr=1", r"There is no setting 'lr'. Did you mean 'optim.lr'\?"),
         (
             "init.mode=pisa",
-            r"init.mode has no value 'pisa'. Did you mean 'pissa'\? Known: corda, default, ",
+            r"init.mode has no value 'pisa'. Did you mean 'pissa'\? Known: both_random, corda, default, ",
         ),
         ("init=gradient init.direction=x", "init.direction must be one of LoRA-One, LoRA-FA, ArB2r, "),
         (
