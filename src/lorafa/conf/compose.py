@@ -172,7 +172,7 @@ def _may_be_own(key: str) -> bool:
 
 def _is_path(key: str) -> bool:
     """Settings that are paths are called so: what the grammar cannot read (``~/runs``) is taken as it stands."""
-    return key.endswith(("_dir", "_file")) or key in ("train.resume", "peft.adapter")
+    return key.endswith(("_dir", "_file")) or key in ("train.resume", "peft.adapter", "data.file")
 
 
 def _nearest(key: str) -> str:

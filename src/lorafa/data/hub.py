@@ -37,11 +37,16 @@ def _is_hub_id(name: str) -> bool:
 def _load(wanted: Wanted, settings: HubSettings) -> Records:
     if Path(wanted.name).expanduser().exists():
         raise no_such_data_set(wanted.name)
-    rows = _rows(wanted.name, settings)
+    rows = hub_rows(wanted.name, settings)
     return records_of(rows, wanted, settings.prompt_column, settings.completion_column)
 
 
-def _rows(name: str, settings: HubSettings) -> list[tuple[str, Row]]:
+def hub_rows(name: str, settings: HubSettings) -> list[tuple[str, Row]]:
+    """The rows of a data set of the Hub, each with where it stands.
+
+    Raises:
+        SourceError: it cannot be loaded.
+    """
     import datasets  # takes seconds to import, and only rows of the Hub need it
 
     subset, split = settings.subset, settings.split
