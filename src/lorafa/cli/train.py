@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafa.errors import ConfigError
@@ -61,23 +62,35 @@ def run(args: argparse.Namespace, console: Console) -> int:
     config = compose(args.overrides)
     longer = longer_of(args.overrides, config) if config.train.resume else None
     if args.dry_run:
-        return _dry_run(config, longer, console)
+        return show(config, longer, console)
+    from lorafa.runs.experiment import resume_run
+
+    if not config.train.resume:
+        return carry_out(config, console, args.command)
+    return conclude(resume_run(config.train.resume, console, args.command, longer), console)
+
+
+def carry_out(config: RunConfig, console: Console, command: Sequence[str]) -> int:
+    """Start a run, or continue it where the settings say so, and show what came out."""
+    from lorafa.runs.experiment import start_run
+
+    return conclude(start_run(config, console, command), console)
+
+
+def conclude(path: Path, console: Console) -> int:
+    """Show what came out of a run, and write its report."""
     from lorafa.report.page import write_report
     from lorafa.report.tables import result_tables
-    from lorafa.runs.experiment import resume_run, start_run
     from lorafa.runs.record import RunDirectory
 
-    if config.train.resume:
-        path = resume_run(config.train.resume, console, args.command, longer)
-    else:
-        path = start_run(config, console, args.command)
     console.print(result_tables(RunDirectory(path)))
     text = f"Adapter: {path / 'adapter'}\nReport:  {write_report(path)}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
-def _dry_run(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) -> int:
+def show(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) -> int:
+    """Show what a run would do, and do none of it."""
     from lorafa.runs.experiment import begun, resumable
     from lorafa.runs.record import RunDirectory
     from lorafa.settings.typed import plain
@@ -104,7 +117,7 @@ LONGER = ("steps", "epochs", "patience")
 
 def longer_of(overrides: Sequence[str], config: RunConfig) -> dict[str, Any]:
     """How long the continued run is to be, where that is said; other settings are refused."""
-    named = {text: text.lstrip("+").partition("=")[0].replace("model.epochs", "train.epochs") for text in overrides}
+    named = {text: text.lstrip("+").partition("=")[0] for text in overrides}
     others = [text for text, key in named.items() if key not in ("train.resume", *(f"train.{one}" for one in LONGER))]
     if others:
         raise ConfigError(

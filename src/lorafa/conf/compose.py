@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,13 +26,8 @@ from lorafa.train.settings.run import RunConfig
 
 FOLDER = Path(__file__).parent
 KEYS: Mapping[str, Key] = {key.name: key for key in keys(RunConfig)}
-ALIASES: Mapping[str, str] = {
-    "peft.lora_r": "peft.r",
-    "dataset_name": "data",
-    "model.epochs": "train.epochs",
-    "init.weight": "init.scale",
-}
-"""Names that published commands use -> the name here."""
+ALIASES: Mapping[str, str] = {"peft.lora_r": "peft.r"}
+"""Names that other documents use -> the name here; those of published scripts are in :mod:`lorafa.scripts`."""
 EITHER = (("train.steps", "train.epochs"), ("data.eval_size", "data.eval_file"))
 """Settings that exclude each other."""
 OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
@@ -143,9 +138,9 @@ def translate(text: str) -> list[str]:
         return _chosen(key, value)
     if key not in KEYS and not _may_be_own(key):
         raise ConfigError(f"There is no setting {key!r}.{_nearest(key)} `lorafa train --help` lists all of them.")
-    if _is_path(key) and not _is_readable(f"{key}={value}"):
-        return [f"++{key}={_quoted(value)}"]
-    _check_grammar(text, key, value)
+    if _is_path(key) and not is_readable(f"{key}={value}"):
+        return [f"++{key}={quoted(value)}"]
+    read_value(text, key, value)
     return [f"++{key}={value}"]
 
 
@@ -161,7 +156,7 @@ def _chosen(group: str, option: str) -> list[str]:
         known = ", ".join(name for name in options if name != CUSTOM)
         raise ConfigError(f"{group}= is followed by nothing. Name {any_name}, or one of: {known}.")
     base = [f"{group}={CUSTOM}"] if CUSTOM in _files(group) else []
-    return [*base, f"++{group}.{chooser(group)}={_quoted(option)}"]
+    return [*base, f"++{group}.{chooser(group)}={quoted(option)}"]
 
 
 def _may_be_own(key: str) -> bool:
@@ -181,7 +176,8 @@ def _nearest(key: str) -> str:
     return f" Did you mean {same_leaf[0]!r}?" if same_leaf else did_you_mean(key, [*KEYS, *groups()])
 
 
-def _is_readable(override: str) -> bool:
+def is_readable(override: str) -> bool:
+    """Whether Hydra's grammar can read an override."""
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:
@@ -189,18 +185,27 @@ def _is_readable(override: str) -> bool:
     return True
 
 
-def _check_grammar(text: str, key: str, value: str) -> None:
+def read_value(text: str, key: str, value: str) -> Any:
+    """The value that an override, whose text is for errors, gives its key.
+
+    Raises:
+        ConfigError: it cannot be read, or is several values.
+    """
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
         raise ConfigError(
             f"The value of {text!r} cannot be read: {first_line(error).partition(' expecting ')[0]}. Close its "
-            f'brackets, or if it is a text, put quotes inside the quotes: "{key}={_quoted(value)}".'
+            f'brackets, or if it is a text, put quotes inside the quotes: "{key}={quoted(value)}".'
         ) from error
     if parsed.is_sweep_override():
-        raise ConfigError(f"{text!r} names several values, but a run has one. Write a list as [a,b], a text in quotes.")
+        raise ConfigError(
+            f"{text!r} names several values, but a run has one. Add -m for a run of each; write a list as [a,b], a "
+            "text in quotes."
+        )
+    return parsed.value()
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A text in Hydra's single quotes, where a backslash is special only in front of a quote."""
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"

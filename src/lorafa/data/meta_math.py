@@ -39,8 +39,8 @@ def _load(wanted: Wanted, settings: MetaMathSettings) -> Records:
     chosen = [(place, row) for place, row in rows if KIND in _type(row, place)]
     if not chosen:
         raise DataError(
-            f"{source} holds no row of GSM8K: none of its {len(rows)} rows has {KIND} in its column 'type'. Give a copy "
-            f"of {FILE}."
+            f"{source} holds no row of GSM8K: none of its {len(rows)} rows has {KIND} in its column 'type'. Give a "
+            f"copy of {FILE}."
         )
     convert = converter(source, chosen[0][1], "query", "response")
     return _split([_as_published(convert(row, place)) for place, row in chosen], wanted, source)
@@ -85,8 +85,8 @@ def _split(records: list[Record], wanted: Wanted, source: str) -> Records:
     if len(heldout) < held or len(rest) < asked:
         raise DataError(
             f"{source} holds {count} rows of GSM8K, of which the first {max(first, 0)} may be trained on "
-            f"({max(first, 0) - len(rest)} of them repeat a held-out question), asked for {held} to evaluate and {asked} "
-            "to train on. Lower data.eval_size or data.train_size."
+            f"({max(first, 0) - len(rest)} of them repeat a held-out question), asked for {held} to evaluate and "
+            f"{asked} to train on. Lower data.eval_size or data.train_size."
         )
     return Records(rest[: wanted.train_size], heldout, source, max(first, 0) - len(rest))
 

@@ -45,7 +45,7 @@ def _uniform(shape: Shape, std: float, generator: torch.Generator) -> Tensor:
 def _orthogonal(shape: Shape, std: float, generator: torch.Generator) -> Tensor:
     """Orthonormal rows or columns, whichever are fewer."""
     tall = torch.empty((*shape[:-2], max(shape[-2:]), min(shape[-2:]))).normal_(generator=generator)
-    Q = torch.linalg.qr(tall).Q
+    Q: Tensor = torch.linalg.qr(tall).Q
     return Q if shape[-2] >= shape[-1] else Q.mT.contiguous()
 
 

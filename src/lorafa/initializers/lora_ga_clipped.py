@@ -1,4 +1,4 @@
-"""LoRA-GA with the clip of its authors' scripts (``init.norm_clip``): a start no larger than the weight it is taken of."""
+"""LoRA-GA with the clip of its authors' scripts, ``init.norm_clip``: a start no larger than the weight."""
 
 from __future__ import annotations
 

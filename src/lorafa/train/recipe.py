@@ -218,8 +218,8 @@ def _save_merged(prepared: Prepared, folder: Path) -> None:
         prepared.tokenizer.save_pretrained(str(folder))
     except OSError as error:
         raise CheckpointError(
-            f"The merged model could not be written to {str(folder)!r}: {first_line(error)}. The adapter is saved. Make "
-            "room, or set train.save_merged=false."
+            f"The merged model could not be written to {str(folder)!r}: {first_line(error)}. The adapter is saved. "
+            "Make room, or set train.save_merged=false."
         ) from error
 
 

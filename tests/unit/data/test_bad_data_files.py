@@ -94,14 +94,14 @@ def test_what_is_there_but_no_file_of_rows_is_called_what_it_is(tmp_path: Path) 
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(SourceError, match=r"No file '.*d\.jsonl': it is a folder\. Check data="):
         load(tmp_path / "d.jsonl")
-    with pytest.raises(SourceError, match=r"No dataset '.*': it is a folder\. Give word_problems, a file ending in"):
+    with pytest.raises(SourceError, match=r"No dataset '.*': it is a folder\. Give meta_math, word_problems, a f"):
         load(tmp_path)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "nothing")
     with pytest.raises(SourceError, match=r"No file '.*link\.jsonl': it is a link to nothing\."):
         load(tmp_path / "link.jsonl")
     (tmp_path / "d.csv").write_text("prompt,completion\n")
     with pytest.raises(
-        SourceError, match=r"No dataset '.*d\.csv': a file of another kind\. Give word_problems, a file"
+        SourceError, match=r"No dataset '.*d\.csv': a file of another kind\. Give meta_math, word_problems, a file"
     ):
         load(tmp_path / "d.csv")
 

@@ -1,0 +1,10 @@
+"""How many processes work on one run: what `accelerate launch` and `torchrun` tell each of them."""
+
+from __future__ import annotations
+
+import os
+
+
+def processes() -> int:
+    """Processes of this training together; 1 where it was started alone."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
