@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafa.cli.sweeps import HELP, swept
 from lorafa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ examples:
                                                    continue a run that was cut short
   lorafa train train.resume=runs/20260101-120000-lora-r16 train.steps=200
                                                    train one for longer (optim.schedule=constant and its like)
+  lorafa train -m optim.lr=1e-3,2e-3 run_dir=runs/lr
+                                                   a run for each rate, and a table of them
   lorafa train run_dir=runs/a if_exists=resume     start or continue, as a job that is started again should
 
 exit status: 0 done, 1 the work failed (what was recorded stays in the run directory), 2 wrong arguments
@@ -49,16 +52,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         add_help=False,
     )
     parser.add_argument("-h", "--help", action=_HelpWithSettings, help="show this help with all settings and exit")
+    parser.add_argument("-m", "--multirun", action="store_true", help=HELP)
     parser.add_argument("--dry-run", action="store_true", help="show settings, coverage and one sample; train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="a setting, see below")
     return parser
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from lorafa.conf.compose import compose  # Hydra and PyTorch load only when a command runs
+    from lorafa.conf.compose import compose, options  # Hydra and PyTorch load only when a command runs
     from lorafa.train.memory import keep_freed_memory
 
     keep_freed_memory()  # before the first tensor
+    if args.multirun and (status := swept(args, console, compose, options)) is not None:
+        return status
     config = compose(args.overrides)
     longer = longer_of(args.overrides, config) if config.train.resume else None
     if args.dry_run:

@@ -89,6 +89,11 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
+def options(group: str) -> list[str]:
+    """The options of a group; none for what is no group."""
+    return groups().get(group, [])
+
+
 def chooser(group: str) -> str:
     """The setting of an open group that names its entry: ``name``, ``mode``."""
     return next(iter(OPEN_GROUPS[group].opens))
@@ -133,6 +138,8 @@ def translate(text: str) -> list[str]:
     if not equals or key.startswith("~"):
         raise ConfigError(f"{text!r} is not a setting. Write key=value, for example peft.r=16.")
     key = key.lstrip("+")
+    if key.startswith(("hydra.", "hydra/")):
+        raise ConfigError(f"{text!r} says how a sweep is launched, and this is one run. Add -m, or leave it out.")
     key = ALIASES.get(key, key)
     if key in groups():
         return _chosen(key, value)
@@ -147,14 +154,14 @@ def translate(text: str) -> list[str]:
 def _chosen(group: str, option: str) -> list[str]:
     if option in _files(group):
         return [f"{group}={option}"]
-    options, any_name = groups()[group], takes_any_name(group)
-    if any_name is None and option not in options:
+    known, any_name = groups()[group], takes_any_name(group)
+    if any_name is None and option not in known:
         raise ConfigError(
-            f"{group} has no option {option!r}.{did_you_mean(option, options)} Known: {', '.join(options)}."
+            f"{group} has no option {option!r}.{did_you_mean(option, known)} Known: {', '.join(known)}."
         )
     if not option.strip():
-        known = ", ".join(name for name in options if name != CUSTOM)
-        raise ConfigError(f"{group}= is followed by nothing. Name {any_name}, or one of: {known}.")
+        names = ", ".join(name for name in known if name != CUSTOM)
+        raise ConfigError(f"{group}= is followed by nothing. Name {any_name}, or one of: {names}.")
     base = [f"{group}={CUSTOM}"] if CUSTOM in _files(group) else []
     return [*base, f"++{group}.{chooser(group)}={quoted(option)}"]
 

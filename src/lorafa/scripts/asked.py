@@ -51,6 +51,8 @@ def read(words: Sequence[str]) -> Asked:
             choices[key] = _option(key, value)
         elif key in KEYS:
             values[key] = _value(word, key, value)
+        elif key.startswith(("hydra.", "hydra/")):
+            raise ConfigError(f"{word!r} says how a sweep is launched, and this is one run. Add -m, or leave it out.")
         elif key.partition(".")[0] in OURS and key not in ("data", *GROUPS):
             ours.append(word)
         else:

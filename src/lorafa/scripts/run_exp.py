@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorafa.cli.main import Parser, prepared, read_words
 from lorafa.cli.main import main as framed
+from lorafa.cli.sweeps import HELP, swept
 from lorafa.errors import ConfigError
 from lorafa.scripts.published import KEYS
 
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=f"{EXAMPLES}\n\nkeys (key=value):\n{keys_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of several values")
+    parser.add_argument("-m", "--multirun", action="store_true", help=HELP)
     parser.add_argument("--dry-run", action="store_true", help="show settings, coverage and one sample; train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="a key, see below")
     prepared(parser, run)
@@ -66,13 +67,23 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     keep_freed_memory()  # before the first tensor
     from lorafa.cli.train import carry_out, show
+    from lorafa.scripts.published import options
 
-    translated, config = composed(args.overrides)
-    for note in translated.notes:
-        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
-    if args.dry_run or translated.dry_run:
-        return show(config, None, console)
-    return carry_out(config, console, args.command)
+    said: set[str] = set()
+
+    def make(words: Sequence[str]) -> RunConfig:
+        translated, config = composed(words)
+        for note in translated.notes:
+            if note not in said:
+                console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+        said.update(translated.notes)
+        args.dry_run |= translated.dry_run
+        return config
+
+    if args.multirun and (status := swept(args, console, make, options)) is not None:
+        return status
+    config = placed(make(args.overrides), args.overrides)
+    return show(config, None, console) if args.dry_run else carry_out(config, console, args.command)
 
 
 def composed(words: Sequence[str]) -> tuple[Translated, RunConfig]:
@@ -95,15 +106,17 @@ def composed(words: Sequence[str]) -> tuple[Translated, RunConfig]:
         renamed = {name: KEYS[name].passed for name in sorted(asked.given) if KEYS[name].passed not in (None, name)}
         said = [f"{name} is {ours} here." for name, ours in renamed.items() if str(ours) in str(error)]
         raise ConfigError(" ".join([str(error), *said])) from error
-    named = any(text.lstrip("+").startswith(("run_dir=", "if_exists=")) for text in asked.ours)
-    return translated, config if named or config.run_dir is None else placed(config)
+    return translated, config
 
 
-def placed(config: RunConfig) -> RunConfig:
+def placed(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """The run in the first directory of its name that is free, or holds a run of the same settings, which goes on.
 
-    Names of runs need not be different in the published scripts; a directory holds one run.
+    Names of runs need not be different in the published scripts; a directory holds one run. Where the words say
+    ``run_dir`` or ``if_exists``, that holds.
     """
+    if config.run_dir is None or any(text.lstrip("+").startswith(("run_dir=", "if_exists=")) for text in words):
+        return config
     from lorafa.runs.differences import differing
     from lorafa.runs.record import CONFIG, NUMBERS, RunDirectory
     from lorafa.settings.typed import plain
