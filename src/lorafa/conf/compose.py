@@ -28,8 +28,13 @@ FOLDER = Path(__file__).parent
 KEYS: Mapping[str, Key] = {key.name: key for key in keys(RunConfig)}
 ALIASES: Mapping[str, str] = {"peft.lora_r": "peft.r"}
 """Names that other documents use -> the name here; those of published scripts are in :mod:`lorafa.scripts`."""
-EITHER = (("train.steps", "train.epochs"), ("data.eval_size", "data.eval_file"))
-"""Settings that exclude each other."""
+EITHER = (
+    {"train.steps": "null", "train.epochs": "null"},
+    {"train.checkpoint_every": "0", "train.checkpoint_epochs": "null"},
+    {"train.eval_every": "0", "train.eval_epochs": "null"},
+    {"data.eval_size": "null", "data.eval_file": "null"},
+)
+"""Settings that exclude each other, with the value of each that says nothing."""
 OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
     name: group
     for name, group in get_type_hints(RunConfig).items()
@@ -123,13 +128,17 @@ def _last_choices(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _instead(overrides: Sequence[str]) -> list[str]:
-    """One of two settings that exclude each other makes the other null, which a file may have set."""
+    """One of two settings that exclude each other takes back the other, which a file may have set."""
     given = {}
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         given[ALIASES.get(key, key)] = value.strip()
-    both = [(one, other) for pair in EITHER for one, other in (pair, pair[::-1])]
-    return [f"++{other}=null" for one, other in both if given.get(one, "null") != "null" and other not in given]
+    return [
+        f"++{other}={nothing}"
+        for pair in EITHER
+        for other, nothing in pair.items()
+        if other not in given and any(given.get(one, pair[one]) != pair[one] for one in pair if one != other)
+    ]
 
 
 def translate(text: str) -> list[str]:

@@ -167,7 +167,6 @@ def sweep(
     Raises:
         ConfigError: the launcher is not there, or cannot be set up so.
     """
-    make_folder(plan.folder)
     together, since = processes() > 1, time.time()
     job = _Job(plan, tuple(command), since, together, start, _Screen(console))
     left = [number for number in range(len(plan.points)) if not _is_over(plan, number, since)]
@@ -182,6 +181,7 @@ def sweep(
             time.sleep(WAIT)
     found = rows(plan)
     if is_first():
+        make_folder(plan.folder)
         write_json(plan.folder / RESULT, {"points": found})
     return found
 

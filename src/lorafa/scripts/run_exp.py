@@ -125,6 +125,6 @@ def placed(config: RunConfig, words: Sequence[str]) -> RunConfig:
     for path in (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, NUMBERS))):
         if not (path / CONFIG).is_file():
             return replace(config, run_dir=str(path))
-        if not differing(plain(config), RunDirectory.open(path).settings()):
+        if not differing(plain(config), plain(RunDirectory.open(path).config())):
             return replace(config, run_dir=str(path), if_exists="resume")
     raise ConfigError(f"All of {first} to {first.name}-{NUMBERS - 1} are taken. Give another wandb.name.")

@@ -137,11 +137,9 @@ def test_every_option_of_every_group_makes_a_config(group: str, option: str) -> 
     assert isinstance(compose([f"{group}={option}", *name]), RunConfig)
 
 
-def test_names_of_published_commands_are_understood() -> None:
+def test_names_of_other_documents_are_understood() -> None:
     assert compose(["++peft.lora_r=8"]).peft.r == 8
-    assert compose(["++dataset_name=openai/gsm8k"]).data.name == "openai/gsm8k"
-    assert compose(["++dataset_name=openai/gsm8k"]) == compose(["data=openai/gsm8k"])
-    assert set(ALIASES.values()) - {"init.scale"} <= {*KEYS, *OPEN_GROUPS}
+    assert set(ALIASES.values()) <= {*KEYS, *OPEN_GROUPS}
 
 
 def test_lists_mappings_and_null_are_values() -> None:
@@ -156,7 +154,6 @@ def test_lists_mappings_and_null_are_values() -> None:
     ("overrides", "steps", "epochs"),
     [
         ("train.epochs=1", None, 1.0),
-        ("++model.epochs=1", None, 1.0),
         ("train.steps=7", 7, None),
         ("train=epoch train.steps=7", 7, None),
         ("train=epoch", None, 1.0),
@@ -247,7 +244,7 @@ def test_a_config_is_frozen() -> None:
         ("train.resume=", r"train.resume must be a text or null, found '' \(str\)"),
         ("peft.target_modules=['']", r"must be a text or a list \[a, b\] of texts or null, found \[''\]"),
         ("model=", "model= is followed by nothing. Name a folder, a Hub id, or one of: smollm2-135m."),
-        ("data= ", "data= is followed by nothing. Name a file, a Hub id, or one of: gsm8k, word_problems."),
+        ("data= ", "data= is followed by nothing. Name a file, a Hub id, or one of: gsm8k, meta_math, word_problems."),
         ("train.seed=4294967296", "train.seed must be an integer <= 4294967295, found 4294967296. Give a smaller one"),
         ("threads=100000", "threads must be an integer <= 1024, found 100000"),
         ("optim.warmup=80", r"optim.warmup=80 steps are the whole training \(train.steps=80\), so .*optim.warmup=0.05"),
