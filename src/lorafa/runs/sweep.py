@@ -82,8 +82,9 @@ def points_of(words: Sequence[str], options: Callable[[str], Sequence[str]]) -> 
     Raises:
         ConfigError: several values that cannot be listed, as those of an interval.
     """
-    last = {word.lstrip("+").partition("=")[0]: word for word in words}
-    ways = [_values(word, options) for key, word in last.items()]
+    keys = [word.lstrip("+").partition("=")[0] for word in words]
+    last = [word for place, word in enumerate(words) if keys[place] not in keys[place + 1 :]]
+    ways = [_values(word, options) for word in last]
     points = {}
     for chosen in itertools.product(*(texts for texts, _ in ways)):
         varied = [text.lstrip("+") for text, (_, varies) in zip(chosen, ways, strict=True) if varies]
