@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafa.data import data_set_names
+from lorafa.data.cells import Row
 from lorafa.data.delimited import CommaSeparated, TabSeparated
 from lorafa.data.entry import DataSet
 from lorafa.data.parquet import Parquet
@@ -79,6 +80,19 @@ def open_file(name: str, settings: FileSettings) -> Source:
     table = kind(path)
     with table.reading():
         return Tables(name, [table], settings.columns())
+
+
+def read_rows(path: Path) -> list[tuple[str, Row]]:
+    """All rows of one file, each with where it stands.
+
+    Raises:
+        SourceError: there is no file of rows.
+        DataError: it is not what its name says, or a row is broken.
+    """
+    kind = format_of(path)
+    if kind is None:
+        raise SourceError(f"{path} is no file of rows{what_it_is(path)}. Give one that ends in {ENDINGS}.")
+    return [(place, row) for _, place, row in kind(path).rows()]
 
 
 def _tables(folder: Path) -> list[Table]:
