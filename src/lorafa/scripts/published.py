@@ -47,7 +47,9 @@ KEYS: Mapping[str, Key] = {
         ours="run_dir=runs/<name>",
         means="a run of this name with the same settings is continued, one with others gets <name>-2",
     ),
-    "wandb.project": Key(ours="report_project", means="where report_to=wandb is given too; else a run is its directory"),
+    "wandb.project": Key(
+        ours="report_project", means="where report_to=wandb is given too; else a run is its directory"
+    ),
     "wandb.entity": Key(dead=True, means="W&B is told by its variable WANDB_ENTITY, where report_to=wandb is given"),
     "model.name": Key(ours="model.name"),
     "model.type": Key(means="CausalLM; encoder-decoder models (ConditionalGeneration) are refused"),
