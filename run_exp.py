@@ -1,8 +1,8 @@
-"""`python run_exp.py +init=pissa peft.r=8` is `lorafa train +init=pissa peft.r=8`: the published entry script."""
+"""The published entry script: `python run_exp.py ++dataset_name=meta_math +init=gradient +peft=qv ++peft.lora_r=8`."""
 
 import sys
 
-from lorafa.cli.main import main
+from lorafa.scripts.run_exp import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main())

@@ -24,8 +24,12 @@ import transformers
 import lorafa
 from lorafa.cli.main import main, parse
 from lorafa.cli.train import longer_of
-from lorafa.conf.compose import compose
+from lorafa.conf.compose import compose, options
 from lorafa.runs.comparison import Plan
+from lorafa.runs.sweep import points_of, split
+from lorafa.scripts import published
+from lorafa.scripts.run_exp import composed as compose_published
+from lorafa.scripts.run_exp import parse as parse_script
 from lorafa.train.adapter_config import lora_config
 from toys.language_models import SMALL, llama
 from toys.places import ROOT
@@ -125,6 +129,9 @@ FILES = {
     "runs/20260101-120000-lora-r16": "a run of the reader's own, of which the adapter is there",
 }
 """What lies in the folder where the examples run, and what it stands for."""
+SCRIPT = "run_exp.py"
+VARIABLE, VARIABLES = re.compile(r"\$(\w+)"), {"runname": "one", "iters": "8"}
+"""The published script, and variables of the shell in its commands."""
 MODULES = {"trl": "not installed for the tests; its SFTTrainer is a transformers.Trainer, as the one here"}
 """Modules that examples import and the tests stand in for."""
 
@@ -204,7 +211,17 @@ def test_what_examples_take_for_granted_is_what_they_use() -> None:
 
 def composed(words: tuple[str, ...]) -> None:
     """The settings of a command by the way the command itself takes them."""
+    if SCRIPT in words:
+        said = [VARIABLE.sub(lambda name: VARIABLES[name[1]], word) for word in words[words.index(SCRIPT) + 1 :]]
+        args = parse_script(said)
+        for point in points_of(args.overrides, published.options):
+            lora_config(compose_published(point.words)[1])
+        return
     args = parse(words[1:])
+    if words[1] == "train" and args.multirun:
+        for point in points_of(split(args.overrides)[0], options):
+            lora_config(compose(point.words))
+        return
     if words[1] == "compare":
         Plan.read(args.plan, args.overrides)
         return
@@ -228,7 +245,8 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
     elif words[:2] == ("lorafa", "params"):
         assert main(list(words[1:])) == 0
     else:
-        assert words[:2] in {("lorafa", "train"), ("lorafa", "compare")}, "no way to check this command: add one"
+        known = words[:2] in {("lorafa", "train"), ("lorafa", "compare")} or SCRIPT in words
+        assert known, "no way to check this command: add one"
         composed(words)
 
 
@@ -257,7 +275,7 @@ def tiny(words: tuple[str, ...], run: Path) -> list[str]:
 
 TRAINED = [
     words for words in COMMANDS if words[:2] == ("lorafa", "train") and not {"--help", "--dry-run"} & {*words}
-    and not any(word.startswith("train.resume=") for word in words)
+    and not any(word.startswith("train.resume=") for word in words) and "-m" not in words  # a run each, elsewhere
 ]  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def test_a_run_that_was_cut_short_goes_on_bit_for_bit(
         (["peft.r=4"], "peft.r is a setting of an adapter, and peft.full=true trains the model itself, without one."),
         (["peft.adapter=somewhere"], "peft.adapter is a setting of an adapter"),
         (["init=pissa"], "init.mode is a setting of an adapter"),
+        (["train.save_merged=true"], "train.save_merged=true saves the model an adapter was merged into"),
         (["optim=lora_fa"], "optim=lora_fa works on the factors A and B of adapters, and with peft.full=true there"),
     ],
 )

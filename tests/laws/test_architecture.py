@@ -55,6 +55,7 @@ LEVELS = (
     ("runs",),
     ("report",),
     ("cli",),
+    ("scripts",),
 )
 """Folders and files at the top of the package, from the bottom up: imports go to the same line or one above it."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,19 @@ EXTRA = (
 """Modules that come with ``lorafa[train]``: the library does without them, commands do not."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; argparse itself leaves with 2 on arguments it cannot read."""
+Reader = Callable[[Sequence[str] | None], argparse.Namespace]
+"""Words of a command line -> its arguments, with ``run(args, console)``, ``traceback`` and ``command`` among them."""
+
+
+def main(argv: Sequence[str] | None = None, read: Reader | None = None) -> int:
+    """Run one command and return its exit status; argparse itself leaves with 2 on arguments it cannot read.
+
+    Args:
+        read: reads the words of a script that is no command of `lorafa`.
+    """
     try:
         try:
-            return _run(argv)
+            return _run((read or parse)(argv))
         except ImportError:
             if not (missing := _missing_extras()):
                 raise
@@ -50,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OUTPUT_CLOSED
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    args = parse(argv)
+def _run(args: argparse.Namespace) -> int:
     from lorafa.cli.screen import Screen  # rich: help and version do without
 
     console, errors = Screen(), Screen(stderr=True)
@@ -87,7 +94,7 @@ def _not_installed(missing: Sequence[str]) -> str:
     return f"The commands need packages that are not installed ({', '.join(missing)}). Run: pip install lorafa[train]"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose help and errors are written like all output: argparse passes over a pipe that is closed."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -95,8 +102,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of one command; settings (key=value) may stand before and after the options."""
-    parser = _Parser(
+    """Arguments of one command."""
+    parser = Parser(
         prog="lorafa",
         description="Low-rank adaptation of PyTorch models: train adapters, measure them, read what came out.",
         epilog="`lorafa <command> --help` tells what a command needs, writes and returns.",
@@ -104,12 +111,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"lorafa {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for command in COMMANDS:
-        made = command.add_parser(commands)
-        made.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
-        made.set_defaults(run=command.run)
+        prepared(command.add_parser(commands), command.run)
+    return read_words(parser, "lorafa", argv)
+
+
+def prepared(parser: argparse.ArgumentParser, run: Callable[..., int]) -> None:
+    """Give a parser what every command has."""
+    parser.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
+    parser.set_defaults(run=run)
+
+
+def read_words(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a program of this name; settings may stand before and after its options."""
     words = sys.argv[1:] if argv is None else list(argv)
     args, rest = parser.parse_known_args(words)
-    args.command = ["lorafa", *words]
+    args.command = [name, *words]
     stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
     if stray:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafa.cli.sweeps import HELP, swept
 from lorafa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ examples:
                                                    continue a run that was cut short
   lorafa train train.resume=runs/20260101-120000-lora-r16 train.steps=200
                                                    train one for longer (optim.schedule=constant and its like)
+  lorafa train -m optim.lr=1e-3,2e-3 run_dir=runs/lr
+                                                   a run for each rate, and a table of them
   lorafa train run_dir=runs/a if_exists=resume     start or continue, as a job that is started again should
 
 exit status: 0 done, 1 the work failed (what was recorded stays in the run directory), 2 wrong arguments
@@ -50,29 +54,43 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         add_help=False,
     )
     parser.add_argument("-h", "--help", action=_HelpWithSettings, help="show this help with all settings and exit")
+    parser.add_argument("-m", "--multirun", action="store_true", help=HELP)
     parser.add_argument("--dry-run", action="store_true", help="show settings, coverage and one sample; train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="a setting, see below")
     return parser
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from lorafa.conf.compose import compose  # Hydra and PyTorch load only when a command runs
+    from lorafa.conf.compose import compose, options  # Hydra and PyTorch load only when a command runs
     from lorafa.train.memory import keep_freed_memory
 
     keep_freed_memory()  # before the first tensor
+    if args.multirun and (status := swept(args, console, compose, options)) is not None:
+        return status
     config = compose(args.overrides)
     longer = longer_of(args.overrides, config) if config.train.resume else None
     if args.dry_run:
-        return _dry_run(config, longer, console)
+        return show(config, longer, console)
+    from lorafa.runs.experiment import resume_run
+
+    if not config.train.resume:
+        return carry_out(config, console, args.command)
+    return conclude(resume_run(config.train.resume, console, args.command, longer), console)
+
+
+def carry_out(config: RunConfig, console: Console, command: Sequence[str]) -> int:
+    """Start a run, or continue it where the settings say so, and show what came out."""
+    from lorafa.runs.experiment import start_run
+
+    return conclude(start_run(config, console, command), console)
+
+
+def conclude(path: Path, console: Console) -> int:
+    """Show what came out of a run, and write its report."""
     from lorafa.report.page import write_report
     from lorafa.report.tables import result_tables
-    from lorafa.runs.experiment import resume_run, start_run
     from lorafa.runs.record import RunDirectory
 
-    if config.train.resume:
-        path = resume_run(config.train.resume, console, args.command, longer)
-    else:
-        path = start_run(config, console, args.command)
     console.print(result_tables(RunDirectory(path)))
     run = RunDirectory(path)
     what = f"Model:   {run.model}" if "model" in run.result() else f"Adapter: {run.adapter}"
@@ -81,7 +99,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _dry_run(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) -> int:
+def show(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) -> int:
+    """Show what a run would do, and do none of it."""
     from lorafa.runs.experiment import begun, resumable
     from lorafa.runs.record import RunDirectory
     from lorafa.settings.typed import plain
@@ -108,7 +127,7 @@ LONGER = ("steps", "epochs", "patience")
 
 def longer_of(overrides: Sequence[str], config: RunConfig) -> dict[str, Any]:
     """How long the continued run is to be, where that is said; other settings are refused."""
-    named = {text: text.lstrip("+").partition("=")[0].replace("model.epochs", "train.epochs") for text in overrides}
+    named = {text: text.lstrip("+").partition("=")[0] for text in overrides}
     others = [text for text, key in named.items() if key not in ("train.resume", *(f"train.{one}" for one in LONGER))]
     if others:
         raise ConfigError(

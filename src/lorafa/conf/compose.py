@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,15 +26,15 @@ from lorafa.train.settings.run import RunConfig
 
 FOLDER = Path(__file__).parent
 KEYS: Mapping[str, Key] = {key.name: key for key in keys(RunConfig)}
-ALIASES: Mapping[str, str] = {
-    "peft.lora_r": "peft.r",
-    "dataset_name": "data",
-    "model.epochs": "train.epochs",
-    "init.weight": "init.scale",
-}
-"""Names that published commands use -> the name here."""
-EITHER = (("train.steps", "train.epochs"), ("data.eval_size", "data.eval_file"))
-"""Settings that exclude each other."""
+ALIASES: Mapping[str, str] = {"peft.lora_r": "peft.r"}
+"""Names that other documents use -> the name here; those of published scripts are in :mod:`lorafa.scripts`."""
+EITHER = (
+    {"train.steps": "null", "train.epochs": "null"},
+    {"train.checkpoint_every": "0", "train.checkpoint_epochs": "null"},
+    {"train.eval_every": "0", "train.eval_epochs": "null"},
+    {"data.eval_size": "null", "data.eval_file": "null"},
+)
+"""Settings that exclude each other, with the value of each that says nothing."""
 OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
     name: group
     for name, group in get_type_hints(RunConfig).items()
@@ -94,6 +94,11 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
+def options(group: str) -> list[str]:
+    """The options of a group; none for what is no group."""
+    return groups().get(group, [])
+
+
 def chooser(group: str) -> str:
     """The setting of an open group that names its entry: ``name``, ``mode``."""
     return next(iter(OPEN_GROUPS[group].opens))
@@ -123,13 +128,17 @@ def _last_choices(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _instead(overrides: Sequence[str]) -> list[str]:
-    """One of two settings that exclude each other makes the other null, which a file may have set."""
+    """One of two settings that exclude each other takes back the other, which a file may have set."""
     given = {}
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         given[ALIASES.get(key, key)] = value.strip()
-    both = [(one, other) for pair in EITHER for one, other in (pair, pair[::-1])]
-    return [f"++{other}=null" for one, other in both if given.get(one, "null") != "null" and other not in given]
+    return [
+        f"++{other}={nothing}"
+        for pair in EITHER
+        for other, nothing in pair.items()
+        if other not in given and any(given.get(one, pair[one]) != pair[one] for one in pair if one != other)
+    ]
 
 
 def translate(text: str) -> list[str]:
@@ -138,31 +147,33 @@ def translate(text: str) -> list[str]:
     if not equals or key.startswith("~"):
         raise ConfigError(f"{text!r} is not a setting. Write key=value, for example peft.r=16.")
     key = key.lstrip("+")
+    if key.startswith(("hydra.", "hydra/")):
+        raise ConfigError(f"{text!r} says how a sweep is launched, and this is one run. Add -m, or leave it out.")
     key = ALIASES.get(key, key)
     if key in groups():
         return _chosen(key, value)
     if key not in KEYS and not _may_be_own(key):
         raise ConfigError(f"There is no setting {key!r}.{_nearest(key)} `lorafa train --help` lists all of them.")
-    if _is_path(key) and not _is_readable(f"{key}={value}"):
-        return [f"++{key}={_quoted(value)}"]
-    _check_grammar(text, key, value)
+    if _is_path(key) and not is_readable(f"{key}={value}"):
+        return [f"++{key}={quoted(value)}"]
+    read_value(text, key, value)
     return [f"++{key}={value}"]
 
 
 def _chosen(group: str, option: str) -> list[str]:
     if option in _files(group):
         return [f"{group}={option}"]
-    options, any_name = groups()[group], takes_any_name(group)
-    if any_name is None and option not in options:
+    known, any_name = groups()[group], takes_any_name(group)
+    if any_name is None and option not in known:
         raise ConfigError(
-            f"{group} has no option {option!r}.{did_you_mean(option, options)} Known: {', '.join(options)}."
+            f"{group} has no option {option!r}.{did_you_mean(option, known)} Known: {', '.join(known)}."
         )
     if not option.strip():
-        known = ", ".join(name for name in options if name != CUSTOM)
-        raise ConfigError(f"{group}= is followed by nothing. Name {any_name}, or one of: {known}.")
+        names = ", ".join(name for name in known if name != CUSTOM)
+        raise ConfigError(f"{group}= is followed by nothing. Name {any_name}, or one of: {names}.")
     base = [f"{group}={CUSTOM}"] if CUSTOM in _files(group) else []
     a_list = getattr(OPEN_GROUPS.get(group), "several", False) and option.startswith("[") and option.endswith("]")
-    named = _names(group, option) if a_list else _quoted(option)
+    named = _names(group, option) if a_list else quoted(option)
     return [*base, f"++{group}.{chooser(group)}={named}"]
 
 
@@ -175,7 +186,7 @@ def _names(group: str, option: str) -> str:
             f"{group}={option} cannot be read as a list: {first_line(error).partition(' expecting ')[0]}. Put a name "
             f"with blanks, brackets or a ~ into quotes: \"{group}=[a.jsonl,'b (1).jsonl']\"."
         ) from error
-    return f"[{','.join(_quoted(str(name)) for name in names)}]"
+    return f"[{','.join(quoted(str(name)) for name in names)}]"
 
 
 def _may_be_own(key: str) -> bool:
@@ -186,7 +197,7 @@ def _may_be_own(key: str) -> bool:
 
 def _is_path(key: str) -> bool:
     """Settings that are paths are called so: what the grammar cannot read (``~/runs``) is taken as it stands."""
-    return key.endswith(("_dir", "_file")) or key in ("train.resume", "peft.adapter")
+    return key.endswith(("_dir", "_file")) or key in ("train.resume", "peft.adapter", "data.file")
 
 
 def _nearest(key: str) -> str:
@@ -195,7 +206,8 @@ def _nearest(key: str) -> str:
     return f" Did you mean {same_leaf[0]!r}?" if same_leaf else did_you_mean(key, [*KEYS, *groups()])
 
 
-def _is_readable(override: str) -> bool:
+def is_readable(override: str) -> bool:
+    """Whether Hydra's grammar can read an override."""
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:
@@ -203,18 +215,27 @@ def _is_readable(override: str) -> bool:
     return True
 
 
-def _check_grammar(text: str, key: str, value: str) -> None:
+def read_value(text: str, key: str, value: str) -> Any:
+    """The value that an override, whose text is for errors, gives its key.
+
+    Raises:
+        ConfigError: it cannot be read, or is several values.
+    """
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
         raise ConfigError(
             f"The value of {text!r} cannot be read: {first_line(error).partition(' expecting ')[0]}. Close its "
-            f'brackets, or if it is a text, put quotes inside the quotes: "{key}={_quoted(value)}".'
+            f'brackets, or if it is a text, put quotes inside the quotes: "{key}={quoted(value)}".'
         ) from error
     if parsed.is_sweep_override():
-        raise ConfigError(f"{text!r} names several values, but a run has one. Write a list as [a,b], a text in quotes.")
+        raise ConfigError(
+            f"{text!r} names several values, but a run has one. Add -m for a run of each; write a list as [a,b], a "
+            "text in quotes."
+        )
+    return parsed.value()
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A text in Hydra's single quotes, where a backslash is special only in front of a quote."""
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"

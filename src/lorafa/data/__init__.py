@@ -13,6 +13,7 @@ DATASETS: Registry[DataSet] = Registry(
     "data set",
     {
         "word_problems": "lorafa.data.word_problems:WORD_PROBLEMS",
+        "meta_math": "lorafa.data.meta_math:META_MATH",
         "file": "lorafa.data.files:FILE",
         "hub": "lorafa.data.hub:HUB",
     },
@@ -24,6 +25,7 @@ TEMPLATES: Registry[ChatTemplate] = Registry(
         "alpaca": "lorafa.data.templates:ALPACA",
         "chatml": "lorafa.data.templates:CHATML",
         "plain": "lorafa.data.templates:PLAIN",
+        "spaced": "lorafa.data.templates:SPACED",
         "vicuna": "lorafa.data.templates:VICUNA",
     },
 )

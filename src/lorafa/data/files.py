@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafa.data import data_set_names
+from lorafa.data.cells import Row
 from lorafa.data.delimited import CommaSeparated, TabSeparated
 from lorafa.data.entry import DataSet
 from lorafa.data.parquet import Parquet
@@ -84,10 +85,20 @@ def table_of(name: str) -> Table:
     path = Path(name).expanduser()
     kind = format_of(path)
     if kind is None:
-        raise SourceError(f"No folder {name!r}. Check data=, it is a path to a file or a folder of files.")
+        raise SourceError(f"{name} is no file of rows{what_it_is(path)}. Give one that ends in {ENDINGS}, or a folder.")
     table = kind(path)
     with table.reading():
         return table
+
+
+def read_rows(path: Path) -> list[tuple[str, Row]]:
+    """All rows of one file, each with where it stands.
+
+    Raises:
+        SourceError: there is no file of rows.
+        DataError: it is not what its name says, or a row is broken.
+    """
+    return [(place, row) for _, place, row in table_of(str(path)).rows()]
 
 
 def _tables(folder: Path) -> list[Table]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafa.data import data_set_names
+from lorafa.data.cells import Row
 from lorafa.data.entry import DataSet
 from lorafa.data.files import FileSettings, is_file, no_such_data_set
 from lorafa.data.records import Record
@@ -64,19 +65,23 @@ class HubRows:
 
 
 def _open(name: str, settings: HubSettings) -> Source:
-    if Path(name).expanduser().exists():
-        raise no_such_data_set(name)
-    return HubRows(name, hub_dataset(name, settings), settings.columns())
+    return HubRows(name, _dataset(name, settings), settings.columns())
 
 
-def hub_dataset(name: str, settings: HubSettings) -> Any:
-    """The data set as `datasets` has it.
+def hub_rows(name: str, settings: HubSettings) -> list[tuple[str, Row]]:
+    """The rows of a data set of the Hub, each with where it stands.
 
     Raises:
-        SourceError: it cannot be fetched.
+        SourceError: it cannot be loaded.
     """
+    return [(f"{name}, row {number}", row) for number, row in enumerate(_dataset(name, settings), 1)]
+
+
+def _dataset(name: str, settings: HubSettings) -> Any:
     import datasets  # takes seconds to import, and only rows of the Hub need it
 
+    if Path(name).expanduser().exists():
+        raise no_such_data_set(name)
     subset, split = settings.subset, settings.split
     try:
         return datasets.load_dataset(name, subset, split=split, revision=settings.revision)

@@ -18,6 +18,14 @@ PLAIN = ChatTemplate(
 )
 """Prompt, newline, completion, end-of-sequence token; no word of who speaks."""
 
+SPACED = ChatTemplate(
+    "{{ start }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token }}{% else %}"
+    "{% if loop.previtem and loop.previtem['role'] != 'assistant' %}{{ '\\n' }}{% endif %}{{ message['content'] }}"
+    "{% endif %}{% endfor %}"
+)
+"""Prompt, space, completion, end-of-sequence token, as LoRA-GA's scripts write all data; the space is trained."""
+
 CHATML = ChatTemplate(
     "{{ start }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
     "+ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"

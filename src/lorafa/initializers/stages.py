@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,6 +36,17 @@ def taken_from_base(triplets: SVD, scaling: float) -> InitResult:
     """s B A is the product of the triplets, and the base is left without it: PiSSA and its relatives."""
     A, B = halves(triplets, 1 / scaling)
     return InitResult(A, B, subtract_from_base=True)
+
+
+def clipped(result: InitResult, weight: Tensor, spec: LayerSpec) -> InitResult:
+    """The start with both factors shrunk alike where the largest entry of s B A is larger than that of the weight.
+
+    What is taken out of the base is then no larger than the base (``norm_clip`` of LoRA-GA's scripts).
+    """
+    largest = (spec.scaling * (result.B @ result.A)).abs().amax((-2, -1), keepdim=True)
+    ratio = weight.to(largest).abs().amax((-2, -1), keepdim=True) / largest.clamp(min=torch.finfo(largest.dtype).tiny)
+    root = ratio.clamp(max=1.0).sqrt()
+    return replace(result, A=result.A * root, B=result.B * root)
 
 
 def leading(

@@ -23,7 +23,8 @@ from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE, step_of
 from lorafa.train.fit import run_out
 from lorafa.train.recipe import prepare, train
-from lorafa.train.settings.run import RunConfig, steps_of
+from lorafa.train.settings.optim import steps_of, warmup_of
+from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 
 
@@ -147,7 +148,7 @@ def prolonged(run: RunDirectory, checkpoint: Path, config: RunConfig, longer: Ma
             f"The run {str(run.path)!r} stops for train.patience={train.patience}: {stopped}. Give train.patience=null "
             "or more beside train.steps."
         )
-    warmup = float(steps_of(config.optim.warmup or 0.0, planned))
+    warmup = float(steps_of(warmup_of(config.optim, planned), planned))
     return replace(config, train=train, optim=replace(config.optim, warmup=warmup))
 
 

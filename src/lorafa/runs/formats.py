@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafa.settings.groups import OpenGroup
+from lorafa.train.settings.data import DataConfig
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.optim import OptimConfig
-from lorafa.train.settings.run import DataConfig
 
 NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "optim": {

@@ -6,6 +6,7 @@ metrics.jsonl      one line a logged step
 result.json        status, what was measured before and after, times, sizes; rewritten as the run goes on
 checkpoints/       what a continued run starts from
 adapter/           the trained adapter in PEFT's format; with peft.full the whole model in model/
+merged/            the whole model with the adapter in its weights, where train.save_merged asks for it
 report.html        written by lorafa.report
 .lock              held by the process that writes all this; the system lets go of it when that ends
 """
@@ -49,6 +50,7 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
+        self.merged = path / "merged"
 
     @staticmethod
     def place(config: RunConfig) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from lorafa.models.head_loss import Trial
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.full import in_float32, load_weights, precision
-from lorafa.train.settings.optim import pair_optimizer, schedule_of_trainer, stock_arguments
-from lorafa.train.settings.run import RunConfig, check_rise
+from lorafa.train.settings.optim import check_rise, pair_optimizer, schedule_of_trainer, stock_arguments, warmup_of
+from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.trackers import names_in
 from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
@@ -93,6 +93,27 @@ def check_length(config: RunConfig, rows: int) -> None:
         check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")
 
 
+def in_steps(config: RunConfig, rows: int) -> RunConfig:
+    """The settings with all that depends on the number of rows written in steps."""
+    train, steps = config.train, steps_in_all(config, rows)
+
+    def every(epochs: float | None, given: int) -> int:
+        """As published scripts count: whole rows, then whole batches."""
+        return given if epochs is None else max(1, int(rows * epochs) // (train.batch_size * train.accumulation))
+
+    return replace(
+        config,
+        train=replace(
+            train,
+            checkpoint_every=every(train.checkpoint_epochs, train.checkpoint_every),
+            checkpoint_epochs=None,
+            eval_every=every(train.eval_epochs, train.eval_every),
+            eval_epochs=None,
+        ),
+        optim=replace(config.optim, warmup=warmup_of(config.optim, steps)),
+    )
+
+
 def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> TrainingArguments:
     """The settings as `transformers.Trainer` takes them, and ``more`` of its own."""
     train, optim = config.train, config.optim
@@ -102,7 +123,7 @@ def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> Trai
         options["save_total_limit"] = train.keep_checkpoints
     if train.gradient_checkpointing:
         options["gradient_checkpointing"] = True
-    if train.keep_best or train.eval_every:
+    if train.measures:
         options |= {"eval_strategy": "steps", "eval_steps": train.eval_every or train.checkpoint_every}
     if train.keep_best or SCHEDULES.get(optim.schedule).measured:
         options |= {"metric_for_best_model": "loss", "greater_is_better": False}
@@ -145,10 +166,10 @@ def fit(
     if "trackio" in names_in(config.report_to):
         arguments["project"] = config.report_project
     if not config.peft.full:
-        made = training_arguments(config, output_dir, **arguments)
+        made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments)
         return _fit(material, LoraTrainer, config, made, callbacks, checkpoint)
     with in_float32(material.model) as stored:
-        made = training_arguments(config, output_dir, **arguments, **precision(stored))
+        made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments, **precision(stored))
         return _fit(material, SupervisedTrainer, config, made, callbacks, checkpoint)
 
 
@@ -166,7 +187,6 @@ def _fit(
         # Its last part was all but done; transformers would take one step more.
         _load(material.model, Path(state["best_model_checkpoint"] or checkpoint), config)
         return Fitted(steps, stopped)
-    measured = config.train.keep_best or config.train.eval_every
     trainer = trainer_class(
         material.model,
         arguments,
@@ -175,7 +195,7 @@ def _fit(
         rules=config.train.rules,
         decode=material.decode,
         train_dataset=material.train,
-        eval_dataset=material.heldout[: config.train.eval_size] if measured else None,
+        eval_dataset=material.heldout[: config.train.eval_size] if config.train.measures else None,
         data_collator=material.collator,
         callbacks=[*callbacks, *([] if config.train.patience is None else [Patience(config.train.patience)])],
         optimizers=(pair_optimizer(material.model, config.optim), None),

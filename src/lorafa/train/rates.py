@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from lorafa.train.settings.run import steps_of
+from lorafa.train.settings.optim import steps_of
 
 
 def scheduler(kind: str, optimizer: Optimizer, warmup: int, steps: int, own: Mapping[str, Any] | None) -> Any:

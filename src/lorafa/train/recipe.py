@@ -24,7 +24,7 @@ from lorafa.data.selection import Division
 from lorafa.data.shares import names_of
 from lorafa.data.sources import Choice, OpenData, open_data
 from lorafa.data.templates import find_template
-from lorafa.errors import ConfigError, DataError
+from lorafa.errors import CheckpointError, ConfigError, DataError, first_line
 from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
@@ -33,6 +33,7 @@ from lorafa.models.load import check_samples, load_model
 from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import add_tokens, rows_to_train
 from lorafa.peft_model import PeftModel
+from lorafa.storage.whole import make_folder
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
@@ -40,7 +41,8 @@ from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.full import train_all
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.sampling import lengths_of
-from lorafa.train.settings.run import DataConfig, RunConfig
+from lorafa.train.settings.data import DataConfig
+from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import Started, start_adapter
 from lorafa.train.trackers import names_in
@@ -57,6 +59,7 @@ class Recorder(Protocol):
     adapter: Path
     model: Path
     checkpoints: Path
+    merged: Path
 
     def add_metrics(self, row: Mapping[str, Any], /) -> None: ...
     def metrics(self) -> list[dict[str, Any]]: ...
@@ -241,6 +244,29 @@ def train(
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
     samples = earlier.get("samples", []) if answers_before is None else _side_by_side(answers_before, answers)
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
+    if config.train.save_merged:
+        with console.status("Saving the merged model"):
+            _save_merged(prepared, run.merged)
+        run.update_result(merged=run.merged.name)
+
+
+def _save_merged(prepared: Prepared, folder: Path) -> None:
+    """The whole model with the adapter in its weights; the adapter is off the model then, so this comes last.
+
+    Raises:
+        BackendError: the base cannot take the update in.
+        CheckpointError: the folder cannot be written to.
+    """
+    make_folder(folder)
+    merged: Any = prepared.model.merge_and_unload()
+    try:
+        merged.save_pretrained(str(folder))
+        prepared.tokenizer.save_pretrained(str(folder))
+    except OSError as error:
+        raise CheckpointError(
+            f"The merged model could not be written to {str(folder)!r}: {first_line(error)}. The adapter is saved. "
+            "Make room, or set train.save_merged=false."
+        ) from error
 
 
 def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Reported:
@@ -301,6 +327,7 @@ def _wants_heldout(config: RunConfig) -> str | None:
     wants = {
         "train.keep_best": train.keep_best,
         "train.eval_every": train.eval_every,
+        "train.eval_epochs": train.eval_epochs,
         f"optim.schedule={schedule}": SCHEDULES.get(schedule).measured,
     }
     return next((name for name, wanted in wants.items() if wanted), None)

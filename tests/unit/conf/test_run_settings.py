@@ -25,13 +25,14 @@ SOURCE = Path(schema.__file__).parents[2]
 
 
 DEFAULTS: dict[str, Any] = {
-    "model": {"name": "smollm2-135m", "revision": None, "dtype": "bfloat16", "attention": "auto", "cache_dir": None},
+    "model": {"name": "smollm2-135m", "revision": None, "dtype": "bfloat16", "attention": "auto", "cache_dir": None,
+              "add_tokens": None},
     "data": {"name": "word_problems", "train_size": 1600, "eval_size": 100, "eval_file": None, "max_length": 512,
              "template": None, "seed": 0, "weights": None, "cache": None, "templates": 24, "cache_dir": None},
     "init": {"mode": "default", "bsz": 1, "iters": 8, "max_length": 1024, "passes": 1, "ranks": None, "r_min": None,
              "r_max": None},
-    "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0, "warmup": 0.05, "schedule": "linear",
-              "max_grad_norm": 1.0, "betas": [0.9, 0.999], "eps": 1e-8},
+    "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0, "warmup": 0.05, "shorten_warmup": False,
+              "schedule": "linear", "max_grad_norm": 1.0, "betas": [0.9, 0.999], "eps": 1e-8},
     "eval": {"name": "gsm8k", "before": True, "batch_size": 32, "size": 64, "max_new_tokens": 128, "extract": "number"},
     "run_dir": None,
     "threads": None,
@@ -137,11 +138,9 @@ def test_every_option_of_every_group_makes_a_config(group: str, option: str) -> 
     assert isinstance(compose([f"{group}={option}", *name]), RunConfig)
 
 
-def test_names_of_published_commands_are_understood() -> None:
+def test_names_of_other_documents_are_understood() -> None:
     assert compose(["++peft.lora_r=8"]).peft.r == 8
-    assert compose(["++dataset_name=openai/gsm8k"]).data.name == "openai/gsm8k"
-    assert compose(["++dataset_name=openai/gsm8k"]) == compose(["data=openai/gsm8k"])
-    assert set(ALIASES.values()) - {"init.scale"} <= {*KEYS, *OPEN_GROUPS}
+    assert set(ALIASES.values()) <= {*KEYS, *OPEN_GROUPS}
 
 
 def test_lists_mappings_and_null_are_values() -> None:
@@ -156,7 +155,6 @@ def test_lists_mappings_and_null_are_values() -> None:
     ("overrides", "steps", "epochs"),
     [
         ("train.epochs=1", None, 1.0),
-        ("++model.epochs=1", None, 1.0),
         ("train.steps=7", 7, None),
         ("train=epoch train.steps=7", 7, None),
         ("train=epoch", None, 1.0),
@@ -194,7 +192,7 @@ def test_a_config_is_frozen() -> None:
         ("lr=1", r"There is no setting 'lr'. Did you mean 'optim.lr'\?"),
         (
             "init.mode=pisa",
-            r"init.mode has no value 'pisa'. Did you mean 'pissa'\? Known: corda, default, ",
+            r"init.mode has no value 'pisa'. Did you mean 'pissa'\? Known: both_random, corda, default, ",
         ),
         ("init=gradient init.direction=x", "init.direction must be one of LoRA-One, LoRA-FA, ArB2r, "),
         (

@@ -237,7 +237,7 @@ def test_a_template_that_fails_on_a_value_refuses_the_row() -> None:
 def test_without_a_template_it_is_said_which_one_is_used() -> None:
     (message,) = said(turns(("user", "q"), ("assistant", "a")), tokenizer_with(None), rows=4)
     assert message.startswith("The tokenizer has no chat template. Conversations are written with the one called plain")
-    assert "alpaca, chatml, plain, vicuna" in message
+    assert "alpaca, chatml, plain, spaced, vicuna" in message
 
 
 class Letters(transformers.PreTrainedTokenizer):

@@ -163,7 +163,7 @@ def test_a_missing_file_is_answered_with_its_neighbours(tmp_path):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(SourceError, match=r"No dataset 'word_problem'\. Did you mean 'word_problems'\? Give word_prob"):
+    with pytest.raises(SourceError, match=r"No dataset 'word_problem'\. Did you mean 'word_problems'\? Give meta"):
         load("word_problem")
 
 

@@ -19,6 +19,7 @@ CONVERSATION = turns(("system", "s"), ("user", "q"), ("assistant", "a"))
     ("name", "text"),
     [
         ("plain", "s\nq\na<|endoftext|>"),
+        ("spaced", "s\nq a<|endoftext|>"),
         ("chatml", "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in CONVERSATION)),
         ("alpaca", "s\n\n### Instruction:\nq\n\n### Response:\na<|endoftext|>\n\n"),
         ("vicuna", "s USER: q ASSISTANT: a<|endoftext|>"),

@@ -22,7 +22,7 @@ DOCUMENTED = (
     ("overrides", "start", "field", "settings"),
     [
         (DOCUMENTED, "lora_one", "init_config", {"scale": "stable", "stable_gamma": 128.0}),
-        ('+init=gradient ++init.weight="stable"', "lora_one", "init_config", {"scale": "stable"}),
+        ("init=gradient init.direction=ArBr init.norm_clip=true", "lora_ga_clipped", "init_config", {}),
         ("+init=gradient init.stable_gamma=auto", "lora_one", "init_config", {"stable_gamma": "auto"}),
         ("+init=gradient init.direction=ArBr", "lora_ga", "lora_ga_config", {"scale": "stable", "stable_gamma": 16}),
         ("+init=gradient init.direction=ArBr init.scale=gd", "lora_ga", "lora_ga_config", {"scale": "gd_scale"}),

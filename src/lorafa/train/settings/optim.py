@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,6 +40,8 @@ class OptimConfig(OpenGroup):
     warmup: float | None = None
     """Rise of the learning rate: steps if >= 1, a share of all steps below 1, rounded up; the last of them is the first
     with the whole rate. null is 0.05, and 0 for a schedule without a rise."""
+    shorten_warmup: bool = False
+    """End a warm-up that is as long as the training or longer one step before the training, in place of an error."""
     schedule: str = "linear"
     """Course of the learning rate, by its name in transformers; constant and constant_with_warmup are the same here."""
     max_grad_norm: float = 1.0
@@ -129,3 +132,30 @@ def schedule_of_trainer(optim: OptimConfig) -> dict[str, Any]:
     kind = SCHEDULES.get(optim.schedule).kind or optim.schedule
     own = dict(schedule_arguments(optim.own_of_schedule, optim.rate))
     return {"lr_scheduler_type": kind, "lr_scheduler_kwargs": own or None, "warmup_steps": optim.warmup or 0.0}
+
+
+def check_rise(optim: OptimConfig, steps: int, length: str) -> None:
+    """Raises ConfigError for a warm-up as long as the training, and for a fall that begins before it ends."""
+    warmup = warmup_of(optim, steps)
+    if warmup >= max(1, steps):
+        raise ConfigError(
+            f"optim.warmup={warmup:g} steps are the whole training ({length}), so optim.lr would never be reached. "
+            "Give fewer, or a share below 1 such as optim.warmup=0.05."
+        )
+    fall = getattr(optim.own_of_schedule, "num_decay_steps", 0)
+    if steps_of(warmup, steps) + steps_of(fall, steps) > max(steps, 2):
+        raise ConfigError(
+            f"optim.warmup={warmup:g} and optim.num_decay_steps={fall:g} are more than the whole training "
+            f"({length}). Lower one of them."
+        )
+
+
+def warmup_of(optim: OptimConfig, steps: int) -> float:
+    """The warm-up of a training of so many steps, as ``optim.warmup`` has it or shortened."""
+    warmup = optim.warmup or 0.0
+    return float(max(0, steps - 1)) if optim.shorten_warmup and warmup >= max(1, steps) else warmup
+
+
+def steps_of(number: float, steps: int) -> int:
+    """What is given in steps, or as a share of all steps below 1, in steps."""
+    return int(number) if number >= 1 else math.ceil(number * steps)

@@ -7,20 +7,15 @@ their ranges when they are made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from lorafa.data import DATASETS, data_set_names, data_set_of
-from lorafa.data.heldout import check_size
-from lorafa.data.shares import check_weights, names_of
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
 from lorafa.registry import Registry
 from lorafa.settings.checks import check_choice, check_int, check_number
-from lorafa.settings.declared import declared
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.methods import (
     ArrowConfig,
@@ -29,9 +24,9 @@ from lorafa.settings.methods import (
     MontecloraConfig,
     VeloraConfig,
 )
-from lorafa.settings.typed import Key
+from lorafa.train.settings.data import DataConfig
 from lorafa.train.settings.init import InitConfig
-from lorafa.train.settings.optim import OptimConfig, entry_of
+from lorafa.train.settings.optim import OptimConfig, check_rise, entry_of
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.trackers import TRACKERS, names_in
 
@@ -74,78 +69,6 @@ class ModelConfig(OpenGroup):
     @classmethod
     def entries(cls, field: str) -> list[str]:
         return loadable()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(OpenGroup):
-    """The records to learn from and the ones held out."""
-
-    group: ClassVar[str] = "data"
-    opens: ClassVar[Mapping[str, str]] = {"name": "own"}
-    lines: ClassVar[Mapping[str, Registry[Any]]] = {"name": DATASETS}
-    any_name: ClassVar[str] = "a file, a folder, a Hub id, [several,of,them]"
-    """What may stand after ``data=`` beside the names of ``DATASETS``."""
-    several: ClassVar[bool] = True
-    """Whether a list of names may stand there."""
-
-    name: str | list[str] = "word_problems"
-    """Task: one known by name, a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, a Hub data set id,
-    or a list of files, folders and ids, which are mixed."""
-    weights: list[float] | None = None
-    """Shares of the training rows, [3,1] for example, of the sources that data= lists; null takes all rows of all."""
-    train_size: int | None = None
-    """Records to train on; null takes all that are left after the held-out ones."""
-    eval_size: int | float | None = None
-    """Records held out for evaluation, never trained on: how many, a share of them below 1, or 0. null is 100, but at
-    most a tenth of the records there are."""
-    eval_file: str | None = None
-    """File in any form that data= takes, whose records are all held out, in place of eval_size."""
-    max_length: int = 1024
-    """Longest sample in tokens; what happens to a longer one is counted and printed."""
-    template: str | None = None
-    """Chat template: known by name (chatml, plain ...) or a file with one in Jinja; null takes the tokenizer's own."""
-    seed: int = 0
-    """Seed of the generated or shuffled records: decides which are held out."""
-    cache: bool | None = None
-    """Keep the tokens in the user's cache, for the next start with the same records; null keeps those of 10,000 records
-    and more."""
-    own: Any = None
-    """The data set's own settings."""
-
-    @classmethod
-    def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
-        """Those of a file for a name that no data set takes: what it is is said where it is loaded. Of several, those
-        of the one that has the most: a Hub data set reads all that a file does."""
-        kinds = [(data_set_of(name) or DATASETS.get("file")).settings for name in names_of(chosen)]
-        found = [kind for kind in kinds if kind is not None]
-        return max(found, key=lambda kind: len(fields(kind)), default=None)
-
-    @classmethod
-    def entries(cls, field: str) -> list[str]:
-        return data_set_names()
-
-    @classmethod
-    def own_keys(cls, field: str) -> dict[str, list[Key]]:
-        """Sources of many data sets are named by what they are: ``data=<hub>``."""
-        named = {name: f"<{name}>" if DATASETS.get(name).takes else name for name in DATASETS.names()}
-        return {cls.words(field, named[name]): declared(DATASETS, name).settings for name in DATASETS.names()}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        names = names_of(self.name)
-        if not names:
-            raise ConfigError("data=[] names no records. Give a file, or several.")
-        check_weights(names, self.weights)
-        if self.train_size is not None:
-            check_int("data.train_size", self.train_size, at_least=1)
-        check_size("data.eval_size", self.eval_size)
-        if self.eval_file is not None and self.eval_size is not None:
-            raise ConfigError(
-                f"All records of data.eval_file={self.eval_file} are held out, found data.eval_size={self.eval_size} "
-                "as well. Leave one of the two out."
-            )
-        check_int("data.max_length", self.max_length, at_least=2)
-        check_int("data.seed", self.seed, at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,10 +176,14 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0 writes none."""
+    checkpoint_epochs: float | None = None
+    """Passes over the training records between two checkpoints, in place of checkpoint_every."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
     eval_every: int = 0
     """Steps between two measurements of the held-out loss during training; 0 measures before and after only."""
+    eval_epochs: float | None = None
+    """Passes over the training records between two measurements, in place of eval_every."""
     eval_size: int | None = None
     """Held-out samples of such a measurement; null takes all."""
     patience: int | None = None
@@ -266,8 +193,15 @@ class TrainConfig:
     1: as runs had it that were begun before; they keep it, and a run of today can be compared with them."""
     keep_best: bool = False
     """Measure the held-out loss at every checkpoint and end with the best one."""
+    save_merged: bool = False
+    """Save the whole model with the adapter merged into it beside the adapter, with its tokenizer, in merged/."""
     resume: str | None = None
     """Run directory to continue from its last checkpoint; its settings are taken from there."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether the held-out loss is measured on the way."""
+        return bool(self.eval_every or self.eval_epochs or self.keep_best)
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -286,21 +220,32 @@ class TrainConfig:
         for name in ("seed", "checkpoint_every", "eval_every"):
             check_int(f"train.{name}", getattr(self, name), at_least=0)
         _check_at_most("train.seed", self.seed, SEEDS - 1)
+        for what in ("checkpoint", "eval"):
+            every, epochs = getattr(self, f"{what}_every"), getattr(self, f"{what}_epochs")
+            if epochs is not None:
+                check_number(f"train.{what}_epochs", epochs, "a number > 0", 0)
+                if every:
+                    raise ConfigError(
+                        f"train.{what}_every={every} and train.{what}_epochs={epochs:g} say the same thing twice. Drop "
+                        "one of the two."
+                    )
         if self.eval_size is not None:
             check_int("train.eval_size", self.eval_size, at_least=1)
         if self.patience is not None:
             check_int("train.patience", self.patience, at_least=1)
-            if not (self.eval_every or self.keep_best):
+            if not self.measures:
                 raise ConfigError(
                     f"train.patience={self.patience} counts measurements of the held-out loss, and none is made on the "
                     "way. Set train.eval_every, for example to 10."
                 )
-        if self.keep_best and self.eval_every not in (0, self.checkpoint_every):
+        if self.keep_best and (
+            self.eval_every not in (0, self.checkpoint_every) or self.eval_epochs not in (None, self.checkpoint_epochs)
+        ):
             raise ConfigError(
                 f"train.keep_best measures at every checkpoint (train.checkpoint_every={self.checkpoint_every}), found "
-                f"train.eval_every={self.eval_every}. Leave train.eval_every out."
+                f"train.eval_every={self.eval_every}, train.eval_epochs={self.eval_epochs}. Leave them out."
             )
-        if self.keep_best and not self.checkpoint_every:
+        if self.keep_best and not (self.checkpoint_every or self.checkpoint_epochs):
             raise ConfigError(
                 "train.keep_best chooses among checkpoints, but train.checkpoint_every is 0. "
                 "Set train.checkpoint_every, for example to 50."
@@ -370,7 +315,7 @@ class RunConfig:
             )
         if self.peft.full:
             self._check_full()
-        if SCHEDULES.get(self.optim.schedule).measured and not (self.train.eval_every or self.train.keep_best):
+        if SCHEDULES.get(self.optim.schedule).measured and not self.train.measures:
             raise ConfigError(
                 f"optim.schedule={self.optim.schedule} goes by the held-out loss, which is not measured on the way. "
                 "Set train.eval_every, for example to 10."
@@ -388,6 +333,11 @@ class RunConfig:
                 f"{changed[0]} is a setting of an adapter, and peft.full=true trains the model itself, without one. "
                 "Drop one of the two."
             )
+        if self.train.save_merged:
+            raise ConfigError(
+                "train.save_merged=true saves the model an adapter was merged into, and with peft.full=true the model "
+                "is saved anyway. Drop one of the two."
+            )
         if entry_of(self.optim).make is not None:
             raise ConfigError(
                 f"optim={self.optim.name} works on the factors A and B of adapters, and with peft.full=true there are "
@@ -397,27 +347,6 @@ class RunConfig:
 
 def _differs(one: Any, other: Any, name: str) -> bool:
     return bool(getattr(one, name) != getattr(other, name))
-
-
-def check_rise(optim: OptimConfig, steps: int, length: str) -> None:
-    """Raises ConfigError for a warm-up as long as the training, and for a fall that begins before it ends."""
-    warmup = optim.warmup or 0.0
-    if warmup >= max(1, steps):
-        raise ConfigError(
-            f"optim.warmup={warmup:g} steps are the whole training ({length}), so optim.lr would never be reached. "
-            "Give fewer, or a share below 1 such as optim.warmup=0.05."
-        )
-    fall = getattr(optim.own_of_schedule, "num_decay_steps", 0)
-    if steps_of(warmup, steps) + steps_of(fall, steps) > max(steps, 2):
-        raise ConfigError(
-            f"optim.warmup={warmup:g} and optim.num_decay_steps={fall:g} are more than the whole training "
-            f"({length}). Lower one of them."
-        )
-
-
-def steps_of(number: float, steps: int) -> int:
-    """What is given in steps, or as a share of all steps below 1, in steps."""
-    return int(number) if number >= 1 else math.ceil(number * steps)
 
 
 def _check_at_most(name: str, value: int, most: int) -> None:

@@ -33,8 +33,15 @@ class GradientSettings:
     """gamma of scale stable; auto (LoRA-One only) tries six on rows the statistics have not seen."""
     normalize: Literal["layer", "global", "none"] | None = None
     """LoRA-One: what singular values are divided by."""
+    norm_clip: bool = False
+    """LoRA-GA: shrink A and B where an entry of s B A is larger than the largest of the weight."""
 
     def __post_init__(self) -> None:
+        if self.norm_clip and self.is_one_step:
+            raise ConfigError(
+                f"norm_clip would change nothing: it limits what is taken out of the base, and direction="
+                f"{self.direction} takes nothing. Drop it."
+            )
         if self.normalize is not None and not self.is_one_step:
             raise ConfigError(
                 f"normalize={self.normalize} is LoRA-One's, and direction={self.direction} is LoRA-GA's. Drop one of "
@@ -68,7 +75,13 @@ def _of_gradient(settings: GradientSettings) -> dict[str, Any]:
 DEFAULT = NamedStart(start=lambda settings: True)
 SVD = NamedStart(start=lambda settings: "pissa")
 GRADIENT = NamedStart(
-    start=lambda settings: "lora_one" if settings is None or settings.is_one_step else "lora_ga",
+    start=lambda settings: (
+        "lora_one"
+        if settings is None or settings.is_one_step
+        else "lora_ga_clipped"
+        if settings.norm_clip
+        else "lora_ga"
+    ),
     settings=GradientSettings,
     translated=_of_gradient,
 )

@@ -1,0 +1,168 @@
+"""The documented commands, word by word, on a small model: they run, and the run's settings say what each key meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorafa import PeftModel
+from lorafa.scripts.run_exp import main
+from toys.places import ROOT
+from toys.workplace import ROWS, make_workplace, read
+
+KEYS = """\\
+        ++dataset_name=meta_math \\
+        ++model.epochs=1 \\
+        ++model.eval_epochs=1 \\
+        +init=gradient \\
+        ++init.direction=LoRA-FA \\
+        ++init.weight="stable" \\
+        ++init.stable_gamma=128 \\
+        +peft=qv \\
+        ++peft.lora_r=8 \\
+        ++peft.use_rslora=True \\
+        ++peft.lora_alpha=16 \\
+        ++wandb.name=$runname \\
+        ++wandb.project=lorafa \\
+        ++init.iters=$iters """
+ONE = f"python run_exp.py -m {KEYS}"
+TWO = f"""CUDA_VISIBLE_DEVICES="0,1" accelerate launch \\
+--main_process_port $(shuf -i 10000-60000 -n 1) \\
+ run_exp.py -m {KEYS}"""
+HERE = "++model.name=model data.file=meta.json threads=1"
+"""What is not in the commands: a small model, and a copy of the data set."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_workplace(
+        tmp_path_factory.mktemp("published"), hidden_size=64, intermediate_size=96, num_key_value_heads=4
+    )
+    rows = [
+        {"query": row["question"], "response": f"{row['answer']}\nThe answer is: 1", "type": "GSM_SV"} for row in ROWS
+    ]
+    (folder / "meta.json").write_text(json.dumps([*rows, {"query": "q", "response": "r", "type": "MATH_SV"}]))
+    shutil.copy(ROOT / "run_exp.py", folder)
+    return folder
+
+
+def shell(command: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    library = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": library, "COLUMNS": "200"} | variables
+    return subprocess.run(
+        ["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(("command", "name"), [(ONE, "one"), (TWO, "two")], ids=["python", "accelerate launch"])
+def test_a_documented_command_runs_word_by_word(place: Path, command: str, name: str) -> None:
+    done = shell(f"{command} {HERE}", place, runname=name, iters="4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Note: init.weight=stable changes nothing" in done.stdout
+    run = place / "runs" / name
+    assert read(run / "result.json")["status"] == "finished"
+    assert read(run / "result.json")["rows"] == {"train": 19, "heldout": 1, "repeated": 0, "dropped": 0, "truncated": 0}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["name"] == "meta_math"
+    assert (config["train"]["epochs"], config["train"]["eval_epochs"], config["train"]["seed"]) == (1.0, 1.0, 42)
+    assert (config["train"]["batch_size"], config["train"]["accumulation"]) == (1, 32)
+    assert [config["init"][key] for key in ("mode", "direction", "scale", "stable_gamma", "iters")] == [
+        "gradient", "LoRA-FA", "stable", 128.0, 4,
+    ]  # fmt: skip
+    assert config["peft"]["target_modules"] == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert [config["peft"][key] for key in ("r", "use_rslora", "lora_alpha", "lora_dropout")] == [8, True, 16, 0.0]
+    assert read(run / "adapter" / "adapter_config.json")["r"] == 8
+
+
+def test_the_merged_model_is_the_base_with_the_adapter_in_it(place: Path) -> None:
+    words = ["++wandb.name=merged", "++model.name=model", "++dataset_name=rows.jsonl", "+init=gaussian", "+peft=all"]
+    words += ["++peft.lora_r=4", "++model.bf16=false", "++model.learning_rate=1e-2", "++model.real_batch_size=4"]
+    run = _run(place, *words)
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), str(run / "adapter"))
+    ids = torch.tensor([AutoTokenizer.from_pretrained(run / "merged")("Ann has 2 apples").input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert read(run / "result.json")["merged"] == "merged"
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    assert not torch.allclose(base(ids).logits, merged(ids).logits, atol=1e-3)
+
+
+def test_several_checkpoints_are_not_merged_one_into_the_other(place: Path) -> None:
+    """The published merge adds up every directory it finds. Here the weights are those of the adapter, once."""
+    words = ["++wandb.name=epochs", "++model.name=model", "++dataset_name=rows.jsonl", "+init=default", "+peft=all"]
+    words += ["++peft.lora_r=4", "++model.bf16=false", "++model.epochs=3", "++model.eval_epochs=3"]
+    run = _run(place, *words, "++model.real_batch_size=4", "++model.learning_rate=1e-2")
+    assert len(list((run / "checkpoints").glob("checkpoint-*"))) >= 1
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    once = PeftModel.from_pretrained(base, str(run / "adapter")).merge_and_unload().state_dict()
+    for name, weight in once.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trained_output_head_is_in_the_adapter_and_in_the_merged_model(place: Path) -> None:
+    words = ["++wandb.name=head", "++model.name=model", "++dataset_name=rows.jsonl", "+init=svd", "+peft=all_w_emb"]
+    run = _run(place, *words, "++peft.lora_r=4", "++model.bf16=false", "++model.learning_rate=1e-2")
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
+
+
+def test_the_same_command_again_leaves_the_run_alone_and_another_seed_gets_a_directory_of_its_own(place: Path) -> None:
+    words = ["++wandb.name=again", "++model.name=model", "++dataset_name=rows.jsonl", "+peft=all", "++peft.lora_r=2"]
+    words += ["++model.saving=false"]
+    run = _run(place, *words)
+    before = (run / "result.json").read_text()
+    assert _run(place, *words) == run
+    assert (run / "result.json").read_text() == before
+    _run(place, *words, "++seed=1")
+    assert read(place / "runs" / "again-2" / "result.json")["status"] == "finished"
+    assert not (run / "merged").exists()
+
+
+def test_a_dry_run_shows_what_the_keys_mean_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["++wandb.name=dry", "++model.name=model", "++dataset_name=rows.jsonl", "+peft=all", "++peft.lora_r=2"]
+    for more in ("--dry-run", "++dry_run=true"):
+        _run(place, *words, more)
+        assert '"keep_checkpoints": 1' in capsys.readouterr().out
+    assert not (place / "runs" / "dry").exists()
+
+
+def test_a_wrong_key_ends_with_2_and_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+peft=all", "++peft.lora_r=2", "++model.epoch=1"]) == 2
+    assert "run_exp.py has no key 'model.epoch'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "model.early_stopping_patience" in capsys.readouterr().out
+
+
+def test_a_sweep_of_keys_has_a_run_for_each_and_shares_the_name(place: Path) -> None:
+    words = ["++wandb.name=sweep", "++model.name=model", "++dataset_name=rows.jsonl", "+peft=all", "++peft.lora_r=2,3"]
+    _run(place, "-m", *words, "++model.saving=false", "++seed=5,6")
+    found = read(place / "runs" / "sweep" / "sweep.json")["points"]
+    assert [row["name"] for row in found] == [f"peft.lora_r={r},seed={seed}" for r in (2, 3) for seed in (5, 6)]
+    assert {row["status"] for row in found} == {"finished"}
+    config = yaml.safe_load((place / "runs" / "sweep" / "peft.lora_r=3,seed=6" / "config.yaml").read_text())
+    assert (config["peft"]["r"], config["train"]["seed"]) == (3, 6)
+
+
+def _run(place: Path, *words: str) -> Path:
+    """Run the script here, in the folder, and return the directory that its name asks for."""
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        assert main([*words, "threads=1"]) == 0
+    finally:
+        os.chdir(before)
+    return place / "runs" / next(word.partition("=")[2] for word in words if word.startswith("++wandb.name="))

@@ -1,0 +1,124 @@
+"""`lorafa train -m` on a small model: with Hydra's launchers, cut short and started again, by two processes at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from lorafa.cli.main import main
+from toys.places import ROOT
+from toys.workplace import make_workplace, metrics, read, settings
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("sweeps"))
+
+
+def words(workplace: Path, folder: Path, *more: str) -> list[str]:
+    own = [word for word in settings(workplace, folder) if not word.startswith(("train.steps", "train.checkpoint"))]
+    return ["train", "-m", *own, "eval=loss", "train.steps=2", "threads=1", *more]
+
+
+def own_loss(words: list[str]) -> list[str]:
+    """Without settings of the evaluation that answers questions."""
+    return [word for word in words if not word.startswith("eval.max_new_tokens")]
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {row["name"]: row["status"] for row in read(folder / "sweep.json")["points"]}
+
+
+def test_one_after_another_with_a_table_a_failure_and_status_1(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "s"
+    command = own_loss(words(workplace, folder, "init=default,pissa", "peft.r=2,64"))
+    assert main(command) == 1
+    assert states(folder) == {
+        "init=default,peft.r=2": "finished",
+        "init=default,peft.r=64": "finished",
+        "init=pissa,peft.r=2": "finished",
+        "init=pissa,peft.r=64": "failed",
+    }
+    shown = capsys.readouterr().out
+    assert "init=pissa,peft.r=64: ConfigError: " in shown
+    assert "has no 64 singular vectors" in shown.replace("\n", " ")
+    assert main([*command, "--dry-run"]) == 0
+    assert "Dry run: nothing was trained, nothing was written. 4 runs in" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_single_point_is_an_ordinary_run(workplace: Path, tmp_path: Path) -> None:
+    assert main(own_loss(words(workplace, tmp_path / "one"))) == 0
+    assert (tmp_path / "one" / "adapter").is_dir()
+    assert not (tmp_path / "one" / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_point_is_the_run_that_its_settings_give_whatever_launches_it(
+    workplace: Path, tmp_path: Path, launcher: str
+) -> None:
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    more = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    folder = tmp_path / "s"
+    assert main(own_loss(words(workplace, folder, "train.seed=range(2)", *more))) == 0
+    assert set(states(folder).values()) == {"finished"}
+    alone = own_loss(words(workplace, tmp_path / "alone", "train.seed=1"))
+    assert main([word for word in alone if word != "-m"]) == 0
+    losses = [[row["loss"] for row in metrics(run)] for run in (folder / "train.seed=1", tmp_path / "alone")]
+    assert losses[0] == losses[1]
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
+    library = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorafa.cli.main", *command],
+        env=os.environ | {"PYTHONPATH": library},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_sweep_that_was_killed_goes_on_from_the_checkpoint_of_the_run_it_was_at(
+    workplace: Path, tmp_path: Path
+) -> None:
+    """The run ends with the losses of one that nobody has killed."""
+    more = ["train.steps=40", "train.checkpoint_every=5"]
+    command = own_loss(words(workplace, tmp_path / "s", *more, "train.seed=0,1"))
+    first = tmp_path / "s" / "train.seed=0"
+    process = started(command)
+    try:
+        until = time.monotonic() + 60
+        while not any(first.glob("checkpoints/checkpoint-*/trainer_state.json")) and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.communicate()
+    assert read(first / "result.json")["status"] == "running"
+    assert main(command) == 0
+    assert set(states(tmp_path / "s").values()) == {"finished"}
+    assert main(own_loss(words(workplace, tmp_path / "whole", *more, "train.seed=0"))) == 0
+    kept = [[(row["step"], row["loss"]) for row in metrics(run)] for run in (first, tmp_path / "whole")]
+    assert kept[0] == kept[1]
+
+
+def test_two_processes_share_the_points_of_a_sweep(workplace: Path, tmp_path: Path) -> None:
+    command = own_loss(words(workplace, tmp_path / "s", "train.seed=range(3)", "train.steps=12"))
+    both = [started(command) for _ in range(2)]
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert set(states(tmp_path / "s").values()) == {"finished"}
+    for seed in range(3):
+        rows = metrics(tmp_path / "s" / f"train.seed={seed}")
+        assert [row["step"] for row in rows] == list(range(1, 13))  # by one process alone
+    with FileLock(tmp_path / "s" / ".locks" / "train.seed=0.lock", blocking=False):
+        pass  # nobody holds it any more
