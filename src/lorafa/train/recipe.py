@@ -5,24 +5,20 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from transformers import set_seed
 from transformers.utils import logging
 
-from lorafa.data.chat import Sample, render_sample
+from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator, Tokenized
 from lorafa.data.packing import PackCollator, Packs
-from lorafa.data.prepared import Progress, SampleSet, is_cached, prepare_samples
-from lorafa.data.selection import Division
-from lorafa.data.shares import names_of
-from lorafa.data.sources import Choice, OpenData, open_data
+from lorafa.data.prepared import SampleSet
 from lorafa.data.templates import find_template
 from lorafa.errors import CheckpointError, ConfigError, DataError, first_line
 from lorafa.evals import EVALS
@@ -40,16 +36,13 @@ from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.full import train_all
 from lorafa.train.progress import RunCallback, progress_bar
+from lorafa.train.records import find_records, make_samples, show_samples
 from lorafa.train.sampling import lengths_of
-from lorafa.train.settings.data import DataConfig
 from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import Started, start_adapter
 from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
-
-MANY = 10_000
-"""Rows whose tokenizing takes long enough for a bar."""
 
 
 class Recorder(Protocol):
@@ -103,8 +96,8 @@ class Prepared:
 
 
 def prepare(config: RunConfig, console: Console) -> Prepared:
-    """Load model and records, put the adapter on, show what it covers and one sample. Writes nothing but
-    to the cache.
+    """Load model and records, put the adapter on, show what it covers and one sample. Writes nothing but to
+    the cache.
 
     Raises:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
@@ -127,13 +120,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     new = add_tokens(model, tokenizer, config.model.add_tokens) if config.model.add_tokens else []
     if template is not None:
         tokenizer.chat_template = template
-    with _bar_of_rows(console, data.count()) as bar:
-        samples = prepare_samples(data, tokenizer, config.data.max_length, config.data.cache, bar)
-    if template is not None and not samples.templated:
-        raise ConfigError(
-            f"data.template={config.data.template} would change nothing: the records of {samples.source} are plain "
-            "texts, which no chat template writes. Leave it out."
-        )
+    samples = make_samples(data, tokenizer, config.data, console)
     if not samples.records and (wants := _wants_heldout(config)):
         raise DataError(
             f"{wants} goes by held-out rows, and none of {samples.source} are held out. Set data.eval_size or "
@@ -157,7 +144,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             adapter = lora_config(config, model, rows_to_train(model, new) if new else None)
             begun = start_adapter(model, adapter, config.init, samples.train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
-    _show_data(samples, tokenizer, console)
+    show_samples(samples, tokenizer, console)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
@@ -333,31 +320,6 @@ def _wants_heldout(config: RunConfig) -> str | None:
     return next((name for name, wanted in wants.items() if wanted), None)
 
 
-def find_records(data: DataConfig) -> OpenData:
-    """The records the settings name. They are read here already, unless the cache may have their tokens: so what is
-    wrong with them is said before a model is loaded."""
-    division = Division(data.train_size, data.eval_size, data.seed, None if data.weights is None else (*data.weights,))
-    own = {} if data.own is None else asdict(data.own)
-    found = open_data(Choice(names=names_of(data.name), division=division, eval_file=data.eval_file, settings=own))
-    if not is_cached(found, data.cache):
-        _ = found.selection
-    return found
-
-
-@contextmanager
-def _bar_of_rows(console: Console, count: int) -> Iterator[Progress | None]:
-    """A bar from the first rows that are tokenized on, where there are many; none for those that are in the cache."""
-    with ExitStack() as begun:
-        shown: list[Progress] = []
-
-        def update(done: int, total: int) -> None:
-            if not shown:
-                shown.append(begun.enter_context(progress_bar(console, "Tokenizing")))
-            shown[0](done, total)
-
-        yield update if count >= MANY else None
-
-
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Loading without the bar of transformers, which runs into the one of the console."""
@@ -368,32 +330,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _show_data(data: SampleSet, tokenizer: Any, console: Console) -> None:
-    """One sample, how much of the data is trained on, and what was left out."""
-    train, heldout = data.train, data.heldout
-    first = train.samples[0]
-    title = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
-    console.print(Panel(render_sample(first, tokenizer), title=title, title_align="left"))
-    console.print(
-        f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
-        f"{data.trained / data.tokens:.1%} of the training tokens are trained.",
-        highlight=False,
-        markup=False,
-    )
-    if data.found is not None:
-        console.print(f"Their tokens were in the cache: {data.found}", highlight=False, markup=False, soft_wrap=True)
-    if not heldout.samples:
-        console.print("No rows are held out: nothing is measured before and after.")
-    left_out = {
-        "answer a question of a held-out row and were left out": data.repeated,
-        "have no answer within data.max_length and were left out": train.dropped + heldout.dropped,
-        "were cut at data.max_length": train.truncated + heldout.truncated,
-    }
-    for what, count in left_out.items():
-        if count:
-            console.print(f"[yellow]{count:,} samples {what}.[/yellow]", highlight=False)
 
 
 def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,91 @@
+"""The records of a run: found before its model is loaded, made samples, and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+
+from lorafa.data.chat import render_sample
+from lorafa.data.prepared import Progress, SampleSet, is_cached, prepare_samples
+from lorafa.data.selection import Division
+from lorafa.data.shares import names_of
+from lorafa.data.sources import Choice, OpenData, open_data
+from lorafa.errors import ConfigError
+from lorafa.train.progress import progress_bar
+from lorafa.train.settings.data import DataConfig
+
+MANY = 10_000
+"""Rows whose tokenizing takes long enough for a bar."""
+
+
+def find_records(data: DataConfig) -> OpenData:
+    """The records the settings name. They are read here already, unless the cache may have their tokens: so what is
+    wrong with them is said before a model is loaded."""
+    division = Division(data.train_size, data.eval_size, data.seed, None if data.weights is None else (*data.weights,))
+    own = {} if data.own is None else asdict(data.own)
+    found = open_data(Choice(names=names_of(data.name), division=division, eval_file=data.eval_file, settings=own))
+    if not is_cached(found, data.cache):
+        _ = found.selection
+    return found
+
+
+def make_samples(found: OpenData, tokenizer: Any, data: DataConfig, console: Console) -> SampleSet:
+    """The samples of records, tokenized or from the cache.
+
+    Raises:
+        DataError: as :func:`lorafa.data.prepared.prepare_samples`.
+        ConfigError: a chat template is named and writes none of them.
+    """
+    with _bar_of_rows(console, found.count()) as bar:
+        samples = prepare_samples(found, tokenizer, data.max_length, data.cache, bar)
+    if data.template is not None and not samples.templated:
+        raise ConfigError(
+            f"data.template={data.template} would change nothing: the records of {samples.source} are plain texts, "
+            "which no chat template writes. Leave it out."
+        )
+    return samples
+
+
+@contextmanager
+def _bar_of_rows(console: Console, count: int) -> Iterator[Progress | None]:
+    """A bar from the first rows that are tokenized on, where there are many; none for those that are in the cache."""
+    with ExitStack() as begun:
+        shown: list[Progress] = []
+
+        def update(done: int, total: int) -> None:
+            if not shown:
+                shown.append(begun.enter_context(progress_bar(console, "Tokenizing")))
+            shown[0](done, total)
+
+        yield update if count >= MANY else None
+
+
+def show_samples(data: SampleSet, tokenizer: Any, console: Console) -> None:
+    """One sample, how much of the data is trained on, and what was left out."""
+    train, heldout = data.train, data.heldout
+    first = train.samples[0]
+    title = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
+    console.print(Panel(render_sample(first, tokenizer), title=title, title_align="left"))
+    console.print(
+        f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
+        f"{data.trained / data.tokens:.1%} of the training tokens are trained.",
+        highlight=False,
+        markup=False,
+    )
+    if data.found is not None:
+        console.print(f"Their tokens were in the cache: {data.found}", highlight=False, markup=False, soft_wrap=True)
+    if not heldout.samples:
+        console.print("No rows are held out: nothing is measured before and after.")
+    left_out = {
+        "answer a question of a held-out row and were left out": data.repeated,
+        "have no answer within data.max_length and were left out": train.dropped + heldout.dropped,
+        "were cut at data.max_length": train.truncated + heldout.truncated,
+    }
+    for what, count in left_out.items():
+        if count:
+            console.print(f"[yellow]{count:,} samples {what}.[/yellow]", highlight=False)
