@@ -62,7 +62,7 @@ def format_of(path: Path) -> type[Table] | None:
 def is_file(name: str) -> bool:
     """Whether the name is that of a file of records, there or not, or of a folder."""
     path = Path(name).expanduser()
-    return format_of(path) is not None or name.endswith("/") or path.is_dir()
+    return format_of(path) is not None or name.endswith("/") or (name != "" and path.is_dir())
 
 
 def open_file(name: str, settings: FileSettings) -> Source:

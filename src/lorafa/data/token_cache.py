@@ -11,7 +11,9 @@ import hashlib
 import json
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +37,8 @@ READERS = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
 """Packages whose version decides how rows are read and tokenized."""
 _COUNTS = struct.Struct("<4Q")  # samples, training order, held-out order, bytes of JSON
 _DIGEST = 32
+LEFT_AFTER = 24 * 60 * 60
+"""Seconds after which nobody writes to a temporary file any more."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def write_cache(path: Path, fill: Callable[[Store], Contents]) -> None:
         CheckpointError: the folder cannot be written to, or the disk is full; nothing is left of it.
     """
     make_folder(path.parent)
+    _remove_leavings(path.parent)
     with written_whole(path) as temporary, temporary.open("w+b") as file:
         out = _Hashed(file)
         out.write(MAGIC)
@@ -96,6 +101,14 @@ def write_cache(path: Path, fill: Callable[[Store], Contents]) -> None:
         counts = (len(contents.sizes), len(contents.train), len(contents.heldout), len(facts))
         out.write(_COUNTS.pack(*counts))
         file.write(out.digest.digest())
+
+
+def _remove_leavings(folder: Path) -> None:
+    """Take away what starts were writing that were killed: it may be large, and has a hidden name."""
+    for path in folder.glob(".*.tokens.*.tmp"):
+        with suppress(OSError):  # another start may be faster
+            if time.time() - path.stat().st_mtime > LEFT_AFTER:
+                path.unlink()
 
 
 def read_cache(path: Path) -> tuple[Stored, Contents] | None:

@@ -175,3 +175,17 @@ def test_several_sources_are_named_as_a_list_on_the_command_line() -> None:
         compose(["data=[]"])
     with pytest.raises(ConfigError, match=r"for each of the 2 sources"):
         compose(["data=[a.jsonl,b.jsonl]", "data.weights=[1]"])
+
+
+def test_a_file_and_a_data_set_of_the_hub_are_mixed_each_with_what_it_reads(
+    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(pairs(12, start=2000)))
+    found = load(two[1], "owner/name", eval_size=0.25, split="test")
+    assert (len(found.train), len(found.heldout)) == (31, 11)
+    assert {record.place.partition(",")[0] for record in found.train} == {str(two[1]), "owner/name"}
+    assert found.source.endswith("owner/name (9 of 12 rows)")
+    with pytest.raises(ConfigError, match=r"data=\[\.\.\.\] has no setting 'templates'"):
+        load(two[1], "owner/name", templates=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import threading
 import warnings
 from array import array
@@ -211,6 +212,17 @@ def test_a_cache_that_cannot_be_made_is_said(cache: Path, rows: Path) -> None:
         prepare(rows)
 
 
+def test_what_a_start_left_that_was_killed_long_ago_is_removed(cache: Path, rows: Path) -> None:
+    cache.mkdir(parents=True)
+    old, new = cache / ".a.tokens.1.tmp", cache / ".b.tokens.2.tmp"
+    for path in (old, new):
+        path.write_text("half")
+    os.utime(old, (1.0, 1.0))
+    prepare(rows)
+    assert not old.exists()
+    assert new.exists()  # another start may be at it
+
+
 def test_a_bad_row_is_named_and_leaves_no_file(cache: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "d.jsonl", [*pairs(9), {"prompt": "p", "completion": "\ufdd0"}])
     with pytest.raises(DataError, match=r"d\.jsonl, line 10: A text holds one of U\+FDD0"):
@@ -317,3 +329,16 @@ def test_the_facts_of_a_file_are_json_at_its_end(cache: Path, rows: Path) -> Non
     facts = json.loads(content[-64 - size : -64])
     assert facts["sha256"] == samples.sha256
     assert hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def test_rows_of_the_hub_are_the_same_from_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = pairs(20)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    name = Path("owner/name")
+    first = prepare(name)
+    assert all_of(first) == all_of(prepare(name, cache=False)) == all_of(prepare(name))
+    rows[3] = {"prompt": "another", "completion": "one"}
+    assert prepare(name).sha256 != first.sha256
+    assert len(list(cache.iterdir())) == 2
