@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafa.errors import ConfigError
+from lorafa.processes import ending_together, from_main, is_main, join
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +59,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.train.memory import keep_freed_memory
 
     keep_freed_memory()  # before the first tensor
-    config = compose(args.overrides)
+    join("train")
+    if not is_main():
+        console.quiet = True
+    config = from_main(lambda: compose(args.overrides))
     longer = longer_of(args.overrides, config) if config.train.resume else None
     if args.dry_run:
         return _dry_run(config, longer, console)
@@ -71,6 +75,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         path = resume_run(config.train.resume, console, args.command, longer)
     else:
         path = start_run(config, console, args.command)
+    if not is_main():
+        return 0
     console.print(result_tables(RunDirectory(path)))
     text = f"Adapter: {path / 'adapter'}\nReport:  {write_report(path)}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -85,14 +91,16 @@ def _dry_run(config: RunConfig, longer: Mapping[str, Any] | None, console: Conso
 
     would = "start"
     if config.train.resume:
-        run, checkpoint, config = resumable(config.train.resume, longer)
+        resume = config.train.resume
+        run, checkpoint, config = from_main(lambda: resumable(resume, longer))
         would = f"continue from {checkpoint.name} in {run.path}"
-    elif there := begun(config):
+    elif there := from_main(lambda: begun(config)):
         would = f"go on in {there.path}"
     else:
-        RunDirectory.place(config)  # a directory in the way would stop the run
+        from_main(lambda: RunDirectory.place(config))  # a directory in the way would stop the run
     console.print_json(data=plain(config))
-    prepare(config, console)
+    with ending_together():
+        prepare(config, console)
     text = f"Dry run: nothing was trained, nothing was written. The run would {would}."
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0

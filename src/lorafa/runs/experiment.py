@@ -14,12 +14,14 @@ import torch
 from rich.console import Console
 
 from lorafa.errors import CheckpointError, ConfigError
+from lorafa.processes import ending_together, from_main, on_main
 from lorafa.runs.differences import difference, differing
 from lorafa.runs.environment import environment, peak_rss_bytes
 from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.runs.shared import SharedRun
 from lorafa.settings.typed import plain
 from lorafa.storage.whole import read_json
-from lorafa.train.checkpoints import STATE_FILE
+from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
 from lorafa.train.fit import run_out
 from lorafa.train.recipe import prepare, train
 from lorafa.train.settings.run import RunConfig, steps_of
@@ -36,11 +38,11 @@ def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Pa
     Raises:
         LoraError: of the kind that fits; from the training on, result.json says what happened.
     """
-    if there := begun(config):
-        with there.held():
-            return _go_on(there, config, console, command)
-    with RunDirectory.claimed(config) as run:
-        return _run(run, None, config, console, command)
+    if there := from_main(lambda: begun(config)):
+        with on_main(there.held()):
+            return _go_on(SharedRun(there), config, console, command)
+    with on_main(RunDirectory.claimed(config)) as run:
+        return _run(SharedRun(run), None, config, console, command)
 
 
 def begun(config: RunConfig) -> RunDirectory | None:
@@ -63,7 +65,7 @@ def begun(config: RunConfig) -> RunDirectory | None:
     return run
 
 
-def _go_on(run: RunDirectory, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+def _go_on(run: SharedRun, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
     """Continue from the last checkpoint, or from the start where the run came to none."""
     if run.result().get("status") == "finished":
         console.print(f"The run {run.path} is finished.", highlight=False, markup=False, soft_wrap=True)
@@ -83,9 +85,9 @@ def resume_run(
         LoraError: as :func:`resumable`, or another process is at the run; from the training on, result.json says what
             happened.
     """
-    with RunDirectory.open(path).held():
-        run, checkpoint, config = resumable(path, longer)
-        return _run(run, checkpoint, config, console, command)
+    with on_main(from_main(lambda: RunDirectory.open(path)).held()):
+        run, checkpoint, config = from_main(lambda: resumable(path, longer))
+        return _run(SharedRun(run), checkpoint, config, console, command)
 
 
 def resumable(path: str | Path, longer: Mapping[str, Any] | None = None) -> tuple[RunDirectory, Path, RunConfig]:
@@ -154,34 +156,41 @@ def _from_adapter(run: RunDirectory) -> str:
 
 
 def _run(
-    run: RunDirectory, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]
+    run: SharedRun, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]
 ) -> Path:
     started = time.monotonic()
-    with _threads(config.threads):
+    with _threads(config.threads), ending_together():
         prepared = prepare(config, console)
         if checkpoint is None or config != run.config():
-            RunDirectory.create(run.path, config)
+            run.create(config)
         if run.metrics():  # of a part that is done again
             run.drop_metrics_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
         run.write_environment(environment(command))
         run.update_result(status="running", error=None)
         console.print(f"Run directory: {run.path}", highlight=False, markup=False, soft_wrap=True)
-        try:
-            train(prepared, config, run, console, checkpoint)
-        except KeyboardInterrupt:
-            run.update_result(status="failed", error="interrupted")
-            _say_how_to_continue(run, console)
-            raise
-        except BaseException as error:
-            run.update_result(status="failed", error=f"{type(error).__name__}: {error}")
-            raise
+    with _threads(config.threads), _recorded(run, console), ending_together(run.fail):
+        train(prepared, config, run, console, checkpoint)
         seconds = {**run.result().get("seconds", {}), "total": round(time.monotonic() - started, 1)}
         run.update_result(status="finished", seconds=seconds, peak_rss_bytes=peak_rss_bytes(), error=None)
     return run.path
 
 
-def _say_how_to_continue(run: RunDirectory, console: Console) -> None:
-    found = run.last_checkpoint()
+@contextmanager
+def _recorded(run: SharedRun, console: Console) -> Iterator[None]:
+    """What ends the block before its time is in result.json afterwards."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.fail("interrupted")
+        _say_how_to_continue(run, console)
+        raise
+    except BaseException as error:
+        run.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _say_how_to_continue(run: SharedRun, console: Console) -> None:
+    found = last_checkpoint(run.checkpoints)
     text = (
         f"Continue from {found.name} with: lorafa train {shlex.quote(f'train.resume={run.path}')}"
         if found

@@ -15,6 +15,7 @@ from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator
 from lorafa.models.head_loss import Trial
 from lorafa.peft_model import PeftModel
+from lorafa.processes import world_size
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.progress import RunCallback
@@ -76,9 +77,9 @@ def run_out(log: Sequence[Mapping[str, Any]], patience: int | None) -> str | Non
 
 
 def steps_in_all(config: RunConfig, rows: int) -> int:
-    """Optimizer steps of the training, on one process."""
+    """Optimizer steps of the training, over all processes."""
     train = config.train
-    batches = math.ceil(rows / train.batch_size)
+    batches = math.ceil(rows / (train.batch_size * world_size()))
     return train.steps or math.ceil((train.epochs or 1) * math.ceil(batches / train.accumulation))
 
 

@@ -27,13 +27,14 @@ from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
-from lorafa.models.load import check_samples, load_model
+from lorafa.models.load import check_samples, load_model, resolve_model
 from lorafa.peft_model import PeftModel
+from lorafa.processes import is_main, main_first, world_size
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.settings.run import DataConfig, RunConfig
+from lorafa.train.settings.run import DataConfig, RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.start import Started, start_adapter
 
@@ -100,9 +101,13 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     started = time.monotonic()
     lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
-    records = read_records(config.data)
+    with main_first():
+        records = read_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
+        if world_size() > 1:
+            with main_first():  # what is fetched is in the cache then
+                resolve_model(config.model.name, cache_dir=cache, revision=config.model.revision)
         model, tokenizer = load_model(
             config.model.name,
             config.model.dtype,
@@ -135,6 +140,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             begun = start_adapter(model, lora_config(config, model), config.init, train.samples, collator)
     console.print(coverage_table(coverage(begun.model)))
     _show_data(records, train, heldout, tokenizer, console)
+    if world_size() > 1:
+        console.print(_batch_in_words(config.train), highlight=False)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
     return Prepared(begun.model, tokenizer, records, train, heldout, collator, seconds, begun.record, trial)
@@ -182,7 +189,7 @@ def train(
         fitted = fit(prepared.material(), config, run.checkpoints, callback, checkpoint)
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
-    model.save_pretrained(str(run.adapter))
+    model.save_pretrained(str(run.adapter), is_main_process=is_main())
     # LoRA-FA's optimizer has frozen A meanwhile
     run.update_result(
         steps=fitted.steps,
@@ -285,6 +292,12 @@ def _show_data(records: Records, train: Encoded, heldout: Encoded, tokenizer: An
     for what, count in left_out.items():
         if count:
             console.print(f"[yellow]{count:,} samples {what}.[/yellow]", highlight=False)
+
+
+def _batch_in_words(train: TrainConfig) -> str:
+    whole = train.batch_size * train.accumulation * world_size()
+    passes = f" x {train.accumulation} forward passes" if train.accumulation > 1 else ""
+    return f"A step is of {whole} samples: {train.batch_size} in each of {world_size()} processes{passes}."
 
 
 def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
