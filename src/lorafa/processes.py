@@ -330,25 +330,38 @@ def ending_together(last_words: Callable[[str], None] = lambda text: None) -> It
     threading.Thread(target=_watch, args=(_store, done, last_words), daemon=True).start()
     try:
         yield
-    except (LoraError, KeyboardInterrupt) as error:
+    except LoraError as error:
         _say(_store, _Word.of(error))
         raise
-    except Exception as error:
-        lost = _is_lost_connection(error)
-        word = _said(_store, wait=2.0 if lost else 0.0)
+    except (Exception, KeyboardInterrupt) as error:
+        lost = any(map(_is_lost_connection, _with_contexts(error)))
+        if isinstance(error, KeyboardInterrupt) and not lost:  # otherwise a launcher has stopped this one for the lost
+            _say(_store, _Word.of(error))
+            raise
+        word = None
+        with suppress(KeyboardInterrupt):  # of a launcher that has seen it too
+            word = _said(_store, wait=2.0 if lost else 0.0)
         if word is not None:
             raise word.error() from error
         if not lost:
             _say(_store, _Word.of(error))
             raise
         ended = TrainingError(
-            f"Another process has ended without a word, killed perhaps (out of memory?): {first_line(error)}. Continue "
-            "from the last checkpoint (train.resume)."
+            "Another process has ended without a word: it was killed, perhaps for its memory. Continue from the last "
+            "checkpoint (train.resume)."
         )
         _say(_store, _Word.of(ended))
         raise ended from error
     finally:
         done.set()
+
+
+def _with_contexts(error: BaseException) -> Iterator[BaseException]:
+    """The error and those while which it was raised."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__context__
 
 
 def _is_lost_connection(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from lorafa.processes import rank, world_size
 
 
 class Filler(dict[str, Any]):
-    """A batch of nothing but a repeated row, none of whose labels counts: all processes call the model equally often."""
+    """A repeated row and nothing else. None of its labels counts: all processes call the model equally often."""
 
 
 class Rounds:
