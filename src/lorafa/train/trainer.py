@@ -114,7 +114,8 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Where something wraps the model (data parallel, compile), wrap its loss: that is what calls it."""
         wrapped: nn.Module = super()._wrap_model(model, training=training, dataloader=dataloader)
-        wraps = self.accelerator.distributed_type in DATA_PARALLEL or self.args.torch_compile
+        data_parallel = self.accelerator.distributed_type in DATA_PARALLEL and self._sharding is None
+        wraps = data_parallel or self.args.torch_compile
         if training and wrapped is self.model and wraps and self.own_loss_reason is None:
             return self.accelerator.prepare_model(self._chunked_loss)  # type: ignore[no-any-return]
         return wrapped
