@@ -21,7 +21,7 @@ from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.shared import SharedRun
 from lorafa.settings.typed import plain
 from lorafa.storage.whole import read_json
-from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
+from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, require_same_processes
 from lorafa.train.fit import run_out
 from lorafa.train.recipe import prepare, train
 from lorafa.train.settings.run import RunConfig, steps_of
@@ -70,7 +70,10 @@ def _go_on(run: SharedRun, config: RunConfig, console: Console, command: Sequenc
     if run.result().get("status") == "finished":
         console.print(f"The run {run.path} is finished.", highlight=False, markup=False, soft_wrap=True)
         return run.path
-    return _run(run, run.last_checkpoint(), config, console, command)
+    checkpoint = run.last_checkpoint()
+    if checkpoint is not None:
+        require_same_processes(checkpoint)
+    return _run(run, checkpoint, config, console, command)
 
 
 def resume_run(
@@ -110,6 +113,7 @@ def resumable(path: str | Path, longer: Mapping[str, Any] | None = None) -> tupl
             f"The run {str(run.path)!r} has no checkpoint to continue from (train.checkpoint_every is "
             f"{config.train.checkpoint_every}). Start a new run{_from_adapter(run)}."
         )
+    require_same_processes(checkpoint)
     return run, checkpoint, prolonged(run, checkpoint, config, longer) if longer else config
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.peft_model import PeftModel
-from lorafa.processes import world_size
+from lorafa.processes import barrier, world_size
 from lorafa.surgery.gradients import check_gradients
-from lorafa.train.checkpoints import last_checkpoint, missing_files
+from lorafa.train.checkpoints import last_checkpoint, missing_files, require_same_processes
 from lorafa.train.sharding import Sharding, asked_for, average_gradients, hidden_from_accelerate
 
 
@@ -136,6 +136,10 @@ class AdapterCheckpoints:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        barrier()  # before the first process writes what makes the checkpoint a complete one
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if missing := missing_files(folder):
@@ -144,6 +148,7 @@ class AdapterCheckpoints:
                 f"{folder} is no complete checkpoint: {', '.join(missing)} missing or damaged, so the training could "
                 f"not continue as it was. The newest complete checkpoint beside it: {newest or 'none'}."
             )
+        require_same_processes(folder)
         self._load_adapters(folder)
 
     def _load_best_model(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from array import array
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.settings.run import DataConfig, RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.sharding import require_known
 from lorafa.train.start import Started, start_adapter
 
 
@@ -99,6 +101,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
+    require_known(os.environ)
     lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
     with main_first():

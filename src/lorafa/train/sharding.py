@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,15 +116,13 @@ def asked_for(args: Any) -> Sharding | None:
         ConfigError: they ask for a part of it that is not there, or torch is too old.
     """
     settings = getattr(args, "fsdp_plugin_args", None)
-    if world_size() == 1 or (settings is None and os.environ.get(ASKED, "").lower() != "true"):
+    if world_size() == 1 or _version(settings) != 2:
         return None
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
     plugin = FullyShardedDataParallelPlugin(**(settings or {}))
-    if plugin.fsdp_version != 2:
-        return None
     refused = {
         "offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "activation_checkpointing (train.gradient_checkpointing does it)": plugin.activation_checkpointing,
@@ -144,6 +142,27 @@ def asked_for(args: Any) -> Sharding | None:
     return Sharding(
         frozenset(names) if names else None, bool(plugin.reshard_after_forward), bool(plugin.cpu_ram_efficient_loading)
     )
+
+
+def _version(settings: Mapping[str, Any] | None) -> int | None:
+    """The version of FSDP that is asked for."""
+    if settings is None and os.environ.get(ASKED, "").lower() != "true":
+        return None
+    return int((settings or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION") or 1)
+
+
+def require_known(environ: Mapping[str, str]) -> None:
+    """Raises ConfigError where ``accelerate launch`` asks for a way to spread a model that a run does not go."""
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ConfigError(
+            "accelerate asks for DeepSpeed, with which no run was ever tried. Spread the model by FSDP2 (accelerate "
+            "launch --use_fsdp --fsdp_version 2)."
+        )
+    if environ.get(ASKED, "").lower() == "true" and environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "accelerate asks for the first FSDP, which flattens adapters and base into one. Give it fsdp_version: 2 "
+            "(accelerate launch --fsdp_version 2)."
+        )
 
 
 @contextmanager
