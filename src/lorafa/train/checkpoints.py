@@ -41,8 +41,8 @@ def require_same_processes(checkpoint: Path) -> None:
     if wrote != world_size():
         raise CheckpointError(
             f"{checkpoint} was written by {wrote} process{'es' if wrote > 1 else ''} and there "
-            f"{'are' if world_size() > 1 else 'is'} {world_size()} now, whose batches would be others. Start {wrote} to "
-            "continue it, or a new run from its adapter (peft.adapter)."
+            f"{'are' if world_size() > 1 else 'is'} {world_size()} now, whose batches would be others. Start {wrote} "
+            "to continue it, or a new run from its adapter (peft.adapter)."
         )
 
 
