@@ -44,20 +44,20 @@ def adapted(case: str) -> PeftModel:
     """One adapter, or one for each start, on a layer of its own."""
     torch.manual_seed(0)
     starts = STARTS if case == "every start" else [True]
-    base: nn.Module = hf.LlamaForCausalLM(hf.LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": max(2, len(starts))}))
-    base = base.double()
+    config = hf.LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": max(2, len(starts))})
+    base: nn.Module = hf.LlamaForCausalLM(config).double()
     layers = {path: m for path, m in base.named_modules() if path.rpartition(".")[2] in TARGETS}
     stats = {path: stats_for(layer.weight) for path, layer in layers.items()}  # type: ignore[arg-type]
     model: PeftModel | None = None
     for number, start in enumerate(starts):
-        only = {"layers_to_transform": [number]} if len(starts) > 1 else {}
+        settings = settings_of(start) | ({"layers_to_transform": [number]} if len(starts) > 1 else {})
         dropout = 0.3 if case == "dropout" else 0.0
-        config = LoraConfig(r=2, target_modules=list(TARGETS), init_seed=0, lora_dropout=dropout, **only, **settings_of(start))
-        given = {path: of for path, of in stats.items() if not only or f".{number}." in path}
+        adapter = LoraConfig(r=2, target_modules=list(TARGETS), init_seed=0, lora_dropout=dropout, **settings)
+        given = {path: of for path, of in stats.items() if len(starts) == 1 or f".{number}." in path}
         if model is None:
-            model = get_peft_model(base, config, stats=read_by(start, given))
+            model = get_peft_model(base, adapter, stats=read_by(start, given))
         else:
-            model.add_adapter(f"start_{start}", config, stats=read_by(start, given))
+            model.add_adapter(f"start_{start}", adapter, stats=read_by(start, given))
     assert model is not None
     model.base_model.set_adapter(list(model.peft_config))
     return model

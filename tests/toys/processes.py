@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -51,19 +51,10 @@ def enter_group(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 
 
-def launched(rank: int, ports: Sequence[int], work: Callable[..., None], *arguments: Any) -> None:
-    """Call ``work(join, *arguments)`` in one of two processes; join(k) makes this one of launch k, as torchrun would."""
-    torch.set_num_threads(1)
-
-    def join(number: int) -> None:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[number])
-        )
-
-    work(join, *arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+def launched(rank: int, port: int) -> None:
+    """Say to this process what torchrun says to one of two that meet at a port."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def free_ports(count: int) -> list[int]:
