@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +39,31 @@ def run_group(work: Callable[..., None], *arguments: Any, within: float = 300) -
         for process in processes:
             process.kill()
             process.join()
+
+
+def enter_group(rank: int, folder: Path) -> None:
+    """Make this one of two processes that meet in a folder, with what a launcher says to each in its environment."""
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # trainers look for garbage, and all that was imported is none
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # which accelerate wants to see, and does not use
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+
+
+def launched(rank: int, port: int) -> None:
+    """Say to this process what torchrun says to one of two that meet at a port."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at."""
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def leave_group() -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lorafa.calibration.base import Statistic
 from lorafa.calibration.batches import Asked, Batches, digest_of
 from lorafa.calibration.masks import counted
-from lorafa.calibration.processes import distributed, gathered, of_first, rank
+from lorafa.calibration.processes import of_first
 from lorafa.calibration.sharing import Entry, Sharing, agree
 from lorafa.calibration.state import calibrating
 from lorafa.errors import CalibrationError, shorten
 from lorafa.models.rows import IGNORE_INDEX, filled_up
+from lorafa.processes import distributed, gathered, rank
 
 
 @dataclass

@@ -14,10 +14,10 @@ from torch import Tensor
 from lorafa.calibration.base import Measured, Statistic, Tokens
 from lorafa.calibration.explained_variance import by_explained_variance, most_components, variance_shares
 from lorafa.calibration.moments import InputStatistic
-from lorafa.calibration.processes import gathered
 from lorafa.errors import shorten, warn
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.numerics.linalg import fix_signs, float_matrix, leading_right
+from lorafa.processes import gathered
 
 MOST_PASSES = 10
 """Passes over the data where directions do not settle: with few batches the last of them may keep turning."""

@@ -1,4 +1,4 @@
-"""The processes of torch.distributed's default group: what collecting statistics asks of them.
+"""What collecting statistics asks of the processes of a group, beside `lorafa.processes`.
 
 Each of these is to be called by all of them, in the same order. Where there is one process, it has all the data.
 """
@@ -7,33 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from lorafa.errors import CalibrationError, LoraError, first_line
-
-T = TypeVar("T")
-
-
-def distributed() -> bool:
-    """Whether there is such a group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def rank() -> int:
-    """Which of them this is."""
-    return torch.distributed.get_rank() if distributed() else 0
-
-
-def gathered(thing: T) -> list[T]:
-    """What each has, in their order. Tensors inside must be on the CPU."""
-    if not distributed():
-        return [thing]
-    everyone: list[T | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, thing)
-    return cast(list[T], everyone)
+from lorafa.processes import distributed, gathered, rank
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorafa.backends.offload import device_of
 from lorafa.calibration.base import Statistic
-from lorafa.calibration.processes import distributed, gathered
+from lorafa.processes import distributed, gathered
 
 
 class Entry:

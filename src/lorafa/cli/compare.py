@@ -45,8 +45,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    from lorafa.processes import require_alone
     from lorafa.train.memory import keep_freed_memory
 
+    require_alone("lorafa compare")
     keep_freed_memory()  # before the first tensor
     from lorafa.errors import DivergedError
     from lorafa.report.comparison import HEADINGS, cells, write_comparison

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorafa.cli import compare, params, report, train
 from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
+from lorafa.processes import is_from_other, is_main, leave
 from lorafa.version import VERSION
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None, read: Reader | None = None) -> int:
             print(f"error: {_not_installed(missing)}", file=sys.stderr)
             return FAILED
         finally:
+            leave()
             for stream in (sys.stdout, sys.stderr):  # here, for as it ends the interpreter complains of a closed pipe
                 print(end="", file=stream, flush=True)
     except BrokenPipeError:
@@ -139,6 +141,8 @@ def _plain_warnings(errors: Console) -> Iterator[None]:
     """Warnings as one line; the line of code they come from says nothing to who runs a command."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
+        if not is_main():  # the first of several processes says it
+            return
         errors.print("[bold yellow]warning:[/bold yellow]", end=" ")
         errors.print(" ".join(str(message).split()), markup=False, highlight=False, soft_wrap=True)
 
@@ -165,6 +169,8 @@ def _stopped_like_interrupted() -> Iterator[None]:
 
 
 def _report(error: BaseException, text: str, status: int, args: argparse.Namespace, errors: Console) -> int:
+    if is_from_other(error) and not is_main():  # that one says it
+        return status
     if args.traceback:
         traceback.print_exception(error)
     errors.print("[bold red]error:[/bold red]", end=" ")

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorafa.processes import from_main
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -35,7 +37,7 @@ def swept(
     points = points_of(words, options)
     if len(points) == 1 and not launch:
         return None
-    plan = planned(points, [make(point.words) for point in points], launch)
+    plan = from_main(lambda: planned(points, [make(point.words) for point in points], launch))
     if args.dry_run:
         console.print(_table(rows(plan)))
         text = f"Dry run: nothing was trained, nothing was written. {len(points)} runs in {plan.folder}."

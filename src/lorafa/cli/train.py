@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafa.cli.sweeps import HELP, swept
 from lorafa.errors import ConfigError
+from lorafa.processes import ending_together, from_main, is_main, join
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,9 +66,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.train.memory import keep_freed_memory
 
     keep_freed_memory()  # before the first tensor
+    join_all(console, "-m lorafa.cli.main train")
     if args.multirun and (status := swept(args, console, compose, options)) is not None:
         return status
-    config = compose(args.overrides)
+    config = from_main(lambda: compose(args.overrides))
     longer = longer_of(args.overrides, config) if config.train.resume else None
     if args.dry_run:
         return show(config, longer, console)
@@ -76,6 +78,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not config.train.resume:
         return carry_out(config, console, args.command)
     return conclude(resume_run(config.train.resume, console, args.command, longer), console)
+
+
+def join_all(console: Console, command: str) -> None:
+    """Make one group of the processes a launcher has started, of which the first alone prints."""
+    join(command)
+    if not is_main():
+        console.quiet = True
 
 
 def carry_out(config: RunConfig, console: Console, command: Sequence[str]) -> int:
@@ -91,6 +100,8 @@ def conclude(path: Path, console: Console) -> int:
     from lorafa.report.tables import result_tables
     from lorafa.runs.record import RunDirectory
 
+    if not is_main():
+        return 0
     console.print(result_tables(RunDirectory(path)))
     run = RunDirectory(path)
     what = f"Model:   {run.model}" if "model" in run.result() else f"Adapter: {run.adapter}"
@@ -108,14 +119,16 @@ def show(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) 
 
     would = "start"
     if config.train.resume:
-        run, checkpoint, config = resumable(config.train.resume, longer)
+        resume = config.train.resume
+        run, checkpoint, config = from_main(lambda: resumable(resume, longer))
         would = f"continue from {checkpoint.name} in {run.path}"
-    elif there := begun(config):
+    elif there := from_main(lambda: begun(config)):
         would = f"go on in {there.path}"
     else:
-        RunDirectory.place(config)  # a directory in the way would stop the run
+        from_main(lambda: RunDirectory.place(config))  # a directory in the way would stop the run
     console.print_json(data=plain(config))
-    prepare(config, console)
+    with ending_together():
+        prepare(config, console)
     text = f"Dry run: nothing was trained, nothing was written. The run would {would}."
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0

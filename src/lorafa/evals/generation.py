@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from lorafa.backends.offload import device_of
 from lorafa.errors import DataError
 from lorafa.models.modes import evaluating
+from lorafa.processes import shared_out, world_size
+from lorafa.storage.tensors import can_be_gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +36,8 @@ def generate_greedy(
 
     Prompts of similar length share a batch (left padding); a batch ends when all its rows have. An answer is over at
     any of ``ends`` (those that were trained: ``Encoded.ends``) and at the end tokens of tokenizer and model. Nothing
-    else of the model's own generation config applies, whatever it is called.
+    else of the model's own generation config applies, whatever it is called. Several processes share the batches out,
+    and all get all answers.
     Nothing about the model or the tokenizer is changed.
 
     Raises:
@@ -51,18 +54,33 @@ def generate_greedy(
     )  # fmt: skip
     device = device_of(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    answers: list[list[int]] = [[] for _ in prompts]
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    done = 0
+    # Where the model is spread over processes, one that is done goes on with the others.
+    spread = {"synced_gpus": True} if any(map(can_be_gathered, model.parameters())) else {}
+
+    def written(rows: list[int]) -> list[list[int]]:
+        nonlocal done
+        ids, mask = _left_padded([prompts[i] for i in rows], pad)
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy, **spread
+        )
+        done += len(rows) * world_size()
+        if progress is not None:
+            progress(min(done, len(order)), len(order))
+        return [_until(stops, answer) for answer in out[:, ids.shape[1] :].tolist()]
+
     with evaluating(model), _without_own_settings(model):
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            ids, mask = _left_padded([prompts[i] for i in rows], pad)
-            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
-            for i, written in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                stop = next((at for at, token in enumerate(written) if token in stops), len(written))
-                answers[i] = written[:stop]
-            if progress is not None:
-                progress(min(first + batch_size, len(order)), len(order))
+        found = [answer for batch in shared_out(written, batches) for answer in batch]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for i, answer in zip(order, found, strict=True):
+        answers[i] = answer
     return answers
+
+
+def _until(stops: Collection[int], tokens: list[int]) -> list[int]:
+    """The tokens before the first of ``stops``."""
+    return tokens[: next((at for at, token in enumerate(tokens) if token in stops), len(tokens))]
 
 
 def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:

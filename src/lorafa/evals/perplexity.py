@@ -15,6 +15,7 @@ from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.evals.entry import Evaluation, Scores
 from lorafa.models.modes import evaluating
+from lorafa.processes import shared_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,8 @@ def answer_loss(
     """Mean negative log-likelihood of a supervised token, in nats; every token weighs the same.
 
     Samples of similar length share a batch; the result does not depend on ``batch_size``. exp of it is the
-    perplexity of the answers. The model is left as it was.
+    perplexity of the answers. The model is left as it was. Several processes share the batches out, and all get the
+    mean over all of them, added up in the order in which one process would.
 
     Args:
         summed_loss: computes it for a batch; by default from all logits, which any causal model has.
@@ -50,12 +52,17 @@ def answer_loss(
             "Raise data.eval_size or data.max_length."
         )
     answered.sort(key=lambda sample: len(sample.input_ids), reverse=True)
+    batches = [answered[first : first + batch_size] for first in range(0, len(answered), batch_size)]
+
+    def summed(rows: Sequence[Sample]) -> tuple[float, int]:
+        batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
+        loss, terms = (summed_loss or _from_all_logits)(model, batch)
+        return float(loss), terms
+
     total, count = 0.0, 0
     with evaluating(model):
-        for first in range(0, len(answered), batch_size):
-            batch = {name: tensor.to(device) for name, tensor in collator(answered[first : first + batch_size]).items()}
-            loss, terms = (summed_loss or _from_all_logits)(model, batch)
-            total, count = total + float(loss), count + terms
+        for loss, terms in shared_out(summed, batches):
+            total, count = total + loss, count + terms
     return total / count
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from lorafa.errors import BackendError, DataError
 from lorafa.models.modes import evaluating
 from lorafa.models.rows import IGNORE_INDEX, ROW_MULTIPLE, filled_up
+from lorafa.storage.tensors import can_be_gathered
 
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk of float32 logits: large enough for an efficient product, small beside any model's activations."""
@@ -185,6 +186,11 @@ def _run(
         labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         targets = _next_labels(labels) if shifted is None else shifted
         states = _hidden_states(parts, inputs, targets, objective.layers)
+        if can_be_gathered(parts.head.weight):
+            raise BackendError(
+                "The output head is spread over processes while the model runs, as by tensor parallelism, and cannot "
+                "be applied by its weight. Train with the model's own loss instead."
+            )
         _require_fit(targets, states.last, parts.head)
         total, count = objective(states, targets, chunk_tokens)
         if num_items is None:
@@ -347,6 +353,8 @@ def _head_problem(head: nn.Module) -> str | None:
     """Why the output head cannot be applied by its weight alone, or None if it can."""
     if type(head) is not nn.Linear:
         return f"the output head is not a plain nn.Linear but {type(head).__module__}.{type(head).__name__}"
+    if can_be_gathered(head.weight):
+        return None  # FSDP2 puts it together for the length of a call
     if type(head.weight) is not nn.Parameter or type(head.weight.data) is not Tensor:
         return f"the output head's weight is a {type(head.weight.data).__name__}"
     if "forward" in vars(head) or any(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lorafa.processes import world_size
 from lorafa.version import VERSION
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "datasets", "numpy", "hydra-core")
@@ -27,6 +28,7 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpus": _usable_cpus(),
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": list(command),
     }

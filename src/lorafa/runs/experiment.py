@@ -14,13 +14,15 @@ import torch
 from rich.console import Console
 
 from lorafa.errors import CheckpointError, ConfigError
+from lorafa.processes import ending_together, from_main, on_main
 from lorafa.runs.differences import difference, differing
 from lorafa.runs.environment import environment, peak_rss_bytes
 from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.secrets import refuse_secrets
+from lorafa.runs.shared import SharedRun
 from lorafa.settings.typed import plain
 from lorafa.storage.whole import read_json
-from lorafa.train.checkpoints import STATE_FILE, step_of
+from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, require_same_processes, step_of
 from lorafa.train.fit import run_out
 from lorafa.train.recipe import prepare, train
 from lorafa.train.settings.optim import steps_of, warmup_of
@@ -39,11 +41,11 @@ def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Pa
         LoraError: of the kind that fits; from the training on, result.json says what happened.
     """
     refuse_secrets(plain(config))
-    if there := begun(config):
-        with there.held():
-            return _go_on(there, config, console, command)
-    with RunDirectory.claimed(config) as run:
-        return _run(run, None, config, console, command)
+    if there := from_main(lambda: begun(config)):
+        with on_main(there.held()):
+            return _go_on(SharedRun(there), config, console, command)
+    with on_main(RunDirectory.claimed(config)) as run:
+        return _run(SharedRun(run), None, config, console, command)
 
 
 def begun(config: RunConfig) -> RunDirectory | None:
@@ -66,12 +68,15 @@ def begun(config: RunConfig) -> RunDirectory | None:
     return run
 
 
-def _go_on(run: RunDirectory, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+def _go_on(run: SharedRun, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
     """Continue from the last checkpoint, or from the start where the run came to none."""
     if run.result().get("status") == "finished":
         console.print(f"The run {run.path} is finished.", highlight=False, markup=False, soft_wrap=True)
         return run.path
-    return _run(run, run.last_checkpoint(), config, console, command)
+    checkpoint = run.last_checkpoint()
+    if checkpoint is not None:
+        require_same_processes(checkpoint)
+    return _run(run, checkpoint, config, console, command)
 
 
 def resume_run(
@@ -86,9 +91,9 @@ def resume_run(
         LoraError: as :func:`resumable`, or another process is at the run; from the training on, result.json says what
             happened.
     """
-    with RunDirectory.open(path).held():
-        run, checkpoint, config = resumable(path, longer)
-        return _run(run, checkpoint, config, console, command)
+    with on_main(from_main(lambda: RunDirectory.open(path)).held()):
+        run, checkpoint, config = from_main(lambda: resumable(path, longer))
+        return _run(SharedRun(run), checkpoint, config, console, command)
 
 
 def resumable(path: str | Path, longer: Mapping[str, Any] | None = None) -> tuple[RunDirectory, Path, RunConfig]:
@@ -111,6 +116,7 @@ def resumable(path: str | Path, longer: Mapping[str, Any] | None = None) -> tupl
             f"The run {str(run.path)!r} has no checkpoint to continue from (train.checkpoint_every is "
             f"{config.train.checkpoint_every}). Start a new run{_from_there(run)}."
         )
+    require_same_processes(checkpoint)
     return run, checkpoint, prolonged(run, checkpoint, config, longer) if longer else config
 
 
@@ -159,34 +165,41 @@ def _from_there(run: RunDirectory) -> str:
 
 
 def _run(
-    run: RunDirectory, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]
+    run: SharedRun, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]
 ) -> Path:
     started = time.monotonic()
-    with _threads(config.threads):
+    with _threads(config.threads), ending_together():
         prepared = prepare(config, console)
         if checkpoint is None or config != run.config():
-            RunDirectory.create(run.path, config)
+            run.create(config)
         if run.metrics():  # of a part that is done again
             run.drop_metrics_after(step_of(checkpoint))
         run.write_environment(environment(command))
         run.update_result(status="running", error=None)
         console.print(f"Run directory: {run.path}", highlight=False, markup=False, soft_wrap=True)
-        try:
-            train(prepared, config, run, console, checkpoint)
-        except KeyboardInterrupt:
-            run.update_result(status="failed", error="interrupted")
-            _say_how_to_continue(run, console)
-            raise
-        except BaseException as error:
-            run.update_result(status="failed", error=f"{type(error).__name__}: {error}")
-            raise
+    with _threads(config.threads), _recorded(run, console), ending_together(run.fail):
+        train(prepared, config, run, console, checkpoint)
         seconds = {**run.result().get("seconds", {}), "total": round(time.monotonic() - started, 1)}
         run.update_result(status="finished", seconds=seconds, peak_rss_bytes=peak_rss_bytes(), error=None)
     return run.path
 
 
-def _say_how_to_continue(run: RunDirectory, console: Console) -> None:
-    found = run.last_checkpoint()
+@contextmanager
+def _recorded(run: SharedRun, console: Console) -> Iterator[None]:
+    """What ends the block before its time is in result.json afterwards."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.fail("interrupted")
+        _say_how_to_continue(run, console)
+        raise
+    except BaseException as error:
+        run.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _say_how_to_continue(run: SharedRun, console: Console) -> None:
+    found = last_checkpoint(run.checkpoints)
     text = (
         f"Continue from {found.name} with: lorafa train {shlex.quote(f'train.resume={run.path}')}"
         if found

@@ -28,10 +28,10 @@ from rich.markup import escape
 
 from lorafa.conf.compose import quoted
 from lorafa.errors import ConfigError, first_line
+from lorafa.processes import from_main, is_main, world_size
 from lorafa.runs.comparison import LOCKS, WAIT
 from lorafa.runs.experiment import begun, start_run
 from lorafa.runs.record import CONFIG, RunDirectory, TakenError
-from lorafa.runs.world import is_first, processes
 from lorafa.storage.whole import make_folder, read_json, write_json
 from lorafa.train.memory import return_freed_memory
 from lorafa.train.settings.run import RunConfig
@@ -49,7 +49,7 @@ class Point:
     """One run of a sweep."""
 
     name: str
-    """Of its directory."""
+    """The name of its directory."""
     settings: tuple[str, ...]
     """Those that vary from point to point."""
     words: tuple[str, ...]
@@ -168,9 +168,9 @@ def sweep(
     Raises:
         ConfigError: the launcher is not there, or cannot be set up so.
     """
-    together, since = processes() > 1, time.time()
+    together, since = world_size() > 1, time.time()
     job = _Job(plan, tuple(command), since, together, start, _Screen(console))
-    left = [number for number in range(len(plan.points)) if not _is_over(plan, number, since)]
+    left = from_main(lambda: [number for number in range(len(plan.points)) if not _is_over(plan, number, since)])
     told = False
     while left:
         _launch(job, left)
@@ -180,8 +180,8 @@ def sweep(
                 console.print("Waiting for runs that other processes are at.")
             told = True
             time.sleep(WAIT)
-    found = rows(plan)
-    if is_first():
+    found = from_main(lambda: rows(plan))
+    if is_main():
         make_folder(plan.folder)
         write_json(plan.folder / RESULT, {"points": found})
     return found
@@ -267,7 +267,7 @@ class _Job:
             return
         except Exception as error:
             console.print(f"Failed: {error}", markup=False, highlight=False, soft_wrap=True)
-            if is_first():
+            if is_main():
                 text = f"{type(error).__name__}: {first_line(error)}"
                 make_folder(folder / FAILED)
                 write_json(folder / FAILED / f"{point.name}.json", {"error": text, "at": time.time()})

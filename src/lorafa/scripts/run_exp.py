@@ -12,6 +12,7 @@ from lorafa.cli.main import Parser, prepared, read_words
 from lorafa.cli.main import main as framed
 from lorafa.cli.sweeps import HELP, swept
 from lorafa.errors import ConfigError
+from lorafa.processes import from_main, world_size
 from lorafa.scripts.published import KEYS
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.train.memory import keep_freed_memory
 
     keep_freed_memory()  # before the first tensor
-    from lorafa.cli.train import carry_out, show
+    from lorafa.cli.train import carry_out, join_all, show
     from lorafa.scripts.published import options
 
+    join_all(console, "run_exp.py")
     said: set[str] = set()
 
     def make(words: Sequence[str]) -> RunConfig:
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     if args.multirun and (status := swept(args, console, make, options)) is not None:
         return status
-    config = placed(make(args.overrides), args.overrides)
+    config = make(args.overrides)
+    config = from_main(lambda: placed(config, args.overrides))
     return show(config, None, console) if args.dry_run else carry_out(config, console, args.command)
 
 
@@ -94,12 +97,11 @@ def composed(words: Sequence[str]) -> tuple[Translated, RunConfig]:
         NotAvailableError: it asks for what is not here.
     """
     from lorafa.conf.compose import compose
-    from lorafa.runs.world import processes
     from lorafa.scripts.asked import read
     from lorafa.scripts.translate import translate
 
     asked = read(words)
-    translated = translate(asked, processes())
+    translated = translate(asked, world_size())
     try:
         config = compose(translated.overrides)
     except ConfigError as error:

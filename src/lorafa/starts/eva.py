@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lorafa.calibration.batches import of_data, require_batches, shown
 from lorafa.calibration.loss import call
 from lorafa.calibration.masks import counted
-from lorafa.calibration.processes import distributed
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten, warn
 from lorafa.initializers.base import check_singular_vectors
 from lorafa.initializers.eva import directions_as_A
 from lorafa.io.peft_format import PREFIX
 from lorafa.peft_model import PeftModel
+from lorafa.processes import distributed
 from lorafa.settings.methods import EvaConfig
 from lorafa.starts.ranks import RankRule, ranked, shared_out
 from lorafa.starts.statistics import statistics_of

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lorafa.backends.offload import device_of
 from lorafa.calibration.batches import moved, require_batches
 from lorafa.calibration.loss import Loss, causal_loss, default_loss, require_label, scalar
-from lorafa.calibration.processes import gathered, together
+from lorafa.calibration.processes import together
 from lorafa.errors import CalibrationError, warn
 from lorafa.models.modes import evaluating
 from lorafa.peft_model import PeftModel
+from lorafa.processes import gathered
 from lorafa.surgery.resolve import Resolved
 from lorafa.surgery.walk import adapter_names, hosts
 from lorafa.variants import variant_types

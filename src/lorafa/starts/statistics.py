@@ -18,11 +18,12 @@ from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
 from lorafa.calibration.batches import Batches, digest_of
 from lorafa.calibration.collect import collect
-from lorafa.calibration.processes import gathered, rank, together
+from lorafa.calibration.processes import together
 from lorafa.calibration.projections import Projections
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
 from lorafa.io.adapter_files import base_fingerprint
+from lorafa.processes import gathered, rank
 from lorafa.settings.checks import names
 from lorafa.storage.fingerprint import compare_fingerprints, digest_of_all, from_metadata, to_metadata
 from lorafa.storage.tensors import is_pickle, read_tensors, write_tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,8 +13,10 @@ from torch import nn
 
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.peft_model import PeftModel
+from lorafa.processes import barrier, world_size
 from lorafa.surgery.gradients import check_gradients
-from lorafa.train.checkpoints import last_checkpoint, missing_files, whole_or_none
+from lorafa.train.checkpoints import last_checkpoint, missing_files, require_same_processes, whole_or_none
+from lorafa.train.sharding import Sharding, asked_for, average_gradients, hidden_from_accelerate
 
 
 class AdapterCheckpoints:
@@ -58,6 +62,11 @@ class AdapterCheckpoints:
                 f"Name it first: class {cls.__name__}(AdapterCheckpoints, ...)."
             )
 
+    _sharding: Sharding | None = None
+    _sharded: bool = False
+    _kept_whole: Sequence[nn.Parameter] = ()
+    """What is trained under FSDP2, whose gradients are averaged here."""
+
     def __init__(self, model: Any = None, *args: Any, check_gradients: bool = True, **settings: Any) -> None:
         self.check_gradients = check_gradients
         wraps = isinstance(model, PeftModel)
@@ -83,8 +92,32 @@ class AdapterCheckpoints:
             resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
+    def create_accelerator_and_postprocess(self) -> None:
+        self._sharding = asked_for(self.args)
+        with nullcontext() if self._sharding is None else hidden_from_accelerate(self.args):
+            super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.accelerator.num_processes != world_size():
+            raise ConfigError(
+                f"This is one of {world_size()} processes, and accelerate trains in it alone. On CPUs tell it of the "
+                "others: TrainingArguments(use_cpu=True)."
+            )
+
+    def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
+        if self._sharding is None:  # otherwise the part that this process holds is
+            super()._move_model_to_device(model, device)  # type: ignore[misc]
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if self._sharding is None:
+            return super()._wrap_model(model, training=training, dataloader=dataloader)  # type: ignore[misc,no-any-return]
+        if not self._sharded:
+            self._kept_whole = self._sharding.shard(self.model, self.args.device)
+            self.model._is_accelerate_prepared = self._sharded = True  # so that accelerate wraps it no more
+        return model
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self._sharding is not None and self.accelerator.sync_gradients:
+            average_gradients(self._kept_whole)
         kept = self.accelerator.distributed_type != DistributedType.DEEPSPEED
         if self.check_gradients and kept and self.accelerator.sync_gradients and self.state.global_step == 0:
             check_gradients(self.model, zeros=self._zero_gradients_are_right)
@@ -95,15 +128,21 @@ class AdapterCheckpoints:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save and not self._sharded:
             return
         folder = self.args.output_dir if output_dir is None else output_dir
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if not self.args.should_save:
+            return
         tokenizer = self.processing_class
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        barrier()  # before the first process writes what makes the checkpoint a complete one
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -113,6 +152,7 @@ class AdapterCheckpoints:
                 f"{folder} is no complete checkpoint: {', '.join(missing)} missing or damaged, so the training could "
                 f"not continue as it was. The newest complete checkpoint beside it: {newest or 'none'}."
             )
+        require_same_processes(folder)
         self._load_adapters(folder)
 
     def _load_best_model(self) -> None:

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from lorafa.data.collate import Tokenized
 from lorafa.data.packing import PackCollator
 from lorafa.models.head_loss import Trial
+from lorafa.processes import world_size
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE
 from lorafa.train.full import in_float32, load_weights, precision
@@ -77,9 +78,9 @@ def run_out(log: Sequence[Mapping[str, Any]], patience: int | None) -> str | Non
 
 
 def steps_in_all(config: RunConfig, rows: int) -> int:
-    """Optimizer steps of the training, on one process."""
+    """Optimizer steps of the training, over all processes."""
     train = config.train
-    batches = math.ceil(rows / train.batch_size)
+    batches = math.ceil(rows / (train.batch_size * world_size()))
     return train.steps or math.ceil((train.epochs or 1) * math.ceil(batches / train.accumulation))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +26,11 @@ from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
-from lorafa.models.load import check_samples, load_model
+from lorafa.models.load import check_samples, load_model, resolve_model
 from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import add_tokens, rows_to_train
 from lorafa.peft_model import PeftModel
+from lorafa.processes import is_main, main_first, world_size
 from lorafa.storage.whole import make_folder
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import step_of
@@ -38,8 +40,9 @@ from lorafa.train.full import train_all
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.records import find_records, make_samples, show_samples
 from lorafa.train.sampling import lengths_of
-from lorafa.train.settings.run import RunConfig
+from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.sharding import require_known
 from lorafa.train.start import Started, start_adapter
 from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
@@ -103,13 +106,18 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
+    require_known(os.environ)
     named_trackers(config.report_to)
     if not config.peft.full:
         lora_config(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
-    data = find_records(config.data)
+    with main_first():
+        data = find_records(config.data)
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
+        if world_size() > 1:
+            with main_first():  # what is fetched is in the cache then
+                resolve_model(config.model.name, cache_dir=cache, revision=config.model.revision)
         model, tokenizer = load_model(
             config.model.name,
             config.model.dtype,
@@ -120,7 +128,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     new = add_tokens(model, tokenizer, config.model.add_tokens) if config.model.add_tokens else []
     if template is not None:
         tokenizer.chat_template = template
-    samples = make_samples(data, tokenizer, config.data, console)
+    with main_first():  # what the first process tokenizes is in the cache then
+        samples = make_samples(data, tokenizer, config.data, console)
     if not samples.records and (wants := _wants_heldout(config)):
         raise DataError(
             f"{wants} goes by held-out rows, and none of {samples.source} are held out. Set data.eval_size or "
@@ -147,6 +156,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     show_samples(samples, tokenizer, console)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
+    if world_size() > 1:
+        console.print(_batch_in_words(config.train), highlight=False)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
     return Prepared(begun.model, tokenizer, samples, rows, collator, seconds, begun.record, trial)
@@ -267,12 +278,13 @@ def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Repo
 def _save(prepared: Prepared, config: RunConfig, run: Recorder) -> dict[str, str]:
     """Write what was trained; its name in the run's result."""
     if not config.peft.full:
-        prepared.model.save_pretrained(str(run.adapter))
-        if config.model.add_tokens:
+        prepared.model.save_pretrained(str(run.adapter), is_main_process=is_main())
+        if config.model.add_tokens and is_main():
             prepared.tokenizer.save_pretrained(str(run.adapter))
         return {"adapter": run.adapter.name}
-    prepared.model.save_pretrained(str(run.model))
-    prepared.tokenizer.save_pretrained(str(run.model))
+    if is_main():
+        prepared.model.save_pretrained(str(run.model))
+        prepared.tokenizer.save_pretrained(str(run.model))
     return {"model": run.model.name}
 
 
@@ -330,6 +342,12 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _batch_in_words(train: TrainConfig) -> str:
+    whole = train.batch_size * train.accumulation * world_size()
+    passes = f" x {train.accumulation} forward passes" if train.accumulation > 1 else ""
+    return f"A step is of {whole} samples: {train.batch_size} in each of {world_size()} processes{passes}."
 
 
 def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:

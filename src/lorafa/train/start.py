@@ -15,6 +15,7 @@ from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.peft_model import PeftModel, get_peft_model
+from lorafa.processes import share, world_size
 from lorafa.starts.initialize import collect_statistics, start_from
 from lorafa.surgery.resolve import resolve
 from lorafa.train.settings.init import InitConfig, rank_rule, start_of
@@ -58,10 +59,12 @@ def start_adapter(
     collecting["halves"] = bool(collecting.get("halves")) and init.iters > 1
     if any(STATISTICS.get(name).reads_gradient for name in (*needs, *collecting["also"])):
         _require_answers([*rows, *held], init.max_length)
-    batches = _batches(rows, init.bsz, init.max_length, collator)
+    batches = share(_batches(rows, init.bsz, init.max_length, collator))
     resolved = resolve(model, adapter)
     stats = collect_statistics(model, resolved, batches, **collecting)
     heldout = _batches(held, 1, init.max_length, collator) if tries else None
+    if heldout is not None and len(heldout) % world_size() == 0:  # each process is to have as many; or all have all
+        heldout = share(heldout)
     adapted = start_from(model, resolved, stats, ranks=rule, heldout=heldout)
     ranks = {path: layer.r["default"] for path, layer in adapted.base_model.lora_layers()}
     record: dict[str, Any] = {

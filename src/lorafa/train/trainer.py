@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from lorafa.data.packing import as_read
 from lorafa.errors import DataError, DivergedError, shorten, warn
-from lorafa.models.head_loss import SupervisedLoss, Trial, supervised_nll, supports_chunked_loss
+from lorafa.models.head_loss import SupervisedLoss, Trial, supervised_loss, supports_chunked_loss
 from lorafa.models.rows import IGNORE_INDEX
+from lorafa.processes import gathered
 from lorafa.storage.whole import read_json
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, whole_or_none
+from lorafa.train.fillers import Filler, Rounds
 from lorafa.train.rates import scheduler
 from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
 
@@ -48,7 +50,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
     finite stops the training. With ``rules=2`` a warm-up begins above 0 and no two seeds have an order of the samples
     in common.
 
-    With several processes accelerate repeats samples to fill the last evaluation batch, and they count twice. Under
+    With several processes losses, evaluations too, are those of one with the batches of all: rows that accelerate
+    repeats to fill the last round of batches count once, where a batch has a row for each sample. Under
     FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
 
     Args:
@@ -90,7 +93,9 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         if chunked_loss and self.own_loss_reason is not None:
             warn(f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.")
         self._chunked_loss = SupervisedLoss(self.model, chunk_tokens)
-        self._eval_sums = [0.0, 0.0]  # negative log-likelihood and tokens of the evaluation that runs
+        self._eval_sums: list[tuple[float, int]] = []
+        """Negative log-likelihood and tokens of each batch of the evaluation that runs."""
+        self._eval_rounds = self._rounds(None, self.args.eval_batch_size)
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
@@ -105,7 +110,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Where something wraps the model (data parallel, compile), wrap its loss: that is what calls it."""
         wrapped: nn.Module = super()._wrap_model(model, training=training, dataloader=dataloader)
-        wraps = self.accelerator.distributed_type in DATA_PARALLEL or self.args.torch_compile
+        data_parallel = self.accelerator.distributed_type in DATA_PARALLEL and self._sharding is None
+        wraps = data_parallel or self.args.torch_compile
         if training and wrapped is self.model and wraps and self.own_loss_reason is None:
             return self.accelerator.prepare_model(self._chunked_loss)  # type: ignore[no-any-return]
         return wrapped
@@ -137,8 +143,9 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
             self._stop(f"The loss is {loss.item()} in step {self.state.global_step + 1}{self._rows_of([inputs])}.")
         return loss
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches, count = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        own = self._rounds(self.train_dataset, self.args.train_batch_size).trimmed(epoch_iterator)
+        batches, count = super().get_batch_samples(own, *args, **kwargs)
         self._batches_of_step = batches
         if count is not None and int(count) == 0:  # a batch without labels adds 0 where others of the step have some
             raise DataError(
@@ -178,6 +185,14 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         prepared: dict[str, Any] = super()._prepare_inputs(as_read(inputs))
         return prepared
 
+    def _rounds(self, dataset: Any, batch_size: int) -> Rounds:
+        return Rounds(self.accelerator, len(dataset) if hasattr(dataset, "__len__") else None, batch_size)
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        if isinstance(inputs, Filler) and "attention_mask" in inputs:
+            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["attention_mask"])}
+        super()._track_num_input_tokens(inputs)
+
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
@@ -188,9 +203,13 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        self._eval_sums = [0.0, 0.0]
+        self._eval_sums = []
+        self._eval_rounds = self._rounds(getattr(dataloader, "dataset", None), self.args.eval_batch_size)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        total, tokens = self.accelerator.reduce(torch.tensor(self._eval_sums, device=self.args.device), "sum").tolist()
+        total, tokens = 0.0, 0
+        for turn in zip(*gathered(self._eval_sums), strict=True):  # in the order of one process
+            for loss, count in turn:
+                total, tokens = total + loss, tokens + count
         if tokens:
             output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
         return output
@@ -205,19 +224,19 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         """As in transformers, but without logits where nobody asks for them; adds to the loss over all tokens."""
         if inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if not (inputs["labels"][..., 1:] != IGNORE_INDEX).any():
+        inputs = self._eval_rounds.masked(inputs)
+        count = int((inputs["labels"][..., 1:] != IGNORE_INDEX).sum())
+        if not count and self.accelerator.num_processes == 1:
             return torch.zeros((), device=self.args.device), None, None
         if prediction_loss_only and self.own_loss_reason is None:
             with torch.no_grad(), self.accelerator.autocast():
-                total, count = supervised_nll(self.model, self._prepare_inputs(inputs), self.chunk_tokens)
-            result = total / count, None, None
+                total = supervised_loss(self.model, self._prepare_inputs(inputs), self.chunk_tokens, num_items=1)
+            result = total / max(count, 1), None, None
         else:
             result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            tokens = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().to(self.args.device)
             # With several processes transformers divides by the mean number of tokens of a process.
-            total, count = result[0] * self.accelerator.reduce(tokens.float(), "mean"), int(tokens)
-        self._eval_sums[0] += total.item()
-        self._eval_sums[1] += count
+            total = result[0] * self.accelerator.reduce(torch.tensor(float(count), device=self.args.device), "mean")
+        self._eval_sums.append((total.item() if count else 0.0, count))
         return result
 
     # ---- rules ------------------------------------------------------------------------------------------------------

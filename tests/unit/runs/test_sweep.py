@@ -17,6 +17,7 @@ from lorafa.runs import sweep as sweeps
 from lorafa.runs.record import RunDirectory
 from lorafa.runs.sweep import planned, points_of, rows, split, sweep
 from lorafa.train.settings.run import RunConfig
+from toys.processes import enter_group, leave_group, run_group
 
 QUIET = Console(quiet=True)
 
@@ -194,21 +195,24 @@ def test_a_point_another_process_is_at_is_left_to_it_and_waited_for(
     assert [row["status"] for row in found] == ["finished", "finished"]
 
 
-def test_processes_of_one_training_walk_the_same_points_in_the_same_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def walk(rank: int, folder: str) -> None:
+    """A sweep in one of two processes; only the first one's runs leave anything."""
+    enter_group(rank, Path(folder))
+    own = Path(folder) / str(rank)
+    runs, plan = Runs(["peft.r=8"]), plan_of(Path(folder) / "s", "peft.r=2,8,4")
+    here = replace(plan, configs=tuple(replace(c, run_dir=str(own / Path(str(c.run_dir)).name)) for c in plan.configs))
+    sweep(here if rank else plan, QUIET, ["lorafa"], runs)
+    (Path(folder) / f"walked-{rank}").write_text(" ".join(runs.started))
+    leave_group()
+
+
+def test_processes_of_one_training_walk_the_same_points_in_the_same_order(tmp_path: Path) -> None:
     """Without locks, and whatever the others have finished meanwhile; the first one alone writes the table."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    walked = []
-    for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        runs = Runs(["peft.r=8"])
-        plan = plan_of(tmp_path / f"s{rank}", "peft.r=2,8,4")
-        sweep(plan, QUIET, ["lorafa"], runs)
-        walked.append(runs.started)
-        assert (plan.folder / "sweep.json").is_file() == (rank == 0)
-        assert not (plan.folder / ".locks").exists()
-    assert walked[0] == walked[1] == ["peft.r=2", "peft.r=8", "peft.r=4"]
+    run_group(walk, str(tmp_path))
+    walked = [(tmp_path / f"walked-{rank}").read_text() for rank in (0, 1)]
+    assert walked[0] == walked[1] == "peft.r=2 peft.r=8 peft.r=4"
+    assert (tmp_path / "s" / "sweep.json").is_file()
+    assert not (tmp_path / "s" / ".locks").exists()
 
 
 def test_a_launcher_that_is_not_installed_is_answered_with_the_packages(tmp_path: Path) -> None:

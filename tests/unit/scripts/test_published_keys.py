@@ -186,7 +186,7 @@ def test_the_options_have_no_key_that_is_not_in_the_table() -> None:
 
 
 def test_several_processes_share_the_real_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("lorafa.scripts.run_exp.world_size", lambda: 2)
     assert config_of(BASE).train.accumulation == 16
     with pytest.raises(ConfigError, match=r"size=3 is no multiple of model.per_device_batch_size=1 on each of 2 proc"):
         config_of(f"{BASE} ++model.real_batch_size=3")

@@ -158,7 +158,7 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the training records, whole or in part."""
     batch_size: int = 8
-    """Samples in one forward pass."""
+    """Samples in one forward pass of one process; several train on as many together."""
     accumulation: int = 1
     """Forward passes in one optimizer step."""
     group_by_length: bool = True
