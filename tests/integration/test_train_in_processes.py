@@ -66,6 +66,7 @@ def jobs(workplace: Path, folder: Path) -> dict[str, tuple[list[str], dict[str, 
         "continued": (["train", f"train.resume={folder / 'cut'}"], FSDP2),
         "taken": (train("two"), {}),
         "wrong": (train("wrong", "train.batch_sise=2"), {}),
+        "cached": (train("cached", "data.cache=true"), {"LORAFA_CACHE": str(folder / "cache")}),
         "dry": (["train", "--dry-run", *train("dry")[1:]], {}),
         "started": (train("started", *FROM_DATA), {}),
         "old": (train("old"), {ASKED: "true", "FSDP_VERSION": "1"}),
@@ -169,7 +170,7 @@ def numbers(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in metrics(run)]
 
 
-@pytest.mark.parametrize("name", ["two", "spread"])
+@pytest.mark.parametrize("name", ["two", "spread", "cached"])
 def test_two_processes_measure_and_train_what_one_does(ran: Path, name: str) -> None:
     assert statuses(ran, name) == [0, 0]
     one, two = read(ran / "one" / "result.json"), read(ran / name / "result.json")
@@ -180,6 +181,14 @@ def test_two_processes_measure_and_train_what_one_does(ran: Path, name: str) -> 
         assert found == pytest.approx(wanted, rel=1e-4)
     found, wanted = (load_file(ran / run / "adapter" / "adapter_model.safetensors") for run in (name, "one"))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_processes_share_one_file_of_tokens(ran: Path) -> None:
+    (file,) = (ran / "cache" / "tokens").iterdir()
+    assert "were in the cache" not in said(ran, "cached", 0)[0]
+    digests = {read(ran / name / "result.json")["samples_sha256"] for name in ("one", "cached")}
+    assert len(digests) == 1
+    assert file.suffix == ".tokens"
 
 
 def test_only_the_first_process_prints_and_writes(ran: Path) -> None:
