@@ -49,7 +49,7 @@ class Point:
     """One run of a sweep."""
 
     name: str
-    """Of its directory."""
+    """The name of its directory."""
     settings: tuple[str, ...]
     """Those that vary from point to point."""
     words: tuple[str, ...]
