@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -324,6 +326,15 @@ def test_a_name_is_used_again_for_the_same_settings_and_numbered_for_others(
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_help_loads_what_it_shows_and_nothing_else() -> None:
+    code = (
+        "import sys\nfrom lorafa.scripts.run_exp import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'hydra', 'rich', 'yaml'} & sys.modules.keys()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "peft.lora_relative_r" in shown
 
 
 def test_the_page_has_the_table_and_help_every_key() -> None:
