@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lorafa import PeftModel
 from lorafa.scripts.run_exp import main
@@ -96,6 +96,21 @@ def test_the_merged_model_is_the_base_with_the_adapter_in_it(place: Path) -> Non
     assert read(run / "result.json")["merged"] == "merged"
     base = AutoModelForCausalLM.from_pretrained(place / "model")
     assert not torch.allclose(base(ids).logits, merged(ids).logits, atol=1e-3)
+
+
+def test_a_merged_model_that_finds_no_room_leaves_the_adapter(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    words = ["++wandb.name=full", "++model.name=model", "++dataset_name=rows.jsonl", "+peft=all", "++peft.lora_r=2"]
+    assert main([*words, "threads=1"]) == 1
+    assert "The merged model could not be written to 'runs/full/merged'" in capsys.readouterr().err
+    assert (place / "runs" / "full" / "adapter" / "adapter_model.safetensors").is_file()
+    assert read(place / "runs" / "full" / "result.json")["status"] == "failed"
 
 
 def test_several_checkpoints_are_not_merged_one_into_the_other(place: Path) -> None:

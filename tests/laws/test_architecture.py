@@ -159,6 +159,8 @@ ASKED_ELSEWHERE = {
     ("runs/formats.py", "lora_ga"): "what earlier versions have written under that name",
     ("train/trainer.py", "random"): "no start, but transformers' name of an order of rows",
     ("initializers/lora_ga.py", "random"): "no start, but one of LoRA-GA's directions",
+    ("scripts/translate.py", "gaussian"): "no start, but how the published scripts draw a factor",
+    ("scripts/translate.py", "kaiming"): "as the line before",
 }
 """(file, name) of a case that is asked for by its name outside its own file -> why."""
 

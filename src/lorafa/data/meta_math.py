@@ -36,7 +36,7 @@ class MetaMathSettings:
 
 def _load(wanted: Wanted, settings: MetaMathSettings) -> Records:
     source = settings.file or HUB_ID
-    rows = read_rows(Path(settings.file).expanduser()) if settings.file else _of_hub(settings.revision)
+    rows = _of_file(Path(settings.file).expanduser()) if settings.file else _of_hub(settings.revision)
     chosen = [(place, row) for place, row in rows if KIND in _type(row, place)]
     if not chosen:
         raise DataError(
@@ -45,6 +45,12 @@ def _load(wanted: Wanted, settings: MetaMathSettings) -> Records:
         )
     convert = converter(source, chosen[0][1], "query", "response")
     return _split([_as_published(convert(row, place)) for place, row in chosen], wanted, source)
+
+
+def _of_file(path: Path) -> list[tuple[str, Row]]:
+    if not path.is_file():
+        raise SourceError(f"data.file={path} is no file. Give a copy of {FILE}, or leave it out to fetch {HUB_ID}.")
+    return read_rows(path)
 
 
 def _of_hub(revision: str | None) -> list[tuple[str, Row]]:

@@ -1,9 +1,10 @@
-"""Greedy answers to many prompts at once."""
+"""Answers to many prompts at once, the most likely ones or drawn ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from lorafa.backends.offload import device_of
 from lorafa.errors import DataError
 from lorafa.models.modes import evaluating
 from lorafa.processes import shared_out, world_size
+from lorafa.settings.checks import check_int, check_number
 from lorafa.storage.tensors import can_be_gathered
 
 if TYPE_CHECKING:
@@ -22,7 +24,27 @@ Progress = Callable[[int, int], None]
 """Called with (done, total) after every batch."""
 
 
-def generate_greedy(
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    top_p: float = 1.0
+    """Drawn among the likeliest tokens that have this probability together."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, "a number > 0", 0)
+        check_number("top_p", self.top_p, "a number in (0, 1]", 0, 1, closed="]")
+        check_int("seed", self.seed, at_least=0)
+
+    def arguments(self) -> dict[str, float]:
+        """What `transformers.GenerationConfig` is told."""
+        return {"temperature": self.temperature, "top_p": self.top_p}
+
+
+def generate_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
@@ -31,8 +53,10 @@ def generate_greedy(
     max_new_tokens: int,
     ends: Iterable[int] = (),
     progress: Progress | None = None,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, token by token, without the end token; in the order of ``prompts``.
+    """The continuation of each prompt without the end token, in the order of ``prompts``: the most likely one token by
+    token, or with ``sampling`` one that is drawn.
 
     Prompts of similar length share a batch (left padding); a batch ends when all its rows have. An answer is over at
     any of ``ends`` (those that were trained: ``Encoded.ends``) and at the end tokens of tokenizer and model. Nothing
@@ -48,8 +72,9 @@ def generate_greedy(
     check_prompts(model, prompts, max_new_tokens)
     stops = _end_ids(model, tokenizer, ends)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
-    greedy = GenerationConfig(
-        do_sample=False, num_beams=1, return_dict_in_generate=False, use_cache=True,
+    how = {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling.arguments()}
+    settings = GenerationConfig(
+        **how, num_beams=1, return_dict_in_generate=False, use_cache=True,
         max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad,
     )  # fmt: skip
     device = device_of(model)
@@ -61,16 +86,19 @@ def generate_greedy(
 
     def written(rows: list[int]) -> list[list[int]]:
         nonlocal done
+        if sampling is not None:  # a batch is drawn as it would be in one process
+            torch.manual_seed(sampling.seed + rows[0])
         ids, mask = _left_padded([prompts[i] for i in rows], pad)
         out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy, **spread
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **spread
         )
         done += len(rows) * world_size()
         if progress is not None:
             progress(min(done, len(order)), len(order))
         return [_until(stops, answer) for answer in out[:, ids.shape[1] :].tolist()]
 
-    with evaluating(model), _without_own_settings(model):
+    drawn = nullcontext() if sampling is None else torch.random.fork_rng()
+    with evaluating(model), _without_own_settings(model), drawn:
         found = [answer for batch in shared_out(written, batches) for answer in batch]
     answers: list[list[int]] = [[] for _ in prompts]
     for i, answer in zip(order, found, strict=True):

@@ -13,7 +13,7 @@ from lorafa.data.chat import encode_prompts
 from lorafa.data.records import Record, final_answer, last_number
 from lorafa.errors import ConfigError, DataError, did_you_mean
 from lorafa.evals.entry import Evaluation, Scores, Subject
-from lorafa.evals.generation import Progress, check_prompts, generate_greedy
+from lorafa.evals.generation import Progress, Sampling, check_prompts, generate_ids
 from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
 from lorafa.settings.checks import check_int
 
@@ -76,8 +76,9 @@ def evaluate(
     extract: str = "number",
     ends: Iterable[int] = (),
     progress: Progress | None = None,
+    sampling: Sampling | None = None,
 ) -> EvalResult:
-    """Ask every record's question, answer greedily, and compare the final numbers.
+    """Ask every record's question, answer greedily or by ``sampling``, and compare the final numbers.
 
     ``extract`` names one of ``EXTRACTORS``; it is applied to the gold answer as well. ``ends`` are those that were
     trained, where an answer is over besides at the end tokens of tokenizer and model. The model (plain, or with
@@ -106,8 +107,15 @@ def evaluate(
                 f"A record asks nothing before its answer {gold!r}, so there is nothing to generate from. Leave it out."
             )
     prompts = encode_prompts(records, tokenizer)
-    written = generate_greedy(
-        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, ends=ends, progress=progress
+    written = generate_ids(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        ends=ends,
+        progress=progress,
+        sampling=sampling,
     )
     read = EXTRACTORS[extract]
     samples = []

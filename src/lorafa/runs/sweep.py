@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -127,9 +128,7 @@ def _name(varied: Sequence[str]) -> str:
     return f"{name[:LONGEST]}-{hashlib.blake2b(whole.encode(), digest_size=4).hexdigest()}"
 
 
-def planned(
-    points: Sequence[Point], configs: Sequence[RunConfig], launch: Sequence[str], console: Console | None = None
-) -> Sweep:
+def planned(points: Sequence[Point], configs: Sequence[RunConfig], launch: Sequence[str]) -> Sweep:
     """The sweep over these points; all that can be wrong with a setting is said here, before the first run.
 
     Its folder is the ``run_dir`` of its settings, or ``hydra.sweep.dir``, or ``runs/<date>-<time>-sweep``.
@@ -270,7 +269,10 @@ class _Job:
             if is_main():
                 text = f"{type(error).__name__}: {first_line(error)}"
                 make_folder(folder / FAILED)
-                write_json(folder / FAILED / f"{point.name}.json", {"error": text, "at": time.time()})
+                where = traceback.format_exc()
+                write_json(
+                    folder / FAILED / f"{point.name}.json", {"error": text, "at": time.time(), "traceback": where}
+                )
         finally:
             return_freed_memory()
 

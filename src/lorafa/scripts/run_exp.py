@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from lorafa.cli.main import Parser, prepared, read_words
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lorafa.scripts.translate import Translated
     from lorafa.train.settings.run import RunConfig
 
+WIDTH = 110
 DESCRIPTION = """\
 Fine-tune a model as the published run_exp.py of LoRA-GA and LoRA-One does, with its keys and its defaults.
 
@@ -58,8 +60,9 @@ def keys_help() -> str:
     """Every key with what it is here."""
     lines = []
     for name, key in KEYS.items():
-        what = "; ".join(text for text in ("" if key.dead else key.ours.replace("%", "%%"), key.means) if text)
-        lines.append(f"  {name:31}{'changes nothing: ' if key.dead else ''}{what}")
+        what = "; ".join(text for text in (key.ours, key.means) if text)
+        line = f"  {name:31}{'changes nothing: ' if key.dead else ''}{what}"
+        lines.append(fill(line, WIDTH, subsequent_indent=" " * 33))
     return "\n".join(lines)
 
 

@@ -194,6 +194,7 @@ def test_a_config_is_frozen() -> None:
             "init.mode=pisa",
             r"init.mode has no value 'pisa'. Did you mean 'pissa'\? Known: both_random, corda, default, ",
         ),
+        ("init=gradient init.norm_clip=true", "norm_clip would change nothing: it limits what is taken out of the bas"),
         ("init=gradient init.direction=x", "init.direction must be one of LoRA-One, LoRA-FA, ArB2r, "),
         (
             "init.angle=x",

@@ -98,6 +98,8 @@ def test_errors_name_what_is_missing_and_both_ways_to_the_rows(tmp_path: Path, m
         load_records("meta_math", train_size=None, eval_size=None, seed=0)
     with pytest.raises(SourceError, match=r"data\.file=<MetaMathQA-395K\.json>"):
         load_records("meta_math", train_size=None, eval_size=None, seed=0)
+    with pytest.raises(SourceError, match=r"data\.file=nowhere\.json is no file\. Give a copy of MetaMathQA-395K\.js"):
+        load("nowhere.json")
     with pytest.raises(DataError, match=r"holds no row of GSM8K: none of its 1 rows has GSM in its column 'type'"):
         load(write(tmp_path, [row(0, "MATH")]))
     with pytest.raises(DataError, match="no text in the column 'type', by which rows are chosen"):

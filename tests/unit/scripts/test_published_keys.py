@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 from lorafa.errors import ConfigError, LoraError, NotAvailableError
+from lorafa.runs import record
 from lorafa.runs.record import RunDirectory
 from lorafa.scripts.published import FOLDER, GROUPS, IMAGES, KEYS, options
 from lorafa.scripts.run_exp import composed, keys_help, placed
@@ -279,6 +282,7 @@ def test_nothing_wants_a_gpu_or_an_account() -> None:
         (f"{BASE} ++model.eval_epochs=0", ConfigError, r"model\.eval_epochs must be a number > 0, or null"),
         (f"{BASE} ++model.real_batch_size=4 ++model.per_device_batch_size=3", ConfigError, r"Give a multiple of 3"),
         (f"{BASE} ++peft.lora_target_modules=null", ConfigError, r"nothing would be adapted\. Give all, a list of nam"),
+        (f"{BASE} ++peft.lora_target_modules={{a:1}}", ConfigError, r"no published command has: \{'a'"),
         (f"{BASE} ++init.mode=lora_da", ConfigError, r"init\.mode .*lora_da"),
         (f"{BASE} +init=svd ++init.scale=big", ConfigError, r"init\.scale .*'big'"),
         (f"{BASE} +init=gradient ++init.direction=up", ConfigError, r"init\.direction must be one of LoRA-One, LoRA-F"),
@@ -320,9 +324,21 @@ def test_a_name_is_used_again_for_the_same_settings_and_numbered_for_others(
     assert placed(first, said) == first
     unnamed = config_of(BASE)
     assert placed(unnamed, BASE.split()) == unnamed
+    monkeypatch.setattr(record, "NUMBERS", 3)
+    with pytest.raises(ConfigError, match=r"All of runs/one to one-2 are taken\. Give another wandb\.name"):
+        placed(config_of(f"{BASE} ++wandb.name=one ++seed=2"), words)
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_help_loads_what_it_shows_and_nothing_else() -> None:
+    code = (
+        "import sys\nfrom lorafa.scripts.run_exp import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'hydra', 'rich', 'yaml'} & sys.modules.keys()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "peft.lora_relative_r" in shown
 
 
 def test_the_page_has_the_table_and_help_every_key() -> None:
