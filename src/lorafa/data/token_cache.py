@@ -28,6 +28,7 @@ from lorafa.data.source import digest_of
 from lorafa.errors import CheckpointError, warn
 from lorafa.storage.wheels import default_cache_dir, sha256_of
 from lorafa.storage.whole import make_folder, written_whole
+from lorafa.version import VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,8 @@ def cache_folder() -> Path:
 def cache_file(data: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Path:
     """The file for records with the digest ``data``, there or not."""
     code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
-    name = digest_of(iter((data, digest_of_tokenizer(tokenizer), str(max_length), *code, *map(_version, READERS))))
+    versions = (VERSION, *map(_version, READERS))
+    name = digest_of(iter((data, digest_of_tokenizer(tokenizer), str(max_length), *versions, *code)))
     return cache_folder() / f"{name[:40]}.tokens"
 
 
