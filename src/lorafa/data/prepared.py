@@ -91,10 +91,11 @@ def prepare_samples(
     """
     if not is_cached(data, cache):
         return _in_memory(data.selection, tokenizer, max_length, progress)
-    path = cache_file(data.digest(), tokenizer, max_length)
-    found = read_cache(path)
-    was_there = found is not None
+    digest = data.digest()
     try:
+        path = cache_file(digest, tokenizer, max_length)
+        found = read_cache(path)
+        was_there = found is not None
         if found is None:
             kept = records_as_json(data.selection.heldout)
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from lorafa.data.records import Message, Record
 from lorafa.data.samples import InFile, Store, Stored
 from lorafa.data.source import digest_of
-from lorafa.errors import CheckpointError, warn
+from lorafa.errors import CheckpointError, first_line, warn
 from lorafa.storage.wheels import default_cache_dir, sha256_of
 from lorafa.storage.whole import make_folder, written_whole
 from lorafa.version import VERSION
@@ -61,7 +61,11 @@ def cache_folder() -> Path:
 
 
 def cache_file(data: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Path:
-    """The file for records with the digest ``data``, there or not."""
+    """The file for records with the digest ``data``, there or not.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be saved.
+    """
     code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     versions = (VERSION, *map(_version, READERS))
     name = digest_of(iter((data, digest_of_tokenizer(tokenizer), str(max_length), *versions, *code)))
@@ -69,11 +73,21 @@ def cache_file(data: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 
 def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What changes where the tokenizer, or its chat template, does: that of all it saves."""
-    with tempfile.TemporaryDirectory(prefix="lorafa-tokenizer-") as folder:
-        tokenizer.save_pretrained(folder)
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        texts = [text for path in files for text in (path.relative_to(folder).as_posix(), sha256_of(path))]
+    """What changes where the tokenizer, or its chat template, does: that of all it saves.
+
+    Raises:
+        CheckpointError: it cannot be saved.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="lorafa-tokenizer-") as folder:
+            tokenizer.save_pretrained(folder)
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            texts = [text for path in files for text in (path.relative_to(folder).as_posix(), sha256_of(path))]
+    except Exception as error:  # a tokenizer may be anybody's code
+        raise CheckpointError(
+            f"the tokenizer ({type(tokenizer).__name__}) cannot be saved, so that nothing would say whether it is "
+            f"another one: {first_line(error)}."
+        ) from error
     return digest_of(iter((type(tokenizer).__qualname__, *texts)))
 
 

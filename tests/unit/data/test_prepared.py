@@ -204,6 +204,17 @@ def test_a_full_disk_leaves_nothing_behind_and_the_tokens_in_memory(
     assert list(cache.iterdir()) == []
 
 
+def test_a_tokenizer_that_cannot_be_told_from_others_keeps_tokens_out_of_the_cache(cache: Path, rows: Path) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained = refuse
+    with pytest.raises(DataError, match=r"the tokenizer \(\w+\) cannot be saved, so that nothing would .*: NotImpl"):
+        prepare(rows, tokenizer=tokenizer)
+    assert not cache.exists()
+
+
 def test_a_cache_that_cannot_be_made_is_said(cache: Path, rows: Path) -> None:
     cache.parent.write_text("a file in the way")
     with pytest.raises(
