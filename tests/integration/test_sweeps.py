@@ -65,8 +65,6 @@ def test_a_single_point_is_an_ordinary_run(workplace: Path, tmp_path: Path) -> N
 def test_a_point_is_the_run_that_its_settings_give_whatever_launches_it(
     workplace: Path, tmp_path: Path, launcher: str
 ) -> None:
-    if launcher == "joblib":
-        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     more = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
     folder = tmp_path / "s"
     assert main(own_loss(words(workplace, folder, "train.seed=range(2)", *more))) == 0
