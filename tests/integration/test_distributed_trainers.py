@@ -18,6 +18,7 @@ import transformers as hf
 from torch import nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa.errors import ConfigError
 from lorafa.optimizers import OPTIMIZERS
 from lorafa.processes import world_size
 from lorafa.train.settings.optim import OptimConfig, pair_optimizer, stock_arguments
@@ -155,3 +156,13 @@ def test_two_processes_train_as_one_does(of_one: dict[str, Found], of_two: Path,
 @pytest.mark.parametrize("case", CASES)
 def test_one_process_continues_with_the_same_bits(of_one: dict[str, Found], case: str) -> None:
     torch.testing.assert_close(of_one[case]["continued"], of_one[case]["trained"], rtol=0, atol=0)
+
+
+def test_a_process_of_two_that_would_train_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs accelerate makes a group only where it is told that they are meant."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    arguments = hf.TrainingArguments(str(tmp_path), report_to="none")
+    with pytest.raises(ConfigError, match=r"This is one of 2 processes, and accelerate trains in it alone\. On CPUs"):
+        LoraTrainer(adapted("dropout"), arguments, train_dataset=samples(ROWS), data_collator=collate)

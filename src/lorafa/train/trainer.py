@@ -49,8 +49,8 @@ class LoraTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[mis
     and no two seeds have an order of the samples in common.
 
     With several processes losses, evaluations too, are those of one with the batches of all: rows that accelerate
-    repeats to fill the last round of batches count once, where a batch has a row for each sample. Under
-    FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
+    repeats to fill the last round of batches count once, where a batch has a row for each sample. Under the first FSDP
+    and DeepSpeed the model's own loss is used, and resuming is not supported.
 
     Args:
         model: `lorafa.PeftModel` (or PEFT's) of a transformers model.
