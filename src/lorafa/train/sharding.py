@@ -59,7 +59,7 @@ class Sharding:
             "ignored_params": set(whole),
         }
         names = frozenset(getattr(model, "_no_split_modules", None) or ()) if self.blocks is None else self.blocks
-        for module in list(model.modules()):
+        for module in reversed(list(model.modules())):  # those inside others first
             if type(module).__name__ in names:
                 fully_shard(module, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(model, **options)
