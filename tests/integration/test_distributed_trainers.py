@@ -18,6 +18,7 @@ import transformers as hf
 from torch import nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa.errors import ConfigError
 from lorafa.optimizers import OPTIMIZERS
 from lorafa.processes import world_size
 from lorafa.train.settings.optim import OptimConfig, pair_optimizer, stock_arguments
@@ -36,7 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "lora_pro sgd": {"name": "lora_pro", "own": {"form": "sgd"}},
 }
 TRAINED: dict[str, dict[str, Any]] = {name: {"name": name} for name in OPTIMIZERS.names()} | FORMS
-CASES = ["every start", "dropout", *(f"optimizer {name}" for name in TRAINED)]
+CASES = ["every start", "dropout", "accumulation", *(f"optimizer {name}" for name in TRAINED)]
 TARGETS = ("q_proj", "v_proj")
 
 
@@ -68,7 +69,8 @@ def trainer(case: str, folder: Path) -> LoraTrainer:
     optim = OptimConfig(lr=1e-2, **(TRAINED[kind[2]] if kind[0] == "optimizer" else {}))
     arguments = hf.TrainingArguments(
         str(folder), max_steps=STEPS, save_steps=SAVED, per_device_train_batch_size=2 // world_size(), use_cpu=True,
-        report_to="none", disable_tqdm=True, logging_steps=1, log_level="error", seed=3, **stock_arguments(optim),
+        gradient_accumulation_steps=2 if case == "accumulation" else 1, report_to="none", disable_tqdm=True,
+        logging_steps=1, log_level="error", seed=3, **stock_arguments(optim),
     )  # fmt: skip
     return LoraTrainer(
         model, arguments, rules=2, train_dataset=samples(ROWS), data_collator=collate, trial=None,
@@ -121,6 +123,11 @@ def work(rank: int, folder: str) -> None:
                 found = found_of(case, place / way / case)
             torch.distributed.barrier()
             torch.save(found, place / f"{way} {case} {rank}.pt")
+    try:
+        arguments = hf.TrainingArguments(str(place / "alone"), report_to="none")
+        LoraTrainer(adapted("dropout"), arguments, train_dataset=samples(ROWS), data_collator=collate)
+    except ConfigError as error:
+        (place / f"alone {rank}.txt").write_text(str(error))
     leave_group()
 
 
@@ -155,3 +162,9 @@ def test_two_processes_train_as_one_does(of_one: dict[str, Found], of_two: Path,
 @pytest.mark.parametrize("case", CASES)
 def test_one_process_continues_with_the_same_bits(of_one: dict[str, Found], case: str) -> None:
     torch.testing.assert_close(of_one[case]["continued"], of_one[case]["trained"], rtol=0, atol=0)
+
+
+def test_a_process_of_two_that_would_train_alone_is_refused(of_two: Path) -> None:
+    """On CPUs accelerate makes a group only where it is told that they are meant."""
+    text = "This is one of 2 processes, and accelerate trains in it alone. On CPUs tell it of the others: Training"
+    assert all(text in (of_two / f"alone {rank}.txt").read_text() for rank in range(2))

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 import lorafa
 from lorafa.cli.main import main, parse
@@ -231,6 +233,10 @@ def composed(words: tuple[str, ...]) -> None:
         longer_of(args.overrides, config)
 
 
+LAUNCHERS: dict[str, Callable[[], Any]] = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
+"""What reads the words of a command that starts several processes."""
+
+
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_runs_or_its_settings_are_those_of_the_command(
     words: tuple[str, ...], there: None, capsys: pytest.CaptureFixture[str]
@@ -242,6 +248,10 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         with pytest.raises(SystemExit) as stopped:
             main(list(words[1:]))
         assert stopped.value.code == 0
+    elif words[0] in LAUNCHERS:
+        launched = LAUNCHERS[words[0]]().parse_args(list(words[1 + (words[0] == "accelerate") :]))
+        assert (launched.module, launched.training_script) == (True, "lorafa.cli.main")
+        composed(("lorafa", *launched.training_script_args))
     elif words[:2] == ("lorafa", "params"):
         assert main(list(words[1:])) == 0
     else:

@@ -1,4 +1,4 @@
-"""`lorafa train` in two processes, as torchrun and accelerate start them, is one run, equal to that of one process."""
+"""`lorafa train` in two processes, as torchrun and accelerate start them, is one run and gives what one gives."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def work(rank: int, workplace: Path, folder: Path, ports: list[int]) -> None:
 
 def ending(rank: int, folder: Path, port: int, how: str, arguments: list[str], environ: dict[str, str]) -> None:
     """A command during which something happens to one of the two."""
-    from lorafa import processes
+    from lorafa import launch
 
-    processes.GRACE = 2.0
+    launch.GRACE = 2.0
     os.environ.update(environ, COLUMNS="200")
     torch.set_num_threads(1)
     launched(rank, port)

@@ -39,7 +39,7 @@ LONGER = {
 
 LEVELS = (
     ("errors", "version"),
-    ("numerics", "spec", "registry", "context", "settings", "processes"),
+    ("numerics", "spec", "registry", "context", "settings", "processes", "launch"),
     ("backends", "storage"),
     ("adapter",),
     ("data", "layers", "models", "optimizers", "calibration", "evals"),

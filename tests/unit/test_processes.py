@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from lorafa import processes
+from lorafa import launch, processes
 from lorafa.errors import ConfigError, DataError, LoraError, TrainingError
-from lorafa.processes import Launch, from_main, is_from_other, launch_of, main_first, on_main, shared_out
+from lorafa.launch import Launch, launch_of
+from lorafa.processes import Word, from_main, is_from_other, main_first, on_main, shared_out
 from toys.processes import enter_group, leave_group, run_group
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -34,7 +35,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "launch"),
+    ("environ", "said"),
     [
         ({}, None),
         ({"WORLD_SIZE": "1", "RANK": "0"}, None),
@@ -48,8 +49,8 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         (SRUN | TORCHRUN | MEET, Launch("torchrun", 2, 1, 1, ())),
     ],
 )
-def test_a_launcher_is_known_by_what_it_says(environ: dict[str, str], launch: Launch | None) -> None:
-    assert launch_of(environ) == launch
+def test_a_launcher_is_known_by_what_it_says(environ: dict[str, str], said: Launch | None) -> None:
+    assert launch_of(environ) == said
 
 
 def test_a_variable_that_is_no_number_is_refused() -> None:
@@ -65,7 +66,7 @@ def test_a_launch_in_which_each_would_work_alone_is_refused(monkeypatch: pytest.
         match=r"srun has started 4 processes, which would each do all of the work alone: they cannot find each other "
         r"without MASTER_ADDR, MASTER_PORT\. Start them with: torchrun --nproc_per_node=4 -m lorafa\.cli\.main train",
     ):
-        processes.join("-m lorafa.cli.main train")
+        launch.join("-m lorafa.cli.main train")
 
 
 def test_more_processes_than_cuda_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,20 +75,20 @@ def test_more_processes_than_cuda_devices_are_refused(monkeypatch: pytest.Monkey
     for name, value in (TORCHRUN | MEET).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"Process 1 is number 1 on this machine, which has 1 CUDA devices"):
-        processes.join("-m lorafa.cli.main train")
+        launch.join("-m lorafa.cli.main train")
 
 
 def test_what_is_no_work_for_a_group_is_refused_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    processes.require_alone("lorafa compare")
+    launch.require_alone("lorafa compare")
     for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
-    processes.require_alone("lorafa compare")  # processes that know nothing of each other share the runs out
+    launch.require_alone("lorafa compare")  # processes that know nothing of each other share the runs out
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ConfigError, match=r"lorafa compare is no work for a group of processes, and torchrun has started 2"
     ):
-        processes.require_alone("lorafa compare")
+        launch.require_alone("lorafa compare")
 
 
 # ---- alone
@@ -102,9 +103,9 @@ def test_a_process_that_is_alone_is_the_first_of_one() -> None:
     assert shared_out(lambda number: number + 1, []) == []
     with main_first():
         pass
-    with processes.ending_together():
+    with launch.ending_together():
         pass
-    with pytest.raises(DataError, match=r"^no$"), processes.ending_together():
+    with pytest.raises(DataError, match=r"^no$"), launch.ending_together():
         raise DataError("no")
 
 
@@ -221,7 +222,7 @@ def test_work_is_shared_out_in_equal_numbers_of_calls(of_two: list[dict[str, Any
 
 
 def test_errors_of_others_keep_their_class() -> None:
-    error = processes._Word(1, "DataError", "a bad row.").error()
+    error = Word(1, "DataError", "a bad row.").error()
     assert isinstance(error, DataError)
     assert is_from_other(error)
     assert not is_from_other(DataError("mine"))

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from lorafa.processes import require_alone
+    from lorafa.launch import require_alone
     from lorafa.train.memory import keep_freed_memory
 
     require_alone("lorafa compare")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lorafa.cli import compare, params, report, train
 from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
-from lorafa.processes import is_from_other, is_main, leave
+from lorafa.launch import leave
+from lorafa.processes import is_from_other, is_main
 from lorafa.version import VERSION
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorafa.cli.sweeps import HELP, swept
 from lorafa.errors import ConfigError
-from lorafa.processes import ending_together, from_main, is_main, join
+from lorafa.launch import ending_together, join
+from lorafa.processes import from_main, is_main
 
 if TYPE_CHECKING:
     from rich.console import Console

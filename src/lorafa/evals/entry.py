@@ -44,6 +44,7 @@ class Evaluation:
     check: Callable[[Subject, Sequence[Record], Any], None]
     """Raises DataError for records that the model cannot be asked, before any training."""
     measure: Callable[[Subject, Sequence[Record], Any, int, Progress], Scores]
-    """(subject, records, own settings, batch size, progress) -> the scores; the model is left as it was."""
+    """(subject, records, own settings, batch size, progress) -> the scores; the model is left as it was. Every process
+    of a run calls it and is to find the same; `lorafa.processes.shared_out` shares the work out."""
     settings: type[Any] | None = None
     """A frozen dataclass of its own settings, all with defaults; each is ``eval.<name>``."""

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from lorafa.errors import CheckpointError, ConfigError
-from lorafa.processes import ending_together, from_main, on_main
+from lorafa.launch import ending_together
+from lorafa.processes import from_main, on_main
 from lorafa.runs.differences import difference, differing
 from lorafa.runs.environment import environment, peak_rss_bytes
 from lorafa.runs.record import CONFIG, RunDirectory

@@ -178,7 +178,7 @@ def _asked(
     model: Any, tokenizer: Any, records: list[Record], args: argparse.Namespace, sampling: Any, progress: Any
 ) -> EvalResult:
     from lorafa.evals.gsm8k import evaluate
-    from lorafa.processes import ending_together
+    from lorafa.launch import ending_together
 
     with ending_together():
         return evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from lorafa.errors import CheckpointError, ConfigError
+from lorafa.launch import launch_of
 from lorafa.peft_model import PeftModel
 from lorafa.processes import barrier, world_size
 from lorafa.surgery.gradients import check_gradients
@@ -33,7 +35,9 @@ class AdapterCheckpoints:
     * stop before the first step if an adapter has no gradient (:func:`lorafa.check_gradients`), as one on ``lm_head``
       has none where the trainer multiplies by the head's weight itself.
 
-    PEFT's model may be given too. Resuming under FSDP and DeepSpeed is not supported.
+    PEFT's model may be given too. With several processes a checkpoint is continued by as many. Under FSDP2 the base is
+    spread over them and what is trained stays whole (`lorafa.train.sharding`). Resuming under the first FSDP and
+    DeepSpeed is not supported.
 
     Args:
         check_gradients: make that check; turn it off where some adapter is rightly without a gradient, as in a part of
@@ -96,10 +100,13 @@ class AdapterCheckpoints:
         self._sharding = asked_for(self.args)
         with nullcontext() if self._sharding is None else hidden_from_accelerate(self.args):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self.accelerator.num_processes != world_size():
+        launch = launch_of(os.environ)
+        started = 1 if launch is None or launch.launcher == "srun" else launch.size  # srun's may know nothing of others
+        size = max(started, world_size())
+        if self.accelerator.num_processes < size:
             raise ConfigError(
-                f"This is one of {world_size()} processes, and accelerate trains in it alone. On CPUs tell it of the "
-                "others: TrainingArguments(use_cpu=True)."
+                f"This is one of {size} processes, and accelerate trains in it alone. On CPUs tell it of the others: "
+                "TrainingArguments(use_cpu=True)."
             )
 
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:

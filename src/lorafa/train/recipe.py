@@ -106,7 +106,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
     """
     started = time.monotonic()
-    require_known(os.environ)
+    require_known(os.environ, config.peft.full)
     named_trackers(config.report_to)
     if not config.peft.full:
         lora_config(config)  # what is wrong with the settings is said before anything is loaded

@@ -59,7 +59,7 @@ class Sharding:
             "ignored_params": set(whole),
         }
         names = frozenset(getattr(model, "_no_split_modules", None) or ()) if self.blocks is None else self.blocks
-        for module in list(model.modules()):
+        for module in reversed(list(model.modules())):  # those inside others first
             if type(module).__name__ in names:
                 fully_shard(module, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(model, **options)
@@ -151,8 +151,17 @@ def _version(settings: Mapping[str, Any] | None) -> int | None:
     return int((settings or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION") or 1)
 
 
-def require_known(environ: Mapping[str, str]) -> None:
-    """Raises ConfigError where ``accelerate launch`` asks for a way to spread a model that a run does not go."""
+def require_known(environ: Mapping[str, str], full: bool = False) -> None:
+    """Raises ConfigError where ``accelerate launch`` asks for a way to spread a model that a run does not go.
+
+    Args:
+        full: whether all weights are trained.
+    """
+    if full and environ.get(ASKED, "").lower() == "true":
+        raise ConfigError(
+            "accelerate asks for FSDP, and peft.full=true trains the whole model in each process: its weights are not "
+            "spread. Launch it without FSDP (data parallel), or train an adapter."
+        )
     if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise ConfigError(
             "accelerate asks for DeepSpeed, with which no run was ever tried. Spread the model by FSDP2 (accelerate "

@@ -51,8 +51,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
     in common.
 
     With several processes losses, evaluations too, are those of one with the batches of all: rows that accelerate
-    repeats to fill the last round of batches count once, where a batch has a row for each sample. Under
-    FSDP and DeepSpeed the model's own loss is used, and resuming is not supported.
+    repeats to fill the last round of batches count once, where a batch has a row for each sample. Under the first FSDP
+    and DeepSpeed the model's own loss is used, and resuming is not supported.
 
     Args:
         model: a causal language model of transformers, plain or with adapters.

@@ -228,6 +228,7 @@ def test_the_environment_is_recorded_in_full(run: RunDirectory, monkeypatch: pyt
         "python": ".".join(map(str, sys.version_info[:3])),
         "platform": f"{os.uname().sysname} {os.uname().machine}",
         "threads": 37,
+        "processes": 1,
         "accelerators": ["chip 0", "chip 1"],
         "command": ["lorafa", "train", "peft.r=8"],
     }
