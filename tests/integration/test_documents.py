@@ -30,6 +30,7 @@ from lorafa.conf.compose import compose, options
 from lorafa.runs.comparison import Plan
 from lorafa.runs.sweep import points_of, split
 from lorafa.scripts import published
+from lorafa.scripts.eval_gsm8k import parse as parse_evaluation
 from lorafa.scripts.run_exp import composed as compose_published
 from lorafa.scripts.run_exp import parse as parse_script
 from lorafa.train.adapter_config import lora_config
@@ -131,9 +132,9 @@ FILES = {
     "runs/20260101-120000-lora-r16": "a run of the reader's own, of which the adapter is there",
 }
 """What lies in the folder where the examples run, and what it stands for."""
-SCRIPT = "run_exp.py"
+SCRIPT, EVALUATION = "run_exp.py", "eval_gsm8k.py"
 VARIABLE, VARIABLES = re.compile(r"\$(\w+)"), {"runname": "one", "iters": "8"}
-"""The published script, and variables of the shell in its commands."""
+"""The published scripts, and variables of the shell in its commands."""
 MODULES = {"trl": "not installed for the tests; its SFTTrainer is a transformers.Trainer, as the one here"}
 """Modules that examples import and the tests stand in for."""
 
@@ -219,6 +220,9 @@ def composed(words: tuple[str, ...]) -> None:
         for point in points_of(args.overrides, published.options):
             lora_config(compose_published(point.words)[1])
         return
+    if words[0] == EVALUATION:
+        parse_evaluation([VARIABLE.sub(lambda name: VARIABLES[name[1]], word) for word in words[1:]])
+        return
     args = parse(words[1:])
     if words[1] == "train" and args.multirun:
         for point in points_of(split(args.overrides)[0], options):
@@ -250,8 +254,9 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         assert stopped.value.code == 0
     elif words[0] in LAUNCHERS:
         launched = LAUNCHERS[words[0]]().parse_args(list(words[1 + (words[0] == "accelerate") :]))
-        assert (launched.module, launched.training_script) == (True, "lorafa.cli.main")
-        composed(("lorafa", *launched.training_script_args))
+        started, rest = launched.training_script, launched.training_script_args
+        assert (launched.module, started) in ((True, "lorafa.cli.main"), (False, EVALUATION))
+        composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
     elif words[:2] == ("lorafa", "params"):
         assert main(list(words[1:])) == 0
     else:
