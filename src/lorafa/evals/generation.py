@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafa.backends.offload import device_of
 from lorafa.errors import DataError
 from lorafa.models.modes import evaluating
-from lorafa.processes import shared_out, world_size
+from lorafa.processes import by_turns, world_size
 from lorafa.settings.checks import check_int, check_number
 from lorafa.storage.tensors import can_be_gathered
 
@@ -99,7 +99,7 @@ def generate_ids(
 
     drawn = nullcontext() if sampling is None else torch.random.fork_rng()
     with evaluating(model), _without_own_settings(model), drawn:
-        found = [answer for batch in shared_out(written, batches) for answer in batch]
+        found = [answer for batch in by_turns(written, batches) for answer in batch]
     answers: list[list[int]] = [[] for _ in prompts]
     for i, answer in zip(order, found, strict=True):
         answers[i] = answer

@@ -27,8 +27,9 @@ from hydra.errors import HydraException
 from rich.console import Console
 from rich.markup import escape
 
-from lorafa.conf.compose import quoted
+from lorafa.conf.compose import OF_HYDRA, quoted
 from lorafa.errors import ConfigError, first_line
+from lorafa.launch import begin_anew
 from lorafa.processes import from_main, is_main, world_size
 from lorafa.runs.comparison import LOCKS, WAIT
 from lorafa.runs.experiment import begun, start_run
@@ -40,8 +41,6 @@ from lorafa.train.settings.run import RunConfig
 RESULT, FAILED = "sweep.json", ".failed"
 LONGEST = 120
 """Letters of a directory's name; a longer one ends in a digest."""
-OF_HYDRA = ("hydra.", "hydra/")
-"""How settings begin that say how a sweep is launched."""
 FOLDER = "hydra.sweep.dir"
 
 
@@ -166,14 +165,21 @@ def sweep(
 
     Raises:
         ConfigError: the launcher is not there, or cannot be set up so.
+        TrainingError: one of the processes is still in a point that has failed in another.
     """
     together, since = world_size() > 1, time.time()
     job = _Job(plan, tuple(command), since, together, start, _Screen(console))
     left = from_main(lambda: [number for number in range(len(plan.points)) if not _is_over(plan, number, since)])
+    if together:
+        for number in left:
+            begin_anew()  # whatever has become of the point before
+            _launch(job, [number])
+        begin_anew()
+        left = []
     told = False
     while left:
         _launch(job, left)
-        left = [] if together else [number for number in left if not _is_over(plan, number, since)]
+        left = [number for number in left if not _is_over(plan, number, since)]
         if left:
             if not told:
                 console.print("Waiting for runs that other processes are at.")
