@@ -23,19 +23,34 @@ class BaseModel:
     """The ids of the texts of ``model.add_tokens``, in their order."""
 
 
+def fetch_base(settings: ModelConfig) -> None:
+    """Have the first of several processes fetch a model, so that the others find it in the cache; all call this.
+
+    Raises:
+        SourceError: the model cannot be found or fetched.
+    """
+    if world_size() > 1:
+        with main_first():
+            resolve_model(settings.name, cache_dir=_cache(settings), revision=settings.revision)
+
+
 def load_base(settings: ModelConfig) -> BaseModel:
-    """Load a model with its tokenizer, and give both the new tokens. Every process of a group calls it.
+    """Load a model with its tokenizer, and give both the new tokens.
 
     Raises:
         SourceError: the model cannot be found, fetched or read.
         ConfigError: a setting does not fit it, or a text cannot be a new token.
     """
-    cache = Path(settings.cache_dir) if settings.cache_dir else None
-    if world_size() > 1:
-        with main_first():  # what is fetched is in the cache then
-            resolve_model(settings.name, cache_dir=cache, revision=settings.revision)
     model, tokenizer = load_model(
-        settings.name, settings.dtype, attention=settings.attention, cache_dir=cache, revision=settings.revision
+        settings.name,
+        settings.dtype,
+        attention=settings.attention,
+        cache_dir=_cache(settings),
+        revision=settings.revision,
     )
     texts = settings.add_tokens
     return BaseModel(model, tokenizer, add_tokens(model, tokenizer, texts) if texts else [])
+
+
+def _cache(settings: ModelConfig) -> Path | None:
+    return Path(settings.cache_dir) if settings.cache_dir else None

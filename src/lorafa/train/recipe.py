@@ -31,9 +31,10 @@ from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
+from lorafa.storage.tensors import can_be_gathered
 from lorafa.storage.whole import make_folder
 from lorafa.train.adapter_config import lora_config
-from lorafa.train.base_model import BaseModel, load_base
+from lorafa.train.base_model import BaseModel, fetch_base, load_base
 from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.fit import Material, check_length, fit
@@ -115,6 +116,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     with main_first():
         data = find_records(config.data)
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
+        fetch_base(config.model)
         base = load_base(config.model)
     tokenizer = base.tokenizer
     if template is not None:
@@ -219,10 +221,11 @@ def train(
         run.update_result(before=before, seconds=seconds)
     logged = run.metrics()
     trained_before = logged[-1].get("seconds", 0.0) if logged else 0.0
+    reported = _reported(run, config, checkpoint)
     with (
         _timed(seconds, "train", trained_before),
         progress_bar(console, "Training") as bar,
-        reporting(named_trackers(config.report_to), _reported(run, config, checkpoint)) as trackers,
+        reporting(named_trackers(config.report_to) if is_main() else [], reported) as trackers,
     ):
         callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
         fitted = fit(prepared.material(), config, run.checkpoints, callbacks, checkpoint, run.path.name)
@@ -238,7 +241,7 @@ def train(
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
     if config.train.save_merged:
         with console.status("Saving the merged model"):
-            _save_merged(prepared, run.merged)
+            _save_merged(prepared, config, run)
         run.update_result(merged=run.merged.name)
 
 
@@ -251,15 +254,22 @@ def _require_same_samples(prepared: Prepared, began_with: str | None) -> None:
         )
 
 
-def _save_merged(prepared: Prepared, folder: Path) -> None:
+def _save_merged(prepared: Prepared, config: RunConfig, run: Recorder) -> None:
     """The whole model with the adapter in its weights; the adapter is off the model then, so this comes last.
+
+    The first of several processes does it. Where the base is spread over them it reads the base, and the adapter that
+    is saved, anew: a part of a weight takes no update in.
 
     Raises:
         BackendError: the base cannot take the update in.
         CheckpointError: the folder cannot be written to.
     """
-    make_folder(folder)
-    merged: Any = prepared.model.merge_and_unload()
+    if not is_main():
+        return
+    folder, model = make_folder(run.merged), prepared.model
+    if any(map(can_be_gathered, model.parameters())):
+        model = PeftModel.from_pretrained(load_base(config.model).model, run.adapter)
+    merged: Any = model.merge_and_unload()
     try:
         merged.save_pretrained(str(folder))
         prepared.tokenizer.save_pretrained(str(folder))
