@@ -61,8 +61,7 @@ def generate_ids(
     Prompts of similar length share a batch (left padding); a batch ends when all its rows have. An answer is over at
     any of ``ends`` (those that were trained: ``Encoded.ends``) and at the end tokens of tokenizer and model. Nothing
     else of the model's own generation config applies, whatever it is called. Several processes share the batches out,
-    and all get all answers.
-    Nothing about the model or the tokenizer is changed.
+    and all get all answers. Nothing about the model or the tokenizer is changed.
 
     Raises:
         DataError: a prompt is empty, or prompt and answer do not fit the model's context.
@@ -112,9 +111,7 @@ def _until(stops: Collection[int], tokens: list[int]) -> list[int]:
 
 
 def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
-    """Raises:
-    DataError: a prompt is empty, or the longest one and its answer do not fit the model's context.
-    """
+    """Raises DataError for an empty prompt, and where the longest one and its answer do not fit the model's context."""
     if not all(prompts):
         raise DataError(
             f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it."
