@@ -34,6 +34,8 @@ from lorafa.processes import from_main, is_main, world_size
 from lorafa.runs.comparison import LOCKS, WAIT
 from lorafa.runs.experiment import begun, start_run
 from lorafa.runs.record import CONFIG, RunDirectory, TakenError
+from lorafa.runs.secrets import refuse_secrets
+from lorafa.settings.typed import plain
 from lorafa.storage.whole import make_folder, read_json, write_json
 from lorafa.train.memory import return_freed_memory
 from lorafa.train.settings.run import RunConfig
@@ -133,7 +135,8 @@ def planned(points: Sequence[Point], configs: Sequence[RunConfig], launch: Seque
     Its folder is the ``run_dir`` of its settings, or ``hydra.sweep.dir``, or ``runs/<date>-<time>-sweep``.
 
     Raises:
-        ConfigError: the folder is a run, or holds a point with other settings; a run would be continued elsewhere.
+        ConfigError: the folder is a run, or holds a point with other settings; a run would be continued elsewhere; a
+            setting holds a secret.
     """
     words = [word for word in launch if word.lstrip("+").partition("=")[0] != FOLDER]
     given = [word.partition("=")[2].strip("'\"") for word in launch if word not in words]
@@ -149,6 +152,7 @@ def planned(points: Sequence[Point], configs: Sequence[RunConfig], launch: Seque
         for point, config in zip(points, configs, strict=True)
     ]
     for config in placed:
+        refuse_secrets(plain(config))
         begun(config)
     return Sweep(tuple(points), tuple(placed), folder, tuple(words))
 
