@@ -17,7 +17,6 @@ from typing import Any, get_type_hints
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -82,12 +81,13 @@ def _apart() -> Iterator[None]:
     """Hydra keeps what it composes for in one place of the process: it is this call's alone, and is put back as it was
     for a script that is inside ``hydra.main`` itself."""
     with _ONE_AT_A_TIME:
-        before = Singleton.get_state()
-        GlobalHydra.instance().clear()
+        here = GlobalHydra.instance()
+        before = here.hydra
+        here.clear()
         try:
             yield
         finally:
-            Singleton.set_state(before)
+            here.hydra = before
 
 
 def _given_of_peft(overrides: Sequence[str]) -> list[str]:
