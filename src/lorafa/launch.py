@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, cast
 
-from lorafa.errors import ConfigError, LoraError, TrainingError
+from lorafa.errors import ConfigError, LoraError, TrainingError, first_line
 from lorafa.processes import Word, distributed, rank, world_size
 
 PATIENCE = timedelta(hours=1)
@@ -205,21 +205,21 @@ def ending_together(last_words: Callable[[str], None] = lambda text: None) -> It
         _say(_store, Word.of(error))
         raise
     except (Exception, KeyboardInterrupt) as error:
-        lost = any(map(_is_lost_connection, _with_contexts(error)))
-        if isinstance(error, KeyboardInterrupt) and not lost:  # otherwise a launcher has stopped this one for the lost
+        lost = next(filter(_is_lost_connection, _with_contexts(error)), None)
+        if isinstance(error, KeyboardInterrupt) and lost is None:  # else a launcher has stopped this one for the lost
             _say(_store, Word.of(error))
             raise
         word = None
         with suppress(KeyboardInterrupt):  # of a launcher that has seen it too
-            word = _said(_store, wait=2.0 if lost else 0.0)
+            word = _said(_store, wait=2.0 if lost is not None else 0.0)
         if word is not None:
             raise word.error() from error
-        if not lost:
+        if lost is None:
             _say(_store, Word.of(error))
             raise
         ended = TrainingError(
-            "Another process has ended without a word: it was killed, perhaps for its memory. Continue from the last "
-            "checkpoint (train.resume)."
+            "The connection to another process is lost, which has ended without a word, killed perhaps for its memory: "
+            f"{first_line(lost)}. Continue from the last checkpoint (train.resume)."
         )
         _say(_store, Word.of(ended))
         raise ended from error

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from lorafa import PeftModel
 from lorafa.scripts.run_exp import main
 from toys.places import ROOT
-from toys.workplace import ROWS, make_workplace, read
+from toys.processes import free_ports, launched, run_group
+from toys.workplace import ROWS, make_workplace, metrics, read
 
 KEYS = """\\
         ++dataset_name=meta_math \\
@@ -83,6 +84,39 @@ def test_a_documented_command_runs_word_by_word(place: Path, command: str, name:
     assert config["peft"]["target_modules"] == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     assert [config["peft"][key] for key in ("r", "use_rslora", "lora_alpha", "lora_dropout")] == [8, True, 16, 0.0]
     assert read(run / "adapter" / "adapter_config.json")["r"] == 8
+
+
+def in_two(rank: int, port: int, folder: str, words: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    launched(rank, port)
+    os._exit(main(words))
+
+
+def test_two_processes_are_one_run_of_the_script_whose_batch_they_share(place: Path) -> None:
+    words = ["-m", "++model.name=model", "++dataset_name=rows.jsonl", "+peft=qv", "++peft.lora_r=4"]
+    words += ["++model.real_batch_size=4", "++model.epochs=2", "++model.saving=false", "++model.bf16=false"]
+    run_group(in_two, free_ports(1)[0], str(place), [*words, "++wandb.name=together"])
+    run_group(in_two, free_ports(1)[0], str(place), [*words, "++wandb.name=together"])  # finished: it is left alone
+    alone = _run(place, *words, "++wandb.name=alone")
+    runs = [place / "runs" / "together", alone]
+    assert [yaml.safe_load((run / "config.yaml").read_text())["train"]["accumulation"] for run in runs] == [2, 4]
+    losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in runs]
+    assert len(losses[0]) == len(losses[1])
+    assert read(runs[0] / "environment.json")["processes"] == 2
+    assert not (place / "runs" / "together-2").exists()
+
+
+def test_the_documented_evaluation_runs_word_by_word(place: Path) -> None:
+    words = ["++model.name=model", "++dataset_name=rows.jsonl", "+peft=qv", "++peft.lora_r=4", "++wandb.name=asked"]
+    run = _run(place, *words, "++model.saving=false")
+    shutil.copy(ROOT / "eval_gsm8k.py", place)
+    command = 'torchrun --nproc_per_node=2 eval_gsm8k.py --wandb_name="$runname"'
+    done = shell(f"{command} --test_file=rows.jsonl --max_new_tokens=8", place, runname="asked", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = read(run / "gsm8k.json")
+    assert (found["total"], len(found["answers"])) == (len(ROWS), len(ROWS))
+    assert done.stdout.count("Accuracy: ") == 1
 
 
 def test_the_merged_model_is_the_base_with_the_adapter_in_it(place: Path) -> None:

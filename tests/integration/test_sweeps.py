@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,19 @@ def test_a_single_point_is_an_ordinary_run(workplace: Path, tmp_path: Path) -> N
     assert not (tmp_path / "one" / "sweep.json").exists()
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+LAUNCHERS = {
+    "basic": [],
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "ray": ["++hydra.launcher.ray.init.num_cpus=2"],  # a cluster of two workers on this machine
+}
+WITH_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="hydra-ray-launcher is not installed")
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", pytest.param("ray", marks=WITH_RAY)])
 def test_a_point_is_the_run_that_its_settings_give_whatever_launches_it(
     workplace: Path, tmp_path: Path, launcher: str
 ) -> None:
-    more = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    more = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher]]
     folder = tmp_path / "s"
     assert main(own_loss(words(workplace, folder, "train.seed=range(2)", *more))) == 0
     assert set(states(folder).values()) == {"finished"}

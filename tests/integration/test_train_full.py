@@ -18,6 +18,7 @@ from lorafa.data.sources import load_records
 from lorafa.errors import ConfigError
 from lorafa.evals.perplexity import answer_loss
 from lorafa.train.full import precision, train_all
+from toys.processes import free_ports, run_command, run_group
 from toys.workplace import at_step, make_workplace, metrics, read, settings
 
 FULL = ["peft=full_ft", "eval.size=0"]
@@ -90,6 +91,19 @@ def test_a_run_that_was_cut_short_goes_on_bit_for_bit(
     assert main(["train", f"train.resume={cut}"]) == 0  # from its last checkpoint, with nothing left to do
     found = weights(cut)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_two_processes_train_the_model_that_one_does(workplace: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    plain = ["optim=sgd", "optim.lr=0.5", "train.steps=6", "train.checkpoint_every=0", "eval.before=false"]
+    assert main(["train", *of_full(workplace, one, *plain)]) == 0
+    words = ["train", *of_full(workplace, two, *plain, "train.batch_size=2")]
+    run_group(run_command, free_ports(1)[0], words)
+    losses = [[row["loss"] for row in metrics(run)] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    first, second = weights(one), weights(two)
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(

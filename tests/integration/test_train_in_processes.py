@@ -275,7 +275,7 @@ def test_a_run_of_two_processes_is_not_continued_by_one(
 # ---- processes that do not end by themselves
 
 
-KILLED = "Another process has ended without a word: it was killed, perhaps for its memory. Continue from the last"
+KILLED = "The connection to another process is lost, which has ended without a word, killed perhaps for its memory:"
 STUCK = "Process 1 has stopped: a row of mine is bad."
 
 

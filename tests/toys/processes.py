@@ -75,3 +75,12 @@ def leave_group() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def run_command(rank: int, port: int, words: list[str]) -> None:
+    """`lorafa` with these words in one of two processes that meet at a port, as torchrun starts it."""
+    from lorafa.cli.main import main
+
+    torch.set_num_threads(1)
+    launched(rank, port)
+    os._exit(main(words))

@@ -8,11 +8,14 @@ accepted and means the same. ``model=`` and ``data=`` also take a path or a Hub 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, get_type_hints
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -63,13 +66,30 @@ def composed(overrides: Sequence[str] = ()) -> DictConfig:
     """What the yaml files and the overrides say together, not yet checked for types."""
     translated = [line for lines in _last_choices(overrides) for line in lines] + _instead(overrides)
     try:
-        with hydra.initialize_config_dir(config_dir=str(FOLDER.resolve()), version_base="1.3"):
+        with _apart(), hydra.initialize_config_dir(config_dir=str(FOLDER.resolve()), version_base="1.3"):
             config = hydra.compose("train", overrides=translated)
             for missing in sorted(OmegaConf.missing_keys(config)):
                 raise ConfigError(f"{missing} has no value. Add {missing}=<value>.")
             return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"The settings {' '.join(overrides)!r} do not fit together: {first_line(error)}.") from error
+
+
+_ONE_AT_A_TIME = Lock()
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Hydra keeps what it composes for in one place of the process: it is this call's alone, and is put back as it was
+    for a script that is inside ``hydra.main`` itself."""
+    with _ONE_AT_A_TIME:
+        here = GlobalHydra.instance()
+        before = here.hydra
+        here.clear()
+        try:
+            yield
+        finally:
+            here.hydra = before
 
 
 def _given_of_peft(overrides: Sequence[str]) -> list[str]:

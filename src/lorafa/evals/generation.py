@@ -105,6 +105,21 @@ def generate_ids(
     return answers
 
 
+def generate_greedy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    ends: Iterable[int] = (),
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """:func:`generate_ids` without sampling: the most likely token each time."""
+    how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "ends": ends}
+    return generate_ids(model, tokenizer, prompts, progress=progress, **how)
+
+
 def _until(stops: Collection[int], tokens: list[int]) -> list[int]:
     """The tokens before the first of ``stops``."""
     return tokens[: next((at for at, token in enumerate(tokens) if token in stops), len(tokens))]

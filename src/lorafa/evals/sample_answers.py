@@ -8,7 +8,7 @@ from typing import Any
 from lorafa.data.chat import encode_prompts
 from lorafa.data.records import Record
 from lorafa.evals.entry import Subject
-from lorafa.evals.generation import Progress, generate_ids, room_for
+from lorafa.evals.generation import Progress, generate_greedy, room_for
 
 SHOWN = 6
 """Questions whose answers are kept for the report."""
@@ -25,7 +25,7 @@ def sample_answers(
     """What the model writes for each record; those whose prompt leaves no room for an answer are left out."""
     prompts = encode_prompts(records, subject.tokenizer)
     fit = [place for place, prompt in enumerate(prompts) if room_for(subject.model, prompt, max_new_tokens)]
-    written = generate_ids(
+    written = generate_greedy(
         subject.model,
         subject.tokenizer,
         [prompts[place] for place in fit],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -186,13 +186,23 @@ def _run(
         labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         targets = _next_labels(labels) if shifted is None else shifted
         states = _hidden_states(parts, inputs, targets, objective.layers)
-        if can_be_gathered(parts.head.weight):
-            raise BackendError(
-                "The output head is spread over processes while the model runs, as by tensor parallelism, and cannot "
-                "be applied by its weight. Train with the model's own loss instead."
-            )
         _require_fit(targets, states.last, parts.head)
-        total, count = objective(states, targets, chunk_tokens)
+
+        def of_head(last: Tensor) -> Tensor:
+            nonlocal count
+            if can_be_gathered(parts.head.weight):
+                raise BackendError(
+                    "The output head is spread over processes while the model runs, as by tensor parallelism, and "
+                    "cannot be applied by its weight. Train with the model's own loss instead."
+                )
+            total, count = objective(replace(states, last=last), targets, chunk_tokens)
+            return total
+
+        if _is_gathered_by_itself(parts.head):  # by its hooks
+            with _runs_instead(parts.head, of_head):
+                total = parts.head(states.last)
+        else:
+            total = of_head(states.last)
         if num_items is None:
             _require_some(count, batch)
         return _output(total / (count if num_items is None else num_items))
@@ -351,6 +361,8 @@ def _parts(model: nn.Module) -> CausalParts | str:
 
 def _head_problem(head: nn.Module) -> str | None:
     """Why the output head cannot be applied by its weight alone, or None if it can."""
+    if _is_gathered_by_itself(head) and isinstance(head, nn.Linear):
+        return None
     if type(head) is not nn.Linear:
         return f"the output head is not a plain nn.Linear but {type(head).__module__}.{type(head).__name__}"
     if can_be_gathered(head.weight):
@@ -362,6 +374,11 @@ def _head_problem(head: nn.Module) -> str | None:
     ):
         return "the output head has hooks, which would not run"
     return None
+
+
+def _is_gathered_by_itself(head: nn.Module) -> bool:
+    """Whether FSDP2 puts the weight together when the head itself is called (``fully_shard(head)``)."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(head).__mro__)
 
 
 def _transform(config: Any) -> LogitTransform:

@@ -140,6 +140,13 @@ def _check_causal(where: str, model: PreTrainedModel) -> None:
         )
 
 
+def on_accelerator(model: Any) -> Any:
+    """The model on this process's accelerator, where there is one and nothing else has placed it."""
+    if torch.accelerator.is_available() and not hasattr(model, "hf_device_map"):
+        model.to(torch.accelerator.current_accelerator())
+    return model
+
+
 def check_samples(model: PreTrainedModel, lengths: npt.NDArray[Any], highest: int) -> None:
     """Every sample is within what the model can read: its vocabulary and its context.
 

@@ -157,10 +157,8 @@ def _as_published(record: Record) -> Record:
 
 def _ready(args: argparse.Namespace, directory: RunDirectory | None) -> tuple[Any, Any]:
     """The model that is asked, on this process's device, and its tokenizer with the published way to write a text."""
-    import torch
-
     from lorafa.data.templates import find_template
-    from lorafa.models.load import load_model
+    from lorafa.models.load import load_model, on_accelerator
     from lorafa.runs.trained import trained_model
 
     if args.model_name is not None:
@@ -169,9 +167,7 @@ def _ready(args: argparse.Namespace, directory: RunDirectory | None) -> tuple[An
         assert directory is not None
         model, tokenizer = trained_model(directory)
     tokenizer.chat_template = find_template("spaced")
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    return model, tokenizer
+    return on_accelerator(model), tokenizer
 
 
 def _asked(

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from accelerate.utils import DistributedType
 from torch import nn
@@ -49,6 +50,12 @@ class AdapterCheckpoints:
 
     _zero_gradients_are_right: ClassVar[bool] = True
     """Whether a loss may rightly give no gradient: preferences without a margin, rewards without an advantage."""
+    _sharding: Sharding | None = None
+    """How the model is to be spread over processes; None where it is not."""
+    _sharded = False
+    """Whether it is."""
+    _kept_whole: Sequence[nn.Parameter] = ()
+    """What is not spread then, and whose gradients are averaged here."""
     accelerator: Any
     args: Any
     model: Any
@@ -65,11 +72,6 @@ class AdapterCheckpoints:
                 f"{cls.__name__} names its trainer before AdapterCheckpoints, which then changes nothing. "
                 f"Name it first: class {cls.__name__}(AdapterCheckpoints, ...)."
             )
-
-    _sharding: Sharding | None = None
-    _sharded: bool = False
-    _kept_whole: Sequence[nn.Parameter] = ()
-    """What is trained under FSDP2, whose gradients are averaged here."""
 
     def __init__(self, model: Any = None, *args: Any, check_gradients: bool = True, **settings: Any) -> None:
         self.check_gradients = check_gradients
@@ -97,6 +99,7 @@ class AdapterCheckpoints:
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def create_accelerator_and_postprocess(self) -> None:
+        torch.device(self.args.device)  # accelerate makes its group of processes when this is asked for
         self._sharding = asked_for(self.args)
         with nullcontext() if self._sharding is None else hidden_from_accelerate(self.args):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]

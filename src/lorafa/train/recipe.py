@@ -26,7 +26,7 @@ from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
-from lorafa.models.load import check_samples
+from lorafa.models.load import check_samples, on_accelerator
 from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel
@@ -44,7 +44,7 @@ from lorafa.train.records import find_records, make_samples, show_samples
 from lorafa.train.sampling import lengths_of
 from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
-from lorafa.train.sharding import require_known
+from lorafa.train.sharding import require_known, spread_over_processes
 from lorafa.train.start import Started, start_adapter
 from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
@@ -119,6 +119,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         fetch_base(config.model)
         base = load_base(config.model)
     tokenizer = base.tokenizer
+    if not spread_over_processes(os.environ):
+        on_accelerator(base.model)  # what is measured first is measured there
     if template is not None:
         tokenizer.chat_template = template
     with main_first():  # what the first process tokenizes is in the cache then

@@ -146,9 +146,14 @@ def asked_for(args: Any) -> Sharding | None:
 
 def _version(settings: Mapping[str, Any] | None) -> int | None:
     """The version of FSDP that is asked for."""
-    if settings is None and os.environ.get(ASKED, "").lower() != "true":
+    if settings is None and not spread_over_processes(os.environ):
         return None
     return int((settings or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION") or 1)
+
+
+def spread_over_processes(environ: Mapping[str, str]) -> bool:
+    """Whether ``accelerate launch`` asks for FSDP."""
+    return environ.get(ASKED, "").lower() == "true"
 
 
 def require_known(environ: Mapping[str, str], full: bool = False) -> None:
@@ -157,7 +162,7 @@ def require_known(environ: Mapping[str, str], full: bool = False) -> None:
     Args:
         full: whether all weights are trained.
     """
-    if full and environ.get(ASKED, "").lower() == "true":
+    if full and spread_over_processes(environ):
         raise ConfigError(
             "accelerate asks for FSDP, and peft.full=true trains the whole model in each process: its weights are not "
             "spread. Launch it without FSDP (data parallel), or train an adapter."
@@ -167,7 +172,7 @@ def require_known(environ: Mapping[str, str], full: bool = False) -> None:
             "accelerate asks for DeepSpeed, with which no run was ever tried. Spread the model by FSDP2 (accelerate "
             "launch --use_fsdp --fsdp_version 2)."
         )
-    if environ.get(ASKED, "").lower() == "true" and environ.get("FSDP_VERSION", "1") != "2":
+    if spread_over_processes(environ) and environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
             "accelerate asks for the first FSDP, which flattens adapters and base into one. Give it fsdp_version: 2 "
             "(accelerate launch --fsdp_version 2)."

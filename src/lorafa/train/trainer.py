@@ -26,6 +26,7 @@ from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, whole_or_none
 from lorafa.train.fillers import Filler, Rounds
 from lorafa.train.rates import scheduler
 from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
+from lorafa.train.sharding import Sharding
 
 AS_TRANSFORMERS = 1
 """The rules by which warm-ups count and rows are ordered in transformers; see ``train.rules`` of a run."""
@@ -67,6 +68,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
     """
 
     lr_scheduler: Any
+    _sharding: Sharding | None = None
+    """How the base below adapters is spread; all weights are trained in each process."""
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from lorafa.data.packing import POSITIONS, Pack, PackCollator, Packs, as_read
 from lorafa.models.head_loss import supervised_loss
 from lorafa.models.packed import mixes_samples
 from toys.language_models import gpt2, llama
+from toys.processes import free_ports, run_command, run_group
 from toys.workplace import make_workplace, metrics, read
 from toys.workplace import settings as settings_of
 
@@ -125,6 +126,15 @@ def test_a_run_on_packed_rows_is_the_run_on_rows_of_their_own(
     assert read(tmp_path / "packs/result.json")["after"]["loss"] == pytest.approx(
         read(tmp_path / "rows/result.json")["after"]["loss"], rel=1e-5
     )
+
+
+def test_two_processes_train_on_packed_rows_what_one_does(workplace: Path, tmp_path: Path) -> None:
+    more = [*PLAIN, "train.packing=true", "data.max_length=48", "train.batch_size=2", "train.checkpoint_every=0"]
+    assert main(["train", *settings_of(workplace, tmp_path / "one"), *more, "train.batch_size=4"]) == 0
+    run_group(run_command, free_ports(1)[0], ["train", *settings_of(workplace, tmp_path / "two"), *more])
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert [row["tokens"] for row in two] == [row["tokens"] for row in one]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
 
 
 def test_packing_is_refused_where_samples_would_mix(

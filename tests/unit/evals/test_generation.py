@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 from lorafa import LoraConfig, get_peft_model
-from lorafa.evals.generation import generate_ids
+from lorafa.evals.generation import generate_greedy
 from toys.language_models import byte_tokenizer, greedy_by_hand, tiny_llama
 
 PROMPT, NEW = [5, 6, 7, 200], 8
@@ -44,14 +44,14 @@ def test_no_setting_of_the_model_s_own_reaches_the_answers(name: str) -> None:
     setattr(MODEL.generation_config, name, odd_value(name))
     before = dict(vars(MODEL.generation_config))
     try:
-        assert generate_ids(MODEL, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW) == [ANSWER]
+        assert generate_greedy(MODEL, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW) == [ANSWER]
         assert vars(MODEL.generation_config) == before
     finally:
         MODEL.generation_config = own
 
 
 def test_an_answer_is_over_at_each_end_that_was_trained() -> None:
-    (found,) = generate_ids(MODEL, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW, ends=[A_TOKEN])
+    (found,) = generate_greedy(MODEL, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW, ends=[A_TOKEN])
     by_hand = greedy_by_hand(MODEL, PROMPT, NEW, {TOKENIZER.eos_token_id, A_TOKEN})
     assert found == by_hand == ANSWER[: ANSWER.index(A_TOKEN)]
 
@@ -67,7 +67,7 @@ def test_the_settings_of_a_wrapped_model_are_left_as_they_were(by_peft: bool) ->
         wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     else:
         wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    assert generate_ids(wrapped, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW) == [ANSWER]
+    assert generate_greedy(wrapped, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW) == [ANSWER]
     assert wrapped.generation_config is own
     assert model.generation_config is own
     assert [m for m in wrapped.modules() if "generation_config" in vars(m)] == [model]
@@ -78,5 +78,5 @@ def test_a_failure_leaves_the_settings_as_they_were() -> None:
     own = model.generation_config
     model.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        generate_ids(model, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW)
+        generate_greedy(model, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW)
     assert model.generation_config is own

@@ -12,7 +12,7 @@ from lorafa.data.chat import encode_prompt
 from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals import gsm8k
-from lorafa.evals.generation import generate_ids
+from lorafa.evals.generation import generate_greedy
 from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream, wilson_interval
 from lorafa.models.modes import evaluating
 from toys.language_models import byte_tokenizer, conversation, greedy_by_hand, tiny_llama
@@ -90,7 +90,7 @@ def test_batched_answers_are_those_of_one_prompt_at_a_time(batch_size):
     tokenizer, model = byte_tokenizer(), tiny_llama().eval()
     expected = [greedy_by_hand(model, prompt, 12, [tokenizer.eos_token_id]) for prompt in PROMPTS]
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
-    assert generate_ids(model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=12) == expected
+    assert generate_greedy(model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=12) == expected
 
 
 def test_an_answer_stops_at_any_end_token_of_model_or_tokenizer():
@@ -99,16 +99,16 @@ def test_an_answer_stops_at_any_end_token_of_model_or_tokenizer():
     model.generation_config.eos_token_id = [free[0][3], free[2][5]]
     ends = {free[0][3], free[2][5], tokenizer.eos_token_id}
     expected = [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in free]
-    assert generate_ids(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=12) == expected
+    assert generate_greedy(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=12) == expected
 
 
 def test_sampling_settings_and_penalties_of_the_model_do_not_apply():
     tokenizer, model = byte_tokenizer(), tiny_llama().eval()
-    plain = generate_ids(model, tokenizer, PROMPTS, batch_size=5, max_new_tokens=12)
+    plain = generate_greedy(model, tokenizer, PROMPTS, batch_size=5, max_new_tokens=12)
     model.generation_config.update(
         do_sample=True, temperature=9.0, repetition_penalty=5.0, num_beams=3, no_repeat_ngram_size=1, min_new_tokens=12
     )
-    assert generate_ids(model, tokenizer, PROMPTS, batch_size=5, max_new_tokens=12) == plain
+    assert generate_greedy(model, tokenizer, PROMPTS, batch_size=5, max_new_tokens=12) == plain
 
 
 def test_the_cache_is_used_even_if_training_switched_it_off_and_the_switch_stays_off():
@@ -116,7 +116,7 @@ def test_the_cache_is_used_even_if_training_switched_it_off_and_the_switch_stays
     model.config.use_cache = False
     widths = []
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[1]))
-    generate_ids(model, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=3)
+    generate_greedy(model, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=3)
     assert widths == [3, 1, 1]
     assert model.config.use_cache is False
 
@@ -139,9 +139,9 @@ def test_a_model_that_peft_wrapped_is_evaluated_with_its_adapter():
     import peft
 
     tokenizer, model = byte_tokenizer(), tiny_llama()
-    plain = generate_ids(model, tokenizer, PROMPTS, batch_size=2, max_new_tokens=6)
+    plain = generate_greedy(model, tokenizer, PROMPTS, batch_size=2, max_new_tokens=6)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
-    adapted = generate_ids(wrapped, tokenizer, PROMPTS, batch_size=2, max_new_tokens=6)
+    adapted = generate_greedy(wrapped, tokenizer, PROMPTS, batch_size=2, max_new_tokens=6)
     assert adapted == [greedy_by_hand(wrapped.eval(), prompt, 6, [tokenizer.eos_token_id]) for prompt in PROMPTS]
     assert adapted != plain
 
@@ -158,7 +158,7 @@ def parrot(monkeypatch):
         def fake(model, tokenizer, prompts, **settings):
             return [tokenizer(text).input_ids for text in outputs]
 
-        monkeypatch.setattr(gsm8k, "generate_ids", fake)
+        monkeypatch.setattr(gsm8k, "generate_greedy", fake)
 
     return answers
 
@@ -206,6 +206,6 @@ def test_bad_requests_are_errors_before_anything_is_generated():
     with pytest.raises(
         DataError, match=r"longest prompt has 3 tokens; with max_new_tokens=510 .* context of 512\. Lower"
     ):
-        generate_ids(model, tokenizer, PROMPTS[:2], batch_size=1, max_new_tokens=510)
+        generate_greedy(model, tokenizer, PROMPTS[:2], batch_size=1, max_new_tokens=510)
     with pytest.raises(DataError, match="Prompt 1 is empty"):
-        generate_ids(model, tokenizer, [[1], []], batch_size=1, max_new_tokens=5)
+        generate_greedy(model, tokenizer, [[1], []], batch_size=1, max_new_tokens=5)
