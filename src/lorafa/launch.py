@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -18,14 +19,15 @@ from datetime import timedelta
 from typing import Any, cast
 
 from lorafa.errors import ConfigError, LoraError, TrainingError, first_line
-from lorafa.processes import Word, distributed, rank
+from lorafa.processes import Word, distributed, rank, world_size
 
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others in one place: one of them may evaluate or fetch a model meanwhile."""
 GRACE = 20.0
 """Seconds that a process has to end by itself once another has failed; it may be stuck in a call to that one."""
-FAILED = "lorafa/failed"
-"""Key under which the first process that fails says so."""
+FAILED, ARRIVED = "lorafa/failed", "lorafa/arrived"
+"""Keys under which the first process that fails says so, and under which all say that they have come to the next work.
+"""
 _LAUNCHERS = (
     ("torchrun", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
@@ -86,6 +88,8 @@ def require_alone(what: str) -> None:
 
 _store: Any = None
 """Where the processes of a group that :func:`join` has made leave word for each other."""
+_work = 0
+"""How often they have begun with something else: a failure before that is over."""
 
 
 def join(command: str) -> None:
@@ -150,6 +154,30 @@ def leave() -> None:
 
     if not (failed and "nccl" in get_backend()):
         destroy_process_group()
+
+
+def begin_anew() -> None:
+    """Begin with what goes on although something before it may have failed; all processes call it, in the same order.
+
+    After a failure they wait here for each other: one that is still in a call to the others cannot go on with them.
+
+    Raises:
+        TrainingError: not all have come here within twice :data:`GRACE` seconds.
+    """
+    global _work
+    if _store is None:
+        return
+    word, here = _said(_store), f"{ARRIVED}/{_work}"
+    _store.add(here, 1)
+    until, pause = time.monotonic() + 2 * GRACE, threading.Event()
+    while word is not None and _store.add(here, 0) < world_size():
+        if time.monotonic() > until:
+            raise TrainingError(
+                f"Process {word.process} has failed ({word.text}), and not all processes have come out of what they "
+                "did together. Start the same command again."
+            )
+        pause.wait(0.1)
+    _work += 1
 
 
 @contextmanager
@@ -219,16 +247,16 @@ def _is_lost_connection(error: BaseException) -> bool:
 
 def _say(store: Any, word: Word) -> None:
     with suppress(RuntimeError):  # the store went with the process that held it
-        store.compare_set(FAILED, "", json.dumps(asdict(word)))  # the first word stays
+        store.compare_set(f"{FAILED}/{_work}", "", json.dumps(asdict(word)))  # the first word stays
 
 
 def _said(store: Any, wait: float = 0.0) -> Word | None:
     """The word of the process that has failed first; None where none has left one, within ``wait`` seconds."""
-    pause = threading.Event()
+    pause, key = threading.Event(), f"{FAILED}/{_work}"
     for _ in range(1 + int(wait / 0.1)):
         with suppress(RuntimeError):
-            if store.check([FAILED]):
-                return Word(**json.loads(store.get(FAILED)))
+            if store.check([key]):
+                return Word(**json.loads(store.get(key)))
         if wait:
             pause.wait(0.1)
     return None

@@ -72,7 +72,7 @@ def share(things: Sequence[T]) -> list[T]:
     return list(things[rank() :: world_size()])
 
 
-def shared_out(work: Callable[[T], R], things: Sequence[T]) -> list[R]:
+def by_turns(work: Callable[[T], R], things: Sequence[T]) -> list[R]:
     """``work`` of every thing, in their order, of which each process does its share. The results are on the CPU.
 
     All call ``work`` equally often, as a model that is spread over them needs it: one that has nothing left does the

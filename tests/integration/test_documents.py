@@ -31,7 +31,7 @@ from lorafa.runs.comparison import Plan
 from lorafa.runs.sweep import points_of, split
 from lorafa.scripts import published
 from lorafa.scripts.eval_gsm8k import parse as parse_evaluation
-from lorafa.scripts.run_exp import composed as compose_published
+from lorafa.scripts.run_exp import compose_published
 from lorafa.scripts.run_exp import parse as parse_script
 from lorafa.train.adapter_config import lora_config
 from toys.language_models import SMALL, llama

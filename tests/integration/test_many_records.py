@@ -33,7 +33,6 @@ def test_the_benchmark_of_records_measures_two_starts(
     first, second = rows_of(capsys.readouterr().out)
     assert (first["start"], second["start"], first["rows"]) == ("first", "second", 300)
     assert (first["samples"], first["tokens"]) == (second["samples"], second["tokens"])
-    assert second["seconds"] < first["seconds"]
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 

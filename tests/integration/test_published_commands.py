@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lorafa import PeftModel
@@ -166,6 +167,8 @@ def test_a_trained_output_head_is_in_the_adapter_and_in_the_merged_model(place: 
     merged = AutoModelForCausalLM.from_pretrained(run / "merged")
     base = AutoModelForCausalLM.from_pretrained(place / "model")
     assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    torch.testing.assert_close(stored["base_model.model.lm_head.weight"], merged.lm_head.weight)
 
 
 def test_the_same_command_again_leaves_the_run_alone_and_another_seed_gets_a_directory_of_its_own(place: Path) -> None:

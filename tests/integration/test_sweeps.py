@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
 from lorafa.cli.main import main
-from toys.places import ROOT
+from lorafa.runs import sweep
+from toys.processes import STARTS
 from toys.workplace import make_workplace, metrics, read, settings
 
 
@@ -84,22 +84,23 @@ def test_a_point_is_the_run_that_its_settings_give_whatever_launches_it(
     assert losses[0] == losses[1]
 
 
-def started(command: list[str]) -> subprocess.Popen[str]:
-    library = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "lorafa.cli.main", *command],
-        env=os.environ | {"PYTHONPATH": library},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def started(command: list[str]) -> Any:
+    process = STARTS.Process(target=run_command, args=(command,))
+    process.start()
+    return process
+
+
+def run_command(command: list[str]) -> None:
+    torch.set_num_threads(1)
+    sweep.WAIT = 0.2
+    sys.exit(main(command))
 
 
 def test_a_sweep_that_was_killed_goes_on_from_the_checkpoint_of_the_run_it_was_at(
     workplace: Path, tmp_path: Path
 ) -> None:
     """The run ends with the losses of one that nobody has killed."""
-    more = ["train.steps=40", "train.checkpoint_every=5"]
+    more = ["train.steps=20", "train.checkpoint_every=4"]
     command = own_loss(words(workplace, tmp_path / "s", *more, "train.seed=0,1"))
     first = tmp_path / "s" / "train.seed=0"
     process = started(command)
@@ -107,9 +108,9 @@ def test_a_sweep_that_was_killed_goes_on_from_the_checkpoint_of_the_run_it_was_a
         until = time.monotonic() + 60
         while not any(first.glob("checkpoints/checkpoint-*/trainer_state.json")) and time.monotonic() < until:
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
     finally:
-        process.communicate()
+        process.kill()
+        process.join()
     assert read(first / "result.json")["status"] == "running"
     assert main(command) == 0
     assert set(states(tmp_path / "s").values()) == {"finished"}
@@ -121,8 +122,9 @@ def test_a_sweep_that_was_killed_goes_on_from_the_checkpoint_of_the_run_it_was_a
 def test_two_processes_share_the_points_of_a_sweep(workplace: Path, tmp_path: Path) -> None:
     command = own_loss(words(workplace, tmp_path / "s", "train.seed=range(3)", "train.steps=12"))
     both = [started(command) for _ in range(2)]
-    said = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    for process in both:
+        process.join(timeout=240)
+    assert [process.exitcode for process in both] == [0, 0]
     assert set(states(tmp_path / "s").values()) == {"finished"}
     for seed in range(3):
         rows = metrics(tmp_path / "s" / f"train.seed={seed}")

@@ -94,12 +94,12 @@ def assert_goes_on_as(workplace: Path, run: Path, other: Path) -> None:
 
 
 MOMENTS = 24
-"""Moments of a run at which it is killed, evenly over what it writes; the quick tests take every sixth."""
+"""Moments of a run at which it is killed, evenly over what it writes; the quick tests take every twelfth."""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX feature")
 @pytest.mark.parametrize(
-    "moment", [pytest.param(n, marks=() if n % 6 == 2 else pytest.mark.slow) for n in range(MOMENTS)]
+    "moment", [pytest.param(n, marks=() if n % 12 == 2 else pytest.mark.slow) for n in range(MOMENTS)]
 )
 def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(
     workplace: Path, whole: tuple[Path, int], tmp_path: Path, moment: int
@@ -124,7 +124,7 @@ def test_a_run_told_to_stop_while_it_writes_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file size limits are a POSIX feature")
-@pytest.mark.parametrize("size", [10_000, 18_000, 25_000])
+@pytest.mark.parametrize("size", [10_000, pytest.param(18_000, marks=pytest.mark.slow), 25_000])
 def test_a_full_disk_is_said_and_what_was_there_is_kept(
     workplace: Path, whole: tuple[Path, int], tmp_path: Path, size: int
 ) -> None:

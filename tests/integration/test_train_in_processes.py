@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lorafa.cli.main import main
 from lorafa.errors import DataError
+from lorafa.peft_model import PeftModel
 from lorafa.train.sharding import ASKED
 from toys.compare import assert_equal_bits
 from toys.processes import STARTS, free_ports, launched
@@ -60,8 +62,8 @@ def jobs(workplace: Path, folder: Path) -> dict[str, tuple[list[str], dict[str, 
         return of_two(workplace, folder / name, *more)
 
     return {
-        "two": (train("two"), {}),
-        "spread": (train("spread"), FSDP2),
+        "two": (train("two", "train.save_merged=true", "report_to=tensorboard"), {}),
+        "spread": (train("spread", "train.save_merged=true"), FSDP2),
         "whole": (train("whole", *DROPPED), FSDP2),
         "continued": (["train", f"train.resume={folder / 'cut'}"], FSDP2),
         "taken": (train("two"), {}),
@@ -183,6 +185,17 @@ def test_two_processes_measure_and_train_what_one_does(ran: Path, name: str) -> 
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["two", "spread"])
+def test_the_merged_model_of_two_processes_is_the_base_with_the_adapter_in_its_weights(
+    ran: Path, workplace: Path, name: str
+) -> None:
+    merged = load_file(ran / name / "merged" / "model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(workplace / "model")
+    wanted = PeftModel.from_pretrained(base, ran / name / "adapter").merge_and_unload().state_dict()
+    assert merged.keys() == wanted.keys()
+    torch.testing.assert_close(merged, wanted, rtol=1e-6, atol=1e-7)
+
+
 def test_processes_share_one_file_of_tokens(ran: Path) -> None:
     (file,) = (ran / "cache" / "tokens").iterdir()
     assert "were in the cache" not in said(ran, "cached", 0)[0]
@@ -198,6 +211,7 @@ def test_only_the_first_process_prints_and_writes(ran: Path) -> None:
     assert said(ran, "two", 1) == ("", "")
     assert err == ""
     assert read(ran / "two" / "environment.json")["processes"] == 2
+    assert len(list((ran / "two" / "tensorboard").iterdir())) == 1
     assert [row["step"] for row in metrics(ran / "two") if "loss" in row] == [1, 2, 3, 4, 5, 6]
     names = {path.name for path in (ran / "two" / "checkpoints" / "checkpoint-6").iterdir()}
     assert {"optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= names

@@ -36,9 +36,9 @@ def command(folder: Path, signs: Path, at: str, arguments: tuple[str, ...]) -> N
         while not (signs / "go").exists():
             time.sleep(0.05)
 
-    prepare, log = recipe.load_model, recipe.RunCallback.on_log
+    prepare, log = recipe.load_base, recipe.RunCallback.on_log
 
-    def load_model(*args: Any, **kwargs: Any) -> Any:
+    def load_base(*args: Any, **kwargs: Any) -> Any:
         if at == "prepare":
             pause()
         return prepare(*args, **kwargs)
@@ -48,7 +48,7 @@ def command(folder: Path, signs: Path, at: str, arguments: tuple[str, ...]) -> N
         if at == f"step {state.global_step}":
             pause()
 
-    recipe.load_model, recipe.RunCallback.on_log, comparison.WAIT = load_model, on_log, 0.2
+    recipe.load_base, recipe.RunCallback.on_log, comparison.WAIT = load_base, on_log, 0.2
     os.chdir(folder)
     os.environ["COLUMNS"] = "200"
     with (signs / "errors").open("w") as errors, open(os.devnull, "w") as nothing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 from lorafa import launch, processes
 from lorafa.errors import ConfigError, DataError, LoraError, TrainingError
 from lorafa.launch import Launch, launch_of
-from lorafa.processes import Word, from_main, is_from_other, main_first, on_main, shared_out
-from toys.processes import enter_group, leave_group, run_group
+from lorafa.processes import Word, by_turns, from_main, is_from_other, main_first, on_main
+from toys.processes import enter_group, free_ports, launched, leave_group, run_group
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
@@ -99,8 +100,8 @@ def test_a_process_that_is_alone_is_the_first_of_one() -> None:
     assert processes.gathered("mine") == ["mine"]
     assert from_main(lambda: 3) == 3
     assert processes.share([1, 2, 3]) == [1, 2, 3]
-    assert shared_out(lambda number: number + 1, [1, 2, 3]) == [2, 3, 4]
-    assert shared_out(lambda number: number + 1, []) == []
+    assert by_turns(lambda number: number + 1, [1, 2, 3]) == [2, 3, 4]
+    assert by_turns(lambda number: number + 1, []) == []
     with main_first():
         pass
     with launch.ending_together():
@@ -174,7 +175,7 @@ def work(rank: int, folder: str) -> None:
         "interrupt": caught(lambda: from_main(lambda: fails(KeyboardInterrupt()))),
         "main first": caught(lambda: failing_first(rank)),
         "share": processes.share([1, 2, 3]),
-        "shared out": [shared_out(doubled, [1, 2, 3]), calls],
+        "by turns": [by_turns(doubled, [1, 2, 3]), calls],
     }
     Path(folder, f"found-{rank}.json").write_text(json.dumps(found))
     leave_group()
@@ -216,9 +217,9 @@ def test_what_fails_in_the_first_fails_in_all(
     assert of_two[1][case] == [*others[:3], f"Process 0 has stopped: {others[3]}"]
 
 
-def test_work_is_shared_out_in_equal_numbers_of_calls(of_two: list[dict[str, Any]]) -> None:
+def test_work_is_dealt_out_in_equal_numbers_of_calls(of_two: list[dict[str, Any]]) -> None:
     assert [found["share"] for found in of_two] == [[1, 3], [2]]
-    assert [found["shared out"] for found in of_two] == [[[2, 4, 6], [1, 3]], [[2, 4, 6], [2, 1]]]
+    assert [found["by turns"] for found in of_two] == [[[2, 4, 6], [1, 3]], [[2, 4, 6], [2, 1]]]
 
 
 def test_errors_of_others_keep_their_class() -> None:
@@ -227,3 +228,56 @@ def test_errors_of_others_keep_their_class() -> None:
     assert is_from_other(error)
     assert not is_from_other(DataError("mine"))
     assert not isinstance(error, TrainingError)
+
+
+# ---- several pieces of work, one of which fails
+
+
+def one_after_another(rank: int, folder: str, port: int) -> None:
+    launch.GRACE = 1.0
+    launched(rank, port)
+    launch.join("this test")
+    outcomes: list[Any] = []
+    for number in range(3):
+        launch.begin_anew()
+        outcomes.append(caught(lambda number=number: piece(number, rank)))
+    Path(folder, f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
+    leave_group()
+
+
+def piece(number: int, rank: int) -> None:
+    with launch.ending_together():
+        processes.gathered(number)
+        if number == 0:
+            raise DataError(f"rank {rank} fails.")
+        time.sleep(2.5)  # longer than a process has that is to end for the failure of another
+
+
+def test_what_follows_a_failure_is_not_ended_by_it(tmp_path: Path) -> None:
+    run_group(one_after_another, str(tmp_path), free_ports(1)[0])
+    for rank in range(2):
+        outcomes = json.loads((tmp_path / f"outcomes-{rank}.json").read_text())
+        assert outcomes == [["DataError", True, False, f"rank {rank} fails."], ["nothing"], ["nothing"]]
+
+
+def left_behind(rank: int, folder: str, port: int) -> None:
+    launch.GRACE = 0.5
+    launched(rank, port)
+    launch.join("this test")
+    launch.begin_anew()
+    if rank == 0:
+        caught(lambda: piece(0, rank))
+        Path(folder, "left.json").write_text(json.dumps(caught(launch.begin_anew)))
+    else:
+        processes.gathered(0)  # and is never seen again
+    leave_group()
+
+
+def test_a_process_that_does_not_come_back_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    run_group(left_behind, str(tmp_path), free_ports(1)[0])
+    kind, _, _, text = json.loads((tmp_path / "left.json").read_text())
+    assert kind == "TrainingError"
+    assert text == (
+        "Process 0 has failed (rank 0 fails.), and not all processes have come out of what they did together. Start "
+        "the same command again."
+    )

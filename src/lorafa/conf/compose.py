@@ -44,6 +44,8 @@ OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
     if isinstance(group, type) and issubclass(group, OpenGroup)
 }
 """Groups that name a line of a registry."""
+OF_HYDRA = ("hydra.", "hydra/")
+"""How settings begin that say how a sweep is launched."""
 CUSTOM = "custom"
 """The file of a group whose value may be any name: it becomes ``<group>.name``."""
 
@@ -139,7 +141,7 @@ def _files(group: str) -> list[str]:
 
 def _last_choices(overrides: Sequence[str]) -> list[list[str]]:
     """All overrides translated; of several choices of one group the last, or an earlier one's name would stay."""
-    translated = [translate(text) for text in overrides]
+    translated = [_for_hydra(text) for text in overrides]
     names = [text.partition("=")[0].lstrip("+") for text in overrides]
     names = [ALIASES.get(name, name) for name in names]
     known = groups()
@@ -161,14 +163,14 @@ def _instead(overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def translate(text: str) -> list[str]:
+def _for_hydra(text: str) -> list[str]:
     """One override as Hydra takes it for a closed schema: ``group=option`` or ``++key=value``."""
     key, equals, value = text.partition("=")
     if not equals or key.startswith("~"):
         raise ConfigError(f"{text!r} is not a setting. Write key=value, for example peft.r=16.")
     key = key.lstrip("+")
-    if key.startswith(("hydra.", "hydra/")):
-        raise ConfigError(f"{text!r} says how a sweep is launched, and this is one run. Add -m, or leave it out.")
+    if key.startswith(OF_HYDRA):
+        raise of_a_sweep(text)
     key = ALIASES.get(key, key)
     if key in groups():
         return _chosen(key, value)
@@ -178,6 +180,11 @@ def translate(text: str) -> list[str]:
         return [f"++{key}={quoted(value)}"]
     read_value(text, key, value)
     return [f"++{key}={value}"]
+
+
+def of_a_sweep(text: str) -> ConfigError:
+    """The error for a setting of Hydra's own where there is no sweep."""
+    return ConfigError(f"{text!r} says how a sweep is launched, and this is one run. Add -m, or leave it out.")
 
 
 def _chosen(group: str, option: str) -> list[str]:

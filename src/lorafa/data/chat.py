@@ -234,7 +234,9 @@ def _no_template() -> str:
 def _tokenize(record: Record, writer: Writer, tokens: Tokens) -> tuple[list[int], list[int], set[int], list[str]]:
     """Ids and labels of the whole conversation, the tokens with which its trained turns end, and what is to be said."""
     if not any(message.role == "assistant" for message in record.messages):
-        raise DataError(f"The conversation has no assistant turn: {_row(record)}. There is nothing to train on.")
+        raise DataError(
+            f"The conversation has no assistant turn: {_row(record)}. There is nothing to train on: delete it."
+        )
     trained = {i for i, message in enumerate(record.messages) if message.role == "assistant" and message.trained}
     if not trained:
         raise DataError(f"No assistant turn is to be trained, all have the weight 0: {_row(record)}. Leave it out.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lorafa.data.cells import Row, columns, text_of
+from lorafa.data.cells import MEND, Row, columns, text_of
 from lorafa.data.records import Message, Record, final_answer, last_number
 from lorafa.data.turns import history_of, system_of, tools_of, turns_of, with_system_of
 from lorafa.errors import DataError, did_you_mean
@@ -75,7 +75,7 @@ def _pair_of_lists(row: Row, beside: Row, place: str, named: tuple[str, str], bo
     if not any(turn.role == "assistant" for turn in answered):
         raise DataError(
             f"{place}: {named[1]!r} has no assistant turn, so there is nothing to learn from this row. Its roles are: "
-            f"{', '.join(turn.role for turn in answered)}."
+            f"{', '.join(turn.role for turn in answered)}. {MEND}"
         )
     return _conversation(beside, place, named[0], [*read, *answered])
 
@@ -90,7 +90,7 @@ def _conversation(row: Row, place: str, column: str, turns: Sequence[Message]) -
     if not any(message.role == "assistant" and (message.content.strip() or message.extra) for message in messages):
         raise DataError(
             f"{place}: no assistant turn with text in it, so there is nothing to learn from this row. "
-            f"Its roles are: {', '.join(message.role for message in messages)}."
+            f"Its roles are: {', '.join(message.role for message in messages)}. {MEND}"
         )
     if not any(message.role == "assistant" and message.trained for message in messages):
         raise DataError(f"{place}: all assistant turns have the weight 0. There is nothing to learn. Delete the row.")

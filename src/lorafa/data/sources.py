@@ -8,14 +8,13 @@ from functools import cached_property
 from typing import Any
 
 from lorafa.data import DATASETS, data_set_of
-from lorafa.data.cells import Row
 from lorafa.data.entry import DataSet, Wanted
 from lorafa.data.files import ENDINGS, no_such_data_set
 from lorafa.data.heldout import USUAL, check_size, with_heldout_of
 from lorafa.data.records import Records
 from lorafa.data.selection import Division, Selection, as_loaded, select
 from lorafa.data.shares import check_weights, names_of
-from lorafa.data.source import Columns, ListedRows, Source, digest_of
+from lorafa.data.source import Source, digest_of
 from lorafa.errors import ConfigError, DataError, SourceError
 from lorafa.settings.checks import check_keys
 
@@ -181,15 +180,3 @@ def _loaded(choice: Choice) -> Selection:
             )
         eval_size = USUAL
     return as_loaded(entry.load(Wanted(name, division.train_size, eval_size, division.seed), own))
-
-
-def records_of(
-    rows: Sequence[tuple[str, Row]], wanted: Wanted, prompt_column: str | None, completion_column: str | None
-) -> Records:
-    """Rows, each with where it stands, as records, some of them held out.
-
-    Raises:
-        DataError: there are none, or fewer than wanted; columns are missing; a row is broken.
-    """
-    source = ListedRows(wanted.name, rows, Columns(prompt_column, completion_column))
-    return select([source], Division(wanted.train_size, wanted.eval_size, wanted.seed)).records()

@@ -26,7 +26,9 @@ def turns_of(row: Row, place: str, column: str) -> list[Message]:
     """The turns in a column: objects with ``role`` and ``content``, or with ``from`` and ``value``."""
     turns = listed(row.get(column), place, column)
     if not isinstance(turns, list) or not turns:
-        raise DataError(f'{place}: {column!r} must be a list of {{"role": ..., "content": ...}}, found {turns!r:.60}.')
+        raise DataError(
+            f'{place}: {column!r} must be a list of {{"role": ..., "content": ...}}, found {turns!r:.60}. {MEND}'
+        )
     return [_turn(turn, number, place) for number, turn in enumerate(turns, 1)]
 
 
@@ -79,7 +81,7 @@ def _turn(turn: Any, number: int, place: str) -> Message:
     if content is None or role not in ROLES:
         raise DataError(
             f"{place}: message {number} needs a role ({', '.join(ROLES)}) and a content that is text, "
-            f"found {turn!r:.80}."
+            f"found {turn!r:.80}. {MEND}"
         )
     if weight not in (0, 1):
         raise DataError(
@@ -101,7 +103,7 @@ def _translated(given: Mapping[str, Any], number: int, place: str) -> dict[str, 
     if not isinstance(speaker, str) or speaker not in SPEAKERS or value is None:
         raise DataError(
             f"{place}: message {number} needs a 'from' ({', '.join((*SPEAKERS, *CALLS))}) and a 'value' that is text, "
-            f"found {dict(given)!r:.80}."
+            f"found {dict(given)!r:.80}. {MEND}"
         )
     return {**rest, "role": SPEAKERS[speaker], "content": value}
 

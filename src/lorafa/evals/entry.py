@@ -45,6 +45,6 @@ class Evaluation:
     """Raises DataError for records that the model cannot be asked, before any training."""
     measure: Callable[[Subject, Sequence[Record], Any, int, Progress], Scores]
     """(subject, records, own settings, batch size, progress) -> the scores; the model is left as it was. Every process
-    of a run calls it and is to find the same; `lorafa.processes.shared_out` shares the work out."""
+    of a run calls it and is to find the same; `lorafa.processes.by_turns` deals the work out."""
     settings: type[Any] | None = None
     """A frozen dataclass of its own settings, all with defaults; each is ``eval.<name>``."""

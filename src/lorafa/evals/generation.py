@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafa.backends.offload import device_of
 from lorafa.errors import DataError
 from lorafa.models.modes import evaluating
-from lorafa.processes import shared_out, world_size
+from lorafa.processes import by_turns, world_size
 from lorafa.settings.checks import check_int, check_number
 from lorafa.storage.tensors import can_be_gathered
 
@@ -61,8 +61,7 @@ def generate_ids(
     Prompts of similar length share a batch (left padding); a batch ends when all its rows have. An answer is over at
     any of ``ends`` (those that were trained: ``Encoded.ends``) and at the end tokens of tokenizer and model. Nothing
     else of the model's own generation config applies, whatever it is called. Several processes share the batches out,
-    and all get all answers.
-    Nothing about the model or the tokenizer is changed.
+    and all get all answers. Nothing about the model or the tokenizer is changed.
 
     Raises:
         DataError: a prompt is empty, or prompt and answer do not fit the model's context.
@@ -99,7 +98,7 @@ def generate_ids(
 
     drawn = nullcontext() if sampling is None else torch.random.fork_rng()
     with evaluating(model), _without_own_settings(model), drawn:
-        found = [answer for batch in shared_out(written, batches) for answer in batch]
+        found = [answer for batch in by_turns(written, batches) for answer in batch]
     answers: list[list[int]] = [[] for _ in prompts]
     for i, answer in zip(order, found, strict=True):
         answers[i] = answer
@@ -127,9 +126,7 @@ def _until(stops: Collection[int], tokens: list[int]) -> list[int]:
 
 
 def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
-    """Raises:
-    DataError: a prompt is empty, or the longest one and its answer do not fit the model's context.
-    """
+    """Raises DataError for an empty prompt, and where the longest one and its answer do not fit the model's context."""
     if not all(prompts):
         raise DataError(
             f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it."

@@ -15,7 +15,7 @@ from lorafa.data.collate import Collator
 from lorafa.errors import DataError
 from lorafa.evals.entry import Evaluation, Scores
 from lorafa.models.modes import evaluating
-from lorafa.processes import shared_out
+from lorafa.processes import by_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def answer_loss(
 
     total, count = 0.0, 0
     with evaluating(model):
-        for loss, terms in shared_out(summed, batches):
+        for loss, terms in by_turns(summed, batches):
             total, count = total + loss, count + terms
     return total / count
 

@@ -31,7 +31,7 @@ _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 _DIVISORS = ("logits_scaling",)  # Granite, HyperCLOVA X
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2 and later, NanoChat; RecurrentGemma
 
-_AUTOCAST = "_original_forward"
+AUTOCAST = "_original_forward"
 """What accelerate leaves on a model whose forward it has put under autocast; the trainer does so with the loss."""
 
 
@@ -354,7 +354,7 @@ def _parts(model: nn.Module) -> CausalParts | str:
     if head is None or body is base:
         return f"{name} has no separate body and output head"
     problem = _head_problem(head)
-    if "forward" in vars(base) and not (hasattr(base, "_hf_hook") or hasattr(base, _AUTOCAST)):
+    if "forward" in vars(base) and not (hasattr(base, "_hf_hook") or hasattr(base, AUTOCAST)):
         return f"the forward of {name} is replaced on the object itself, and would not run"
     return problem or CausalParts(base, body, head, _transform(config.get_text_config()))
 

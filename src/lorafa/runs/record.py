@@ -1,7 +1,7 @@
 """One run, one directory. Every file is whole at any moment; a crash leaves everything recorded before it.
 
 config.yaml        all settings, resolved
-environment.json   versions, processor, threads, the command
+environment.json   versions, processor, threads, processes, the command
 metrics.jsonl      one line a logged step
 result.json        status, what was measured before and after, times, sizes; rewritten as the run goes on
 checkpoints/       what a continued run starts from

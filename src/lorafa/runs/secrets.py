@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lorafa.errors import ConfigError
@@ -13,7 +12,7 @@ from lorafa.errors import ConfigError
 MASK = "***"
 SHORTEST = 8
 """Characters of a secret; what is shorter (`1`, `true`) is none, and would be masked everywhere."""
-_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_NAMES = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[oprsu]_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
@@ -58,4 +57,5 @@ def refuse_secrets(settings: Mapping[str, Any], within: str = "") -> None:
 def _values() -> list[str]:
     """Longest first, so that no part of one stays where another stands in it."""
     named = {value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= SHORTEST}
-    return sorted((value for value in named if not Path(value).exists()), key=len, reverse=True)
+    # os.path, as a long token is no name of a file and pathlib raises for it
+    return sorted((value for value in named if not os.path.exists(value)), key=len, reverse=True)

@@ -27,12 +27,15 @@ from hydra.errors import HydraException
 from rich.console import Console
 from rich.markup import escape
 
-from lorafa.conf.compose import quoted
+from lorafa.conf.compose import OF_HYDRA, quoted
 from lorafa.errors import ConfigError, first_line
+from lorafa.launch import begin_anew
 from lorafa.processes import from_main, is_main, world_size
 from lorafa.runs.comparison import LOCKS, WAIT
 from lorafa.runs.experiment import begun, start_run
 from lorafa.runs.record import CONFIG, RunDirectory, TakenError
+from lorafa.runs.secrets import refuse_secrets
+from lorafa.settings.typed import plain
 from lorafa.storage.whole import make_folder, read_json, write_json
 from lorafa.train.memory import return_freed_memory
 from lorafa.train.settings.run import RunConfig
@@ -40,8 +43,6 @@ from lorafa.train.settings.run import RunConfig
 RESULT, FAILED = "sweep.json", ".failed"
 LONGEST = 120
 """Letters of a directory's name; a longer one ends in a digest."""
-OF_HYDRA = ("hydra.", "hydra/")
-"""How settings begin that say how a sweep is launched."""
 FOLDER = "hydra.sweep.dir"
 
 
@@ -134,7 +135,8 @@ def planned(points: Sequence[Point], configs: Sequence[RunConfig], launch: Seque
     Its folder is the ``run_dir`` of its settings, or ``hydra.sweep.dir``, or ``runs/<date>-<time>-sweep``.
 
     Raises:
-        ConfigError: the folder is a run, or holds a point with other settings; a run would be continued elsewhere.
+        ConfigError: the folder is a run, or holds a point with other settings; a run would be continued elsewhere; a
+            setting holds a secret.
     """
     words = [word for word in launch if word.lstrip("+").partition("=")[0] != FOLDER]
     given = [word.partition("=")[2].strip("'\"") for word in launch if word not in words]
@@ -150,6 +152,7 @@ def planned(points: Sequence[Point], configs: Sequence[RunConfig], launch: Seque
         for point, config in zip(points, configs, strict=True)
     ]
     for config in placed:
+        refuse_secrets(plain(config))
         begun(config)
     return Sweep(tuple(points), tuple(placed), folder, tuple(words))
 
@@ -166,14 +169,21 @@ def sweep(
 
     Raises:
         ConfigError: the launcher is not there, or cannot be set up so.
+        TrainingError: one of the processes is still in a point that has failed in another.
     """
     together, since = world_size() > 1, time.time()
     job = _Job(plan, tuple(command), since, together, start, _Screen(console))
     left = from_main(lambda: [number for number in range(len(plan.points)) if not _is_over(plan, number, since)])
+    if together:
+        for number in left:
+            begin_anew()  # whatever has become of the point before
+            _launch(job, [number])
+        begin_anew()
+        left = []
     told = False
     while left:
         _launch(job, left)
-        left = [] if together else [number for number in left if not _is_over(plan, number, since)]
+        left = [number for number in left if not _is_over(plan, number, since)]
         if left:
             if not told:
                 console.print("Waiting for runs that other processes are at.")

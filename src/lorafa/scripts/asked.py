@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from lorafa.conf.compose import is_readable, read_value
+from lorafa.conf.compose import OF_HYDRA, is_readable, of_a_sweep, read_value
 from lorafa.errors import ConfigError, did_you_mean
-from lorafa.scripts.published import DEFAULT_CHOICES, FOLDER, GROUPS, KEYS, OURS, options
+from lorafa.scripts.published import DEFAULT_CHOICES, FOLDER, GROUPS, OURS, PUBLISHED_KEYS, options
 
 TEXTS = ("dataset_name", "model.name", "wandb.name")
 """Keys whose text is taken as it stands where the grammar cannot read it: paths and names."""
@@ -49,10 +49,10 @@ def read(words: Sequence[str]) -> Asked:
             raise ConfigError(f"{word!r} is not a setting. Write key=value, for example ++peft.lora_r=8.")
         if key in GROUPS:
             choices[key] = _option(key, value)
-        elif key in KEYS:
+        elif key in PUBLISHED_KEYS:
             values[key] = _value(word, key, value)
-        elif key.startswith(("hydra.", "hydra/")):
-            raise ConfigError(f"{word!r} says how a sweep is launched, and this is one run. Add -m, or leave it out.")
+        elif key.startswith(OF_HYDRA):
+            raise of_a_sweep(word)
         elif key.partition(".")[0] in OURS and key not in ("data", *GROUPS):
             ours.append(word)
         else:
@@ -88,9 +88,11 @@ def _value(word: str, key: str, value: str) -> Any:
 
 
 def _unknown(key: str) -> str:
-    theirs = [name for name, one in KEYS.items() if one.ours and key in one.ours.rstrip("=").split("=")[0].split(", ")]
-    leaf = [name for name in KEYS if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    hint = f" Did you mean {(theirs or leaf)[0]!r}?" if theirs or leaf else did_you_mean(key, [*KEYS, *GROUPS])
+    ours = {name: one.ours.rstrip("=").split("=")[0].split(", ") for name, one in PUBLISHED_KEYS.items() if one.ours}
+    theirs = [name for name, settings in ours.items() if key in settings]
+    leaf = [name for name in PUBLISHED_KEYS if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = did_you_mean(key, [*PUBLISHED_KEYS, *GROUPS])
+    hint = f" Did you mean {(theirs or leaf)[0]!r}?" if theirs or leaf else near
     return (
         f"run_exp.py has no key {key!r}.{hint} {PAGE} lists them; settings of `lorafa train` are taken in "
         f"{', '.join(OURS)}."

@@ -14,7 +14,7 @@ from lorafa.cli.main import main as framed
 from lorafa.cli.sweeps import HELP, swept
 from lorafa.errors import ConfigError
 from lorafa.processes import from_main, world_size
-from lorafa.scripts.published import KEYS
+from lorafa.scripts.published import PUBLISHED_KEYS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def keys_help() -> str:
     """Every key with what it is here."""
     lines = []
-    for name, key in KEYS.items():
+    for name, key in PUBLISHED_KEYS.items():
         what = "; ".join(text for text in (key.ours, key.means) if text)
         line = f"  {name:31}{'changes nothing: ' if key.dead else ''}{what}"
         lines.append(fill(line, WIDTH, subsequent_indent=" " * 33))
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     said: set[str] = set()
 
     def make(words: Sequence[str]) -> RunConfig:
-        translated, config = composed(words)
+        translated, config = compose_published(words)
         for note in translated.notes:
             if note not in said:
                 console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return show(config, None, console) if args.dry_run else carry_out(config, console, args.command)
 
 
-def composed(words: Sequence[str]) -> tuple[Translated, RunConfig]:
+def compose_published(words: Sequence[str]) -> tuple[Translated, RunConfig]:
     """What the words of a command mean, and the run they ask for.
 
     Raises:
@@ -108,7 +108,8 @@ def composed(words: Sequence[str]) -> tuple[Translated, RunConfig]:
     try:
         config = compose(translated.overrides)
     except ConfigError as error:
-        renamed = {name: KEYS[name].passed for name in sorted(asked.given) if KEYS[name].passed not in (None, name)}
+        passed = {name: PUBLISHED_KEYS[name].passed for name in sorted(asked.given)}
+        renamed = {name: ours for name, ours in passed.items() if ours not in (None, name)}
         said = [f"{name} is {ours} here." for name, ours in renamed.items() if str(ours) in str(error)]
         raise ConfigError(" ".join([str(error), *said])) from error
     return translated, config

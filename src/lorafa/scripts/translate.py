@@ -11,7 +11,7 @@ from lorafa.conf.compose import quoted
 from lorafa.data import DATASETS, data_set_names, data_set_of
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.scripts.asked import PAGE, Asked
-from lorafa.scripts.published import DATASETS_TO_COME, IMAGES, KEYS
+from lorafa.scripts.published import DATASETS_TO_COME, IMAGES, PUBLISHED_KEYS
 from lorafa.settings.checks import check_choice, check_flag, check_int, check_number, found
 
 Settings = dict[str, Any]
@@ -66,7 +66,7 @@ def translate(asked: Asked, processes: int = 1) -> Translated:
         NotAvailableError: it asks for what is not here.
     """
     settings: Settings = dict(FIXED)
-    unread = {key for key in asked.given if KEYS[key].dead}
+    unread = {key for key in asked.given if PUBLISHED_KEYS[key].dead}
     for part in (_run, _model, _adapter):
         settings |= part(asked, processes)
     if _flag(asked, "peft.use_peft", True):
@@ -87,8 +87,8 @@ def translate(asked: Asked, processes: int = 1) -> Translated:
 
 
 def _why(key: str, asked: Asked) -> str:
-    if KEYS[key].dead:
-        return KEYS[key].means
+    if PUBLISHED_KEYS[key].dead:
+        return PUBLISHED_KEYS[key].means
     if not asked.get("peft.use_peft", True):
         return "there is no adapter with peft.use_peft=false"
     if key == "init.stable_gamma" and key in _READ[asked.get("init.mode")]:
@@ -102,7 +102,7 @@ def _why(key: str, asked: Asked) -> str:
 
 
 def _run(asked: Asked, processes: int) -> Settings:
-    passed = {name: key.passed for name, key in KEYS.items() if name in asked.values}
+    passed = {name: key.passed for name, key in PUBLISHED_KEYS.items() if name in asked.values}
     settings: Settings = {ours: asked.values[name] for name, ours in passed.items() if ours is not None}
     settings |= {"data.name": _data_set(str(asked.get("dataset_name", DATASET)))}
     settings.setdefault("train.seed", SEED)

@@ -98,9 +98,11 @@ def in_steps(config: RunConfig, rows: int) -> RunConfig:
     """The settings with all that depends on the number of rows written in steps."""
     train, steps = config.train, steps_in_all(config, rows)
 
+    rows_of_step = train.batch_size * train.accumulation * world_size()
+
     def every(epochs: float | None, given: int) -> int:
         """As published scripts count: whole rows, then whole batches."""
-        return given if epochs is None else max(1, int(rows * epochs) // (train.batch_size * train.accumulation))
+        return given if epochs is None else max(1, int(rows * epochs) // rows_of_step)
 
     return replace(
         config,

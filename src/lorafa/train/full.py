@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lorafa.errors import ConfigError, shorten
+from lorafa.models.head_loss import AUTOCAST
 
 
 def train_all(model: Any) -> None:
@@ -38,7 +39,7 @@ def in_float32(model: Any) -> Iterator[torch.dtype]:
     try:
         yield stored
     finally:
-        if vars(model).pop("_original_forward", None) is not None:  # accelerate has put the forward under autocast
+        if vars(model).pop(AUTOCAST, None) is not None:
             del model.forward
         model.to(stored)
 

@@ -26,13 +26,15 @@ from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.perplexity import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
-from lorafa.models.load import check_samples, load_model, on_accelerator, resolve_model
+from lorafa.models.load import check_samples, on_accelerator
 from lorafa.models.packed import mixes_samples
-from lorafa.models.vocabulary import add_tokens, rows_to_train
+from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
+from lorafa.storage.tensors import can_be_gathered
 from lorafa.storage.whole import make_folder
 from lorafa.train.adapter_config import lora_config
+from lorafa.train.base_model import BaseModel, fetch_base, load_base
 from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.fit import Material, check_length, fit
@@ -113,47 +115,22 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     template = find_template(config.data.template) if config.data.template else None
     with main_first():
         data = find_records(config.data)
-    cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
-        if world_size() > 1:
-            with main_first():  # what is fetched is in the cache then
-                resolve_model(config.model.name, cache_dir=cache, revision=config.model.revision)
-        model, tokenizer = load_model(
-            config.model.name,
-            config.model.dtype,
-            attention=config.model.attention,
-            cache_dir=cache,
-            revision=config.model.revision,
-        )
+        fetch_base(config.model)
+        base = load_base(config.model)
+    tokenizer = base.tokenizer
     if not spread_over_processes(os.environ):
-        on_accelerator(model)  # what is measured first is measured there
-    new = add_tokens(model, tokenizer, config.model.add_tokens) if config.model.add_tokens else []
+        on_accelerator(base.model)  # what is measured first is measured there
     if template is not None:
         tokenizer.chat_template = template
     with main_first():  # what the first process tokenizes is in the cache then
         samples = make_samples(data, tokenizer, config.data, console)
-    if not samples.records and (wants := _wants_heldout(config)):
-        raise DataError(
-            f"{wants} goes by held-out rows, and none of {samples.source} are held out. Set data.eval_size or "
-            "data.eval_file, or leave it out."
-        )
     rows = batch_rows(samples.train.samples, config)
-    check_length(config, len(rows))
-    check_samples(model, samples.lengths, samples.highest)
-    evaluation = EVALS.get(config.eval.name)
-    asked = evaluation.asks(samples.records, config.eval.own)
-    evaluation.check(Subject(model, tokenizer), asked, config.eval.own)
+    _check_samples(samples, len(rows), base, config)
     set_seed(config.train.seed)
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
-        if config.peft.full:
-            train_all(model)
-            begun = Started(model)
-        elif config.peft.adapter is not None:
-            begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
-        else:
-            adapter = lora_config(config, model, rows_to_train(model, new) if new else None)
-            begun = start_adapter(model, adapter, config.init, samples.train.samples, collator)
+        begun = _begun(base, samples, collator, config)
     console.print(coverage_table(coverage(begun.model)))
     show_samples(samples, tokenizer, console)
     if config.train.packing:
@@ -163,6 +140,37 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
     return Prepared(begun.model, tokenizer, samples, rows, collator, seconds, begun.record, trial)
+
+
+def _check_samples(samples: SampleSet, rows: int, base: BaseModel, config: RunConfig) -> None:
+    """Raises LoraError, of the kind that fits, for samples that the run cannot train on or measure.
+
+    Args:
+        rows: of batches; see :func:`batch_rows`.
+    """
+    if not samples.records and (wants := _wants_heldout(config)):
+        raise DataError(
+            f"{wants} goes by held-out rows, and none of {samples.source} are held out. Set data.eval_size or "
+            "data.eval_file, or leave it out."
+        )
+    check_length(config, rows)
+    check_samples(base.model, samples.lengths, samples.highest)
+    evaluation = EVALS.get(config.eval.name)
+    asked = evaluation.asks(samples.records, config.eval.own)
+    evaluation.check(Subject(base.model, base.tokenizer), asked, config.eval.own)
+
+
+def _begun(base: BaseModel, samples: SampleSet, collator: Collator, config: RunConfig) -> Started:
+    """The model as its training begins: all of it trained, with the adapter of a file, or with a new one."""
+    model = base.model
+    if config.peft.full:
+        train_all(model)
+        return Started(model)
+    if config.peft.adapter is not None:
+        return Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
+    new_rows = rows_to_train(model, base.new_tokens) if base.new_tokens else None
+    adapter = lora_config(config, model, new_rows)
+    return start_adapter(model, adapter, config.init, samples.train.samples, collator)
 
 
 def batch_rows(samples: Sequence[Sample], config: RunConfig) -> Sequence[Tokenized]:
@@ -196,49 +204,38 @@ def train(
         CheckpointError: the checkpoint does not fit, or a file could not be written.
         DataError: the samples are not those the run began with.
     """
-    model = prepared.model
     earlier = run.result()
-    began_with, samples_now = earlier.get("samples_sha256"), prepared.data.sha256
-    if began_with not in (None, samples_now):
-        raise DataError(
-            f"{prepared.data.source} does not give the samples this run began with, so what follows would not "
-            "continue it. Restore the records and the tokenizer, or start a new run."
-        )
+    _require_same_samples(prepared, earlier.get("samples_sha256"))
     run.update_result(
         source=prepared.data.source,
-        samples_sha256=samples_now,
+        samples_sha256=prepared.data.sha256,
         rows=prepared.counted(),
-        parameters=_counted(model),
+        parameters=_counted(prepared.model),
         **({"start": prepared.start} if prepared.start else {}),
     )
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
     before = earlier.get("before")
     if before is None and config.eval.before:
         goes_on = config.peft.full or config.peft.adapter is not None
-        as_it_starts = nullcontext() if goes_on else model.disable_adapter()
+        as_it_starts = nullcontext() if goes_on else prepared.model.disable_adapter()
         with _timed(seconds, "evaluate before"), as_it_starts:
             before = measure(prepared, config, console, "Before")
         run.update_result(before=before, seconds=seconds)
     logged = run.metrics()
     trained_before = logged[-1].get("seconds", 0.0) if logged else 0.0
+    reported = _reported(run, config, checkpoint)
     with (
         _timed(seconds, "train", trained_before),
         progress_bar(console, "Training") as bar,
-        reporting(named_trackers(config.report_to), _reported(run, config, checkpoint)) as trackers,
+        reporting(named_trackers(config.report_to) if is_main() else [], reported) as trackers,
     ):
         callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
         fitted = fit(prepared.material(), config, run.checkpoints, callbacks, checkpoint, run.path.name)
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     kept = _save(prepared, config, run)
-    # LoRA-FA's optimizer has frozen A meanwhile
-    run.update_result(
-        steps=fitted.steps,
-        stopped=fitted.stopped,
-        **kept,
-        seconds=seconds,
-        parameters=_counted(model),
-    )
+    counted = _counted(prepared.model)  # again: LoRA-FA's optimizer has frozen A meanwhile
+    run.update_result(steps=fitted.steps, stopped=fitted.stopped, **kept, seconds=seconds, parameters=counted)
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
@@ -246,19 +243,35 @@ def train(
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
     if config.train.save_merged:
         with console.status("Saving the merged model"):
-            _save_merged(prepared, run.merged)
+            _save_merged(prepared, config, run)
         run.update_result(merged=run.merged.name)
 
 
-def _save_merged(prepared: Prepared, folder: Path) -> None:
+def _require_same_samples(prepared: Prepared, began_with: str | None) -> None:
+    """Raises DataError for samples that are not those with this SHA-256; None: the run has had none yet."""
+    if began_with not in (None, prepared.data.sha256):
+        raise DataError(
+            f"{prepared.data.source} does not give the samples this run began with, so what follows would not "
+            "continue it. Restore the records and the tokenizer, or start a new run."
+        )
+
+
+def _save_merged(prepared: Prepared, config: RunConfig, run: Recorder) -> None:
     """The whole model with the adapter in its weights; the adapter is off the model then, so this comes last.
+
+    The first of several processes does it. Where the base is spread over them it reads the base, and the adapter that
+    is saved, anew: a part of a weight takes no update in.
 
     Raises:
         BackendError: the base cannot take the update in.
         CheckpointError: the folder cannot be written to.
     """
-    make_folder(folder)
-    merged: Any = prepared.model.merge_and_unload()
+    if not is_main():
+        return
+    folder, model = make_folder(run.merged), prepared.model
+    if any(map(can_be_gathered, model.parameters())):
+        model = PeftModel.from_pretrained(load_base(config.model).model, run.adapter)
+    merged: Any = model.merge_and_unload()
     try:
         merged.save_pretrained(str(folder))
         prepared.tokenizer.save_pretrained(str(folder))

@@ -28,9 +28,10 @@ SHOWN = 64
 
 @dataclass(frozen=True)
 class Started:
-    """An adapted model, and what is recorded of how it started."""
+    """A model that can be trained, and what is recorded of how it started."""
 
-    model: PeftModel
+    model: Any
+    """A PeftModel, or with ``peft.full`` a model of transformers."""
     record: dict[str, Any] = field(default_factory=dict)
 
 

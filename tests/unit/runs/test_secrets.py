@@ -35,6 +35,9 @@ def test_values_of_secret_variables_are_masked(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", KEY + "more")
     monkeypatch.setenv("USE_TOKEN", "true")
     monkeypatch.setenv("SSH_KEY_FILE", str(tmp_path))
+    monkeypatch.setenv("ID_TOKEN", KEY * 50)  # longer than a name of a file may be
+    monkeypatch.setenv("TOKENIZER_NAME", "smollm2-135m")
+    assert masked([KEY * 50, "smollm2-135m"]) == ["***", "smollm2-135m"]
     value: dict[str, Any] = {"a": [f"x{KEY}y", 3, None], "b": {"c": KEY + "more"}, "d": "true", "e": str(tmp_path)}
     assert masked(value) == {"a": ["x***y", 3, None], "b": {"c": "***"}, "d": "true", "e": str(tmp_path)}
 

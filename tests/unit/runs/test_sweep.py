@@ -128,6 +128,8 @@ def test_a_mistake_in_a_point_and_a_folder_that_is_taken_are_found_before_the_fi
     RunDirectory.create(tmp_path / "run", compose())
     with pytest.raises(ConfigError, match=r"run' is a run, and a sweep is a folder of runs\. Give it another run_dir"):
         plan_of(tmp_path / "run", "peft.r=4,8")
+    with pytest.raises(ConfigError, match=r"data\.name holds a secret, and settings are recorded\. Give it by an"):
+        plan_of(tmp_path / "s", "peft.r=4,8", "data=https://ann:pass-word@host/rows.jsonl")
     with pytest.raises(ConfigError, match=r"A sweep continues its own runs, found train\.resume"):
         plan_of(tmp_path / "s", "peft.r=4,8", "train.resume=x")
     RunDirectory.create(tmp_path / "s" / "peft.r=4", compose(["peft.r=4", "train.steps=7"]))

@@ -15,8 +15,8 @@ import yaml
 from lorafa.errors import ConfigError, LoraError, NotAvailableError
 from lorafa.runs import record
 from lorafa.runs.record import RunDirectory
-from lorafa.scripts.published import FOLDER, GROUPS, IMAGES, KEYS, options
-from lorafa.scripts.run_exp import composed, keys_help, placed
+from lorafa.scripts.published import FOLDER, GROUPS, IMAGES, PUBLISHED_KEYS, options
+from lorafa.scripts.run_exp import compose_published, keys_help, placed
 from lorafa.settings.typed import plain
 from lorafa.train.settings.run import PeftConfig, RunConfig
 from toys.places import ROOT
@@ -49,11 +49,11 @@ FULL = "full" in {field.name for field in fields(PeftConfig)}
 
 
 def config_of(words: str) -> RunConfig:
-    return composed(words.split())[1]
+    return compose_published(words.split())[1]
 
 
 def notes_of(words: str) -> list[str]:
-    return composed(words.split())[0].notes
+    return compose_published(words.split())[0].notes
 
 
 def at(config: RunConfig, name: str) -> Any:
@@ -166,7 +166,7 @@ def test_a_key_means_what_it_meant(words: str, expected: dict[str, Any]) -> None
     assert {name: at(config, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", PUBLISHED_KEYS)
 def test_every_key_can_be_given(key: str) -> None:
     samples = {"init.lora_A": "xavier", "init.lora_B": "unit", "init.direction": "LoRA-One", "init.scale": "stable"}
     samples |= {"init.mode": "gradient", "init.dtype": "fp32", "model.type": "CausalLM", "dataset_name": "meta_math"}
@@ -175,7 +175,7 @@ def test_every_key_can_be_given(key: str) -> None:
     samples |= dict.fromkeys(("model.bf16", "model.saving", "peft.use_peft", "init.norm_clip", "dry_run"), "true")
     samples |= dict.fromkeys(("peft.use_rslora", "gradient_checkpointing"), "true") | {"peft.lora_relative_r": "null"}
     value = samples.get(key, "32")
-    composed([*BASE.split(), "+init=gradient", f"++{key}={value}"])
+    compose_published([*BASE.split(), "+init=gradient", f"++{key}={value}"])
 
 
 def test_the_options_have_no_key_that_is_not_in_the_table() -> None:
@@ -185,7 +185,7 @@ def test_the_options_have_no_key_that_is_not_in_the_table() -> None:
         for option in options(group)
         for key in yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text(encoding="utf-8"))
     }
-    assert named <= KEYS.keys()
+    assert named <= PUBLISHED_KEYS.keys()
 
 
 def test_several_processes_share_the_real_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ def test_nothing_wants_a_gpu_or_an_account() -> None:
 )  # fmt: skip
 def test_a_mistake_is_answered_with_what_to_do(words: str, kind: type[LoraError], message: str) -> None:
     with pytest.raises(kind, match=message):
-        composed(words.split())
+        compose_published(words.split())
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -343,7 +343,7 @@ def test_help_loads_what_it_shows_and_nothing_else() -> None:
 
 def test_the_page_has_the_table_and_help_every_key() -> None:
     page = (ROOT / "docs" / "published-commands.md").read_text(encoding="utf-8")
-    for name, key in KEYS.items():
+    for name, key in PUBLISHED_KEYS.items():
         here = "(nothing)" if key.dead else ", ".join(f"`{one}`" for one in key.ours.split(", ")) if key.ours else ""
         assert f"| `{name}` | {here} | {key.means} |" in page
         assert re.search(rf"^  {re.escape(name)} ", keys_help(), flags=re.MULTILINE)

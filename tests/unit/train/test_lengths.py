@@ -25,6 +25,16 @@ def test_passes_between_measurements_are_whole_rows_then_whole_batches(rows: int
     assert (arguments.eval_strategy, arguments.eval_steps, arguments.save_steps) == ("steps", steps, steps)
 
 
+@pytest.mark.parametrize(("processes", "steps"), [(1, 8), (2, 4), (3, 2)])
+def test_a_pass_of_several_processes_is_as_many_steps_as_they_take_together(
+    processes: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafa.train.fit.world_size", lambda: processes)
+    words = ["train.epochs=1", "train.batch_size=4", "train.accumulation=2"]
+    found = in_steps(compose([*words, "train.eval_epochs=1", "train.checkpoint_epochs=1"]), 64).train
+    assert (found.eval_every, found.checkpoint_every) == (steps, steps)
+
+
 def test_without_passes_everything_is_left_as_it_was_said() -> None:
     config = compose(["train.epochs=2", "train.eval_every=3"])
     assert in_steps(config, 100) == config
