@@ -22,6 +22,7 @@ from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.secrets import refuse_secrets
 from lorafa.runs.shared import SharedRun
 from lorafa.settings.typed import plain
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, require_same_processes, step_of
 from lorafa.train.fit import run_out
@@ -55,7 +56,7 @@ def begun(config: RunConfig) -> RunDirectory | None:
     Raises:
         ConfigError: it has other settings.
     """
-    path = Path(config.run_dir).expanduser() if config.run_dir and config.if_exists == "resume" else None
+    path = user_path(config.run_dir) if config.run_dir and config.if_exists == "resume" else None
     if path is None or not (path / CONFIG).is_file():
         return None
     run = RunDirectory.open(path)

@@ -27,6 +27,7 @@ from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
 from lorafa.runs.formats import current
 from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import is_temporary, make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
@@ -61,7 +62,7 @@ class RunDirectory:
             ConfigError: the directory exists and is not empty, or cannot be made where it is to be.
         """
         numbered = _is_numbered(config)
-        path = _free(_names(config)) if numbered else Path(str(config.run_dir)).expanduser()
+        path = _free(_names(config)) if numbered else user_path(str(config.run_dir))
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         if not usable and os.path.lexists(there):  # or another run that came to nothing has just taken it away
@@ -151,7 +152,7 @@ class RunDirectory:
         Raises:
             ConfigError: the path is no run directory.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if not (path / CONFIG).is_file():
             kind = "is a file" if path.is_file() else "does not exist"
             what = "holds no config.yaml" if path.is_dir() else kind
@@ -290,7 +291,7 @@ def _short_name(config: RunConfig) -> str:
 def _names(config: RunConfig) -> Iterator[Path]:
     """``runs/<date>-<time>-<adapter>`` or what ``run_dir`` says, then the same with a number."""
     if config.run_dir:
-        named = Path(config.run_dir).expanduser()
+        named = user_path(config.run_dir)
     else:
         named = Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{_short_name(config)}"
     yield named
@@ -301,7 +302,7 @@ def _is_numbered(config: RunConfig) -> bool:
     """Whether the run takes the first free name: without a ``run_dir``, and where what is there stays beside it."""
     if not config.run_dir:
         return True
-    path = Path(config.run_dir).expanduser()
+    path = user_path(config.run_dir)
     return config.if_exists == "new" and path.is_dir() and not _is_empty(path)
 
 

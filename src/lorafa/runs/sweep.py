@@ -33,6 +33,7 @@ from lorafa.processes import from_main, is_main, world_size
 from lorafa.runs.comparison import LOCKS, WAIT
 from lorafa.runs.experiment import begun, start_run
 from lorafa.runs.record import CONFIG, RunDirectory, TakenError
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import make_folder, read_json, write_json
 from lorafa.train.memory import return_freed_memory
 from lorafa.train.settings.run import RunConfig
@@ -140,7 +141,7 @@ def planned(points: Sequence[Point], configs: Sequence[RunConfig], launch: Seque
     given = [word.partition("=")[2].strip("'\"") for word in launch if word not in words]
     named = {config.run_dir for config in configs}
     own = next(iter(named)) if len(named) == 1 else None
-    folder = Path(own or (given or [f"runs/{datetime.now().strftime('%Y%m%d-%H%M%S')}-sweep"])[-1]).expanduser()
+    folder = user_path(own or (given or [f"runs/{datetime.now().strftime('%Y%m%d-%H%M%S')}-sweep"])[-1])
     if (folder / CONFIG).is_file():
         raise ConfigError(f"{str(folder)!r} is a run, and a sweep is a folder of runs. Give it another run_dir.")
     if any(config.train.resume for config in configs):

@@ -31,6 +31,7 @@ from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import add_tokens, rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import make_folder
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.checkpoints import step_of
@@ -150,7 +151,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             train_all(model)
             begun = Started(model)
         elif config.peft.adapter is not None:
-            begun = Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
+            begun = Started(PeftModel.from_pretrained(model, user_path(config.peft.adapter), is_trainable=True))
         else:
             adapter = lora_config(config, model, rows_to_train(model, new) if new else None)
             begun = start_adapter(model, adapter, config.init, samples.train.samples, collator)
