@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def begun(config: RunConfig) -> RunDirectory | None:
         ConfigError: it has other settings.
     """
     path = user_path(config.run_dir) if config.run_dir and config.if_exists == "resume" else None
-    if path is None or not (path / CONFIG).is_file():
+    if path is None or not os.path.isfile(path / CONFIG):
         return None
     run = RunDirectory.open(path)
     now, then = plain(config), plain(run.config())

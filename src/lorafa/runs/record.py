@@ -153,9 +153,9 @@ class RunDirectory:
             ConfigError: the path is no run directory.
         """
         path = user_path(path)
-        if not (path / CONFIG).is_file():
-            kind = "is a file" if path.is_file() else "does not exist"
-            what = "holds no config.yaml" if path.is_dir() else kind
+        if not os.path.isfile(path / CONFIG):
+            kind = "is a file" if os.path.isfile(path) else "does not exist"
+            what = "holds no config.yaml" if os.path.isdir(path) else kind
             raise ConfigError(f"{str(path)!r} is not a run directory: it {what}. {_run_near(path)}")
         return cls(path)
 
@@ -270,8 +270,8 @@ def _is_row(value: Any) -> bool:
 
 def _run_near(path: Path) -> str:
     """What was perhaps meant: the run a path lies in, or the runs that lie in it."""
-    around = [parent for parent in path.absolute().parents[:2] if (parent / CONFIG).is_file()]
-    inside = sorted(str(file.parent) for file in path.glob(f"*/{CONFIG}")) if path.is_dir() else []
+    around = [parent for parent in path.absolute().parents[:2] if os.path.isfile(parent / CONFIG)]
+    inside = sorted(str(file.parent) for file in path.glob(f"*/{CONFIG}")) if os.path.isdir(path) else []
     if around:
         return f"It lies in the run {str(around[0])!r}: give that."
     return f"It holds runs: {shorten(inside)}." if inside else "Give one that `lorafa train` made."

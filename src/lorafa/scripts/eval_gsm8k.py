@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +109,7 @@ def named(name: str) -> RunDirectory:
 
     places = [Path("runs") / name, user_path(name)]
     for place in places:
-        if (place / CONFIG).is_file():
+        if os.path.isfile(place / CONFIG):
             return RunDirectory.open(place)
     known = sorted(path.parent.name for path in Path("runs").glob(f"*/{CONFIG}"))
     raise ConfigError(

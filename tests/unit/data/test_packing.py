@@ -146,3 +146,8 @@ def test_packing_is_refused_where_samples_would_mix(
     assert "train.packing=true needs a model that keeps the samples of a row apart" in said
     assert "they would not be trained as they are: because. Leave it out" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_capacity_beyond_all_samples_takes_no_memory() -> None:
+    samples = [Sample([1] * size, [1] * size) for size in (3, 2)]
+    assert [len(pack.input_ids) for pack in Packs(samples, [3, 2], 10**12)] == [5]
