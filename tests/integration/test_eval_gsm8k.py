@@ -105,6 +105,8 @@ def test_another_model_is_asked_and_nothing_is_written(inside: Path, capsys: pyt
     [
         (["--wandb_name=on"], 2, "There is no run 'on' in {place}/runs. Did you mean 'one'? Give the wandb.name"),
         ([], 2, "Nothing says what is to be measured. Give --wandb_name=<run>, or --model_name=<model>."),
+        (["--wandb_name=one", "--temperature=1", f"--seed={2**63}"], 2, "seed must be below 2**63, found 922"),
+        (["--wandb_name=" + "a" * 300], 2, "There is no run 'aaa"),
         (["--wandb_name=one", "--temperature=0"], 2, "temperature must be a number > 0, found 0.0"),
         (["--wandb_name=one", "--top_p=2"], 2, "top_p must be a number in (0, 1], found 2.0"),
         (["--wandb_name=one", "--limit=0"], 2, "--limit must be an integer >= 1, found 0"),

@@ -70,6 +70,22 @@ LAUNCHERS = {
 WITH_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="hydra-ray-launcher is not installed")
 
 
+def test_one_value_given_twice_or_chosen_from_one_is_an_ordinary_run(workplace: Path, tmp_path: Path) -> None:
+    assert main(own_loss(words(workplace, tmp_path / "one", "optim.lr=1e-3,0.001", "train.seed=choice(3)"))) == 0
+    assert read(tmp_path / "one" / "result.json")["status"] == "finished"
+
+
+def test_several_folders_of_one_sweep_are_refused(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = own_loss(words(workplace, tmp_path / "a", f"run_dir={tmp_path / 'a'},{tmp_path / 'b'}"))
+    assert main(command) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert f"would lie in several places, {tmp_path / 'a'}, {tmp_path / 'b'}, and a sweep has one folder" in text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("launcher", ["basic", "joblib", pytest.param("ray", marks=WITH_RAY)])
 def test_a_point_is_the_run_that_its_settings_give_whatever_launches_it(
     workplace: Path, tmp_path: Path, launcher: str

@@ -22,7 +22,7 @@ def swept(
     make: Callable[[Sequence[str]], RunConfig],
     options: Callable[[str], Sequence[str]],
 ) -> int | None:
-    """The exit status of a sweep; None where the settings name a single run.
+    """The exit status of a sweep; None where the settings name a single run, whose words ``args`` has then.
 
     Args:
         make: settings with one value each -> the run.
@@ -36,6 +36,7 @@ def swept(
     words, launch = split(args.overrides)
     points = points_of(words, options)
     if len(points) == 1 and not launch:
+        args.overrides = list(points[0].words)  # choice(a), or one value twice, is one value here
         return None
     plan = from_main(lambda: planned(points, [make(point.words) for point in points], launch))
     if args.dry_run:

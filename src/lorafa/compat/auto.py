@@ -11,6 +11,7 @@ from lorafa.io.load import LoadOptions
 from lorafa.peft_model import PeftModel
 from lorafa.settings.methods import TaskType
 from lorafa.storage.hub import HubOptions, locate
+from lorafa.storage.paths import user_path
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.walk import embedding_of
 
@@ -138,7 +139,7 @@ def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> 
     from transformers import AutoTokenizer
 
     place = {"subfolder": subfolder} if subfolder else {}
-    local = Path(source).expanduser().is_dir()
+    local = user_path(source).is_dir()
     tokenizer = AutoTokenizer.from_pretrained(found.parent if local else source, **({} if local else place | hub))
     table = embedding_of(model, "get_input_embeddings")
     if table is not None and len(tokenizer) > len(table.weight):  # type: ignore[arg-type]

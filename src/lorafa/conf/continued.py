@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from lorafa.errors import ConfigError, SourceError, did_you_mean
+from lorafa.storage.paths import user_path
 from lorafa.train.settings.run import PeftConfig, RunConfig
 
 
@@ -21,7 +23,7 @@ def with_settings_of_file(config: RunConfig, given: Iterable[str]) -> RunConfig:
         ConfigError: one of them says something else.
         SourceError: there is no adapter; as :func:`lorafa.io.adapter_files.read_adapter`.
     """
-    folder = Path(str(config.peft.adapter)).expanduser()
+    folder = user_path(str(config.peft.adapter))
     stored = peft_settings(folder)
     for name in given:
         asked, found = getattr(config.peft, name), stored.get(name)
@@ -41,9 +43,9 @@ def peft_settings(folder: Path) -> dict[str, Any]:
     """
     from lorafa.io.adapter_files import read_adapter  # with torch, which the settings are read without
 
-    if not (folder / "adapter_config.json").is_file():
-        near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = f" It is a run: give {folder / 'adapter'}." if (folder / "adapter").is_dir() else ""
+    if not os.path.isfile(folder / "adapter_config.json"):
+        near = [path.name for path in folder.parent.iterdir()] if os.path.isdir(folder.parent) else []
+        hint = f" It is a run: give {folder / 'adapter'}." if os.path.isdir(folder / "adapter") else ""
         raise SourceError(
             f"peft.adapter={folder} holds no adapter_config.json, so it is no adapter."
             f"{hint or did_you_mean(folder.name, near)}"

@@ -13,9 +13,27 @@ Row = Mapping[str, Any]
 MEND = "Mend or delete the row."
 
 
+def as_row(row: Row) -> Row:
+    """A row of a table whose nested columns have the same fields in all rows: those that a row has not given are null
+    there, which is taken out again."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def columns(row: Row) -> str:
     """The names of the row's columns, in words."""
     return shorten((f"{column!s:.40}" for column in row), 10) or "(none)"
+
+
+def given(row: Row, column: str) -> Any:
+    """What a column holds; None where it is not there, or empty: null, no text, a list or an object of nothing."""
+    value = row.get(column)
+    return None if isinstance(value, str | list | tuple | dict) and not value else value
 
 
 def text_of(row: Row, place: str, column: str) -> str:
@@ -46,7 +64,7 @@ def all_checked(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return checked(value, place)
     if isinstance(value, dict):
-        return {key: all_checked(inner, place) for key, inner in value.items()}
+        return {all_checked(key, place): all_checked(inner, place) for key, inner in value.items()}
     return [all_checked(inner, place) for inner in value] if isinstance(value, list) else value
 
 
@@ -60,11 +78,21 @@ def listed(value: Any, place: str, column: str) -> Any:
 def parsed(text: str, place: str, advice: str) -> Any:
     """The value that JSON text has; ``advice`` says what to do where it is none."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
         near = text[max(error.pos - 30, 0) : error.pos + 30]
         raise DataError(
             f"{place}: not valid JSON: {error.msg} at character {error.pos + 1}, near {near!r}. {advice}"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+    except (ValueError, RecursionError) as error:  # a name twice, a number of thousands of digits, deep brackets
         raise DataError(f"{place}: cannot be read: {first_line(error)}. {advice}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Python would take the last of two values of one name, and drop the first in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found

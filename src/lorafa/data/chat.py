@@ -15,6 +15,7 @@ from lorafa.data.apart import Tokens
 from lorafa.data.cuts import Stretch, Writer
 from lorafa.data.records import Message, Record
 from lorafa.data.rendering import render, special_tokens, start_token
+from lorafa.data.unread import UNREAD, Unread
 from lorafa.errors import DataError, warn
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Encoder:
         self._earliest: int | None = None
         self._said: dict[str, tuple[int, str]] = {}
         self._writing: tuple[Writer, Tokens] | None = None
+        self._unread = Unread(tokenizer)
 
     @property
     def templated(self) -> bool:
@@ -92,7 +94,7 @@ class Encoder:
     def sample(self, record: Record) -> Sample:
         """The sample of a record, cut at ``max_length``."""
         ids, labels, end, said = self._text(record) if record.plain else self._conversation(record)
-        for what in said:
+        for what in (*said, *self._unread.remark([message.content for message in record.messages], ids)):
             count, first = self._said.get(what, (0, _row(record)))
             self._said[what] = (count + 1, first)
         start = next(i for i, label in enumerate(labels) if label != IGNORE)
@@ -119,7 +121,11 @@ class Encoder:
             )
         without = [_no_template()] if self.templated and not self.tokenizer.chat_template else []
         rows = f"{self.rows:,} rows"
-        return without + [f"{count:,} of {rows} {what}. The first: {one}." for what, (count, one) in self._said.items()]
+        words = {UNREAD: f"{UNREAD} ({self._unread.characters()})"}
+        return without + [
+            f"{count:,} of {rows} {words.get(what, what)}. The first: {one}."
+            for what, (count, one) in self._said.items()
+        ]
 
     def _conversation(self, record: Record) -> tuple[list[int], list[int], set[int], list[str]]:
         if self._writing is None:
@@ -252,6 +258,9 @@ def _tokenize(record: Record, writer: Writer, tokens: Tokens) -> tuple[list[int]
     ids: list[int] = []
     labels: list[int] = []
     for stretch, part in zip(written.stretches, _ended(written.stretches, parts), strict=True):
+        if stretch.turn in trained and record.messages[stretch.turn].content.strip() and set(part) <= {stretch.end}:
+            text = record.messages[stretch.turn].content
+            raise DataError(f"{_row(record)}: the tokenizer makes no token of the text {text[:40]!r}. Delete the row.")
         ids += part
         labels += part if stretch.turn in trained else [IGNORE] * len(part)
     ends = {stretch.end for stretch in written.stretches if stretch.turn in trained and stretch.end is not None}

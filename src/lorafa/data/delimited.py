@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from lorafa.data.cells import Row
-from lorafa.data.tables import Table
+from lorafa.data.tables import Table, check_names
 from lorafa.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -50,14 +50,15 @@ class Delimited(Table):
                         yield begins, cells
                     begins = reader.line_num + 1
             except csv.Error as error:
+                advice = "Close its double quotes, and write those inside a text twice."
+                if "new-line" in str(error):  # a carriage return alone, with which no line ends here
+                    advice = "Save it with line ends of \\n or \\r\\n."
                 raise DataError(
-                    f"{self.path}, line {begins}: cannot be read as cells: {first_line(error)}. Close its double "
-                    "quotes, and write those inside a text twice."
+                    f"{self.path}, line {begins}: cannot be read as cells: {first_line(error)}. {advice}"
                 ) from error
 
     def _header(self, names: list[str]) -> list[str]:
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DataError(f"{self.path}: two columns are called {twice[0]!r}. Rename one of them.")
+        check_names(self.path, names)
         other = next((mark for mark in (";", ",", "\t") if len(names) == 1 and mark in names[0]), None)
         if other is not None:
             raise DataError(

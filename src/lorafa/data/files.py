@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from lorafa.data.parquet import Parquet
 from lorafa.data.source import Columns, Source, Tables
 from lorafa.data.tables import JsonLines, JsonList, Table, what_it_is
 from lorafa.errors import ConfigError, SourceError, did_you_mean, shorten, warn
+from lorafa.storage.paths import user_path
 
 FORMATS: Mapping[str, type[Table]] = {
     ".jsonl": JsonLines,
@@ -61,8 +63,8 @@ def format_of(path: Path) -> type[Table] | None:
 
 def is_file(name: str) -> bool:
     """Whether the name is that of a file of records, there or not, or of a folder."""
-    path = Path(name).expanduser()
-    return format_of(path) is not None or name.endswith("/") or (name != "" and path.is_dir())
+    path = user_path(name)
+    return format_of(path) is not None or name.endswith("/") or (name != "" and os.path.isdir(path))
 
 
 def open_file(name: str, settings: FileSettings) -> Source:
@@ -71,8 +73,8 @@ def open_file(name: str, settings: FileSettings) -> Source:
     Raises:
         SourceError: there is no file of rows.
     """
-    path = Path(name).expanduser()
-    whole_folder = path.is_dir() and format_of(path) is None
+    path = user_path(name)
+    whole_folder = os.path.isdir(path) and format_of(path) is None
     return Tables(name, _tables(path) if whole_folder else [table_of(name)], settings.columns())
 
 
@@ -82,7 +84,7 @@ def table_of(name: str) -> Table:
     Raises:
         SourceError: it is not there, or no file of rows.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     kind = format_of(path)
     if kind is None:
         raise SourceError(f"{name} is no file of rows{what_it_is(path)}. Give one that ends in {ENDINGS}, or a folder.")
@@ -132,7 +134,7 @@ def no_such_data_set(name: str) -> SourceError:
     """The error for a name that is none."""
     known = data_set_names()
     return SourceError(
-        f"No dataset {name!r}{what_it_is(Path(name).expanduser())}.{did_you_mean(name, known)} Give "
+        f"No dataset {name!r}{what_it_is(user_path(name))}.{did_you_mean(name, known)} Give "
         f"{', '.join(known)}, a file ending in {ENDINGS}, a folder of such files, or a Hub id of the form owner/name."
     )
 

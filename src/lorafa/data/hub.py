@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafa.data import data_set_names
-from lorafa.data.cells import Row
+from lorafa.data.cells import Row, as_row
 from lorafa.data.entry import DataSet
 from lorafa.data.files import FileSettings, is_file, no_such_data_set
 from lorafa.data.records import Record
 from lorafa.data.source import Columns, Source, digest_of, no_rows
 from lorafa.errors import SourceError, first_line
+from lorafa.storage.paths import user_path
 
 if TYPE_CHECKING:
     from lorafa.data.tables import Chosen
@@ -58,7 +59,7 @@ class HubRows:
             numbers = [number for number, is_chosen in enumerate(chosen) if is_chosen]
             rows = self._dataset.select(numbers)
         for number, row in zip(numbers, rows, strict=True):
-            yield number, convert(row, f"{self.name}, row {number + 1}")
+            yield number, convert(as_row(row), f"{self.name}, row {number + 1}")
 
     def digest(self) -> str:
         return digest_of(repr(row) for row in self._dataset)
@@ -74,13 +75,13 @@ def hub_rows(name: str, settings: HubSettings) -> list[tuple[str, Row]]:
     Raises:
         SourceError: it cannot be loaded.
     """
-    return [(f"{name}, row {number}", row) for number, row in enumerate(_dataset(name, settings), 1)]
+    return [(f"{name}, row {number}", as_row(row)) for number, row in enumerate(_dataset(name, settings), 1)]
 
 
 def _dataset(name: str, settings: HubSettings) -> Any:
     import datasets  # takes seconds to import, and only rows of the Hub need it
 
-    if Path(name).expanduser().exists():
+    if os.path.exists(user_path(name)):
         raise no_such_data_set(name)
     subset, split = settings.subset, settings.split
     try:

@@ -5,6 +5,7 @@ The first 100,000 such rows are trained on and the next 10,000 held out, in the 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lorafa.data.hub import HubSettings, hub_rows
 from lorafa.data.records import Message, Record, Records
 from lorafa.data.rows import converter
 from lorafa.errors import DataError, SourceError, first_line
+from lorafa.storage.paths import user_path
 
 HUB_ID = "meta-math/MetaMathQA"
 FILE = "MetaMathQA-395K.json"
@@ -36,7 +38,7 @@ class MetaMathSettings:
 
 def _load(wanted: Wanted, settings: MetaMathSettings) -> Records:
     source = settings.file or HUB_ID
-    rows = _of_file(Path(settings.file).expanduser()) if settings.file else _of_hub(settings.revision)
+    rows = _of_file(user_path(settings.file)) if settings.file else _of_hub(settings.revision)
     chosen = [(place, row) for place, row in rows if KIND in _type(row, place)]
     if not chosen:
         raise DataError(
@@ -48,7 +50,7 @@ def _load(wanted: Wanted, settings: MetaMathSettings) -> Records:
 
 
 def _of_file(path: Path) -> list[tuple[str, Row]]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SourceError(f"data.file={path} is no file. Give a copy of {FILE}, or leave it out to fetch {HUB_ID}.")
     return read_rows(path)
 

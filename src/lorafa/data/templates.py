@@ -6,11 +6,12 @@ assistant turn with no token of the tokenizer's is given the end-of-sequence tok
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from lorafa.data import TEMPLATES
 from lorafa.data.entry import ChatTemplate
 from lorafa.errors import ConfigError, did_you_mean
+from lorafa.storage.paths import user_path
 
 PLAIN = ChatTemplate(
     "{{ start }}{% for message in messages %}{{ message['content'] }}"
@@ -57,8 +58,8 @@ def find_template(name: str) -> str:
     """
     if name in TEMPLATES:
         return TEMPLATES.get(name).text
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = user_path(name)
+    if not os.path.isfile(path):
         raise ConfigError(
             f"data.template={name!r} is neither a template's name nor a file.{did_you_mean(name, TEMPLATES.names())} "
             f"Give {', '.join(TEMPLATES.names())}, or a file with a Jinja template."

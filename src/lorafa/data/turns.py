@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from lorafa.data.cells import MEND, Row, all_checked, checked, listed, parsed, text_of
+from lorafa.data.cells import MEND, Row, all_checked, checked, given, listed, parsed, text_of
 from lorafa.data.records import ROLES, Message
 from lorafa.errors import DataError
 
@@ -32,9 +33,21 @@ def turns_of(row: Row, place: str, column: str) -> list[Message]:
     return [_turn(turn, number, place) for number, turn in enumerate(turns, 1)]
 
 
+def writes_turns(value: Any) -> bool:
+    """Whether a text is a list of turns in JSON, as cells of a csv file have it, and no text of its own."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    names = ({"role", "content"}, {"from", "value"})
+    return turns != [] and all(isinstance(turn, dict) and any(pair <= turn.keys() for pair in names) for turn in turns)
+
+
 def system_of(row: Row, place: str) -> list[Message]:
     """The system turn of a row with such a column."""
-    return [Message("system", text_of(row, place, "system"))] if row.get("system") else []
+    return [Message("system", text_of(row, place, "system"))] if given(row, "system") is not None else []
 
 
 def with_system_of(row: Row, place: str, column: str, turns: list[Message]) -> list[Message]:
@@ -48,7 +61,8 @@ def with_system_of(row: Row, place: str, column: str, turns: list[Message]) -> l
 def history_of(row: Row, place: str) -> list[Message]:
     """Earlier turns, given as pairs of a question and its answer; these answers are read and not trained."""
     turns: list[Message] = []
-    pairs = listed(row.get("history") or [], place, "history")
+    found = given(row, "history")
+    pairs = [] if found is None else listed(found, place, "history")
     for pair in pairs if isinstance(pairs, list | tuple) else [pairs]:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(
@@ -62,22 +76,24 @@ def history_of(row: Row, place: str) -> list[Message]:
 
 def tools_of(row: Row, place: str) -> tuple[Any, ...]:
     """The column ``tools``: a list of objects, or that as JSON."""
-    given = row.get("tools") or []
-    tools = parsed(given, f"{place}, column 'tools'", MEND) if isinstance(given, str) else given
+    found = given(row, "tools")
+    if found is None:
+        return ()
+    tools = parsed(found, f"{place}, column 'tools'", MEND) if isinstance(found, str) else found
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{place}: 'tools' must be a list of objects, found {given!r:.60}. {MEND}")
+        raise DataError(f"{place}: 'tools' must be a list of objects, found {found!r:.60}. {MEND}")
     return tuple(all_checked(tools, place))
 
 
 def _turn(turn: Any, number: int, place: str) -> Message:
     """One turn: what it has beside who speaks, the text and a weight is for the chat template."""
-    given = {} if not isinstance(turn, dict) else {key: value for key, value in turn.items() if value is not None}
-    if "from" in given or "value" in given:
-        given = _translated(given, number, place)
-    role, weight = given.pop("role", None), given.pop("weight", 1)
-    content = given.pop("content", "" if given.get("tool_calls") else None)
+    found = {} if not isinstance(turn, dict) else {key: value for key, value in turn.items() if value is not None}
+    if "from" in found or "value" in found:
+        found = _translated(found, number, place)
+    role, weight = found.pop("role", None), found.pop("weight", 1)
+    content = found.pop("content", "" if found.get("tool_calls") else None)
     content = _joined(content, number, place)
-    extra = {key: all_checked(value, place) for key, value in given.items() if value not in _EMPTY}
+    extra = all_checked({key: value for key, value in found.items() if value not in _EMPTY}, place)
     if content is None or role not in ROLES:
         raise DataError(
             f"{place}: message {number} needs a role ({', '.join(ROLES)}) and a content that is text, "
@@ -90,10 +106,10 @@ def _turn(turn: Any, number: int, place: str) -> Message:
     return Message(role, checked(content, place), extra, trained=bool(weight))
 
 
-def _translated(given: Mapping[str, Any], number: int, place: str) -> dict[str, Any]:
+def _translated(found: Mapping[str, Any], number: int, place: str) -> dict[str, Any]:
     """A turn as ShareGPT writes it, as a message; what else it has is kept."""
-    speaker, value = given.get("from"), given.get("value")
-    rest = {key: inner for key, inner in given.items() if key not in ("from", "value")}
+    speaker, value = found.get("from"), found.get("value")
+    rest = {key: inner for key, inner in found.items() if key not in ("from", "value")}
     if both := [name for name in ("role", "content") if name in rest]:
         raise DataError(
             f"{place}: message {number} has both {both[0]!r} and 'from' with 'value'. Keep one way to write it."
@@ -103,7 +119,7 @@ def _translated(given: Mapping[str, Any], number: int, place: str) -> dict[str, 
     if not isinstance(speaker, str) or speaker not in SPEAKERS or value is None:
         raise DataError(
             f"{place}: message {number} needs a 'from' ({', '.join((*SPEAKERS, *CALLS))}) and a 'value' that is text, "
-            f"found {dict(given)!r:.80}. {MEND}"
+            f"found {dict(found)!r:.80}. {MEND}"
         )
     return {**rest, "role": SPEAKERS[speaker], "content": value}
 

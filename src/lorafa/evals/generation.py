@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafa.backends.offload import device_of
-from lorafa.errors import DataError
+from lorafa.errors import ConfigError, DataError
 from lorafa.models.modes import evaluating
 from lorafa.processes import by_turns, world_size
 from lorafa.settings.checks import check_int, check_number
@@ -38,6 +38,8 @@ class Sampling:
         check_number("temperature", self.temperature, "a number > 0", 0)
         check_number("top_p", self.top_p, "a number in (0, 1]", 0, 1, closed="]")
         check_int("seed", self.seed, at_least=0)
+        if self.seed >= 2**63:  # what torch's generators take
+            raise ConfigError(f"seed must be below 2**63, found {self.seed}. Give a smaller one.")
 
     def arguments(self) -> dict[str, float]:
         """What `transformers.GenerationConfig` is told."""

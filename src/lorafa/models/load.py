@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
 from lorafa.models import MODELS, loadable
+from lorafa.storage.paths import user_path
 from lorafa.storage.wheels import default_cache_dir
 
 if TYPE_CHECKING:
@@ -183,12 +185,12 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | N
     Raises:
         SourceError: none of these, or the built-in model could not be fetched or is not as it was made.
     """
-    folder, fetch = Path(name).expanduser(), MODELS.get(name).fetch if name in MODELS else None
+    folder, fetch = user_path(name), MODELS.get(name).fetch if name in MODELS else None
     if fetch is not None:
         if revision is not None:
             raise SourceError(f"{name} has one revision only, found revision={revision!r}. Leave revision out.")
-        return fetch((cache_dir or default_cache_dir()).expanduser())
-    if folder.is_dir():
+        return fetch(user_path(cache_dir or default_cache_dir()))
+    if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise SourceError(f"The folder {name!r} holds no config.json, so it is not a model. {_instead_of(folder)}")
         if revision is not None:
@@ -196,11 +198,11 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, revision: str | N
                 f"A local folder has one revision only, found revision={revision!r} for {name!r}. Leave revision out."
             )
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise SourceError(f"model={name!r} is a file. Give the folder that holds config.json, weights and tokenizer.")
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
-    near = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
+    near = sorted(p.name for p in folder.parent.iterdir()) if os.path.isdir(folder.parent) else []
     raise SourceError(
         f"No model {name!r}: there is no such folder.{did_you_mean(folder.name, [*loadable(), *near])} "
         f"Give {', '.join(loadable())}, a local folder, or a Hub id of the form owner/name."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.secrets import refuse_secrets
 from lorafa.runs.shared import SharedRun
 from lorafa.settings.typed import plain
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, require_same_processes, step_of
 from lorafa.train.fit import run_out
@@ -55,8 +57,8 @@ def begun(config: RunConfig) -> RunDirectory | None:
     Raises:
         ConfigError: it has other settings.
     """
-    path = Path(config.run_dir).expanduser() if config.run_dir and config.if_exists == "resume" else None
-    if path is None or not (path / CONFIG).is_file():
+    path = user_path(config.run_dir) if config.run_dir and config.if_exists == "resume" else None
+    if path is None or not os.path.isfile(path / CONFIG):
         return None
     run = RunDirectory.open(path)
     now, then = plain(config), plain(run.config())

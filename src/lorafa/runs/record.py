@@ -27,6 +27,7 @@ from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
 from lorafa.runs.formats import current
 from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import is_temporary, make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
@@ -61,7 +62,7 @@ class RunDirectory:
             ConfigError: the directory exists and is not empty, or cannot be made where it is to be.
         """
         numbered = _is_numbered(config)
-        path = _free(_names(config)) if numbered else Path(str(config.run_dir)).expanduser()
+        path = _free(_names(config)) if numbered else user_path(str(config.run_dir))
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         if not usable and os.path.lexists(there):  # or another run that came to nothing has just taken it away
@@ -151,10 +152,10 @@ class RunDirectory:
         Raises:
             ConfigError: the path is no run directory.
         """
-        path = Path(path).expanduser()
-        if not (path / CONFIG).is_file():
-            kind = "is a file" if path.is_file() else "does not exist"
-            what = "holds no config.yaml" if path.is_dir() else kind
+        path = user_path(path)
+        if not os.path.isfile(path / CONFIG):
+            kind = "is a file" if os.path.isfile(path) else "does not exist"
+            what = "holds no config.yaml" if os.path.isdir(path) else kind
             raise ConfigError(f"{str(path)!r} is not a run directory: it {what}. {_run_near(path)}")
         return cls(path)
 
@@ -269,8 +270,8 @@ def _is_row(value: Any) -> bool:
 
 def _run_near(path: Path) -> str:
     """What was perhaps meant: the run a path lies in, or the runs that lie in it."""
-    around = [parent for parent in path.absolute().parents[:2] if (parent / CONFIG).is_file()]
-    inside = sorted(str(file.parent) for file in path.glob(f"*/{CONFIG}")) if path.is_dir() else []
+    around = [parent for parent in path.absolute().parents[:2] if os.path.isfile(parent / CONFIG)]
+    inside = sorted(str(file.parent) for file in path.glob(f"*/{CONFIG}")) if os.path.isdir(path) else []
     if around:
         return f"It lies in the run {str(around[0])!r}: give that."
     return f"It holds runs: {shorten(inside)}." if inside else "Give one that `lorafa train` made."
@@ -290,7 +291,7 @@ def _short_name(config: RunConfig) -> str:
 def _names(config: RunConfig) -> Iterator[Path]:
     """``runs/<date>-<time>-<adapter>`` or what ``run_dir`` says, then the same with a number."""
     if config.run_dir:
-        named = Path(config.run_dir).expanduser()
+        named = user_path(config.run_dir)
     else:
         named = Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{_short_name(config)}"
     yield named
@@ -301,7 +302,7 @@ def _is_numbered(config: RunConfig) -> bool:
     """Whether the run takes the first free name: without a ``run_dir``, and where what is there stays beside it."""
     if not config.run_dir:
         return True
-    path = Path(config.run_dir).expanduser()
+    path = user_path(config.run_dir)
     return config.if_exists == "new" and path.is_dir() and not _is_empty(path)
 
 

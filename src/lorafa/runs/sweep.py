@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lorafa.conf.compose import OF_HYDRA, quoted
-from lorafa.errors import ConfigError, first_line
+from lorafa.errors import ConfigError, first_line, shorten
 from lorafa.launch import begin_anew
 from lorafa.processes import from_main, is_main, world_size
 from lorafa.runs.comparison import LOCKS, WAIT
@@ -36,6 +36,7 @@ from lorafa.runs.experiment import begun, start_run
 from lorafa.runs.record import CONFIG, RunDirectory, TakenError
 from lorafa.runs.secrets import refuse_secrets
 from lorafa.settings.typed import plain
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import make_folder, read_json, write_json
 from lorafa.train.memory import return_freed_memory
 from lorafa.train.settings.run import RunConfig
@@ -141,8 +142,13 @@ def planned(points: Sequence[Point], configs: Sequence[RunConfig], launch: Seque
     words = [word for word in launch if word.lstrip("+").partition("=")[0] != FOLDER]
     given = [word.partition("=")[2].strip("'\"") for word in launch if word not in words]
     named = {config.run_dir for config in configs}
-    own = next(iter(named)) if len(named) == 1 else None
-    folder = Path(own or (given or [f"runs/{datetime.now().strftime('%Y%m%d-%H%M%S')}-sweep"])[-1]).expanduser()
+    if len(named) > 1:
+        raise ConfigError(
+            f"The runs would lie in several places, {shorten(map(str, sorted(named, key=str)), 3)}, and a sweep has "
+            "one folder, in which each run is called by the settings that vary. Give one run_dir (one wandb.name)."
+        )
+    own = next(iter(named))
+    folder = user_path(own or (given or [f"runs/{datetime.now().strftime('%Y%m%d-%H%M%S')}-sweep"])[-1])
     if (folder / CONFIG).is_file():
         raise ConfigError(f"{str(folder)!r} is a run, and a sweep is a folder of runs. Give it another run_dir.")
     if any(config.train.resume for config in configs):

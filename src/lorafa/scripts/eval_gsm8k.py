@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from lorafa.cli.main import Parser, prepared, read_words
 from lorafa.cli.main import main as framed
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line
 from lorafa.processes import from_main, is_main, main_first
+from lorafa.storage.paths import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,9 +107,9 @@ def named(name: str) -> RunDirectory:
     """
     from lorafa.runs.record import CONFIG, RunDirectory
 
-    places = [Path("runs") / name, Path(name).expanduser()]
+    places = [Path("runs") / name, user_path(name)]
     for place in places:
-        if (place / CONFIG).is_file():
+        if os.path.isfile(place / CONFIG):
             return RunDirectory.open(place)
     known = sorted(path.parent.name for path in Path("runs").glob(f"*/{CONFIG}"))
     raise ConfigError(
@@ -128,7 +130,7 @@ def problems(file: str | None) -> list[Record]:
     from lorafa.data.rows import converter
 
     if file is not None:
-        source, rows = file, read_rows(Path(file).expanduser())
+        source, rows = file, read_rows(user_path(file))
     else:
         source = HUB_ID
         try:

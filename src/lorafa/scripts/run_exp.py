@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +130,7 @@ def placed(config: RunConfig, words: Sequence[str]) -> RunConfig:
 
     first = Path(str(config.run_dir))
     for path in (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, NUMBERS))):
-        if not (path / CONFIG).is_file():
+        if not os.path.isfile(path / CONFIG):
             return replace(config, run_dir=str(path))
         if not differing(plain(config), plain(RunDirectory.open(path).config())):
             return replace(config, run_dir=str(path), if_exists="resume")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorafa.errors import CheckpointError, SourceError, did_you_mean
 from lorafa.storage.hub import locate
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -56,7 +57,7 @@ class BaseWeights:
 
 
 def _find(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return path
     if not path.is_dir():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lorafa.errors import ConfigError, SourceError, first_line, shorten
 from lorafa.settings.checks import check_arguments
+from lorafa.storage.paths import user_path
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,7 +49,7 @@ def locate(
         ConfigError: an option that does not exist.
     """
     check_arguments("Finding a file", hub, HubOptions.__optional_keys__)
-    root = Path(source).expanduser()
+    root = user_path(source)
     if root.is_dir():
         return _in_folder(root / subfolder if subfolder else root, filenames)
     if not _may_be_hub_id(str(source)):

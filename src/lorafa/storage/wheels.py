@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafa.errors import SourceError
+from lorafa.storage.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ def default_cache_dir() -> Path:
     The environment is read at each call.
     """
     if chosen := os.environ.get("LORAFA_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafa"
+        return user_path(chosen)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lorafa"
 
 
 def download_wheel(wheel: Wheel, folder: Path, *, instead: str) -> Path:

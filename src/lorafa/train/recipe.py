@@ -31,6 +31,7 @@ from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
+from lorafa.storage.paths import user_path
 from lorafa.storage.tensors import can_be_gathered
 from lorafa.storage.whole import make_folder
 from lorafa.train.adapter_config import lora_config
@@ -167,7 +168,7 @@ def _begun(base: BaseModel, samples: SampleSet, collator: Collator, config: RunC
         train_all(model)
         return Started(model)
     if config.peft.adapter is not None:
-        return Started(PeftModel.from_pretrained(model, Path(config.peft.adapter).expanduser(), is_trainable=True))
+        return Started(PeftModel.from_pretrained(model, user_path(config.peft.adapter), is_trainable=True))
     new_rows = rows_to_train(model, base.new_tokens) if base.new_tokens else None
     adapter = lora_config(config, model, new_rows)
     return start_adapter(model, adapter, config.init, samples.train.samples, collator)

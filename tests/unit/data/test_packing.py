@@ -146,3 +146,16 @@ def test_packing_is_refused_where_samples_would_mix(
     assert "train.packing=true needs a model that keeps the samples of a row apart" in said
     assert "they would not be trained as they are: because. Leave it out" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_capacity_beyond_all_samples_takes_no_memory() -> None:
+    samples = [Sample([1] * size, [1] * size) for size in (3, 2)]
+    assert [len(pack.input_ids) for pack in Packs(samples, [3, 2], 10**12)] == [5]
+
+
+def test_a_model_of_16_bits_that_mixes_samples_by_little_is_told_from_rounding() -> None:
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4)
+    model = transformers.BloomForCausalLM(config).to(torch.bfloat16)
+    assert "where others stand before it" in (mixes_samples(model) or "")
+    assert mixes_samples(llama().to(torch.bfloat16)) is None

@@ -119,7 +119,8 @@ def test_each_point_is_a_run_directory_in_the_folder_of_the_sweep(tmp_path: Path
     assert planned(points, configs, [f"hydra.sweep.dir={tmp_path}/h"]).folder == tmp_path / "h"
     assert planned(points, configs, []).folder.match("runs/*-sweep")
     own = [replace(config, run_dir=f"r{number}") for number, config in enumerate(configs)]
-    assert planned(points, own, []).folder.match("runs/*-sweep")
+    with pytest.raises(ConfigError, match=r"would lie in several places, r0, r1, and a sweep has one folder"):
+        planned(points, own, [])
 
 
 def test_a_mistake_in_a_point_and_a_folder_that_is_taken_are_found_before_the_first_run(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from lorafa.storage.paths import user_path
 from lorafa.train.trackers.entry import Reported, Tracker
 
 
@@ -19,7 +19,7 @@ def _tensorboard(reported: Reported) -> TrainerCallback:
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or reported.folder / "tensorboard"
     # steps after the checkpoint that a part cut short has logged are made, and logged, again
     again = reported.step + 1 if reported.step else None
-    return TensorBoardCallback(SummaryWriter(str(Path(folder).expanduser()), purge_step=again))  # type: ignore[no-untyped-call]
+    return TensorBoardCallback(SummaryWriter(str(user_path(folder)), purge_step=again))  # type: ignore[no-untyped-call]
 
 
 def _named(name: str) -> Callable[[Reported], TrainerCallback]:
