@@ -177,7 +177,7 @@ def test_answers_are_over_at_the_ends_that_were_trained(
         asked.append(tokenizer.convert_ids_to_tokens(sorted(options["ends"])))
         return [[] for _ in prompts]
 
-    monkeypatch.setattr("lorafa.evals.gsm8k.generate_greedy", answer)
+    monkeypatch.setattr("lorafa.evals.gsm8k.generate_ids", answer)
     template = tmp_path / "own.jinja"
     ends = "<|{{ 'user' if m.role == 'assistant' else 'assistant' }}|>"
     template.write_text(f"{{% for m in messages %}}{{{{ m.content }}}}{ends}{{% endfor %}}")
