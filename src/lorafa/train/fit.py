@@ -21,7 +21,6 @@ from lorafa.train.full import in_float32, load_weights, precision
 from lorafa.train.settings.optim import check_rise, pair_optimizer, schedule_of_trainer, stock_arguments, warmup_of
 from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
-from lorafa.train.trackers import names_in
 from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
 
 
@@ -162,12 +161,9 @@ def fit(
     output_dir: Path,
     callbacks: Sequence[TrainerCallback],
     checkpoint: Path | None,
-    name: str | None = None,
+    **arguments: Any,
 ) -> Fitted:
-    """Train, from a checkpoint where there is one; trackers are told the name."""
-    arguments: dict[str, Any] = {"run_name": name}
-    if "trackio" in names_in(config.report_to):
-        arguments["project"] = config.report_project
+    """Train, from a checkpoint where there is one; ``arguments`` go to `transformers.TrainingArguments` as they are."""
     if not config.peft.full:
         made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments)
         return _fit(material, LoraTrainer, config, made, callbacks, checkpoint)

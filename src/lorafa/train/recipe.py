@@ -224,14 +224,17 @@ def train(
         run.update_result(before=before, seconds=seconds)
     logged = run.metrics()
     trained_before = logged[-1].get("seconds", 0.0) if logged else 0.0
-    reported = _reported(run, config, checkpoint)
+    named, reported = named_trackers(config.report_to), _reported(run, config, checkpoint)
     with (
         _timed(seconds, "train", trained_before),
         progress_bar(console, "Training") as bar,
-        reporting(named_trackers(config.report_to) if is_main() else [], reported) as trackers,
+        reporting(named if is_main() else [], reported) as trackers,
     ):
         callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
-        fitted = fit(prepared.material(), config, run.checkpoints, callbacks, checkpoint, run.path.name)
+        told = {key: value for tracker in named for key, value in tracker.arguments(reported).items()}
+        fitted = fit(
+            prepared.material(), config, run.checkpoints, callbacks, checkpoint, run_name=run.path.name, **told
+        )
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     kept = _save(prepared, config, run)

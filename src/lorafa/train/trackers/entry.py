@@ -39,6 +39,8 @@ class Tracker:
     """Makes the callback that reports."""
     environment: Callable[[Reported], dict[str, str]] = field(default=lambda _: {})
     """Variables it goes by, for those that the user has not set."""
+    arguments: Callable[[Reported], dict[str, str]] = field(default=lambda _: {})
+    """What `transformers.TrainingArguments` is told for it."""
     end: Callable[[Reported, bool], None] = lambda *_: None
     """Ends what the callback leaves open, and is told whether the training failed: the next run is another one."""
 

@@ -55,7 +55,9 @@ def _end_trackio(reported: Reported, failed: bool) -> None:
 
 TENSORBOARD = Tracker(package="tensorboard", make=_tensorboard)
 WANDB = Tracker(package="wandb", make=_named("wandb"), environment=_for_wandb, end=_end_wandb)
-TRACKIO = Tracker(package="trackio", make=_named("trackio"), end=_end_trackio)
+TRACKIO = Tracker(
+    package="trackio", make=_named("trackio"), arguments=lambda run: {"project": run.project}, end=_end_trackio
+)
 MLFLOW = Tracker(
     package="mlflow",
     make=_named("mlflow"),
