@@ -41,6 +41,8 @@ class Training:
         )  # fmt: skip
         records = load_records(data, train_size=steps * BATCH, eval_size=HELD_OUT, seed=0)
         attention = self.config.model.attention
+        if library == "peft" and attention == "auto":
+            attention = "sdpa"  # as transformers chooses; lorafa's runner computes it in blocks
         self.base, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16, attention=attention)
         self.rows = encode_all(records.train, tokenizer, 1024).samples
         self.heldout = encode_all(records.heldout, tokenizer, 1024).samples

@@ -14,6 +14,7 @@ import torch
 
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
 from lorafa.models import MODELS, loadable
+from lorafa.models.attention import use_blocks
 from lorafa.storage.paths import user_path
 from lorafa.storage.wheels import default_cache_dir
 
@@ -39,7 +40,7 @@ def load_model(
         name: as in :func:`resolve_model`.
         dtype: of the weights; one of ``DTYPES`` by name, ``"auto"`` (as stored), or a ``torch.dtype``.
         attention: transformers' name of an attention implementation, "eager", "sdpa" or "flash_attention_2"; "auto"
-            leaves the choice to it.
+            leaves the choice to it, and where that is "sdpa" computes causal attention on a CPU in blocks.
         cache_dir: where built-in models are kept; default :func:`~lorafa.storage.wheels.default_cache_dir`.
         revision: branch, tag or commit of a Hub model.
 
@@ -80,6 +81,8 @@ def load_model(
         )
     _check_weights(where, loaded)
     _check_causal(where, model)
+    if attention == "auto":
+        use_blocks(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token

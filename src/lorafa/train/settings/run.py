@@ -53,7 +53,8 @@ class ModelConfig(OpenGroup):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto keeps the stored one. Adapters are float32 all the same."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """How attention is computed; auto leaves it to transformers. On a CPU eager is faster for short samples."""
+    """How attention is computed; auto leaves it to transformers, and on a CPU has causal attention computed in blocks,
+    which is faster for short samples."""
     cache_dir: str | None = None
     """Folder for fetched models; null takes the user's cache."""
     add_tokens: list[str] | None = None
