@@ -85,7 +85,7 @@ class Training:
         return timed(trainer.train)
 
     def heldout_loss(self) -> float:
-        from lorafa.evals.perplexity import answer_loss
+        from lorafa.evals.loss import answer_loss
 
         return answer_loss(self.model, self.heldout, self.collator, BATCH)
 

@@ -24,10 +24,13 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import lorafa
+from lorafa.cli.eval import settings_of
 from lorafa.cli.main import main, parse
 from lorafa.cli.train import longer_of
 from lorafa.conf.compose import compose, options
 from lorafa.runs.comparison import Plan
+from lorafa.runs.record import RunDirectory
+from lorafa.runs.subjects import find
 from lorafa.runs.sweep import points_of, split
 from lorafa.scripts import published
 from lorafa.scripts.eval_gsm8k import parse as parse_evaluation
@@ -168,6 +171,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lorafa.get_peft_model(model, lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).save_pretrained(
         made / "runs" / "20260101-120000-lora-r16" / "adapter"
     )
+    RunDirectory.create(made / "runs" / "20260101-120000-lora-r16", compose(["model=path/to/model"]))
     assert {path.name for path in made.iterdir()} == {name.partition("/")[0] for name in FILES}
     return made
 
@@ -259,6 +263,9 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
     elif words[:2] == ("lorafa", "params"):
         assert main(list(words[1:])) == 0
+    elif words[:2] == ("lorafa", "eval"):
+        args = parse(words[1:])
+        settings_of([find(word) for word in args.overrides if "=" not in word], [w for w in args.overrides if "=" in w])
     else:
         known = words[:2] in {("lorafa", "train"), ("lorafa", "compare")} or SCRIPT in words
         assert known, "no way to check this command: add one"

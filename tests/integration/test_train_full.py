@@ -16,7 +16,7 @@ from lorafa.data.chat import encode_all
 from lorafa.data.collate import Collator
 from lorafa.data.sources import load_records
 from lorafa.errors import ConfigError
-from lorafa.evals.perplexity import answer_loss
+from lorafa.evals.loss import answer_loss
 from lorafa.train.full import precision, train_all
 from toys.processes import free_ports, run_command, run_group
 from toys.workplace import at_step, make_workplace, metrics, read, settings

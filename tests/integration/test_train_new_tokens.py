@@ -14,7 +14,7 @@ from lorafa.cli.main import main
 from lorafa.data.chat import encode_all
 from lorafa.data.collate import Collator
 from lorafa.data.sources import load_records
-from lorafa.evals.perplexity import answer_loss
+from lorafa.evals.loss import answer_loss
 from toys.workplace import ROWS, at_step, make_workplace, metrics, read, settings
 
 NEW = "model.add_tokens=['<sum>','</sum>']"

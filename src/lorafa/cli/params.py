@@ -60,12 +60,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from lorafa.conf.compose import compose  # Hydra, torch and transformers load only when a command runs
+    from lorafa.conf.compose import compose, refuse_others  # Hydra and torch load only when a command runs
     from lorafa.models.load import DTYPES
     from lorafa.models.shapes import shape_model
 
     config = compose(args.overrides)
-    _refuse_what_is_not_read(args.overrides)
+    refuse_others(args.overrides, READ, "lorafa params", "changes nothing that is counted")
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     dtype = DTYPES.get(config.model.dtype)
     model = shape_model(config.model.name, dtype, cache_dir=cache, revision=config.model.revision)
@@ -181,15 +181,3 @@ def _notes(model: nn.Module, config: RunConfig) -> list[str]:
     if getattr(model.config, "quantization_config", None):
         notes.append("The model is stored quantized; the base is counted as if it were not.")
     return notes
-
-
-def _refuse_what_is_not_read(overrides: list[str]) -> None:
-    from lorafa.conf.compose import ALIASES
-
-    for text in overrides:
-        key = text.lstrip("+").partition("=")[0]
-        if ALIASES.get(key, key).partition(".")[0] not in READ:
-            raise ConfigError(
-                f"lorafa params reads the settings of {', '.join(READ)}, found {text!r}, which changes nothing that is "
-                "counted. Leave it out."
-            )

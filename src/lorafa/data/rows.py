@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from lorafa.data.cells import MEND, Row, columns, given, text_of
-from lorafa.data.records import Message, Record, final_answer, last_number
+from lorafa.data.numbers import only_number
+from lorafa.data.records import Message, Record, final_answer
 from lorafa.data.turns import history_of, system_of, tools_of, turns_of, with_system_of, writes_turns
 from lorafa.errors import DataError, did_you_mean
 
@@ -158,6 +159,6 @@ def _record(messages: tuple[Message, ...], place: str, tools: tuple[Any, ...] = 
     record = Record(messages, tools=tools, place=place)
     last = [message.content for message in messages if message.role == "assistant"][-1]
     answer = final_answer(last)
-    if answer is None or last_number(answer) is None or not record.question:  # unasked, it cannot be graded
+    if answer is None or only_number(answer) is None or not record.question:  # unasked, it cannot be graded
         return record
     return replace(record, answer=answer)

@@ -11,7 +11,7 @@ from lorafa.data import DATASETS, data_set_of
 from lorafa.data.entry import DataSet, Wanted
 from lorafa.data.files import ENDINGS, no_such_data_set
 from lorafa.data.heldout import USUAL, check_size, with_heldout_of
-from lorafa.data.records import Records
+from lorafa.data.records import Record, Records
 from lorafa.data.selection import Division, Selection, as_loaded, select
 from lorafa.data.shares import check_weights, names_of
 from lorafa.data.source import Source, digest_of
@@ -65,6 +65,20 @@ def load_records(
     division = Division(train_size, eval_size, seed, None if weights is None else tuple(weights))
     choice = Choice(names=names_of(name), division=division, eval_file=eval_file, settings=settings)
     return open_data(choice).selection.records()
+
+
+def all_records(name: str, settings: dict[str, Any]) -> list[Record]:
+    """Every record of a file, a folder or a Hub data set, in its order; none is held out.
+
+    Args:
+        settings: as those of :func:`load_records`.
+
+    Raises:
+        SourceError, ConfigError, DataError: as :func:`load_records`.
+    """
+    entry = _entry(name)
+    check_keys(f"data={name}", settings, _own_names(entry))
+    return [record for _, record in _opened(name, entry, settings).records()]
 
 
 @dataclass(frozen=True)
@@ -144,8 +158,8 @@ def _opened(name: str, entry: DataSet, settings: dict[str, Any]) -> Source:
     """The records of one of several, with those of the settings that it reads."""
     if entry.open is None:
         raise ConfigError(
-            f"{name} cannot be mixed with others: its records are made by number, not read. Give files, folders or Hub "
-            "data sets."
+            f"{name} cannot be mixed with others or read as it is: its records are made by number. Give files, folders "
+            "or Hub data sets."
         )
     own = {key: value for key, value in settings.items() if key in _own_names(entry)}
     return entry.open(name, None if entry.settings is None else entry.settings(**own))

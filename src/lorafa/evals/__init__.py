@@ -13,6 +13,7 @@ EVALS: Registry[Evaluation] = Registry(
     "evaluation",
     {
         "gsm8k": "lorafa.evals.gsm8k:GSM8K",
-        "loss": "lorafa.evals.perplexity:LOSS",
+        "loss": "lorafa.evals.loss:LOSS",
+        "perplexity": "lorafa.evals.perplexity:PERPLEXITY",
     },
 )

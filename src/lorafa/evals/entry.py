@@ -17,10 +17,38 @@ class Subject:
     """What is evaluated."""
 
     model: Any
-    """A causal language model, with or without adapters."""
+    """A language model, with or without adapters."""
     tokenizer: Any
     ends: frozenset[int] = frozenset()
     """Ids with which the trained turns end: an answer is over there."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The score by which models are compared, item by item."""
+
+    name: str
+    """accuracy, loss ..."""
+    values: Sequence[float]
+    """One an item, in the order of the items: equal orders can be compared pair by pair."""
+    weights: Sequence[float] | None = None
+    """How much of the mean each item is, the tokens of a text for example; None: all as much."""
+    higher_is_better: bool = True
+
+    def mean(self) -> float:
+        """The score over all items."""
+        weights = self.weights or [1.0] * len(self.values)
+        return sum(w * v for w, v in zip(weights, self.values, strict=True)) / sum(weights)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the items of an evaluation are to be read from."""
+
+    name: str | None
+    """A file, or what else ``data=`` takes; None: the benchmark's own place."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of how a file is read (``prompt_column`` ...)."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +61,26 @@ class Scores:
     """What result.json has under "before" and "after", beside the answer loss."""
     answers: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     """Samples for the report, the same ones each time: question, gold, output, correct."""
+    measured: Measured | None = None
+    """The score of each item; None where nothing is graded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A line of ``EVALS``."""
+    """A line of ``EVALS``.
 
-    asks: Callable[[Sequence[Record], Any], list[Record]]
-    """(held-out records, own settings) -> those it is measured on; where there are none it is left out."""
-    check: Callable[[Subject, Sequence[Record], Any], None]
-    """Raises DataError for records that the model cannot be asked, before any training."""
-    measure: Callable[[Subject, Sequence[Record], Any, int, Progress], Scores]
-    """(subject, records, own settings, batch size, progress) -> the scores; the model is left as it was. Every process
+    What it is measured on are its items: records of a run, or whatever else :attr:`read` makes of its benchmark's file.
+    """
+
+    asks: Callable[[Sequence[Record], Any], list[Any]]
+    """(held-out records, own settings) -> the items among them; where there are none it is left out of a run."""
+    check: Callable[[Subject, Sequence[Any], Any], None]
+    """Raises DataError for items that the model cannot be asked, before any training."""
+    measure: Callable[[Subject, Sequence[Any], Any, int, Progress], Scores]
+    """(subject, items, own settings, batch size, progress) -> the scores; the model is left as it was. Every process
     of a run calls it and is to find the same; `lorafa.processes.by_turns` deals the work out."""
+    read: Callable[[Source, Any], list[Any]] | None = None
+    """(source, own settings) -> the items of a file, or of the benchmark itself, for `lorafa eval`; raises SourceError
+    and DataError. None: it measures a run alone."""
     settings: type[Any] | None = None
     """A frozen dataclass of its own settings, all with defaults; each is ``eval.<name>``."""

@@ -137,17 +137,17 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_
     if not room_for(model, longest, max_new_tokens):
         raise DataError(
             f"The longest prompt has {len(longest)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
-            f"model's context of {_context(model)}. Lower eval.max_new_tokens or leave out the longest rows."
+            f"model's context of {context_of(model)}. Lower eval.max_new_tokens or leave out the longest rows."
         )
 
 
 def room_for(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> bool:
     """Whether a prompt and its answer fit the model's context."""
-    context = _context(model)
+    context = context_of(model)
     return context is None or len(prompt) + max_new_tokens <= context
 
 
-def _context(model: PreTrainedModel) -> int | None:
+def context_of(model: PreTrainedModel) -> int | None:
     found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found
 

@@ -6,16 +6,22 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from decimal import Decimal
-from typing import TYPE_CHECKING, Literal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorafa.data.chat import encode_prompts
-from lorafa.data.records import Record, final_answer, last_number
-from lorafa.errors import ConfigError, DataError, did_you_mean
-from lorafa.evals.entry import Evaluation, Scores, Subject
-from lorafa.evals.generation import Progress, Sampling, check_prompts, generate_ids
+from lorafa.data.files import read_rows
+from lorafa.data.hub import HubSettings, hub_rows
+from lorafa.data.numbers import last_number, only_number
+from lorafa.data.records import Record, final_answer
+from lorafa.data.rows import converter
+from lorafa.data.sources import all_records
+from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
+from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
+from lorafa.evals.generation import Progress, Sampling, check_prompts, context_of, generate_ids
 from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
 from lorafa.settings.checks import check_int
+from lorafa.storage.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,39 +34,43 @@ class EvalSample:
     question: str
     gold: str
     output: str
-    predicted: Decimal | None
+    predicted: Fraction | None
     correct: bool
+    cut: bool = False
+    """Whether the answer was still going on when its length was reached."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
     """``accuracy`` = correct / total, in [0, 1]; ``interval`` is its 95 % Wilson interval; ``unparsed`` counts outputs
-    without a readable answer (they count as wrong). ``samples`` are in the order of the records."""
+    without a readable answer (they count as wrong), ``cut`` those that were still going on at ``max_new_tokens``.
+    ``samples`` are in the order of the records."""
 
     accuracy: float
     correct: int
     total: int
     interval: tuple[float, float]
     unparsed: int
+    cut: int
+    max_new_tokens: int
     samples: list[EvalSample]
 
 
-def extract_answer(text: str) -> Decimal | None:
-    """The number an answer ends in: the last one on the line after the last ``####`` or "The answer is".
-
-    ``$ € £ , %`` are dropped, sign and decimals count. None when there is no such mark or no number after it.
+def extract_answer(text: str) -> Fraction | None:
+    """The number an answer ends in: the last one on the line after the last ``####`` or "The answer is" that something
+    follows, as `lorafa.data.numbers` reads it. None when there is no such mark or no number after it.
     """
     line = final_answer(text)
     return None if line is None else last_number(line)
 
 
-def extract_upstream(text: str) -> Decimal:
+def extract_upstream(text: str) -> Fraction:
     r"""The rule of the LoRA-GA and LoRA-One scripts, to compare with their numbers: the first ``####\s*(\d+)``, else 0.
 
     It reads "1,234" as 1, and negative or missing answers as 0 (so 0 = 0 counts as correct).
     """
     match = re.search(r"####\s*(\d+)", text)
-    return Decimal(match[1]) if match else Decimal(0)
+    return Fraction(match[1]) if match else Fraction(0)
 
 
 EXTRACTORS = {"number": extract_answer, "upstream": extract_upstream}
@@ -96,11 +106,11 @@ def evaluate(
         raise DataError("No records to evaluate on. Raise data.eval_size.")
     golds = [record.answer or "" for record in records]
     for record, gold in zip(records, golds, strict=True):
-        if last_number(gold) is None:
+        if only_number(gold) is None:
             raise DataError(
-                f"A record has no number as its gold answer (found {record.answer!r}), so accuracy cannot be measured: "
-                f"{record.messages[0].content[:60]!r}. Its last turn must end in '#### N'; without, measure the answer "
-                "loss only."
+                f"A record has not one number as its gold answer (found {record.answer!r}), so accuracy cannot be "
+                f"measured: {record.messages[0].content[:60]!r}. Its last turn must end in '#### N'; without, measure "
+                "the answer loss only."
             )
         if not record.question:
             raise DataError(
@@ -123,11 +133,19 @@ def evaluate(
         output = tokenizer.decode(ids, skip_special_tokens=True)
         predicted = read(output)
         question = record.question[-1].content
-        samples.append(EvalSample(question, gold, output, predicted, predicted == read(f"#### {gold}")))
+        right = predicted == read(f"#### {gold}")
+        samples.append(EvalSample(question, gold, output, predicted, right, cut=len(ids) >= max_new_tokens))
     correct = sum(sample.correct for sample in samples)
     unparsed = sum(extract_answer(sample.output) is None for sample in samples)
     return EvalResult(
-        correct / len(samples), correct, len(samples), wilson_interval(correct, len(samples)), unparsed, samples
+        accuracy=correct / len(samples),
+        correct=correct,
+        total=len(samples),
+        interval=wilson_interval(correct, len(samples)),
+        unparsed=unparsed,
+        cut=sum(sample.cut for sample in samples),
+        max_new_tokens=max_new_tokens,
+        samples=samples,
     )
 
 
@@ -147,27 +165,55 @@ class Gsm8kSettings:
     size: int | None = 64
     """Held-out records answered by generation, at most: null all of them, 0 none. The answer loss is taken over all.
     Where none has an answer that can be graded, a few are answered for the report."""
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; null is a quarter more than the longest worked answer of those asked, and at least
+    128, as far as the model's context goes."""
     extract: Literal["number", "upstream"] = "number"
     """How the final number is read: number, or upstream as the LoRA-GA scripts do, to compare with their accuracy."""
 
     def __post_init__(self) -> None:
         if self.size is not None:
             check_int("size", self.size, at_least=0)
-        check_int("max_new_tokens", self.max_new_tokens, at_least=1)
+        if self.max_new_tokens is not None:
+            check_int("max_new_tokens", self.max_new_tokens, at_least=1)
+
+
+LEAST, MORE = 128, 1.25
+"""Tokens that every answer may have, and how much longer than the longest worked one an answer may be."""
+
+
+def answer_length(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, prompts: Any) -> int:
+    """The longest answer, in tokens: what the settings say, or what the worked answers need."""
+    if settings.max_new_tokens is not None:
+        return settings.max_new_tokens
+    worked = [record.messages[len(record.question)].content for record in records]
+    longest = max((len(ids) for ids in subject.tokenizer(worked, add_special_tokens=False)["input_ids"]), default=0)
+    wanted, context = max(LEAST, math.ceil(MORE * longest)), context_of(subject.model)
+    room = wanted if context is None else context - max(map(len, prompts), default=0)
+    return max(1, min(wanted, room))
 
 
 def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
     """Those with a gold answer, up to ``size`` of them; where there are none at all, a few to look at."""
     graded = [record for record in heldout if record.answer is not None]
+    if graded and (unread := [record for record in heldout if record.answer is None and _ends_in_figures(record)]):
+        places = [record.place for record in unread if record.place]
+        warn(
+            f"{len(unread)} of {len(heldout)} records end in figures that are not one number, so they are not asked"
+            f"{': ' + shorten(places) if places else ''}."
+        )
     return (graded or with_question(heldout))[: settings.size]
+
+
+def _ends_in_figures(record: Record) -> bool:
+    last = [message.content for message in record.messages if message.role == "assistant"][-1]
+    return any(map(str.isdigit, final_answer(last) or ""))
 
 
 def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> None:
     prompts = encode_prompts(records, subject.tokenizer)
     if _graded(records):
-        check_prompts(subject.model, prompts, settings.max_new_tokens)
+        check_prompts(subject.model, prompts, answer_length(subject, records, settings, prompts))
 
 
 def _graded(records: Sequence[Record]) -> bool:
@@ -177,15 +223,16 @@ def _graded(records: Sequence[Record]) -> bool:
 def _measure(
     subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, batch_size: int, progress: Progress
 ) -> Scores:
+    longest = answer_length(subject, records, settings, encode_prompts(records, subject.tokenizer))
     if not _graded(records):
-        answers = sample_answers(subject, records, settings.max_new_tokens, batch_size, progress)
+        answers = sample_answers(subject, records, longest, batch_size, progress)
         return Scores(f"{len(answers)} answers to look at", {}, answers)
     found = evaluate(
         subject.model,
         subject.tokenizer,
         records,
         batch_size=batch_size,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=longest,
         extract=settings.extract,
         ends=subject.ends,
         progress=progress,
@@ -195,7 +242,58 @@ def _measure(
         for one in found.samples[:SHOWN]
     ]
     numbers = {name: value for name, value in asdict(found).items() if name != "samples"}
-    return Scores(f"{found.correct} of {found.total} right ({found.accuracy:.1%})", numbers, answers)
+    measured = Measured("accuracy", [float(one.correct) for one in found.samples])
+    words = f"{found.correct} of {found.total} right ({found.accuracy:.1%})"
+    if found.cut:
+        words += f", {found.cut} answers cut at {longest} tokens"
+    return Scores(words, numbers, answers, measured)
 
 
-GSM8K = Evaluation(asks=_asks, check=_check, measure=_measure, settings=Gsm8kSettings)
+HUB_ID, SUBSET, SPLIT = "openai/gsm8k", "main", "test"
+
+
+def official_problems(file: str | None, option: str = "data=test.jsonl") -> list[Record]:
+    """The test problems of GSM8K, of a copy of the official file or of the Hub.
+
+    Args:
+        option: how a copy is given, for the error.
+
+    Raises:
+        SourceError: they cannot be read or fetched.
+        DataError: there are none, or a row has no question, or no number as its answer.
+    """
+    if file is not None:
+        source, rows = file, read_rows(user_path(file))
+    else:
+        source = HUB_ID
+        try:
+            rows = hub_rows(HUB_ID, HubSettings(subset=SUBSET, split=SPLIT))
+        except SourceError as error:
+            raise SourceError(
+                f"Could not load the test problems, {HUB_ID}, from the Hub: {first_line(error.__cause__ or error)}. "
+                f"Next step: check the connection, or give a copy of the official file, {option}."
+            ) from error
+    if not rows:
+        raise DataError(f"{source} holds no rows. Give the official test file, with a question and an answer a row.")
+    convert = converter(source, rows[0][1], "question", "answer")
+    records = [convert(row, place) for place, row in rows]
+    _require_gold(records, "Give the official test file")
+    return records
+
+
+def _require_gold(records: Sequence[Record], step: str) -> None:
+    for record in records:
+        if record.answer is None:
+            raise DataError(f"{record.place}: the answer does not end in '#### <number>'. {step}.")
+
+
+def _read(source: Source, settings: Gsm8kSettings) -> list[Record]:
+    """The problems of a file or of the official test set, or the first ``size``."""
+    if source.name is None:
+        return official_problems(None)[: settings.size]
+    records = all_records(source.name, dict(source.columns))[: settings.size]
+    _require_gold(records, "Mend the row, or measure task=perplexity")
+    return records
+
+
+GSM8K = Evaluation(asks=_asks, check=_check, measure=_measure, read=_read, settings=Gsm8kSettings)

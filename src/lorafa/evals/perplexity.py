@@ -1,83 +1,165 @@
-"""How likely the model finds given answers."""
+"""How well texts, or the answers of conversations, are predicted: nats a token, perplexity, bits per byte."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from lorafa.backends.offload import device_of
-from lorafa.data.chat import IGNORE, Sample
+from lorafa.data.chat import IGNORE, Sample, encode_all
 from lorafa.data.collate import Collator
-from lorafa.errors import DataError
-from lorafa.evals.entry import Evaluation, Scores
-from lorafa.models.modes import evaluating
-from lorafa.processes import by_turns
+from lorafa.data.records import Message, Record
+from lorafa.data.sources import all_records
+from lorafa.errors import ConfigError, DataError, SourceError
+from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
+from lorafa.evals.generation import Progress, context_of
+from lorafa.evals.loss import row_losses
+from lorafa.settings.checks import check_int
+from lorafa.storage.paths import user_path
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+TEXT = ".txt"
+"""The ending of a file that is one text."""
+_WHOLE = 2**31
+"""No text is as long."""
+_LARGEST_LOSS = 700.0
+"""exp of more is no float."""
 
 
-SummedLoss = Callable[["PreTrainedModel", Mapping[str, Tensor]], tuple[Tensor, int]]
-"""(model, batch with labels) -> the summed loss of the supervised tokens, in nats, and their number."""
+@dataclass(frozen=True, kw_only=True)
+class PerplexitySettings:
+    """How texts are cut to what the model reads at once."""
+
+    size: int | None = None
+    """Records measured, at most; null all of them."""
+    window: int = 1024
+    """Longest piece of a plain text, in tokens; conversations are cut there."""
+    overlap: int | None = None
+    """Tokens of the piece before that a piece begins with, read and not counted; null is half a window."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            check_int("size", self.size, at_least=1)
+        check_int("window", self.window, at_least=2)
+        if self.overlap is not None:
+            check_int("overlap", self.overlap, at_least=0)
+            if self.overlap >= self.window:
+                raise ConfigError(
+                    f"eval.overlap={self.overlap} leaves no token of a window of {self.window} to count. Make it "
+                    "smaller."
+                )
 
 
-def answer_loss(
-    model: PreTrainedModel,
-    samples: Sequence[Sample],
-    collator: Collator,
-    batch_size: int,
-    summed_loss: SummedLoss | None = None,
-) -> float:
-    """Mean negative log-likelihood of a supervised token, in nats; every token weighs the same.
+@dataclass(frozen=True)
+class _Text:
+    """What is counted of one record."""
 
-    Samples of similar length share a batch; the result does not depend on ``batch_size``. exp of it is the
-    perplexity of the answers. The model is left as it was. Several processes share the batches out, and all get the
-    mean over all of them, added up in the order in which one process would.
+    nats: float
+    tokens: int
+    bytes: int
+    """UTF-8, of the counted tokens written out; tokens such as the one that ends a text have none."""
 
-    Args:
-        summed_loss: computes it for a batch; by default from all logits, which any causal model has.
+
+def pieces(sample: Sample, window: int, overlap: int) -> list[Sample]:
+    """A sample in windows; each labelled token is counted in one of them, with ``overlap`` tokens before it at least,
+    where there are as many."""
+    ids, labels = sample.input_ids, sample.labels
+    found, first = [], 0
+    while True:
+        begin = max(0, first - max(1, overlap))  # its first token is predicted from the one before
+        end = min(len(ids), begin + window)
+        counted = [IGNORE] * (first - begin) + labels[first:end]
+        found.append(Sample(ids[begin:end], counted))
+        if end == len(ids):
+            return found
+        first = end
+
+
+def _measure(
+    subject: Subject, records: Sequence[Record], settings: PerplexitySettings, batch_size: int, progress: Progress
+) -> Scores:
+    texts = _texts(subject, records, settings, batch_size, progress)
+    nats, tokens, size = (sum(getattr(text, name) for text in texts) for name in ("nats", "tokens", "bytes"))
+    if not size:
+        raise DataError("The counted tokens write no text at all, so there are no bits per byte. Check the records.")
+    loss, bits = nats / tokens, nats / math.log(2) / size
+    perplexity = math.exp(loss) if loss < _LARGEST_LOSS else math.inf
+    values = [text.nats / math.log(2) / text.bytes if text.bytes else 0.0 for text in texts]
+    measured = Measured("bits_per_byte", values, [float(text.bytes) for text in texts], higher_is_better=False)
+    words = f"loss {loss:.4f} nats a token, perplexity {perplexity:.4g}, {bits:.4f} bits per byte"
+    numbers = {
+        "loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens, "texts": len(texts),
+    }  # fmt: skip
+    return Scores(words, numbers, measured=measured)
+
+
+def _texts(
+    subject: Subject, records: Sequence[Record], settings: PerplexitySettings, batch_size: int, progress: Progress
+) -> list[_Text]:
+    window = min(settings.window, context_of(subject.model) or settings.window)
+    overlap = settings.window // 2 if settings.overlap is None else settings.overlap
+    samples = encode_all(records, subject.tokenizer, _WHOLE).samples
+    parts = [
+        (number, piece)
+        for number, (record, sample) in enumerate(zip(records, samples, strict=True))
+        for piece in (pieces(sample, window, min(overlap, window - 1)) if record.plain else [_cut(sample, window)])
+    ]
+    if not any(_counted(piece) for _, piece in parts):
+        raise DataError(
+            f"None of the {len(records)} records has a token to count within eval.window={window}. Raise it."
+        )
+    nats, tokens, size = [0.0] * len(records), [0] * len(records), [0] * len(records)
+    losses = row_losses(subject.model, [piece for _, piece in parts], _collator(subject), batch_size, progress)
+    for (number, piece), loss in zip(parts, losses, strict=True):
+        counted = _counted(piece)
+        nats[number] += loss
+        tokens[number] += len(counted)
+        size[number] += len(subject.tokenizer.decode(counted, skip_special_tokens=True).encode())
+    return [_Text(*each) for each in zip(nats, tokens, size, strict=True)]
+
+
+def _cut(sample: Sample, window: int) -> Sample:
+    return Sample(sample.input_ids[:window], sample.labels[:window])
+
+
+def _counted(sample: Sample) -> list[int]:
+    return [label for label in sample.labels[1:] if label != IGNORE]
+
+
+def _collator(subject: Subject) -> Collator:
+    return Collator(subject.tokenizer.pad_token_id or 0)
+
+
+def _asks(heldout: Sequence[Record], settings: PerplexitySettings) -> list[Record]:
+    return list(heldout[: settings.size])
+
+
+def _read(source: Source, settings: PerplexitySettings) -> list[Record]:
+    if source.name is None:
+        raise ConfigError(
+            "task=perplexity has no text of its own. Give data=<file> (.txt, or rows with a column 'text')."
+        )
+    if source.name.endswith(TEXT):
+        return [text_file(source.name)]
+    return all_records(source.name, dict(source.columns))[: settings.size]
+
+
+def text_file(name: str) -> Record:
+    """A file of plain text as one record.
 
     Raises:
-        DataError: no supervised token in ``samples``.
+        SourceError: it is not there, cannot be read, is not UTF-8, or is empty.
     """
-    device = device_of(model)
-    answered = [sample for sample in samples if any(label != IGNORE for label in sample.labels[1:])]
-    if not answered:
-        raise DataError(
-            f"None of the {len(samples)} samples has a supervised token, so there is no loss to average. "
-            "Raise data.eval_size or data.max_length."
-        )
-    answered.sort(key=lambda sample: len(sample.input_ids), reverse=True)
-    batches = [answered[first : first + batch_size] for first in range(0, len(answered), batch_size)]
-
-    def summed(rows: Sequence[Sample]) -> tuple[float, int]:
-        batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
-        loss, terms = (summed_loss or _from_all_logits)(model, batch)
-        return float(loss), terms
-
-    total, count = 0.0, 0
-    with evaluating(model):
-        for loss, terms in by_turns(summed, batches):
-            total, count = total + loss, count + terms
-    return total / count
+    path = user_path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{name} is no text in UTF-8: {error.reason} at byte {error.start}. Convert it.") from error
+    except OSError as error:
+        raise SourceError(f"{name} cannot be read: {error.strerror or error}. Check the path.") from error
+    if not text.strip():
+        raise SourceError(f"{name} is empty. Give a text.")
+    return Record((Message("assistant", text),), plain=True, place=name)
 
 
-def _from_all_logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    inputs = dict(batch)
-    targets = inputs.pop("labels")[:, 1:]
-    supervised = targets != IGNORE
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    # Row by row, so that the float32 copy of the logits is one row's supervised positions, not the batch.
-    losses = [
-        F.cross_entropy(row[chosen].float(), target[chosen], reduction="sum")
-        for row, target, chosen in zip(logits, targets, supervised, strict=True)
-    ]
-    return torch.stack(losses).sum(), int(supervised.sum())
-
-
-LOSS = Evaluation(asks=lambda *_: [], check=lambda *_: None, measure=lambda *_: Scores("", {}))
-"""Nothing beside the answer loss, which every run measures: no generation, seconds instead of minutes."""
+PERPLEXITY = Evaluation(asks=_asks, check=lambda *_: None, measure=_measure, read=_read, settings=PerplexitySettings)
+"""How well texts, or the answers of conversations, are predicted: nats a token, perplexity, bits per byte."""

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from lorafa.errors import ConfigError, shorten
+from lorafa.errors import ConfigError, SourceError, shorten
+from lorafa.models.load import as_source_error
+from lorafa.storage.hub import locate
+from lorafa.storage.paths import user_path
 
 
 def add_tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[int]:
@@ -53,6 +56,31 @@ def rows_to_train(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
     """The tables that have the rows of tokens, by their names in the model; of those that share a weight the first."""
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(table)]: list(ids) for table in _tables(model)}
+
+
+def tokenizer_beside(adapter: str, model: Any) -> Any | None:
+    """The tokenizer that lies beside an adapter, where one does: it knows the tokens that were added for it. The tables
+    of the model get the rows it lacks, for the adapter to fill.
+
+    Args:
+        adapter: folder or Hub id.
+
+    Raises:
+        SourceError: it is there and cannot be read.
+    """
+    try:
+        place = locate(adapter, ["tokenizer_config.json"]).parent
+    except SourceError:
+        return None
+    from transformers import AutoTokenizer
+
+    with as_source_error(f"Could not load the tokenizer in {str(place)!r}", "take its files away, or restore them."):
+        tokenizer = AutoTokenizer.from_pretrained(place if user_path(adapter).is_dir() else adapter)
+    if len(tokenizer) > len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _tables(model: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafa.cli.main import Parser, prepared, read_words
 from lorafa.cli.main import main as framed
-from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line
+from lorafa.errors import ConfigError, did_you_mean
 from lorafa.processes import from_main, is_main, main_first
 from lorafa.storage.paths import user_path
 
@@ -37,7 +37,6 @@ examples:
 
 exit status: 0 done, 1 the work failed, 2 wrong arguments, 130 interrupted"""
 
-HUB_ID, SUBSET, SPLIT = "openai/gsm8k", "main", "test"
 RESULT = "gsm8k.json"
 """What the run directory has afterwards."""
 
@@ -125,25 +124,9 @@ def problems(file: str | None) -> list[Record]:
         SourceError: they cannot be read or fetched.
         DataError: a row has no question, or no number as its answer.
     """
-    from lorafa.data.files import read_rows
-    from lorafa.data.hub import HubSettings, hub_rows
-    from lorafa.data.rows import converter
+    from lorafa.evals.gsm8k import official_problems
 
-    if file is not None:
-        source, rows = file, read_rows(user_path(file))
-    else:
-        source = HUB_ID
-        try:
-            rows = hub_rows(HUB_ID, HubSettings(subset=SUBSET, split=SPLIT))
-        except SourceError as error:
-            raise SourceError(
-                f"Could not load the test problems, {HUB_ID}, from the Hub: {first_line(error.__cause__ or error)}. "
-                "Next step: check the connection, or give a copy of the official file, --test_file=test.jsonl."
-            ) from error
-    if not rows:
-        raise DataError(f"{source} holds no rows. Give the official test file, with a question and an answer a row.")
-    convert = converter(source, rows[0][1], "question", "answer")
-    return [_as_published(convert(row, place)) for place, row in rows]
+    return [_as_published(record) for record in official_problems(file, "--test_file=test.jsonl")]
 
 
 def _as_published(record: Record) -> Record:
@@ -151,8 +134,6 @@ def _as_published(record: Record) -> Record:
 
     from lorafa.data.records import Message
 
-    if record.answer is None:
-        raise DataError(f"{record.place}: the answer does not end in '#### <number>'. Give the official test file.")
     question, answer = record.messages[-2:]
     return replace(record, messages=(Message("user", f"Q: {question.content}\nA: "), answer))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from lorafa.models.load import load_model, resolve_model
 from lorafa.models.vocabulary import add_tokens
@@ -41,15 +45,28 @@ def load_base(settings: ModelConfig) -> BaseModel:
         SourceError: the model cannot be found, fetched or read.
         ConfigError: a setting does not fit it, or a text cannot be a new token.
     """
-    model, tokenizer = load_model(
-        settings.name,
-        settings.dtype,
-        attention=settings.attention,
-        cache_dir=_cache(settings),
-        revision=settings.revision,
-    )
+    with _without_bars():
+        model, tokenizer = load_model(
+            settings.name,
+            settings.dtype,
+            attention=settings.attention,
+            cache_dir=_cache(settings),
+            revision=settings.revision,
+        )
     texts = settings.add_tokens
     return BaseModel(model, tokenizer, add_tokens(model, tokenizer, texts) if texts else [])
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading without the bar of transformers, which runs into the one of the console."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _cache(settings: ModelConfig) -> Path | None:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
-from transformers.utils import logging
 
 from lorafa.data.chat import Sample
 from lorafa.data.collate import Collator, Tokenized
@@ -24,7 +23,7 @@ from lorafa.data.templates import find_template
 from lorafa.errors import CheckpointError, ConfigError, DataError, first_line
 from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
-from lorafa.evals.perplexity import answer_loss
+from lorafa.evals.loss import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, on_accelerator
 from lorafa.models.packed import mixes_samples
@@ -116,7 +115,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     template = find_template(config.data.template) if config.data.template else None
     with main_first():
         data = find_records(config.data)
-    with console.status(f"Loading {escape(config.model.name)}"), _without_bars():
+    with console.status(f"Loading {escape(config.model.name)}"):
         fetch_base(config.model)
         base = load_base(config.model)
     tokenizer = base.tokenizer
@@ -349,18 +348,6 @@ def _wants_heldout(config: RunConfig) -> str | None:
         f"optim.schedule={schedule}": SCHEDULES.get(schedule).measured,
     }
     return next((name for name, wanted in wants.items() if wanted), None)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Loading without the bar of transformers, which runs into the one of the console."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _batch_in_words(train: TrainConfig) -> str:

@@ -160,7 +160,7 @@ def test_what_cannot_be_mixed_is_refused(two: tuple[Path, Path]) -> None:
         load(two[0], weights=[1])
     with pytest.raises(ConfigError, match=r"data= names '.*a\.jsonl' twice\. Name it once; data\.weights with"):
         load(two[0], two[0])
-    with pytest.raises(ConfigError, match=r"word_problems cannot be mixed with others: its records are made by number"):
+    with pytest.raises(ConfigError, match=r"word_problems cannot be mixed with others or read as it is: its records"):
         load(two[0], "word_problems")
 
 

@@ -11,7 +11,7 @@ from lorafa.data.chat import Encoded, encode_all
 from lorafa.data.collate import Collator
 from lorafa.data.records import Message, Record
 from lorafa.errors import DataError
-from lorafa.evals.perplexity import answer_loss
+from lorafa.evals.loss import answer_loss
 from toys.language_models import byte_tokenizer, conversation, tiny_llama
 from toys.records import load, write_rows
 

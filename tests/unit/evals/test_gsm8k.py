@@ -43,13 +43,15 @@ from toys.places import ROOT
         ("The answer is 8.", "8"),
         ("So the final answer is: $1,000", "1000"),
         ("the answer is 3, no: #### 4", "4"),
+        ("#### 4\n####", "4"),
+        ("#### 4\n#### \n", "4"),
     ],
 )
 def test_an_answer_is_the_last_number_after_the_last_mark(text, answer):
     assert extract_answer(text) == Decimal(answer)
 
 
-@pytest.mark.parametrize("text", ["", "72", "so it is 72", "####", "#### none", "#### 1/2", "the answers are 3"])
+@pytest.mark.parametrize("text", ["", "72", "so it is 72", "####", "#### none", "#### 1,23,4", "the answers are 3"])
 def test_no_mark_or_no_number_is_no_answer(text):
     assert extract_answer(text) is None
 
@@ -198,7 +200,7 @@ def test_bad_requests_are_errors_before_anything_is_generated():
         evaluate(model, tokenizer, RECORDS, extract="upstraem")
     with pytest.raises(DataError, match=r"No records to evaluate on\. Raise data\.eval_size"):
         evaluate(model, tokenizer, [])
-    with pytest.raises(DataError, match=r"no number as its gold answer \(found None\).*'hello'.*end in '#### N'"):
+    with pytest.raises(DataError, match=r"not one number as its gold answer \(found None\).*'hello'.*end in '#### N'"):
         evaluate(model, tokenizer, [conversation("hello", "hi")])
     unasked = Record((Message("assistant", "#### 3"),), "3")
     with pytest.raises(DataError, match=r"A record asks nothing before its answer '3', so there is nothing to gener"):

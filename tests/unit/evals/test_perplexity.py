@@ -1,4 +1,5 @@
-"""The loss of given answers."""
+"""Perplexity of texts: every token counted once, each item's sum the definition's, windows that read before they count.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +7,80 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
-from lorafa.errors import DataError
-from lorafa.evals.perplexity import answer_loss
-from lorafa.models.head_loss import supervised_nll
-from toys.language_models import tiny_llama
-
-SAMPLES = [
-    Sample([1, 2, 3, 4], [IGNORE, IGNORE, 3, 4]),
-    Sample([5, 6, 7, 8, 9, 10, 11], [IGNORE, 6, 7, 8, 9, 10, 11]),
-    Sample([12, 13], [IGNORE, IGNORE]),
-    Sample([14, 15, 16], [14, IGNORE, 16]),
-]
+from lorafa.data.records import Message, Record
+from lorafa.errors import SourceError
+from lorafa.evals.entry import Source, Subject
+from lorafa.evals.loss import row_losses
+from lorafa.evals.perplexity import PERPLEXITY, PerplexitySettings, pieces
+from lorafa.models import head_loss
+from toys.language_models import byte_tokenizer, tiny_llama
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_every_supervised_token_weighs_the_same_whatever_the_batch_size(batch_size):
-    model = tiny_llama().eval()
-    losses = []
-    for sample in SAMPLES:
-        logs = model(torch.tensor([sample.input_ids])).logits[0].double().log_softmax(-1)
-        losses += [-logs[i - 1, t].item() for i, t in enumerate(sample.labels) if i and t != IGNORE]
-    assert len(losses) == 9
-    assert answer_loss(model, SAMPLES, Collator(0), batch_size) == pytest.approx(sum(losses) / 9, rel=1e-5)
+@given(st.integers(1, 60), st.integers(2, 20), st.data())
+def test_windows_count_each_labelled_token_once_after_what_came_before(
+    count: int, window: int, data: st.DataObject
+) -> None:
+    overlap = data.draw(st.integers(0, window - 1))
+    labels = [IGNORE, *range(1, count)]
+    found = pieces(Sample(list(range(count)), labels), window, overlap)
+    counted = [label for piece in found for label in piece.labels[1:] if label != IGNORE]
+    assert counted == labels[1:]
+    for piece in found:
+        assert len(piece.input_ids) <= window
+        assert piece.input_ids == list(range(piece.input_ids[0], piece.input_ids[0] + len(piece.input_ids)))
+    for piece in found[1:]:
+        assert next(at for at, label in enumerate(piece.labels) if label != IGNORE) == max(1, overlap)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_loss_at_supervised_positions_alone_is_the_same(batch_size):
-    model = tiny_llama().eval()
-    of_all = answer_loss(model, SAMPLES, Collator(0), batch_size)
-    assert answer_loss(model, SAMPLES, Collator(0), batch_size, supervised_nll) == pytest.approx(of_all, rel=1e-5)
+@pytest.mark.parametrize("chunked", [True, False])
+def test_the_sum_of_each_row_is_that_of_its_log_probabilities(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama().double().eval()
+    rows = [[3, 7, 9, 4, 11], [5, 6], [8, 2, 2, 10, 3, 9, 1]]
+    samples = [Sample(ids, [IGNORE, *ids[1:]]) for ids in rows]
+    samples.append(Sample([1, 2], [IGNORE, IGNORE]))
+    if not chunked:
+        monkeypatch.setattr("lorafa.evals.loss.supports_chunked_loss", lambda model: "not here")
+    assert head_loss.supports_chunked_loss(model) is None
+    found = row_losses(model, samples, Collator(0), 2, None)
+    for ids, loss in zip(rows, found, strict=False):
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = -sum(float(log_probs[at, token]) for at, token in enumerate(ids[1:]))
+        assert loss == pytest.approx(wanted, rel=1e-6)
+    assert found[3] == 0.0
 
 
-def test_a_model_that_knows_nothing_loses_the_log_of_its_vocabulary():
-    model = tiny_llama()
-    torch.nn.init.zeros_(model.lm_head.weight)
-    assert answer_loss(model, SAMPLES, Collator(0), 2) == pytest.approx(math.log(259), rel=1e-6)
+def test_bits_per_byte_are_those_of_the_written_text() -> None:
+    model, tokenizer = tiny_llama().double().eval(), byte_tokenizer()
+    text = "the cat sat"
+    record = Record((Message("assistant", text),), plain=True)
+    scores = PERPLEXITY.measure(Subject(model, tokenizer), [record], PerplexitySettings(), 2, lambda *_: None)
+    numbers = scores.numbers
+    assert numbers["perplexity"] == pytest.approx(math.exp(numbers["loss"]))
+    size = scores.measured.weights[0]
+    assert size <= len(text.encode())
+    assert numbers["bits_per_byte"] * size * math.log(2) == pytest.approx(numbers["loss"] * numbers["tokens"])
+    assert scores.measured.mean() == pytest.approx(numbers["bits_per_byte"])
 
 
-def test_the_model_is_left_in_training_mode():
-    model = tiny_llama().train()
-    answer_loss(model, SAMPLES, Collator(0), 2)
-    assert all(module.training for module in model.modules())
+def test_a_window_with_room_for_all_is_the_whole_text_at_once() -> None:
+    model, tokenizer = tiny_llama().double().eval(), byte_tokenizer()
+    record = Record((Message("assistant", "the cat sat on the mat and sat " * 3),), plain=True)
+
+    def loss(**settings: int) -> float:
+        own = PerplexitySettings(**settings)
+        return PERPLEXITY.measure(Subject(model, tokenizer), [record], own, 4, lambda *_: None).numbers["loss"]
+
+    whole, cut = loss(window=512), loss(window=8, overlap=0)
+    assert loss(window=400, overlap=100) == pytest.approx(whole)
+    assert abs(cut - whole) > 1e-6
 
 
-def test_nothing_supervised_is_an_error():
-    with pytest.raises(DataError, match=r"None of the 1 samples has a supervised token.*Raise data\.eval_size"):
-        answer_loss(tiny_llama(), SAMPLES[2:3], Collator(0), 2)
+def test_a_text_that_is_no_utf_8_is_an_error(tmp_path) -> None:
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(SourceError, match=r"is no text in UTF-8: .* at byte 0"):
+        PERPLEXITY.read(Source(str(tmp_path / "latin.txt")), PerplexitySettings())

@@ -1,0 +1,306 @@
+"""`lorafa eval`: measure runs, adapters and models, side by side on the same items."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lorafa.data.shares import names_of
+from lorafa.evals import EVALS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorafa.evals.entry import Evaluation, Scores, Subject
+    from lorafa.runs.subjects import Named
+    from lorafa.train.settings.run import ModelConfig, RunConfig
+
+DESCRIPTION = """\
+Measure what a model, an adapter or a run scores, without training.
+
+Each SUBJECT is a run directory, the folder or Hub id of an adapter, or a model (a name, a folder, a Hub id). task=
+names an evaluation; data= gives it rows or a text in the place of its own. Without a task a run is measured as it was
+after its training, on the rows it holds out. Several subjects answer the same items: their differences from the first
+are paired, item by item. Several processes (torchrun, accelerate launch) share the items out."""
+
+EXAMPLES = """\
+examples:
+  lorafa eval runs/20260101-120000-lora-r16                what the run measured, again
+  lorafa eval smollm2-135m runs/a runs/b task=perplexity data=text.txt
+                                                            a text, before and after
+  lorafa eval runs/a/adapter task=gsm8k                     the official test problems (from the Hub)
+  lorafa eval runs/a/adapter task=gsm8k data=test.jsonl eval.size=100
+                                                            the first hundred of a local copy
+  lorafa eval runs/a task=perplexity data=rows.jsonl --json
+
+tasks: {tasks}
+
+exit status: 0 done, 1 the work failed, 2 wrong arguments or settings, 130 interrupted"""
+
+READ = ("data", "eval", "model", "threads")
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation with its settings."""
+
+    name: str
+    entry: Evaluation
+    own: Any
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured, and how."""
+
+    config: RunConfig
+    tasks: list[Task]
+    named: bool
+    """Whether ``task=`` says so; otherwise it is what a run measured."""
+    data: str | None
+    """What ``data=`` gives; None: nothing."""
+    of_model: list[str]
+    """The settings of how models are loaded."""
+
+    def loading(self, subject: Named) -> ModelConfig:
+        """How the base model of a subject is loaded: as `lorafa train` loads it, but for what is said otherwise."""
+        from lorafa.conf.compose import compose
+
+        if subject.run is not None:
+            return subject.run.config().model
+        return compose([f"model={subject.base or subject.name}", *self.of_model]).model
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "eval",
+        help="measure runs, adapters and models on a task or a file",
+        description=DESCRIPTION,
+        epilog=EXAMPLES.format(tasks=", ".join(EVALS.names())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--base", metavar="MODEL", help="base model of the adapters, in place of the one they name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--out", metavar="FILE", help="write the scores there too, those of every item among them")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="SUBJECT | key=value", default=[], help="what is measured, and settings"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from lorafa.cli.screen import Screen
+    from lorafa.cli.train import join_all
+    from lorafa.launch import ending_together
+    from lorafa.processes import from_main, is_main
+    from lorafa.runs.subjects import find
+    from lorafa.train.memory import keep_freed_memory
+
+    keep_freed_memory()
+    join_all(console, "-m lorafa.cli.main eval")
+    words = [text for text in args.overrides if "=" not in text]
+    subjects = from_main(lambda: [find(word, args.base) for word in words])
+    asked = settings_of(subjects, [text for text in args.overrides if "=" in text])
+    shown = Screen(stderr=True, quiet=console.quiet) if args.json else console
+    with ending_together():
+        found = measured(subjects, asked, shown)
+    if not is_main():
+        return 0
+    rows = [row for task, scores in found.items() for row in rows_of(task, subjects, scores)]
+    if args.out:
+        _write(args.out, subjects, found, rows)
+    if args.json:
+        console.print_json(data=_finite(rows))
+        return 0
+    console.print(table(rows))
+    for name, scores in found.items():
+        for subject, score in zip(subjects, scores, strict=True):
+            text = f"{subject.name}, {name}: {score.words}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
+    """The settings, and the tasks: the one that is named, or those of the first run.
+
+    Raises:
+        ConfigError: nothing says what is to be measured, or a setting is not read.
+    """
+    from lorafa.conf.compose import compose, key_of, refuse_others
+    from lorafa.errors import ConfigError
+
+    if not subjects:
+        raise ConfigError("Nothing is named that could be measured. Give a run directory, an adapter or a model.")
+    words = [f"eval={text[5:]}" if text.startswith("task=") else text for text in overrides]
+    refuse_others(words, READ, "lorafa eval", "changes nothing that is measured")
+    config, keys = compose(words), [key_of(text) for text in words]
+    data = ",".join(names_of(config.data.name)) if "data" in keys or "data.name" in keys else None
+    of_model = [text for text, key in zip(words, keys, strict=True) if key.startswith("model.")]
+    if "eval" in keys:
+        own = config.eval.own
+        if "eval.size" not in keys and hasattr(own, "size"):
+            own = replace(own, size=None)  # a training measures some, this command all
+        return Asked(config, [Task(config.eval.name, EVALS.get(config.eval.name), own)], True, data, of_model)
+    if any(key.startswith("eval.") and key != "eval.batch_size" for key in keys):
+        raise ConfigError("Settings of an evaluation need its name. Give task=<name> beside them.")
+    first = next((subject.run for subject in subjects if subject.run is not None), None)
+    if first is None:
+        raise ConfigError(f"Nothing says what is to be measured. Give task=<{'|'.join(EVALS.names())}>.")
+    own = first.config().eval
+    names = ["perplexity", *([own.name] if own.name not in ("loss", "perplexity") else [])]
+    tasks = []
+    for name in names:
+        entry = EVALS.get(name)
+        tasks.append(Task(name, entry, own.own if name == own.name else entry.settings and entry.settings()))
+    return Asked(config, tasks, False, data, of_model)
+
+
+def measured(subjects: Sequence[Named], asked: Asked, console: Console) -> dict[str, list[Scores]]:
+    """Task -> the scores of each subject; one model is in memory at a time.
+
+    Raises:
+        LoraError: of the kind that fits.
+    """
+    from lorafa.data.chat import encode_all
+    from lorafa.data.records import Record
+    from lorafa.evals.entry import Subject
+
+    config, items = asked.config, dict[str, list[Any]]()
+    found: dict[str, list[Scores]] = {task.name: [] for task in asked.tasks}
+    for at, named in enumerate(subjects):
+        with console.status(f"Loading {named.name}"):
+            model, tokenizer = named.load(asked.loading(named))
+        if config.data.template:
+            from lorafa.data.templates import find_template
+
+            tokenizer.chat_template = find_template(config.data.template)
+        if not at:
+            items = _items(subjects, asked, tokenizer, console)
+        for task in asked.tasks:
+            records = [item for item in items[task.name] if isinstance(item, Record)]
+            ends = encode_all(records, tokenizer, 2**31).ends if records else frozenset()
+            subject = Subject(model, tokenizer, ends)
+            found[task.name].append(_scores(subject, task, items[task.name], config, console, named.name))
+        del model
+    return found
+
+
+def _scores(
+    subject: Subject, task: Task, items: Sequence[Any], config: RunConfig, console: Console, name: str
+) -> Scores:
+    from lorafa.train.progress import progress_bar
+
+    task.entry.check(subject, items, task.own)
+    with progress_bar(console, f"{name}: {task.name}") as bar:
+        return task.entry.measure(subject, items, task.own, config.eval.batch_size, bar)
+
+
+def _items(subjects: Sequence[Named], asked: Asked, tokenizer: Any, console: Console) -> dict[str, list[Any]]:
+    """What each task asks: of a file, of its own benchmark, or of what the first run holds out.
+
+    Raises:
+        ConfigError: a task has nothing of its own, and no file is given.
+        DataError: there is nothing that could be asked.
+    """
+    from lorafa.errors import ConfigError, DataError
+    from lorafa.evals.entry import Source
+    from lorafa.processes import main_first
+    from lorafa.runs.subjects import held_out, require_same_data
+
+    config, own = asked.config, subjects[0].run
+    heldout: Sequence[Any] | None = None
+    items: dict[str, list[Any]] = {}
+    for task in asked.tasks:
+        if asked.data is None and own is not None and not asked.named:
+            require_same_data(own, subjects)
+            heldout = held_out(own, tokenizer, console) if heldout is None else heldout
+            items[task.name] = task.entry.asks(heldout, task.own)
+            if not items[task.name]:
+                raise DataError(f"{task.name} asks none of the {len(heldout)} rows that {subjects[0].name} holds out.")
+            continue
+        if task.entry.read is None:
+            raise ConfigError(f"task={task.name} measures the training of a run alone. Give another task.")
+        names = [None] if asked.data is None else list(names_of(config.data.name))
+        columns = {} if config.data.own is None else asdict(config.data.own)
+        with main_first():
+            read = [item for name in names for item in task.entry.read(Source(name, columns), task.own)]
+        if not read:
+            raise DataError(f"{asked.data or task.name} holds nothing that {task.name} could ask.")
+        items[task.name] = read
+    return items
+
+
+def rows_of(task: str, subjects: Sequence[Named], scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """One row a subject: the mean with its interval, and the paired difference from the first."""
+    from lorafa.evals.paired import mean_interval, paired_difference
+
+    rows: list[dict[str, Any]] = []
+    for subject, score in zip(subjects, scores, strict=True):
+        row: dict[str, Any] = {"subject": subject.name, "task": task, **score.numbers}
+        if score.measured is not None:
+            one, first = score.measured, scores[0].measured
+            mean, low, high = mean_interval(one)
+            row |= {"measure": one.name, "items": len(one.values), "mean": mean}
+            row["interval"] = list(score.numbers.get("interval", (low, high)))
+            if first is not None and first is not one:
+                row["difference"], *bounds = paired_difference(one, first)
+                row["difference_interval"] = bounds
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows for the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table()
+    shown.add_column("subject", overflow="fold")
+    for heading in ("measure", "items", "mean", "95 % interval", "minus the first", "95 % interval"):
+        shown.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        difference = f"{row['difference']:+.4f}" if "difference" in row else "-"
+        cells = (
+            row["subject"], row.get("measure", row["task"]), str(row.get("items", "-")), _number(row.get("mean")),
+            _bounds(row.get("interval")), difference, _bounds(row.get("difference_interval"), "+"),
+        )  # fmt: skip
+        shown.add_row(*map(Text, cells))
+    return shown
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _bounds(bounds: Sequence[float] | None, sign: str = "") -> str:
+    if bounds is None or not all(map(math.isfinite, bounds)):
+        return "-"
+    return f"{bounds[0]:{sign}.4f} to {bounds[1]:{sign}.4f}"
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which knows no infinite numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(
+    file: str, subjects: Sequence[Named], found: Mapping[str, Sequence[Scores]], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    from lorafa.storage.paths import user_path
+    from lorafa.storage.whole import write_json
+
+    of_items = [
+        {"subject": subject.name, "task": task, "values": list(score.measured.values), "answers": list(score.answers)}
+        for task, scores in found.items()
+        for subject, score in zip(subjects, scores, strict=True)
+        if score.measured is not None
+    ]
+    write_json(user_path(file), _finite({"rows": list(rows), "items": of_items}))

@@ -1,0 +1,50 @@
+"""Two models on the same items: their difference, with an interval that the items' own spread does not widen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lorafa.errors import DataError
+from lorafa.evals.entry import Measured
+
+NORMAL_95 = 1.959963984540054
+"""The two-sided 95 % point of the normal distribution."""
+
+
+def mean_interval(measured: Measured) -> tuple[float, float, float]:
+    """The mean over the items with the bounds of its 95 % interval, by the normal approximation.
+
+    With weights the mean is a ratio of two sums; its variance is that of the residuals (Cochran 1977, Sampling
+    Techniques, 6.3). A single item has no spread: its bounds are infinite.
+    """
+    mean = measured.mean()
+    half = _half_width([value - mean for value in measured.values], measured.weights)
+    return mean, mean - half, mean + half
+
+
+def paired_difference(one: Measured, other: Measured) -> tuple[float, float, float]:
+    """``one`` minus ``other`` on the same items, with the bounds of its 95 % interval.
+
+    Raises:
+        DataError: they are not of the same items, or weigh them differently.
+    """
+    weights = None if one.weights is None else list(one.weights)
+    others = None if other.weights is None else list(other.weights)
+    if len(one.values) != len(other.values) or one.name != other.name or weights != others:
+        raise DataError(
+            f"The scores {one.name} of {len(one.values)} items and {other.name} of {len(other.values)} cannot be "
+            "compared pair by pair: the items, or how much each counts, differ. Two tokenizers cut a text into other "
+            "tokens: compare such models by bits_per_byte."
+        )
+    differences = [a - b for a, b in zip(one.values, other.values, strict=True)]
+    return mean_interval(Measured(one.name, differences, one.weights))
+
+
+def _half_width(residuals: Sequence[float], weights: Sequence[float] | None) -> float:
+    count = len(residuals)
+    if count < 2:
+        return math.inf
+    weighed = weights or [1.0] * count
+    squares = sum((w * r) ** 2 for w, r in zip(weighed, residuals, strict=True))
+    return NORMAL_95 * math.sqrt(count / (count - 1) * squares) / sum(weighed)

@@ -1,0 +1,159 @@
+"""`lorafa eval`: what a run measured, again; files; several subjects on the same items; what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafa.cli.main import main
+from toys.workplace import make_workplace, read, settings
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workplace with two finished runs on the same rows."""
+    folder = make_workplace(tmp_path_factory.mktemp("place"))
+    for name, rate in (("a", "1e-2"), ("b", "1e-3")):
+        words = [word for word in settings(folder, folder / name) if not word.startswith("optim.lr")]
+        assert main(["train", *words, f"optim.lr={rate}", "train.checkpoint_every=0"]) == 0
+    (folder / "text.txt").write_text("Ann has 2 apples and gets 3 more.\n" * 40, encoding="utf-8")
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
+    capsys.readouterr()
+    status = main(["eval", *map(str, words)])
+    captured = capsys.readouterr()
+    return status, " ".join((captured.out + captured.err).split())
+
+
+def rows(capsys: pytest.CaptureFixture[str], *words: Any) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main(["eval", *map(str, words), "--json"]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_run_is_measured_as_it_was_after_its_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    after = read(place / "a" / "result.json")["after"]
+    loss, accuracy = rows(capsys, place / "a")
+    assert loss["task"] == "perplexity"
+    assert loss["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    assert loss["perplexity"] == pytest.approx(math.exp(after["loss"]), rel=1e-4)
+    assert {name: accuracy[name] for name in ("correct", "total", "cut")} == {
+        name: after[name] for name in ("correct", "total", "cut")
+    }
+
+
+def test_an_adapter_alone_says_the_same_as_its_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("task=perplexity", f"data={place / 'rows.jsonl'}")
+    of_run, of_adapter = rows(capsys, place / "a", place / "a" / "adapter", *words)
+    assert of_adapter["loss"] == of_run["loss"]
+    assert of_adapter["difference"] == 0.0
+    assert of_adapter["difference_interval"] == [0.0, 0.0]
+
+
+def test_differences_are_those_of_the_items(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ("task=perplexity", f"data={place / 'rows.jsonl'}", "--out", tmp_path / "out.json")
+    base, trained = rows(capsys, place / "model", place / "a", *words)
+    assert trained["loss"] < base["loss"]
+    assert trained["difference"] == pytest.approx(trained["mean"] - base["mean"])
+    low, high = trained["difference_interval"]
+    assert low < trained["difference"] < high < 0
+    kept = read(tmp_path / "out.json")
+    assert [len(one["values"]) for one in kept["items"]] == [trained["items"]] * 2
+
+
+def test_a_text_is_one_item_whose_bytes_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = rows(capsys, place / "model", "task=perplexity", f"data={place / 'text.txt'}", "eval.window=64")
+    size = len((place / "text.txt").read_bytes())
+    assert found["items"] == 1
+    assert found["bits_per_byte"] * size * math.log(2) == pytest.approx(found["loss"] * found["tokens"], rel=1e-2)
+
+
+def test_problems_of_a_file_are_answered_all_or_so_many(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = f"data={place / 'rows.jsonl'}"
+    count = len((place / "rows.jsonl").read_text().splitlines())
+    (found,) = rows(capsys, place / "a", "task=gsm8k", file, "eval.max_new_tokens=4")
+    assert (found["total"], found["max_new_tokens"]) == (count, 4)
+    (found,) = rows(capsys, place / "a", "task=gsm8k", file, "eval.size=3")
+    assert found["total"] == 3
+
+
+def test_the_table_names_every_subject(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(capsys, place / "a", place / "b", "task=perplexity", f"data={place / 'rows.jsonl'}")
+    assert status == 0
+    assert text.count("nats a token") == 2
+
+
+def _other_base(place: Path, tmp_path: Path) -> list[Any]:
+    other = make_workplace(tmp_path, hidden_size=64)
+    return [place / "a" / "adapter", "--base", other / "model", "task=perplexity", f"data={place / 'text.txt'}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        ([], 2, "Nothing is named that could be measured"),
+        (["{place}/model"], 2, "Nothing says what is to be measured. Give task=<"),
+        (["{place}/model", "task=gsm8l"], 2, "gsm8l"),
+        (["{place}/model", "task=loss", "data={place}/rows.jsonl"], 2, "measures the training of a run alone"),
+        (["{place}/model", "task=perplexity"], 2, "has no text of its own. Give data=<file>"),
+        (["{place}/model", "task=perplexity", "optim.lr=1"], 2, "changes nothing that is measured"),
+        (["{place}/a", "eval.size=3"], 2, "need its name. Give task=<name>"),
+        (["{place}/model", "task=perplexity", "data={place}/none.txt"], 1, "cannot be read: No such file"),
+        (["{place}/model", "task=perplexity", "data={place}/empty.txt"], 1, "is empty. Give a text"),
+        (["{place}/model", "task=gsm8k", "data={place}/other.jsonl"], 1, "other.jsonl has the columns"),
+        (["{place}/model", "task=gsm8k", "data={place}/words.jsonl"], 1, "words.jsonl, line 1: the answer does not"),
+        (["{place}/model", "task=perplexity", "data={place}/text.txt", "eval.window=8", "eval.overlap=8"], 2,
+         "leaves no token of a window of 8 to count"),
+        (["{place}/nothing/there", "task=perplexity", "data={place}/text.txt"], 1, "No model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_an_error(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], status: int, text: str
+) -> None:
+    (place / "empty.txt").write_text(" \n")
+    (place / "other.jsonl").write_text('{"a": "b"}\n')
+    (place / "words.jsonl").write_text('{"question": "Who?", "answer": "Ann"}\n')
+    found = said(capsys, *(word.format(place=place) for word in words))
+    assert found[0] == status
+    assert text in found[1]
+
+
+def test_an_adapter_of_another_base_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, text = said(capsys, *_other_base(place, tmp_path))
+    assert status == 1
+    assert "base" in text
+
+
+def test_runs_of_other_data_are_not_compared_on_what_one_holds_out(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    other = tmp_path / "rows.jsonl"
+    other.write_text("\n".join((place / "rows.jsonl").read_text().splitlines()[:-1]))
+    words = [word for word in settings(place, tmp_path / "c") if not word.startswith("data=")]
+    assert main(["train", *words, f"data={other}", "train.checkpoint_every=0"]) == 0
+    status, text = said(capsys, place / "a", tmp_path / "c")
+    assert status == 1
+    assert "were trained on other data" in text
+    copy = tmp_path / "a"
+    shutil.copytree(tmp_path / "c", copy)
+    other.write_text((place / "rows.jsonl").read_text())
+    status, text = said(capsys, copy)
+    assert status == 1
+    assert "does not give the samples that the run" in text
+
+
+def test_help_names_the_tasks_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["eval", "--help"])
+    assert left.value.code == 0
+    assert "perplexity" in capsys.readouterr().out

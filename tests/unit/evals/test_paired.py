@@ -1,0 +1,50 @@
+"""Differences item by item: equal to the textbook's paired interval, weighed as a ratio, refused for other items."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+
+from lorafa.errors import DataError
+from lorafa.evals.entry import Measured
+from lorafa.evals.paired import mean_interval, paired_difference
+
+
+def test_without_weights_it_is_the_interval_of_a_mean() -> None:
+    values = [0.0, 1.0, 1.0, 0.0, 1.0, 3.0]
+    mean, low, high = mean_interval(Measured("x", values))
+    half = 1.959964 * statistics.stdev(values) / math.sqrt(len(values))
+    assert (mean, low, high) == pytest.approx((1.0, 1.0 - half, 1.0 + half), rel=1e-6)
+
+
+def test_what_the_items_have_in_common_does_not_widen_the_difference() -> None:
+    base = [float(10 * number) for number in range(50)]
+    better = [value - 1.0 for value in base]
+    difference = paired_difference(Measured("loss", better), Measured("loss", base))
+    assert difference == pytest.approx((-1.0, -1.0, -1.0))
+
+
+def test_of_weighed_items_the_interval_covers_the_ratio_as_often_as_it_says() -> None:
+    rng, covered, rounds, truth = random.Random(0), 0, 400, 0.0
+    for _ in range(rounds):
+        weights = [rng.choice([1.0, 5.0, 20.0]) for _ in range(120)]
+        values = [rng.gauss(0.0, 1.0) for _ in weights]
+        _, low, high = mean_interval(Measured("loss", values, weights))
+        covered += low <= truth <= high
+    assert 0.91 <= covered / rounds <= 0.98
+
+
+def test_a_single_item_has_no_interval() -> None:
+    mean, low, high = mean_interval(Measured("loss", [2.0]))
+    assert (mean, low, high) == (2.0, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    "other", [Measured("loss", [1.0]), Measured("accuracy", [1.0, 2.0]), Measured("loss", [1.0, 2.0], [1.0, 2.0])]
+)
+def test_other_items_are_refused(other: Measured) -> None:
+    with pytest.raises(DataError, match="cannot be compared pair by pair"):
+        paired_difference(Measured("loss", [1.0, 2.0]), other)
