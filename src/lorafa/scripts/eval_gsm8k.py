@@ -134,7 +134,7 @@ def problems(file: str | None) -> list[Record]:
     else:
         source = HUB_ID
         try:
-            rows = hub_rows(HUB_ID, HubSettings(subset=SUBSET, split=SPLIT))
+            rows = list(hub_rows(HUB_ID, HubSettings(subset=SUBSET, split=SPLIT)))
         except SourceError as error:
             raise SourceError(
                 f"Could not load the test problems, {HUB_ID}, from the Hub: {first_line(error.__cause__ or error)}. "
@@ -150,11 +150,12 @@ def _as_published(record: Record) -> Record:
     from dataclasses import replace
 
     from lorafa.data.records import Message
+    from lorafa.data.sets.prompts import asked
 
     if record.answer is None:
         raise DataError(f"{record.place}: the answer does not end in '#### <number>'. Give the official test file.")
     question, answer = record.messages[-2:]
-    return replace(record, messages=(Message("user", f"Q: {question.content}\nA: "), answer))
+    return replace(record, messages=(Message("user", asked(question.content)), answer))
 
 
 def _ready(args: argparse.Namespace, directory: RunDirectory | None) -> tuple[Any, Any]:
