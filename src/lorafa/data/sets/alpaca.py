@@ -13,7 +13,7 @@ PUBLISHED = Published(
     file="alpaca_data_cleaned.json",
     columns=("instruction", "output"),
     record=alpaca,
-    division=Drawn(0.1),
+    heldout=Drawn(0.1),
 )
 
 ALPACA = PUBLISHED.data_set(settings=PublishedSettings)

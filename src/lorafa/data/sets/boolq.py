@@ -16,5 +16,5 @@ BOOLQ = Published(
     file="boolq.jsonl",
     columns=(*TEXTS, LABEL),
     record=classified("answer the question by the passage with true or false", TEXTS, ("false", "true")),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -18,5 +18,5 @@ CB = Published(
     record=classified(
         "classify whether the premise entails the hypothesis", TEXTS, ("entailment", "contradiction", "neutral")
     ),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

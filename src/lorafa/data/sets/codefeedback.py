@@ -26,6 +26,6 @@ CODEFEEDBACK = Published(
     file="CodeFeedback-Filtered-Instruction.jsonl",
     columns=("query", "answer"),
     record=_record,
-    division=InOrder(trained=100_000, heldout=10_000),
+    heldout=InOrder(trained=100_000, heldout=10_000),
     only=Only(keeps=_has_code, called="with code", having=f"{FENCE} in its column 'answer'"),
 ).data_set(settings=PublishedSettings)

@@ -13,5 +13,5 @@ COLA = Published(
     file="cola.jsonl",
     columns=(*TEXTS, LABEL),
     record=classified("classify the grammaticality of the text", TEXTS, ("unacceptable", "acceptable")),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

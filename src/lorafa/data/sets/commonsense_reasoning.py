@@ -14,5 +14,5 @@ COMMONSENSE_REASONING = Published(
     file="commonsense_170k.json",
     columns=("instruction", "output"),
     record=alpaca,
-    division=Drawn(120),
+    heldout=Drawn(120),
 ).data_set(settings=PublishedSettings)

@@ -25,5 +25,5 @@ COPA = Published(
     file="copa.jsonl",
     columns=("premise", "choice1", "choice2", "question", LABEL),
     record=_record,
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

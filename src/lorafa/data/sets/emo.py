@@ -12,5 +12,5 @@ EMO = Published(
     file="emo.jsonl",
     columns=(*TEXTS, LABEL),
     record=classified("classify the emotion of the text", TEXTS, ("others", "happy", "sad", "angry")),
-    division=OtherSplit("test"),
+    heldout=OtherSplit("test"),
 ).data_set(settings=PublishedSettings)

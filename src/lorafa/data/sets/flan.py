@@ -10,6 +10,6 @@ FLAN = Published(
     file="flan.jsonl",
     columns=("inputs", "targets"),
     record=instructions("inputs", "targets"),
-    division=InOrder(trained=100_000, heldout=10_000),
+    heldout=InOrder(trained=100_000, heldout=10_000),
     streamed=True,
 ).data_set(settings=PublishedSettings)

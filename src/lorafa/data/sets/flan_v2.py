@@ -17,6 +17,6 @@ FLAN_V2 = Published(
     file="flan_v2.jsonl",
     columns=("inputs", "targets"),
     record=_record,
-    division=InOrder(trained=100_000, heldout=10_000),
+    heldout=InOrder(trained=100_000, heldout=10_000),
     streamed=True,
 ).data_set(settings=PublishedSettings)

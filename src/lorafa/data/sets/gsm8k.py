@@ -18,5 +18,5 @@ GSM8K = Published(
     file="train.jsonl",
     columns=("question", "answer"),
     record=_record,
-    division=OtherSplit("test"),
+    heldout=OtherSplit("test"),
 ).data_set(settings=PublishedSettings)

@@ -42,7 +42,7 @@ PUBLISHED = Published(
     file=FILE,
     columns=("query", "response"),
     record=_record,
-    division=InOrder(trained=100_000, heldout=10_000),
+    heldout=InOrder(trained=100_000, heldout=10_000),
     only=Only(keeps=_of_gsm8k, called="of GSM8K", having=f"{KIND} in its column 'type'"),
 )
 

@@ -10,6 +10,6 @@ from dataclasses import replace
 from lorafa.data.sets.meta_math import PUBLISHED
 from lorafa.data.sets.published import InOrder, PublishedSettings
 
-META_MATH_FULL = replace(PUBLISHED, division=InOrder(trained=394_000, heldout=1_000), only=None).data_set(
+META_MATH_FULL = replace(PUBLISHED, heldout=InOrder(trained=394_000, heldout=1_000), only=None).data_set(
     settings=PublishedSettings
 )

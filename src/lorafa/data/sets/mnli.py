@@ -15,5 +15,5 @@ MNLI = Published(
     record=classified(
         "classify the semantic similarity of the text", TEXTS, ("entailment", "neutral", "contradiction")
     ),
-    division=OtherSplit("validation_matched"),
+    heldout=OtherSplit("validation_matched"),
 ).data_set(settings=PublishedSettings)

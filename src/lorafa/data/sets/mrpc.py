@@ -13,5 +13,5 @@ MRPC = Published(
     file="mrpc.jsonl",
     columns=(*TEXTS, LABEL),
     record=classified("classify the semantic similarity of the text", TEXTS, ("different", "equivalent")),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -44,7 +44,7 @@ class Only:
     """What they have, after "none of its rows has": "GSM in its column 'type'"."""
 
 
-class Division(Protocol):
+class HeldOut(Protocol):
     """Which rows are held out."""
 
     def divided(self, published: Published, settings: PublishedSettings, wanted: Wanted) -> Records:
@@ -69,7 +69,7 @@ class Published:
     """What each row has."""
     record: ToRecord
     """How a row becomes a record."""
-    division: Division
+    heldout: HeldOut
     only: Only | None = None
     streamed: bool = False
     """Whether it is so large that no more rows than are needed are fetched, anew each time."""
@@ -89,7 +89,7 @@ class Published:
         Raises:
             SourceError, DataError: as :meth:`read`, or there are fewer rows than asked for.
         """
-        return self.division.divided(self, settings, wanted)
+        return self.heldout.divided(self, settings, wanted)
 
     def read(self, settings: PublishedSettings, *, split: str = "train", limit: int | None = None) -> list[Record]:
         """The records of a file, or of a split on the Hub, in the order in which they are stored.

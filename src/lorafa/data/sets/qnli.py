@@ -15,5 +15,5 @@ QNLI = Published(
     record=classified(
         "classify the semantic similarity of the question and the sentence", TEXTS, ("entailment", "not_entailment")
     ),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -13,5 +13,5 @@ QQP = Published(
     file="qqp.jsonl",
     columns=(*TEXTS, LABEL),
     record=classified("classify the semantic similarity of the text", TEXTS, ("different", "duplicate")),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -16,5 +16,5 @@ RTE = Published(
     file="rte.jsonl",
     columns=(*TEXTS, LABEL),
     record=classified("classify whether the premise entails the hypothesis", TEXTS, ("entailment", "not_entailment")),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -36,5 +36,5 @@ SQUAD = Published(
     file="squad.jsonl",
     columns=("question", "context", "answers"),
     record=_record,
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

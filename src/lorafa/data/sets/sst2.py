@@ -13,5 +13,5 @@ SST2 = Published(
     file="sst2.jsonl",
     columns=(*TEXTS, LABEL),
     record=classified("classify the sentiment of the text", TEXTS, ("negative", "positive")),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -16,5 +16,5 @@ WIC = Published(
     file="wic.jsonl",
     columns=(*TEXTS, LABEL),
     record=classified("classify whether the word has the same meaning in both sentences", TEXTS, ("different", "same")),
-    division=OtherSplit("validation"),
+    heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -19,6 +19,6 @@ WIZARD_LM = Published(
     file="wizard_lm.jsonl",
     columns=("instruction", "output"),
     record=instructions("instruction", "output"),
-    division=InOrder(trained=52_000, heldout=18_000),
+    heldout=InOrder(trained=52_000, heldout=18_000),
     only=Only(keeps=_answers, called="that answers", having="an 'output' without 'sorry' and 'as an AI'"),
 ).data_set(settings=PublishedSettings)

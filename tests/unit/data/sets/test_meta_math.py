@@ -51,7 +51,7 @@ def test_rows_of_gsm8k_are_taken_in_order_and_the_text_after_the_solution_is_cut
 
 def test_the_rows_after_the_trained_ones_are_held_out_whatever_the_seed(tmp_path: Path) -> None:
     file = write(tmp_path, [row(number) for number in range(40)])
-    published = replace(PUBLISHED, division=InOrder(trained=20, heldout=2))
+    published = replace(PUBLISHED, heldout=InOrder(trained=20, heldout=2))
     for seed in (0, 1):
         found = published.load(Wanted("meta_math", None, None, seed), PublishedSettings(file=file))
         assert questions(found.train) == [f"Q: What is {number}?\nA: " for number in range(20)]
@@ -60,7 +60,7 @@ def test_the_rows_after_the_trained_ones_are_held_out_whatever_the_seed(tmp_path
 
 
 def test_the_published_numbers_of_rows_are_a_hundred_thousand_and_ten_thousand() -> None:
-    assert PUBLISHED.division == InOrder(trained=100_000, heldout=10_000)
+    assert PUBLISHED.heldout == InOrder(trained=100_000, heldout=10_000)
 
 
 @pytest.mark.parametrize(("size", "held"), [(None, 2), (0, 0), (5, 5), (0.5, 11)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import pytest
 
 from lorafa.conf.compose import compose
+from lorafa.data import DATASETS, data_set_names
 from lorafa.data.entry import Wanted
 from lorafa.data.sets.published import Drawn, InOrder, OtherSplit, PublishedSettings
 from lorafa.errors import ConfigError, DataError, SourceError
+from toys.places import ROOT
 from toys.published import PLACES, ROWS, SPLITS, Hub, load, numbered, published, texts, write
 
 
@@ -98,7 +102,7 @@ def test_commonsense_holds_out_no_more_than_120_rows(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_the_numbers_of_rows_are_the_published_ones(name: str, division: Any) -> None:
-    assert published(name).division == division
+    assert published(name).heldout == division
 
 
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 1), (7, 1), (35, 9), (70, 18), (700, 180)])
@@ -110,7 +114,7 @@ def test_of_fewer_rows_than_published_the_same_share_is_held_out(count: int, hel
 
 def test_of_what_is_streamed_no_more_rows_are_fetched_than_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, train=numbered("flan", range(100)))
-    short = replace(published("flan"), division=InOrder(trained=10, heldout=2))
+    short = replace(published("flan"), heldout=InOrder(trained=10, heldout=2))
     found = short.load(Wanted("flan", None, None, 0), PublishedSettings())
     assert (len(found.train), len(found.heldout), hub.read) == (10, 2, 12)
     found = short.load(Wanted("flan", 3, 5, 0), PublishedSettings())
@@ -186,3 +190,36 @@ def test_the_runner_takes_every_name_and_its_file() -> None:
     for name in ROWS:
         data = compose([f"data={name}", "data.file=~/a copy (1).json"]).data
         assert (data.name, data.own.file, data.own.revision) == (name, "~/a copy (1).json", None)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+HELD: dict[type[Any], Callable[[Any], str]] = {
+    OtherSplit: lambda division: f"`{division.name}`",
+    InOrder: lambda division: f"{division.heldout:,} after the first {division.trained:,}",
+    Drawn: lambda division: "a tenth, drawn" if division.size == 0.1 else f"{division.size}, drawn",
+}
+"""How the page says which rows are held out."""
+
+
+def test_the_page_lists_every_published_data_set_with_where_its_rows_are_and_which_are_held_out() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("### Published data sets")[2]
+    lines = [line.strip("| ").split(" | ") for line in page.partition("\n### ")[0].splitlines() if line[:3] == "| `"]
+    said = {cells[0].strip("`"): (cells[1], cells[-1].removesuffix(" *")) for cells in lines[1:]}
+    entries = {name: published(name) for name in data_set_names() if DATASETS.get(name).hub is not None}
+    assert list(said) == list(entries)
+    assert said == {
+        name: (
+            f"`{entry.hub}`" + (f", `{entry.subset}`" if entry.subset else ""),
+            HELD[type(entry.heldout)](entry.heldout),
+        )
+        for name, entry in entries.items()
+    }
+    for cells in lines[1:]:
+        quoted = re.findall("`([^`]+)`", cells[3])
+        assert ROWS[cells[0].strip("`")][2] in quoted or len(quoted) < 2
+
+
+def test_every_file_of_the_folder_is_a_data_set_or_what_they_share() -> None:
+    files = {path.stem for path in (ROOT / "src" / "lorafa" / "data" / "sets").glob("*.py")}
+    assert files == {"__init__", "published", "prompts", "problems", *data_set_names()}
