@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lorafa.cli.main import main as lorafa
-from lorafa.scripts.eval_gsm8k import main, problems
+from lorafa.runs.record import RunDirectory
+from lorafa.scripts.eval_gsm8k import main, named, problems
 from toys.processes import free_ports, launched, run_group
 from toys.workplace import make_workplace, read
 
@@ -103,6 +104,7 @@ def test_another_model_is_asked_and_nothing_is_written(inside: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
+        (["--wandb_name="], 2, "--wandb_name= is followed by nothing. Was a variable of the shell not set?"),
         (["--wandb_name=on"], 2, "There is no run 'on' in {place}/runs. Did you mean 'one'? Give the wandb.name"),
         ([], 2, "Nothing says what is to be measured. Give --wandb_name=<run>, or --model_name=<model>."),
         (["--wandb_name=one", "--temperature=1", f"--seed={2**63}"], 2, "seed must be below 2**63, found 922"),
@@ -124,12 +126,21 @@ def test_what_cannot_be_measured_says_why(
 
 
 def test_a_run_without_an_adapter_yet(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lorafa.runs.record import RunDirectory
-
     RunDirectory.create(inside / "runs/two", RunDirectory.open("runs/one").config())
     status, said = asked(capsys, "--wandb_name=two")
     assert status == 2
     assert "The run 'runs/two' has no adapter yet (status: not begun). Let it finish first." in said
+
+
+def test_of_runs_that_are_called_the_same_the_last_one_is_measured(place: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(place)
+    (place / "runs").mkdir(exist_ok=True)
+    for directory, name in (("three", "three"), ("three-2", "three"), ("three-3", "three-3")):
+        made = RunDirectory.create(place / "runs" / directory, RunDirectory.open("runs/one").config())
+        made.write_environment({"command": ["run_exp.py", f"++wandb.name={name}"]})
+    assert named("three").path == Path("runs/three-2")
+    assert named("three-3").path == Path("runs/three-3")
+    assert named("runs/three").path == Path("runs/three")
 
 
 def test_the_test_problems_come_from_the_hub_where_no_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

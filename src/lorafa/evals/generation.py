@@ -137,7 +137,7 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_
     if not room_for(model, longest, max_new_tokens):
         raise DataError(
             f"The longest prompt has {len(longest)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
-            f"model's context of {context_of(model)}. Lower eval.max_new_tokens or leave out the longest rows."
+            f"model's context of {context_of(model)}. Lower max_new_tokens or leave out the longest rows."
         )
 
 

@@ -84,7 +84,7 @@ def _value(word: str, key: str, value: str) -> Any:
     if key in TEXTS and not is_readable(f"{key}={value}"):
         return value
     found = read_value(word, key, value)
-    return str(found) if key in TEXTS and found is not None else found
+    return value if key in TEXTS and found is not None and not isinstance(found, str) else found  # 2e-4 is a name here
 
 
 def _unknown(key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         found = _asked(model, tokenizer, records, args, sampling, progress)
     if not is_main():
         return 0
+    if directory is not None and args.model_name is None:
+        console.print(f"Run: {directory.path}", highlight=False, markup=False, soft_wrap=True)
     say(found, records, args.max_new_tokens, console)
     if directory is not None and args.model_name is None:
         _keep(directory, found, records, args)
@@ -106,15 +108,32 @@ def named(name: str) -> RunDirectory:
     """
     from lorafa.runs.record import CONFIG, RunDirectory
 
-    places = [Path("runs") / name, user_path(name)]
-    for place in places:
+    if not name.strip():
+        raise ConfigError("--wandb_name= is followed by nothing. Was a variable of the shell not set?")
+    first = Path("runs") / name
+    for place in (first, user_path(name)):
         if os.path.isfile(place / CONFIG):
-            return RunDirectory.open(place)
+            return RunDirectory.open(_last_of(first) if place == first else place)
     known = sorted(path.parent.name for path in Path("runs").glob(f"*/{CONFIG}"))
     raise ConfigError(
         f"There is no run {name!r} in {Path('runs').absolute()}.{did_you_mean(name, known)} Give the wandb.name it was "
         "trained under, or its directory."
     )
+
+
+def _last_of(first: Path) -> Path:
+    """The directory of the run of this name that was begun last: run_exp.py numbers those that are called the same."""
+    from lorafa.runs.record import NUMBERS, RunDirectory
+
+    numbered = (first.with_name(f"{first.name}-{number}") for number in range(2, NUMBERS))
+    named = [path for path in numbered if path.is_dir() and _is_called(RunDirectory(path).environment(), first.name)]
+    return [first, *named][-1]
+
+
+def _is_called(environment: Mapping[str, Any], name: str) -> bool:
+    """Whether the command of a run named it so."""
+    words = [str(word).lstrip("+").partition("=") for word in environment.get("command") or ()]
+    return any(key == "wandb.name" and value == name for key, _, value in words)
 
 
 def problems(file: str | None) -> list[Record]:

@@ -96,20 +96,22 @@ def check_length(config: RunConfig, rows: int) -> None:
 def in_steps(config: RunConfig, rows: int) -> RunConfig:
     """The settings with all that depends on the number of rows written in steps."""
     train, steps = config.train, steps_in_all(config, rows)
-
     rows_of_step = train.batch_size * train.accumulation * world_size()
-
-    def every(epochs: float | None, given: int) -> int:
-        """As published scripts count: whole rows, then whole batches."""
-        return given if epochs is None else max(1, int(rows * epochs) // rows_of_step)
-
+    of_epoch = math.ceil(math.ceil(rows / (train.batch_size * world_size())) / train.accumulation)
+    checkpoint_every, eval_every = train.checkpoint_every, train.eval_every
+    if train.checkpoint_epochs is not None:  # where an epoch ends
+        checkpoint_every = max(1, int(of_epoch * train.checkpoint_epochs))
+    if train.eval_epochs is not None:  # as published scripts count: whole rows, then whole batches
+        eval_every = max(1, int(rows * train.eval_epochs) // rows_of_step)
+    if train.keep_best:
+        eval_every = checkpoint_every
     return replace(
         config,
         train=replace(
             train,
-            checkpoint_every=every(train.checkpoint_epochs, train.checkpoint_every),
+            checkpoint_every=checkpoint_every,
             checkpoint_epochs=None,
-            eval_every=every(train.eval_epochs, train.eval_every),
+            eval_every=eval_every,
             eval_epochs=None,
         ),
         optim=replace(config.optim, warmup=warmup_of(config.optim, steps)),

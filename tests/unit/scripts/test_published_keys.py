@@ -159,6 +159,8 @@ def test_the_documented_block_of_parameters_is_taken_key_by_key() -> None:
         ("+init=gradient ++init.dtype=fp32", {"init.mode": "gradient"}),
         ("++wandb.name=a/b", {"run_dir": "runs/a/b"}),
         ("++wandb.name=7", {"run_dir": "runs/7"}),
+        ("++wandb.name=2e-4", {"run_dir": "runs/2e-4"}),
+        ("++wandb.name=true", {"run_dir": "runs/true"}),
         ("++wandb.name=a run_dir=elsewhere", {"run_dir": "elsewhere"}),
         ("train.steps=3", {"train.steps": 3, "train.epochs": None}),
         ("train.eval_every=3 train.checkpoint_every=4", {"train.eval_every": 3, "train.eval_epochs": None,

@@ -17,22 +17,34 @@ from lorafa.train.settings.optim import warmup_of
 def test_passes_between_measurements_are_whole_rows_then_whole_batches(rows: int, epochs: float, steps: int) -> None:
     """As the published scripts count: int(rows * epochs) // batch, and at least one step."""
     words = ["train.epochs=4", "train.batch_size=4", "train.accumulation=2"]
-    config = compose([*words, f"train.eval_epochs={epochs}", f"train.checkpoint_epochs={epochs}"])
+    config = compose([*words, f"train.eval_epochs={epochs}"])
     found = in_steps(config, rows).train
     assert (found.eval_every, found.eval_epochs) == (steps, None)
-    assert (found.checkpoint_every, found.checkpoint_epochs) == (steps, None)
     arguments = training_arguments(in_steps(config, rows), "x")  # type: ignore[arg-type]
-    assert (arguments.eval_strategy, arguments.eval_steps, arguments.save_steps) == ("steps", steps, steps)
+    assert (arguments.eval_strategy, arguments.eval_steps) == ("steps", steps)
 
 
-@pytest.mark.parametrize(("processes", "steps"), [(1, 8), (2, 4), (3, 2)])
+@pytest.mark.parametrize(
+    ("rows", "epochs", "steps"), [(64, 1, 8), (65, 1, 9), (18, 1, 3), (18, 2, 6), (64, 0.5, 4), (3, 0.1, 1)]
+)
+def test_a_checkpoint_is_made_where_a_pass_ends(rows: int, epochs: float, steps: int) -> None:
+    words = ["train.epochs=4", "train.batch_size=4", "train.accumulation=2"]
+    config = compose([*words, f"train.checkpoint_epochs={epochs}"])
+    found = in_steps(config, rows)
+    assert (found.train.checkpoint_every, found.train.checkpoint_epochs) == (steps, None)
+    assert training_arguments(found, "x").save_steps == steps  # type: ignore[arg-type]
+    best = in_steps(compose([*words, f"train.checkpoint_epochs={epochs}", "train.keep_best=true"]), rows)
+    assert training_arguments(best, "x").eval_steps == steps  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("processes", "steps", "pass_"), [(1, 8, 8), (2, 4, 4), (3, 2, 3)])
 def test_a_pass_of_several_processes_is_as_many_steps_as_they_take_together(
-    processes: int, steps: int, monkeypatch: pytest.MonkeyPatch
+    processes: int, steps: int, pass_: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorafa.train.fit.world_size", lambda: processes)
     words = ["train.epochs=1", "train.batch_size=4", "train.accumulation=2"]
     found = in_steps(compose([*words, "train.eval_epochs=1", "train.checkpoint_epochs=1"]), 64).train
-    assert (found.eval_every, found.checkpoint_every) == (steps, steps)
+    assert (found.eval_every, found.checkpoint_every) == (steps, pass_)
 
 
 def test_without_passes_everything_is_left_as_it_was_said() -> None:

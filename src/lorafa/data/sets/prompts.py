@@ -52,7 +52,8 @@ def instructions(prompt: str, answer: str) -> ToRecord:
 
 def alpaca(row: Row, place: str) -> Record | None:
     """A row of ``instruction``, ``output``, and ``input`` if there is one."""
-    context = None if given(row, "input") is None else text_of(row, place, "input")
+    there = str(given(row, "input") or "").strip()
+    context = text_of(row, place, "input") if there else None
     return pair(instructed(text_of(row, place, "instruction"), context), answer_of(row, place, "output"), place)
 
 

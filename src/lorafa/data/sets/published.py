@@ -181,6 +181,7 @@ class Published:
 class InOrder:
     """The first rows are trained on, and of those after them the first are held out.
 
+    A row that repeats a held-out question has one in its place that comes after the held-out ones, where there is one.
     Of fewer rows than both the last ones are held out: the same share, or as many as are asked for.
     """
 
@@ -197,14 +198,17 @@ class InOrder:
         first = max(min(self.trained, count - held), 0)
         heldout = records[first:][:held]
         rest = without_heldout(records[:first], heldout)
+        repeated = first - len(rest)
+        if repeated and first == self.trained:
+            rest += without_heldout(records[first + held :], heldout)[:repeated]
         asked = 1 if wanted.train_size is None else wanted.train_size
         if len(heldout) < held or len(rest) < asked:
             raise DataError(
                 f"{source} holds {published.words(count)}, of which the first {first} may be trained on "
-                f"({first - len(rest)} of them repeat a held-out question), asked for {held} to evaluate and {asked} "
+                f"({repeated} of them repeat a held-out question), asked for {held} to evaluate and {asked} "
                 "to train on. Lower data.eval_size or data.train_size."
             )
-        return Records(rest[: wanted.train_size], heldout, source, first - len(rest))
+        return Records(rest[: wanted.train_size], heldout, source, repeated)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,17 @@ def test_rows_of_gsm8k_are_taken_in_order_and_the_text_after_the_solution_is_cut
     assert questions(found.heldout) == ["Q: What is 3?\nA: "]
 
 
+def test_a_row_that_repeats_a_held_out_question_has_a_later_one_in_its_place(tmp_path: Path) -> None:
+    rows = [row(number) for number in range(30)]
+    rows[3] = row(21) | {"response": "Another way.\n#### 21"}
+    published = replace(PUBLISHED, heldout=InOrder(trained=20, heldout=2))
+    found = published.load(Wanted("meta_math", None, None, 0), PublishedSettings(file=write(tmp_path, rows)))
+    assert questions(found.heldout) == [f"Q: What is {number}?\nA: " for number in (20, 21)]
+    trained = [number for number in range(20) if number != 3] + [22]
+    assert questions(found.train) == [f"Q: What is {number}?\nA: " for number in trained]
+    assert found.repeated == 1
+
+
 def test_the_rows_after_the_trained_ones_are_held_out_whatever_the_seed(tmp_path: Path) -> None:
     file = write(tmp_path, [row(number) for number in range(40)])
     published = replace(PUBLISHED, heldout=InOrder(trained=20, heldout=2))
