@@ -39,7 +39,7 @@ def _html(run: RunDirectory) -> str:
     return templates.get_template("page.html").render(
         title=run.path.resolve().name,
         scores=score_rows(result),
-        facts=[*fact_rows(result), *fact_rows_of_start(result.get("start") or {})],
+        facts=[*fact_rows(result, run.metrics()), *fact_rows_of_start(result.get("start") or {})],
         ranks=rank_rows(result.get("start") or {}),
         spectra=spectra_and_ranks(result.get("start") or {}),
         curve=loss_curve(run.metrics()),

@@ -239,6 +239,8 @@ def train(
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     kept = _save(prepared, config, run)
     counted = _counted(prepared.model)  # again: LoRA-FA's optimizer has frozen A meanwhile
+    if fitted.kept is not None:
+        run.update_result(kept_step=fitted.kept, kept_by_rows=_rows_on_the_way(prepared, config))
     run.update_result(steps=fitted.steps, stopped=fitted.stopped, **kept, seconds=seconds, parameters=counted)
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
@@ -249,6 +251,11 @@ def train(
         with console.status("Saving the merged model"):
             _save_merged(prepared, config, run)
         run.update_result(merged=run.merged.name)
+
+
+def _rows_on_the_way(prepared: Prepared, config: RunConfig) -> int:
+    """How many of the held-out rows are measured during the training."""
+    return len(prepared.data.heldout.samples[: config.train.eval_size])
 
 
 def _require_same_samples(prepared: Prepared, began_with: str | None) -> None:
