@@ -164,7 +164,7 @@ def _seconds(times: Mapping[str, float] | float | None) -> str:
 
 
 def _peak(row: Mapping[str, Any]) -> str:
-    """Of the process, and where there is one of the accelerator; runs that share one process have none of their own."""
+    """The peak of the process, and where there is one that of the accelerator; none where it is not the runs' own."""
     of_process, of_device = row.get("peak_rss_bytes"), row.get("peak_device_bytes")
     texts = [gib(of_process)] if of_process else []
     return " + ".join([*texts, *([f"{gib(of_device)} on the device"] if of_device else [])]) or MISSING

@@ -6,15 +6,10 @@ import io
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import pytest
-import yaml
 from filelock import FileLock
 from rich.console import Console
 
@@ -25,96 +20,14 @@ from lorafa.report.comparison import HEADINGS, cells, notes, read_result, write_
 from lorafa.runs.comparison import LOCKS, _check_same, compare
 from lorafa.runs.plan import Plan
 from lorafa.runs.student import interval
-from lorafa.settings.typed import plain
 from lorafa.train.settings.run import RunConfig
+from toys.comparisons import BEST, PLAN, Fake, compose_once, plan_file, run
 from toys.places import ROOT
-
-PLAN: dict[str, Any] = {
-    "baseline": "lora",
-    "seeds": [0, 1, 2],
-    "settings": ["train.steps=20"],
-    "methods": {
-        "lora": {"settings": ["optim=adamw"], "rates": [1e-3, 2e-3, 4e-3]},
-        "fa": {"settings": ["optim=lora_fa"], "rates": [1e-3, 2e-3]},
-    },
-}
-
-BEST = {"adamw": 2e-3, "lora_fa": 1e-3}
-"""Best rates that lie inside the grids, or grow them by one rate."""
-
-
-def plan_file(folder: Path, **changes: Any) -> Path:
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(PLAN | changes))
-    return path
-
-
-@cache
-def composed(*overrides: str) -> RunConfig:
-    return compose(overrides)
 
 
 @pytest.fixture(autouse=True)
-def _the_same_settings_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a tenth of a second, and a comparison does it for every run, each time it is made."""
-
-    def compose_but_for_the_place(overrides: Sequence[str]) -> RunConfig:
-        values = [text for text in overrides if not text.startswith("run_dir=")]
-        places = [text.removeprefix("run_dir=") for text in overrides if text.startswith("run_dir=")]
-        return replace(composed(*values), **({"run_dir": places[-1]} if places else {}))
-
-    for module in ("comparison", "plan"):
-        monkeypatch.setattr(f"lorafa.runs.{module}.compose", compose_but_for_the_place)
-
-
-class Fake:
-    """Runs whose final loss is the squared distance of log2(rate) from the method's best rate, plus the seed.
-
-    Args:
-        diverges_above: a learning rate.
-        ends: what comes of a run instead, by "method/run": another loss, or an error.
-    """
-
-    def __init__(
-        self,
-        best: dict[str, float],
-        fail_after: int = 10**6,
-        diverges_above: float = math.inf,
-        ends: Mapping[str, float | Exception] = MappingProxyType({}),
-    ) -> None:
-        self.best, self.fail_after, self.diverges_above, self.ends = best, fail_after, diverges_above, ends
-        self.started: list[str] = []
-        self.expected: list[str | None] = []
-        self.samples: str | None = "a" * 64
-
-    def __call__(
-        self, config: RunConfig, console: Console, command: Sequence[str], samples: str | None = None
-    ) -> Path:
-        path = Path(str(config.run_dir))
-        self.expected.append(samples)
-        path.mkdir(parents=True)
-        (path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
-        if len(self.started) == self.fail_after:
-            raise KeyboardInterrupt
-        name = f"{path.parent.name}/{path.name}"
-        self.started.append(name)
-        loss = math.log2(config.optim.lr / self.best[config.optim.name]) ** 2 + 0.1 * config.train.seed
-        curve = [{"step": s, "loss": 9.0, "eval_loss": loss + 1 - s / 20, "seconds": 0.5 * s} for s in (10, 20)]
-        (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, curve)))
-        if config.optim.lr > self.diverges_above:
-            raise DivergedError("The loss is nan in step 3.")
-        end = self.ends.get(name, loss)
-        if isinstance(end, Exception):
-            raise end
-        result = {"status": "finished", "after": {"loss": end}, "parameters": {"trainable": 7, "all": 9}}
-        result |= {"steps": 20, "seconds": {"train": 10.0}, "samples_sha256": self.samples}
-        (path / "result.json").write_text(json.dumps(result))
-        return path
-
-
-def run(folder: Path, fake: Fake, **changes: Any) -> dict[str, dict[str, Any]]:
-    console = Console(quiet=True)
-    return {row["method"]: row for row in compare(Plan.read(plan_file(folder, **changes)), folder, console, start=fake)}
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    compose_once(monkeypatch)
 
 
 def test_the_first_seed_chooses_the_rate_and_the_others_run_at_it_and_are_reported(tmp_path: Path) -> None:
@@ -391,63 +304,10 @@ def test_the_page_names_every_method(tmp_path: Path) -> None:
     assert page.count("<svg") == 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"baseline": "dora"}, r"baseline 'dora' is none of fa, lora"),
-        ({"methods": {"lora": {"settings": [], "rates": []}}}, r"lora must hold settings and rates"),
-        ({"methods": {"lora": {"settings": [], "rates": [2e-3, 1e-3]}}}, r"numbers > 0, rising"),
-        ({"methods": {"a/../b": {"settings": [], "rates": [1e-3]}}, "baseline": "a/../b"}, r"cannot name a folder"),
-        ({"more": 1}, r"must hold baseline, methods, seeds, settings \(and may hold choose\), found"),
-        ({"choose": [2, 7]}, r"seeds that choose a rate are not reported, found 2 in choose and in seeds\. Name"),
-        ({"choose": "0"}, r"choose must be a list of different integers, found '0'"),
-        (
-            {"choose": [5], "methods": {"lora": {"settings": [], "rates": [1e-3]}}},
-            r"choose names seeds, but no method has several rates to choose from\. Leave it out",
-        ),
-        ({"settings": ["peft.rank=3"]}, r"peft.rank"),
-        ({"methods": {"lora": {"settings": [], "rates": ["1e-3"]}}}, r"Numbers are written with a point: 1\.0e-3"),
-        ({"settings": 3}, r"settings must be a list of settings, found 3\. Write \[train\.steps=100\]"),
-        (
-            {"settings": ["+optim.lr=3"]},
-            r"sets '\+optim\.lr=3', but optim\.lr is the comparison's: see rates\. Leave it",
-        ),
-        ({"settings": ["run_dir=x"]}, r"run_dir is the comparison's: every run has its own"),
-        (
-            {"methods": {"lora": {"settings": "optim=sgd", "rates": [1e-3]}}},
-            r"lora must be a list of settings, found 'optim=sgd'",
-        ),
-        *(
-            ({"seeds": seeds}, r"seeds must be a list of different integers, found .* Write \[0, 1, 2\]")
-            for seeds in (0, [], ["a"], [1, 1])
-        ),
-    ],
-)
-def test_a_plan_that_is_none_is_refused_before_the_first_run(
-    changes: dict[str, Any], match: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=match):
-        Plan.read(plan_file(tmp_path, **changes))
-
-
-def test_what_a_comparison_sets_itself_cannot_be_set_for_all_its_runs(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"the command: key=value sets 'train\.seed=3', but train\.seed is the compar"
-    ):
-        Plan.read(plan_file(tmp_path), ["threads=2", "train.seed=3"])
-
-
 def test_the_command_says_what_is_wrong_and_leaves_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path / "none.yaml"), str(tmp_path / "runs")]) == 2
     assert "cannot be read as a comparison" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_a_plan(path: Path) -> None:
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
-    assert [method.name for method in Plan.read(path).methods] == list(written)
-    assert len(written) > 1
 
 
 def test_a_setting_that_is_none_on_one_side_and_missing_on_the_other_differs() -> None:
