@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from lorafa.errors import ConfigError
-from lorafa.report.plots import svg
-from lorafa.report.tables import gib, in_spread
+from lorafa.report.plots import Series, curves
+from lorafa.report.styles import style_of
+from lorafa.report.tables import DIVERGED, MISSING, gib, in_spread, plus_minus
+from lorafa.report.templates import Drawing, legend_of, write_page
 from lorafa.runs.measures import final_loss, heldout_curve, is_over, mean_curve
 from lorafa.runs.plan import RESULT
 from lorafa.runs.record import RunDirectory
-from lorafa.storage.whole import read_json, written_whole
+from lorafa.storage.whole import read_json
 
 HEADINGS = (
     "method",
@@ -32,7 +29,7 @@ HEADINGS = (
     "trained",
 )
 PAGE = "comparison.html"
-MISSING, DIVERGED = "-", "diverged"
+BAND = "Lines are means over seeds, bands reach from the lowest to the highest."
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -117,8 +114,8 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["method"],
         f"{row['lr']:.3g}" + (" (at the end of the rates tried)" if row.get("at_end") else ""),
         str(row["seeds"]) + (f", {diverged} diverged" if diverged else ""),
-        _interval(row["loss"]) if row["loss"] else missing,
-        _interval(difference, sign="+") if difference else missing,
+        plus_minus(row["loss"]) if row["loss"] else missing,
+        plus_minus(difference, sign="+") if difference else missing,
         missing if steps is None else f"{steps:.0f}",
         _seconds(seconds),
         _peak(row),
@@ -135,26 +132,15 @@ def write_comparison(folder: str | Path) -> Path:
     folder = Path(folder)
     result = read_result(folder)
     rows = result["methods"]
-    templates = Environment(
-        loader=PackageLoader("lorafa", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    text = templates.get_template("comparison.html").render(
+    return write_page(
+        folder / PAGE,
+        "comparison.html",
         title=folder.resolve().name,
         headings=HEADINGS,
         rows=[cells(row) for row in rows],
         notes=notes(result),
-        curves=_curves(folder, rows, result.get("seeds")),
-        rates=_rates(folder, rows),
+        drawings=[each for each in (_curves(folder, rows, result.get("seeds")), _rates(folder, rows)) if each],
     )
-    path = folder / PAGE
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
-
-
-def _interval(values: Mapping[str, Any], sign: str = "") -> str:
-    half = values["half_width"]
-    return f"{values['mean']:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
 def _seconds(times: Mapping[str, float] | float | None) -> str:
@@ -182,45 +168,36 @@ def _swept_with(row: Mapping[str, Any]) -> list[int]:
     return list(found) if isinstance(found, list) else [found]
 
 
-def _curves(folder: Path, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None) -> str:
+def _curves(folder: Path, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None) -> Drawing | None:
     """Held-out loss by step at each method's rate, mean over seeds: up to where the first of them diverged."""
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    points = {}
     for row in rows:
         swept = [] if seeds is None else set(_swept_with(row)) - set(seeds)
         at_rate = {seed: run for (rate, seed), run in _runs(folder, row["method"]).items() if rate == row["lr"]}
-        runs = [run for seed, run in at_rate.items() if seed not in swept]
-        measured = mean_curve([heldout_curve(run.metrics()) for run in runs])
-        points = [(step, statistics.mean(losses)) for step, losses in measured]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", label=row["method"])
-    axes.set_xlabel("step")
-    axes.set_ylabel("held-out loss, nats per answer token")
-    _finish(axes)
-    return svg(figure)
+        measured = [heldout_curve(run.metrics()) for seed, run in at_rate.items() if seed not in swept]
+        points[row["method"]] = mean_curve(measured)
+    return _drawing("Held-out loss by step", points, "step", "nats per answer token")
 
 
-def _rates(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+def _rates(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Final held-out loss by learning rate, mean of the seeds that choose: how each rate was chosen."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+    points = {}
     for row in rows:
-        runs = _runs(folder, row["method"])
-        swept: dict[float | None, list[float]] = {}
-        for (rate, seed), run in runs.items():
-            if seed in _swept_with(row):
+        swept: dict[float, list[float]] = {}
+        for (rate, seed), run in _runs(folder, row["method"]).items():
+            if seed in _swept_with(row) and rate is not None:
                 swept.setdefault(rate, []).append(final_loss(run))
-        points = sorted((rate, mean) for rate, at in swept.items() if math.isfinite(mean := statistics.mean(at)))
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=row["method"])
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("held-out loss after training")
-    _finish(axes)
-    return svg(figure)
+        points[row["method"]] = sorted((rate, losses) for rate, losses in swept.items() if math.isfinite(sum(losses)))
+    if not any(len(rates) > 1 for rates in points.values()):
+        return None
+    title = "How the learning rates were chosen: held-out loss after training"
+    return _drawing(title, points, "learning rate", "nats per answer token", log=True)
 
 
-def _finish(axes: Axes) -> None:
-    axes.grid(alpha=0.25)
-    if axes.get_lines():  # without train.eval_every there is no curve to name
-        axes.legend(frameon=False)
+def _drawing(
+    title: str, points: Mapping[str, list[tuple[float, list[float]]]], across: str, up: str, log: bool = False
+) -> Drawing | None:
+    styles = {method: style_of(number) for number, method in enumerate(points)}
+    svg = curves([Series(styles[method], each) for method, each in points.items()], across, up, log=log)
+    named = [(styles[method], method) for method, each in points.items() if each]
+    return None if svg is None else Drawing(title, svg, legend_of(named), BAND)

@@ -12,7 +12,7 @@ from rich.text import Text
 from lorafa.runs.measures import Metrics, spread, step_seconds
 from lorafa.runs.record import RunDirectory
 
-MISSING = "-"
+MISSING, DIVERGED = "-", "diverged"
 SHOWN = {"accuracy", "correct", "total", "unparsed", "loss"}
 """Scores with a row of their own making; those of other evaluations are shown by their names."""
 PHASES = ("prepare", "evaluate before", "train", "evaluate after", "total")
@@ -75,6 +75,12 @@ def in_spread(times: Mapping[str, float]) -> str:
     """``6.1 (5.9 to 6.6)``, or the median alone where all agree."""
     median, low, high = (f"{times[name]:.3g}" for name in ("median", "low", "high"))
     return median if low == high else f"{median} ({low} to {high})"
+
+
+def plus_minus(values: Mapping[str, Any], sign: str = "", form: str = ".4f") -> str:
+    """``0.6914 ± 0.0031``, or the mean alone where it has no interval."""
+    half = values["half_width"]
+    return f"{values['mean']:{sign}{form}}" + ("" if half is None else f" ± {half:{form}}")
 
 
 def gib(size: int) -> str:

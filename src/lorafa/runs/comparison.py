@@ -92,7 +92,8 @@ def compare(
         try:
             with FileLock(lock, blocking=False):
                 title = f"{method.name}, learning rate {rate:.4g}, seed {seed}"
-                found = _finished(path, config) or _run(config, console, start, title, samples.seen)
+                command = ["lorafa", "train", *plan.overrides(method, rate, seed), *extra, f"run_dir={path}"]
+                found = _finished(path, config) or _run(config, console, start, title, command, samples.seen)
         except (Timeout, TakenError):
             return None
         samples.require_same(found)
@@ -190,12 +191,18 @@ def _finished(path: Path, config: RunConfig) -> RunDirectory | None:
 
 
 def _run(
-    config: RunConfig, console: Console, start: Callable[..., Path], title: str, samples: str | None
+    config: RunConfig,
+    console: Console,
+    start: Callable[..., Path],
+    title: str,
+    command: Sequence[str],
+    samples: str | None,
 ) -> RunDirectory:
+    """Make a run, which records the command that would make it alone."""
     console.rule(escape(title))
     run = RunDirectory(Path(str(config.run_dir)))
     try:
-        start(config, console, ["lorafa", "compare"], samples=samples)
+        start(config, console, command, samples=samples)
     except DivergedError as error:  # a result too, of the rate
         run.update_result(diverged=True)
         console.print(f"Diverged: {error}", markup=False, highlight=False)
