@@ -11,7 +11,7 @@ from lorafa.errors import ConfigError
 from lorafa.report.plots import Series, curves
 from lorafa.report.styles import style_of
 from lorafa.report.tables import DIVERGED, MISSING, gib, in_spread, plus_minus
-from lorafa.report.templates import Drawing, legend_of, write_page
+from lorafa.report.templates import Drawing, legend_of, marked, write_page
 from lorafa.runs.measures import final_loss, heldout_curve, is_over, mean_curve
 from lorafa.runs.plan import RESULT
 from lorafa.runs.record import RunDirectory
@@ -74,7 +74,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             f"The weights are those of the best measurement on the way (train.keep_best), chosen on rows that are "
             f"reported, which flatters the loss. Steps kept: {kept}."
         )
-    if result.get("without_digest", 1):
+    if "without_digest" not in result:
+        texts.append("An earlier version wrote this, which did not look whether all runs saw the same samples.")
+    elif result["without_digest"]:
         texts.append(
             "Runs are recorded here without a digest of their samples, so nothing shows that all of them saw the same."
         )
@@ -137,7 +139,7 @@ def write_comparison(folder: str | Path) -> Path:
         "comparison.html",
         title=folder.resolve().name,
         headings=HEADINGS,
-        rows=[cells(row) for row in rows],
+        rows=[(marked(style_of(number), row["method"]), *cells(row)[1:]) for number, row in enumerate(rows)],
         notes=notes(result),
         drawings=[each for each in (_curves(folder, rows, result.get("seeds")), _rates(folder, rows)) if each],
     )
@@ -159,7 +161,8 @@ def _peak(row: Mapping[str, Any]) -> str:
 def _runs(folder: Path, method: str) -> dict[tuple[float | None, int], RunDirectory]:
     """The runs of a method that finished or diverged, by (learning rate, seed)."""
     runs = [RunDirectory(path.parent) for path in sorted((folder / method).glob("*/config.yaml"))]
-    return {(config.optim.lr, config.train.seed): run for run in runs if is_over(run) for config in (run.config(),)}
+    settings = [(run, run.settings()) for run in runs if is_over(run)]
+    return {(values["optim"]["lr"], values["train"]["seed"]): run for run, values in settings}
 
 
 def _swept_with(row: Mapping[str, Any]) -> list[int]:

@@ -8,19 +8,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorafa.conf.compose import OPEN_GROUPS, composed
+from lorafa.report.values import flat
 from lorafa.settings.typed import keys
 from lorafa.train.settings.optim import usual_warmup
 from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
-
-
-def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested values by their dotted names; an empty mapping is a value."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{above}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
-    return found
 
 
 class Defaults:
@@ -29,8 +21,8 @@ class Defaults:
     def __init__(self) -> None:
         given = OmegaConf.to_container(composed(), resolve=True)
         assert isinstance(given, dict)
-        of_classes = {key.name: _plain(key.default) for key in keys(RunConfig)}
-        self._values = of_classes | flat({str(group): value for group, value in given.items()})
+        self._of_classes = {key.name: _plain(key.default) for key in keys(RunConfig)}
+        self._values = self._of_classes | flat({str(group): value for group, value in given.items()})
         self._known: dict[tuple[str, str, str], Mapping[str, Any]] = {}
 
     def changed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +41,14 @@ class Defaults:
         found: dict[str, Any] = {}
         for group, kind in OPEN_GROUPS.items():
             for field in kind.opens:
-                found |= self._own(group, field, str(settings.get(f"{group}.{field}")))
+                entry, usual = settings.get(f"{group}.{field}"), self._values.get(f"{group}.{field}")
+                own = dict(self._own(group, field, str(entry)))
+                if entry == usual:  # files of settings say what it has
+                    own |= {name: self._values[name] for name in own if self._values.get(name) is not None}
+                elif field == next(iter(kind.opens)):  # they say it of the usual one alone
+                    common = {name: value for name, value in self._of_classes.items() if name.startswith(f"{group}.")}
+                    own = common | {f"{group}.{field}": usual} | own
+                found |= own
         schedule = settings.get("optim.schedule")
         return found | ({"optim.warmup": usual_warmup(str(schedule))} if schedule in SCHEDULES else {})
 
@@ -63,14 +62,3 @@ class Defaults:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def written(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(written, value)) + "]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lorafa.report.entries import Entry
 from lorafa.report.methods import Method, Section
-from lorafa.report.plots import Dot, Series, curves, dashes, drawn, finish, plane, running_mean
+from lorafa.report.plots import TALL, Dot, Series, curves, dashes, drawn, finish, plane, running_mean
 from lorafa.report.starts import block_of, median_spectrum
 from lorafa.report.templates import Drawing, legend_of
 from lorafa.runs.measures import Curve, curve, heldout_curve, mean_curve
@@ -100,7 +100,7 @@ def _mean_of(name: str) -> Callable[[Method], float | None]:
 
 
 def _starts(section: Section) -> Drawing | None:
-    """Left, the median spectrum of all layers of each method's start; right, the mean rank in each block."""
+    """Above, the median spectrum of all layers of each method's start; below, the mean rank in each block."""
     starts: dict[str, Mapping[str, Any]] = {}
     for method in section.methods:
         start = method.runs[0].result.get("start") or {}
@@ -111,23 +111,23 @@ def _starts(section: Section) -> Drawing | None:
         return None
 
     def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
+        above, below = figure.subplots(2, 1)
         for method in shown:
             start, style = starts[method.name], method.style
             if middle := median_spectrum(start["spectra"], list(start["ranks"])):
                 places = range(1, len(middle) + 1)
-                left.plot(places, middle, color=style.colour, linewidth=1.4, **dashes(style))
+                above.plot(places, middle, color=style.colour, linewidth=1.4, **dashes(style))
             blocks: dict[int, list[int]] = {}
             for layer, rank in start["ranks"].items():
                 blocks.setdefault(block_of(layer), []).append(rank)
             x = sorted(blocks)
             means = [statistics.mean(blocks[block]) for block in x]
-            right.plot(x, means, color=style.colour, marker=style.mark, markersize=3, linewidth=0.8)
-        finish(left, "direction", "singular value / largest", log_up=True)
-        finish(right, "block", "mean rank")
+            below.plot(x, means, color=style.colour, marker=style.mark, markersize=3, linewidth=0.8)
+        finish(above, "direction", "singular value / largest", log_up=True)
+        finish(below, "block", "mean rank")
 
     title = "Starts from data: median spectrum of the layers, and ranks by block"
-    return Drawing(title, drawn(draw), _legend(shown), "Of the first seed of each method.")
+    return Drawing(title, drawn(draw, TALL), _legend(shown), "Of the first seed of each method.")
 
 
 def _legend(methods: list[Method]) -> list[tuple[str, str]]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafa.errors import ConfigError, LoraError, first_line, shorten
-from lorafa.report.defaults import Defaults, flat
+from lorafa.report.defaults import Defaults
+from lorafa.report.values import flat
 from lorafa.runs.measures import Metrics
 from lorafa.runs.plan import RESULT
 from lorafa.runs.record import CONFIG, RunDirectory

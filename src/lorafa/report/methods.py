@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from lorafa.errors import ConfigError, shorten
-from lorafa.report.defaults import written
 from lorafa.report.entries import OF_THE_PLACE, Entry, comparison_of
 from lorafa.report.styles import Style, style_of
+from lorafa.report.values import written
 from lorafa.runs.measures import spread, step_seconds
 from lorafa.runs.student import interval
 

@@ -20,6 +20,8 @@ SMOOTHING = 0.9
 """Weight of the past in the running mean of the loss."""
 SIZE = (5.4, 3.3)
 """Inches: small enough that the text can be read where a phone makes the drawing as wide as its screen."""
+TALL = (5.4, 5.4)
+"""The same with two drawings, one above the other."""
 MOST_MARKS = 20
 """Points of a curve that carry a mark."""
 _INK = "#010203"
@@ -172,7 +174,7 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]]) -> str | None:
         finish(axes, "step", "nats per trained token")
         axes.legend(frameon=False)
 
-    return drawn(draw, (7.5, 3.4))
+    return drawn(draw)
 
 
 def running_mean(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:

@@ -12,14 +12,15 @@ from typing import Any
 from markupsafe import Markup
 
 from lorafa.errors import ConfigError, shorten
-from lorafa.report.defaults import Defaults, written
+from lorafa.report.defaults import Defaults
 from lorafa.report.drawings import accuracy, drawings, loss
 from lorafa.report.entries import DAMAGED, OF_THE_PLACE, PAGE, Entry, common_folder, find, named_in_words, read_all
 from lorafa.report.methods import Method, Section, sections
 from lorafa.report.starts import rank_rows
 from lorafa.report.styles import swatch
 from lorafa.report.tables import MISSING, duration, gib, in_spread, plus_minus
-from lorafa.report.templates import write_page
+from lorafa.report.templates import marked, write_page
+from lorafa.report.values import written
 from lorafa.storage.paths import user_path
 
 ANSWERS = 5
@@ -63,7 +64,8 @@ class Report:
 
     def summary(self) -> list[str]:
         """What is to be known before any figure."""
-        texts = [f"{len(self.entries):,} runs in {self.folder.name}: {named_in_words(self.entries)}."]
+        counted = "1 run" if len(self.entries) == 1 else f"{len(self.entries):,} runs"
+        texts = [f"{counted} in {self.folder.name}: {named_in_words(self.entries)}."]
         if len(self.sections) > 1:
             texts.append(
                 f"The runs saw {len(self.sections)} different sets of samples. Those of one set stand in a section of "
@@ -205,14 +207,14 @@ def _kept(method: Method) -> str:
 
 def _shown(section: Section) -> dict[str, Any]:
     headings, rows = table_of(section)
-    marked = [[_marked(method, row[0]), *row[1:]] for method, row in zip(section.methods, rows, strict=True)]
+    shown = [[marked(method.style, row[0]), *row[1:]] for method, row in zip(section.methods, rows, strict=True)]
     varying = section.varying()
     changed = section.methods[0].runs[0].changed
     shared = {name: value for name, value in changed.items() if name not in (*varying, *OF_THE_PLACE)}
     return {
         "title": title_of(section),
         "headings": headings,
-        "rows": marked,
+        "rows": shown,
         "notes": notes_of(section),
         "drawings": drawings(section),
         "coverage": _coverage(section),
@@ -225,10 +227,6 @@ def _shown(section: Section) -> dict[str, Any]:
         "varying": _varying(section, varying) if varying else None,
         "shared": "\n".join(f"{name}={written(value)}" for name, value in shared.items()),
     }
-
-
-def _marked(method: Method, name: str) -> Markup:
-    return Markup(swatch(method.style)) + name
 
 
 def _coverage(section: Section) -> list[tuple[str, ...]]:
@@ -274,7 +272,7 @@ def _varying(section: Section, names: Sequence[str]) -> tuple[list[str], list[li
     for method in section.methods:
         settings = method.runs[0].settings
         cells = [written(settings[name]) if name in settings else MISSING for name in names]
-        rows.append([_marked(method, method.name), *cells])
+        rows.append([marked(method.style, method.name), *cells])
     return ["method", *names], rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lorafa.report.plots import dashes, drawn, finish
+from lorafa.report.plots import TALL, dashes, drawn, finish
 from lorafa.report.styles import style_of
 
 
@@ -52,26 +52,26 @@ def fact_rows_of_start(start: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def spectra_and_ranks(start: Mapping[str, Any]) -> str | None:
-    """Left, the median spectrum of each kind of layer; right, the rank of every layer in the model's order."""
+    """Above, the median spectrum of each kind of layer; below, the rank of every layer in the model's order."""
     spectra, ranks = start.get("spectra") or {}, start.get("ranks") or {}
     if not spectra or not ranks:
         return None
     kinds = _by_kind(ranks)
 
     def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
+        above, below = figure.subplots(2, 1)
         for number, (kind, layers) in enumerate(kinds.items()):
-            style = style_of(number)  # for the right too, which has no legend, also where a kind has no spectrum
+            style = style_of(number)  # below too, where there is no legend, also if a kind has no spectrum
             if middle := median_spectrum(spectra, layers):
                 places = range(1, len(middle) + 1)
-                left.plot(places, middle, label=kind, color=style.colour, linewidth=1.5, **dashes(style))
+                above.plot(places, middle, label=kind, color=style.colour, linewidth=1.5, **dashes(style))
             blocks, chosen = [block_of(layer) for layer in layers], [ranks[layer] for layer in layers]
-            right.plot(blocks, chosen, color=style.colour, marker=style.mark, markersize=3, linewidth=0.8)
-        finish(left, "direction", "singular value / largest", log_up=True)
-        finish(right, "block", "rank")
-        left.legend(frameon=False, fontsize="small")
+            below.plot(blocks, chosen, color=style.colour, marker=style.mark, markersize=3, linewidth=0.8)
+        finish(above, "direction", "singular value / largest", log_up=True)
+        finish(below, "block", "rank")
+        above.legend(frameon=False, fontsize="small")
 
-    return drawn(draw, (8.5, 3.4))
+    return drawn(draw, TALL)
 
 
 def median_spectrum(spectra: Mapping[str, Sequence[float]], layers: Sequence[str]) -> list[float]:

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lorafa.report.values import flat
 from lorafa.runs.measures import Metrics, spread, step_seconds
 from lorafa.runs.record import RunDirectory
 
@@ -32,8 +33,10 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         pair = cell(before), cell(after)
         if pair != (MISSING, MISSING):
             rows.append((label, *pair))
-    others = {name for scores in (before, after) for name, value in scores.items() if _is_number(value)} - SHOWN
-    return rows + [(name, _number(before.get(name)), _number(after.get(name))) for name in sorted(others)]
+    nested = flat(before), flat(after)
+    others = {name for scores in nested for name, value in scores.items() if _is_number(value)} - SHOWN
+    first, last = nested
+    return rows + [(name, _number(first.get(name)), _number(last.get(name))) for name in sorted(others)]
 
 
 def fact_rows(result: Mapping[str, Any], metrics: Metrics = ()) -> list[tuple[str, str]]:
@@ -123,7 +126,8 @@ def duration(seconds: float) -> str:
 def _accuracy(scores: Mapping[str, Any]) -> str:
     if scores.get("accuracy") is None:
         return MISSING
-    return f"{scores['accuracy']:.1%} ({scores['correct']}/{scores['total']})"
+    counted = f" ({scores['correct']}/{scores['total']})" if {"correct", "total"} <= scores.keys() else ""
+    return f"{scores['accuracy']:.1%}{counted}"
 
 
 def _interval(scores: Mapping[str, Any]) -> str:

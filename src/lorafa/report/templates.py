@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from lorafa.report.styles import Style, swatch
 from lorafa.storage.whole import written_whole
@@ -22,6 +23,11 @@ class Drawing:
     legend: Sequence[tuple[str, str]] = ()
     """(mark as SVG, name) of each method."""
     note: str = ""
+
+
+def marked(style: Style, name: str) -> Markup:
+    """A name behind its mark, as a cell of a table."""
+    return Markup(swatch(style)) + name
 
 
 def legend_of(methods: Sequence[tuple[Style, str]]) -> list[tuple[str, str]]:

@@ -167,6 +167,11 @@ def test_what_a_step_took_stands_with_its_spread_and_the_peak_of_an_earlier_vers
     assert "peak memory" not in facts
 
 
+def test_scores_of_any_evaluation_are_shown_nested_ones_by_their_dotted_names() -> None:
+    after = {"accuracy": 0.25, "forgetting": {"kl": 0.5, "on": "text"}}
+    assert score_rows({"after": after}) == [("held-out accuracy", "-", "25.0%"), ("forgetting.kl", "-", "0.5")]
+
+
 def test_the_step_that_was_kept_is_named_with_the_rows_that_chose_it() -> None:
     facts = dict(fact_rows({"kept_step": 40, "kept_by_rows": 48}))
     assert facts["weights kept"] == (
@@ -200,16 +205,7 @@ def test_brackets_in_an_error_are_no_markup(run: RunDirectory) -> None:
     assert "KeyError: '[/x]'" in console.export_text()
 
 
-def test_several_runs_are_reported_one_after_the_other(
-    finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = RunDirectory.create(tmp_path / "[other] run", compose())
-    assert main(["report", str(finished.path), str(other.path)]) == 0
-    out = capsys.readouterr().out
-    assert out.index(str(finished.path)) < out.index("finished") < out.index(str(other.path)) < out.index("not started")
-    assert (other.path / "report.html").is_file()
-
-
 def test_of_several_runs_one_that_is_none_stops_all(finished: RunDirectory, tmp_path: Path) -> None:
     assert main(["report", str(finished.path), str(tmp_path / "none")]) == 2
     assert not (finished.path / "report.html").exists()
+    assert not (tmp_path / "runs.html").exists()
