@@ -46,8 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from lorafa.report.entries import find
-    from lorafa.report.runs import Report
+    from lorafa.report.found import find
     from lorafa.storage.paths import user_path
 
     found = find(args.run_dirs)
@@ -55,6 +54,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.baseline:
             raise ConfigError("A single run is measured against nothing, found --baseline. Leave it out, or add runs.")
         return _one(args.run_dirs[0], console)
+    from lorafa.report.runs import Report
+
     return _several(Report.of(args.run_dirs, args.baseline), args.page, console)
 
 

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorafa.errors import ConfigError, LoraError, first_line, shorten
+from lorafa.errors import LoraError, first_line, shorten
 from lorafa.report.defaults import Defaults
 from lorafa.report.values import flat
 from lorafa.runs.measures import Metrics
 from lorafa.runs.plan import RESULT
-from lorafa.runs.record import CONFIG, RunDirectory
-from lorafa.storage.paths import user_path
+from lorafa.runs.record import RunDirectory
 from lorafa.storage.whole import read_json
 
-PAGE = "runs.html"
-DEPTH = 4
-"""Folders below the one given in which runs are looked for."""
 OF_THE_PLACE = ("run_dir", "if_exists", "threads", "train.seed", "train.resume", "report_to", "report_project")
 """Settings in which two runs of one method may differ."""
 FINISHED, DIVERGED, DAMAGED = "finished", "diverged", "damaged"
@@ -79,53 +73,10 @@ class Entry:
         }
 
 
-def find(paths: Sequence[str | Path]) -> list[Path]:
-    """The run directories among these paths and in the folders among them, each once, by name within a folder.
-
-    Raises:
-        ConfigError: a path is no run and holds none.
-    """
-    found: dict[Path, None] = {}
-    for given in paths:
-        path = user_path(given)
-        if path.name == PAGE and path.is_file():
-            continue  # of an earlier report: runs/* names it too
-        inside = [path] if (path / CONFIG).is_file() else sorted(_inside(path, DEPTH), key=_natural)
-        if not inside:
-            RunDirectory.open(path)  # says what it is instead
-        found |= dict.fromkeys(inside)
-    if not found:
-        raise ConfigError("There is no run to report. Give runs, or a folder that holds some.")
-    return list(found)
-
-
-def _inside(folder: Path, depth: int) -> Iterable[Path]:
-    if not folder.is_dir() or depth == 0:
-        return
-    for child in folder.iterdir():
-        if child.is_dir() and not child.name.startswith("."):
-            if (child / CONFIG).is_file():
-                yield child
-            else:
-                yield from _inside(child, depth - 1)
-
-
-def _natural(path: Path) -> list[tuple[int, float, str]]:
-    """Sorts seed-2 before seed-10, and rates by their value."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", str(path))
-    return [(0, float(part), "") if place % 2 else (1, 0.0, part) for place, part in enumerate(parts)]
-
-
 def read_all(paths: Sequence[Path], within: Path, defaults: Defaults) -> list[Entry]:
     """Every run as it stands; one that cannot be read says so and stops no other."""
     comparisons = {folder: _comparison(folder) for folder in {path.parent.parent for path in paths}}
     return [_read(path, within, comparisons[path.parent.parent], defaults) for path in paths]
-
-
-def common_folder(paths: Sequence[Path]) -> Path:
-    """The folder that holds all these runs."""
-    absolute = [path.absolute().parent for path in paths]
-    return Path(os.path.commonpath(absolute))
 
 
 def comparison_of(entry: Entry) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ class Dot:
     x: float
     y: float
     half_width: float | None = None
-    """Of the interval of y."""
+    """Half of the width of the interval of y."""
 
 
 def drawn(draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from lorafa.errors import ConfigError, shorten
 from lorafa.report.defaults import Defaults
 from lorafa.report.drawings import accuracy, drawings, loss
-from lorafa.report.entries import DAMAGED, OF_THE_PLACE, PAGE, Entry, common_folder, find, named_in_words, read_all
+from lorafa.report.entries import DAMAGED, OF_THE_PLACE, Entry, named_in_words, read_all
+from lorafa.report.found import PAGE, common_folder, find
 from lorafa.report.methods import Method, Section, sections
 from lorafa.report.starts import rank_rows
 from lorafa.report.styles import swatch

@@ -245,7 +245,8 @@ def train(
     kept = _save(prepared, config, run)
     counted = _counted(prepared.model)  # again: LoRA-FA's optimizer has frozen A meanwhile
     if fitted.kept is not None:
-        run.update_result(kept_step=fitted.kept, kept_by_rows=_rows_on_the_way(prepared, config))
+        measured = prepared.data.heldout.samples[: config.train.eval_size]
+        run.update_result(kept_step=fitted.kept, kept_by_rows=len(measured))
     run.update_result(steps=fitted.steps, stopped=fitted.stopped, **kept, seconds=seconds, parameters=counted)
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
@@ -256,11 +257,6 @@ def train(
         with console.status("Saving the merged model"):
             _save_merged(prepared, config, run)
         run.update_result(merged=run.merged.name)
-
-
-def _rows_on_the_way(prepared: Prepared, config: RunConfig) -> int:
-    """How many of the held-out rows are measured during the training."""
-    return len(prepared.data.heldout.samples[: config.train.eval_size])
 
 
 def _require_same_samples(prepared: Prepared, began_with: str | None) -> None:
