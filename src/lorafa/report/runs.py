@@ -72,7 +72,7 @@ class Report:
                 f"The runs saw {len(self.sections)} different sets of samples. Those of one set stand in a section of "
                 "their own, and nothing is compared across sections."
             )
-        if self.left_out:
+        if any(not entry.chose for entry in self.left_out):
             texts.append(
                 "Runs that did not finish, or diverged, are part of no mean; they are listed at the end with what "
                 "became of them."
@@ -148,7 +148,10 @@ def table_of(section: Section) -> tuple[list[str], list[list[str]]]:
 
 def notes_of(section: Section) -> list[str]:
     """How the figures of a section's table were made."""
-    texts = ["Figures are means over seeds ± half of their 95 % interval (Student's t); a single run has none."]
+    texts = [
+        "Figures are means over seeds ± half of their 95 % interval (Student's t); a single run has none, but its "
+        "accuracy may have one over its questions."
+    ]
     compared = len(section.differences(loss)) or len(section.differences(accuracy))
     if compared:
         corrected = (
@@ -182,6 +185,9 @@ def _measures(section: Section) -> list[tuple[str, Any, str]]:
 
 def _interval(method: Method, measure: Any, form: str) -> str:
     found = method.interval(measure)
+    bounds = (method.runs[0].result.get("after") or {}).get("interval")
+    if measure is accuracy and len(method.runs) == 1 and found and bounds:
+        return f"{found['mean']:{form}} ({bounds[0]:{form}} to {bounds[1]:{form}})"
     return _formed(found, form) if found else MISSING
 
 

@@ -39,7 +39,7 @@ from lorafa.runs.plan import RESULT, Method, Plan, run_path
 from lorafa.runs.record import RunDirectory, TakenError
 from lorafa.runs.student import interval
 from lorafa.settings.typed import plain
-from lorafa.storage.whole import write_json
+from lorafa.storage.whole import make_folder, write_json
 from lorafa.train.memory import return_freed_memory
 from lorafa.train.settings.run import RunConfig
 
@@ -81,7 +81,7 @@ def compare(
             all diverge, and a method with such a run has no mean (see :func:`rows`).
     """
     chosen: dict[str, Choice] = {}
-    samples = _Samples(plan, folder)
+    samples = _Samples(plan, make_folder(folder))
 
     def run(method: Method, rate: float, seed: int) -> RunDirectory | None:
         """The run, which is over; None where another process is at it."""

@@ -41,6 +41,14 @@ def test_means_have_intervals_and_differences_are_taken_seed_by_seed(tmp_path: P
     assert by_name["large"]["s / step"] == "0.5"
 
 
+def test_the_accuracy_of_a_single_run_has_the_interval_over_its_questions(tmp_path: Path) -> None:
+    after = {"loss": 1.0, "accuracy": 0.6, "correct": 6, "total": 10, "interval": [0.3, 0.8]}
+    for n in range(2):
+        make_run(tmp_path / f"m{n}", loss=1.0, rank=8 + n, after=after)
+    headings, rows = table_of(Report.of([tmp_path]).sections[0])
+    assert rows[0][headings.index("accuracy")] == "60.0% (30.0% to 80.0%)"
+
+
 def test_differences_are_corrected_for_their_number_and_it_is_said(tmp_path: Path) -> None:
     two_methods(tmp_path)
     for seed in range(3):
@@ -102,9 +110,10 @@ def test_runs_that_chose_the_rate_of_a_comparison_are_part_of_no_mean(tmp_path: 
     (section,) = report.sections
     assert section.baseline.name == "lora/lr-0.001"
     assert [[run.seed for run in method.runs] for method in section.methods] == [[1, 2], [1, 2]]
-    assert "Runs of seeds that chose a learning rate are part of no mean: they would flatter their method." in (
-        report.summary()
-    )
+    assert report.summary() == [
+        f"6 runs in {tmp_path.name}: 6 finished.",
+        "Runs of seeds that chose a learning rate are part of no mean: they would flatter their method.",
+    ]
 
 
 def test_a_setting_that_an_earlier_version_did_not_have_makes_no_other_method(tmp_path: Path) -> None:

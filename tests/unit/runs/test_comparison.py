@@ -66,10 +66,11 @@ def test_with_one_seed_the_number_is_that_of_the_seed_that_chose_and_it_is_said(
 
 def test_without_rates_to_choose_from_every_seed_is_reported(tmp_path: Path) -> None:
     methods = {"lora": {"settings": ["optim=adamw"], "rates": [1e-3]}}
-    fake = Fake(BEST)
-    row = run(tmp_path, fake, methods=methods)["lora"]
+    fake, folder = Fake(BEST), tmp_path / "not" / "there"
+    plan = Plan.read(plan_file(tmp_path, methods=methods))
+    (row,) = compare(plan, folder, Console(quiet=True), start=fake)
     assert (row["seeds"], len(fake.started)) == (3, 3)
-    assert "The learning rates were given, not chosen." in notes(read_result(tmp_path))
+    assert "The learning rates were given, not chosen." in notes(read_result(folder))
 
 
 def test_intervals_of_differences_are_corrected_for_the_number_of_methods_and_it_is_said(tmp_path: Path) -> None:
