@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from harness import THREADS, Contender, emit, interleave, median, timed, verdict
 
-from lorafa.runs.comparison import interval
+from lorafa.runs.student import interval
 
 NAME = "end_to_end"
 BATCH, RATE, HELD_OUT = 8, 1e-3, 64

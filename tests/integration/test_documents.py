@@ -40,6 +40,7 @@ from lorafa.train.adapter_config import lora_config
 from toys.language_models import SMALL, llama
 from toys.places import ROOT
 from toys.records import write_rows
+from toys.runs import make_run
 from toys.workplace import make_workplace
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -133,6 +134,8 @@ FILES = {
     "short.jsonl": "the short problems of GSM8K, which come from the Hub (recipes/short_problems.py)",
     "recipes": "the folder of the repository",
     "runs/20260101-120000-lora-r16": "a run of the reader's own, of which the adapter is there",
+    "runs/first": "a finished run, with all that a report reads",
+    "runs/second": "another one",
 }
 """What lies in the folder where the examples run, and what it stands for."""
 SCRIPT, EVALUATION = "run_exp.py", "eval_gsm8k.py"
@@ -172,6 +175,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made / "runs" / "20260101-120000-lora-r16" / "adapter"
     )
     RunDirectory.create(made / "runs" / "20260101-120000-lora-r16", compose(["model=path/to/model"]))
+    for number, name in enumerate(("first", "second")):
+        make_run(made / "runs" / name, loss=1.0 + number, rank=8 + number)
     assert {path.name for path in made.iterdir()} == {name.partition("/")[0] for name in FILES}
     return made
 
@@ -261,7 +266,7 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         started, rest = launched.training_script, launched.training_script_args
         assert (launched.module, started) in ((True, "lorafa.cli.main"), (False, EVALUATION))
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
-    elif words[:2] == ("lorafa", "params"):
+    elif words[:2] in {("lorafa", "params"), ("lorafa", "report")}:
         assert main(list(words[1:])) == 0
     elif words[:2] == ("lorafa", "eval"):
         args = parse(words[1:])

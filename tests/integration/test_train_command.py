@@ -191,7 +191,13 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(workplace: Path, tmp_path: 
     assert main(["train", *settings(workplace, run), *extra]) == 0
     measured = [row["eval_loss"] for row in metrics(run) if "eval_loss" in row]
     assert len(measured) == STEPS // 4
+    result = read(run / "result.json")
+    assert (result["kept_step"], result["kept_by_rows"]) == (4 * (1 + measured.index(min(measured))), 4)
     assert read(run / "result.json")["after"]["loss"] == pytest.approx(min(measured), rel=1e-4)
+
+
+def test_a_run_that_keeps_its_last_step_names_none(finished: Path) -> None:
+    assert "kept_step" not in read(finished / "result.json")
 
 
 def test_the_number_of_threads_is_that_of_the_settings_and_is_given_back(workplace: Path, tmp_path: Path) -> None:

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lorafa.cli.main import main
+from lorafa.conf.compose import compose
+from lorafa.errors import DataError
+from lorafa.runs.experiment import start_run
 from toys.workplace import ROWS, make_workplace, metrics, read, settings
 
 
@@ -45,6 +49,22 @@ def test_what_goes_by_held_out_rows_is_refused_without(
     text = " ".join(capsys.readouterr().err.split())
     assert "goes by held-out rows, and none of" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_for_a_comparison_is_refused_other_samples_before_it_trains(workplace: Path, tmp_path: Path) -> None:
+    overrides = short(workplace, tmp_path / "first")[1:]
+    console = Console(quiet=True)
+    digest = read(start_run(compose(overrides), console, []) / "result.json")["samples_sha256"]
+    other = compose([*overrides, f"run_dir={tmp_path / 'other'}", "data.train_size=5"])
+    with pytest.raises(
+        DataError,
+        match=rf"rows\.jsonl gives other samples than the runs this one is to be compared with saw \(samples_sha256 "
+        rf"\w{{12}} and {digest[:12]}\): .* Restore them, or compare in another folder\. Nothing was trained",
+    ):
+        start_run(other, console, [], samples=digest)
+    assert not (tmp_path / "other").exists()
+    same = compose([*overrides, f"run_dir={tmp_path / 'same'}", "optim.lr=0.1"])
+    assert read(start_run(same, console, [], samples=digest) / "result.json")["status"] == "finished"
 
 
 def test_rows_of_another_file_are_measured(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -96,6 +97,28 @@ def test_a_run_cut_short_after_its_last_step_takes_no_step_more(
     assert [name for name in trained if not torch.equal(trained[name], again[name])] == []
     assert read(run / "result.json")["steps"] == 6
     assert not (run / "checkpoints" / "checkpoint-7").exists()
+
+
+def test_a_continued_run_has_the_time_and_the_peak_of_all_its_parts(cut: Path) -> None:
+    first = read(cut / "result.json")
+    assert first["seconds"]["total"] > 0
+    known = first | {"seconds": first["seconds"] | {"total": 1000.0}, "peak_rss_bytes": 2**45}
+    (cut / "result.json").write_text(json.dumps(known))
+    assert main(["train", f"train.resume={cut}"]) == 0
+    result = read(cut / "result.json")
+    assert 1000 < result["seconds"]["total"] < 1100
+    assert result["peak_rss_bytes"] == 2**45
+
+
+def test_a_part_that_was_killed_counts_with_what_it_has_recorded(cut: Path) -> None:
+    """It has written no total; the total of all is never less than the training."""
+    rows = [row | {"seconds": row["seconds"] + 500} for row in metrics(cut)]
+    (cut / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seconds = {name: value for name, value in read(cut / "result.json")["seconds"].items() if name != "total"}
+    (cut / "result.json").write_text(json.dumps(read(cut / "result.json") | {"seconds": seconds}))
+    assert main(["train", f"train.resume={cut}"]) == 0
+    seconds = read(cut / "result.json")["seconds"]
+    assert 500 < seconds["train"] <= seconds["total"]
 
 
 def test_a_run_is_not_continued_on_other_records(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:

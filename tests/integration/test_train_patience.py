@@ -61,6 +61,7 @@ def test_a_run_that_stops_early_says_so_and_ends_with_the_best(
     losses = [row["eval_loss"] for row in metrics(whole) if "eval_loss" in row]
     assert result["steps"] == 2 * len(losses) < 40
     assert losses.index(min(losses)) == len(losses) - 4
+    assert result["kept_step"] == 2 * (len(losses) - 3)
     assert result["after"]["loss"] == pytest.approx(min(losses), rel=1e-4)
     assert "the held-out loss has not fallen in 3 measurements since step" in result["stopped"]
     assert f"Stopped after step {result['steps']}: " in capsys.readouterr().out
@@ -77,4 +78,5 @@ def test_a_run_that_stops_early_says_so_and_ends_with_the_best(
         assert main(["train", *settings(workplace, cut), *more]) == 130
     assert main(["train", f"train.resume={cut}"]) == 0
     again = read(cut / "result.json")
-    assert (again["steps"], again["stopped"], again["after"]) == (result["steps"], result["stopped"], result["after"])
+    for name in ("steps", "stopped", "after", "kept_step"):
+        assert again[name] == result[name], name

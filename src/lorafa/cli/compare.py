@@ -12,7 +12,8 @@ DESCRIPTION = """\
 Run a comparison of methods and print its table.
 
 The plan is a yaml file: methods with their settings and learning rates, seeds, a baseline (see recipes/). The first
-seed chooses every method's learning rate; the other seeds run at it. Each run has a directory of its own in FOLDER;
+seed (or those of `choose`) chooses every method's learning rate; the other seeds run at it, and they alone are
+reported. All runs see the same samples, or the comparison stops. Each run has a directory of its own in FOLDER;
 a comparison that was cut short goes on where it stopped, and the same command in several processes shares the runs
 out. Writes comparison.json and comparison.html into FOLDER."""
 
@@ -45,20 +46,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    from lorafa.cli.screen import writable
     from lorafa.launch import require_alone
     from lorafa.train.memory import keep_freed_memory
 
     require_alone("lorafa compare")
     keep_freed_memory()  # before the first tensor
     from lorafa.errors import DivergedError
-    from lorafa.report.comparison import HEADINGS, cells, write_comparison
-    from lorafa.runs.comparison import Plan, compare
+    from lorafa.report.comparison import HEADINGS, cells, notes, read_result, write_comparison
+    from lorafa.runs.comparison import compare
+    from lorafa.runs.plan import Plan
 
     rows = compare(Plan.read(args.plan, args.overrides), Path(args.folder), console, args.overrides)
     table = Table(*HEADINGS)
     for row in rows:
-        table.add_row(*map(Text, cells(row)))
+        table.add_row(*(Text(writable(cell, console.encoding)) for cell in cells(row)))
     console.print(table)
+    for note in notes(read_result(Path(args.folder))):
+        console.print(writable(note, console.encoding), highlight=False, markup=False)
     console.print(f"Report: {write_comparison(args.folder)}", highlight=False, markup=False, soft_wrap=True)
     if all(row["diverged"] for row in rows):
         raise DivergedError("No method has a result: each has a run that diverged. Give the plan lower learning rates.")

@@ -62,8 +62,10 @@ def main(argv: Sequence[str] | None = None, read: Reader | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lorafa.cli.screen import Screen  # rich: help and version do without
+    from lorafa.cli.screen import Screen, replacing  # rich: help and version do without
 
+    for stream in (sys.stdout, sys.stderr):
+        replacing(stream)
     console, errors = Screen(), Screen(stderr=True)
     try:
         with _plain_warnings(errors), _stopped_like_interrupted():

@@ -174,7 +174,8 @@ def _notes(model: nn.Module, config: RunConfig) -> list[str]:
     if initializer.moves_base:
         notes.append(
             f"init={config.init.mode} is computed from the weights, which are not there. What it takes out of the base "
-            "stays with the adapter: frozen copies of A and B are in memory and in the file as well."
+            "stays with the adapter: the file, of rank 2r, is counted with it; in memory frozen copies of A and B come "
+            "on top."
         )
     if initializer.quantizer:
         notes.append(f"init={config.init.mode} quantizes the base; it is counted as if it did not.")

@@ -65,7 +65,7 @@ class AdapterCost:
     other: int
     """Numbers trained beside the factors: copies of modules_to_save, token rows, base biases."""
     stored: int
-    """Numbers in the adapter's file, that of A included where it is frozen."""
+    """Numbers in the adapter's file: A where it is frozen too, and what a start has taken out of the base."""
     gradient_bytes: int
     state_bytes: int
     """What the optimizer holds after its first step, step counters apart."""
@@ -113,12 +113,15 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
         trained = [p for p in model.parameters() if p.requires_grad]
         tables = which_tables(planned.config, model, "auto")
         file = file_tensors(model, _NAME, planned.config, tables=tables)
+        stored = sum(tensor.numel() for tensor in file.values())
+        if config.start.initializer.moves_base:
+            stored += sum(kind.A + kind.B for kind in kinds)  # the start, which was left out of the plan: rank 2r
         return AdapterCost(
             base=sum(p.numel() for p in base),
             base_bytes=_bytes(base),
             kinds=kinds,
             other=sum(p.numel() for p in trained) - sum(kind.trainable for kind in kinds),
-            stored=sum(tensor.numel() for tensor in file.values()),
+            stored=stored,
             gradient_bytes=_bytes(trained),
             state_bytes=entry_of(optim).state(Sizes(trained, _pairs(layers)), optim.own),
             factors=factors,

@@ -156,7 +156,8 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
     middle = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    low = 0.0 if correct == 0 else (middle - half) / scale  # exactly: rounding would leave 3e-18
+    return low, 1.0 if correct == total else (middle + half) / scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lorafa.report.plots import svg
+from lorafa.report.plots import TALL, dashes, drawn, finish
+from lorafa.report.styles import style_of
 
 
 def kind_of(layer: str) -> str:
@@ -51,30 +52,32 @@ def fact_rows_of_start(start: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def spectra_and_ranks(start: Mapping[str, Any]) -> str | None:
-    """Left, the median spectrum of each kind of layer; right, the rank of every layer in the model's order."""
+    """Above, the median spectrum of each kind of layer; below, the rank of every layer in the model's order."""
     spectra, ranks = start.get("spectra") or {}, start.get("ranks") or {}
     if not spectra or not ranks:
         return None
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, (kind, layers) in enumerate(_by_kind(ranks).items()):
-        color = f"C{number}"  # the legend on the left is that of the right too, where a kind may have no spectrum
-        curves = [_relative(spectra[layer]) for layer in layers if spectra.get(layer) and spectra[layer][0] > 0]
-        if curves:
-            middle = [statistics.median(values) for values in zip(*curves, strict=False)]
-            left.plot(range(1, len(middle) + 1), middle, label=kind, color=color, linewidth=1.5)
-        blocks, chosen = [_number(layer) for layer in layers], [ranks[layer] for layer in layers]
-        right.plot(blocks, chosen, ".-", color=color, linewidth=0.8)
-    left.set_xlabel("direction")
-    left.set_ylabel("singular value / largest")
-    left.set_yscale("log")
-    left.legend(frameon=False, fontsize="small")
-    right.set_xlabel("block")
-    right.set_ylabel("rank")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-    return svg(figure)
+    kinds = _by_kind(ranks)
+
+    def draw(figure: Figure) -> None:
+        above, below = figure.subplots(2, 1)
+        for number, (kind, layers) in enumerate(kinds.items()):
+            style = style_of(number)  # below too, where there is no legend, also if a kind has no spectrum
+            if middle := median_spectrum(spectra, layers):
+                places = range(1, len(middle) + 1)
+                above.plot(places, middle, label=kind, color=style.colour, linewidth=1.5, **dashes(style))
+            blocks, chosen = [block_of(layer) for layer in layers], [ranks[layer] for layer in layers]
+            below.plot(blocks, chosen, color=style.colour, marker=style.mark, markersize=3, linewidth=0.8)
+        finish(above, "direction", "singular value / largest", log_up=True)
+        finish(below, "block", "rank")
+        above.legend(frameon=False, fontsize="small")
+
+    return drawn(draw, TALL)
+
+
+def median_spectrum(spectra: Mapping[str, Sequence[float]], layers: Sequence[str]) -> list[float]:
+    """The median over layers of each singular value as a share of the layer's largest; empty where no layer has any."""
+    curves = [_relative(spectra[layer]) for layer in layers if spectra.get(layer) and spectra[layer][0] > 0]
+    return [statistics.median(values) for values in zip(*curves, strict=False)]
 
 
 def _by_kind(layers: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -88,7 +91,7 @@ def _relative(values: Sequence[float]) -> list[float]:
     return [value / values[0] for value in values]
 
 
-def _number(layer: str) -> int:
+def block_of(layer: str) -> int:
     """The first number in a layer's name: its block."""
     found = re.search(r"\.(\d+)\.", f".{layer}.")
     return int(found[1]) if found else 0

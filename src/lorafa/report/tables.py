@@ -9,9 +9,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lorafa.report.values import flat
+from lorafa.runs.measures import Metrics, spread, step_seconds
 from lorafa.runs.record import RunDirectory
 
-MISSING = "-"
+MISSING, DIVERGED = "-", "diverged"
 SHOWN = {"accuracy", "correct", "total", "unparsed", "loss"}
 """Scores with a row of their own making; those of other evaluations are shown by their names."""
 PHASES = ("prepare", "evaluate before", "train", "evaluate after", "total")
@@ -31,12 +33,14 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         pair = cell(before), cell(after)
         if pair != (MISSING, MISSING):
             rows.append((label, *pair))
-    others = {name for scores in (before, after) for name, value in scores.items() if _is_number(value)} - SHOWN
-    return rows + [(name, _number(before.get(name)), _number(after.get(name))) for name in sorted(others)]
+    nested = flat(before), flat(after)
+    others = {name for scores in nested for name, value in scores.items() if _is_number(value)} - SHOWN
+    first, last = nested
+    return rows + [(name, _number(first.get(name)), _number(last.get(name))) for name in sorted(others)]
 
 
-def fact_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of everything else worth a line: status, sizes, times."""
+def fact_rows(result: Mapping[str, Any], metrics: Metrics = ()) -> list[tuple[str, str]]:
+    """(name, value) of everything else worth a line: status, sizes, rows, times; seconds a step from the metrics."""
     seconds, sizes = result.get("seconds") or {}, result.get("parameters") or {}
     rows = [("status", str(result.get("status", "not started")))]
     if result.get("error"):
@@ -44,19 +48,64 @@ def fact_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if sizes:
         share = sizes["trainable"] / sizes["all"]
         rows.append(("trained parameters", f"{sizes['trainable']:,} of {sizes['all']:,} ({share:.2%})"))
+    rows += _rows_of_data(result.get("rows") or {})
     if "steps" in result:
         rows.append(("steps", f"{result['steps']:,}"))
+    if result.get("stopped"):
+        rows.append(("stopped", str(result["stopped"])))
+    if result.get("kept_step") is not None:
+        rows.append(("weights kept", kept_in_words(result)))
+    if times := spread(step_seconds(metrics)):
+        rows.append(("time of a step", f"{in_spread(times)} s, median (a tenth of the steps is below, one above)"))
     rows += [(f"time: {name}", duration(seconds[name])) for name in PHASES if name in seconds]
     if result.get("peak_rss_bytes"):
-        rows.append(("peak memory", f"{result['peak_rss_bytes'] / 2**30:.2f} GiB"))
+        own = result.get("peak_rss_of") == "run"
+        rows.append(("peak memory" if own else "peak memory of its process", gib(result["peak_rss_bytes"])))
+    if result.get("peak_device_bytes"):
+        rows.append(("peak memory, accelerator", gib(result["peak_device_bytes"])))
     return rows
+
+
+def kept_in_words(result: Mapping[str, Any]) -> str:
+    """Which step ``train.keep_best`` chose, and on what."""
+    return (
+        f"those of step {result['kept_step']:,}, chosen on {result['kept_by_rows']:,} of the held-out rows that are "
+        "reported, which flatters the loss after training"
+    )
+
+
+def in_spread(times: Mapping[str, float]) -> str:
+    """``6.1 (5.9 to 6.6)``, or the median alone where all agree."""
+    median, low, high = (f"{times[name]:.3g}" for name in ("median", "low", "high"))
+    return median if low == high else f"{median} ({low} to {high})"
+
+
+def plus_minus(values: Mapping[str, Any], sign: str = "", form: str = ".4f") -> str:
+    """``0.6914 ± 0.0031``, or the mean alone where it has no interval."""
+    half = values["half_width"]
+    return f"{values['mean']:{sign}{form}}" + ("" if half is None else f" ± {half:{form}}")
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _rows_of_data(rows: Mapping[str, int]) -> list[tuple[str, str]]:
+    """How many rows there were, and how many were left out or cut: always said, a zero too."""
+    if not rows:
+        return []
+    return [
+        ("rows", f"{rows['train']:,} trained on, {rows['heldout']:,} held out"),
+        ("rows left out", f"{rows['dropped']:,} for their length, {rows['repeated']:,} repeat a held-out one"),
+        ("rows cut", f"{rows['truncated']:,}"),
+    ]
 
 
 def result_tables(run: RunDirectory) -> Group:
     """For the terminal: the facts, then the scores before and after."""
     result = run.result()
     facts = Table.grid(padding=(0, 2))
-    for name, value in fact_rows(result):
+    for name, value in fact_rows(result, run.metrics()):
         facts.add_row(name, Text(value))  # an error may hold [brackets]
     scores = Table()
     for heading in ("", "before", "after"):
@@ -77,7 +126,8 @@ def duration(seconds: float) -> str:
 def _accuracy(scores: Mapping[str, Any]) -> str:
     if scores.get("accuracy") is None:
         return MISSING
-    return f"{scores['accuracy']:.1%} ({scores['correct']}/{scores['total']})"
+    counted = f" ({scores['correct']}/{scores['total']})" if {"correct", "total"} <= scores.keys() else ""
+    return f"{scores['accuracy']:.1%}{counted}"
 
 
 def _interval(scores: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lorafa.errors import CheckpointError, ConfigError
+from lorafa.errors import CheckpointError, ConfigError, DataError, LoraError
 from lorafa.launch import ending_together
-from lorafa.processes import from_main, on_main
+from lorafa.processes import from_main, is_main, on_main
 from lorafa.runs.differences import difference, differing
-from lorafa.runs.environment import environment, peak_rss_bytes
+from lorafa.runs.environment import environment
+from lorafa.runs.peaks import Peaks
 from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.secrets import refuse_secrets
 from lorafa.runs.shared import SharedRun
@@ -33,12 +34,15 @@ from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
 
 
-def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Path:
+def start_run(config: RunConfig, console: Console, command: Sequence[str], samples: str | None = None) -> Path:
     """Train as ``config`` says and return the run directory: a new one, or with ``if_exists=resume`` that of a run with
     the same settings, which is continued, or left alone where it is finished.
 
     A new directory is this run's from the start, whoever else starts now. Something is written into it once model, data
     and adapter stand; what fails before, a setting that does not fit, leaves nothing behind.
+
+    Args:
+        samples: SHA-256 of the samples that a new run is to see, those of the runs it will be compared with.
 
     Raises:
         LoraError: of the kind that fits; from the training on, result.json says what happened.
@@ -48,7 +52,7 @@ def start_run(config: RunConfig, console: Console, command: Sequence[str]) -> Pa
         with on_main(there.held()):
             return _go_on(SharedRun(there), config, console, command)
     with on_main(RunDirectory.claimed(config)) as run:
-        return _run(SharedRun(run), None, config, console, command)
+        return _run(SharedRun(run), None, config, console, command, samples)
 
 
 def begun(config: RunConfig) -> RunDirectory | None:
@@ -168,11 +172,22 @@ def _from_there(run: RunDirectory) -> str:
 
 
 def _run(
-    run: SharedRun, checkpoint: Path | None, config: RunConfig, console: Console, command: Sequence[str]
+    run: SharedRun,
+    checkpoint: Path | None,
+    config: RunConfig,
+    console: Console,
+    command: Sequence[str],
+    samples: str | None = None,
 ) -> Path:
-    started = time.monotonic()
+    spent = _Spent(run)
     with _threads(config.threads), ending_together():
         prepared = prepare(config, console)
+        if samples not in (None, prepared.data.sha256):
+            raise DataError(
+                f"{prepared.data.source} gives other samples than the runs this one is to be compared with saw "
+                f"(samples_sha256 {prepared.data.sha256:.12} and {samples:.12}): the records, the tokenizer or a "
+                "setting of data differ. Restore them, or compare in another folder. Nothing was trained."
+            )
         if checkpoint is None or config != run.config():
             run.create(config)
         if run.metrics():  # of a part that is done again
@@ -180,25 +195,55 @@ def _run(
         run.write_environment(environment(command))
         run.update_result(status="running", error=None)
         console.print(f"Run directory: {run.path}", highlight=False, markup=False, soft_wrap=True)
-    with _threads(config.threads), _recorded(run, console), ending_together(run.fail):
+    with _threads(config.threads), _recorded(run, console, spent), ending_together(run.fail):
         train(prepared, config, run, console, checkpoint)
-        seconds = {**run.result().get("seconds", {}), "total": round(time.monotonic() - started, 1)}
-        run.update_result(status="finished", seconds=seconds, peak_rss_bytes=peak_rss_bytes(), error=None)
+        spent.record()
+        run.update_result(status="finished", error=None)
     return run.path
 
 
+class _Spent:
+    """Time and memory of a run over all its parts, from here on those of this part."""
+
+    def __init__(self, run: SharedRun) -> None:
+        self._started, self._peaks = time.monotonic(), Peaks()
+        self._run, self._earlier = run, run.result()
+        seconds = self._earlier.get("seconds") or {}
+        logged = [float(row["seconds"]) for row in run.metrics() if "seconds" in row]
+        parts = [float(seconds[name]) for name in seconds if name != "total"]
+        trained = [] if "train" in seconds else logged[-1:]
+        # a part that was killed has recorded no total: what it has recorded is the least it took
+        self._before = max(float(seconds.get("total", 0.0)), sum(parts) + sum(trained))
+
+    def record(self) -> None:
+        """Into result.json; one process alone may call it."""
+        if not is_main():
+            return
+        now = RunDirectory(self._run.path).result().get("seconds") or {}
+        total = round(self._before + time.monotonic() - self._started, 1)
+        self._run.update_result(seconds={**now, "total": total}, **self._peaks.measured(self._earlier))
+
+
 @contextmanager
-def _recorded(run: SharedRun, console: Console) -> Iterator[None]:
-    """What ends the block before its time is in result.json afterwards."""
+def _recorded(run: SharedRun, console: Console, spent: _Spent) -> Iterator[None]:
+    """What ends the block before its time is in result.json afterwards, and what it took up to there."""
     try:
         yield
     except KeyboardInterrupt:
         run.fail("interrupted")
+        _record_if_it_can_be(spent)
         _say_how_to_continue(run, console)
         raise
     except BaseException as error:
         run.fail(f"{type(error).__name__}: {error}")
+        _record_if_it_can_be(spent)
         raise
+
+
+def _record_if_it_can_be(spent: _Spent) -> None:
+    """The error that has ended the run is the one to be heard of."""
+    with suppress(LoraError, OSError):
+        spent.record()
 
 
 def _say_how_to_continue(run: SharedRun, console: Console) -> None:

@@ -174,7 +174,8 @@ class RunDirectory:
             ConfigError: config.yaml was edited into something that holds none.
         """
         try:
-            values = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, which a page of 100 runs shows
+            values = yaml.load((self.path / CONFIG).read_text(encoding="utf-8"), Loader=loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.path / CONFIG} is not yaml: {first_line(error)}. Restore it.") from error
         if not isinstance(values, Mapping):

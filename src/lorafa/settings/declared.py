@@ -77,7 +77,8 @@ def _call(module: str, attribute: str) -> ast.Call | None:
     return None
 
 
-def _keys(module: str, name: str) -> Iterator[Key]:
+@cache
+def _keys(module: str, name: str) -> tuple[Key, ...]:
     """The fields of a dataclass and of what it inherits from; a field that is there again has its last value."""
     found: dict[str, Key] = {}
     for definition in _lineage(module, name):
@@ -86,7 +87,7 @@ def _keys(module: str, name: str) -> Iterator[Key]:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 field = statement.target.id
                 found[field] = Key(field, Any, _value(statement.value), docs.get(field, ""))
-    yield from found.values()
+    return tuple(found.values())
 
 
 def _lineage(module: str, name: str) -> Iterator[ast.ClassDef]:

@@ -10,6 +10,7 @@ import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lorafa.errors import ConfigError, did_you_mean
@@ -100,7 +101,8 @@ def settable(config_class: type[Any]) -> list[Field[Any]]:
     return [field for field in fields(config_class) if field.init]
 
 
-def field_docs(config_class: type) -> dict[str, str]:
+@cache
+def field_docs(config_class: type) -> Mapping[str, str]:
     """Field name -> the text that stands under it in the source, on one line; those that are inherited included."""
     docs: dict[str, str] = {}
     for one in reversed(config_class.__mro__):

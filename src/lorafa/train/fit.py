@@ -16,7 +16,7 @@ from lorafa.data.packing import PackCollator
 from lorafa.models.head_loss import Trial
 from lorafa.processes import world_size
 from lorafa.storage.whole import read_json
-from lorafa.train.checkpoints import STATE_FILE
+from lorafa.train.checkpoints import STATE_FILE, step_of
 from lorafa.train.full import in_float32, load_weights, precision
 from lorafa.train.settings.optim import check_rise, pair_optimizer, schedule_of_trainer, stock_arguments, warmup_of
 from lorafa.train.settings.run import RunConfig
@@ -45,6 +45,8 @@ class Fitted:
     """Optimizer steps of all its parts together."""
     stopped: str | None = None
     """Why it ended before its time."""
+    kept: int | None = None
+    """The step whose weights were kept, where ``train.keep_best`` chose one."""
 
 
 class Patience(TrainerCallback):  # type: ignore[misc]
@@ -187,7 +189,7 @@ def _fit(
     if checkpoint and (stopped or steps >= steps_in_all(config, len(material.train))):
         # Its last part was all but done; transformers would take one step more.
         _load(material.model, Path(state["best_model_checkpoint"] or checkpoint), config)
-        return Fitted(steps, stopped)
+        return Fitted(steps, stopped, _kept(config, state["best_model_checkpoint"]))
     trainer = trainer_class(
         material.model,
         arguments,
@@ -205,7 +207,12 @@ def _fit(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     done = trainer.state.global_step
     early = done < trainer.state.max_steps
-    return Fitted(done, run_out(trainer.state.log_history, config.train.patience) if early else None)
+    stopped = run_out(trainer.state.log_history, config.train.patience) if early else None
+    return Fitted(done, stopped, _kept(config, trainer.state.best_model_checkpoint))
+
+
+def _kept(config: RunConfig, best: str | None) -> int | None:
+    return step_of(Path(best)) if config.train.keep_best and best else None
 
 
 def _load(model: Any, checkpoint: Path, config: RunConfig) -> None:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +78,8 @@ class Prepared:
     collator: Collator
     seconds: float
     """How long it took to load and make all this."""
+    covered: list[dict[str, Any]] = field(default_factory=list)
+    """Which modules are adapted, one entry a kind of them."""
     start: dict[str, Any] = field(default_factory=dict)
     """What a start from data has read and chosen; empty for the others."""
     trial: Trial | None = None
@@ -131,7 +133,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
     with console.status("Starting the adapter"):
         begun = _begun(base, samples, collator, config)
-    console.print(coverage_table(coverage(begun.model)))
+    covered = coverage(begun.model)
+    console.print(coverage_table(covered))
     show_samples(samples, tokenizer, console)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
@@ -139,7 +142,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         console.print(_batch_in_words(config.train), highlight=False)
     trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
     seconds = time.monotonic() - started
-    return Prepared(begun.model, tokenizer, samples, rows, collator, seconds, begun.record, trial)
+    kinds = [asdict(row) for row in covered]
+    return Prepared(begun.model, tokenizer, samples, rows, collator, seconds, kinds, begun.record, trial)
 
 
 def _check_samples(samples: SampleSet, rows: int, base: BaseModel, config: RunConfig) -> None:
@@ -211,6 +215,7 @@ def train(
         samples_sha256=prepared.data.sha256,
         rows=prepared.counted(),
         parameters=_counted(prepared.model),
+        coverage=prepared.covered,
         **({"start": prepared.start} if prepared.start else {}),
     )
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
@@ -238,6 +243,9 @@ def train(
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     kept = _save(prepared, config, run)
     counted = _counted(prepared.model)  # again: LoRA-FA's optimizer has frozen A meanwhile
+    if fitted.kept is not None:
+        measured = prepared.data.heldout.samples[: config.train.eval_size]
+        run.update_result(kept_step=fitted.kept, kept_by_rows=len(measured))
     run.update_result(steps=fitted.steps, stopped=fitted.stopped, **kept, seconds=seconds, parameters=counted)
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +108,18 @@ def test_a_frozen_A_is_stored_and_not_trained(case: str) -> None:
     assert (trained.factors, frozen.factors) == ("AB", "B")
     assert frozen.stored == trained.stored
     assert trained.trainable - frozen.trainable == sum(kind.A for kind in trained.kinds)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora", "milora", "svd_of_weight", "kasa", "mica"])
+def test_what_a_start_takes_out_of_the_base_is_counted_as_the_file_then_holds_it(
+    start: str, dora: bool, tmp_path: Path
+) -> None:
+    """A start that moves the base is written as plain LoRA of rank 2r, or in keys of its own beside DoRA."""
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=start, lora_dropout=0.0, use_dora=dora)
+    counted = adapter_cost(Toy(), config).stored
+    get_peft_model(Toy(), config).save_pretrained(str(tmp_path))
+    assert counted == sum(tensor.numel() for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
 
 
 def test_extras_are_what_is_beside_A_and_B() -> None:
@@ -277,10 +291,12 @@ def test_a_70b_is_counted_in_seconds_without_memory() -> None:
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-def test_a_start_from_the_weights_counts_like_any_other() -> None:
+def test_a_start_from_the_weights_counts_like_any_other_but_for_its_file() -> None:
     config = {"r": 2, "target_modules": ["q_proj"]}
     pissa = adapter_cost(shape_model("opt-125m"), LoraConfig(init_lora_weights="pissa", **config))  # type: ignore[arg-type]
-    assert pissa == adapter_cost(shape_model("opt-125m"), LoraConfig(**config))  # type: ignore[arg-type]
+    plain = adapter_cost(shape_model("opt-125m"), LoraConfig(**config))  # type: ignore[arg-type]
+    assert replace(pissa, stored=plain.stored) == plain
+    assert pissa.stored == 2 * plain.stored  # a file of rank 2r
 
 
 def test_an_adapted_model_is_refused() -> None:

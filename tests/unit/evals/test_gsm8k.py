@@ -81,7 +81,8 @@ def test_the_wilson_interval_is_the_textbook_one():
         (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718)
     }.items():  # fmt: skip
         assert wilson_interval(correct, total) == pytest.approx(bounds, abs=5e-5)
-    assert wilson_interval(20, 20)[1] == 1.0
+    assert {(wilson_interval(0, n)[0], wilson_interval(n, n)[1]) for n in range(1, 500)} == {(0.0, 1.0)}
+    assert all(0 < bound < 1 for bound in (*wilson_interval(1, 2), wilson_interval(0, 5)[1], wilson_interval(5, 5)[0]))
 
 
 PROMPTS = [[5, 6, 7], [1], [200, 3, 9, 40, 17, 120], [88, 44], [9] * 11]

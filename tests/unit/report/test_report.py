@@ -15,7 +15,7 @@ from lorafa.conf.compose import compose
 from lorafa.report.page import write_report
 from lorafa.report.plots import loss_curve, running_mean
 from lorafa.report.starts import rank_rows, spectra_and_ranks
-from lorafa.report.tables import duration, result_tables, score_rows
+from lorafa.report.tables import duration, fact_rows, result_tables, score_rows
 from lorafa.runs.record import RunDirectory
 from toys.pages import axes_of, curves, heights, legend
 
@@ -42,7 +42,8 @@ def finished(run: RunDirectory) -> RunDirectory:
     run.write_environment({"command": ["lorafa", "train"], "threads": 2})
     run.update_result(
         status="finished", before=BEFORE, after=AFTER, samples=[SAMPLE], steps=20, seconds={"train": 75.2},
-        parameters={"trainable": 5, "all": 1000}, peak_rss_bytes=3 * 2**29,
+        parameters={"trainable": 5, "all": 1000}, peak_rss_bytes=3 * 2**29, peak_rss_of="run",
+        peak_device_bytes=2**30, rows={"train": 1600, "heldout": 100, "repeated": 1, "dropped": 46, "truncated": 3},
     )  # fmt: skip
     return run
 
@@ -148,10 +149,34 @@ def test_the_table_on_the_terminal_has_the_rows_of_the_page(finished: RunDirecto
         ["answer loss", "2.0000", "0.5000"],
         ["status", "finished"],
         ["trained parameters", "5 of 1,000 (0.50%)"],
+        ["rows", "1,600 trained on, 100 held out"],
+        ["rows left out", "46 for their length, 1 repeat a held-out one"],
+        ["rows cut", "3"],
         ["steps", "20"],
         ["time: train", "1 min 15 s"],
         ["peak memory", "1.50 GiB"],
+        ["peak memory, accelerator", "1.00 GiB"],
     ]
+
+
+def test_what_a_step_took_stands_with_its_spread_and_the_peak_of_an_earlier_version_as_what_it_is() -> None:
+    metrics = [{"step": step, "loss": 1.0, "seconds": 2.0 * step + (step == 7)} for step in range(1, 12)]
+    facts = dict(fact_rows({"peak_rss_bytes": 2**30}, metrics))
+    assert facts["time of a step"] == "2 (1 to 3) s, median (a tenth of the steps is below, one above)"
+    assert facts["peak memory of its process"] == "1.00 GiB"
+    assert "peak memory" not in facts
+
+
+def test_scores_of_any_evaluation_are_shown_nested_ones_by_their_dotted_names() -> None:
+    after = {"accuracy": 0.25, "forgetting": {"kl": 0.5, "on": "text"}}
+    assert score_rows({"after": after}) == [("held-out accuracy", "-", "25.0%"), ("forgetting.kl", "-", "0.5")]
+
+
+def test_the_step_that_was_kept_is_named_with_the_rows_that_chose_it() -> None:
+    facts = dict(fact_rows({"kept_step": 40, "kept_by_rows": 48}))
+    assert facts["weights kept"] == (
+        "those of step 40, chosen on 48 of the held-out rows that are reported, which flatters the loss after training"
+    )
 
 
 def test_the_running_mean_of_a_constant_is_the_constant() -> None:
@@ -180,16 +205,7 @@ def test_brackets_in_an_error_are_no_markup(run: RunDirectory) -> None:
     assert "KeyError: '[/x]'" in console.export_text()
 
 
-def test_several_runs_are_reported_one_after_the_other(
-    finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = RunDirectory.create(tmp_path / "[other] run", compose())
-    assert main(["report", str(finished.path), str(other.path)]) == 0
-    out = capsys.readouterr().out
-    assert out.index(str(finished.path)) < out.index("finished") < out.index(str(other.path)) < out.index("not started")
-    assert (other.path / "report.html").is_file()
-
-
 def test_of_several_runs_one_that_is_none_stops_all(finished: RunDirectory, tmp_path: Path) -> None:
     assert main(["report", str(finished.path), str(tmp_path / "none")]) == 2
     assert not (finished.path / "report.html").exists()
+    assert not (tmp_path / "runs.html").exists()

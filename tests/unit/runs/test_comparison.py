@@ -6,117 +6,146 @@ import io
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import pytest
-import yaml
 from filelock import FileLock
 from rich.console import Console
 
 from lorafa.cli.main import main
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, DivergedError, TrainingError
-from lorafa.report.comparison import HEADINGS, cells, read_rows, write_comparison
-from lorafa.runs.comparison import LOCKS, Plan, _check_same, compare, interval, steps_to
-from lorafa.settings.typed import plain
+from lorafa.report.comparison import HEADINGS, cells, notes, read_result, write_comparison
+from lorafa.runs.comparison import LOCKS, _check_same, compare
+from lorafa.runs.plan import Plan
+from lorafa.runs.student import interval
 from lorafa.train.settings.run import RunConfig
+from toys.comparisons import BEST, PLAN, Fake, compose_once, plan_file, run
 from toys.places import ROOT
-
-PLAN: dict[str, Any] = {
-    "baseline": "lora",
-    "seeds": [0, 1, 2],
-    "settings": ["train.steps=20"],
-    "methods": {
-        "lora": {"settings": ["optim=adamw"], "rates": [1e-3, 2e-3, 4e-3]},
-        "fa": {"settings": ["optim=lora_fa"], "rates": [1e-3, 2e-3]},
-    },
-}
-
-BEST = {"adamw": 2e-3, "lora_fa": 1e-3}
-"""Best rates that lie inside the grids, or grow them by one rate."""
-
-
-def plan_file(folder: Path, **changes: Any) -> Path:
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(PLAN | changes))
-    return path
-
-
-@cache
-def composed(*overrides: str) -> RunConfig:
-    return compose(overrides)
 
 
 @pytest.fixture(autouse=True)
-def _the_same_settings_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a tenth of a second, and a comparison does it for every run, each time it is made."""
-
-    def compose_but_for_the_place(overrides: Sequence[str]) -> RunConfig:
-        values = [text for text in overrides if not text.startswith("run_dir=")]
-        places = [text.removeprefix("run_dir=") for text in overrides if text.startswith("run_dir=")]
-        return replace(composed(*values), **({"run_dir": places[-1]} if places else {}))
-
-    monkeypatch.setattr("lorafa.runs.comparison.compose", compose_but_for_the_place)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    compose_once(monkeypatch)
 
 
-class Fake:
-    """Runs whose final loss is the squared distance of log2(rate) from the method's best rate, plus the seed.
-
-    Args:
-        diverges_above: a learning rate.
-        ends: what comes of a run instead, by "method/run": another loss, or an error.
-    """
-
-    def __init__(
-        self,
-        best: dict[str, float],
-        fail_after: int = 10**6,
-        diverges_above: float = math.inf,
-        ends: Mapping[str, float | Exception] = MappingProxyType({}),
-    ) -> None:
-        self.best, self.fail_after, self.diverges_above, self.ends = best, fail_after, diverges_above, ends
-        self.started: list[str] = []
-
-    def __call__(self, config: RunConfig, console: Console, command: Sequence[str]) -> Path:
-        path = Path(str(config.run_dir))
-        path.mkdir(parents=True)
-        (path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
-        if len(self.started) == self.fail_after:
-            raise KeyboardInterrupt
-        name = f"{path.parent.name}/{path.name}"
-        self.started.append(name)
-        loss = math.log2(config.optim.lr / self.best[config.optim.name]) ** 2 + 0.1 * config.train.seed
-        curve = [{"step": s, "eval_loss": loss + 1 - s / 20, "seconds": 0.5 * s} for s in (10, 20)]
-        (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, curve)))
-        if config.optim.lr > self.diverges_above:
-            raise DivergedError("The loss is nan in step 3.")
-        end = self.ends.get(name, loss)
-        if isinstance(end, Exception):
-            raise end
-        result = {"status": "finished", "after": {"loss": end}, "parameters": {"trainable": 7, "all": 9}}
-        result |= {"steps": 20, "seconds": {"train": 10.0}}
-        (path / "result.json").write_text(json.dumps(result))
-        return path
-
-
-def run(folder: Path, fake: Fake, **changes: Any) -> dict[str, dict[str, Any]]:
-    console = Console(quiet=True)
-    return {row["method"]: row for row in compare(Plan.read(plan_file(folder, **changes)), folder, console, start=fake)}
-
-
-def test_the_first_seed_chooses_the_rate_and_the_others_run_at_it(tmp_path: Path) -> None:
+def test_the_first_seed_chooses_the_rate_and_the_others_run_at_it_and_are_reported(tmp_path: Path) -> None:
     fake = Fake(BEST)
     rows = run(tmp_path, fake)
     assert rows["lora"]["lr"] == 2e-3
-    assert rows["lora"]["loss"]["values"] == pytest.approx([0.0, 0.1, 0.2])
+    assert rows["lora"]["loss"]["values"] == pytest.approx([0.1, 0.2])
     assert sum("seed-1" in name for name in fake.started) == 2
+    assert (rows["lora"]["swept_with"], rows["lora"]["seeds"]) == ([0], 2)
+    text = "The learning rates were chosen with seed 0, which the table leaves out."
+    assert text in notes(read_result(tmp_path))
+    assert text in write_comparison(tmp_path).read_text()
     assert rows["lora"]["difference"] is None
     assert rows["fa"]["difference"]["mean"] == pytest.approx(0.0)
+
+
+def test_several_seeds_may_choose_by_their_mean(tmp_path: Path) -> None:
+    """Seed 0 alone would choose 1e-3, where seed 5 diverges."""
+    ends: dict[str, float | Exception] = {
+        "lora/lr-0.001-seed-0": -1.0, "lora/lr-0.001-seed-5": math.nan, "lora/lr-0.0005-seed-0": 9.0,
+    }  # fmt: skip
+    fake = Fake(BEST, ends=ends)
+    row = run(tmp_path, fake, choose=[0, 5], seeds=[1, 2])["lora"]
+    assert (row["lr"], row["swept_with"]) == (2e-3, [0, 5])
+    assert row["loss"]["values"] == pytest.approx([0.1, 0.2])
+    assert "The learning rates were chosen with seeds 0, 5, which the table leaves out." in notes(read_result(tmp_path))
+
+
+def test_with_one_seed_the_number_is_that_of_the_seed_that_chose_and_it_is_said(tmp_path: Path) -> None:
+    row = run(tmp_path, Fake(BEST), seeds=[3])["lora"]
+    assert row["loss"]["values"] == pytest.approx([0.3])
+    said = " ".join(notes(read_result(tmp_path)))
+    assert "chosen with seed 3, and the losses are those of the same seed" in said
+    assert "Give the plan more seeds" in said
+
+
+def test_without_rates_to_choose_from_every_seed_is_reported(tmp_path: Path) -> None:
+    methods = {"lora": {"settings": ["optim=adamw"], "rates": [1e-3]}}
+    fake, folder = Fake(BEST), tmp_path / "not" / "there"
+    plan = Plan.read(plan_file(tmp_path, methods=methods))
+    (row,) = compare(plan, folder, Console(quiet=True), start=fake)
+    assert (row["seeds"], len(fake.started)) == (3, 3)
+    assert "The learning rates were given, not chosen." in notes(read_result(folder))
+
+
+def test_intervals_of_differences_are_corrected_for_the_number_of_methods_and_it_is_said(tmp_path: Path) -> None:
+    methods = {f"m{n}": {"settings": ["optim=adamw"], "rates": [1e-3 * 2**n]} for n in range(4)}
+    ends: dict[str, float | Exception] = {f"m1/lr-0.002-seed-{seed}": loss for seed, loss in enumerate((0.5, 0.8, 0.9))}
+    rows = run(tmp_path, Fake(BEST, ends=ends), methods=methods, baseline="m0")
+    against = rows["m1"]["difference"]
+    expected = interval(against["values"], 3)
+    assert against == expected
+    assert against["half_width"] > 1.5 * interval(against["values"])["half_width"]
+    page = write_comparison(tmp_path).read_text()
+    assert "The intervals of the 3 differences are corrected for their number (Bonferroni)" in page
+
+
+# ---- the same samples -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_started_for_the_samples_the_others_saw(tmp_path: Path) -> None:
+    fake = Fake(BEST)
+    run(tmp_path, fake)
+    assert fake.expected[0] is None
+    assert set(fake.expected[1:]) == {"a" * 64}
+    later = Fake(BEST)
+    more = {"new": {"settings": ["optim=adamw"], "rates": [1e-3]}, **PLAN["methods"]}
+    run(tmp_path, later, methods=more)
+    assert set(later.expected) == {"a" * 64}
+
+
+def test_finished_runs_that_saw_other_samples_are_refused_with_what_differs(tmp_path: Path) -> None:
+    run(tmp_path, Fake(BEST))
+    odd = tmp_path / "fa" / "lr-0.001-seed-2" / "result.json"
+    odd.write_text(odd.read_text().replace("a" * 64, "b" * 64))
+    with pytest.raises(
+        ConfigError,
+        match=r"seed-2 saw other samples than .*lr-.* \(samples_sha256 b{12} and a{12}\): their settings of data are "
+        r"the same, so the records or the tokenizer have changed in between\..* Give another folder, or restore",
+    ):
+        run(tmp_path, Fake(BEST))
+
+
+def test_a_method_with_other_data_is_no_method_of_the_table(tmp_path: Path) -> None:
+    methods = {
+        "lora": {"settings": ["optim=adamw"], "rates": [1e-3]},
+        "few": {"settings": ["optim=adamw", "data.train_size=9"], "rates": [1e-3]},
+    }
+    fake = Fake(BEST)
+
+    def start(config: RunConfig, console: Console, command: Sequence[str], samples: str | None = None) -> Path:
+        fake.samples = ("b" if config.data.train_size == 9 else "a") * 64
+        return fake(config, console, command, samples)
+
+    plan = Plan.read(plan_file(tmp_path, methods=methods))
+    with pytest.raises(ConfigError, match=r"lora/.* saw other samples than .*few/.*: data\.train_size was 9 then"):
+        compare(plan, tmp_path, Console(quiet=True), start=start)
+
+
+def test_runs_without_a_digest_are_compared_and_it_is_said(tmp_path: Path) -> None:
+    fake = Fake(BEST)
+    fake.samples = None
+    run(tmp_path, fake)
+    assert read_result(tmp_path)["without_digest"] == 4
+    assert any("without a digest of their samples" in note for note in notes(read_result(tmp_path)))
+
+
+def test_the_page_says_which_step_was_kept_and_that_it_was_chosen_on_these_rows(tmp_path: Path) -> None:
+    run(tmp_path, Fake(BEST))
+    for path in tmp_path.glob("fa/*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"kept_step": 10, "kept_by_rows": 5}))
+    run(tmp_path, Fake(BEST))
+    assert "(train.keep_best), chosen on rows that are reported, which flatters the loss. Steps kept: fa: 10, 10." in (
+        " ".join(notes(read_result(tmp_path)))
+    )
+
+
+# ---- rates ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_grid_grows_where_the_best_rate_is_at_its_end(tmp_path: Path) -> None:
@@ -147,8 +176,8 @@ def test_several_processes_share_the_runs_of_one_comparison(tmp_path: Path, monk
             theirs(config, console, [])
             lock.release()
 
-    def started(config: RunConfig, console: Console, command: Sequence[str]) -> Path:
-        path = ours(config, console, command)
+    def started(config: RunConfig, console: Console, command: Sequence[str], samples: str | None = None) -> Path:
+        path = ours(config, console, command, samples)
         if len(ours.started) == 6:  # five rates, one of which the grid grew by, and another seed
             done.set()
         return path
@@ -158,7 +187,7 @@ def test_several_processes_share_the_runs_of_one_comparison(tmp_path: Path, monk
     rows = compare(plan, tmp_path, console, start=started)
     thread.join()
     assert not set(ours.started) & set(theirs.started)
-    assert {row["method"]: row["seeds"] for row in rows} == {"lora": 3, "fa": 3}
+    assert {row["method"]: row["seeds"] for row in rows} == {"lora": 2, "fa": 2}
     assert "Waiting for runs that other processes are at." in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -171,7 +200,7 @@ def test_what_is_finished_is_not_run_again_and_what_broke_off_is_kept_beside(tmp
     assert not set(first.started) & set(second.started)
     assert len(list(tmp_path.glob("*/*.unfinished-1"))) == 1
     third = Fake(BEST)
-    assert run(tmp_path, third)["lora"]["seeds"] == 3
+    assert run(tmp_path, third)["lora"]["seeds"] == 2
     assert third.started == []
 
 
@@ -196,16 +225,16 @@ def test_a_mistake_in_the_wiring_is_no_result_of_a_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", [DivergedError("The loss is nan in step 3."), math.nan], ids=["stopped", "finished"])
 def test_a_method_of_which_a_seed_diverged_has_no_mean(end: float | Exception, tmp_path: Path) -> None:
     row = run(tmp_path, Fake(BEST, ends={"fa/lr-0.001-seed-1": end}))["fa"]
-    assert (row["seeds"], row["diverged"]) == (3, 1)
+    assert (row["seeds"], row["diverged"]) == (2, 1)
     assert row["loss"] is row["difference"] is row["steps_to_baseline"] is None
-    assert cells(row)[2:6] == ("3, 1 diverged", "diverged", "diverged", "diverged")
-    assert "3, 1 diverged" in write_comparison(tmp_path).read_text()
+    assert cells(row)[2:6] == ("2, 1 diverged", "diverged", "diverged", "diverged")
+    assert "2, 1 diverged" in write_comparison(tmp_path).read_text()
 
 
 def test_nothing_is_measured_against_a_baseline_that_diverged(tmp_path: Path) -> None:
     row = run(tmp_path, Fake(BEST, ends={"lora/lr-0.002-seed-1": math.nan}))["fa"]
     assert row["diverged"] == 0
-    assert row["loss"]["values"] == pytest.approx([0.0, 0.1, 0.2])
+    assert row["loss"]["values"] == pytest.approx([0.1, 0.2])
     assert cells(row)[4:6] == ("-", "-")
 
 
@@ -248,16 +277,16 @@ def test_a_single_rate_is_given_and_not_at_an_end(tmp_path: Path) -> None:
 def test_the_result_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
     earlier = ROOT / "docs" / "results" / "optimizers" / "comparison.json"
     (tmp_path / "comparison.json").write_text(earlier.read_text())
-    lora = next(row for row in read_rows(tmp_path) if row["method"] == "lora")
-    assert cells(lora)[1:4] == ("0.004", "3", "0.6914 +- 0.0031")
-    assert "0.6914 +- 0.0031" in write_comparison(tmp_path).read_text()
+    lora = next(row for row in read_result(tmp_path)["methods"] if row["method"] == "lora")
+    assert cells(lora)[1:4] == ("0.004", "3", "0.6914 ± 0.0031")
+    assert "0.6914 ± 0.0031" in write_comparison(tmp_path).read_text()
 
 
 def test_steps_to_the_baseline_are_counted_on_one_curve(tmp_path: Path) -> None:
     """The baseline reaches its own last loss at its last measurement."""
     rows = run(tmp_path, Fake(BEST), seeds=[0])
     assert rows["lora"]["steps_to_baseline"] == pytest.approx(20.0)
-    assert rows["lora"]["seconds_a_step"] == pytest.approx(0.5)
+    assert rows["lora"]["seconds_a_step"] == {"median": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_runs_with_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
@@ -268,79 +297,18 @@ def test_runs_with_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
         run(tmp_path, Fake(BEST), settings=["train.steps=30", "peft.r=4"])
 
 
-def test_an_interval_is_students() -> None:
-    found = interval([1.0, 2.0, 3.0])
-    assert found["mean"] == 2.0
-    assert found["half_width"] == pytest.approx(4.303 * 1.0 / 3**0.5, rel=1e-3)
-    assert interval([1.0])["half_width"] is None
-
-
-def test_the_step_a_loss_is_reached_at_lies_between_two_measurements() -> None:
-    curve = [{"step": 10, "eval_loss": 3.0}, {"step": 20, "loss": 9.0}, {"step": 30, "eval_loss": 1.0}]
-    assert steps_to(curve, 2.0) == pytest.approx(20.0)
-    assert steps_to(curve, 5.0) == 10.0
-    assert steps_to(curve, 0.5) is None
-
-
 def test_the_page_names_every_method(tmp_path: Path) -> None:
     run(tmp_path, Fake(BEST))
     page = write_comparison(tmp_path).read_text()
     for name in ("lora", "fa", *HEADINGS):
         assert name in page
-    assert page.count("<svg") == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"baseline": "dora"}, r"baseline 'dora' is none of fa, lora"),
-        ({"methods": {"lora": {"settings": [], "rates": []}}}, r"lora must hold settings and rates"),
-        ({"methods": {"lora": {"settings": [], "rates": [2e-3, 1e-3]}}}, r"numbers > 0, rising"),
-        ({"methods": {"a/../b": {"settings": [], "rates": [1e-3]}}, "baseline": "a/../b"}, r"cannot name a folder"),
-        ({"more": 1}, r"must hold baseline, methods, seeds, settings, found"),
-        ({"settings": ["peft.rank=3"]}, r"peft.rank"),
-        ({"methods": {"lora": {"settings": [], "rates": ["1e-3"]}}}, r"Numbers are written with a point: 1\.0e-3"),
-        ({"settings": 3}, r"settings must be a list of settings, found 3\. Write \[train\.steps=100\]"),
-        (
-            {"settings": ["+optim.lr=3"]},
-            r"sets '\+optim\.lr=3', but optim\.lr is the comparison's: see rates\. Leave it",
-        ),
-        ({"settings": ["run_dir=x"]}, r"run_dir is the comparison's: every run has its own"),
-        (
-            {"methods": {"lora": {"settings": "optim=sgd", "rates": [1e-3]}}},
-            r"lora must be a list of settings, found 'optim=sgd'",
-        ),
-        *(
-            ({"seeds": seeds}, r"seeds must be a list of different integers, found .* Write \[0, 1, 2\]")
-            for seeds in (0, [], ["a"], [1, 1])
-        ),
-    ],
-)
-def test_a_plan_that_is_none_is_refused_before_the_first_run(
-    changes: dict[str, Any], match: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=match):
-        Plan.read(plan_file(tmp_path, **changes))
-
-
-def test_what_a_comparison_sets_itself_cannot_be_set_for_all_its_runs(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"the command: key=value sets 'train\.seed=3', but train\.seed is the compar"
-    ):
-        Plan.read(plan_file(tmp_path), ["threads=2", "train.seed=3"])
+    assert page.count("<svg ") - page.count('class="swatch"') == 2
 
 
 def test_the_command_says_what_is_wrong_and_leaves_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path / "none.yaml"), str(tmp_path / "runs")]) == 2
     assert "cannot be read as a comparison" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_a_plan(path: Path) -> None:
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
-    assert [method.name for method in Plan.read(path).methods] == list(written)
-    assert len(written) > 1
 
 
 def test_a_setting_that_is_none_on_one_side_and_missing_on_the_other_differs() -> None:

@@ -24,7 +24,7 @@ import transformers
 from lorafa.conf.compose import compose
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.runs import record
-from lorafa.runs.environment import environment, peak_rss_bytes
+from lorafa.runs.environment import environment
 from lorafa.runs.record import RunDirectory, TakenError
 from lorafa.train.settings.run import RunConfig
 from lorafa.version import VERSION
@@ -237,12 +237,6 @@ def test_the_environment_is_recorded_in_full(run: RunDirectory, monkeypatch: pyt
     assert packages["hydra-core"].startswith(hydra.__version__)
     assert cpu == cpu.strip() != ""
     assert 1 <= cpus <= os.cpu_count()  # type: ignore[operator]
-
-
-def test_peak_memory_is_in_bytes() -> None:
-    peak = peak_rss_bytes()
-    assert peak is not None
-    assert 50 * 2**20 < peak < 2**45  # a Python with PyTorch takes more than 50 MiB
 
 
 def test_what_lies_in_a_run_or_holds_runs_is_answered_with_the_run(run: RunDirectory) -> None:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from lorafa.optimizers.entry import OptimizerEntry
 
 
+def usual_warmup(schedule: str) -> float:
+    """The warm-up of a schedule where none is given: a share of the training."""
+    return 0.05 if SCHEDULES.get(schedule).warms else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(OpenGroup):
     """The optimizer and its schedule."""
@@ -84,7 +89,7 @@ class OptimConfig(OpenGroup):
     def _settle_warmup(self) -> None:
         warms = SCHEDULES.get(self.schedule).warms
         if self.warmup is None:
-            object.__setattr__(self, "warmup", 0.05 if warms else 0.0)
+            object.__setattr__(self, "warmup", usual_warmup(self.schedule))
         check_number("optim.warmup", self.warmup, "a number >= 0", 0, closed="[")
         if self.warmup and not warms:
             raise ConfigError(
