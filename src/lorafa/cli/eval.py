@@ -138,6 +138,8 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
     words = [f"eval={text[5:]}" if text.startswith("task=") else text for text in overrides]
     refuse_others(words, READ, "lorafa eval", "changes nothing that is measured")
     config, keys = compose(words), [key_of(text) for text in words]
+    if config.eval.forgetting:
+        raise ConfigError("eval.forgetting=true is a setting of a training. Here give task=forgetting.")
     data = ",".join(names_of(config.data.name)) if "data" in keys or "data.name" in keys else None
     of_model = [text for text, key in zip(words, keys, strict=True) if key.startswith("model.")]
     if "eval" in keys:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 EVALS: Registry[Evaluation] = Registry(
     "evaluation",
     {
+        "forgetting": "lorafa.evals.forgetting:FORGETTING",
         "gsm8k": "lorafa.evals.gsm8k:GSM8K",
         "loss": "lorafa.evals.loss:LOSS",
         "perplexity": "lorafa.evals.perplexity:PERPLEXITY",
