@@ -14,6 +14,7 @@ EVALS: Registry[Evaluation] = Registry(
     {
         "forgetting": "lorafa.evals.forgetting:FORGETTING",
         "gsm8k": "lorafa.evals.gsm8k:GSM8K",
+        "humaneval": "lorafa.evals.humaneval:HUMANEVAL",
         "loss": "lorafa.evals.loss:LOSS",
         "perplexity": "lorafa.evals.perplexity:PERPLEXITY",
     },
