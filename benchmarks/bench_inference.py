@@ -32,7 +32,7 @@ class Answers:
     def __init__(self, case: str, rows: int, length: int, tokens: int) -> None:
         from lorafa.models.load import load_model
 
-        model, _ = load_model("smollm2-135m", dtype=torch.bfloat16)
+        model, _ = load_model("smollm2-135m", dtype=torch.bfloat16, attention="sdpa")
         generator = torch.Generator().manual_seed(0)
         given = torch.randint(model.config.vocab_size, (rows, length + tokens), generator=generator)
         self.prompts, self.following = given[:, :length], given[:, length:]

@@ -26,7 +26,7 @@ class Steps:
     def __init__(self, library: str, optimizer: str, rank: int, without_autocast: bool = False) -> None:
         from lorafa.models.load import load_model
 
-        model, _ = load_model("smollm2-135m", dtype=torch.bfloat16)
+        model, _ = load_model("smollm2-135m", dtype=torch.bfloat16, attention="sdpa")
         settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
         settings["task_type"] = "CAUSAL_LM"
         if library == "peft":

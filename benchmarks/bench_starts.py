@@ -64,7 +64,7 @@ class Gradients:
         from lorafa.models.load import load_model
 
         torch.manual_seed(0)
-        self.model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
+        self.model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16, attention="sdpa")
         self.model.config.use_cache = False
         self.rows = rows_of(data, rows, tokenizer)
         self.library = library

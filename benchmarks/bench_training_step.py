@@ -39,7 +39,7 @@ class Step:
         from lorafa.models.load import load_model
 
         torch.manual_seed(0)
-        model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
+        model, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16, attention="sdpa")
         model.config.use_cache = False
         self.batch = batch(data, tokenizer)
         self.loss = loss

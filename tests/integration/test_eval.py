@@ -157,3 +157,13 @@ def test_help_names_the_tasks_without_torch(capsys: pytest.CaptureFixture[str]) 
         main(["eval", "--help"])
     assert left.value.code == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_problems_are_asked_as_published_where_that_is_asked_for(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["task=gsm8k", f"data={place / 'rows.jsonl'}", "eval.size=2", "eval.published=true"]
+    rows(capsys, place / "model", *words, "--out", tmp_path / "out.json")
+    (item,) = read(tmp_path / "out.json")["items"]
+    first = json.loads((place / "rows.jsonl").read_text().splitlines()[0])
+    assert item["answers"][0]["question"] == f"Q: {first['question']}\nA: "

@@ -46,7 +46,7 @@ def _own(group: str) -> Iterator[str]:
             together.setdefault(shown, []).append(words)
         for settings, options in together.items():
             if settings:
-                yield f"  {', '.join(options)}"
+                yield fill(", ".join(options), WIDTH, initial_indent="  ", subsequent_indent="  ")
                 for name, value, doc in settings:
                     yield from _shown(name, value, doc, indent=4)
 

@@ -42,6 +42,11 @@ class DataSet:
     counts: bool = False
     """Where it has ``load``, whether it knows how many rows there are; `lorafa.data.heldout.split_records` holds the
     right number out."""
+    read_heldout: Callable[[str], Records | None] | None = None
+    """Where it has ``load``: the records of ``data.eval_file``, written as its own are; None where the file has other
+    columns, and is then read in the forms that all files have."""
+    hub: str | None = None
+    """The data set of the Hub that its rows come from, where no file is named; None: they come from elsewhere."""
     takes: Callable[[str], bool] | None = None
     """For a source of many data sets: whether a name is one of its own, by the look of it. None: its line's name is."""
 

@@ -6,9 +6,10 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from lorafa.data import data_set_names
+from lorafa.data import DATASETS, data_set_names
 from lorafa.data.cells import Row, as_row
 from lorafa.data.entry import DataSet
 from lorafa.data.files import FileSettings, is_file, no_such_data_set
@@ -69,29 +70,46 @@ def _open(name: str, settings: HubSettings) -> Source:
     return HubRows(name, _dataset(name, settings), settings.columns())
 
 
-def hub_rows(name: str, settings: HubSettings) -> list[tuple[str, Row]]:
+def hub_rows(name: str, settings: HubSettings, *, streamed: bool = False) -> Iterator[tuple[str, Row]]:
     """The rows of a data set of the Hub, each with where it stands.
+
+    Args:
+        streamed: fetch no more rows than are asked for, and keep none on disk.
 
     Raises:
         SourceError: it cannot be loaded.
     """
-    return [(f"{name}, row {number}", as_row(row)) for number, row in enumerate(_dataset(name, settings), 1)]
+    rows = iter(_dataset(name, settings, streamed))
+    where = name if settings.split == "train" else f"{name} ({settings.split})"
+    for number in count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # what is streamed is fetched here
+            raise _not_loaded(name, settings, error) from error
+        yield f"{where}, row {number}", as_row(row)
 
 
-def _dataset(name: str, settings: HubSettings) -> Any:
+def _dataset(name: str, settings: HubSettings, streamed: bool = False) -> Any:
     import datasets  # takes seconds to import, and only rows of the Hub need it
 
     if os.path.exists(user_path(name)):
         raise no_such_data_set(name)
-    subset, split = settings.subset, settings.split
+    how = {"streaming": True} if streamed else {}
     try:
-        return datasets.load_dataset(name, subset, split=split, revision=settings.revision)
+        return datasets.load_dataset(name, settings.subset, split=settings.split, revision=settings.revision, **how)
     except Exception as error:  # of the library itself, of its network stack, of its file readers
-        others = " or ".join(f"data={known}" for known in data_set_names())
-        raise SourceError(
-            f"Could not load {name} (subset {subset}, split {split}) from the Hub: {first_line(error)}. Next step: "
-            f"check data.subset, data.split and the connection, or give data=<file.jsonl>, or {others}."
-        ) from error
+        raise _not_loaded(name, settings, error) from error
+
+
+def _not_loaded(name: str, settings: HubSettings, error: Exception) -> SourceError:
+    made = [known for known in data_set_names() if DATASETS.get(known).hub is None]
+    others = " or ".join(f"data={known}" for known in made)
+    return SourceError(
+        f"Could not load {name} (subset {settings.subset}, split {settings.split}) from the Hub: {first_line(error)}. "
+        f"Next step: check data.subset, data.split and the connection, or give data=<file.jsonl>, or {others}."
+    )
 
 
 HUB = DataSet(open=_open, settings=HubSettings, takes=_is_hub_id)

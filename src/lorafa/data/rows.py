@@ -73,7 +73,7 @@ def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> R
         prompt = f"{prompt}\n\n{text_of(row, place, 'input')}"
     earlier = [*system_of(beside, place), *history_of(beside, place)]
     asked = (*earlier, Message("user", prompt), Message("assistant", completion))
-    return _record(asked, place, tools_of(beside, place))
+    return record_of(asked, place, tools_of(beside, place))
 
 
 def _pair_of_lists(row: Row, beside: Row, place: str, named: tuple[str, str], both: bool) -> Record:
@@ -113,7 +113,7 @@ def _conversation(row: Row, place: str, column: str, turns: Sequence[Message]) -
             )
     if not any(message.role == "assistant" and message.trained for message in messages):
         raise DataError(f"{place}: all assistant turns have the weight 0. There is nothing to learn. Delete the row.")
-    return _record(tuple(messages), place, tools_of(row, place))
+    return record_of(tuple(messages), place, tools_of(row, place))
 
 
 def _plain(row: Row, place: str) -> Record:
@@ -155,7 +155,8 @@ FORMS = (
 ACCEPTED = "; ".join(map(str, FORMS))
 
 
-def _record(messages: tuple[Message, ...], place: str, tools: tuple[Any, ...] = ()) -> Record:
+def record_of(messages: tuple[Message, ...], place: str, tools: tuple[Any, ...] = ()) -> Record:
+    """The record of a conversation, with the answer it leads to where that has a number in it."""
     record = Record(messages, tools=tools, place=place)
     last = [message.content for message in messages if message.role == "assistant"][-1]
     answer = final_answer(last)

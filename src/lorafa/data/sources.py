@@ -51,7 +51,7 @@ def load_records(
         weights: of several, the shares of the training rows; see :func:`lorafa.data.mixing.mixed`.
         settings: the data set's own: ``prompt_column`` and ``completion_column`` of a file or a Hub dataset, by
             default the first of ``ACCEPTED`` that is there; ``subset``, ``split`` and ``revision`` of a Hub dataset;
-            ``templates`` and ``cache_dir`` of ``word_problems``.
+            ``file`` and ``revision`` of a published data set; ``templates`` and ``cache_dir`` of ``word_problems``.
 
     Training rows that answer what a held-out row asks, be it as an earlier turn, and those that a held-out row
     continues are left out and counted in ``Records.repeated``. ``Record.answer`` is set where the last assistant turn
@@ -67,8 +67,9 @@ def load_records(
     return open_data(choice).selection.records()
 
 
-def all_records(name: str, settings: dict[str, Any]) -> list[Record]:
-    """Every record of a file, a folder or a Hub data set, in its order; none is held out.
+def records_to_measure(name: str, settings: dict[str, Any]) -> list[Record]:
+    """Every record of a file, a folder or a Hub data set, in its order; of a data set with rows that are held out by
+    those who made it, these.
 
     Args:
         settings: as those of :func:`load_records`.
@@ -78,6 +79,9 @@ def all_records(name: str, settings: dict[str, Any]) -> list[Record]:
     """
     entry = _entry(name)
     check_keys(f"data={name}", settings, _own_names(entry))
+    if entry.load is not None and entry.counts:
+        own = None if entry.settings is None else entry.settings(**settings)
+        return entry.load(Wanted(name, None, None, 0), own).heldout
     return [record for _, record in _opened(name, entry, settings).records()]
 
 
@@ -184,9 +188,11 @@ def _loaded(choice: Choice) -> Selection:
     assert entry.load is not None
     own = None if entry.settings is None else entry.settings(**choice.settings)
     if choice.eval_file is not None:
-        whole = division.train_size if entry.takes is None else None  # a row that is left out has another in its place
+        whole = None if entry.counts else division.train_size  # a row that is left out has another in its place
         trained = entry.load(Wanted(name, whole, 0, division.seed), own)
-        held = select([_of_file(choice.eval_file, choice.settings)], Division(None, 0, division.seed)).records()
+        held = None if entry.read_heldout is None else entry.read_heldout(choice.eval_file)
+        if held is None:
+            held = select([_of_file(choice.eval_file, choice.settings)], Division(None, 0, division.seed)).records()
         return as_loaded(with_heldout_of(trained, held, division.train_size))
     if not entry.counts and not isinstance(eval_size, int):
         if eval_size is not None:

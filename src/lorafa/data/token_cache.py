@@ -66,7 +66,7 @@ def cache_file(data: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     Raises:
         CheckpointError: the tokenizer cannot be saved.
     """
-    code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))]
     versions = (VERSION, *map(_version, READERS))
     name = digest_of(iter((data, digest_of_tokenizer(tokenizer), str(max_length), *versions, *code)))
     return cache_folder() / f"{name[:40]}.tokens"

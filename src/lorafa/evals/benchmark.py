@@ -42,7 +42,7 @@ class Official:
 
     def _of_hub(self, option: str) -> list[tuple[str, Row]]:
         try:
-            return hub_rows(self.hub_id, HubSettings(subset=self.subset, split=self.split))
+            return list(hub_rows(self.hub_id, HubSettings(subset=self.subset, split=self.split)))
         except SourceError as error:
             raise SourceError(
                 f"Could not load {self.what}, {self.hub_id}, from the Hub: {first_line(error.__cause__ or error)}. "

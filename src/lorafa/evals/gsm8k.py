@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafa.data.chat import encode_prompts
 from lorafa.data.numbers import last_number, only_number
-from lorafa.data.records import Record, final_answer
+from lorafa.data.records import Message, Record, final_answer
 from lorafa.data.rows import converter
-from lorafa.data.sources import all_records
+from lorafa.data.sets.prompts import asked
+from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, did_you_mean, shorten, warn
 from lorafa.evals.benchmark import Official
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
@@ -168,6 +169,8 @@ class Gsm8kSettings:
     128, as far as the model's context goes."""
     extract: Literal["number", "upstream"] = "number"
     """How the final number is read: number, or upstream as the LoRA-GA scripts do, to compare with their accuracy."""
+    published: bool = False
+    """Ask as those scripts do, the last question alone: "Q: ...", a new line, "A: "."""
 
     def __post_init__(self) -> None:
         if self.size is not None:
@@ -200,7 +203,8 @@ def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
             f"{len(unread)} of {len(heldout)} records end in figures that are not one number, so they are not asked"
             f"{': ' + shorten(places) if places else ''}."
         )
-    return (graded or with_question(heldout))[: settings.size]
+    chosen = (graded or with_question(heldout))[: settings.size]
+    return list(map(as_published, chosen)) if graded and settings.published else chosen
 
 
 def _ends_in_figures(record: Record) -> bool:
@@ -268,6 +272,12 @@ def official_problems(file: str | None, option: str = "data=test.jsonl") -> list
     return records
 
 
+def as_published(record: Record) -> Record:
+    """The same problem as the scripts of LoRA-GA and LoRA-One ask it: "Q: ...", a new line, "A: "."""
+    question, answer = record.messages[-2:]
+    return replace(record, messages=(Message("user", asked(question.content)), answer))
+
+
 def _require_gold(records: Sequence[Record], step: str) -> None:
     for record in records:
         if record.answer is None:
@@ -277,10 +287,11 @@ def _require_gold(records: Sequence[Record], step: str) -> None:
 def _read(source: Source, settings: Gsm8kSettings) -> list[Record]:
     """The problems of a file or of the official test set, or the first ``size``."""
     if source.name is None:
-        return official_problems(None)[: settings.size]
-    records = all_records(source.name, dict(source.columns))[: settings.size]
-    _require_gold(records, "Mend the row, or measure task=perplexity")
-    return records
+        records = official_problems(None)
+    else:
+        records = records_to_measure(source.name, dict(source.columns))
+        _require_gold(records, "Mend the row, or measure task=perplexity")
+    return _asks(records, settings)
 
 
 GSM8K = Evaluation(asks=_asks, check=_check, measure=_measure, read=_read, settings=Gsm8kSettings)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lorafa.data.chat import IGNORE, Sample, encode_all
 from lorafa.data.collate import Collator
 from lorafa.data.records import Message, Record
-from lorafa.data.sources import all_records
+from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, SourceError
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import Progress, context_of
@@ -140,7 +140,7 @@ def _read(source: Source, settings: PerplexitySettings) -> list[Record]:
         )
     if source.name.endswith(TEXT):
         return [text_file(source.name)]
-    return all_records(source.name, dict(source.columns))[: settings.size]
+    return records_to_measure(source.name, dict(source.columns))[: settings.size]
 
 
 def text_file(name: str) -> Record:

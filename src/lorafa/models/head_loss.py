@@ -24,7 +24,9 @@ from lorafa.models.rows import IGNORE_INDEX, ROW_MULTIPLE, filled_up
 from lorafa.storage.tensors import can_be_gathered
 
 CHUNK_BYTES = 32 * 2**20
-"""Size of one chunk of float32 logits: large enough for an efficient product, small beside any model's activations."""
+"""Size of one chunk of logits: large enough for an efficient product, small beside any model's activations."""
+CPU_ROWS = 16
+"""Rows of a chunk that are in float32 at a time on a CPU: they stay in the cache."""
 
 # What models do between the head and the loss, by the name of the config field that says how much.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
@@ -417,13 +419,19 @@ def _head_nll(states: HiddenStates, next_labels: Tensor, chunk_tokens: int | Non
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     if chunk_tokens is None:
-        fitting = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        size = weight.element_size() if _in_blocks(weight, weight.requires_grad) else 4
+        fitting = max(1, CHUNK_BYTES // (size * weight.shape[0]))
         chunk_tokens = fitting - fitting % ROW_MULTIPLE if fitting > ROW_MULTIPLE else fitting
     rows = filled_up(rows, min(ROW_MULTIPLE, chunk_tokens))
     total = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         rows, weight, bias, flat_labels[positions], states.transform, chunk_tokens, torch.is_grad_enabled()
     )
     return cast(Tensor, total), len(positions)
+
+
+def _in_blocks(weight: Tensor, trained: bool) -> bool:
+    """Whether the softmax of a chunk is taken some rows at a time: on a CPU, unless they make a weight gradient too."""
+    return weight.device.type == "cpu" and not trained
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -453,24 +461,29 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
         with torch.autocast(rows.device.type, enabled=False):
+            block = CPU_ROWS if _in_blocks(weight, wanted[1]) else chunk_tokens
             for start in range(0, len(rows), chunk_tokens):
-                chunk = slice(start, start + chunk_tokens)
-                target = targets[chunk].unsqueeze(1)
-                logits = transform.apply_(nn.functional.linear(rows[chunk], weight, bias).to(wide))
-                log_probs = logits.log_softmax(dim=-1)
-                total -= log_probs[: len(target)].gather(1, target).sum()
-                if not any(wanted):
-                    continue
-                grad = log_probs.exp_()  # softmax - onehot, in the buffer of the log probabilities
-                grad[: len(target)].scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-                grad[len(target) :] = 0.0
-                grad = transform.gradient_(grad, logits)
+                end = min(start + chunk_tokens, len(rows))
+                stored = nn.functional.linear(rows[start:end], weight, bias)
+                for first in range(start, end, block):
+                    part = stored[first - start : first - start + block]
+                    target = targets[first : min(first + block, end)].unsqueeze(1)
+                    logits = transform.apply_(part.to(wide))
+                    log_probs = logits.log_softmax(dim=-1)
+                    total -= log_probs[: len(target)].gather(1, target).sum()
+                    if not any(wanted):
+                        continue
+                    grad = log_probs.exp_()  # softmax - onehot, in the buffer of the log probabilities
+                    grad[: len(target)].scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+                    grad[len(target) :] = 0.0
+                    grad = transform.gradient_(grad, logits)
+                    if grad_weight is not None:
+                        grad_weight.addmm_(grad.T, rows[first : first + block].to(wide))
+                    if grad_bias is not None:
+                        grad_bias += grad.sum(dim=0)
+                    part.copy_(grad)
                 if grad_rows is not None:
-                    torch.mm(grad.to(weight.dtype), weight, out=grad_rows[chunk])
-                if grad_weight is not None:
-                    grad_weight.addmm_(grad.T, rows[chunk].to(wide))
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0)
+                    torch.mm(stored, weight, out=grad_rows[start:end])
         ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.dtype = weight.dtype
         return total

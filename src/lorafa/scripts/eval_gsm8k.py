@@ -124,18 +124,9 @@ def problems(file: str | None) -> list[Record]:
         SourceError: they cannot be read or fetched.
         DataError: a row has no question, or no number as its answer.
     """
-    from lorafa.evals.gsm8k import official_problems
+    from lorafa.evals.gsm8k import as_published, official_problems
 
-    return [_as_published(record) for record in official_problems(file, "--test_file=test.jsonl")]
-
-
-def _as_published(record: Record) -> Record:
-    from dataclasses import replace
-
-    from lorafa.data.records import Message
-
-    question, answer = record.messages[-2:]
-    return replace(record, messages=(Message("user", f"Q: {question.content}\nA: "), answer))
+    return [as_published(record) for record in official_problems(file, "--test_file=test.jsonl")]
 
 
 def _ready(args: argparse.Namespace, directory: RunDirectory | None) -> tuple[Any, Any]:

@@ -120,11 +120,6 @@ PUBLISHED_KEYS: Mapping[str, Meaning] = {
 }
 """Key -> what it is here, in the order of the page that lists them (docs/published-commands.md)."""
 
-DATASETS_TO_COME = (
-    "sst2", "cola", "qqp", "mrpc", "mnli", "qnli", "emo", "squad", "boolq", "cb", "copa", "rte", "wic", "alpaca",
-    "alpaca_gpt4", "commonsense_reasoning", "gsm8k", "meta_math_full", "codefeedback", "wizard_lm", "flan", "flan_v2",
-)  # fmt: skip
-"""Data sets of the scripts that may not be here; which are is what `lorafa.data.DATASETS` says."""
 IMAGES = ("cifar10", "cifar100", "cars", "svhn", "dtd")
 """Data sets of images, of other models than language models."""
 

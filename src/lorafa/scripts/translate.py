@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lorafa.conf.compose import quoted
-from lorafa.data import DATASETS, data_set_names, data_set_of
+from lorafa.data import data_set_names, data_set_of
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.scripts.asked import PAGE, Asked
-from lorafa.scripts.published import DATASETS_TO_COME, IMAGES, PUBLISHED_KEYS
+from lorafa.scripts.published import IMAGES, PUBLISHED_KEYS
 from lorafa.settings.checks import check_choice, check_flag, check_int, check_number, found
 
 Settings = dict[str, Any]
@@ -126,16 +126,11 @@ def _data_set(name: str) -> str:
             f"dataset_name={name} is a data set of images, and run_exp.py trains language models. Give one of text, or "
             "dataset_name=<file.jsonl>."
         )
-    if name not in DATASETS and name in DATASETS_TO_COME:
-        raise NotAvailableError(
-            f"The published data set {name!r} is not here yet. Give dataset_name=<file.jsonl> with its rows as prompt "
-            f"and completion, a Hub id, or one of: {', '.join(data_set_names())}."
-        )
     if data_set_of(name) is None:
-        known = [*data_set_names(), *DATASETS_TO_COME]
+        known = data_set_names()
         raise ConfigError(
             f"There is no data set {name!r}.{did_you_mean(name, known)} Give dataset_name=<file.jsonl>, a Hub id, or "
-            f"one of: {', '.join(data_set_names())}."
+            f"one of: {', '.join(known)}."
         )
     return name
 

@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0, "warmup": 0.05, "shorten_warmup": False,
               "schedule": "linear", "max_grad_norm": 1.0, "betas": [0.9, 0.999], "eps": 1e-8},
     "eval": {"name": "gsm8k", "before": True, "batch_size": 32, "size": 64, "max_new_tokens": None,
-             "extract": "number"},
+             "extract": "number", "published": False},
     "run_dir": None,
     "threads": None,
 }  # fmt: skip

@@ -101,7 +101,7 @@ def test_what_is_there_but_no_file_of_rows_is_called_what_it_is(tmp_path: Path) 
         load(tmp_path / "link.jsonl")
     for name in ("d.txt", "d.parquet.gz"):
         (tmp_path / name).write_text("prompt,completion\n")
-        with pytest.raises(SourceError, match=r"'.*': a file of another kind\. Give meta_math, word_problems, a file"):
+        with pytest.raises(SourceError, match=r"'.*': a file of another kind\. Give alpaca, .*, word_problems, a file"):
             load(tmp_path / name)
 
 

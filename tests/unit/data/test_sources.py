@@ -163,7 +163,7 @@ def test_a_missing_file_is_answered_with_its_neighbours(tmp_path):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(SourceError, match=r"No dataset 'word_problem'\. Did you mean 'word_problems'\? Give meta"):
+    with pytest.raises(SourceError, match=r"No dataset 'word_problem'\. Did you mean 'word_problems'\? Give alpaca, "):
         load("word_problem")
 
 
@@ -202,6 +202,6 @@ def test_an_unreachable_hub_is_a_source_error_with_the_next_step(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        SourceError, match=r"Could not load a/b .*: Couldn't reach the Hub\. Next step: .*data=word_problems"
+        SourceError, match=r"Could not load a/b .*: Couldn't reach the Hub\. Next step: .*l>, or data=word_problems\."
     ):
         load("a/b")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafa.data.problems import fetch_wheel
+from lorafa.data.sets.problems import fetch_wheel
 from lorafa.errors import ConfigError, SourceError
 from lorafa.models import smollm2
 from lorafa.models.load import load_model, resolve_model

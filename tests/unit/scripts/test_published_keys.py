@@ -45,6 +45,12 @@ init:
 """
 """The documented block of parameters."""
 BASE = "+peft=all ++peft.lora_r=4"
+PUBLISHED = (
+    "sst2", "cola", "qqp", "mrpc", "mnli", "qnli", "emo", "squad", "boolq", "cb", "copa", "rte", "wic", "alpaca",
+    "alpaca_gpt4", "commonsense_reasoning", "gsm8k", "meta_math", "meta_math_full", "codefeedback", "wizard_lm", "flan",
+    "flan_v2",
+)  # fmt: skip
+"""The values of dataset_name that the published scripts take, without those of images."""
 FULL = "full" in {field.name for field in fields(PeftConfig)}
 
 
@@ -288,7 +294,6 @@ def test_nothing_wants_a_gpu_or_an_account() -> None:
         (f"{BASE} +init=gradient ++init.direction=up", ConfigError, r"init\.direction must be one of LoRA-One, LoRA-F"),
         (f"{BASE} +init=gaussian ++init.lora_A=gaussian", ConfigError, r"Add \+\+init\.lora_A_std=0\.02"),
         (f"{BASE} ++init.lora_A=zeros", ConfigError, "lora_A and lora_B are both zeros"),
-        (f"{BASE} ++dataset_name=cola", NotAvailableError, r"'cola' is not here yet\. Give dataset_name=<file\.jsonl>"),
         (f"{BASE} ++dataset_name=metamath", ConfigError, r"no data set 'metamath'\. Did you mean 'meta_math'\? Give d"),
         (f"{BASE} ++dataset_name=svhn", NotAvailableError, r"svhn is a data set of images, and run_exp\.py trains lan"),
     ],
@@ -296,6 +301,12 @@ def test_nothing_wants_a_gpu_or_an_account() -> None:
 def test_a_mistake_is_answered_with_what_to_do(words: str, kind: type[LoraError], message: str) -> None:
     with pytest.raises(kind, match=message):
         compose_published(words.split())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_data_set_of_text_is_taken_and_written_with_a_blank_before_the_answer(name: str) -> None:
+    config = config_of(f"{BASE} ++dataset_name={name} data.file=copy.jsonl")
+    assert (config.data.name, config.data.template, config.data.own.file) == (name, "spaced", "copy.jsonl")
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -38,7 +38,7 @@ class DataConfig(OpenGroup):
     """Records to train on; null takes all that are left after the held-out ones."""
     eval_size: int | float | None = None
     """Records held out for evaluation, never trained on: how many, a share of them below 1, or 0. null is 100, but at
-    most a tenth of the records there are."""
+    most a tenth of the records there are; of a published data set all that its authors hold out."""
     eval_file: str | None = None
     """File in any form that data= takes, whose records are all held out, in place of eval_size."""
     max_length: int = 1024

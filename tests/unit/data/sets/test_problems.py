@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lorafa.data import problems
-from lorafa.data.problems import INSTRUCTION, is_sound, load_templates, load_word_problems, make_record
+from lorafa.data.sets import problems
+from lorafa.data.sets.problems import INSTRUCTION, is_sound, load_templates, load_word_problems, make_record
 from lorafa.data.sources import load_records
 from lorafa.errors import ConfigError, DataError, SourceError
 from lorafa.storage.wheels import Wheel

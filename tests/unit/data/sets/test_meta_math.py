@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorafa.conf.compose import compose
-from lorafa.data import meta_math
 from lorafa.data.chat import IGNORE, encode_all, encode_prompt
+from lorafa.data.entry import Wanted
 from lorafa.data.records import Records
+from lorafa.data.sets.meta_math import PUBLISHED
+from lorafa.data.sets.published import InOrder, PublishedSettings
 from lorafa.data.sources import load_records
 from lorafa.data.templates import find_template
 from lorafa.errors import DataError, SourceError
@@ -46,17 +49,18 @@ def test_rows_of_gsm8k_are_taken_in_order_and_the_text_after_the_solution_is_cut
     assert questions(found.heldout) == ["Q: What is 3?\nA: "]
 
 
-def test_the_rows_after_the_trained_ones_are_held_out_whatever_the_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(meta_math, "TRAINED", 20)
-    monkeypatch.setattr(meta_math, "HELD_OUT", 2)
+def test_the_rows_after_the_trained_ones_are_held_out_whatever_the_seed(tmp_path: Path) -> None:
     file = write(tmp_path, [row(number) for number in range(40)])
+    published = replace(PUBLISHED, heldout=InOrder(trained=20, heldout=2))
     for seed in (0, 1):
-        found = load(file, seed=seed)
+        found = published.load(Wanted("meta_math", None, None, seed), PublishedSettings(file=file))
         assert questions(found.train) == [f"Q: What is {number}?\nA: " for number in range(20)]
         assert questions(found.heldout) == [f"Q: What is {number}?\nA: " for number in (20, 21)]
-    assert len(load(file, train_size=3).train) == 3
+    assert len(published.load(Wanted("meta_math", 3, None, 0), PublishedSettings(file=file)).train) == 3
+
+
+def test_the_published_numbers_of_rows_are_a_hundred_thousand_and_ten_thousand() -> None:
+    assert PUBLISHED.heldout == InOrder(trained=100_000, heldout=10_000)
 
 
 @pytest.mark.parametrize(("size", "held"), [(None, 2), (0, 0), (5, 5), (0.5, 11)])

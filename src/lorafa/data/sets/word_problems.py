@@ -1,4 +1,4 @@
-"""Grade-school word problems as a data set of the runner; :mod:`lorafa.data.problems` makes them."""
+"""Grade-school word problems as a data set of the runner; :mod:`lorafa.data.sets.problems` makes them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafa.data.entry import DataSet, Wanted
-from lorafa.data.problems import load_word_problems
 from lorafa.data.records import Records
+from lorafa.data.sets.problems import load_word_problems
 from lorafa.errors import DataError
 from lorafa.settings.checks import check_int
 
