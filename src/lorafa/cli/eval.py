@@ -36,6 +36,10 @@ examples:
   lorafa eval runs/a/adapter task=gsm8k data=test.jsonl eval.size=100
                                                             the first hundred of a local copy
   lorafa eval runs/a task=perplexity data=rows.jsonl --json
+  lorafa eval runs/a runs/b task=forgetting                 how far each has moved from its base
+  lorafa eval runs/a task=humaneval eval.run_code=true data=HumanEval.jsonl.gz
+                                                            runs what the model writes, with limits
+  lorafa eval runs/a task=commonsense eval.task=boolq data=test.json
 
 tasks: {tasks}
 
