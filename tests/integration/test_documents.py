@@ -24,10 +24,12 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import lorafa
+from lorafa.cli import generate
 from lorafa.cli.eval import settings_of
 from lorafa.cli.main import main, parse
 from lorafa.cli.train import longer_of
 from lorafa.conf.compose import compose, options
+from lorafa.data.unanswered import prompts_of
 from lorafa.runs.comparison import Plan
 from lorafa.runs.record import RunDirectory
 from lorafa.runs.subjects import find
@@ -47,7 +49,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorte
 RUN = ("python", "sh")
 DATA = ("", "text", "yaml", "json")
 """Languages of blocks that show what is printed or written."""
-NOT_RUN = 0
+NOT_RUN = 1
 """How many blocks are marked as not to be run."""
 
 
@@ -271,6 +273,12 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
     elif words[:2] == ("lorafa", "eval"):
         args = parse(words[1:])
         settings_of([find(word) for word in args.overrides if "=" not in word], [w for w in args.overrides if "=" in w])
+    elif words[:2] == ("lorafa", "generate"):
+        args = parse(words[1:])
+        generate.settings_of(args.overrides)
+        generate.answering(args)
+        find(args.subject, args.base)
+        assert prompts_of(args.file)
     else:
         known = words[:2] in {("lorafa", "train"), ("lorafa", "compare")} or SCRIPT in words
         assert known, "no way to check this command: add one"

@@ -167,3 +167,27 @@ def test_problems_are_asked_as_published_where_that_is_asked_for(
     (item,) = read(tmp_path / "out.json")["items"]
     first = json.loads((place / "rows.jsonl").read_text().splitlines()[0])
     assert item["answers"][0]["question"] == f"Q: {first['question']}\nA: "
+
+
+def test_benchmarks_of_files_are_asked_and_paired(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [{"instruction": f"Is {n} even?", "answer": "true" if n % 2 == 0 else "false"} for n in range(4)]
+    (place / "boolq.json").write_text(json.dumps(answers))
+    (place / "sst2.jsonl").write_text('{"sentence": "good", "label": 1}\n{"sentence": "bad", "label": 0}\n')
+    for words, items in (
+        (("task=commonsense", "eval.task=boolq", f"data={place / 'boolq.json'}", "eval.max_new_tokens=4"), 4),
+        (("task=glue", "eval.task=sst2", f"data={place / 'sst2.jsonl'}"), 2),
+    ):
+        base, trained = rows(capsys, place / "model", place / "a", *words)
+        assert (base["items"], trained["total"], base["eval_task"]) == (items, items, words[1].partition("=")[2])
+        assert trained["difference"] == pytest.approx(trained["accuracy"] - base["accuracy"])
+        assert len(base["interval"]) == 2
+
+
+def test_a_training_is_not_measured_by_a_benchmark_with_problems_of_its_own(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("humaneval", "mmlu", "commonsense", "glue"):
+        words = [word for word in settings(place, tmp_path / name) if not word.startswith("eval.")]
+        assert main(["train", *words, f"eval={name}"]) == 2
+        text = " ".join(capsys.readouterr().err.split())
+        assert f"measure afterwards: lorafa eval <run> task={name}" in text

@@ -36,6 +36,10 @@ examples:
   lorafa eval runs/a/adapter task=gsm8k data=test.jsonl eval.size=100
                                                             the first hundred of a local copy
   lorafa eval runs/a task=perplexity data=rows.jsonl --json
+  lorafa eval runs/a runs/b task=forgetting                 how far each has moved from its base
+  lorafa eval runs/a task=humaneval eval.run_code=true data=HumanEval.jsonl.gz
+                                                            runs what the model writes, with limits
+  lorafa eval runs/a task=commonsense eval.task=boolq data=test.json
 
 tasks: {tasks}
 
@@ -138,6 +142,8 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
     words = [f"eval={text[5:]}" if text.startswith("task=") else text for text in overrides]
     refuse_others(words, READ, "lorafa eval", "changes nothing that is measured")
     config, keys = compose(words), [key_of(text) for text in words]
+    if config.eval.forgetting:
+        raise ConfigError("eval.forgetting=true is a setting of a training. Here give task=forgetting.")
     data = ",".join(names_of(config.data.name)) if "data" in keys or "data.name" in keys else None
     of_model = [text for text, key in zip(words, keys, strict=True) if key.startswith("model.")]
     if "eval" in keys:

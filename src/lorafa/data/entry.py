@@ -47,6 +47,8 @@ class DataSet:
     columns, and is then read in the forms that all files have."""
     hub: str | None = None
     """The data set of the Hub that its rows come from, where no file is named; None: they come from elsewhere."""
+    labels: tuple[str, ...] = ()
+    """The words of its classes, where its answers are these."""
     takes: Callable[[str], bool] | None = None
     """For a source of many data sets: whether a name is one of its own, by the look of it. None: its line's name is."""
 

@@ -1,4 +1,4 @@
-"""What a model scores: exact-match accuracy on GSM8K-style problems, and the loss of its answers."""
+"""What a model scores: benchmarks, the loss of its answers, how far it has moved from its base."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ if TYPE_CHECKING:
 EVALS: Registry[Evaluation] = Registry(
     "evaluation",
     {
+        "commonsense": "lorafa.evals.commonsense:COMMONSENSE",
+        "forgetting": "lorafa.evals.forgetting:FORGETTING",
+        "glue": "lorafa.evals.glue:GLUE",
         "gsm8k": "lorafa.evals.gsm8k:GSM8K",
+        "humaneval": "lorafa.evals.humaneval:HUMANEVAL",
         "loss": "lorafa.evals.loss:LOSS",
+        "mmlu": "lorafa.evals.mmlu:MMLU",
         "perplexity": "lorafa.evals.perplexity:PERPLEXITY",
     },
 )

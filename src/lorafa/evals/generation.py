@@ -56,9 +56,10 @@ def generate_ids(
     ends: Iterable[int] = (),
     progress: Progress | None = None,
     sampling: Sampling | None = None,
+    keep_end: bool = False,
 ) -> list[list[int]]:
-    """The continuation of each prompt without the end token, in the order of ``prompts``: the most likely one token by
-    token, or with ``sampling`` one that is drawn.
+    """The continuation of each prompt without the end token (with it if ``keep_end``), in the order of ``prompts``: the
+    most likely one token by token, or with ``sampling`` one that is drawn.
 
     Prompts of similar length share a batch (left padding); a batch ends when all its rows have. An answer is over at
     any of ``ends`` (those that were trained: ``Encoded.ends``) and at the end tokens of tokenizer and model. Nothing
@@ -96,7 +97,7 @@ def generate_ids(
         done += len(rows) * world_size()
         if progress is not None:
             progress(min(done, len(order)), len(order))
-        return [_until(stops, answer) for answer in out[:, ids.shape[1] :].tolist()]
+        return [_until(stops, answer, keep_end) for answer in out[:, ids.shape[1] :].tolist()]
 
     drawn = nullcontext() if sampling is None else torch.random.fork_rng()
     with evaluating(model), _without_own_settings(model), drawn:
@@ -122,9 +123,9 @@ def generate_greedy(
     return generate_ids(model, tokenizer, prompts, progress=progress, **how)
 
 
-def _until(stops: Collection[int], tokens: list[int]) -> list[int]:
-    """The tokens before the first of ``stops``."""
-    return tokens[: next((at for at, token in enumerate(tokens) if token in stops), len(tokens))]
+def _until(stops: Collection[int], tokens: list[int], keep_end: bool) -> list[int]:
+    """The tokens before the first of ``stops``, or up to and with it."""
+    return tokens[: next((at + keep_end for at, token in enumerate(tokens) if token in stops), len(tokens))]
 
 
 def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:

@@ -10,19 +10,17 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafa.data.chat import encode_prompts
-from lorafa.data.files import read_rows
-from lorafa.data.hub import HubSettings, hub_rows
 from lorafa.data.numbers import last_number, only_number
 from lorafa.data.records import Message, Record, final_answer
 from lorafa.data.rows import converter
 from lorafa.data.sets.prompts import asked
 from lorafa.data.sources import records_to_measure
-from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
+from lorafa.errors import ConfigError, DataError, did_you_mean, shorten, warn
+from lorafa.evals.benchmark import Official
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import Progress, Sampling, check_prompts, context_of, generate_ids
 from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
 from lorafa.settings.checks import check_int
-from lorafa.storage.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -254,7 +252,8 @@ def _measure(
     return Scores(words, numbers, answers, measured)
 
 
-HUB_ID, SUBSET, SPLIT = "openai/gsm8k", "main", "test"
+OFFICIAL = Official("the test problems", "openai/gsm8k", "main", "test", "a copy of the official file")
+"""Where the problems are."""
 
 
 def official_problems(file: str | None, option: str = "data=test.jsonl") -> list[Record]:
@@ -267,20 +266,8 @@ def official_problems(file: str | None, option: str = "data=test.jsonl") -> list
         SourceError: they cannot be read or fetched.
         DataError: there are none, or a row has no question, or no number as its answer.
     """
-    if file is not None:
-        source, rows = file, read_rows(user_path(file))
-    else:
-        source = HUB_ID
-        try:
-            rows = list(hub_rows(HUB_ID, HubSettings(subset=SUBSET, split=SPLIT)))
-        except SourceError as error:
-            raise SourceError(
-                f"Could not load the test problems, {HUB_ID}, from the Hub: {first_line(error.__cause__ or error)}. "
-                f"Next step: check the connection, or give a copy of the official file, {option}."
-            ) from error
-    if not rows:
-        raise DataError(f"{source} holds no rows. Give the official test file, with a question and an answer a row.")
-    convert = converter(source, rows[0][1], "question", "answer")
+    rows = OFFICIAL.rows(file, option)
+    convert = converter(file or OFFICIAL.hub_id, rows[0][1], "question", "answer")
     records = [convert(row, place) for place, row in rows]
     _require_gold(records, "Give the official test file")
     return records

@@ -23,6 +23,7 @@ from lorafa.data.templates import find_template
 from lorafa.errors import CheckpointError, ConfigError, DataError, first_line
 from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
+from lorafa.evals.forgetting import check_forgetting, forgetting
 from lorafa.evals.loss import answer_loss
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.load import check_samples, on_accelerator
@@ -162,6 +163,8 @@ def _check_samples(samples: SampleSet, rows: int, base: BaseModel, config: RunCo
     evaluation = EVALS.get(config.eval.name)
     asked = evaluation.asks(samples.records, config.eval.own)
     evaluation.check(Subject(base.model, base.tokenizer), asked, config.eval.own)
+    if config.eval.forgetting:
+        check_forgetting(base.model, base.tokenizer)
 
 
 def _begun(base: BaseModel, samples: SampleSet, collator: Collator, config: RunConfig) -> Started:
@@ -249,6 +252,8 @@ def train(
     run.update_result(steps=fitted.steps, stopped=fitted.stopped, **kept, seconds=seconds, parameters=counted)
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
+        if config.eval.forgetting:
+            after["forgetting"] = _forgotten(prepared, config, console)
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
     samples = earlier.get("samples", []) if answers_before is None else _side_by_side(answers_before, answers)
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
@@ -344,6 +349,14 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
     return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
+
+
+def _forgotten(prepared: Prepared, config: RunConfig, console: Console) -> dict[str, Any]:
+    """How far the model has moved from its base."""
+    with progress_bar(console, "After: forgetting") as bar:
+        scores = forgetting(Subject(prepared.model, prepared.tokenizer), config.eval.batch_size, bar)
+    console.print(f"After: {scores.words}", highlight=False)
+    return dict(scores.numbers)
 
 
 def _wants_heldout(config: RunConfig) -> str | None:

@@ -9,12 +9,14 @@ from lorafa.data.sets.prompts import LABEL, classified
 from lorafa.data.sets.published import OtherSplit, Published, PublishedSettings
 
 TEXTS = ("question", "passage")
+WORDS = ("false", "true")
 
 BOOLQ = Published(
     hub="aps/super_glue",
     subset="boolq",
     file="boolq.jsonl",
     columns=(*TEXTS, LABEL),
-    record=classified("answer the question by the passage with true or false", TEXTS, ("false", "true")),
+    record=classified("answer the question by the passage with true or false", TEXTS, WORDS),
+    labels=WORDS,
     heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -9,14 +9,14 @@ from lorafa.data.sets.prompts import LABEL, classified
 from lorafa.data.sets.published import OtherSplit, Published, PublishedSettings
 
 TEXTS = ("premise", "hypothesis")
+WORDS = ("entailment", "contradiction", "neutral")
 
 CB = Published(
     hub="aps/super_glue",
     subset="cb",
     file="cb.jsonl",
     columns=(*TEXTS, LABEL),
-    record=classified(
-        "classify whether the premise entails the hypothesis", TEXTS, ("entailment", "contradiction", "neutral")
-    ),
+    record=classified("classify whether the premise entails the hypothesis", TEXTS, WORDS),
+    labels=WORDS,
     heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

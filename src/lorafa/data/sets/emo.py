@@ -6,11 +6,13 @@ from lorafa.data.sets.prompts import LABEL, classified
 from lorafa.data.sets.published import OtherSplit, Published, PublishedSettings
 
 TEXTS = ("text",)
+WORDS = ("others", "happy", "sad", "angry")
 
 EMO = Published(
     hub="SemEvalWorkshop/emo",
     file="emo.jsonl",
     columns=(*TEXTS, LABEL),
-    record=classified("classify the emotion of the text", TEXTS, ("others", "happy", "sad", "angry")),
+    record=classified("classify the emotion of the text", TEXTS, WORDS),
+    labels=WORDS,
     heldout=OtherSplit("test"),
 ).data_set(settings=PublishedSettings)

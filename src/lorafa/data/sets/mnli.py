@@ -6,14 +6,14 @@ from lorafa.data.sets.prompts import LABEL, classified
 from lorafa.data.sets.published import OtherSplit, Published, PublishedSettings
 
 TEXTS = ("premise", "hypothesis")
+WORDS = ("entailment", "neutral", "contradiction")
 
 MNLI = Published(
     hub="nyu-mll/glue",
     subset="mnli",
     file="mnli.jsonl",
     columns=(*TEXTS, LABEL),
-    record=classified(
-        "classify the semantic similarity of the text", TEXTS, ("entailment", "neutral", "contradiction")
-    ),
+    record=classified("classify the semantic similarity of the text", TEXTS, WORDS),
+    labels=WORDS,
     heldout=OtherSplit("validation_matched"),
 ).data_set(settings=PublishedSettings)

@@ -70,6 +70,8 @@ class Published:
     record: ToRecord
     """How a row becomes a record."""
     heldout: HeldOut
+    labels: tuple[str, ...] = ()
+    """The words of its classes, where its answers are these."""
     only: Only | None = None
     streamed: bool = False
     """Whether it is so large that no more rows than are needed are fetched, anew each time."""
@@ -81,7 +83,10 @@ class Published:
 
     def data_set(self, *, settings: type[PublishedSettings]) -> DataSet:
         """Its line of ``DATASETS``."""
-        return DataSet(load=self.load, read_heldout=self.read_heldout, settings=settings, counts=True, hub=self.hub)
+        return DataSet(
+            load=self.load, read_heldout=self.read_heldout, settings=settings, counts=True, hub=self.hub,
+            labels=self.labels,
+        )  # fmt: skip
 
     def load(self, wanted: Wanted, settings: PublishedSettings) -> Records:
         """The records to train on and those held out.

@@ -9,12 +9,14 @@ from lorafa.data.sets.prompts import LABEL, classified
 from lorafa.data.sets.published import OtherSplit, Published, PublishedSettings
 
 TEXTS = ("premise", "hypothesis")
+WORDS = ("entailment", "not_entailment")
 
 RTE = Published(
     hub="aps/super_glue",
     subset="rte",
     file="rte.jsonl",
     columns=(*TEXTS, LABEL),
-    record=classified("classify whether the premise entails the hypothesis", TEXTS, ("entailment", "not_entailment")),
+    record=classified("classify whether the premise entails the hypothesis", TEXTS, WORDS),
+    labels=WORDS,
     heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

@@ -6,12 +6,14 @@ from lorafa.data.sets.prompts import LABEL, classified
 from lorafa.data.sets.published import OtherSplit, Published, PublishedSettings
 
 TEXTS = ("sentence",)
+WORDS = ("negative", "positive")
 
 SST2 = Published(
     hub="nyu-mll/glue",
     subset="sst2",
     file="sst2.jsonl",
     columns=(*TEXTS, LABEL),
-    record=classified("classify the sentiment of the text", TEXTS, ("negative", "positive")),
+    record=classified("classify the sentiment of the text", TEXTS, WORDS),
+    labels=WORDS,
     heldout=OtherSplit("validation"),
 ).data_set(settings=PublishedSettings)

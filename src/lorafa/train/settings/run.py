@@ -267,6 +267,9 @@ class EvalConfig(OpenGroup):
     """Measure before training too."""
     batch_size: int = 32
     """Prompts answered at a time."""
+    forgetting: bool = False
+    """Measure after the training how far the model has moved from its base too: the KL in nats a token, on texts that
+    the base writes."""
     own: Any = None
     """The evaluation's own settings."""
 
@@ -316,6 +319,11 @@ class RunConfig:
             )
         if self.peft.full:
             self._check_full()
+        if self.eval.forgetting and self.peft.bias != "none":
+            raise ConfigError(
+                f"eval.forgetting=true compares with the model whose adapters are off, and peft.bias={self.peft.bias} "
+                "trains biases of the base itself, which would be in both. Drop one of the two."
+            )
         if SCHEDULES.get(self.optim.schedule).measured and not self.train.measures:
             raise ConfigError(
                 f"optim.schedule={self.optim.schedule} goes by the held-out loss, which is not measured on the way. "
@@ -338,6 +346,11 @@ class RunConfig:
             raise ConfigError(
                 "train.save_merged=true saves the model an adapter was merged into, and with peft.full=true the model "
                 "is saved anyway. Drop one of the two."
+            )
+        if self.eval.forgetting:
+            raise ConfigError(
+                "eval.forgetting=true compares with the model whose adapters are off, and with peft.full=true there "
+                "are none. Leave it out, and measure afterwards: lorafa eval <run> task=forgetting eval.base=<model>."
             )
         if entry_of(self.optim).make is not None:
             raise ConfigError(

@@ -1,0 +1,147 @@
+"""How likely a model finds each of several ways to go on after a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.backends.offload import device_of
+from lorafa.data.chat import IGNORE, Sample
+from lorafa.data.collate import Collator
+from lorafa.data.rendering import start_token
+from lorafa.errors import DataError
+from lorafa.evals.generation import Progress
+from lorafa.evals.loss import row_losses
+from lorafa.models.head_loss import HiddenStates, supervised_nll, supports_chunked_loss
+from lorafa.models.modes import evaluating
+from lorafa.processes import by_turns, world_size
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A text in tokens, and what may follow it."""
+
+    prompt: list[int]
+    tails: list[list[int]]
+    """The tokens of each way to go on; none is empty."""
+
+    @property
+    def single(self) -> bool:
+        """Whether each is one token."""
+        return all(len(tail) == 1 for tail in self.tails)
+
+
+def plain_ids(tokenizer: Any) -> Callable[[str], list[int]]:
+    """What makes tokens of a text as a model reads it: those of the text after the token that begins a sequence, where
+    this tokenizer writes one."""
+    start = start_token(tokenizer)
+    first = [tokenizer.convert_tokens_to_ids(start)] if start else []
+
+    def ids(text: str) -> list[int]:
+        return [*first, *tokenizer(text, add_special_tokens=False).input_ids]
+
+    return ids
+
+
+def choices(ids: Callable[[str], list[int]], text: str, words: Sequence[str]) -> Choices:
+    """A text, and words that may follow it, cut where their tokens begin to differ.
+
+    Where a tokenizer puts a blank, or what stands before a word, into the word's own token is up to it: what all have
+    in common is the prompt.
+
+    Raises:
+        DataError: the tokenizer writes two of the words alike, or one as the beginning of another.
+    """
+    whole = [ids(text + word) for word in words]
+    common = len(list(takewhile(lambda column: len({*column}) == 1, zip(*whole, strict=False))))
+    tails = [one[common:] for one in whole]
+    if not common or not all(tails) or len({*map(tuple, tails)}) < len(tails):
+        raise DataError(f"The tokenizer does not tell {', '.join(map(repr, words))} apart after {text[-20:]!r}.")
+    return Choices(whole[0][:common], tails)
+
+
+def log_probs(
+    model: Any, asked: Sequence[Choices], pad: int, batch_size: int, progress: Progress | None
+) -> list[list[float]]:
+    """The log-probability of every tail after its prompt, in nats, summed over its tokens; float32 at least.
+
+    One pass a prompt where all its tails are single tokens, and one a tail where they are not. The model is left as it
+    was. Several processes share the prompts out, and all get all.
+
+    Args:
+        pad: id that fills up the rows of a batch.
+    """
+    found: dict[int, list[float]] = {}
+    one = [number for number, each in enumerate(asked) if each.single]
+    several = [number for number, each in enumerate(asked) if not each.single]
+    found |= zip(one, _of_single([asked[n] for n in one], model, pad, batch_size, progress), strict=True)
+    tails = [(number, tail) for number in several for tail in asked[number].tails]
+    samples = [_sample(asked[number].prompt, tail) for number, tail in tails]
+    for (number, _), loss in zip(tails, row_losses(model, samples, Collator(pad), batch_size, progress), strict=True):
+        found.setdefault(number, []).append(-loss)
+    return [found[number] for number in range(len(asked))]
+
+
+def _sample(prompt: list[int], tail: list[int]) -> Sample:
+    return Sample([*prompt, *tail], [IGNORE] * len(prompt) + tail)
+
+
+def _of_single(
+    asked: Sequence[Choices], model: Any, pad: int, batch_size: int, progress: Progress | None
+) -> list[list[float]]:
+    """Those whose tails are single tokens: all from one position."""
+    if not asked:
+        return []
+    device, chunked, collator = device_of(model), supports_chunked_loss(model) is None, Collator(pad)
+    order = sorted(range(len(asked)), key=lambda number: len(asked[number].prompt), reverse=True)
+    at_once = batch_size if chunked else 1  # all logits of one prompt at a time
+    batches = [order[first : first + at_once] for first in range(0, len(order), at_once)]
+    done = 0
+
+    def of_batch(numbers: list[int]) -> list[list[float]]:
+        nonlocal done
+        samples = [_sample(asked[number].prompt, asked[number].tails[0]) for number in numbers]
+        batch = {name: tensor.to(device) for name, tensor in collator(samples).items()}
+        logits = _last_logits(model, batch, chunked)
+        rows = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        done += len(numbers) * world_size()
+        if progress is not None:
+            progress(min(done, len(order)), len(order))
+        pairs = zip(numbers, rows, strict=True)
+        return [[float(row[tail[0]]) for tail in asked[number].tails] for number, row in pairs]
+
+    with evaluating(model):
+        found = [row for batch in by_turns(of_batch, batches) for row in batch]
+    of_number = dict(zip(order, found, strict=True))
+    return [of_number[number] for number in range(len(asked))]
+
+
+def _last_logits(model: Any, batch: Mapping[str, Tensor], chunked: bool) -> Tensor:
+    """(rows, vocabulary) at the one position of each row whose next label counts."""
+    if chunked:
+        logits = _Logits()
+        supervised_nll(model, batch, objective=logits)
+        return logits.found
+    inputs = dict(batch)
+    counted = inputs.pop("labels")[:, 1:] != IGNORE
+    found: Tensor = model(**inputs, use_cache=False).logits[:, :-1][counted]
+    return found
+
+
+class _Logits:
+    """Keeps the logits at the positions that count: one a row."""
+
+    layers: tuple[int, ...] = ()
+    found: Tensor
+
+    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+        rows = states.last[(targets != IGNORE).to(states.last.device)]
+        weight, bias = states.head.weight, states.head.bias
+        logits = nn.functional.linear(rows.to(weight.dtype), weight, bias)
+        self.found = states.transform.apply_(logits.to(torch.promote_types(weight.dtype, torch.float32)))
+        return states.last.new_zeros(()), len(rows)

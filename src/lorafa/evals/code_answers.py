@@ -1,0 +1,87 @@
+"""From what a model answers to a program: the code in it, whole or a body that goes under what was asked."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections.abc import Iterator
+
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|```|\Z)", flags=re.DOTALL)
+_CODE = re.compile(r"(?:import|from|def|class|async def)\b|@\w")
+"""How the first line of a program begins, where words may stand before it."""
+INDENT = 4
+"""Blanks of a step, in what is asked and so in what goes under it."""
+
+
+def program_of(answer: str, prompt: str, entry_point: str) -> str:
+    """The program that an answer makes of a prompt: a signature with a docstring, and what stands before it.
+
+    An answer that defines the function is taken as it is, behind what the prompt has before the function (its imports);
+    any other is the function's body. Of an answer with fences that is what they hold; words before and after code are
+    left out. Where nothing can be read as Python, what comes nearest is returned all the same: it is wrong.
+    """
+    defines = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", flags=re.MULTILINE)
+    texts = list(_codes(answer))
+    for text in texts:
+        if defines.search(textwrap.dedent(text)) and (code := _readable(text)) is not None and defines.search(code):
+            starts = [match.start() for match in defines.finditer(prompt)]
+            return f"{prompt[: starts[-1]] if starts else ''}{code}\n"
+    bodies = [body for text in texts for body in _bodies(text)]
+    for body in bodies:
+        if _parses(program := f"{prompt.rstrip()}\n{body}\n"):
+            return program
+    for body in bodies:  # words after the code
+        for shorter in _without_ends(body):
+            if _parses(program := f"{prompt.rstrip()}\n{shorter}\n"):
+                return program
+    return f"{prompt.rstrip()}\n{bodies[0]}\n"
+
+
+def _codes(answer: str) -> Iterator[str]:
+    """What may be the code of an answer, the likeliest first."""
+    fenced = [block for block in _FENCED.findall(answer) if block.strip()]
+    if answer.count("```") == 1 and answer.partition("```")[0].strip():  # the prompt had opened it
+        yield answer.partition("```")[0]
+    yield from fenced
+    if len(fenced) > 1:
+        yield "\n".join(fenced)
+    yield answer.replace("```", "")
+
+
+def _readable(text: str) -> str | None:
+    """The code of a text: from the first line that begins like some, as far as it can be read."""
+    text = textwrap.dedent(text)
+    if _parses(text):
+        return text
+    lines = text.splitlines()
+    first = next((at for at, line in enumerate(lines) if _CODE.match(line)), None)
+    if first is None:
+        return None
+    return next(filter(_parses, _without_ends("\n".join(lines[first:]))), None)
+
+
+def _without_ends(text: str) -> Iterator[str]:
+    """The text, and what is left of it as its last lines are taken away one by one."""
+    lines = text.splitlines()
+    for count in range(len(lines), 0, -1):
+        if lines[count - 1].strip():
+            yield "\n".join(lines[:count])
+
+
+def _bodies(text: str) -> Iterator[str]:
+    """A text as the body of a function: as it stands where it is indented, one step in, or with a first line that has
+    lost its blanks."""
+    text = text.expandtabs(INDENT).strip("\n").rstrip()
+    if text[:1].isspace():
+        yield text
+    yield textwrap.indent(textwrap.dedent(text), " " * INDENT)
+    first, _, rest = text.partition("\n")
+    yield " " * INDENT + first.lstrip() + ("\n" + rest if rest else "")
+
+
+def _parses(text: str) -> bool:
+    try:
+        return bool(ast.parse(text).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of brackets that are too deep
+        return False

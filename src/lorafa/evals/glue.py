@@ -1,0 +1,131 @@
+"""GLUE as text to text (Raffel et al. 2020, arXiv:1910.10683): the word of the class that the model finds likeliest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lorafa.data import DATASETS
+from lorafa.data.chat import encode_all
+from lorafa.data.collate import Collator
+from lorafa.data.records import Message, Record
+from lorafa.data.sources import records_to_measure
+from lorafa.errors import ConfigError, DataError, SourceError, first_line
+from lorafa.evals.benchmark import asks_nothing, refuse_heldout
+from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
+from lorafa.evals.generation import Progress, context_of
+from lorafa.evals.gsm8k import wilson_interval
+from lorafa.evals.loss import row_losses
+from lorafa.settings.checks import check_int
+
+TASKS = ("sst2", "cola", "qqp", "mrpc", "mnli", "qnli")
+"""Data sets of the same names; held out are their validation rows."""
+_WHOLE = 2**31
+"""No text is as long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueSettings:
+    """Which task is asked."""
+
+    task: Literal["sst2", "cola", "qqp", "mrpc", "mnli", "qnli"] | None = None
+    """The task the rows are of."""
+    size: int | None = None
+    """Rows asked, at most; null all of them."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            check_int("eval.size", self.size, at_least=1)
+
+
+def _task(settings: GlueSettings) -> str:
+    if settings.task is None:
+        raise ConfigError(f"task=glue is several tasks. Name one: eval.task=<{'|'.join(TASKS)}>.")
+    return settings.task
+
+
+def _read(source: Source, settings: GlueSettings) -> list[Record]:
+    task = _task(settings)
+    if source.name is None:
+        try:
+            return records_to_measure(task, {})[: settings.size]
+        except SourceError as error:
+            raise SourceError(
+                f"{first_line(error).partition(' Next step:')[0]} Next step: check the connection, or give a copy of "
+                f"the validation rows: data={task}.jsonl."
+            ) from error
+    entry = DATASETS.get(task)
+    assert entry.read_heldout is not None
+    found = entry.read_heldout(source.name)
+    if found is None:
+        raise DataError(f"{source.name} has not the columns of {task}. Give a file of its rows, as on the Hub.")
+    return found.heldout[: settings.size]
+
+
+def _check(subject: Subject, records: Sequence[Record], settings: GlueSettings) -> None:
+    if not records:
+        refuse_heldout("glue")
+
+
+def _measure(
+    subject: Subject, records: Sequence[Record], settings: GlueSettings, batch_size: int, progress: Progress
+) -> Scores:
+    task = _task(settings)
+    labels = DATASETS.get(task).labels
+    answered = [_with_answer(record, label) for record in records for label in labels]
+    samples = encode_all(answered, subject.tokenizer, _WHOLE).samples
+    context = context_of(subject.model)
+    for sample in samples:
+        if context is not None and len(sample.input_ids) > context:
+            raise DataError(
+                f"{sample.place}: the row has {len(sample.input_ids)} tokens, which exceeds the model's context of "
+                f"{context}. Leave it out."
+            )
+    collator = Collator(subject.tokenizer.pad_token_id or 0)
+    losses = row_losses(subject.model, samples, collator, batch_size, progress)
+    return scored(records, [losses[at : at + len(labels)] for at in range(0, len(losses), len(labels))], task)
+
+
+def _with_answer(record: Record, label: str) -> Record:
+    """The record with that word as its answer."""
+    return replace(record, messages=(*record.question, Message("assistant", label)))
+
+
+def scored(records: Sequence[Record], losses: Sequence[Sequence[float]], task: str) -> Scores:
+    """Accuracy of the likeliest word, and for each class how many of its rows were right.
+
+    Args:
+        losses: the negative log-likelihood of every class's word, in the order of the classes, summed over its tokens
+            and the one that ends the answer.
+    """
+    labels = DATASETS.get(task).labels
+    golds = [record.messages[len(record.question)].content for record in records]
+    found = [labels[min(range(len(row)), key=row.__getitem__)] for row in losses]
+    right = [one == gold for one, gold in zip(found, golds, strict=True)]
+    correct, total = sum(right), len(right)
+    numbers = {
+        "eval_task": task,
+        "accuracy": correct / total,
+        "correct": correct,
+        "total": total,
+        "interval": wilson_interval(correct, total),
+        "classes": {
+            label: {
+                "rows": golds.count(label),
+                "chosen": found.count(label),
+                "right": sum(one and gold == label for one, gold in zip(right, golds, strict=True)),
+            }
+            for label in labels
+        },
+    }
+    answers = [
+        {"question": record.question[-1].content, "gold": gold, "output": one, "correct": ok}
+        for record, gold, one, ok in zip(records, golds, found, right, strict=True)
+    ]
+    words = f"{task}: {correct} of {total} right ({correct / total:.1%})"
+    return Scores(words, numbers, answers, Measured("accuracy", list(map(float, right))))
+
+
+GLUE = Evaluation(asks=asks_nothing, check=_check, measure=_measure, read=_read, settings=GlueSettings)
+"""A task of GLUE as text to text: accuracy of the class's word that the model finds likeliest."""

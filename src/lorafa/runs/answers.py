@@ -1,0 +1,116 @@
+"""A file of answers, written as they come: one JSON object a line, in the order of the prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafa.data.unanswered import Unanswered
+from lorafa.errors import CheckpointError, ConfigError
+from lorafa.evals.answering import Answer
+from lorafa.storage.paths import user_path
+from lorafa.storage.whole import free_space
+
+
+class AnswerFile:
+    """Lines of a file, or of the standard output where there is none."""
+
+    def __init__(self, name: str | None, prompts: Sequence[Unanswered], *, resume: bool) -> None:
+        """Look at what is there; nothing is changed.
+
+        Raises:
+            ConfigError: a file is there and is not to be continued, or there is none to continue.
+            CheckpointError: it cannot be read, or is of other prompts.
+        """
+        if resume and name is None:
+            raise ConfigError("--resume continues a file, and none is named. Give --out FILE.")
+        self._path = None if name is None else user_path(name)
+        self._prompts = prompts
+        self._kept: list[str] = []
+        self._next = 0
+        if self._path is None or not os.path.lexists(self._path):
+            return
+        if not resume:
+            raise ConfigError(f"{name} is there already. Give --resume to continue it, or another name.")
+        self._kept = _lines(self._path, prompts)
+
+    def done(self, window: int) -> int:
+        """How many prompts need no answer any more: a whole number of windows, so that what follows is answered as in
+        one go."""
+        kept = len(self._kept)
+        return kept if kept == len(self._prompts) else kept - kept % window
+
+    def open(self, done: int) -> None:
+        """Make the file, or cut it after so many answers.
+
+        Raises:
+            CheckpointError: it cannot be written to.
+        """
+        self._next = done
+        if self._path is None:
+            return
+        try:
+            if not self._path.exists():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.touch()
+            os.truncate(self._path, sum(len(line.encode()) + 1 for line in self._kept[:done]))
+        except OSError as error:
+            raise CheckpointError(f"{self._path} could not be written: {error.strerror or error}.") from error
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Write answers to the next prompts.
+
+        Raises:
+            CheckpointError: the disk is full, or the file cannot be written to; what was written before stays.
+        """
+        prompts = self._prompts[self._next : self._next + len(answers)]
+        rows = [
+            {**prompt.plain(), "output": one.text, "cut": one.cut} for prompt, one in zip(prompts, answers, strict=True)
+        ]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._next += len(answers)
+        if self._path is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        try:
+            with self._path.open("ab") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path} could not be written: {error.strerror or error}.{free_space(self._path.parent)} What "
+                "was written before is whole: continue with --resume."
+            ) from error
+
+
+def _lines(path: Path, prompts: Sequence[Unanswered]) -> list[str]:
+    """The whole lines of a file, which answer the first prompts; a last one that was cut off is left out."""
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+    kept = lines[:-1]  # after the last line end stands nothing, or what was not finished
+    for number, line in enumerate(kept):
+        if number >= len(prompts) or not _answers(line, prompts[number]):
+            raise CheckpointError(
+                f"{path}, line {number + 1} is no answer to the prompt of that number, so the file is of other prompts "
+                "and cannot be continued. Give another name."
+            )
+    return kept
+
+
+def _answers(line: str, prompt: Unanswered) -> bool:
+    try:
+        row: Any = json.loads(line)
+    except ValueError:
+        return False
+    asked = json.loads(json.dumps(prompt.plain()))
+    return isinstance(row, dict) and {"output", "cut", *asked} == row.keys() and all(
+        row[key] == value for key, value in asked.items()
+    )  # fmt: skip
