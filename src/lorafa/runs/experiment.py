@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from lorafa.costs.fits import require_room
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.launch import ending_together
 from lorafa.processes import from_main, on_main
@@ -172,7 +174,7 @@ def _run(
 ) -> Path:
     started = time.monotonic()
     with _threads(config.threads), ending_together():
-        prepared = prepare(config, console)
+        prepared = prepare(config, console, partial(require_room, config))
         if checkpoint is None or config != run.config():
             run.create(config)
         if run.metrics():  # of a part that is done again

@@ -31,7 +31,7 @@ def fetch_base(settings: ModelConfig) -> None:
     """
     if world_size() > 1:
         with main_first():
-            resolve_model(settings.name, cache_dir=_cache(settings), revision=settings.revision)
+            resolve_model(settings.name, cache_dir=cache_of(settings), revision=settings.revision)
 
 
 def load_base(settings: ModelConfig) -> BaseModel:
@@ -45,12 +45,13 @@ def load_base(settings: ModelConfig) -> BaseModel:
         settings.name,
         settings.dtype,
         attention=settings.attention,
-        cache_dir=_cache(settings),
+        cache_dir=cache_of(settings),
         revision=settings.revision,
     )
     texts = settings.add_tokens
     return BaseModel(model, tokenizer, add_tokens(model, tokenizer, texts) if texts else [])
 
 
-def _cache(settings: ModelConfig) -> Path | None:
+def cache_of(settings: ModelConfig) -> Path | None:
+    """The folder for fetched models that the settings name; None for the user's own."""
     return Path(settings.cache_dir) if settings.cache_dir else None

@@ -56,6 +56,9 @@ class ModelConfig(OpenGroup):
     """How attention is computed; auto leaves it to transformers. On a CPU eager is faster for short samples."""
     cache_dir: str | None = None
     """Folder for fetched models; null takes the user's cache."""
+    check_memory: bool = True
+    """Refuse a model whose weights, adapter and optimizer state alone are more than the memory there is, before it is
+    loaded; false loads it all the same."""
     add_tokens: list[str] | None = None
     """Texts to make tokens of. Their rows of the embedding, and of a head apart from it, are trained and kept with the
     adapter; the tokenizer that knows them is kept beside it."""
