@@ -1,6 +1,6 @@
 """Is the memory that `lorafa plan` says what `lorafa train` then takes: three models, five settings.
 
-    python benchmarks/bench_plan.py --data gsm8k_train.jsonl [--steps 3] [--only smollm2-135m] [--threads 2]
+    python benchmarks/bench_plan.py --data gsm8k_train.jsonl [--steps 2] [--only smollm2-135m] [--threads 2]
 
 SmolLM2-135M in bfloat16; a GPT-2 (Conv1D layers, float32) and a Qwen2 (bfloat16, biases) of random weights, saved into
 a temporary folder with SmolLM2's tokenizer. Each plan and each training is a process of its own, one after another. The
@@ -41,10 +41,10 @@ def random_models(folder: Path) -> dict[str, str]:
 
     tokenizer = load_tokenizer("smollm2-135m")
     torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=49152, n_embd=512, n_layer=8, n_head=8))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=49152, n_embd=512, n_layer=4, n_head=8))
     qwen2 = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=49152, hidden_size=768, intermediate_size=2304, num_hidden_layers=12, num_attention_heads=12,
+            vocab_size=49152, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
             num_key_value_heads=4, tie_word_embeddings=False, max_position_embeddings=2048,
         )
     ).to(torch.bfloat16)  # fmt: skip
@@ -81,14 +81,14 @@ def compared(settings: list[str], folder: Path, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="word_problems", help="a jsonl of question/answer rows")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--only", nargs="*", help="models")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=SETTINGS)
     arguments = parser.parse_args()
     data = str(Path(arguments.data).resolve()) if Path(arguments.data).exists() else arguments.data
     common = [f"data={data}", "data.train_size=64", "data.eval_size=8", f"train.steps={arguments.steps}",
-              "train.checkpoint_every=0", "eval.max_new_tokens=32"]  # fmt: skip
+              "train.checkpoint_every=0", "eval.max_new_tokens=16"]  # fmt: skip
     missed = 0
     with tempfile.TemporaryDirectory() as scratch:
         models = {"smollm2-135m": "smollm2-135m", **random_models(Path(scratch))}

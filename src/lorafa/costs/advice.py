@@ -75,7 +75,7 @@ class Facts:
     adapted: float | None = None
     """Share of the base parameters in layers that all-linear adapts."""
     steps: int | None = None
-    """Of the training."""
+    """Optimizer steps of the training; None where they are not known."""
 
 
 def facts_of(model: Any, parameters: int, adapted: float | None = None, steps: int | None = None) -> Facts:

@@ -29,7 +29,7 @@ class Batch:
 
     rows: int
     tokens: int
-    """Of the longest row, to which the others are padded."""
+    """The length of the longest row, to which the others are padded."""
     supervised: int
     """Positions in it that are trained on."""
 
@@ -40,7 +40,7 @@ class Asked:
 
     rows: int
     tokens: int
-    """Of the longest prompt."""
+    """The length of the longest prompt."""
     new_tokens: int
 
 
@@ -50,11 +50,11 @@ class Batches:
 
     training: Batch
     heldout: Batch | None
-    """Of the answer loss; None where no rows are held out."""
+    """The one of the answer loss; None where no rows are held out."""
     asked: Asked | None
-    """Of what is answered; None where nothing is."""
+    """The one that is answered; None where nothing is."""
     steps: int | None
-    """Of the training; None where that depends on rows which are not known."""
+    """How long the training is; None where that depends on rows which are not known."""
     source: str
     """What they were taken from, in words."""
 

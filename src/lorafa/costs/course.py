@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,11 @@ class Course:
         """The most bytes an evaluation takes."""
         return most_alive([block for block in self.blocks if block.born < self.begins])[0]
 
+    def kept(self) -> int:
+        """Bytes that are there when the forward pass of the step has ended."""
+        blocks = [block for block in self.blocks if self.begins <= block.born <= self.forward_ends]
+        return sum(block.size for block in blocks if _after(block.died, self.forward_ends))
+
     def step(self) -> tuple[int, int, int]:
         """Bytes at the peak of the step: kept for backward, gradients, and what is gone again soon."""
         blocks = [block for block in self.blocks if block.born >= self.begins]
@@ -43,6 +48,23 @@ class Course:
         kept = sum(b.size for b in there if b.born <= self.forward_ends and _after(b.died, self.forward_ends))
         gradients = sum(b.size for b in there if b.born > self.forward_ends and b.died is None)
         return kept, gradients, sum(b.size for b in there) - kept - gradients
+
+
+@contextmanager
+def _training(model: Any, checkpointed: bool) -> Iterator[None]:
+    """The model as the trainer has it: in training mode and, where that is asked for, checkpointed."""
+    training = model.training
+    model.train()
+    try:
+        if checkpointed:
+            model.activation_checkpointing_enable()
+            model.enable_input_require_grads()
+        yield
+    finally:
+        if checkpointed:
+            model.disable_input_require_grads()
+            model.activation_checkpointing_disable()
+        model.train(training)
 
 
 def _after(died: int | None, operation: int) -> bool:
@@ -70,11 +92,7 @@ def course_of(model: nn.Module, config: RunConfig, batches: Batches) -> Course:
                 if batches.asked is not None:
                     _answer(model, batches.asked)
             begins = state.operations + 1
-            training = model.training
-            model.train()
-            try:
-                if config.train.gradient_checkpointing:
-                    whole.gradient_checkpointing_enable()
+            with _training(whole, config.train.gradient_checkpointing):
                 mixed = torch.autocast("cpu", dtype) if config.peft.full and dtype != torch.float32 else nullcontext()
                 for _ in range(min(2, config.train.accumulation)):
                     with mixed:
@@ -82,10 +100,6 @@ def course_of(model: nn.Module, config: RunConfig, batches: Batches) -> Course:
                     forward_ends = state.operations
                     loss.backward()  # type: ignore[no-untyped-call]
                     del loss
-            finally:
-                model.train(training)
-                if config.train.gradient_checkpointing:
-                    whole.gradient_checkpointing_disable()
         blocks = [Block(block.size, block.born, block.died) for block in state.blocks]
     return Course(blocks, begins, forward_ends, own)
 

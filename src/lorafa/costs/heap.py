@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from lorafa.costs.untouched import Block
 
 _ALIGNMENT, _HEADER, _UNIT, _LEAST = 64, 8, 16, 32
-"""Of PyTorch's requests; before each block; what sizes are multiples of; the smallest block."""
+"""What PyTorch asks for; what stands before each block; what sizes are multiples of; the smallest block."""
 _CACHED, _CACHED_OF_A_SIZE = 1032, 7
 """The largest block that glibc keeps aside without joining it to its neighbours, and how many of each size."""
 _OBJECT = 40

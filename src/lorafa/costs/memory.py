@@ -73,7 +73,7 @@ class Memory:
     adapter: int
     """Its parameters; with peft.full what float32 weights take beyond those that are loaded."""
     state: int
-    """Of the optimizer."""
+    """What the optimizer keeps."""
     activations: int
     """Kept by the forward pass for the backward pass."""
     gradients: int
@@ -100,7 +100,7 @@ class Counted:
     adapter: AdapterCost | None
     """None where all weights are trained."""
     course: Course | None
-    """Of an evaluation and a step; None where they are not counted."""
+    """An evaluation and a step; None where they are not counted."""
     uncounted: str | None
     """Why they are not counted; None where they are."""
 
@@ -167,7 +167,7 @@ def covered(shape: Shape, config: RunConfig) -> list[CoverageRow]:
 
 
 def _counted_in_full(shape: Shape, config: RunConfig, batches: Batches | None, process: int) -> Counted:
-    """Of a training of all weights: they are in float32 then, as their moments are."""
+    """A training of all weights: they are in float32 then, as their moments are."""
     from lorafa.optimizers.state_bytes import Sizes
     from lorafa.train.settings.optim import entry_of
 

@@ -26,11 +26,11 @@ class Probe:
     """What was measured."""
 
     seconds: float
-    """Of the last step."""
+    """How long the last step took."""
     tokens_a_second: float
     """Tokens of the rows, padding apart."""
     training_seconds: float
-    """Of the whole training, at that speed; evaluations apart."""
+    """How long the whole training takes at that speed; evaluations apart."""
 
 
 @dataclass
