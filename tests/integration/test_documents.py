@@ -132,6 +132,8 @@ FILES = {
     "runs/20260101-120000-lora-r16": "a run of the reader's own, of which the adapter is there",
 }
 """What lies in the folder where the examples run, and what it stands for."""
+PLANNED = [("model=path/to/model",), ("model=opt-125m",)]
+"""First settings of plans that run: they need no weights of a model that is fetched."""
 SCRIPT, EVALUATION = "run_exp.py", "eval_gsm8k.py"
 VARIABLE, VARIABLES = re.compile(r"\$(\w+)"), {"runname": "one", "iters": "8"}
 """The published scripts, and variables of the shell in its commands."""
@@ -257,10 +259,10 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         started, rest = launched.training_script, launched.training_script_args
         assert (launched.module, started) in ((True, "lorafa.cli.main"), (False, EVALUATION))
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
-    elif words[:2] == ("lorafa", "params"):
+    elif words[:2] == ("lorafa", "params") or (words[:2] == ("lorafa", "plan") and words[2:3] in PLANNED):
         assert main(list(words[1:])) == 0
     else:
-        known = words[:2] in {("lorafa", "train"), ("lorafa", "compare")} or SCRIPT in words
+        known = words[:2] in {("lorafa", "train"), ("lorafa", "compare"), ("lorafa", "plan")} or SCRIPT in words
         assert known, "no way to check this command: add one"
         composed(words)
 

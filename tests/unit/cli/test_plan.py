@@ -47,7 +47,8 @@ def test_tables_and_reasons_are_shown(place: Path, capsys: pytest.CaptureFixture
     words = " ".join(text.split())
     assert "peft.lora_alpha=32: Twice the rank" in words
     assert "But published guides say 4 to 8 for a model of this size" in words
-    assert "Counted for the rows of" in words and "a training batch of 4 x" in words
+    assert "Counted for the rows of" in words
+    assert "a training batch of 4 x" in words
     assert "The run fits:" in words or "left" not in words  # where the system tells how much there is
 
 
@@ -78,7 +79,8 @@ def test_a_model_known_by_its_shape_is_planned_with_the_bounds_of_the_settings(
 ) -> None:
     assert plan("--json", "model=opt-125m", "data.max_length=32", "train.batch_size=2", "eval.batch_size=2") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["parameters"] == 125_239_296 and found["stored"] is None
+    assert found["parameters"] == 125_239_296
+    assert found["stored"] is None
     notes = " ".join(found["notes"])
     assert "opt-125m is known by its shape only, without a tokenizer" in notes
     assert "No safetensors headers could be read: the weights are counted by the config alone." in notes
@@ -94,7 +96,9 @@ def test_rows_of_the_hub_are_not_fetched(place: Path, capsys: pytest.CaptureFixt
 
 def test_a_probe_measures_two_real_steps(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     probe = planned(place, capsys, "--probe")["probe"]
-    assert probe["seconds"] > 0 and probe["tokens_a_second"] > 0 and probe["training_seconds"] > 0
+    assert probe["seconds"] > 0
+    assert probe["tokens_a_second"] > 0
+    assert probe["training_seconds"] > 0
     assert probe["peak_rss_bytes"] > 0
     assert sorted(path.name for path in place.iterdir()) == ["model", "rows.jsonl"]
     assert plan("--probe", *settings(place)) == 0

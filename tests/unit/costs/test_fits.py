@@ -28,11 +28,11 @@ def test_a_run_that_does_not_fit_is_refused_with_the_figures(model: str, monkeyp
     with pytest.raises(SourceError) as caught:
         require_room(compose([f"model={model}", "peft.r=4"]))
     assert str(caught.value) == (
-        f"The model {model!r} does not fit: the run needs at least 0.1 MiB (weights 0.1 MiB, adapter 0.0 MiB, optimizer "
-        "state 0.0 MiB), and 0.1 MiB are available. Nothing was loaded. `lorafa plan` counts activations too. Take a "
-        "smaller model, or go on all the same with model.check_memory=false."
+        f"The model {model!r} does not fit: the run needs at least 0.1 MiB (weights 0.1 MiB, adapter 0.0 MiB, "
+        "optimizer state 0.0 MiB), and 0.1 MiB are available. Nothing was loaded. `lorafa plan` counts activations "
+        "too. Take a smaller model, or go on all the same with model.check_memory=false."
     )
-    with pytest.raises(SourceError, match="Take a smaller model, model.dtype=bfloat16, or"):
+    with pytest.raises(SourceError, match=r"Take a smaller model, model\.dtype=bfloat16, or"):
         require_room(compose([f"model={model}", "peft.r=4", "model.dtype=float32"]))
 
 

@@ -40,7 +40,11 @@ def parts(found: Counted) -> Memory:
 def test_the_parts_add_up(model: str) -> None:
     memory = counted(model).memory
     assert memory.total == sum(getattr(memory, field.name) for field in fields(memory))
-    assert memory.weights and memory.adapter and memory.state and memory.activations and memory.workspace
+    assert memory.weights
+    assert memory.adapter
+    assert memory.state
+    assert memory.activations
+    assert memory.workspace
 
 
 def test_adapter_and_state_are_those_of_the_trained_model(model: str) -> None:
@@ -69,19 +73,21 @@ def test_activations_are_what_autograd_keeps_in_a_training_step(model: str, more
     ids = torch.randint(0, 50, (4, 64))
     labels = ids.clone()
     labels[:, :-25] = -100  # 100 of them count
-    known = [t for t in [*adapted.parameters(), *adapted.buffers()]]
+    known = [*adapted.parameters(), *adapted.buffers()]
     with Kept(*known) as kept:
         loss = supervised_loss(
             adapted, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, num_items=1
         )
-    assert loss.requires_grad and found.course is not None
+    assert loss.requires_grad
+    assert found.course is not None
     # Beside what autograd keeps there are the batch's ids, mask and labels, moved by one, and the loss.
     assert kept.bytes <= found.course.kept() <= 1.02 * kept.bytes + 4 * 64 * 8 * 4
 
 
 def test_what_saves_memory_is_counted_so(model: str) -> None:
     default, fa = parts(counted(model)), parts(counted(model, "optim=lora_fa"))
-    assert fa.activations < 0.9 * default.activations and fa.state < default.state
+    assert fa.activations < 0.9 * default.activations
+    assert fa.state < default.state
     checkpointed = parts(counted(model, "train.gradient_checkpointing=true"))
     assert checkpointed.activations < 0.5 * default.activations
     small = parts(counted(model, batches=replace(BATCHES, training=Batch(1, 64, 25))))
@@ -108,7 +114,8 @@ def test_without_batches_it_is_the_least_a_run_needs(model: str) -> None:
     found = counted(model, batches=None)
     assert found.uncounted == "a lower bound was asked for"
     assert (found.memory.activations, found.memory.workspace, found.memory.gaps) == (0, 0, 0)
-    assert found.memory.weights and found.memory.state
+    assert found.memory.weights
+    assert found.memory.state
 
 
 def test_all_weights_in_float32_have_moments_and_gradients(model: str) -> None:
@@ -144,13 +151,15 @@ def test_quantized_weights_are_counted_by_their_bytes_on_disk(model: str, tmp_pa
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
     found = shape_of(compose([f"model={folder}"]).model)
-    assert found.quantized and found.stored is not None
+    assert found.quantized
+    assert found.stored is not None
     assert found.loaded_bytes == found.stored.bytes
 
 
 def test_a_model_without_headers_is_counted_by_its_config() -> None:
     found = shape_of(compose(["model=opt-125m"]).model)
-    assert found.stored is None and found.parameters == 125_239_296
+    assert found.stored is None
+    assert found.parameters == 125_239_296
 
 
 def test_a_config_without_a_number_format_goes_by_the_files(model: str, tmp_path: Path) -> None:
@@ -186,5 +195,7 @@ def test_code_that_needs_numbers_is_said_and_the_rest_is_counted(model: str, mon
     shape = shape_of(config.model)
     monkeypatch.setattr(LlamaModel, "forward", forward)
     found = count(shape, config, BATCHES)
-    assert found.uncounted is not None and "no numbers here" in found.uncounted
-    assert found.memory.activations == 0 and found.memory.weights
+    assert found.uncounted is not None
+    assert "no numbers here" in found.uncounted
+    assert found.memory.activations == 0
+    assert found.memory.weights

@@ -32,7 +32,8 @@ def test_the_blocks_of_a_few_operations_are_those_of_their_tensors() -> None:
         d = c @ a  # 192
         assert state.alive() == 416
     assert [block.size for block in state.blocks] == [128, 128, 96, d.nbytes]
-    assert type(a) is Tensor and a.device.type == "cpu"
+    assert type(a) is Tensor
+    assert a.device.type == "cpu"
 
 
 def test_the_most_bytes_at_a_time_are_found() -> None:
@@ -97,8 +98,9 @@ def test_a_training_step_runs_the_operations_it_runs_with_numbers(settings: dict
 def test_a_model_is_left_as_it_was() -> None:
     with torch.device("meta"):
         model = llama()
-    before = {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    before = dict([*model.named_parameters(), *model.named_buffers()])
     with without_numbers(model):
         assert all(tensor.device.type == "cpu" for tensor in [*model.parameters(), *model.buffers()])
     after = dict([*model.named_parameters(), *model.named_buffers()])
-    assert all(after[name] is tensor for name, tensor in before.items()) and before.keys() == after.keys()
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert before.keys() == after.keys()

@@ -29,9 +29,10 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
         json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}})
     )
     found = stored_weights(tmp_path)
-    assert found is not None and (found.bytes, found.files) == (48, 2)
+    assert found is not None
+    assert (found.bytes, found.files) == (48, 2)
     (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(SourceError, match="names 'b.safetensors', which is not in its folder"):
+    with pytest.raises(SourceError, match=r"names 'b\.safetensors', which is not in its folder"):
         stored_weights(tmp_path)
 
 
