@@ -1,6 +1,6 @@
 """Is the memory that `lorafa plan` says what `lorafa train` then takes: three models, five settings.
 
-    python benchmarks/bench_plan.py --data gsm8k_train.jsonl [--steps 2] [--only smollm2-135m] [--threads 2]
+    python benchmarks/bench_plan.py [--data gsm8k_train.jsonl] [--steps 2] [--only smollm2-135m] [--settings default]
 
 SmolLM2-135M in bfloat16; a GPT-2 (Conv1D layers, float32) and a Qwen2 (bfloat16, biases) of random weights, saved into
 a temporary folder with SmolLM2's tokenizer. Each plan and each training is a process of its own, one after another. The
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=SETTINGS)
     arguments = parser.parse_args()
     data = str(Path(arguments.data).resolve()) if Path(arguments.data).exists() else arguments.data
-    common = [f"data={data}", "data.train_size=64", "data.eval_size=8", f"train.steps={arguments.steps}",
+    common = [f"data={data}", "data.train_size=32", "data.eval_size=8", f"train.steps={arguments.steps}",
               "train.checkpoint_every=0", "eval.max_new_tokens=16"]  # fmt: skip
     missed = 0
     with tempfile.TemporaryDirectory() as scratch:
