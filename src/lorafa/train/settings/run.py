@@ -86,7 +86,7 @@ class PeftConfig:
     """Train every weight of the model, in float32, and no adapter: what adapters are compared with. The weights are
     kept, and measured, in model.dtype. All other settings of peft, and init, stay as they are then."""
     r: int = 8
-    """Rank: inner dimension of B @ A. auto takes what `lorafa plan` recommends for the model; the number is recorded."""
+    """Rank: inner dimension of B @ A. auto takes what `lorafa plan` recommends, and the number is recorded."""
     lora_alpha: int | float = 8
     """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. auto as in r."""
     lora_dropout: float | None = None
