@@ -140,6 +140,8 @@ FILES = {
     "runs/second": "another one",
 }
 """What lies in the folder where the examples run, and what it stands for."""
+PLANNED = [("lorafa", "plan", "model=path/to/model"), ("lorafa", "plan", "model=opt-125m")]
+"""The beginnings of plans that run: they need no weights of a model that is fetched."""
 SCRIPT, EVALUATION = "run_exp.py", "eval_gsm8k.py"
 VARIABLE, VARIABLES = re.compile(r"\$(\w+)"), {"runname": "one", "iters": "8"}
 """The published scripts, and variables of the shell in its commands."""
@@ -268,7 +270,7 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         started, rest = launched.training_script, launched.training_script_args
         assert (launched.module, started) in ((True, "lorafa.cli.main"), (False, EVALUATION))
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
-    elif words[:2] in {("lorafa", "params"), ("lorafa", "report")}:
+    elif words[:2] in {("lorafa", "params"), ("lorafa", "report")} or words[:3] in PLANNED:
         assert main(list(words[1:])) == 0
     elif words[:2] == ("lorafa", "eval"):
         args = parse(words[1:])
@@ -280,7 +282,7 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         find(args.subject, args.base)
         assert prompts_of(args.file)
     else:
-        known = words[:2] in {("lorafa", "train"), ("lorafa", "compare")} or SCRIPT in words
+        known = words[:2] in {("lorafa", "train"), ("lorafa", "compare"), ("lorafa", "plan")} or SCRIPT in words
         assert known, "no way to check this command: add one"
         composed(words)
 

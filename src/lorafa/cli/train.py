@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,7 @@ def conclude(path: Path, console: Console) -> int:
 
 def show(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) -> int:
     """Show what a run would do, and do none of it."""
+    from lorafa.costs.fits import require_room
     from lorafa.runs.experiment import begun, resumable
     from lorafa.runs.record import RunDirectory
     from lorafa.settings.typed import plain
@@ -129,7 +131,7 @@ def show(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) 
         from_main(lambda: RunDirectory.place(config))  # a directory in the way would stop the run
     console.print_json(data=plain(config))
     with ending_together():
-        prepare(config, console)
+        prepare(config, console, partial(require_room, config))
     text = f"Dry run: nothing was trained, nothing was written. The run would {would}."
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lorafa.conf.automatic import with_numbers
 from lorafa.conf.continued import with_settings_of_file
 from lorafa.errors import ConfigError, did_you_mean, first_line
 from lorafa.settings.groups import OpenGroup
@@ -55,10 +56,12 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: an unknown group, option or key (with the nearest known one), a value of the wrong type or range.
+        SourceError: a setting is ``auto``, and the model's config cannot be had.
     """
     values = OmegaConf.to_container(composed(overrides), resolve=True)
     assert isinstance(values, dict)
-    config = build(RunConfig, {str(key): value for key, value in values.items()})
+    plain = {str(key): value for key, value in values.items()}
+    config = build(RunConfig, with_numbers(plain, lambda settled: build(RunConfig, settled)))
     return config if config.peft.adapter is None else with_settings_of_file(config, _given_of_peft(overrides))
 
 

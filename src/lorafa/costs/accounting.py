@@ -5,7 +5,7 @@ Shapes are all it takes, so a model on the meta device (`lorafa.models.shapes.sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -99,15 +99,29 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
         TargetError: a pattern matches nothing, or something that cannot carry an adapter.
         AdapterError: the optimizer cannot train what the start and the config leave to train.
     """
+    with put_on(model, config, optim) as counted:
+        return counted()
+
+
+@contextmanager
+def put_on(
+    model: nn.Module, config: LoraConfig, optim: OptimConfig | None = None
+) -> Iterator[Callable[[], AdapterCost]]:
+    """The adapter is on the model inside the block, as :func:`adapter_cost` puts it on, and raises what that raises.
+
+    Yields:
+        What it costs, when it is called inside the block.
+    """
     optim = optim or OptimConfig()
     require_available(config)
     if any(True for _ in lora_layers(model)):
         raise ConfigError("The model carries adapters already, so what one costs cannot be told. Give the base model.")
-    base = {id(p): p for _, p in base_parameters(model)}.values()
+    base = list({id(p): p for _, p in base_parameters(model)}.values())
     factors = _trained_factors(config, optim)
     planned = _planned(model, config, factors)
     rehearse([(layer.target.name, layer.target.layer_type.is_table) for layer in planned.layers], config, optim)
-    with _applied(model, planned):
+
+    def counted() -> AdapterCost:
         layers = list(lora_layers(model))
         kinds = _kinds(layers)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -126,6 +140,9 @@ def adapter_cost(model: nn.Module, config: LoraConfig, optim: OptimConfig | None
             state_bytes=entry_of(optim).state(Sizes(trained, _pairs(layers)), optim.own),
             factors=factors,
         )
+
+    with _applied(model, planned):
+        yield counted
 
 
 def _planned(model: nn.Module, config: LoraConfig, factors: str) -> Plan:

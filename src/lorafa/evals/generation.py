@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafa.backends.offload import device_of
+from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.models.modes import evaluating
 from lorafa.processes import by_turns, world_size
@@ -140,6 +142,18 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_
             f"The longest prompt has {len(longest)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
             f"model's context of {context_of(model)}. Lower max_new_tokens or leave out the longest rows."
         )
+
+
+LEAST, MORE = 128, 1.25
+"""Tokens that every answer may have, and how much longer than the longest worked one an answer may be."""
+
+
+def needed_length(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that an answer to one of these records may need: a quarter more than the longest worked one has, and 128
+    at least; without records these."""
+    worked = [record.messages[len(record.question)].content for record in records]
+    ids = tokenizer(worked, add_special_tokens=False)["input_ids"] if worked else []
+    return max(LEAST, math.ceil(MORE * max(map(len, ids), default=0)))
 
 
 def room_for(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> bool:

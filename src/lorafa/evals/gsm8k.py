@@ -18,7 +18,7 @@ from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, did_you_mean, shorten, warn
 from lorafa.evals.benchmark import Official
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, Sampling, check_prompts, context_of, generate_ids
+from lorafa.evals.generation import Progress, Sampling, check_prompts, context_of, generate_ids, needed_length
 from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
 from lorafa.settings.checks import check_int
 
@@ -180,17 +180,11 @@ class Gsm8kSettings:
             check_int("max_new_tokens", self.max_new_tokens, at_least=1)
 
 
-LEAST, MORE = 128, 1.25
-"""Tokens that every answer may have, and how much longer than the longest worked one an answer may be."""
-
-
 def answer_length(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, prompts: Any) -> int:
     """The longest answer, in tokens: what the settings say, or what the worked answers need."""
     if settings.max_new_tokens is not None:
         return settings.max_new_tokens
-    worked = [record.messages[len(record.question)].content for record in records]
-    longest = max((len(ids) for ids in subject.tokenizer(worked, add_special_tokens=False)["input_ids"]), default=0)
-    wanted, context = max(LEAST, math.ceil(MORE * longest)), context_of(subject.model)
+    wanted, context = needed_length(records, subject.tokenizer), context_of(subject.model)
     room = wanted if context is None else context - max(map(len, prompts), default=0)
     return max(1, min(wanted, room))
 

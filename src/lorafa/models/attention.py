@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from lorafa.models.modes import evaluating
@@ -30,12 +31,16 @@ SCORE_BYTES = 4 * 2**20
 def use_blocks(model: PreTrainedModel) -> None:
     """Let a model whose attention is PyTorch's compute it in blocks where it can: see :func:`attention_in_blocks`.
 
-    A model that does anything else with its attention keeps it: what it says of a few tokens must not change.
+    A model that does anything else with its attention keeps it: what it says of a few tokens must not change. Where
+    there are no weights, on the meta device, that is taken for granted.
     """
     served = getattr(model.config, "_attn_implementation", None) == "sdpa" and not model.config.is_encoder_decoder
     if not served or not model._can_set_attn_implementation():
         return
     _register()
+    if model.device.type == "meta":
+        model.set_attn_implementation(NAME)
+        return
     ids = torch.arange(8, device=model.device).remainder(model.get_input_embeddings().weight.shape[0])[None]
     with evaluating(model):
         before = model(input_ids=ids, use_cache=False).logits
@@ -96,12 +101,16 @@ def _is_given(argument: tuple[str, Any]) -> bool:
     return name in _READ and value is not None and value is not False
 
 
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+"""Other classes of tensors, spread over processes for example, have rules of their own."""
+
+
 def _is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     tensors = (query, key, value)
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and all(type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu" for one in tensors)
+        and all(type(one) in _PLAIN and one.device.type == "cpu" for one in tensors)
         and len({one.dtype for one in tensors}) == 1
         and not torch.is_autocast_enabled("cpu")
         and query.shape[2] == key.shape[2] == value.shape[2] > 1

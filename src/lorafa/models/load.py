@@ -60,15 +60,13 @@ def load_model(
         dtype = DTYPES[dtype]
     place = resolve_model(name, cache_dir=cache_dir, revision=revision)
     # transformers takes seconds to import: only those who load a model wait for it.
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = f"{'folder' if isinstance(place, Path) else 'Hub model'} {str(place)!r}"
+    where = _in_words(place)
     unloadable = f"Could not load a causal language model from the {where}"
     with as_source_error(unloadable, _model_step()):
         AutoConfig.from_pretrained(place, revision=revision)  # first: else the tokenizer is blamed for a damaged config
-    step = _TOKENIZER_STEP if isinstance(place, Path) else _model_step()
-    with as_source_error(f"Could not load a tokenizer from the {where}", step):
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+    tokenizer = _tokenizer_of(place, revision)
     with as_source_error(unloadable, _model_step()):
         # Weights of another shape are listed below, where transformers would point to a report it logged.
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -87,6 +85,33 @@ def load_model(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def load_tokenizer(
+    name: str, *, cache_dir: Path | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone, as it comes.
+
+    Args:
+        name, cache_dir, revision: as in :func:`load_model`.
+
+    Raises:
+        SourceError: the model cannot be found or fetched, or has no tokenizer.
+    """
+    return _tokenizer_of(resolve_model(name, cache_dir=cache_dir, revision=revision), revision)
+
+
+def _tokenizer_of(place: Path | str, revision: str | None) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    step = _TOKENIZER_STEP if isinstance(place, Path) else _model_step()
+    with as_source_error(f"Could not load a tokenizer from the {_in_words(place)}", step):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision)
+    return tokenizer
+
+
+def _in_words(place: Path | str) -> str:
+    return f"{'folder' if isinstance(place, Path) else 'Hub model'} {str(place)!r}"
 
 
 _TOKENIZER_STEP = "put the files of its tokenizer (tokenizer.json, tokenizer_config.json) beside its config.json."

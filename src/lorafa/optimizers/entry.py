@@ -31,6 +31,9 @@ class OptimizerEntry:
     """From its own settings to those of `transformers.TrainingArguments`, where transformers makes it."""
     freezes: str = ""
     """The factor that it leaves as it is: "A"."""
+    adam_like: bool = True
+    """Whether its steps have the size of the rate whatever that of the gradient, so that one rule gives the rates of
+    all such optimizers."""
     form: str | None = None
     """The setting that chooses among its forms; one that is not the default is a part of its name."""
 

@@ -15,4 +15,4 @@ def _adamw(settings: AdamSettings) -> dict[str, Any]:
 
 ADAMW = OptimizerEntry(lr=2e-3, state=two_moments, settings=AdamSettings, arguments=_adamw)
 ADAFACTOR = OptimizerEntry(lr=1e-3, state=rows_and_columns, arguments=lambda _: {"optim": "adafactor"})
-SGD = OptimizerEntry(lr=1e-1, state=nothing, arguments=lambda _: {"optim": "sgd"})
+SGD = OptimizerEntry(lr=1e-1, state=nothing, adam_like=False, arguments=lambda _: {"optim": "sgd"})

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from lorafa.costs.fits import require_room
 from lorafa.errors import CheckpointError, ConfigError, DataError, LoraError
 from lorafa.launch import ending_together
 from lorafa.processes import from_main, is_main, on_main
@@ -181,7 +183,7 @@ def _run(
 ) -> Path:
     spent = _Spent(run)
     with _threads(config.threads), ending_together():
-        prepared = prepare(config, console)
+        prepared = prepare(config, console, partial(require_room, config))
         if samples not in (None, prepared.data.sha256):
             raise DataError(
                 f"{prepared.data.source} gives other samples than the runs this one is to be compared with saw "

@@ -32,7 +32,7 @@ class BaseWeights:
         """
         self.path = _find(source)
         if self.path.suffix == ".json":
-            self._files = _shards(self.path)
+            self._files = shards(self.path)
         else:
             self._files = dict.fromkeys(_names(self.path), self.path)
 
@@ -71,14 +71,20 @@ def _find(source: str | Path) -> Path:
     )
 
 
-def _shards(index: Path) -> dict[str, Path]:
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
+def shards(index: Path) -> dict[str, Path]:
+    """The file of each tensor of a sharded model, by its index.
+
+    Raises:
+        SourceError: a shard is missing.
+        CheckpointError: the index is damaged.
+    """
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
         raise CheckpointError(f"{index} has no 'weight_map', which says which file holds what. Fetch it again.")
-    for shard in sorted(set(shards.values())):
+    for shard in sorted(set(files.values())):
         if not (index.parent / shard).is_file():
             raise SourceError(f"{index} names {shard!r}, which is not in its folder. Fetch the missing file.")
-    return {name: index.parent / shard for name, shard in shards.items()}
+    return {name: index.parent / shard for name, shard in files.items()}
 
 
 def _names(path: Path) -> list[str]:

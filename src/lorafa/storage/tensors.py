@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -139,7 +140,7 @@ def read_header(path: str | Path) -> dict[str, str]:
     path = Path(path)
     if is_pickle(path):
         return {}
-    _check_size(path)
+    entries_of(path)
     with _damage(path), safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
@@ -153,13 +154,17 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _check_size(path)
+    entries_of(path)
     with _damage(path), safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
-def _check_size(path: Path) -> None:
-    """Compare the length of a safetensors file with what its header promises (8 bytes of length, json, data)."""
+def entries_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file: ``dtype``, ``shape`` and ``data_offsets`` of each tensor.
+
+    Raises:
+        CheckpointError: the file is missing, or shorter than its header promises (8 bytes of length, json, data).
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -175,8 +180,9 @@ def _check_size(path: Path) -> None:
             f"{path} is no safetensors file, or was cut off in its header ({size} bytes long). Fetch or save it again."
         )
     try:
-        entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        entries: dict[str, dict[str, Any]] = json.loads(header)
+        entries.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header is not readable. Fetch it again.") from error
     missing = 8 + length + max(ends, default=0) - size
@@ -184,6 +190,7 @@ def _check_size(path: Path) -> None:
         raise CheckpointError(
             f"{path} was cut off: {missing} of {size + missing} bytes are missing. Fetch or save it again."
         )
+    return entries
 
 
 def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def fetch_base(settings: ModelConfig) -> None:
     """
     if world_size() > 1:
         with main_first():
-            resolve_model(settings.name, cache_dir=_cache(settings), revision=settings.revision)
+            resolve_model(settings.name, cache_dir=cache_of(settings), revision=settings.revision)
 
 
 def load_base(settings: ModelConfig) -> BaseModel:
@@ -50,7 +50,7 @@ def load_base(settings: ModelConfig) -> BaseModel:
             settings.name,
             settings.dtype,
             attention=settings.attention,
-            cache_dir=_cache(settings),
+            cache_dir=cache_of(settings),
             revision=settings.revision,
         )
     texts = settings.add_tokens
@@ -69,5 +69,6 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _cache(settings: ModelConfig) -> Path | None:
+def cache_of(settings: ModelConfig) -> Path | None:
+    """The folder for fetched models that the settings name; None for the user's own."""
     return Path(settings.cache_dir) if settings.cache_dir else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,9 +103,12 @@ class Prepared:
         }
 
 
-def prepare(config: RunConfig, console: Console) -> Prepared:
+def prepare(config: RunConfig, console: Console, before_loading: Callable[[], None] | None = None) -> Prepared:
     """Load model and records, put the adapter on, show what it covers and one sample. Writes nothing but to
     the cache.
+
+    Args:
+        before_loading: called when the records are found and the model is there, before its weights are loaded.
 
     Raises:
         LoraError: of the kind that fits: a setting, a source, the data or a target pattern is wrong.
@@ -120,6 +123,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         data = find_records(config.data)
     with console.status(f"Loading {escape(config.model.name)}"):
         fetch_base(config.model)
+        if before_loading is not None:
+            before_loading()
         base = load_base(config.model)
     tokenizer = base.tokenizer
     if not spread_over_processes(os.environ):

@@ -101,8 +101,8 @@ def test_help_has_examples_and_the_exit_status(command: str, capsys: pytest.Capt
 def test_only_commands_that_work_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
-    assert [word for word in ("train", "report") if f"    {word} " not in text] == []
-    assert [word for word in ("merge", "export", "plan", "chat", "doctor", "combine") if word in text] == []
+    assert [word for word in ("train", "report", "plan") if f"    {word} " not in text] == []
+    assert [word for word in ("merge", "export", "chat", "doctor", "combine") if word in text] == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["train", "--nope"], ["report"], ["report", "a", "b"]])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import lorafa.models.attention as blocks
@@ -211,3 +212,14 @@ def test_encoder_decoders_are_left_alone() -> None:
     before = model.config._attn_implementation
     use_blocks(model)
     assert model.config._attn_implementation == before
+
+
+def test_a_model_without_weights_is_counted_as_it_will_run() -> None:
+    with torch.device("meta"):
+        model = llama()
+    use_blocks(model)
+    assert model.config._attn_implementation == NAME
+    with FakeTensorMode():
+        made = [torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)]
+        assert blocks._is_served(*made)
+        assert causal_attention(*made, 0.5).shape == (2, 4, 6, 8)

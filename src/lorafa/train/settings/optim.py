@@ -39,7 +39,8 @@ class OptimConfig(OpenGroup):
     name: str = "adamw"
     """Optimizer."""
     lr: float | None = None
-    """Highest learning rate; null takes the optimizer's own, which stands below."""
+    """Highest learning rate; null takes the optimizer's own, which stands below, and auto what `lorafa plan` recommends
+    for the model, the start, the optimizer and the length of the training."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the trained parameters."""
     warmup: float | None = None

@@ -57,6 +57,9 @@ class ModelConfig(OpenGroup):
     which is faster for short samples."""
     cache_dir: str | None = None
     """Folder for fetched models; null takes the user's cache."""
+    check_memory: bool = True
+    """Refuse a model whose weights, adapter and optimizer state alone are more than the memory there is, before it is
+    loaded; false loads it all the same."""
     add_tokens: list[str] | None = None
     """Texts to make tokens of. Their rows of the embedding, and of a head apart from it, are trained and kept with the
     adapter; the tokenizer that knows them is kept beside it."""
@@ -84,9 +87,9 @@ class PeftConfig:
     """Train every weight of the model, in float32, and no adapter: what adapters are compared with. The weights are
     kept, and measured, in model.dtype. All other settings of peft, and init, stay as they are then."""
     r: int = 8
-    """Rank: inner dimension of B @ A."""
+    """Rank: inner dimension of B @ A. auto takes what `lorafa plan` recommends, and the number is recorded."""
     lora_alpha: int | float = 8
-    """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+    """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. auto as in r."""
     lora_dropout: float | None = None
     """Probability of zeroing an input feature of A, in [0, 1); null is 0.05, or 0 where the start takes a part of the
     base into A and B, of which dropout would take away as well, and where stacked experts are adapted, on which it

@@ -1,0 +1,129 @@
+"""What a run allocates beside its weights, by letting its own code run without numbers: an evaluation, then a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.costs.batches import Asked, Batch, Batches
+from lorafa.costs.untouched import Block, Untouched, most_alive, without_numbers
+from lorafa.models.head_loss import supervised_loss, supervised_nll, supports_chunked_loss
+from lorafa.models.modes import evaluating
+from lorafa.train.settings.run import RunConfig
+
+_GROWTHS = 32
+"""In how many parts the keys and values of an answer grow: each token would be one more."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """The memory of one evaluation and one training step, in the order of their operations; weights are no part."""
+
+    blocks: Sequence[Block]
+    begins: int
+    """The first operation of the training."""
+    forward_ends: int
+    own_loss: str | None
+    """Why the model's own loss is counted, which holds all logits; None where the chunked one is."""
+
+    def evaluation_peak(self) -> int:
+        """The most bytes an evaluation takes."""
+        return most_alive([block for block in self.blocks if block.born < self.begins])[0]
+
+    def kept(self) -> int:
+        """Bytes that are there when the forward pass of the step has ended."""
+        blocks = [block for block in self.blocks if self.begins <= block.born <= self.forward_ends]
+        return sum(block.size for block in blocks if _after(block.died, self.forward_ends))
+
+    def step(self) -> tuple[int, int, int]:
+        """Bytes at the peak of the step: kept for backward, gradients, and what is gone again soon."""
+        blocks = [block for block in self.blocks if block.born >= self.begins]
+        _, at = most_alive(blocks)
+        there = [block for block in blocks if block.born <= at and (block.died is None or block.died >= at)]
+        kept = sum(b.size for b in there if b.born <= self.forward_ends and _after(b.died, self.forward_ends))
+        gradients = sum(b.size for b in there if b.born > self.forward_ends and b.died is None)
+        return kept, gradients, sum(b.size for b in there) - kept - gradients
+
+
+@contextmanager
+def _training(model: Any, checkpointed: bool) -> Iterator[None]:
+    """The model as the trainer has it: in training mode and, where that is asked for, checkpointed."""
+    training = model.training
+    model.train()
+    try:
+        if checkpointed:
+            model.activation_checkpointing_enable()
+            model.enable_input_require_grads()
+        yield
+    finally:
+        if checkpointed:
+            model.disable_input_require_grads()
+            model.activation_checkpointing_disable()
+        model.train(training)
+
+
+def _after(died: int | None, operation: int) -> bool:
+    return died is None or died > operation
+
+
+def course_of(model: nn.Module, config: RunConfig, batches: Batches) -> Course:
+    """Let a model on the meta device, with its adapter on, evaluate and train a batch each without numbers.
+
+    The model is as it was afterwards.
+
+    Raises:
+        Exception: whatever the model's code raises where it cannot run so; that is no error of the user.
+    """
+    whole: Any = model
+    dtype = whole.dtype
+    own: str | None = None if config.train.chunked_loss else "train.chunked_loss=false"
+    with without_numbers(model):
+        state = Untouched()
+        with state:
+            own = own or supports_chunked_loss(model)
+            with evaluating(model), torch.no_grad():
+                if batches.heldout is not None:
+                    _loss(model, batches.heldout, state, own, evaluated=True)
+                if batches.asked is not None:
+                    _answer(model, batches.asked)
+            begins = state.operations + 1
+            with _training(whole, config.train.gradient_checkpointing):
+                mixed = torch.autocast("cpu", dtype) if config.peft.full and dtype != torch.float32 else nullcontext()
+                for _ in range(min(2, config.train.accumulation)):
+                    with mixed:
+                        loss = _loss(model, batches.training, state, own)
+                    forward_ends = state.operations
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    del loss
+        blocks = [Block(block.size, block.born, block.died) for block in state.blocks]
+    return Course(blocks, begins, forward_ends, own)
+
+
+def _loss(model: Any, batch: Batch, state: Untouched, own: str | None, *, evaluated: bool = False) -> Tensor:
+    state.chosen = max(1, batch.supervised)
+    ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
+    if own is None:
+        return supervised_nll(model, inputs)[0] if evaluated else supervised_loss(model, inputs, num_items=1)
+    output: Tensor = model(**inputs, use_cache=False).loss
+    return output
+
+
+def _answer(model: Any, asked: Asked) -> None:
+    """Read the prompts, and let keys and values grow as the answers do."""
+    ids = torch.zeros((asked.rows, asked.tokens), dtype=torch.int64)
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    layers = getattr(output.past_key_values, "layers", [])
+    for _ in range(min(_GROWTHS, asked.new_tokens)):
+        more = -(-asked.new_tokens // _GROWTHS)
+        for layer in layers:
+            for name in ("keys", "values"):
+                held = getattr(layer, name, None)
+                if isinstance(held, Tensor) and held.dim() == 4:
+                    new = held.new_empty((*held.shape[:2], more, held.shape[3]))
+                    setattr(layer, name, torch.cat([held, new], dim=2))

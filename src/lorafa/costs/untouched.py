@@ -1,0 +1,162 @@
+"""Running a model for what it would allocate: every operation answers with memory that nobody touches.
+
+A tensor made here is an ordinary one on the CPU, so that every line of code that asks for its type, its device or its
+kernel goes the way it goes in a training. Its numbers are never computed, written or read: shapes come from PyTorch's
+own rules (the meta device), and the system gives no page to memory that is not written to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+@dataclass
+class Block:
+    """One piece of memory that a tensor had."""
+
+    size: int
+    """Bytes."""
+    born: int
+    """The number of the operation that made it."""
+    died: int | None = None
+    """The number of the last operation before it was given back; None while it is there."""
+
+
+class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers every operation inside the block without computing it, and keeps what memory it would have taken.
+
+    What the code asks a tensor for, as in ``if mask.all()``, is answered with True, 1 or 1.0. ``nonzero``, whose size
+    is in the numbers, finds ``chosen`` positions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.chosen = 1
+        """How many positions ``nonzero`` finds."""
+        self.blocks: list[Block] = []
+        """In the order they were made."""
+        self.operations = 0
+        self._here: dict[int, Block] = {}
+
+    def alive(self) -> int:
+        """Bytes that are taken now."""
+        return sum(block.size for block in self._here.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.operations += 1
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _answer(args[0].dtype)
+        if func is torch.ops.aten.nonzero.default:
+            return self._made(torch.empty((self.chosen, args[0].dim()), dtype=torch.int64, device="meta"))
+        if func.is_view:
+            return func(*args, **kwargs)  # reads no number
+        flat, form = tree_flatten((args, kwargs))
+        shapes = _Shapes()
+        args, kwargs = tree_unflatten([shapes.of(value) for value in flat], form)
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            kwargs["device"] = torch.device("meta")
+        flat, form = tree_flatten(func(*args, **kwargs))
+        return tree_unflatten([self._real(value, shapes) for value in flat], form)
+
+    def _real(self, value: Any, shapes: _Shapes) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        same = shapes.memory_of(value)
+        return self._made(value) if same is None else same
+
+    def _made(self, shape: Tensor) -> Tensor:
+        made = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device="cpu")
+        storage = made.untyped_storage()
+        block = Block(storage.nbytes(), self.operations)
+        self.blocks.append(block)
+        self._here[id(block)] = block
+        weakref.finalize(storage, self._gone, block)
+        return made
+
+    def _gone(self, block: Block) -> None:
+        block.died = self.operations
+        del self._here[id(block)]
+
+
+class _Shapes:
+    """The inputs of one operation as shapes, and which of them an output shares its memory with."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, torch.Generator):
+            return None
+        if not isinstance(value, Tensor):
+            return value
+        shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        self._inputs[shape.untyped_storage()._cdata] = value, shape
+        return shape
+
+    def memory_of(self, output: Tensor) -> Tensor | None:
+        """The input itself, or a view of it, where the output has its memory."""
+        known = self._inputs.get(output.untyped_storage()._cdata)
+        if known is None:
+            return None
+        value, shape = known
+        if output is shape:
+            return value
+        return value.as_strided(output.shape, output.stride(), value.storage_offset() + output.storage_offset())
+
+
+def _answer(dtype: torch.dtype) -> bool | int | float:
+    if dtype is torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else 1
+
+
+@contextmanager
+def without_numbers(module: nn.Module) -> Iterator[None]:
+    """Parameters and buffers of a model on the meta device as tensors on the CPU whose memory nobody touches."""
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
+    made: dict[int, Tensor] = {}
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:  # a shared weight stays shared
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            of_model = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if of_model else empty
+        return made[id(tensor)]
+
+    try:
+        for each in module.modules():
+            held: list[dict[str, Any]] = [each._parameters, each._buffers]
+            for tensors in held:
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        before.append((tensors, name, tensor))
+                        tensors[name] = stand_in(tensor)
+        yield
+    finally:
+        for tensors, name, tensor in before:
+            tensors[name] = tensor
+
+
+def most_alive(blocks: Sequence[Block]) -> tuple[int, int]:
+    """The most bytes that were taken at a time, and by which operation."""
+    changes: dict[int, int] = {}
+    for block in blocks:
+        changes[block.born] = changes.get(block.born, 0) + block.size
+        if block.died is not None:
+            changes[block.died + 1] = changes.get(block.died + 1, 0) - block.size
+    most = at = alive = 0
+    for operation in sorted(changes):
+        alive += changes[operation]
+        if alive > most:
+            most, at = alive, operation
+    return most, at

@@ -1,0 +1,67 @@
+"""What the headers of a model's safetensors files say of its weights, none of which is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafa.errors import SourceError
+from lorafa.storage.base_weights import INDEX, WHOLE, shards
+from lorafa.storage.hub import locate
+from lorafa.storage.tensors import entries_of
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights of a model as they lie on disk."""
+
+    bytes: int
+    by_dtype: Mapping[str, int]
+    """Bytes of each number format, by its name in the files ("BF16")."""
+    numbers: int
+    """How many numbers, of quantized weights how many codes."""
+    files: int
+
+    @property
+    def main_dtype(self) -> str:
+        """The format of most of the bytes."""
+        return max(self.by_dtype, key=lambda name: self.by_dtype[name])
+
+
+def stored_weights(model: str | Path) -> StoredWeights | None:
+    """Read the headers of a folder, or of a Hub model that is in the local cache; None where there are none.
+
+    Raises:
+        SourceError: a shard is missing.
+        CheckpointError: a file is damaged.
+    """
+    files = _files(model)
+    if not files:
+        return None
+    by_dtype: Counter[str] = Counter()
+    numbers = 0
+    for file in files:
+        for entry in entries_of(file).values():
+            first, last = entry["data_offsets"]
+            by_dtype[entry["dtype"]] += last - first
+            count = 1
+            for size in entry["shape"]:
+                count *= size
+            numbers += count
+    return StoredWeights(sum(by_dtype.values()), dict(by_dtype), numbers, len(files))
+
+
+def _files(model: str | Path) -> list[Path]:
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            found = locate(str(model), [WHOLE, INDEX], local_files_only=True)
+        except SourceError:
+            return []
+    else:
+        found = next((folder / name for name in (WHOLE, INDEX) if (folder / name).is_file()), folder)
+    if found == folder:
+        return []
+    return sorted(set(shards(found).values())) if found.suffix == ".json" else [found]
