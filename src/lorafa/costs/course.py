@@ -1,4 +1,4 @@
-"""What a run allocates beside its weights, by letting its own code run without numbers: an evaluation, then a step."""
+"""What a run allocates beside its weights: its own code runs without numbers, evaluation, step, evaluation."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ _GROWTHS = 32
 
 @dataclass(frozen=True)
 class Course:
-    """The memory of one evaluation and one training step, in the order of their operations; weights are no part."""
+    """The memory of evaluations and a training step, in the order of their operations; weights are no part."""
 
     blocks: Sequence[Block]
     begins: int
     """The first operation of the training."""
+    ends: int
+    """Its last operation."""
     forward_ends: int
     own_loss: str | None
     """Why the model's own loss is counted, which holds all logits; None where the chunked one is."""
 
     def evaluation_peak(self) -> int:
         """The most bytes an evaluation takes."""
-        return most_alive([block for block in self.blocks if block.born < self.begins])[0]
+        before = [block for block in self.blocks if block.born < self.begins]
+        after = [block for block in self.blocks if block.born > self.ends]
+        return max(most_alive(before)[0], most_alive(after)[0])
 
     def kept(self) -> int:
         """Bytes that are there when the forward pass of the step has ended."""
@@ -42,11 +46,11 @@ class Course:
 
     def step(self) -> tuple[int, int, int]:
         """Bytes at the peak of the step: kept for backward, gradients, and what is gone again soon."""
-        blocks = [block for block in self.blocks if block.born >= self.begins]
+        blocks = [block for block in self.blocks if self.begins <= block.born <= self.ends]
         _, at = most_alive(blocks)
         there = [block for block in blocks if block.born <= at and (block.died is None or block.died >= at)]
         kept = sum(b.size for b in there if b.born <= self.forward_ends and _after(b.died, self.forward_ends))
-        gradients = sum(b.size for b in there if b.born > self.forward_ends and b.died is None)
+        gradients = sum(b.size for b in there if b.born > self.forward_ends and _after(b.died, self.ends - 1))
         return kept, gradients, sum(b.size for b in there) - kept - gradients
 
 
@@ -72,7 +76,7 @@ def _after(died: int | None, operation: int) -> bool:
 
 
 def course_of(model: nn.Module, config: RunConfig, batches: Batches) -> Course:
-    """Let a model on the meta device, with its adapter on, evaluate and train a batch each without numbers.
+    """Let a model on the meta device, with its adapter on, evaluate, train and evaluate a batch each without numbers.
 
     The model is as it was afterwards.
 
@@ -86,11 +90,8 @@ def course_of(model: nn.Module, config: RunConfig, batches: Batches) -> Course:
         state = Untouched()
         with state:
             own = own or supports_chunked_loss(model)
-            with evaluating(model), torch.no_grad():
-                if batches.heldout is not None:
-                    _loss(model, batches.heldout, state, own, evaluated=True)
-                if batches.asked is not None:
-                    _answer(model, batches.asked)
+            if config.eval.before:
+                _evaluate(model, batches, state, own)
             begins = state.operations + 1
             with _training(whole, config.train.gradient_checkpointing):
                 mixed = torch.autocast("cpu", dtype) if config.peft.full and dtype != torch.float32 else nullcontext()
@@ -100,8 +101,19 @@ def course_of(model: nn.Module, config: RunConfig, batches: Batches) -> Course:
                     forward_ends = state.operations
                     loss.backward()  # type: ignore[no-untyped-call]
                     del loss
+            ends = state.operations
+            model.zero_grad()
+            _evaluate(model, batches, state, own)
         blocks = [Block(block.size, block.born, block.died) for block in state.blocks]
-    return Course(blocks, begins, forward_ends, own)
+    return Course(blocks, begins, ends, forward_ends, own)
+
+
+def _evaluate(model: Any, batches: Batches, state: Untouched, own: str | None) -> None:
+    with evaluating(model), torch.no_grad():
+        if batches.heldout is not None:
+            _loss(model, batches.heldout, state, own, evaluated=True)
+        if batches.asked is not None:
+            _answer(model, batches.asked)
 
 
 def _loss(model: Any, batch: Batch, state: Untouched, own: str | None, *, evaluated: bool = False) -> Tensor:

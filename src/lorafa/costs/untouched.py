@@ -60,6 +60,8 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._made(torch.empty((self.chosen, args[0].dim()), dtype=torch.int64, device="meta"))
         if func.is_view:
             return func(*args, **kwargs)  # reads no number
+        if func is torch.ops.aten.bmm.default:
+            self._copied(args)
         flat, form = tree_flatten((args, kwargs))
         shapes = _Shapes()
         args, kwargs = tree_unflatten([shapes.of(value) for value in flat], form)
@@ -67,6 +69,13 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs["device"] = torch.device("meta")
         flat, form = tree_flatten(func(*args, **kwargs))
         return tree_unflatten([self._real(value, shapes) for value in flat], form)
+
+    def _copied(self, operands: Sequence[Tensor]) -> None:
+        """What the CPU's kernel of a batched product copies for its length: a matrix that is one for the whole batch,
+        as the head's weight where a frozen model answers the last position of several rows."""
+        for matrix in operands:
+            if matrix.shape[0] > 1 and matrix.stride(0) == 0:
+                self.blocks.append(Block(matrix.numel() * matrix.element_size(), self.operations, self.operations))
 
     def _real(self, value: Any, shapes: _Shapes) -> Any:
         if not isinstance(value, Tensor):
