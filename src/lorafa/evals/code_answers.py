@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|```|\Z)", flags=re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*```.*$\n?", flags=re.MULTILINE)
 _CODE = re.compile(r"(?:import|from|def|class|async def)\b|@\w")
 """How the first line of a program begins, where words may stand before it."""
 INDENT = 4
@@ -23,10 +24,13 @@ def program_of(answer: str, prompt: str, entry_point: str) -> str:
     """
     defines = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", flags=re.MULTILINE)
     texts = list(_codes(answer))
-    for text in texts:
-        if defines.search(textwrap.dedent(text)) and (code := _readable(text)) is not None and defines.search(code):
-            starts = [match.start() for match in defines.finditer(prompt)]
-            return f"{prompt[: starts[-1]] if starts else ''}{code}\n"
+    before = prompt[: max((match.start() for match in defines.finditer(prompt)), default=0)]
+    whole = [text for each in texts if defines.search(text := textwrap.dedent(each))]
+    for text in whole:
+        if (code := _readable(text, defines)) is not None:
+            return f"{before}{code}\n"
+    if whole:
+        return f"{before}{whole[0]}\n"
     bodies = [body for text in texts for body in _bodies(text)]
     for body in bodies:
         if _parses(program := f"{prompt.rstrip()}\n{body}\n"):
@@ -46,19 +50,21 @@ def _codes(answer: str) -> Iterator[str]:
     yield from fenced
     if len(fenced) > 1:
         yield "\n".join(fenced)
-    yield answer.replace("```", "")
+    yield _FENCE.sub("", answer)
 
 
-def _readable(text: str) -> str | None:
-    """The code of a text: from the first line that begins like some, as far as it can be read."""
-    text = textwrap.dedent(text)
+def _readable(text: str, defines: re.Pattern[str]) -> str | None:
+    """The code of a text: from a line that begins like some, as far as it can be read and defines the function."""
     if _parses(text):
         return text
     lines = text.splitlines()
-    first = next((at for at, line in enumerate(lines) if _CODE.match(line)), None)
-    if first is None:
-        return None
-    return next(filter(_parses, _without_ends("\n".join(lines[first:]))), None)
+    for first in (at for at, line in enumerate(lines) if _CODE.match(line)):
+        for code in _without_ends("\n".join(lines[first:])):
+            if not defines.search(code):
+                break
+            if _parses(code):
+                return code
+    return None
 
 
 def _without_ends(text: str) -> Iterator[str]:

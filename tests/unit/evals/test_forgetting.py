@@ -117,7 +117,7 @@ def test_another_model_can_be_the_base() -> None:
 def test_the_log_ratio_of_drawn_tokens_has_the_divergence_as_its_mean() -> None:
     model, tokenizer = adapted(0.05), byte_tokenizer()
     with model.disable_adapter():
-        samples = drawn_texts(model, tokenizer, openings(512), Drawing(8, seed=3), None)
+        samples = drawn_texts(model, tokenizer, openings(256), Drawing(8, seed=3), None)
     pair, ratios = Pair(model), []
     exact = pair.divergences(samples, 0, 64)
     for sample in samples:

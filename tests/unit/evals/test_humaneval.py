@@ -64,6 +64,7 @@ def runs(program: str) -> None:
         f"Here is the function:\n\n{WHOLE}\n\nIt goes through the list, from first to last.",
         f"Sure!\n{WHOLE}\n\nExample: add_all([1], 2) -> [3]",
         HELPED,
+        f"I will\nimport nothing and write it so:\n{WHOLE}\n\nfrom top to bottom.",
         f"First the helper.\n```python\ndef _one(x, by):\n    return x + by\n```\nThen:\n```python\n{WHOLE}\n```",
         PROMPT + BODY,
         "    " + WHOLE.replace("\n", "\n    "),
@@ -77,6 +78,12 @@ def test_an_answer_becomes_the_program_that_is_meant(answer: str) -> None:
 def test_an_answer_without_code_is_a_program_all_the_same_and_wrong(answer: str) -> None:
     (found,) = problems_outcomes([answer])
     assert found["correct"] is False
+
+
+def test_a_function_that_cannot_be_read_is_not_taken_for_a_body() -> None:
+    for answer in ("```python\ndef add_all(xs, by:\n    return xs\n```", "def add_all(xs, by) -> [xs\n"):
+        (found,) = problems_outcomes([answer])
+        assert found["error"].startswith("SyntaxError")
 
 
 def test_helpers_that_are_asked_with_are_there_for_a_whole_function() -> None:
