@@ -14,6 +14,7 @@ EVALS: Registry[Evaluation] = Registry(
     {
         "gsm8k": "lorafa.evals.gsm8k:GSM8K",
         "loss": "lorafa.evals.loss:LOSS",
+        "match": "lorafa.evals.match:MATCH",
         "perplexity": "lorafa.evals.perplexity:PERPLEXITY",
     },
 )

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorafa.data.chat import encode_prompts
 from lorafa.data.files import read_rows
 from lorafa.data.hub import HubSettings, hub_rows
 from lorafa.data.numbers import last_number, only_number
@@ -19,8 +18,10 @@ from lorafa.data.sets.prompts import asked
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, Sampling, check_prompts, context_of, generate_ids
+from lorafa.evals.generation import Progress, Sampling, check_prompts, generate_ids, room_after
 from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
+from lorafa.models.kinds.entry import TEXT
+from lorafa.models.kinds.found import kind_of
 from lorafa.settings.checks import check_int
 from lorafa.storage.paths import user_path
 
@@ -117,7 +118,7 @@ def evaluate(
             raise DataError(
                 f"A record asks nothing before its answer {gold!r}, so there is nothing to generate from. Leave it out."
             )
-    prompts = encode_prompts(records, tokenizer)
+    prompts = kind_of(model).prompts(records, tokenizer)
     written = generate_ids(
         model,
         tokenizer,
@@ -191,9 +192,8 @@ def answer_length(subject: Subject, records: Sequence[Record], settings: Gsm8kSe
         return settings.max_new_tokens
     worked = [record.messages[len(record.question)].content for record in records]
     longest = max((len(ids) for ids in subject.tokenizer(worked, add_special_tokens=False)["input_ids"]), default=0)
-    wanted, context = max(LEAST, math.ceil(MORE * longest)), context_of(subject.model)
-    room = wanted if context is None else context - max(map(len, prompts), default=0)
-    return max(1, min(wanted, room))
+    wanted, room = max(LEAST, math.ceil(MORE * longest)), room_after(subject.model, max(map(len, prompts), default=0))
+    return max(1, wanted if room is None else min(wanted, room))
 
 
 def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
@@ -215,7 +215,7 @@ def _ends_in_figures(record: Record) -> bool:
 
 
 def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> None:
-    prompts = encode_prompts(records, subject.tokenizer)
+    prompts = subject.prompts(records)
     if _graded(records):
         check_prompts(subject.model, prompts, answer_length(subject, records, settings, prompts))
 
@@ -227,7 +227,7 @@ def _graded(records: Sequence[Record]) -> bool:
 def _measure(
     subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, batch_size: int, progress: Progress
 ) -> Scores:
-    longest = answer_length(subject, records, settings, encode_prompts(records, subject.tokenizer))
+    longest = answer_length(subject, records, settings, subject.prompts(records))
     if not _graded(records):
         answers = sample_answers(subject, records, longest, batch_size, progress)
         return Scores(f"{len(answers)} answers to look at", {}, answers)
@@ -307,4 +307,6 @@ def _read(source: Source, settings: Gsm8kSettings) -> list[Record]:
     return _asks(records, settings)
 
 
-GSM8K = Evaluation(asks=_asks, check=_check, measure=_measure, read=_read, settings=Gsm8kSettings)
+GSM8K = Evaluation(
+    asks=_asks, check=_check, measure=_measure, read=_read, needs=frozenset({TEXT}), settings=Gsm8kSettings
+)

@@ -9,7 +9,8 @@ import torch
 
 from lorafa.errors import SourceError
 from lorafa.models import MODELS
-from lorafa.models.load import as_source_error, resolve_model
+from lorafa.models.load import resolve_model
+from lorafa.models.sourced import as_source_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,6 +14,8 @@ from lorafa.config import CONFIG_NAME, LoraConfig
 from lorafa.data.records import Record
 from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError, SourceError
+from lorafa.models.kinds import AUTO
+from lorafa.models.kinds.found import kind_for_task, kind_of
 from lorafa.models.load import on_accelerator
 from lorafa.models.vocabulary import tokenizer_beside
 from lorafa.peft_model import PeftModel
@@ -54,7 +56,7 @@ class Named:
             if template := self.run.config().data.template:
                 tokenizer.chat_template = find_template(template)
         else:
-            settings = replace(settings, name=self.base or self.name)
+            settings = replace(settings, name=self.base or self.name, kind=self._kind(settings))
             fetch_base(settings)
             base = load_base(settings)
             model, tokenizer = base.model, base.tokenizer
@@ -62,6 +64,12 @@ class Named:
             tokenizer = tokenizer_beside(self.adapter, model) or tokenizer
             model = PeftModel.from_pretrained(model, self.adapter)
         return on_accelerator(model), tokenizer
+
+    def _kind(self, settings: ModelConfig) -> str:
+        """The kind of model that an adapter was made for, where nothing else is said."""
+        if self.adapter is None or settings.kind != AUTO:
+            return settings.kind
+        return kind_for_task(LoraConfig.from_pretrained(self.adapter).task_type)
 
 
 def find(name: str, base: str | None = None) -> Named:
@@ -96,18 +104,18 @@ def _is_adapter(name: str, path: Path) -> bool:
     return True
 
 
-def held_out(run: RunDirectory, tokenizer: Any, console: Console) -> Sequence[Record]:
+def held_out(run: RunDirectory, model: Any, tokenizer: Any, console: Console) -> Sequence[Record]:
     """The records a run holds out.
 
     Args:
-        tokenizer: the run's, with its chat template.
+        model, tokenizer: the run's, with its chat template.
 
     Raises:
         DataError: it holds none out, or its data is not what it was.
     """
     config = run.config()
     data = find_records(config.data)
-    samples = make_samples(data, tokenizer, config.data, console)
+    samples = make_samples(data, tokenizer, config.data, console, kind_of(model).encoding(model))
     recorded = run.result().get("samples_sha256")
     if recorded not in (None, samples.sha256):
         raise DataError(

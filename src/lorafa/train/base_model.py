@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,11 @@ from typing import Any
 
 from transformers.utils import logging
 
-from lorafa.models.load import load_model, resolve_model
+from lorafa.data.encoding import Encoding
+from lorafa.errors import ConfigError
+from lorafa.models.kinds.causal import CAUSAL
+from lorafa.models.kinds.entry import Kind
+from lorafa.models.load import load, resolve_model
 from lorafa.models.vocabulary import add_tokens
 from lorafa.processes import main_first, world_size
 from lorafa.train.settings.run import ModelConfig
@@ -21,10 +25,18 @@ class BaseModel:
     """A model without an adapter, and its tokenizer."""
 
     model: Any
-    """A causal language model of transformers."""
+    """A language model of transformers."""
     tokenizer: Any
+    kind: Kind = CAUSAL
     new_tokens: list[int] = field(default_factory=list)
     """The ids of the texts of ``model.add_tokens``, in their order."""
+    new_modules: tuple[str, ...] = ()
+    """Modules that started at random, such as the head of a classifier: they are trained whole."""
+
+    @property
+    def encoding(self) -> Encoding:
+        """How records become samples for it."""
+        return self.kind.encoding(self.model)
 
 
 def fetch_base(settings: ModelConfig) -> None:
@@ -38,23 +50,37 @@ def fetch_base(settings: ModelConfig) -> None:
             resolve_model(settings.name, cache_dir=_cache(settings), revision=settings.revision)
 
 
-def load_base(settings: ModelConfig) -> BaseModel:
+def load_base(settings: ModelConfig, seed: int = 0, answers: Callable[[], Sequence[str]] | None = None) -> BaseModel:
     """Load a model with its tokenizer, and give both the new tokens.
+
+    Args:
+        seed: of weights that start at random.
+        answers: those of the training rows, for a kind of model that chooses among them; None takes what the model has.
 
     Raises:
         SourceError: the model cannot be found, fetched or read.
         ConfigError: a setting does not fit it, or a text cannot be a new token.
+        DataError: the answers are no classes.
     """
     with _without_bars():
-        model, tokenizer = load_model(
+        loaded = load(
             settings.name,
             settings.dtype,
+            kind=settings.kind,
             attention=settings.attention,
             cache_dir=_cache(settings),
             revision=settings.revision,
+            seed=seed,
+            answers=answers,
         )
-    texts = settings.add_tokens
-    return BaseModel(model, tokenizer, add_tokens(model, tokenizer, texts) if texts else [])
+    model, tokenizer, texts = loaded.model, loaded.tokenizer, settings.add_tokens
+    if texts and not loaded.kind.adds_tokens:
+        raise ConfigError(
+            f"model.add_tokens makes rows of a table for new tokens, which {loaded.kind.words} (model.kind="
+            f"{loaded.kind.name}) is not given here. Leave it out."
+        )
+    new_tokens = add_tokens(model, tokenizer, texts) if texts else []
+    return BaseModel(model, tokenizer, loaded.kind, new_tokens, loaded.new)
 
 
 @contextmanager

@@ -16,15 +16,17 @@ from rich.markup import escape
 from transformers import set_seed
 
 from lorafa.data.chat import Sample
-from lorafa.data.collate import Collator, Tokenized
+from lorafa.data.collate import Collate, Tokenized
 from lorafa.data.packing import PackCollator, Packs
 from lorafa.data.prepared import SampleSet
 from lorafa.data.templates import find_template
 from lorafa.errors import CheckpointError, ConfigError, DataError, first_line
-from lorafa.evals import EVALS
 from lorafa.evals.entry import Subject
 from lorafa.evals.loss import answer_loss
+from lorafa.models.batch_loss import summed_by_rows
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
+from lorafa.models.kinds.causal import CAUSAL
+from lorafa.models.kinds.entry import Kind
 from lorafa.models.load import check_samples, on_accelerator
 from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import rows_to_train
@@ -37,6 +39,7 @@ from lorafa.train.adapter_config import lora_config
 from lorafa.train.base_model import BaseModel, fetch_base, load_base
 from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
+from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
 from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.full import train_all
 from lorafa.train.progress import RunCallback, progress_bar
@@ -75,9 +78,11 @@ class Prepared:
     data: SampleSet
     batch_rows: Sequence[Tokenized]
     """What batches are made of: the samples to train on, or packs of them."""
-    collator: Collator
+    collator: Collate
     seconds: float
     """How long it took to load and make all this."""
+    evaluation: Chosen
+    kind: Kind = CAUSAL
     start: dict[str, Any] = field(default_factory=dict)
     """What a start from data has read and chosen; empty for the others."""
     trial: Trial | None = None
@@ -86,7 +91,8 @@ class Prepared:
     def material(self) -> Material:
         """The part that the training itself takes."""
         heldout, collator = self.data.heldout.samples, PackCollator(self.collator)
-        return Material(self.model, self.batch_rows, heldout, collator, self.tokenizer.decode, self.trial)
+        decode, losses = self.tokenizer.decode, self.kind.row_losses()
+        return Material(self.model, self.batch_rows, heldout, collator, decode, self.trial, losses)
 
     def counted(self) -> dict[str, int]:
         """How many rows are trained on and held out, and how many were left out or cut."""
@@ -117,32 +123,37 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         data = find_records(config.data)
     with console.status(f"Loading {escape(config.model.name)}"):
         fetch_base(config.model)
-        base = load_base(config.model)
-    tokenizer = base.tokenizer
+        base = load_base(config.model, config.train.seed)
+    tokenizer, kind, encoding = base.tokenizer, base.kind, base.encoding
+    evaluation = evaluation_of(config.eval, kind)
+    check_kind(kind, evaluation, config, console)
     if not spread_over_processes(os.environ):
         on_accelerator(base.model)  # what is measured first is measured there
     if template is not None:
         tokenizer.chat_template = template
     with main_first():  # what the first process tokenizes is in the cache then
-        samples = make_samples(data, tokenizer, config.data, console)
+        samples = make_samples(data, tokenizer, config.data, console, encoding)
     rows = batch_rows(samples.train.samples, config)
-    _check_samples(samples, len(rows), base, config)
+    _check_samples(samples, len(rows), base, evaluation, config)
     set_seed(config.train.seed)
-    collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
+    collator = kind.collator(tokenizer.pad_token_id or 0)  # masked by position: without one any other will do
     with console.status("Starting the adapter"):
         begun = _begun(base, samples, collator, config)
     console.print(coverage_table(coverage(begun.model)))
-    show_samples(samples, tokenizer, console)
+    show_samples(samples, tokenizer, console, encoding)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
     if world_size() > 1:
         console.print(_batch_in_words(config.train), highlight=False)
-    trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
+    chunked = config.train.chunked_loss and kind.row_losses() is None
+    trial = Trial(supports_chunked_loss(begun.model)) if chunked else None
     seconds = time.monotonic() - started
-    return Prepared(begun.model, tokenizer, samples, rows, collator, seconds, begun.record, trial)
+    return Prepared(
+        begun.model, tokenizer, samples, rows, collator, seconds, evaluation, kind, begun.record, trial
+    )  # fmt: skip
 
 
-def _check_samples(samples: SampleSet, rows: int, base: BaseModel, config: RunConfig) -> None:
+def _check_samples(samples: SampleSet, rows: int, base: BaseModel, evaluation: Chosen, config: RunConfig) -> None:
     """Raises LoraError, of the kind that fits, for samples that the run cannot train on or measure.
 
     Args:
@@ -154,13 +165,13 @@ def _check_samples(samples: SampleSet, rows: int, base: BaseModel, config: RunCo
             "data.eval_file, or leave it out."
         )
     check_length(config, rows)
-    check_samples(base.model, samples.lengths, samples.highest)
-    evaluation = EVALS.get(config.eval.name)
-    asked = evaluation.asks(samples.records, config.eval.own)
-    evaluation.check(Subject(base.model, base.tokenizer), asked, config.eval.own)
+    both = [*samples.train.samples, *samples.heldout.samples]
+    check_samples(base.model, samples.lengths, samples.highest, lambda: base.kind.longest(both))
+    asked = evaluation.entry.asks(samples.records, evaluation.own)
+    evaluation.entry.check(Subject(base.model, base.tokenizer), asked, evaluation.own)
 
 
-def _begun(base: BaseModel, samples: SampleSet, collator: Collator, config: RunConfig) -> Started:
+def _begun(base: BaseModel, samples: SampleSet, collator: Collate, config: RunConfig) -> Started:
     """The model as its training begins: all of it trained, with the adapter of a file, or with a new one."""
     model = base.model
     if config.peft.full:
@@ -169,7 +180,7 @@ def _begun(base: BaseModel, samples: SampleSet, collator: Collator, config: RunC
     if config.peft.adapter is not None:
         return Started(PeftModel.from_pretrained(model, user_path(config.peft.adapter), is_trainable=True))
     new_rows = rows_to_train(model, base.new_tokens) if base.new_tokens else None
-    adapter = lora_config(config, model, new_rows)
+    adapter = lora_config(config, model, new_rows, base.kind, base.new_modules)
     return start_adapter(model, adapter, config.init, samples.train.samples, collator)
 
 
@@ -209,6 +220,7 @@ def train(
     run.update_result(
         source=prepared.data.source,
         samples_sha256=prepared.data.sha256,
+        kind=prepared.kind.name,
         rows=prepared.counted(),
         parameters=_counted(prepared.model),
         **({"start": prepared.start} if prepared.start else {}),
@@ -323,17 +335,17 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     """
     if not prepared.data.heldout.samples:
         return {"answers": []}
-    settings, evaluation = config.eval, EVALS.get(config.eval.name)
+    settings, evaluation, of_kind = config.eval, prepared.evaluation, prepared.kind.row_losses()
     chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
-    summed = supervised_nll if chunked else None
+    summed = supervised_nll if chunked else None if of_kind is None else summed_by_rows(of_kind)
     loss = answer_loss(prepared.model, prepared.data.heldout.samples, prepared.collator, settings.batch_size, summed)
-    asked = evaluation.asks(prepared.data.records, settings.own)
+    asked = evaluation.entry.asks(prepared.data.records, evaluation.own)
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
         return {"loss": loss, "answers": []}
     subject = Subject(prepared.model, prepared.tokenizer, prepared.data.train.ends | prepared.data.heldout.ends)
     with progress_bar(console, f"{when}: answering") as bar:
-        scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
+        scores = evaluation.entry.measure(subject, asked, evaluation.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
     return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
 
