@@ -18,7 +18,7 @@ ROWS = [
     for at, word in enumerate(WORDS)
     for first in FIRST
 ]
-STEPS = 8
+STEPS = 12
 
 
 def word_tokenizer(marks: dict[str, str], ending: str) -> transformers.PreTrainedTokenizerFast:
@@ -65,6 +65,6 @@ def settings(place: Path, run_dir: Path) -> list[str]:
     """A short run on the rows of a place."""
     return [
         f"model={place / 'model'}", f"data={place / 'rows.jsonl'}", f"run_dir={run_dir}", "data.eval_size=8",
-        "peft.r=4", "peft.lora_dropout=0.1", "optim.lr=2e-2", f"train.steps={STEPS}", "train.batch_size=4",
-        "train.checkpoint_every=4", "train.keep_checkpoints=5", "optim.warmup=0",
+        "peft.r=4", "peft.lora_dropout=0.1", "optim.lr=3e-2", f"train.steps={STEPS}", "train.batch_size=4",
+        "train.checkpoint_every=6", "train.keep_checkpoints=5", "optim.warmup=0",
     ]  # fmt: skip
