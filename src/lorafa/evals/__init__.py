@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 EVALS: Registry[Evaluation] = Registry(
     "evaluation",
     {
+        "accuracy": "lorafa.evals.accuracy:ACCURACY",
         "gsm8k": "lorafa.evals.gsm8k:GSM8K",
         "loss": "lorafa.evals.loss:LOSS",
         "match": "lorafa.evals.match:MATCH",

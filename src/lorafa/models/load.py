@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ def load(
     revision: str | None = None,
     seed: int = 0,
     answers: Callable[[], Sequence[str]] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Loaded:
     """Load a model of some kind and its tokenizer, ready to train.
 
@@ -89,7 +91,8 @@ def load(
         name, dtype, attention, cache_dir, revision: as for :func:`load_model`.
         kind: a line of ``KINDS``, or "auto" for the one its config speaks of.
         seed: of weights that the files lack, where the kind lets them.
-        answers: the classes it is to tell apart, for a kind that has any; None leaves it those of its config.
+        answers: those that a kind with classes is to tell apart; None leaves it those of its config.
+        classes: the classes themselves, in the order of its outputs, in place of ``answers``.
 
     Raises:
         ConfigError: unknown dtype or kind.
@@ -115,8 +118,8 @@ def load(
     step = _TOKENIZER_STEP if isinstance(place, Path) else model_step()
     with as_source_error(f"Could not load a tokenizer from the {where}", step):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
-    classes = found.classes(config, answers, where)
-    with as_source_error(f"Could not load {found.words} from the {where}", model_step()), _seeded(seed):
+    classes = found.classes(config, answers, where) if classes is None else tuple(classes)
+    with as_source_error(f"Could not load {found.words} from the {where}", model_step()), _seeded(seed), _unreported():
         # Weights of another shape are listed below, where transformers would point to a report it logged.
         model, loaded = getattr(transformers, found.auto_class).from_pretrained(
             place,
@@ -150,6 +153,21 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Loading without the table of transformers that lists what :func:`_check_weights` says or refuses."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def told(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(told)
+    try:
+        yield
+    finally:
+        log.removeFilter(told)
+
+
 def _check_weights(where: str, model: Any, loaded: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
     """Every weight of the model was read, but for those that the kind trains from the start: transformers makes up the
     others at random and only logs it.
@@ -170,7 +188,8 @@ def _check_weights(where: str, model: Any, loaded: Mapping[str, Any], kind: Kind
         )
     if unused := sorted(loaded["unexpected_keys"]):
         warn(f"The model has no place for {len(unused)} weights of the {where}: {shorten(unused)}.")
-    return tuple(sorted({name.rpartition(".")[0] for name in new}))
+    body = f"{model.base_model_prefix}."
+    return tuple(sorted({name.rpartition(".")[0] if name.startswith(body) else name.partition(".")[0] for name in new}))
 
 
 def _shape(size: Iterable[int]) -> str:

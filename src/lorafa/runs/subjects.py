@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lorafa.config import CONFIG_NAME, LoraConfig
+from lorafa.data.classes import classes_beside
 from lorafa.data.records import Record
 from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError, SourceError
@@ -58,7 +59,7 @@ class Named:
         else:
             settings = replace(settings, name=self.base or self.name, kind=self._kind(settings))
             fetch_base(settings)
-            base = load_base(settings)
+            base = load_base(settings, classes=None if self.adapter is None else classes_beside(self.adapter))
             model, tokenizer = base.model, base.tokenizer
         if self.adapter is not None:
             tokenizer = tokenizer_beside(self.adapter, model) or tokenizer

@@ -50,12 +50,18 @@ def fetch_base(settings: ModelConfig) -> None:
             resolve_model(settings.name, cache_dir=_cache(settings), revision=settings.revision)
 
 
-def load_base(settings: ModelConfig, seed: int = 0, answers: Callable[[], Sequence[str]] | None = None) -> BaseModel:
+def load_base(
+    settings: ModelConfig,
+    seed: int = 0,
+    answers: Callable[[], Sequence[str]] | None = None,
+    classes: Sequence[str] | None = None,
+) -> BaseModel:
     """Load a model with its tokenizer, and give both the new tokens.
 
     Args:
         seed: of weights that start at random.
         answers: those of the training rows, for a kind of model that chooses among them; None takes what the model has.
+        classes: these themselves, in the order of its outputs, in place of ``answers``.
 
     Raises:
         SourceError: the model cannot be found, fetched or read.
@@ -72,6 +78,7 @@ def load_base(settings: ModelConfig, seed: int = 0, answers: Callable[[], Sequen
             revision=settings.revision,
             seed=seed,
             answers=answers,
+            classes=classes,
         )
     model, tokenizer, texts = loaded.model, loaded.tokenizer, settings.add_tokens
     if texts and not loaded.kind.adds_tokens:

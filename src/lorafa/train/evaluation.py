@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +51,24 @@ def not_for(name: str, kind: Kind) -> str:
     )
 
 
-def check_kind(kind: Kind, evaluation: Chosen, config: RunConfig, console: Console) -> None:
-    """Say what is measured in the place of the default, and raise ConfigError for what a kind of model cannot be."""
+def check_kind(
+    kind: Kind, new_modules: Sequence[str], evaluation: Chosen, config: RunConfig, console: Console
+) -> None:
+    """Say what is new in a model, and what is measured in the place of the default.
+
+    Raises:
+        ConfigError: a setting asks what a model of this kind cannot do.
+    """
     if config.train.packing and not kind.packs:
         raise ConfigError(
             f"train.packing=true puts several samples into one row, and in a batch of {kind.words} (model.kind="
             f"{kind.name}) each has its own. Leave it out; train.group_by_length pads little, too."
+        )
+    if new_modules:
+        console.print(
+            f"New in {kind.words}, since its files lack them: {', '.join(new_modules)}. They start at random, by "
+            "train.seed, and are trained and saved with the adapter.",
+            highlight=False,
         )
     if evaluation.instead is not None:
         console.print(

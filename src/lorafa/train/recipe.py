@@ -16,6 +16,7 @@ from rich.markup import escape
 from transformers import set_seed
 
 from lorafa.data.chat import Sample
+from lorafa.data.classes import classes_beside, write_classes
 from lorafa.data.collate import Collate, Tokenized
 from lorafa.data.packing import PackCollator, Packs
 from lorafa.data.prepared import SampleSet
@@ -43,7 +44,7 @@ from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
 from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.full import train_all
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.records import find_records, make_samples, show_samples
+from lorafa.train.records import answers_of, find_records, make_samples, show_samples
 from lorafa.train.sampling import lengths_of
 from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
@@ -123,10 +124,11 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         data = find_records(config.data)
     with console.status(f"Loading {escape(config.model.name)}"):
         fetch_base(config.model)
-        base = load_base(config.model, config.train.seed)
+        classes = None if config.peft.adapter is None else classes_beside(config.peft.adapter)
+        base = load_base(config.model, config.train.seed, lambda: answers_of(data), classes)
     tokenizer, kind, encoding = base.tokenizer, base.kind, base.encoding
     evaluation = evaluation_of(config.eval, kind)
-    check_kind(kind, evaluation, config, console)
+    check_kind(kind, base.new_modules, evaluation, config, console)
     if not spread_over_processes(os.environ):
         on_accelerator(base.model)  # what is measured first is measured there
     if template is not None:
@@ -221,6 +223,7 @@ def train(
         source=prepared.data.source,
         samples_sha256=prepared.data.sha256,
         kind=prepared.kind.name,
+        **({"classes": list(classes)} if (classes := prepared.kind.classes_in(prepared.model)) else {}),
         rows=prepared.counted(),
         parameters=_counted(prepared.model),
         **({"start": prepared.start} if prepared.start else {}),
@@ -285,7 +288,7 @@ def _save_merged(prepared: Prepared, config: RunConfig, run: Recorder) -> None:
         return
     folder, model = make_folder(run.merged), prepared.model
     if any(map(can_be_gathered, model.parameters())):
-        model = PeftModel.from_pretrained(load_base(config.model).model, run.adapter)
+        model = PeftModel.from_pretrained(_base_again(prepared, config), run.adapter)
     merged: Any = model.merge_and_unload()
     try:
         merged.save_pretrained(str(folder))
@@ -295,6 +298,10 @@ def _save_merged(prepared: Prepared, config: RunConfig, run: Recorder) -> None:
             f"The merged model could not be written to {str(folder)!r}: {first_line(error)}. The adapter is saved. "
             "Make room, or set train.save_merged=false."
         ) from error
+
+
+def _base_again(prepared: Prepared, config: RunConfig) -> Any:
+    return load_base(config.model, config.train.seed, classes=prepared.kind.classes_in(prepared.model)).model
 
 
 def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Reported:
@@ -311,6 +318,8 @@ def _save(prepared: Prepared, config: RunConfig, run: Recorder) -> dict[str, str
         prepared.model.save_pretrained(str(run.adapter), is_main_process=is_main())
         if config.model.add_tokens and is_main():
             prepared.tokenizer.save_pretrained(str(run.adapter))
+        if (classes := prepared.kind.classes_in(prepared.model)) and is_main():
+            write_classes(run.adapter, classes)
         return {"adapter": run.adapter.name}
     if is_main():
         prepared.model.save_pretrained(str(run.model))

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 
+from lorafa.data.classes import class_of
 from lorafa.data.encoding import CHAT, Encoding
 from lorafa.data.prepared import Progress, SampleSet, is_cached, prepare_samples
 from lorafa.data.selection import Division
@@ -32,6 +33,15 @@ def find_records(data: DataConfig) -> OpenData:
     if not is_cached(found, data.cache):
         _ = found.selection
     return found
+
+
+def answers_of(found: OpenData) -> list[str]:
+    """The answers of the rows to train on, for models that choose among them.
+
+    Raises:
+        DataError: a row does not end with an answer.
+    """
+    return [class_of(record) for _, record in found.selection.training()]
 
 
 def make_samples(

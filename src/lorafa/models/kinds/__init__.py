@@ -13,6 +13,7 @@ KINDS: Registry[Kind] = Registry(
     "kind of model",
     {
         "causal": "lorafa.models.kinds.causal:CAUSAL",
+        "classification": "lorafa.models.kinds.classification:CLASSIFICATION",
         "seq2seq": "lorafa.models.kinds.seq2seq:SEQ2SEQ",
     },
 )

@@ -84,12 +84,16 @@ class Kind(ABC):
         """The classes it tells apart, of the answers it is to be trained on or of its config; none of most kinds."""
         return ()
 
+    def classes_in(self, model: Any) -> tuple[str, ...]:
+        """The classes that a loaded model tells apart, in the order of its outputs; none of most kinds."""
+        return ()
+
     def loading(self, config: Any, pad_id: int | None, classes: Sequence[str]) -> dict[str, Any]:
         """What its config is given when it is loaded."""
         return {}
 
     def may_be_new(self, weight: str, model: Any) -> bool:
-        """Whether a weight may start at random where the files lack it: it is then trained whole."""
+        """Whether a weight may start at random where the files lack it: its module is then trained whole."""
         return False
 
     def longest(self, samples: Sequence[Sample]) -> int | None:
