@@ -106,8 +106,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         if chunked_loss and self.own_loss_reason is not None:
             warn(f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.")
-        of_next = row_losses is None
-        self._loss = SupervisedLoss(self.model, chunk_tokens) if of_next else BatchLoss(self.model, row_losses)
+        of_next = SupervisedLoss(self.model, chunk_tokens)
+        self._loss = of_next if row_losses is None else BatchLoss(self.model, row_losses)
         self._eval_sums: list[tuple[float, int]] = []
         """Negative log-likelihood and tokens of each batch of the evaluation that runs."""
         self._eval_rounds = self._rounds(None, self.args.eval_batch_size)
