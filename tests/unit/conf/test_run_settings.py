@@ -216,7 +216,7 @@ def test_a_config_is_frozen() -> None:
         ("data.templtes=1", r"no setting 'data.templtes' for data=word_problems .* Did you mean 'templates'\?"),
         ("eval.sise=1", r"no setting 'eval.sise' for eval=gsm8k .* Did you mean 'size'\?"),
         ("model.nmae=x", r"no setting 'model.nmae' for model=smollm2-135m .* Did you mean 'name'\?"),
-        ("eval=gsm9k", r"eval has no option 'gsm9k'. Did you mean 'gsm8k'\? Known: default, gsm8k, loss"),
+        ("eval=gsm9k", r"eval has no option 'gsm9k'. Did you mean 'gsm8k'\? Known: accuracy, default, gsm8k, loss"),
         ("peft.use_bdlora={nblocks:0}", r"peft.use_bdlora.nblocks must be an integer >= 1, found 0"),
         (
             "peft.use_bdlora.nblock=2",
@@ -246,7 +246,7 @@ def test_a_config_is_frozen() -> None:
         ("run_dir=", r"run_dir must be a text or null, found '' \(str\). Write run_dir=name"),
         ("train.resume=", r"train.resume must be a text or null, found '' \(str\)"),
         ("peft.target_modules=['']", r"must be a text or a list \[a, b\] of texts or null, found \[''\]"),
-        ("model=", "model= is followed by nothing. Name a folder, a Hub id, or one of: smollm2-135m."),
+        ("model=", "model= is followed by nothing. Name a folder, a Hub id, or one of: minilm-l6, smollm2-135m."),
         ("data= ", r"data= is followed by nothing. Name a file, a folder, a Hub id, \[several,of,them\], or one of"),
         ("train.seed=4294967296", "train.seed must be an integer <= 4294967295, found 4294967296. Give a smaller one"),
         ("threads=100000", "threads must be an integer <= 1024, found 100000"),
