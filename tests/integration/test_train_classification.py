@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lorafa import AutoPeftModelForSequenceClassification
 from lorafa.cli.main import main
 from toys.kinds import make_bert, settings
-from toys.workplace import at_step, metrics, read
+from toys.workplace import at_step, make_workplace, metrics, read
 
 STEPS = 30
 LONG = [f"train.steps={STEPS}", "train.batch_size=8", "optim.lr=1e-2"]
@@ -202,3 +202,23 @@ def test_a_bare_encoder_cannot_be_evaluated(place: Path, capsys: pytest.CaptureF
     assert status == 1
     assert "has no head of a classifier, and nothing says which classes it is to tell apart. Give the run" in text
     assert said(capsys, "eval", place / "model", "task=accuracy")[0] != 0
+
+
+def test_a_decoder_that_chooses_is_known_by_its_run_and_its_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, table = make_workplace(tmp_path), tmp_path / "t.jsonl"
+    questions = [{"prompt": f"Ann has {a} apples", "completion": "few" if a < 5 else "many"} for a in range(10)]
+    table.write_text("\n".join(map(json.dumps, questions)))
+    run = tmp_path / "run"
+    more = [f"data={table}", "data.eval_size=2", "train.steps=4", "train.checkpoint_every=0", "train.eval_every=4"]
+    assert main(["train", *settings(place, run), *more, "model.kind=classification"]) == 0
+    after = read(run / "result.json")["after"]
+    measured = [row["eval_loss"] for row in metrics(run) if "eval_loss" in row]
+    assert measured[-1] == pytest.approx(after["loss"], rel=1e-5)
+    assert rows(capsys, run)[0]["cross_entropy"] == pytest.approx(after["cross_entropy"], rel=1e-6)
+    of_run, of_adapter = rows(capsys, run, run / "adapter", "task=accuracy", f"data={table}")
+    assert of_adapter["cross_entropy"] == of_run["cross_entropy"]
+    words = [word for word in settings(place, tmp_path / "more") if not word.startswith("peft.")]
+    assert main(["train", *words, *more, f"peft.adapter={run / 'adapter'}"]) == 0
+    assert read(tmp_path / "more" / "result.json")["kind"] == "classification"

@@ -18,7 +18,7 @@ from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, sho
 from lorafa.models import MODELS, loadable
 from lorafa.models.attention import use_blocks
 from lorafa.models.kinds import AUTO, KINDS
-from lorafa.models.kinds.entry import Kind
+from lorafa.models.kinds.entry import NEXT_TOKEN, Kind
 from lorafa.models.kinds.found import kind_named
 from lorafa.models.sourced import as_source_error, model_step
 from lorafa.storage.paths import user_path
@@ -128,17 +128,18 @@ def load(
             attn_implementation=None if attention == "auto" else attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **found.loading(config, tokenizer.pad_token_id, classes),
+            **found.loading(classes),
         )
     new = _check_weights(where, model, loaded, found)
     found.check(where, model)
-    if attention == "auto":
+    if attention == "auto" and NEXT_TOKEN in found.offers:
         use_blocks(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     if not found.own_template:
         tokenizer.chat_template = None
+    found.settle(model, tokenizer)
     return Loaded(model, tokenizer, found, new)
 
 

@@ -15,8 +15,7 @@ from lorafa.data.classes import classes_beside
 from lorafa.data.records import Record
 from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError, SourceError
-from lorafa.models.kinds import AUTO
-from lorafa.models.kinds.found import kind_for_task, kind_of
+from lorafa.models.kinds.found import kind_of
 from lorafa.models.load import on_accelerator
 from lorafa.models.vocabulary import tokenizer_beside
 from lorafa.peft_model import PeftModel
@@ -24,7 +23,7 @@ from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.trained import trained_model
 from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
-from lorafa.train.base_model import fetch_base, load_base
+from lorafa.train.base_model import fetch_base, load_base, with_kind_of
 from lorafa.train.records import find_records, make_samples
 from lorafa.train.settings.run import ModelConfig
 
@@ -57,7 +56,7 @@ class Named:
             if template := self.run.config().data.template:
                 tokenizer.chat_template = find_template(template)
         else:
-            settings = replace(settings, name=self.base or self.name, kind=self._kind(settings))
+            settings = with_kind_of(replace(settings, name=self.base or self.name), self.adapter)
             fetch_base(settings)
             base = load_base(settings, classes=None if self.adapter is None else classes_beside(self.adapter))
             model, tokenizer = base.model, base.tokenizer
@@ -65,12 +64,6 @@ class Named:
             tokenizer = tokenizer_beside(self.adapter, model) or tokenizer
             model = PeftModel.from_pretrained(model, self.adapter)
         return on_accelerator(model), tokenizer
-
-    def _kind(self, settings: ModelConfig) -> str:
-        """The kind of model that an adapter was made for, where nothing else is said."""
-        if self.adapter is None or settings.kind != AUTO:
-            return settings.kind
-        return kind_for_task(LoraConfig.from_pretrained(self.adapter).task_type)
 
 
 def find(name: str, base: str | None = None) -> Named:

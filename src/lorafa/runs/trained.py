@@ -21,7 +21,8 @@ def trained_model(run: RunDirectory) -> tuple[Any, Any]:
         SourceError: the base model, or a file of the run, cannot be read.
     """
     config, classes = run.config(), run.result().get("classes")
-    settings, seed = config.model, config.train.seed
+    seed, kind = config.train.seed, run.result().get("kind", config.model.kind)
+    settings = replace(config.model, kind=kind)
     if run.model.is_dir():  # its tokenizer knows the new tokens
         whole = load_base(replace(settings, name=str(run.model), revision=None, add_tokens=None))
         return whole.model, whole.tokenizer

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
+from lorafa.config import LoraConfig
 from lorafa.data.encoding import Encoding
 from lorafa.errors import ConfigError
+from lorafa.models.kinds import AUTO
 from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.entry import Kind
+from lorafa.models.kinds.found import kind_for_task
 from lorafa.models.load import load, resolve_model
 from lorafa.models.vocabulary import add_tokens
 from lorafa.processes import main_first, world_size
@@ -37,6 +40,17 @@ class BaseModel:
     def encoding(self) -> Encoding:
         """How records become samples for it."""
         return self.kind.encoding(self.model)
+
+
+def with_kind_of(settings: ModelConfig, adapter: str | None) -> ModelConfig:
+    """The settings with the kind of model that an adapter (folder or Hub id) was made for, where they leave it open.
+
+    Raises:
+        LoraError: as `LoraConfig.from_pretrained`.
+    """
+    if adapter is None or settings.kind != AUTO:
+        return settings
+    return replace(settings, kind=kind_for_task(LoraConfig.from_pretrained(adapter).task_type))
 
 
 def fetch_base(settings: ModelConfig) -> None:

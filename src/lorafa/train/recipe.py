@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ from lorafa.storage.paths import user_path
 from lorafa.storage.tensors import can_be_gathered
 from lorafa.storage.whole import make_folder
 from lorafa.train.adapter_config import lora_config
-from lorafa.train.base_model import BaseModel, fetch_base, load_base
+from lorafa.train.base_model import BaseModel, fetch_base, load_base, with_kind_of
 from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
@@ -124,8 +124,9 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         data = find_records(config.data)
     with console.status(f"Loading {escape(config.model.name)}"):
         fetch_base(config.model)
-        classes = None if config.peft.adapter is None else classes_beside(config.peft.adapter)
-        base = load_base(config.model, config.train.seed, lambda: answers_of(data), classes)
+        adapter = config.peft.adapter
+        named, classes = with_kind_of(config.model, adapter), None if adapter is None else classes_beside(adapter)
+        base = load_base(named, config.train.seed, lambda: answers_of(data), classes)
     tokenizer, kind, encoding = base.tokenizer, base.kind, base.encoding
     evaluation = evaluation_of(config.eval, kind)
     check_kind(kind, base.new_modules, evaluation, config, console)
@@ -301,7 +302,8 @@ def _save_merged(prepared: Prepared, config: RunConfig, run: Recorder) -> None:
 
 
 def _base_again(prepared: Prepared, config: RunConfig) -> Any:
-    return load_base(config.model, config.train.seed, classes=prepared.kind.classes_in(prepared.model)).model
+    named, classes = replace(config.model, kind=prepared.kind.name), prepared.kind.classes_in(prepared.model)
+    return load_base(named, config.train.seed, classes=classes).model
 
 
 def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Reported:

@@ -76,12 +76,24 @@ class Classification(Kind):
     def classes_in(self, model: Any) -> tuple[str, ...]:
         return tuple(name for _, name in sorted(model.config.id2label.items()))
 
-    def loading(self, config: Any, pad_id: int | None, classes: Sequence[str]) -> dict[str, Any]:
+    def loading(self, classes: Sequence[str]) -> dict[str, Any]:
         names = dict(enumerate(classes))
         numbers = {name: number for number, name in names.items()}
-        # A decoder goes by the padding to find the last token of a text.
-        padding = {} if getattr(config, "pad_token_id", None) is not None else {"pad_token_id": pad_id}
-        return {"id2label": names, "label2id": numbers, "problem_type": "single_label_classification", **padding}
+        return {"id2label": names, "label2id": numbers, "problem_type": "single_label_classification"}
+
+    def settle(self, model: Any, tokenizer: Any) -> None:
+        """A decoder's head reads the last token that is no padding: by its id, which is to be the one that pads.
+
+        Raises:
+            SourceError: there is none.
+        """
+        if tokenizer.pad_token_id is None:
+            raise SourceError(
+                "The tokenizer has neither a pad token nor an end-of-sequence token, so texts of unequal length cannot "
+                "stand in one batch. Set tokenizer.pad_token."
+            )
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
 
     def may_be_new(self, weight: str, model: Any) -> bool:
         """The head, which is what is outside of the body, and the pooler of an encoder, which pretraining may lack."""

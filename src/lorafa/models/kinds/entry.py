@@ -88,9 +88,12 @@ class Kind(ABC):
         """The classes that a loaded model tells apart, in the order of its outputs; none of most kinds."""
         return ()
 
-    def loading(self, config: Any, pad_id: int | None, classes: Sequence[str]) -> dict[str, Any]:
+    def loading(self, classes: Sequence[str]) -> dict[str, Any]:
         """What its config is given when it is loaded."""
         return {}
+
+    def settle(self, model: Any, tokenizer: Any) -> None:  # noqa: B027 - most kinds have nothing to tell
+        """Tell a model that was just loaded what it has to know of its tokenizer, which has a pad token by now."""
 
     def may_be_new(self, weight: str, model: Any) -> bool:
         """Whether a weight may start at random where the files lack it: its module is then trained whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lorafa.models.kinds.found import kind_for_task, kind_named, kind_of
 from lorafa.models.load import load
 from toys.kinds import make_bert, make_t5
 from toys.language_models import bert, conversation, llama, t5
+from toys.workplace import make_workplace
 
 ANSWERS = ["negative", "positive", "negative"]
 
@@ -174,3 +176,24 @@ def test_matthews_correlation_is_pearson_s_of_two_classes_and_that_of_gorodkin_o
 def test_a_model_with_a_decoder_is_no_classifier(tmp_path: Path) -> None:
     place = make_t5(tmp_path)
     assert load(str(place / "model"), "auto", kind="auto").kind is not CLASSIFICATION
+
+
+def test_a_decoder_reads_the_last_token_of_each_text_whatever_stands_beside_it(tmp_path: Path) -> None:
+    """Its config pads with another token than its tokenizer, which is the one that batches are filled up with."""
+    place = make_workplace(tmp_path)
+    config = json.loads((place / "model" / "config.json").read_text())
+    (place / "model" / "config.json").write_text(json.dumps({**config, "pad_token_id": 7}))
+    found = loaded(place, kind="classification")
+    assert (type(found.model).__name__, found.new) == ("LlamaForSequenceClassification", ("score",))
+    encoder = CLASSIFICATION.encoding(found.model).make(found.tokenizer, 64)
+    samples = [encoder.sample(conversation(text, "negative")) for text in ("Ann has 2", "Ann has 2 apples and gets 3")]
+    collate, model = CLASSIFICATION.collator(found.tokenizer.pad_token_id), found.model.eval()
+    together = class_losses(model, collate(samples))[0]
+    alone = torch.cat([class_losses(model, collate([sample]))[0] for sample in samples])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    last = model(input_ids=torch.tensor([samples[1].input_ids[:-1]])).logits
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(last, torch.tensor([0])), together[1])
+
+
+def test_attention_of_an_encoder_is_left_as_it_is(place: Path) -> None:
+    assert loaded(place).model.config._attn_implementation == "sdpa"
