@@ -222,3 +222,13 @@ def test_a_decoder_that_chooses_is_known_by_its_run_and_its_adapter(
     words = [word for word in settings(place, tmp_path / "more") if not word.startswith("peft.")]
     assert main(["train", *words, *more, f"peft.adapter={run / 'adapter'}"]) == 0
     assert read(tmp_path / "more" / "result.json")["kind"] == "classification"
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["optim.lr=1e30", "optim.max_grad_norm=1e9", "eval.before=false", "train.checkpoint_every=0"]
+    status, text = said(capsys, "train", *settings(place, tmp_path / "run"), *more)
+    assert status == 1
+    assert "rows.jsonl, line" in text
+    assert "the first begins '[CLS]" in text

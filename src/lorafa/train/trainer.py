@@ -345,7 +345,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
 
 
 def _found(dataset: Any, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, str]]:
-    """The numbers from 1 of the samples with these tokens, each the first one, and where their rows stand, if known."""
+    """The numbers from 1 of the samples with these tokens, or with these before the first that is trained, each the
+    first one, and where their rows stand, if known."""
     found: dict[tuple[int, ...], tuple[int, str]] = {}
     wanted = {row for row in rows if row}
     for index in range(len(dataset) if hasattr(dataset, "__len__") else 0):
@@ -353,10 +354,18 @@ def _found(dataset: Any, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, str
             break
         sample = dataset[index]
         ids = tokens_of(sample)
-        tokens = () if ids is None else tuple(map(int, ids))
-        if tokens in wanted:
-            found.setdefault(tokens, (index + 1, getattr(sample, "place", "")))
+        whole = () if ids is None else tuple(map(int, ids))
+        for tokens in (whole, whole[: _read_of(sample)]):
+            if tokens in wanted:
+                found.setdefault(tokens, (index + 1, getattr(sample, "place", "")))
     return [found[row] for row in rows if row in found]
+
+
+def _read_of(sample: Any) -> int:
+    """How many tokens of a sample stand before the first that is trained: of models that are not causal these are what
+    a batch shows of it."""
+    labels = getattr(sample, "labels", None) or ()
+    return next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), 0)
 
 
 class LoraTrainer(SupervisedTrainer, AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
