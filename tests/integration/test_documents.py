@@ -39,6 +39,7 @@ from lorafa.scripts.eval_gsm8k import parse as parse_evaluation
 from lorafa.scripts.run_exp import compose_published
 from lorafa.scripts.run_exp import parse as parse_script
 from lorafa.train.adapter_config import lora_config
+from toys.kinds import make_t5
 from toys.language_models import SMALL, llama
 from toys.places import ROOT
 from toys.records import write_rows
@@ -131,7 +132,9 @@ NAMES: dict[str, dict[str, Callable[[], Any]]] = {
 enough for a test. A page that shows how they are made is not in the table."""
 FILES = {
     "path/to/model": "a model folder: the reader's own",
+    "path/to/t5": "another one: an encoder with a decoder",
     "mine.jsonl": "records of the reader's own",
+    "reviews.jsonl": "texts, each with its class",
     "more.csv": "more of them",
     "short.jsonl": "the short problems of GSM8K, which come from the Hub (recipes/short_problems.py)",
     "recipes": "the folder of the repository",
@@ -164,6 +167,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (made / "path" / "to").mkdir(parents=True)
     (made / "model").rename(made / "path" / "to" / "model")
+    make_t5(made)
+    (made / "model").rename(made / "path" / "to" / "t5")
     (made / "rows.jsonl").unlink()
     rows = [
         {"question": f"Ann has {a} apples and gets {b} more. How many?", "answer": f"{a} + {b}\n#### {a + b}"}
@@ -173,6 +178,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mine.jsonl", "short.jsonl"):
         (made / name).write_text("\n".join(map(json.dumps, rows)))
     write_rows(made / "more.csv", rows)
+    reviews = [{"prompt": f"film {at} is {word}", "completion": word} for at in range(10) for word in ("good", "bad")]
+    (made / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
     (made / "recipes").symlink_to(ROOT / "recipes")
     model = transformers.AutoModelForCausalLM.from_pretrained(made / "path" / "to" / "model")
     lorafa.get_peft_model(model, lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).save_pretrained(
@@ -306,6 +313,8 @@ TINY = {
 
 def tiny(words: tuple[str, ...], run: Path) -> list[str]:
     given = {word.lstrip("+").partition("=")[0] for word in words}
+    if {"model=minilm-l6", "model.kind=classification"} & {*words}:
+        given |= {"eval.max_new_tokens"}  # a classifier writes no answer
     said = given | ({"train.steps"} if "train=epoch" in words or "train.epochs" in given else set())
     return [*words[1:], *(f"{key}={value}" for key, value in TINY.items() if key not in said), f"run_dir={run}"]
 

@@ -241,7 +241,7 @@ def test_help_lists_them() -> None:
         "data=sums data.add=0 Added to the seed.",
         "eval=length eval.most=3 Records it is measured on.",
         "init.ranks=turns init.high=3 Every other layer's rank.",
-        "model=smollm2-135m|toy-llama, or a folder, a Hub id",
+        "model=minilm-l6|smollm2-135m|toy-llama, or a folder, a Hub id",
     ):
         assert part in text
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lorafa import PeftModel
 from lorafa.scripts.run_exp import main
+from toys.kinds import make_t5
 from toys.places import ROOT
 from toys.processes import free_ports, launched, run_group
 from toys.workplace import ROWS, make_workplace, metrics, read
@@ -218,3 +219,20 @@ def _run(place: Path, *words: str) -> Path:
     finally:
         os.chdir(before)
     return place / "runs" / next(word.partition("=")[2] for word in words if word.startswith("++wandb.name="))
+
+
+def test_t5_is_trained_on_glue_as_the_scripts_do_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_t5(tmp_path)
+    table = [{"sentence": f"{first} film is {word}", "label": at % 2} for first in ("a", "the") for at, word in
+             enumerate(("good", "bad", "fine", "poor", "nice"))]  # fmt: skip
+    (tmp_path / "sst2.jsonl").write_text("\n".join(map(json.dumps, table)))
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "model=t5base +init=gradient +peft=qv_w_emb ++peft.lora_r=2 ++init.stable_gamma=128 ++dataset_name=sst2 "
+        "++model.name=model ++model.real_batch_size=4 ++model.per_device_batch_size=4 ++wandb.name=t5 "
+        "data.file=sst2.jsonl data.eval_size=2 threads=1"
+    )
+    assert main(words.split()) == 0
+    result = read(tmp_path / "runs" / "t5" / "result.json")
+    assert (result["status"], result["kind"], result["rows"]["train"]) == ("finished", "seq2seq", 8)
+    assert (tmp_path / "runs" / "t5" / "merged" / "config.json").is_file()

@@ -136,6 +136,8 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
     """
     from lorafa.conf.compose import compose, key_of, refuse_others
     from lorafa.errors import ConfigError
+    from lorafa.models.kinds import KINDS
+    from lorafa.train.evaluation import evaluation_of
 
     if not subjects:
         raise ConfigError("Nothing is named that could be measured. Give a run directory, an adapter or a model.")
@@ -156,13 +158,19 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
     first = next((subject.run for subject in subjects if subject.run is not None), None)
     if first is None:
         raise ConfigError(f"Nothing says what is to be measured. Give task=<{'|'.join(EVALS.names())}>.")
-    own = first.config().eval
-    names = ["perplexity", *([own.name] if own.name not in ("loss", "perplexity") else [])]
-    tasks = []
-    for name in names:
-        entry = EVALS.get(name)
-        tasks.append(Task(name, entry, own.own if name == own.name else entry.settings and entry.settings()))
+    kind = KINDS.get(first.result().get("kind", "causal"))
+    own = evaluation_of(first.config().eval, kind)
+    likely = EVALS.get("perplexity")
+    tasks = [] if own.name == "perplexity" or not likely.needs <= kind.offers else [_usual("perplexity")]
+    if own.name != "loss":
+        tasks.append(Task(own.name, own.entry, own.own))
     return Asked(config, tasks, False, data, of_model)
+
+
+def _usual(name: str) -> Task:
+    """An evaluation with the settings that hold where nothing is said."""
+    entry = EVALS.get(name)
+    return Task(name, entry, entry.settings and entry.settings())
 
 
 def measured(subjects: Sequence[Named], asked: Asked, console: Console) -> dict[str, list[Scores]]:
@@ -171,9 +179,12 @@ def measured(subjects: Sequence[Named], asked: Asked, console: Console) -> dict[
     Raises:
         LoraError: of the kind that fits.
     """
-    from lorafa.data.chat import encode_all
+    from lorafa.data.chat import encoded
     from lorafa.data.records import Record
+    from lorafa.errors import ConfigError
     from lorafa.evals.entry import Subject
+    from lorafa.models.kinds.found import kind_of
+    from lorafa.train.evaluation import not_for
 
     config, items = asked.config, dict[str, list[Any]]()
     found: dict[str, list[Scores]] = {task.name: [] for task in asked.tasks}
@@ -185,11 +196,14 @@ def measured(subjects: Sequence[Named], asked: Asked, console: Console) -> dict[
 
             tokenizer.chat_template = find_template(config.data.template)
         if not at:
-            items = _items(subjects, asked, tokenizer, console)
+            items = _items(subjects, asked, model, tokenizer, console)
         for task in asked.tasks:
             records = [item for item in items[task.name] if isinstance(item, Record)]
-            ends = encode_all(records, tokenizer, 2**31).ends if records else frozenset()
-            subject = Subject(model, tokenizer, ends)
+            kind = kind_of(model)
+            if not task.entry.needs <= kind.offers:
+                raise ConfigError(f"{named.name}: {not_for(task.name, kind)}")
+            encoder = kind.encoding(model).make(tokenizer, 2**31)
+            subject = Subject(model, tokenizer, encoded(records, encoder).ends if records else frozenset())
             found[task.name].append(_scores(subject, task, items[task.name], config, console, named.name))
         del model
     return found
@@ -205,7 +219,9 @@ def _scores(
         return task.entry.measure(subject, items, task.own, config.eval.batch_size, bar)
 
 
-def _items(subjects: Sequence[Named], asked: Asked, tokenizer: Any, console: Console) -> dict[str, list[Any]]:
+def _items(
+    subjects: Sequence[Named], asked: Asked, model: Any, tokenizer: Any, console: Console
+) -> dict[str, list[Any]]:
     """What each task asks: of a file, of its own benchmark, or of what the first run holds out.
 
     Raises:
@@ -223,7 +239,7 @@ def _items(subjects: Sequence[Named], asked: Asked, tokenizer: Any, console: Con
     for task in asked.tasks:
         if asked.data is None and own is not None and not asked.named:
             require_same_data(own, subjects)
-            heldout = held_out(own, tokenizer, console) if heldout is None else heldout
+            heldout = held_out(own, model, tokenizer, console) if heldout is None else heldout
             items[task.name] = task.entry.asks(heldout, task.own)
             if not items[task.name]:
                 raise DataError(f"{task.name} asks none of the {len(heldout)} rows that {subjects[0].name} holds out.")

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     refuse_others(args.overrides, READ, "lorafa params", "changes nothing that is counted")
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     dtype = DTYPES.get(config.model.dtype)
-    model = shape_model(config.model.name, dtype, cache_dir=cache, revision=config.model.revision)
+    where: dict[str, Any] = {"cache_dir": cache, "revision": config.model.revision}
+    model = shape_model(config.model.name, dtype, kind=config.model.kind, **where)
     try:
         costs, notes = adapter_costs(model, config), _notes(model, config)
     except AdapterError as error:  # there is no adapter yet: settings that do not go together

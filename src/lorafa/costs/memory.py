@@ -125,7 +125,8 @@ def shape_of(settings: ModelConfig) -> Shape:
     dtype = DTYPES.get(settings.dtype)
     if dtype is None and isinstance(place, Path) and stored is not None:
         dtype = _dtype_of_folder(place, stored)
-    model: Any = shape_model(settings.name, dtype, cache_dir=cache_of(settings), revision=settings.revision)
+    where: dict[str, Any] = {"cache_dir": cache_of(settings), "revision": settings.revision}
+    model: Any = shape_model(settings.name, dtype, kind=settings.kind, **where)
     if settings.attention == "auto":
         use_blocks(model)
     else:

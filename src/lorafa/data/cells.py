@@ -47,6 +47,12 @@ def text_of(row: Row, place: str, column: str) -> str:
     return checked(value, place)
 
 
+def label_of(row: Row, place: str, column: str) -> str:
+    """The text in a column that may name a class by a whole number, as data sets do."""
+    value = row.get(column)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_of(row, place, column)
+
+
 def checked(text: str, place: str) -> str:
     """The text itself, unless it holds half of a surrogate pair, which no tokenizer can read."""
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.text import Text
 
@@ -26,9 +26,11 @@ __all__ = [
     "Encoded",
     "Encoder",
     "Sample",
+    "SampleEncoder",
     "encode_all",
     "encode_prompt",
     "encode_prompts",
+    "encoded",
     "render",
     "render_sample",
 ]
@@ -62,6 +64,23 @@ class Encoded:
     truncated: int
     ends: frozenset[int] = frozenset()
     """The ids with which trained turns end."""
+
+
+class SampleEncoder(Protocol):
+    """From records to samples, one after another, and at the end what is to be said of them."""
+
+    ends: set[int]
+    """The ids with which trained turns end."""
+
+    @property
+    def templated(self) -> bool:
+        """Whether a chat template has written any of them."""
+
+    def sample(self, record: Record) -> Sample:
+        """The sample of a record; raises DataError, with the row, for one that cannot be trained on."""
+
+    def remarks(self) -> list[str]:
+        """What is to be said of the records so far; raises DataError where no sample is left."""
 
 
 class Encoder:
@@ -180,7 +199,15 @@ def encode_all(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, ma
     Raises:
         DataError: no sample is left; as :class:`Encoder`.
     """
-    encoder = Encoder(tokenizer, max_length)
+    return encoded(records, Encoder(tokenizer, max_length))
+
+
+def encoded(records: Iterable[Record], encoder: SampleEncoder) -> Encoded:
+    """The samples of records, with a warning for what is to be said of them.
+
+    Raises:
+        DataError: no sample is left; what the encoder raises.
+    """
     samples = [encoder.sample(record) for record in records]
     for text in encoder.remarks():
         warn(text)

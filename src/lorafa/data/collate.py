@@ -21,6 +21,13 @@ class Tokenized(Protocol):
     def labels(self) -> list[int]: ...
 
 
+class Collate(Protocol):
+    """Rows to a batch, as a model of some kind takes it."""
+
+    def __call__(self, samples: Sequence[Tokenized]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels`` among others, int64, a row for each sample."""
+
+
 @dataclass(frozen=True)
 class Collator:
     """Right padding to the longest sample of the batch.
@@ -33,13 +40,14 @@ class Collator:
 
     def __call__(self, samples: Sequence[Tokenized]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape (samples, longest)."""
-        longest = max(len(sample.input_ids) for sample in samples)
-
-        def padded(rows: list[list[int]], filler: int) -> Tensor:
-            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-
         return {
             "input_ids": padded([sample.input_ids for sample in samples], self.pad_id),
             "attention_mask": padded([[1] * len(sample.input_ids) for sample in samples], 0),
             "labels": padded([sample.labels for sample in samples], IGNORE),
         }
+
+
+def padded(rows: Sequence[list[int]], filler: int) -> Tensor:
+    """int64 (rows, longest), filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])

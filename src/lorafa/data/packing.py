@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafa.data.chat import IGNORE, Sample
-from lorafa.data.collate import Collator
+from lorafa.data.collate import Collate
 from lorafa.errors import shorten
 
 POSITIONS = "positions_of_samples"
@@ -93,9 +93,9 @@ def _best_fit(lengths: Sequence[int], capacity: int) -> list[array[int]]:
 
 @dataclass(frozen=True)
 class PackCollator:
-    """Packs, or samples, to a batch: as :class:`~lorafa.data.collate.Collator`, and for packs ``POSITIONS`` besides."""
+    """Packs, or samples, to a batch: as its collator makes one, and for packs ``POSITIONS`` besides."""
 
-    collator: Collator
+    collator: Collate
 
     def __call__(self, rows: Sequence[Pack | Sample]) -> dict[str, Tensor]:
         batch = self.collator(rows)

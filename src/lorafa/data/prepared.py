@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lorafa.data.chat import IGNORE, Encoded, Encoder, Sample
+from lorafa.data.chat import IGNORE, Encoded, Sample, SampleEncoder
+from lorafa.data.encoding import CHAT, Encoding
 from lorafa.data.records import Record
 from lorafa.data.samples import InMemory, Samples, SampleWriter, Store, Stored
 from lorafa.data.selection import Selection
@@ -75,6 +77,7 @@ def prepare_samples(
     max_length: int,
     cache: bool | None = None,
     progress: Progress | None = None,
+    encoding: Encoding = CHAT,
 ) -> SampleSet:
     """Tokenize records, or take them from the cache, where the same ones were tokenized in the same way before.
 
@@ -84,23 +87,26 @@ def prepare_samples(
     Args:
         cache: see :func:`is_cached`. Where it is None and the cache cannot be written to, the tokens are kept in
             memory, with a warning.
+        encoding: how a record becomes a sample.
 
     Raises:
-        DataError: as :func:`lorafa.data.chat.encode_all`; of ``cache=True``, that the cache cannot be written to.
+        DataError: what ``encoding`` raises (:class:`lorafa.data.chat.Encoder`); of ``cache=True``, that the cache
+            cannot be written to.
         SourceError: something cannot be read.
     """
+    make = partial(encoding.make, tokenizer, max_length)
     if not is_cached(data, cache):
-        return _in_memory(data.selection, tokenizer, max_length, progress)
+        return _in_memory(data.selection, make, progress)
     digest = data.digest()
     try:
-        path = cache_file(digest, tokenizer, max_length)
+        path = cache_file(digest, tokenizer, max_length, encoding.name)
         found = read_cache(path)
         was_there = found is not None
         if found is None:
             kept = records_as_json(data.selection.heldout)
 
             def fill(out: Store) -> Contents:
-                contents = _encoded(data.selection, tokenizer, max_length, progress, out)
+                contents = _encoded(data.selection, make, progress, out)
                 return replace(contents, facts={**contents.facts, "records": kept})
 
             write_cache(path, fill)
@@ -112,34 +118,28 @@ def prepare_samples(
         if cache:
             raise DataError(f"{where} With data.cache=false they are kept in memory.") from error
         warn(f"{where} They are kept in memory for this run.")
-        return _in_memory(data.selection, tokenizer, max_length, progress)
+        return _in_memory(data.selection, make, progress)
     stored, contents = found
     records = [record_of_json(record) for record in contents.facts["records"]]
     return replace(_as_set(stored, contents, records), found=path if was_there else None)
 
 
-def _in_memory(
-    selection: Selection, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress | None
-) -> SampleSet:
+def _in_memory(selection: Selection, make: Callable[[], SampleEncoder], progress: Progress | None) -> SampleSet:
     out = InMemory()
-    contents = _encoded(selection, tokenizer, max_length, progress, out)
+    contents = _encoded(selection, make, progress, out)
     return _as_set(Stored(out, contents.sizes, contents.facts["places"]), contents, selection.heldout)
 
 
 def _encoded(
-    selection: Selection,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    progress: Progress | None,
-    out: Store,
+    selection: Selection, make: Callable[[], SampleEncoder], progress: Progress | None, out: Store
 ) -> Contents:
     """Tokenize what is chosen, row by row, and write the samples."""
     writer = SampleWriter(out)
-    encoder = Encoder(tokenizer, max_length)
+    encoder = make()
     train, facts = _known(_of_training(selection, encoder, writer, progress), encoder, writer)
     remarks, templated, heldout, held = encoder.remarks(), encoder.templated, np.zeros(0, np.int32), None
     if selection.heldout:
-        encoder = Encoder(tokenizer, max_length)
+        encoder = make()
         numbers = [_written(encoder.sample(record), writer) for record in selection.heldout]
         heldout, held = _known(np.array(numbers, np.int32), encoder, writer)
         remarks += encoder.remarks()
@@ -158,7 +158,9 @@ def _encoded(
     return Contents(sizes, train, heldout, known)
 
 
-def _of_training(selection: Selection, encoder: Encoder, writer: SampleWriter, progress: Progress | None) -> Order:
+def _of_training(
+    selection: Selection, encoder: SampleEncoder, writer: SampleWriter, progress: Progress | None
+) -> Order:
     """The numbers of the samples to train on, in their order."""
     of_row = np.full(sum(selection.counts), -1, np.int32)
     for done, (number, record) in enumerate(selection.training(), 1):
@@ -176,7 +178,7 @@ def _written(sample: Sample, writer: SampleWriter) -> int:
     return writer.add(sample) if sample.trained else -1
 
 
-def _known(numbers: Order, encoder: Encoder, writer: SampleWriter) -> tuple[Order, dict[str, Any]]:
+def _known(numbers: Order, encoder: SampleEncoder, writer: SampleWriter) -> tuple[Order, dict[str, Any]]:
     """The samples that can be used, and what is said of all."""
     usable = numbers[numbers >= 0]
     truncated = int(np.frombuffer(writer.truncated, np.uint8)[usable].sum())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lorafa.data.cells import MEND, Row, columns, given, text_of
+from lorafa.data.cells import MEND, Row, columns, given, label_of, text_of
 from lorafa.data.numbers import only_number
 from lorafa.data.records import Message, Record, final_answer
 from lorafa.data.turns import history_of, system_of, tools_of, turns_of, with_system_of, writes_turns
@@ -40,7 +40,7 @@ def converter(name: str, first: Row, prompt_column: str | None, completion_colum
                 f"{name} has no column {missing[0]!r}.{did_you_mean(missing[0], first)} "
                 f"Its columns are: {columns(first)}."
             )
-        return partial(_pair, prompt_column=prompt_column, completion_column=completion_column)
+        return partial(_pair, prompt_column=prompt_column, completion_column=completion_column, answer_of=label_of)
     for at, form in enumerate(FORMS):
         if all(column in first for column in form.columns):
             return partial(_of_form, form=form, earlier=FORMS[:at]) if at else form.convert
@@ -62,13 +62,19 @@ def _of_form(row: Row, place: str, form: Form, earlier: Sequence[Form]) -> Recor
     return form.convert(row, place)
 
 
-def _pair(row: Row, place: str, prompt_column: str, completion_column: str) -> Record:
+def _pair(
+    row: Row,
+    place: str,
+    prompt_column: str,
+    completion_column: str,
+    answer_of: Callable[[Row, str, str], str] = text_of,
+) -> Record:
     named = (prompt_column, completion_column)
     beside = {column: row[column] for column in _BESIDE if column in row and column not in named}
     lists = [isinstance(row.get(column), list) for column in named]
     if any(lists) or all(writes_turns(row.get(column)) for column in named):
         return _pair_of_lists(row, beside, place, named, not any(lists) or all(lists))
-    prompt, completion = text_of(row, place, prompt_column), text_of(row, place, completion_column)
+    prompt, completion = text_of(row, place, prompt_column), answer_of(row, place, completion_column)
     if prompt_column == "instruction" and "input" not in named and given(row, "input") is not None:
         prompt = f"{prompt}\n\n{text_of(row, place, 'input')}"
     earlier = [*system_of(beside, place), *history_of(beside, place)]

@@ -60,15 +60,18 @@ def cache_folder() -> Path:
     return default_cache_dir() / "tokens"
 
 
-def cache_file(data: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Path:
+def cache_file(data: str, tokenizer: PreTrainedTokenizerBase, max_length: int, encoding: str) -> Path:
     """The file for records with the digest ``data``, there or not.
+
+    Args:
+        encoding: the name of the way in which they become samples.
 
     Raises:
         CheckpointError: the tokenizer cannot be saved.
     """
     code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))]
     versions = (VERSION, *map(_version, READERS))
-    name = digest_of(iter((data, digest_of_tokenizer(tokenizer), str(max_length), *versions, *code)))
+    name = digest_of(iter((data, digest_of_tokenizer(tokenizer), str(max_length), encoding, *versions, *code)))
     return cache_folder() / f"{name[:40]}.tokens"
 
 

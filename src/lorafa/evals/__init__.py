@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 EVALS: Registry[Evaluation] = Registry(
     "evaluation",
     {
+        "accuracy": "lorafa.evals.accuracy:ACCURACY",
         "commonsense": "lorafa.evals.commonsense:COMMONSENSE",
         "forgetting": "lorafa.evals.forgetting:FORGETTING",
         "glue": "lorafa.evals.glue:GLUE",
         "gsm8k": "lorafa.evals.gsm8k:GSM8K",
         "humaneval": "lorafa.evals.humaneval:HUMANEVAL",
         "loss": "lorafa.evals.loss:LOSS",
+        "match": "lorafa.evals.match:MATCH",
         "mmlu": "lorafa.evals.mmlu:MMLU",
         "perplexity": "lorafa.evals.perplexity:PERPLEXITY",
     },

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafa.data.records import Record
+from lorafa.models.kinds.entry import NEXT_TOKEN, Kind
+from lorafa.models.kinds.found import kind_of
 
 if TYPE_CHECKING:
     from lorafa.evals.generation import Progress
@@ -21,6 +23,19 @@ class Subject:
     tokenizer: Any
     ends: frozenset[int] = frozenset()
     """Ids with which the trained turns end: an answer is over there."""
+
+    @property
+    def kind(self) -> Kind:
+        """What kind of model it is."""
+        return kind_of(self.model)
+
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        """What the model reads of each record before it answers.
+
+        Raises:
+            DataError: a record cannot be asked; the row is named.
+        """
+        return self.kind.prompts(records, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -82,5 +97,7 @@ class Evaluation:
     read: Callable[[Source, Any], list[Any]] | None = None
     """(source, own settings) -> the items of a file, or of the benchmark itself, for `lorafa eval`; raises SourceError
     and DataError. None: it measures a run alone."""
+    needs: frozenset[str] = frozenset({NEXT_TOKEN})
+    """What it asks of a kind of model (:attr:`lorafa.models.kinds.entry.Kind.offers`)."""
     settings: type[Any] | None = None
     """A frozen dataclass of its own settings, all with defaults; each is ``eval.<name>``."""

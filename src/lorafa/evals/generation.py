@@ -63,7 +63,8 @@ def generate_ids(
     """The continuation of each prompt without the end token (with it if ``keep_end``), in the order of ``prompts``: the
     most likely one token by token, or with ``sampling`` one that is drawn.
 
-    Prompts of similar length share a batch (left padding); a batch ends when all its rows have. An answer is over at
+    Prompts of similar length share a batch, padded where that changes nothing: on the left, and before an encoder on
+    the right. A batch ends when all its rows have. An answer is over at
     any of ``ends`` (those that were trained: ``Encoded.ends``) and at the end tokens of tokenizer and model. Nothing
     else of the model's own generation config applies, whatever it is called. Several processes share the batches out,
     and all get all answers. Nothing about the model or the tokenizer is changed.
@@ -81,6 +82,8 @@ def generate_ids(
         **how, num_beams=1, return_dict_in_generate=False, use_cache=True,
         max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad,
     )  # fmt: skip
+    if encoder := encodes(model):
+        settings.decoder_start_token_id = _decoder_start(model)
     device = device_of(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
@@ -88,18 +91,22 @@ def generate_ids(
     # Where the model is spread over processes, one that is done goes on with the others.
     spread = {"synced_gpus": True} if any(map(can_be_gathered, model.parameters())) else {}
 
+    def begins(ids: Tensor) -> int:
+        """Where in the output the answers begin: behind the prompts, or behind the token that a decoder starts with."""
+        return 1 if encoder else ids.shape[1]
+
     def written(rows: list[int]) -> list[list[int]]:
         nonlocal done
         if sampling is not None:  # a batch is drawn as it would be in one process
             torch.manual_seed(sampling.seed + rows[0])
-        ids, mask = _left_padded([prompts[i] for i in rows], pad)
+        ids, mask = _padded([prompts[i] for i in rows], pad, left=not encoder)
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **spread
         )
         done += len(rows) * world_size()
         if progress is not None:
             progress(min(done, len(order)), len(order))
-        return [_until(stops, answer, keep_end) for answer in out[:, ids.shape[1] :].tolist()]
+        return [_until(stops, answer, keep_end) for answer in out[:, begins(ids) :].tolist()]
 
     drawn = nullcontext() if sampling is None else torch.random.fork_rng()
     with evaluating(model), _without_own_settings(model), drawn:
@@ -158,8 +165,22 @@ def needed_length(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase)
 
 def room_for(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> bool:
     """Whether a prompt and its answer fit the model's context."""
+    room = room_after(model, len(prompt))
+    return room is None or max_new_tokens <= room
+
+
+def room_after(model: PreTrainedModel, prompt: int) -> int | None:
+    """How many tokens an answer can have after a prompt of so many; None where nothing limits it. A decoder behind an
+    encoder has the whole context for itself."""
     context = context_of(model)
-    return context is None or len(prompt) + max_new_tokens <= context
+    if context is None:
+        return None
+    return (context if prompt <= context else 0) if encodes(model) else context - prompt
+
+
+def encodes(model: PreTrainedModel) -> bool:
+    """Whether an encoder reads the prompt, and a decoder writes the answer from its own beginning."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -167,12 +188,29 @@ def context_of(model: PreTrainedModel) -> int | None:
     return found
 
 
-def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, int64 (rows, longest): generation continues at the right edge."""
+def _padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, int64 (rows, longest): a decoder goes on at the right edge, an encoder counts its
+    positions from the left one."""
     longest = max(map(len, rows))
-    ids = [[pad] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+
+    def filled(row: list[int], filler: int) -> list[int]:
+        more = [filler] * (longest - len(row))
+        return more + row if left else row + more
+
+    return torch.tensor([filled(row, pad) for row in rows]), torch.tensor([filled([1] * len(row), 0) for row in rows])
+
+
+def _decoder_start(model: Any) -> int:
+    """The token that the decoder is given first, as in training."""
+    own = getattr(model, "generation_config", None)
+    for said in (model.config, own):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (token := getattr(said, name, None)) is not None:
+                return int(token)
+    raise ConfigError(
+        "The model's config does not say with which token its decoder starts (decoder_start_token_id), so it cannot "
+        "write. Set it in its config.json."
+    )
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorafa.data.chat import encode_prompts
 from lorafa.data.numbers import last_number, only_number
 from lorafa.data.records import Message, Record, final_answer
 from lorafa.data.rows import converter
@@ -18,8 +17,10 @@ from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, did_you_mean, shorten, warn
 from lorafa.evals.benchmark import Official
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, Sampling, check_prompts, context_of, generate_ids, needed_length
+from lorafa.evals.generation import Progress, Sampling, check_prompts, generate_ids, needed_length, room_after
 from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
+from lorafa.models.kinds.entry import TEXT
+from lorafa.models.kinds.found import kind_of
 from lorafa.settings.checks import check_int
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def evaluate(
             raise DataError(
                 f"A record asks nothing before its answer {gold!r}, so there is nothing to generate from. Leave it out."
             )
-    prompts = encode_prompts(records, tokenizer)
+    prompts = kind_of(model).prompts(records, tokenizer)
     written = generate_ids(
         model,
         tokenizer,
@@ -184,9 +185,9 @@ def answer_length(subject: Subject, records: Sequence[Record], settings: Gsm8kSe
     """The longest answer, in tokens: what the settings say, or what the worked answers need."""
     if settings.max_new_tokens is not None:
         return settings.max_new_tokens
-    wanted, context = needed_length(records, subject.tokenizer), context_of(subject.model)
-    room = wanted if context is None else context - max(map(len, prompts), default=0)
-    return max(1, min(wanted, room))
+    wanted = needed_length(records, subject.tokenizer)
+    room = room_after(subject.model, max(map(len, prompts), default=0))
+    return max(1, wanted if room is None else min(wanted, room))
 
 
 def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
@@ -208,7 +209,7 @@ def _ends_in_figures(record: Record) -> bool:
 
 
 def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> None:
-    prompts = encode_prompts(records, subject.tokenizer)
+    prompts = subject.prompts(records)
     if _graded(records):
         check_prompts(subject.model, prompts, answer_length(subject, records, settings, prompts))
 
@@ -220,7 +221,7 @@ def _graded(records: Sequence[Record]) -> bool:
 def _measure(
     subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, batch_size: int, progress: Progress
 ) -> Scores:
-    longest = answer_length(subject, records, settings, encode_prompts(records, subject.tokenizer))
+    longest = answer_length(subject, records, settings, subject.prompts(records))
     if not _graded(records):
         answers = sample_answers(subject, records, longest, batch_size, progress)
         return Scores(f"{len(answers)} answers to look at", {}, answers)
@@ -289,4 +290,6 @@ def _read(source: Source, settings: Gsm8kSettings) -> list[Record]:
     return _asks(records, settings)
 
 
-GSM8K = Evaluation(asks=_asks, check=_check, measure=_measure, read=_read, settings=Gsm8kSettings)
+GSM8K = Evaluation(
+    asks=_asks, check=_check, measure=_measure, read=_read, needs=frozenset({TEXT}), settings=Gsm8kSettings
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from lorafa.backends.offload import device_of
 from lorafa.data.chat import IGNORE, Sample
-from lorafa.data.collate import Collator
+from lorafa.data.collate import Collate
 from lorafa.errors import DataError
 from lorafa.evals.entry import Evaluation, Scores
+from lorafa.models.batch_loss import SummedLoss
 from lorafa.models.head_loss import CROSS_ENTROPY, HiddenStates, supervised_nll, supports_chunked_loss
+from lorafa.models.kinds.found import kind_of
 from lorafa.models.modes import evaluating
 from lorafa.processes import by_turns, world_size
 
@@ -25,14 +27,10 @@ if TYPE_CHECKING:
     from lorafa.evals.generation import Progress
 
 
-SummedLoss = Callable[["PreTrainedModel", Mapping[str, Tensor]], tuple[Tensor, int]]
-"""(model, batch with labels) -> the summed loss of the supervised tokens, in nats, and their number."""
-
-
 def answer_loss(
     model: PreTrainedModel,
     samples: Sequence[Sample],
-    collator: Collator,
+    collator: Collate,
     batch_size: int,
     summed_loss: SummedLoss | None = None,
 ) -> float:
@@ -43,7 +41,8 @@ def answer_loss(
     mean over all of them, added up in the order in which one process would.
 
     Args:
-        summed_loss: computes it for a batch; by default from all logits, which any causal model has.
+        summed_loss: computes it for a batch; by default from all logits, which any causal model has;
+            a model that is not causal needs that of its kind.
 
     Raises:
         DataError: no supervised token in ``samples``.
@@ -89,10 +88,11 @@ def _rows_from_all_logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -
 
 
 def row_losses(
-    model: PreTrainedModel, samples: Sequence[Sample], collator: Collator, batch_size: int, progress: Progress | None
+    model: PreTrainedModel, samples: Sequence[Sample], collator: Collate, batch_size: int, progress: Progress | None
 ) -> list[float]:
     """The summed negative log-likelihood of each sample's labelled tokens, in nats; 0 where it has none."""
-    device, chunked = device_of(model), supports_chunked_loss(model) is None
+    device, of_kind = device_of(model), kind_of(model).row_losses()
+    chunked = of_kind is None and supports_chunked_loss(model) is None
     order = sorted(range(len(samples)), key=lambda number: len(samples[number].input_ids), reverse=True)
     order = [number for number in order if any(label != IGNORE for label in samples[number].labels[1:])]
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
@@ -101,7 +101,9 @@ def row_losses(
     def of_batch(numbers: list[int]) -> list[float]:
         nonlocal done
         batch = {name: tensor.to(device) for name, tensor in collator([samples[n] for n in numbers]).items()}
-        if chunked:
+        if of_kind is not None:
+            losses = of_kind(model, batch)[0].tolist()
+        elif chunked:
             rows = _RowByRow()
             supervised_nll(model, batch, objective=rows)
             losses = rows.losses
@@ -137,5 +139,7 @@ class _RowByRow:
         return total, count
 
 
-LOSS = Evaluation(asks=lambda *_: [], check=lambda *_: None, measure=lambda *_: Scores("", {}))
+LOSS = Evaluation(
+    asks=lambda *_: [], check=lambda *_: None, measure=lambda *_: Scores("", {}), needs=frozenset()
+)
 """Nothing beside the answer loss, which every run measures: no generation, seconds instead of minutes."""

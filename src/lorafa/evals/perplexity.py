@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorafa.data.chat import IGNORE, Sample, encode_all
-from lorafa.data.collate import Collator
+from lorafa.data.chat import IGNORE, Sample, encoded
+from lorafa.data.collate import Collate
 from lorafa.data.records import Message, Record
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, SourceError
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import Progress, context_of
 from lorafa.evals.loss import row_losses
+from lorafa.models.kinds.entry import LIKELIHOOD, NEXT_TOKEN
 from lorafa.settings.checks import check_int
 from lorafa.storage.paths import user_path
 
@@ -97,11 +98,14 @@ def _texts(
 ) -> list[_Text]:
     window = min(settings.window, context_of(subject.model) or settings.window)
     overlap = settings.window // 2 if settings.overlap is None else settings.overlap
-    samples = encode_all(records, subject.tokenizer, _WHOLE).samples
+    kind = subject.kind
+    cut = _cut if NEXT_TOKEN in kind.offers else _as_it_is
+    longest = _WHOLE if NEXT_TOKEN in kind.offers else window  # others cut prompt and answer, each by itself
+    samples = encoded(records, kind.encoding(subject.model).make(subject.tokenizer, longest)).samples
     parts = [
         (number, piece)
         for number, (record, sample) in enumerate(zip(records, samples, strict=True))
-        for piece in (pieces(sample, window, min(overlap, window - 1)) if record.plain else [_cut(sample, window)])
+        for piece in (pieces(sample, window, min(overlap, window - 1)) if record.plain else [cut(sample, window)])
     ]
     if not any(_counted(piece) for _, piece in parts):
         raise DataError(
@@ -121,12 +125,16 @@ def _cut(sample: Sample, window: int) -> Sample:
     return Sample(sample.input_ids[:window], sample.labels[:window])
 
 
+def _as_it_is(sample: Sample, window: int) -> Sample:
+    return sample
+
+
 def _counted(sample: Sample) -> list[int]:
     return [label for label in sample.labels[1:] if label != IGNORE]
 
 
-def _collator(subject: Subject) -> Collator:
-    return Collator(subject.tokenizer.pad_token_id or 0)
+def _collator(subject: Subject) -> Collate:
+    return subject.kind.collator(subject.tokenizer.pad_token_id or 0)
 
 
 def _asks(heldout: Sequence[Record], settings: PerplexitySettings) -> list[Record]:
@@ -161,5 +169,12 @@ def text_file(name: str) -> Record:
     return Record((Message("assistant", text),), plain=True, place=name)
 
 
-PERPLEXITY = Evaluation(asks=_asks, check=lambda *_: None, measure=_measure, read=_read, settings=PerplexitySettings)
+PERPLEXITY = Evaluation(
+    asks=_asks,
+    check=lambda *_: None,
+    measure=_measure,
+    read=_read,
+    needs=frozenset({LIKELIHOOD}),
+    settings=PerplexitySettings,
+)
 """How well texts, or the answers of conversations, are predicted: nats a token, perplexity, bits per byte."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorafa.data.chat import encode_prompts
 from lorafa.data.records import Record
 from lorafa.evals.entry import Subject
 from lorafa.evals.generation import Progress, generate_greedy, room_for
@@ -23,7 +22,7 @@ def sample_answers(
     subject: Subject, records: Sequence[Record], max_new_tokens: int, batch_size: int, progress: Progress
 ) -> list[dict[str, Any]]:
     """What the model writes for each record; those whose prompt leaves no room for an answer are left out."""
-    prompts = encode_prompts(records, subject.tokenizer)
+    prompts = subject.prompts(records)
     fit = [place for place, prompt in enumerate(prompts) if room_for(subject.model, prompt, max_new_tokens)]
     written = generate_greedy(
         subject.model,

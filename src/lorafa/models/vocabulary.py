@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorafa.errors import ConfigError, SourceError, shorten
-from lorafa.models.load import as_source_error
+from lorafa.models.sourced import as_source_error
 from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
 

@@ -11,9 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from lorafa.config import CONFIG_NAME, LoraConfig
+from lorafa.data.classes import classes_beside
 from lorafa.data.records import Record
 from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError, SourceError
+from lorafa.models.kinds.found import kind_of
 from lorafa.models.load import on_accelerator
 from lorafa.models.vocabulary import tokenizer_beside
 from lorafa.peft_model import PeftModel
@@ -21,7 +23,7 @@ from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.trained import trained_model
 from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
-from lorafa.train.base_model import fetch_base, load_base
+from lorafa.train.base_model import fetch_base, load_base, with_kind_of
 from lorafa.train.records import find_records, make_samples
 from lorafa.train.settings.run import ModelConfig
 
@@ -54,9 +56,9 @@ class Named:
             if template := self.run.config().data.template:
                 tokenizer.chat_template = find_template(template)
         else:
-            settings = replace(settings, name=self.base or self.name)
+            settings = with_kind_of(replace(settings, name=self.base or self.name), self.adapter)
             fetch_base(settings)
-            base = load_base(settings)
+            base = load_base(settings, classes=None if self.adapter is None else classes_beside(self.adapter))
             model, tokenizer = base.model, base.tokenizer
         if self.adapter is not None:
             tokenizer = tokenizer_beside(self.adapter, model) or tokenizer
@@ -96,18 +98,18 @@ def _is_adapter(name: str, path: Path) -> bool:
     return True
 
 
-def held_out(run: RunDirectory, tokenizer: Any, console: Console) -> Sequence[Record]:
+def held_out(run: RunDirectory, model: Any, tokenizer: Any, console: Console) -> Sequence[Record]:
     """The records a run holds out.
 
     Args:
-        tokenizer: the run's, with its chat template.
+        model, tokenizer: the run's, with its chat template.
 
     Raises:
         DataError: it holds none out, or its data is not what it was.
     """
     config = run.config()
     data = find_records(config.data)
-    samples = make_samples(data, tokenizer, config.data, console)
+    samples = make_samples(data, tokenizer, config.data, console, kind_of(model).encoding(model))
     recorded = run.result().get("samples_sha256")
     if recorded not in (None, samples.sha256):
         raise DataError(

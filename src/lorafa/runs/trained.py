@@ -20,7 +20,9 @@ def trained_model(run: RunDirectory) -> tuple[Any, Any]:
         ConfigError: the run has trained nothing yet.
         SourceError: the base model, or a file of the run, cannot be read.
     """
-    settings = run.config().model
+    config, classes = run.config(), run.result().get("classes")
+    seed, kind = config.train.seed, run.result().get("kind", config.model.kind)
+    settings = replace(config.model, kind=kind)
     if run.model.is_dir():  # its tokenizer knows the new tokens
         whole = load_base(replace(settings, name=str(run.model), revision=None, add_tokens=None))
         return whole.model, whole.tokenizer
@@ -28,5 +30,5 @@ def trained_model(run: RunDirectory) -> tuple[Any, Any]:
         status = run.result().get("status", "not begun")
         raise ConfigError(f"The run {str(run.path)!r} has no adapter yet (status: {status}). Let it finish first.")
     fetch_base(settings)
-    base = load_base(settings)
+    base = load_base(settings, seed, classes=classes)
     return PeftModel.from_pretrained(base.model, run.adapter), base.tokenizer

@@ -54,7 +54,10 @@ PUBLISHED_KEYS: Mapping[str, Meaning] = {
         dead=True, means="W&B is told by its variable WANDB_ENTITY, where report_to=wandb is given"
     ),
     "model.name": Meaning(ours="model.name"),
-    "model.type": Meaning(means="CausalLM; encoder-decoder models (ConditionalGeneration) are refused"),
+    "model.type": Meaning(
+        ours="model.kind=",
+        means="CausalLM; or ConditionalGeneration, T5 and its like: x is read, y and end are written",
+    ),
     "model.bf16": Meaning(ours="model.dtype=bfloat16", means="false: float32"),
     "model.epochs": Meaning(ours="train.epochs"),
     "model.eval_epochs": Meaning(
@@ -120,6 +123,8 @@ PUBLISHED_KEYS: Mapping[str, Meaning] = {
 }
 """Key -> what it is here, in the order of the page that lists them (docs/published-commands.md)."""
 
+KINDS_OF_TYPES: Mapping[str, str | None] = {"CausalLM": None, "ConditionalGeneration": "seq2seq"}
+"""``model.type`` -> our ``model.kind``, None where nothing is to be said."""
 IMAGES = ("cifar10", "cifar100", "cars", "svhn", "dtd")
 """Data sets of images, of other models than language models."""
 

@@ -11,7 +11,7 @@ from lorafa.conf.compose import quoted
 from lorafa.data import data_set_names, data_set_of
 from lorafa.errors import ConfigError, NotAvailableError, did_you_mean
 from lorafa.scripts.asked import PAGE, Asked
-from lorafa.scripts.published import IMAGES, PUBLISHED_KEYS
+from lorafa.scripts.published import IMAGES, KINDS_OF_TYPES, PUBLISHED_KEYS
 from lorafa.settings.checks import check_choice, check_flag, check_int, check_number, found
 
 Settings = dict[str, Any]
@@ -136,12 +136,9 @@ def _data_set(name: str) -> str:
 
 
 def _model(asked: Asked, processes: int) -> Settings:
-    kind = asked.get("model.type")
-    if kind != "CausalLM":
-        raise NotAvailableError(
-            f"Encoder-decoder models are not supported yet, found model.type={kind} (model={asked.choices['model']}). "
-            "Take a decoder, model=llama or model=tinyllama, or another one by ++model.name=<folder or Hub id>."
-        )
+    check_choice("model.type", asked.get("model.type"), KINDS_OF_TYPES)
+    kind = KINDS_OF_TYPES[asked.get("model.type")]
+    of_kind = {} if kind is None else {"model.kind": kind, "data.template": None}  # its two texts lie apart
     real, each = asked.get("model.real_batch_size"), asked.get("model.per_device_batch_size")
     check_int("model.real_batch_size", real, at_least=1)
     check_int("model.per_device_batch_size", each, at_least=1)
@@ -162,6 +159,7 @@ def _model(asked: Asked, processes: int) -> Settings:
         "eval.batch_size": each,
         "train.eval_epochs": epochs,
         "train.keep_checkpoints": max(1, int(epochs or 1)),
+        **of_kind,
     }
 
 
@@ -208,19 +206,21 @@ def _rank(asked: Asked) -> int:
         check_int("peft.lora_r", rank, at_least=1)
         return int(rank)
     check_number("peft.lora_relative_r", relative, "a number in (0, 1]", 0, 1, closed="]")
-    side = _first_side(asked.get("model.name"))
+    side = _first_side(asked.get("model.name"), KINDS_OF_TYPES.get(asked.get("model.type")))
     if int(side * relative) < 1:
         raise ConfigError(f"peft.lora_relative_r={relative} of {side} is a rank below 1. Give at least {1 / side:.3g}.")
     return int(side * relative)
 
 
-def _first_side(name: str) -> int:
+def _first_side(name: str, kind: str | None) -> int:
     """The smaller side of the model's first linear layer; the model is made without its weights."""
     from torch import nn
 
+    from lorafa.models.kinds import AUTO
     from lorafa.models.shapes import shape_model
 
-    return next(min(layer.weight.shape) for layer in shape_model(name).modules() if isinstance(layer, nn.Linear))
+    model = shape_model(name, kind=kind or AUTO)
+    return next(min(layer.weight.shape) for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 # ---- the start ------------------------------------------------------------------------------------------------------

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 from torch import nn
 
 from lorafa.config import LoraConfig
+from lorafa.models.kinds.causal import CAUSAL
+from lorafa.models.kinds.entry import Kind
 from lorafa.surgery.targets import takes_parameters
 from lorafa.train.settings.init import start_fields, start_of
 from lorafa.train.settings.run import RunConfig
 
 
 def lora_config(
-    config: RunConfig, model: nn.Module | None = None, rows: Mapping[str, list[int]] | None = None
+    config: RunConfig,
+    model: nn.Module | None = None,
+    rows: Mapping[str, list[int]] | None = None,
+    kind: Kind = CAUSAL,
+    new_modules: Sequence[str] = (),
 ) -> LoraConfig:
     """The adapter's settings as the library takes them; a dropout that was not set depends on the model's layers.
 
@@ -28,11 +34,13 @@ def lora_config(
     names = [one.name for one in fields(config.peft) if one.name not in config.peft.in_its_place]
     peft = {name: getattr(config.peft, name) for name in names}
     of_the_run = {
-        "task_type": "CAUSAL_LM",
+        "task_type": kind.task_type,
         "revision": config.model.revision,
         "lora_dropout": _dropout(config),
         "init_seed": config.train.seed,
     }
+    if new_modules:
+        peft["modules_to_save"] = list(dict.fromkeys([*(config.peft.modules_to_save or ()), *new_modules]))
     whole = tuple(f".{name}" for name in config.peft.modules_to_save or ())
     if rows := {name: new for name, new in (rows or {}).items() if not f".{name}".endswith(whole)}:
         peft["trainable_token_indices"] = _together(config.peft.trainable_token_indices, rows)

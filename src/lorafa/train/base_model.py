@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from lorafa.models.load import load_model, resolve_model
+from lorafa.config import LoraConfig
+from lorafa.data.encoding import Encoding
+from lorafa.errors import ConfigError
+from lorafa.models.kinds import AUTO
+from lorafa.models.kinds.causal import CAUSAL
+from lorafa.models.kinds.entry import Kind
+from lorafa.models.kinds.found import kind_for_task
+from lorafa.models.load import load, resolve_model
 from lorafa.models.vocabulary import add_tokens
 from lorafa.processes import main_first, world_size
 from lorafa.train.settings.run import ModelConfig
@@ -21,10 +28,29 @@ class BaseModel:
     """A model without an adapter, and its tokenizer."""
 
     model: Any
-    """A causal language model of transformers."""
+    """A language model of transformers."""
     tokenizer: Any
+    kind: Kind = CAUSAL
     new_tokens: list[int] = field(default_factory=list)
     """The ids of the texts of ``model.add_tokens``, in their order."""
+    new_modules: tuple[str, ...] = ()
+    """Modules that started at random, such as the head of a classifier: they are trained whole."""
+
+    @property
+    def encoding(self) -> Encoding:
+        """How records become samples for it."""
+        return self.kind.encoding(self.model)
+
+
+def with_kind_of(settings: ModelConfig, adapter: str | None) -> ModelConfig:
+    """The settings with the kind of model that an adapter (folder or Hub id) was made for, where they leave it open.
+
+    Raises:
+        LoraError: as `LoraConfig.from_pretrained`.
+    """
+    if adapter is None or settings.kind != AUTO:
+        return settings
+    return replace(settings, kind=kind_for_task(LoraConfig.from_pretrained(adapter).task_type))
 
 
 def fetch_base(settings: ModelConfig) -> None:
@@ -38,23 +64,44 @@ def fetch_base(settings: ModelConfig) -> None:
             resolve_model(settings.name, cache_dir=cache_of(settings), revision=settings.revision)
 
 
-def load_base(settings: ModelConfig) -> BaseModel:
+def load_base(
+    settings: ModelConfig,
+    seed: int = 0,
+    answers: Callable[[], Sequence[str]] | None = None,
+    classes: Sequence[str] | None = None,
+) -> BaseModel:
     """Load a model with its tokenizer, and give both the new tokens.
+
+    Args:
+        seed: of weights that start at random.
+        answers: those of the training rows, for a kind of model that chooses among them; None takes what the model has.
+        classes: these themselves, in the order of its outputs, in place of ``answers``.
 
     Raises:
         SourceError: the model cannot be found, fetched or read.
         ConfigError: a setting does not fit it, or a text cannot be a new token.
+        DataError: the answers are no classes.
     """
     with _without_bars():
-        model, tokenizer = load_model(
+        loaded = load(
             settings.name,
             settings.dtype,
+            kind=settings.kind,
             attention=settings.attention,
             cache_dir=cache_of(settings),
             revision=settings.revision,
+            seed=seed,
+            answers=answers,
+            classes=classes,
         )
-    texts = settings.add_tokens
-    return BaseModel(model, tokenizer, add_tokens(model, tokenizer, texts) if texts else [])
+    model, tokenizer, texts = loaded.model, loaded.tokenizer, settings.add_tokens
+    if texts and not loaded.kind.adds_tokens:
+        raise ConfigError(
+            f"model.add_tokens makes rows of a table for new tokens, which {loaded.kind.words} (model.kind="
+            f"{loaded.kind.name}) is not given here. Leave it out."
+        )
+    new_tokens = add_tokens(model, tokenizer, texts) if texts else []
+    return BaseModel(model, tokenizer, loaded.kind, new_tokens, loaded.new)
 
 
 @contextmanager

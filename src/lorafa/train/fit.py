@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from lorafa.data.collate import Tokenized
 from lorafa.data.packing import PackCollator
 from lorafa.models.head_loss import Trial
+from lorafa.models.kinds.entry import RowLosses
 from lorafa.processes import world_size
 from lorafa.storage.whole import read_json
 from lorafa.train.checkpoints import STATE_FILE, step_of
@@ -35,6 +36,8 @@ class Material:
     collator: PackCollator
     decode: Callable[[list[int]], str]
     trial: Trial | None
+    row_losses: RowLosses | None = None
+    """The loss of a model that is not causal."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +196,11 @@ def _fit(
     trainer = trainer_class(
         material.model,
         arguments,
-        chunked_loss=config.train.chunked_loss,
+        chunked_loss=config.train.chunked_loss or material.row_losses is not None,
         trial=material.trial,
         rules=config.train.rules,
         decode=material.decode,
+        row_losses=material.row_losses,
         train_dataset=material.train,
         eval_dataset=material.heldout[: config.train.eval_size] if config.train.measures else None,
         data_collator=material.collator,

@@ -5,43 +5,46 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
 
 from lorafa.data.chat import Sample
-from lorafa.data.collate import Collator, Tokenized
+from lorafa.data.classes import classes_beside
+from lorafa.data.collate import Collate, Tokenized
 from lorafa.data.packing import PackCollator, Packs
 from lorafa.data.prepared import SampleSet
 from lorafa.data.templates import find_template
-from lorafa.errors import CheckpointError, ConfigError, DataError, first_line
-from lorafa.evals import EVALS
+from lorafa.errors import ConfigError, DataError
 from lorafa.evals.entry import Subject
 from lorafa.evals.forgetting import check_forgetting, forgetting
 from lorafa.evals.loss import answer_loss
+from lorafa.models.batch_loss import summed_by_rows
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
+from lorafa.models.kinds.causal import CAUSAL
+from lorafa.models.kinds.entry import Kind
 from lorafa.models.load import check_samples, on_accelerator
 from lorafa.models.packed import mixes_samples
 from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
 from lorafa.storage.paths import user_path
-from lorafa.storage.tensors import can_be_gathered
-from lorafa.storage.whole import make_folder
 from lorafa.train.adapter_config import lora_config
-from lorafa.train.base_model import BaseModel, fetch_base, load_base
+from lorafa.train.base_model import BaseModel, fetch_base, load_base, with_kind_of
 from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
+from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
 from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.full import train_all
+from lorafa.train.keeping import Recorder, Trained, save, save_merged
 from lorafa.train.progress import RunCallback, progress_bar
-from lorafa.train.records import find_records, make_samples, show_samples
+from lorafa.train.records import answers_of, find_records, make_samples, show_samples
 from lorafa.train.sampling import lengths_of
 from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
@@ -49,21 +52,6 @@ from lorafa.train.sharding import require_known, spread_over_processes
 from lorafa.train.start import Started, start_adapter
 from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
-
-
-class Recorder(Protocol):
-    """Where a training puts what it measures; `lorafa.runs.record.RunDirectory` is one."""
-
-    path: Path
-    adapter: Path
-    model: Path
-    checkpoints: Path
-    merged: Path
-
-    def add_metrics(self, row: Mapping[str, Any], /) -> None: ...
-    def metrics(self) -> list[dict[str, Any]]: ...
-    def update_result(self, **entries: Any) -> None: ...
-    def result(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -76,9 +64,11 @@ class Prepared:
     data: SampleSet
     batch_rows: Sequence[Tokenized]
     """What batches are made of: the samples to train on, or packs of them."""
-    collator: Collator
+    collator: Collate
     seconds: float
     """How long it took to load and make all this."""
+    evaluation: Chosen
+    kind: Kind = CAUSAL
     covered: list[dict[str, Any]] = field(default_factory=list)
     """Which modules are adapted, one entry a kind of them."""
     start: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +79,12 @@ class Prepared:
     def material(self) -> Material:
         """The part that the training itself takes."""
         heldout, collator = self.data.heldout.samples, PackCollator(self.collator)
-        return Material(self.model, self.batch_rows, heldout, collator, self.tokenizer.decode, self.trial)
+        decode, losses = self.tokenizer.decode, self.kind.row_losses()
+        return Material(self.model, self.batch_rows, heldout, collator, decode, self.trial, losses)
+
+    def trained(self) -> Trained:
+        """The part that is kept."""
+        return Trained(self.model, self.tokenizer, self.kind)
 
     def counted(self) -> dict[str, int]:
         """How many rows are trained on and held out, and how many were left out or cut."""
@@ -125,34 +120,41 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
         fetch_base(config.model)
         if before_loading is not None:
             before_loading()
-        base = load_base(config.model)
-    tokenizer = base.tokenizer
+        adapter = config.peft.adapter
+        named, classes = with_kind_of(config.model, adapter), None if adapter is None else classes_beside(adapter)
+        base = load_base(named, config.train.seed, lambda: answers_of(data), classes)
+    tokenizer, kind, encoding = base.tokenizer, base.kind, base.encoding
+    evaluation = evaluation_of(config.eval, kind)
+    check_kind(kind, base.new_modules, evaluation, config, console)
     if not spread_over_processes(os.environ):
         on_accelerator(base.model)  # what is measured first is measured there
     if template is not None:
         tokenizer.chat_template = template
     with main_first():  # what the first process tokenizes is in the cache then
-        samples = make_samples(data, tokenizer, config.data, console)
+        samples = make_samples(data, tokenizer, config.data, console, encoding)
     rows = batch_rows(samples.train.samples, config)
-    _check_samples(samples, len(rows), base, config)
+    _check_samples(samples, len(rows), base, evaluation, config)
     set_seed(config.train.seed)
-    collator = Collator(tokenizer.pad_token_id or 0)  # masked by position: without a pad token any other will do
+    collator = kind.collator(tokenizer.pad_token_id or 0)  # masked by position: without one any other will do
     with console.status("Starting the adapter"):
         begun = _begun(base, samples, collator, config)
     covered = coverage(begun.model)
     console.print(coverage_table(covered))
-    show_samples(samples, tokenizer, console)
+    show_samples(samples, tokenizer, console, encoding)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
     if world_size() > 1:
         console.print(_batch_in_words(config.train), highlight=False)
-    trial = Trial(supports_chunked_loss(begun.model)) if config.train.chunked_loss else None
+    chunked = config.train.chunked_loss and kind.row_losses() is None
+    trial = Trial(supports_chunked_loss(begun.model)) if chunked else None
     seconds = time.monotonic() - started
     kinds = [asdict(row) for row in covered]
-    return Prepared(begun.model, tokenizer, samples, rows, collator, seconds, kinds, begun.record, trial)
+    return Prepared(
+        begun.model, tokenizer, samples, rows, collator, seconds, evaluation, kind, kinds, begun.record, trial
+    )  # fmt: skip
 
 
-def _check_samples(samples: SampleSet, rows: int, base: BaseModel, config: RunConfig) -> None:
+def _check_samples(samples: SampleSet, rows: int, base: BaseModel, evaluation: Chosen, config: RunConfig) -> None:
     """Raises LoraError, of the kind that fits, for samples that the run cannot train on or measure.
 
     Args:
@@ -164,15 +166,15 @@ def _check_samples(samples: SampleSet, rows: int, base: BaseModel, config: RunCo
             "data.eval_file, or leave it out."
         )
     check_length(config, rows)
-    check_samples(base.model, samples.lengths, samples.highest)
-    evaluation = EVALS.get(config.eval.name)
-    asked = evaluation.asks(samples.records, config.eval.own)
-    evaluation.check(Subject(base.model, base.tokenizer), asked, config.eval.own)
+    both = [*samples.train.samples, *samples.heldout.samples]
+    check_samples(base.model, samples.lengths, samples.highest, lambda: base.kind.longest(both))
+    asked = evaluation.entry.asks(samples.records, evaluation.own)
+    evaluation.entry.check(Subject(base.model, base.tokenizer), asked, evaluation.own)
     if config.eval.forgetting:
         check_forgetting(base.model, base.tokenizer)
 
 
-def _begun(base: BaseModel, samples: SampleSet, collator: Collator, config: RunConfig) -> Started:
+def _begun(base: BaseModel, samples: SampleSet, collator: Collate, config: RunConfig) -> Started:
     """The model as its training begins: all of it trained, with the adapter of a file, or with a new one."""
     model = base.model
     if config.peft.full:
@@ -181,7 +183,7 @@ def _begun(base: BaseModel, samples: SampleSet, collator: Collator, config: RunC
     if config.peft.adapter is not None:
         return Started(PeftModel.from_pretrained(model, user_path(config.peft.adapter), is_trainable=True))
     new_rows = rows_to_train(model, base.new_tokens) if base.new_tokens else None
-    adapter = lora_config(config, model, new_rows)
+    adapter = lora_config(config, model, new_rows, base.kind, base.new_modules)
     return start_adapter(model, adapter, config.init, samples.train.samples, collator)
 
 
@@ -221,6 +223,8 @@ def train(
     run.update_result(
         source=prepared.data.source,
         samples_sha256=prepared.data.sha256,
+        kind=prepared.kind.name,
+        **({"classes": list(classes)} if (classes := prepared.kind.classes_in(prepared.model)) else {}),
         rows=prepared.counted(),
         parameters=_counted(prepared.model),
         coverage=prepared.covered,
@@ -249,7 +253,7 @@ def train(
         )
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
-    kept = _save(prepared, config, run)
+    kept = save(prepared.trained(), config, run)
     counted = _counted(prepared.model)  # again: LoRA-FA's optimizer has frozen A meanwhile
     if fitted.kept is not None:
         measured = prepared.data.heldout.samples[: config.train.eval_size]
@@ -264,7 +268,7 @@ def train(
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
     if config.train.save_merged:
         with console.status("Saving the merged model"):
-            _save_merged(prepared, config, run)
+            save_merged(prepared.trained(), config, run)
         run.update_result(merged=run.merged.name)
 
 
@@ -277,51 +281,12 @@ def _require_same_samples(prepared: Prepared, began_with: str | None) -> None:
         )
 
 
-def _save_merged(prepared: Prepared, config: RunConfig, run: Recorder) -> None:
-    """The whole model with the adapter in its weights; the adapter is off the model then, so this comes last.
-
-    The first of several processes does it. Where the base is spread over them it reads the base, and the adapter that
-    is saved, anew: a part of a weight takes no update in.
-
-    Raises:
-        BackendError: the base cannot take the update in.
-        CheckpointError: the folder cannot be written to.
-    """
-    if not is_main():
-        return
-    folder, model = make_folder(run.merged), prepared.model
-    if any(map(can_be_gathered, model.parameters())):
-        model = PeftModel.from_pretrained(load_base(config.model).model, run.adapter)
-    merged: Any = model.merge_and_unload()
-    try:
-        merged.save_pretrained(str(folder))
-        prepared.tokenizer.save_pretrained(str(folder))
-    except OSError as error:
-        raise CheckpointError(
-            f"The merged model could not be written to {str(folder)!r}: {first_line(error)}. The adapter is saved. "
-            "Make room, or set train.save_merged=false."
-        ) from error
-
-
 def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Reported:
     """What trackers are told; the name of the run among others is found once, and kept."""
     identity = run.result().get("reported_as") or uuid.uuid4().hex[:16]
     if names_in(config.report_to):
         run.update_result(reported_as=identity)
     return Reported(run.path, config.report_project, step_of(checkpoint), identity)
-
-
-def _save(prepared: Prepared, config: RunConfig, run: Recorder) -> dict[str, str]:
-    """Write what was trained; its name in the run's result."""
-    if not config.peft.full:
-        prepared.model.save_pretrained(str(run.adapter), is_main_process=is_main())
-        if config.model.add_tokens and is_main():
-            prepared.tokenizer.save_pretrained(str(run.adapter))
-        return {"adapter": run.adapter.name}
-    if is_main():
-        prepared.model.save_pretrained(str(run.model))
-        prepared.tokenizer.save_pretrained(str(run.model))
-    return {"model": run.model.name}
 
 
 def _counted(model: Any) -> dict[str, int]:
@@ -341,17 +306,17 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     """
     if not prepared.data.heldout.samples:
         return {"answers": []}
-    settings, evaluation = config.eval, EVALS.get(config.eval.name)
+    settings, evaluation, of_kind = config.eval, prepared.evaluation, prepared.kind.row_losses()
     chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
-    summed = supervised_nll if chunked else None
+    summed = supervised_nll if chunked else None if of_kind is None else summed_by_rows(of_kind)
     loss = answer_loss(prepared.model, prepared.data.heldout.samples, prepared.collator, settings.batch_size, summed)
-    asked = evaluation.asks(prepared.data.records, settings.own)
+    asked = evaluation.entry.asks(prepared.data.records, evaluation.own)
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
         return {"loss": loss, "answers": []}
     subject = Subject(prepared.model, prepared.tokenizer, prepared.data.train.ends | prepared.data.heldout.ends)
     with progress_bar(console, f"{when}: answering") as bar:
-        scores = evaluation.measure(subject, asked, settings.own, settings.batch_size, bar)
+        scores = evaluation.entry.measure(subject, asked, evaluation.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
     return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
 

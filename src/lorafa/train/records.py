@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 
-from lorafa.data.chat import render_sample
+from lorafa.data.classes import class_of
+from lorafa.data.encoding import CHAT, Encoding
 from lorafa.data.prepared import Progress, SampleSet, is_cached, prepare_samples
 from lorafa.data.selection import Division
 from lorafa.data.shares import names_of
@@ -34,7 +35,18 @@ def find_records(data: DataConfig) -> OpenData:
     return found
 
 
-def make_samples(found: OpenData, tokenizer: Any, data: DataConfig, console: Console) -> SampleSet:
+def answers_of(found: OpenData) -> list[str]:
+    """The answers of the rows to train on, for models that choose among them.
+
+    Raises:
+        DataError: a row does not end with an answer.
+    """
+    return [class_of(record) for _, record in found.selection.training()]
+
+
+def make_samples(
+    found: OpenData, tokenizer: Any, data: DataConfig, console: Console, encoding: Encoding = CHAT
+) -> SampleSet:
     """The samples of records, tokenized or from the cache.
 
     Raises:
@@ -42,7 +54,7 @@ def make_samples(found: OpenData, tokenizer: Any, data: DataConfig, console: Con
         ConfigError: a chat template is named and writes none of them.
     """
     with _bar_of_rows(console, found.count()) as bar:
-        samples = prepare_samples(found, tokenizer, data.max_length, data.cache, bar)
+        samples = prepare_samples(found, tokenizer, data.max_length, data.cache, bar, encoding)
     if data.template is not None and not samples.templated:
         raise ConfigError(
             f"data.template={data.template} would change nothing: the records of {samples.source} are plain texts, "
@@ -65,12 +77,12 @@ def _bar_of_rows(console: Console, count: int) -> Iterator[Progress | None]:
         yield update if count >= MANY else None
 
 
-def show_samples(data: SampleSet, tokenizer: Any, console: Console) -> None:
+def show_samples(data: SampleSet, tokenizer: Any, console: Console, encoding: Encoding = CHAT) -> None:
     """One sample, how much of the data is trained on, and what was left out."""
     train, heldout = data.train, data.heldout
     first = train.samples[0]
     title = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
-    console.print(Panel(render_sample(first, tokenizer), title=title, title_align="left"))
+    console.print(Panel(encoding.shown(first, tokenizer), title=title, title_align="left"))
     console.print(
         f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
         f"{data.trained / data.tokens:.1%} of the training tokens are trained.",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorafa.calibration import STATISTICS
 from lorafa.config import LoraConfig
 from lorafa.data.chat import IGNORE, Sample
-from lorafa.data.collate import Collator
+from lorafa.data.collate import Collate
 from lorafa.errors import DataError
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.processes import share, world_size
@@ -36,7 +36,7 @@ class Started:
 
 
 def start_adapter(
-    model: nn.Module, adapter: LoraConfig, init: InitConfig, samples: Sequence[Sample], collator: Collator
+    model: nn.Module, adapter: LoraConfig, init: InitConfig, samples: Sequence[Sample], collator: Collate
 ) -> Started:
     """``get_peft_model``, after collecting what the start or the ranks are chosen by over the first rows.
 
@@ -94,7 +94,7 @@ def _fallen_back(model: PeftModel) -> list[tuple[str, Any]]:
     return [(path, layer) for path, layer in model.base_model.lora_layers() if "default" in layer.fallbacks]
 
 
-def _batches(rows: Sequence[Sample], size: int, longest: int, collator: Collator) -> list[dict[str, Tensor]]:
+def _batches(rows: Sequence[Sample], size: int, longest: int, collator: Collate) -> list[dict[str, Tensor]]:
     cut = [replace(row, input_ids=row.input_ids[:longest], labels=row.labels[:longest]) for row in rows]
     return [dict(collator(cut[at : at + size])) for at in range(0, len(cut), size)]
 

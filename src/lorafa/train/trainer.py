@@ -15,8 +15,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lorafa.data.packing import as_read
-from lorafa.errors import DataError, DivergedError, shorten, warn
-from lorafa.models.head_loss import SupervisedLoss, Trial, supervised_loss, supports_chunked_loss
+from lorafa.errors import ConfigError, DataError, DivergedError, shorten, warn
+from lorafa.models.batch_loss import BatchLoss
+from lorafa.models.head_loss import SupervisedLoss, Trial, supports_chunked_loss
+from lorafa.models.kinds.entry import RowLosses
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.processes import gathered
 from lorafa.storage.whole import read_json
@@ -42,7 +44,7 @@ def rules_of(checkpoint: Path) -> int:
 
 
 class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` for a causal language model, all of whose weights it may train.
+    """`transformers.Trainer` for a language model, all of whose weights it may train.
 
     What it adds: the loss is computed at supervised positions only (`lorafa.models.head_loss`) and announced when it
     cannot be; what methods add to the loss (`lorafa.penalty`) is added; N steps equal k steps, a checkpoint, and N - k
@@ -56,7 +58,7 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
     and DeepSpeed the model's own loss is used, and resuming is not supported.
 
     Args:
-        model: a causal language model of transformers, plain or with adapters.
+        model: a language model of transformers, plain or with adapters; a causal one without ``row_losses``.
         args: `transformers.TrainingArguments`.
         chunked_loss: compute the loss at supervised positions only, in chunks; False keeps the model's own.
         chunk_tokens: rows that go through the output head at once; None chooses by memory.
@@ -64,6 +66,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         rules: how warm-ups count and samples are ordered: 1 as in `transformers.Trainer`, 2 as in a run of the command
             (``train.rules``). None takes 1, and in a training that is resumed what its checkpoint was made with.
         decode: from token ids to text, for errors that name rows.
+        row_losses: the loss of models that are not causal (:data:`lorafa.models.kinds.entry.RowLosses`): their labels
+            stand at their own positions, and nothing else is said of the loss then.
         **settings: everything else `transformers.Trainer` takes.
     """
 
@@ -81,6 +85,7 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         trial: Trial | None = None,
         rules: int | None = None,
         decode: Callable[[list[int]], str] | None = None,
+        row_losses: RowLosses | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(model, args, **settings)
@@ -89,25 +94,34 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         self._rules_given = rules
         self.rules = AS_TRANSFORMERS if rules is None else rules
         """How warm-ups count and samples are ordered."""
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # as the chunked loss does
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = row_losses is None  # as the chunked loss does
         self.chunk_tokens = chunk_tokens
-        self.own_loss_reason = self._own_loss_reason(trial) if chunked_loss else "chunked_loss=False"
+        self.own_loss_reason = self._own_loss_reason(trial, row_losses) if chunked_loss else "chunked_loss=False"
         """Why the model's own loss is used, or None where the chunked one is."""
+        if row_losses is not None and self.own_loss_reason is not None:
+            raise ConfigError(
+                f"A model that is not causal is trained with the loss of its kind, and here it cannot be: "
+                f"{self.own_loss_reason}. Leave that out."
+            )
         if chunked_loss and self.own_loss_reason is not None:
             warn(f"Training with the model's own loss, which holds all logits: {self.own_loss_reason}.")
-        self._chunked_loss = SupervisedLoss(self.model, chunk_tokens)
+        of_next = SupervisedLoss(self.model, chunk_tokens)
+        self._loss = of_next if row_losses is None else BatchLoss(self.model, row_losses)
         self._eval_sums: list[tuple[float, int]] = []
         """Negative log-likelihood and tokens of each batch of the evaluation that runs."""
         self._eval_rounds = self._rounds(None, self.args.eval_batch_size)
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
-    def _own_loss_reason(self, trial: Trial | None) -> str | None:
+    def _own_loss_reason(self, trial: Trial | None, row_losses: RowLosses | None) -> str | None:
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, *DATA_PARALLEL) or self.args.n_gpu > 1:
             return f"the model is spread by {'DataParallel' if self.args.n_gpu > 1 else kind.value}"
         if self.label_smoother is not None or self.compute_loss_func is not None or self.args.use_liger_kernel:
             return "label smoothing, compute_loss_func or use_liger_kernel define another loss"
+        if row_losses is not None:
+            return None
         return supports_chunked_loss(self.model) if trial is None else trial.own_loss_reason
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -116,7 +130,7 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         data_parallel = self.accelerator.distributed_type in DATA_PARALLEL and self._sharding is None
         wraps = data_parallel or self.args.torch_compile
         if training and wrapped is self.model and wraps and self.own_loss_reason is None:
-            return self.accelerator.prepare_model(self._chunked_loss)  # type: ignore[no-any-return]
+            return self.accelerator.prepare_model(self._loss)  # type: ignore[no-any-return]
         return wrapped
 
     def compute_loss(
@@ -132,7 +146,7 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             with self.accelerator.autocast():
-                loss = (self._chunked_loss if model is self.model else model)(inputs, num_items_in_batch)
+                loss = (self._loss if model is self.model else model)(inputs, num_items_in_batch)
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes  # data parallelism averages what should be summed
         penalty = penalty_of(self.model)
@@ -228,12 +242,13 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         if inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._eval_rounds.masked(inputs)
-        count = int((inputs["labels"][..., 1:] != IGNORE_INDEX).sum())
+        shifted = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
+        count = int((shifted != IGNORE_INDEX).sum())
         if not count and self.accelerator.num_processes == 1:
             return torch.zeros((), device=self.args.device), None, None
         if prediction_loss_only and self.own_loss_reason is None:
             with torch.no_grad(), self.accelerator.autocast():
-                total = supervised_loss(self.model, self._prepare_inputs(inputs), self.chunk_tokens, num_items=1)
+                total = self._loss(self._prepare_inputs(inputs), 1)
             result = total / max(count, 1), None, None
         else:
             result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -330,7 +345,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
 
 
 def _found(dataset: Any, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, str]]:
-    """The numbers from 1 of the samples with these tokens, each the first one, and where their rows stand, if known."""
+    """The numbers from 1 of the samples with these tokens, or with these before the first that is trained, each the
+    first one, and where their rows stand, if known."""
     found: dict[tuple[int, ...], tuple[int, str]] = {}
     wanted = {row for row in rows if row}
     for index in range(len(dataset) if hasattr(dataset, "__len__") else 0):
@@ -338,10 +354,18 @@ def _found(dataset: Any, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, str
             break
         sample = dataset[index]
         ids = tokens_of(sample)
-        tokens = () if ids is None else tuple(map(int, ids))
-        if tokens in wanted:
-            found.setdefault(tokens, (index + 1, getattr(sample, "place", "")))
+        whole = () if ids is None else tuple(map(int, ids))
+        for tokens in (whole, whole[: _read_of(sample)]):
+            if tokens in wanted:
+                found.setdefault(tokens, (index + 1, getattr(sample, "place", "")))
     return [found[row] for row in rows if row in found]
+
+
+def _read_of(sample: Any) -> int:
+    """How many tokens of a sample stand before the first that is trained: of models that are not causal these are what
+    a batch shows of it."""
+    labels = getattr(sample, "labels", None) or ()
+    return next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), 0)
 
 
 class LoraTrainer(SupervisedTrainer, AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]

@@ -206,7 +206,7 @@ def test_an_unknown_dtype_is_answered_with_the_nearest(folder):
 
 
 def test_an_unknown_model_is_answered_with_the_nearest(tmp_path):
-    with pytest.raises(SourceError, match=r"No model 'smollm-135m'.* Did you mean 'smollm2-135m'\? Give smollm2-135m"):
+    with pytest.raises(SourceError, match=r"'smollm-135m'.* Did you mean 'smollm2-135m'\? Give minilm-l6, smollm2"):
         resolve_model("smollm-135m")
     (tmp_path / "my-model").mkdir()
     with pytest.raises(SourceError, match=r"No model .*my-modle'.* Did you mean 'my-model'\?"):

@@ -19,6 +19,7 @@ from lorafa.scripts.published import FOLDER, GROUPS, IMAGES, PUBLISHED_KEYS, opt
 from lorafa.scripts.run_exp import compose_published, keys_help, placed
 from lorafa.settings.typed import plain
 from lorafa.train.settings.run import PeftConfig, RunConfig
+from toys.kinds import make_t5
 from toys.places import ROOT
 from toys.workplace import make_workplace
 
@@ -257,6 +258,30 @@ def test_nothing_wants_a_gpu_or_an_account() -> None:
     assert config.run_dir is None
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "rate", "dtype", "length"),
+    [
+        ("t5base", "t5-base", 1e-4, "float32", 128),
+        ("t5small", "t5-small", 5e-5, "bfloat16", 128),
+        ("t5large ++model.real_batch_size=32", "t5-large", 5e-5, "bfloat16", 128),
+        ("t5xl", "google/flan-t5-xl", 5e-5, "bfloat16", 512),
+    ],
+)
+def test_models_with_encoder_and_decoder_read_x_and_write_y(
+    option: str, name: str, rate: float, dtype: str, length: int
+) -> None:
+    config = config_of(f"{BASE} model={option} ++dataset_name=sst2 data.file=copy.jsonl")
+    assert (config.model.name, config.model.kind, config.model.dtype) == (name, "seq2seq", dtype)
+    assert (config.data.template, config.data.max_length, config.optim.lr) == (None, length, rate)
+    assert config_of(f"{BASE} model=tinyllama").model.kind == "auto"
+
+
+def test_a_relative_rank_of_t5_is_a_share_of_its_first_linear_layer(tmp_path: Path) -> None:
+    model = make_t5(tmp_path, d_model=24) / "model"
+    words = f"model=t5base +peft=all ++peft.lora_relative_r=0.25 ++model.name={model}"
+    assert config_of(words).peft.r == 4  # heads x d_kv is 16
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -268,8 +293,8 @@ def test_nothing_wants_a_gpu_or_an_account() -> None:
         (f"{BASE} ++peft.lora_relative_r=0.1", ConfigError, r"lora_r=4 and peft\.lora_relative_r=0\.1 both are set"),
         ("+peft=al ++peft.lora_r=4", ConfigError, r"peft has no option 'al'\. Did you mean 'all'\? Known: adalora,"),
         (f"{BASE} model=gpt2", ConfigError, r"model has no option 'gpt2'.* is given as \+\+model\.name=<folder or Hub"),
-        (f"{BASE} model=t5base", NotAvailableError, r"Encoder-decoder models are not supported yet, found model\.type"),
-        (f"{BASE} ++model.type=Seq2Seq", NotAvailableError, "found model.type=Seq2Seq"),
+        (f"{BASE} ++model.type=Seq2Seq", ConfigError, r"model\.type has no value 'Seq2Seq'\. Pass one of: 'CausalLM'"),
+        (f"{BASE} model=t5large", ConfigError, r"real_batch_size=1 is no multiple of model\.per_device_batch_size=32"),
         ("+peft=adalora ++peft.lora_r=4", NotAvailableError, "AdaLoRA, whose ranks change while it trains, is not her"),
         (f"{BASE} ++peft.adalora=true", NotAvailableError, r"AdaLoRA"),
         (f"{BASE} ++init.dtype=bf16", NotAvailableError, r"trained in float32 here, found init\.dtype=bf16\. Drop it"),

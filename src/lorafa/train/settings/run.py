@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
 from lorafa.models import MODELS, loadable
+from lorafa.models.kinds import AUTO, KINDS
 from lorafa.registry import Registry
 from lorafa.settings.checks import check_choice, check_int, check_number
 from lorafa.settings.groups import OpenGroup
@@ -50,6 +51,9 @@ class ModelConfig(OpenGroup):
     """Base model: one known by name, a local folder, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model; null takes the newest."""
+    kind: str = AUTO
+    """What it is: causal, seq2seq (it reads one text and writes another, as T5), classification (it chooses among the
+    answers of the rows, as BERT); auto goes by its config."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto keeps the stored one. Adapters are float32 all the same."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
@@ -65,6 +69,10 @@ class ModelConfig(OpenGroup):
     adapter; the tokenizer that knows them is kept beside it."""
     own: Any = None
     """A model has no settings of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("model.kind", self.kind, [AUTO, *KINDS.names()])
 
     @classmethod
     def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:

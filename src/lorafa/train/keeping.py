@@ -1,0 +1,90 @@
+"""What a run keeps: where its numbers go, the adapter or the whole model, and the merged one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorafa.data.classes import write_classes
+from lorafa.errors import CheckpointError, first_line
+from lorafa.models.kinds.entry import Kind
+from lorafa.peft_model import PeftModel
+from lorafa.processes import is_main
+from lorafa.storage.tensors import can_be_gathered
+from lorafa.storage.whole import make_folder
+from lorafa.train.base_model import load_base
+from lorafa.train.settings.run import RunConfig
+
+
+class Recorder(Protocol):
+    """Where a training puts what it measures; `lorafa.runs.record.RunDirectory` is one."""
+
+    path: Path
+    adapter: Path
+    model: Path
+    checkpoints: Path
+    merged: Path
+
+    def add_metrics(self, row: Mapping[str, Any], /) -> None: ...
+    def metrics(self) -> list[dict[str, Any]]: ...
+    def update_result(self, **entries: Any) -> None: ...
+    def result(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves."""
+
+    model: Any
+    """A PeftModel, or with ``peft.full`` a model of transformers."""
+    tokenizer: Any
+    kind: Kind
+
+
+def save(trained: Trained, config: RunConfig, run: Recorder) -> dict[str, str]:
+    """Write what was trained; its name in the run's result."""
+    model, tokenizer = trained.model, trained.tokenizer
+    if not config.peft.full:
+        model.save_pretrained(str(run.adapter), is_main_process=is_main())
+        if config.model.add_tokens and is_main():
+            tokenizer.save_pretrained(str(run.adapter))
+        if (classes := trained.kind.classes_in(model)) and is_main():
+            write_classes(run.adapter, classes)
+        return {"adapter": run.adapter.name}
+    if is_main():
+        model.save_pretrained(str(run.model))
+        tokenizer.save_pretrained(str(run.model))
+    return {"model": run.model.name}
+
+
+def save_merged(trained: Trained, config: RunConfig, run: Recorder) -> None:
+    """The whole model with the adapter in its weights; the adapter is off the model then, so this comes last.
+
+    The first of several processes does it. Where the base is spread over them it reads the base, and the adapter that
+    is saved, anew: a part of a weight takes no update in.
+
+    Raises:
+        BackendError: the base cannot take the update in.
+        CheckpointError: the folder cannot be written to.
+    """
+    if not is_main():
+        return
+    folder, model = make_folder(run.merged), trained.model
+    if any(map(can_be_gathered, model.parameters())):
+        model = PeftModel.from_pretrained(_base_again(trained, config), run.adapter)
+    merged: Any = model.merge_and_unload()
+    try:
+        merged.save_pretrained(str(folder))
+        trained.tokenizer.save_pretrained(str(folder))
+    except OSError as error:
+        raise CheckpointError(
+            f"The merged model could not be written to {str(folder)!r}: {first_line(error)}. The adapter is saved. "
+            "Make room, or set train.save_merged=false."
+        ) from error
+
+
+def _base_again(trained: Trained, config: RunConfig) -> Any:
+    named, classes = replace(config.model, kind=trained.kind.name), trained.kind.classes_in(trained.model)
+    return load_base(named, config.train.seed, classes=classes).model
