@@ -45,12 +45,13 @@ def shape_model(
         raise SourceError(f"{error} Shapes known by name: {', '.join(MODELS.names())}.") from error
     import transformers
 
-    words = "a model" if kind == AUTO else KINDS.get(kind).words
     step = f"give model=<local folder with config.json>, a Hub id, or one of: {', '.join(MODELS.names())}."
+    words = "a model" if kind == AUTO else KINDS.get(kind).words
     with as_source_error(f"Could not make {words} from the config of {name!r}", step):
         found = transformers.AutoConfig
         config = found.for_model(**known) if known else found.from_pretrained(place, revision=revision)
-        entry = kind_named(kind, config)
+    entry = kind_named(kind, config)
+    with as_source_error(f"Could not make {entry.words} from the config of {name!r}", step):
         stored = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
             model: PreTrainedModel = getattr(transformers, entry.auto_class).from_config(config, dtype=dtype or stored)
