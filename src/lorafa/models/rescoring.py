@@ -116,4 +116,5 @@ def correlation_penalty(vectors: Tensor) -> Tensor:
     unit = (centred / spread.masked_fill(constant, 1.0)).masked_fill(constant, 0.0)
     width = vectors.shape[1]
     apart = (unit.T @ unit).masked_fill(torch.eye(width, dtype=torch.bool, device=wide.device), 0.0)
-    return apart.square().sum() / (width * (width - 1))
+    penalty: Tensor = apart.square().sum() / (width * (width - 1))
+    return penalty
