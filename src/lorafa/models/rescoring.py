@@ -37,8 +37,14 @@ class RescoringLoss:
             scores, first_pass, errors, mask: as in :func:`mwer_loss`.
             vectors: (hypotheses of all lists, width), what the head has read, without padding.
         """
-        loss = mwer_loss(scores, first_pass, errors, mask, self.beta)
-        return loss + self.weight * correlation_penalty(vectors) if self.weight else loss
+        expected, penalty = self.terms(scores, first_pass, errors, mask, vectors)
+        return expected + self.weight * penalty
+
+    def terms(
+        self, scores: Tensor, first_pass: Tensor, errors: Tensor, mask: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both before they are weighed: expected errors above the mean, and the penalty. Arguments as of a call."""
+        return mwer_loss(scores, first_pass, errors, mask, self.beta), correlation_penalty(vectors)
 
 
 def total_costs(scores: Tensor, first_pass: Tensor, mask: Tensor, beta: float = 1.0) -> Tensor:
