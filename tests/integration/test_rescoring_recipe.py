@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,12 @@ import lorafa
 from lorafa.data.nbest import read_nbest, word_error_rate
 from toys.kinds import FIRST, WORDS, make_bert
 from toys.places import ROOT
+from toys.recipes import recipe
 from toys.records import write_rows
 from toys.workplace import make_workplace
 
 RECIPE = ROOT / "recipes" / "rescoring.py"
 GOOD, BAD = WORDS[:4], WORDS[4:]
-
-
-def recipe() -> Any:
-    spec = spec_from_file_location("rescoring_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def lists(count: int, seed: int) -> list[dict[str, Any]]:
@@ -94,7 +85,7 @@ def test_lists_that_are_held_out_have_fewer_word_errors_than_by_the_first_pass(t
 def test_a_run_of_the_same_seed_prints_the_same_numbers_and_another_seed_others(
     trained: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = recipe().main
+    main = recipe("rescoring").main
     assert main(words(place, tmp_path / "again")) == 0
     assert events(capsys.readouterr().out) == trained[1]
     first, second = (load_file(path / "adapter_model.safetensors") for path in (trained[0], tmp_path / "again"))
@@ -113,7 +104,7 @@ def test_scores_of_which_the_higher_is_better_train_the_same_model(
             row["hypotheses"] = [one | {"score": -one["score"]} for one in row["hypotheses"]]
         write_rows(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "model").symlink_to(place / "model")
-    assert recipe().main(words(tmp_path, tmp_path / "out", "--higher-is-better")) == 0
+    assert recipe("rescoring").main(words(tmp_path, tmp_path / "out", "--higher-is-better")) == 0
     assert events(capsys.readouterr().out)[2:] == trained[1][2:]  # after what the files and the model are
     assert json.loads((tmp_path / "out" / "rescoring.json").read_text())["higher_is_better"] is True
 
@@ -141,7 +132,7 @@ def test_the_adapter_is_read_with_its_head_and_chooses_as_it_was_measured(
 
 
 def test_what_is_cut_is_counted(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert recipe().main(words(place, tmp_path / "out", "--max-length", "4", "--epochs", "1")) == 0
+    assert recipe("rescoring").main(words(place, tmp_path / "out", "--max-length", "4", "--epochs", "1")) == 0
     data = events(capsys.readouterr().out)[0]
     told = sum(len(row["hypotheses"]) for row in lists(64, 1) + lists(48, 2))
     assert (data["max_length"], data["cut"]) == (4, told)
@@ -182,7 +173,7 @@ def test_an_error_is_one_line_and_writes_nothing(
     place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], train: Any, more: list[str], told: str
 ) -> None:
     given = write_rows(tmp_path / "other.jsonl", train)
-    assert recipe().main(words(place, tmp_path / "out", *more, train=str(given))) == 1
+    assert recipe("rescoring").main(words(place, tmp_path / "out", *more, train=str(given))) == 1
     printed = capfd.readouterr().err
     assert re.search(rf"^error: .*{told}", printed, flags=re.MULTILINE), printed
     assert "Traceback" not in printed
@@ -192,7 +183,7 @@ def test_an_error_is_one_line_and_writes_nothing(
 def test_held_out_lists_that_cannot_measure_are_refused(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = recipe().main
+    main = recipe("rescoring").main
     given = write_rows(tmp_path / "other.jsonl", WORDLESS)
     assert main(words(place, tmp_path / "out", heldout=str(given))) == 1
     assert "other.jsonl, line 1: no word error rate without the number of words" in capsys.readouterr().err
@@ -205,7 +196,7 @@ def test_held_out_lists_that_cannot_measure_are_refused(
 def test_a_folder_that_holds_something_and_a_model_that_is_no_encoder_are_refused(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = recipe().main
+    main = recipe("rescoring").main
     assert main(words(place, place / "model")) == 1
     assert "model is there already. Give --out a folder that is not" in capsys.readouterr().err
     decoder = make_workplace(tmp_path)
@@ -222,5 +213,5 @@ def test_scores_that_seem_to_be_of_the_other_sign_are_said(
     for row in rows:
         row["hypotheses"] = [one | {"score": float(one["text"] == row["reference"])} for one in row["hypotheses"]]
     given = write_rows(tmp_path / "other.jsonl", rows)
-    assert recipe().main(words(place, tmp_path / "out", "--epochs", "1", train=str(given))) == 0
+    assert recipe("rescoring").main(words(place, tmp_path / "out", "--epochs", "1", train=str(given))) == 0
     assert "Are the scores of the other sign? Then run with --higher-is-better." in capsys.readouterr().err
