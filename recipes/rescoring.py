@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -179,6 +180,9 @@ def _lists(arguments: argparse.Namespace) -> tuple[list[NBest], list[NBest]]:
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already. Give --out a folder that is not, or is empty.")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{out} cannot be made: {above} is no folder that can be written to. Give another --out.")
     if not 0 < arguments.lr < math.inf:
         raise ConfigError(f"--lr is a number above 0, found {arguments.lr}.")
     train, heldout = (

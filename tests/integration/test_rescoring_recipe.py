@@ -138,6 +138,18 @@ def test_what_is_cut_is_counted(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert (data["max_length"], data["cut"]) == (4, told)
 
 
+def test_empty_hypotheses_and_lists_of_one_are_read_beside_others(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = [{"hypotheses": [{"text": "", "score": 3}], "reference": "the film"}]
+    given = write_rows(tmp_path / "other.jsonl", [*short, *lists(3, seed=5)])
+    once = ["--epochs", "1", "--batch-size", "1"]
+    assert recipe("rescoring").main(words(place, tmp_path / "out", *once, train=str(given))) == 0
+    steps = [event for event in events(capsys.readouterr().out) if event["event"] == "step"]
+    assert [event["expected"] for event in steps].count(0.0) == 1
+    assert [event["correlation"] for event in steps].count(0.0) == 1
+
+
 def test_help_is_printed_without_torch() -> None:
     code = (
         f"import runpy, sys; sys.argv = ['rescoring.py', '--help']\n"
@@ -199,6 +211,8 @@ def test_a_folder_that_holds_something_and_a_model_that_is_no_encoder_are_refuse
     main = recipe("rescoring").main
     assert main(words(place, place / "model")) == 1
     assert "model is there already. Give --out a folder that is not" in capsys.readouterr().err
+    assert main(words(place, place / "train.jsonl" / "out")) == 1
+    assert re.search(r"out cannot be made: .*train\.jsonl is no folder that can be written to", capsys.readouterr().err)
     decoder = make_workplace(tmp_path)
     assert main(words(place, tmp_path / "out", model=str(decoder / "model"))) == 1
     assert "is of the type 'llama' and no encoder" in capsys.readouterr().err
