@@ -29,6 +29,7 @@ from lorafa.cli.eval import settings_of
 from lorafa.cli.main import main, parse
 from lorafa.cli.train import longer_of
 from lorafa.conf.compose import compose, options
+from lorafa.data.nbest import read_nbest
 from lorafa.data.unanswered import prompts_of
 from lorafa.runs.comparison import Plan
 from lorafa.runs.record import RunDirectory
@@ -42,6 +43,7 @@ from lorafa.train.adapter_config import lora_config
 from toys.kinds import make_t5
 from toys.language_models import SMALL, llama
 from toys.places import ROOT
+from toys.recipes import recipe
 from toys.records import write_rows
 from toys.runs import make_run
 from toys.workplace import make_workplace
@@ -135,6 +137,8 @@ FILES = {
     "path/to/t5": "another one: an encoder with a decoder",
     "mine.jsonl": "records of the reader's own",
     "reviews.jsonl": "texts, each with its class",
+    "lists.jsonl": "n-best lists",
+    "heldout.jsonl": "others of them",
     "more.csv": "more of them",
     "short.jsonl": "the short problems of GSM8K, which come from the Hub (recipes/short_problems.py)",
     "recipes": "the folder of the repository",
@@ -180,6 +184,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(made / "more.csv", rows)
     reviews = [{"prompt": f"film {at} is {word}", "completion": word} for at in range(10) for word in ("good", "bad")]
     (made / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
+    listed = {"hypotheses": [{"text": text, "score": 1.0} for text in ("a cat", "a hat")], "reference": "a cat"}
+    for name in ("lists.jsonl", "heldout.jsonl"):
+        write_rows(made / name, [listed])
     (made / "recipes").symlink_to(ROOT / "recipes")
     model = transformers.AutoModelForCausalLM.from_pretrained(made / "path" / "to" / "model")
     lorafa.get_peft_model(model, lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).save_pretrained(
@@ -279,6 +286,10 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
     elif words[:2] in {("lorafa", "params"), ("lorafa", "report")} or words[:3] in PLANNED:
         assert main(list(words[1:])) == 0
+    elif words[:2] == ("python", "recipes/rescoring.py"):
+        read = recipe("rescoring").parse(words[2:])
+        assert read_nbest(read.train)
+        assert read_nbest(read.heldout)
     elif words[:2] == ("lorafa", "eval"):
         args = parse(words[1:])
         settings_of([find(word) for word in args.overrides if "=" not in word], [w for w in args.overrides if "=" in w])

@@ -44,6 +44,11 @@ def converter(name: str, first: Row, prompt_column: str | None, completion_colum
     for at, form in enumerate(FORMS):
         if all(column in first for column in form.columns):
             return partial(_of_form, form=form, earlier=FORMS[:at]) if at else form.convert
+    if "hypotheses" in first:
+        raise DataError(
+            f"{name} holds n-best lists (its columns are: {columns(first)}), which no kind of model trains on by "
+            "itself. recipes/rescoring.py trains an encoder to choose among their hypotheses."
+        )
     raise DataError(
         f"{name} has the columns {columns(first)}; accepted are: {ACCEPTED}. "
         "Rename the columns, or name two of them with data.prompt_column and data.completion_column."
