@@ -112,6 +112,16 @@ def _other_base(place: Path, tmp_path: Path) -> list[Any]:
         (["{place}/model", "task=gsm8k", "data={place}/words.jsonl"], 1, "words.jsonl, line 1: the answer does not"),
         (["{place}/model", "task=perplexity", "data={place}/text.txt", "eval.window=8", "eval.overlap=8"], 2,
          "leaves no token of a window of 8 to count"),
+        (["{place}/a", "task=perplexity", "data={place}/text.txt", "model.dtype=bfloat16"], 2,
+         "A run is loaded as it was trained, so 'model.dtype=bfloat16' would change nothing for it"),
+        (["{place}/a", "task=perplexity", "data={place}/text.txt", "--base", "x/y"], 2,
+         "--base x/y is the base model of an adapter, and '{place}/a' is a run"),
+        (["{place}/a", "task=perplexity", "data={place}/rows.jsonl", "data.eval_size=2"], 2,
+         "lorafa eval measures every row that data= gives"),
+        (["{place}/model", "{place}/a"], 2, "is none. Put the run {place}/a first."),
+        (["{place}/a", "--out", "{place}/rows.jsonl"], 2, "is there already, and nothing is overwritten"),
+        (["{place}/a", "--out", "{place}/none/out.json"], 2, "lies in no folder that is there"),
+        (["{place}/a", "{place}/nosuch"], 1, "There is no run, adapter or model '{place}/nosuch'"),
         (["{place}/nothing/there", "task=perplexity", "data={place}/text.txt"], 1, "No model"),
     ],
 )  # fmt: skip
@@ -123,7 +133,7 @@ def test_what_cannot_be_measured_is_an_error(
     (place / "words.jsonl").write_text('{"question": "Who?", "answer": "Ann"}\n')
     found = said(capsys, *(word.format(place=place) for word in words))
     assert found[0] == status
-    assert text in found[1]
+    assert text.format(place=place) in found[1]
 
 
 def test_an_adapter_of_another_base_is_refused(
@@ -150,6 +160,26 @@ def test_runs_of_other_data_are_not_compared_on_what_one_holds_out(
     status, text = said(capsys, copy)
     assert status == 1
     assert "does not give the samples that the run" in text
+
+
+def test_every_row_of_a_local_copy_of_a_published_set_is_measured(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "sst.jsonl"
+    copy.write_text("\n".join(json.dumps({"sentence": f"good {n}", "label": n % 2}) for n in range(12)))
+    (found,) = rows(capsys, place / "model", "task=match", "data=sst2", f"data.file={copy}", "eval.max_new_tokens=2")
+    assert found["total"] == 12
+
+
+def test_a_model_is_asked_through_the_template_of_the_run_beside_it(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = settings(place, tmp_path / "plain")
+    assert main(["train", *words, "data.template=plain", "train.checkpoint_every=0"]) == 0
+    before = read(tmp_path / "plain" / "result.json")["before"]
+    capsys.readouterr()
+    _, base, *_ = rows(capsys, tmp_path / "plain", place / "model")
+    assert base["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
 def test_help_names_the_tasks_without_torch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorafa.cli.main import main
+from lorafa.cli.pipes import OUTPUT_CLOSED
 from lorafa.runs import answers as files
 from toys.processes import free_ports, launched, run_group
 from toys.workplace import interrupt, make_workplace, settings
@@ -133,6 +137,26 @@ def test_what_cannot_be_done_is_an_error(
     assert found[0] == status
     assert text in found[1]
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_answers_that_nobody_reads_end_quietly(place: Path) -> None:
+    command = [sys.executable, "-m", "lorafa.cli.main", "generate", str(place / "run"), str(place / "prompts.txt")]
+    process = subprocess.Popen(
+        [*command, *SHORT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait() == OUTPUT_CLOSED
+    assert "error: " not in errors
+    process.stderr.close()
+
+
+def test_a_run_is_loaded_as_it_was_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(capsys, place, "model.dtype=bfloat16")
+    assert status == 2
+    assert "A run is loaded as it was trained, so 'model.dtype=bfloat16' would change nothing." in text
 
 
 def test_a_file_of_other_prompts_is_not_continued(

@@ -232,3 +232,38 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_of_its_batch(
     assert status == 1
     assert "rows.jsonl, line" in text
     assert "the first begins '[CLS]" in text
+
+
+def test_a_head_for_other_classes_begins_anew_even_where_they_are_as_many(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, other = finished.parent, tmp_path / "other.jsonl"
+    rows_ = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    names = {"negative": "aaa", "positive": "zzz"}
+    other.write_text("\n".join(json.dumps(row | {"completion": names[row["completion"]]}) for row in rows_))
+    losses = {}
+    for name, data in (("same", place / "rows.jsonl"), ("other", other)):
+        words = [w for w in settings(place, tmp_path / name) if not w.startswith(("data=", "model="))]
+        status, text = said(capsys, "train", *words, f"model={finished / 'merged'}", f"data={data}", "train.steps=1")
+        assert status == 0
+        assert ("They start at random" in text) == (name == "other")
+        losses[name] = read(tmp_path / name / "result.json")["before"]["loss"]
+    assert losses["same"] != pytest.approx(losses["other"], rel=1e-3)
+
+
+def test_texts_may_be_as_long_as_the_context(place: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    texts = [" ".join(["good" if n % 2 else "bad"] * (40 + n)) for n in range(12)]
+    lines = [json.dumps({"prompt": text, "completion": f"c{n % 2}"}) for n, text in enumerate(texts)]
+    long.write_text("\n".join(lines))
+    words = [w for w in settings(place, tmp_path / "run") if not w.startswith("data")]
+    words += [f"data={long}", "data.eval_size=2", "train.steps=1", "train.checkpoint_every=0"]
+    assert main(["train", *words, "data.max_length=32"]) == 0
+    assert main(["train", *words, "data.max_length=33", f"run_dir={tmp_path / 'longer'}"]) == 1
+
+
+def test_a_classifier_writes_no_text(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("the film is good\n")
+    status, text = said(capsys, "generate", finished, tmp_path / "prompts.txt")
+    assert status == 2
+    assert "is a sequence classifier (model.kind=classification), which writes no text." in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lorafa.data.shares import names_of
@@ -107,6 +107,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     keep_freed_memory()
     join_all(console, "-m lorafa.cli.main eval")
     words = [text for text in args.overrides if "=" not in text]
+    if args.out:
+        from_main(lambda: require_new(args.out))
     subjects = from_main(lambda: [find(word, args.base) for word in words])
     asked = settings_of(subjects, [text for text in args.overrides if "=" in text])
     shown = Screen(stderr=True, quiet=console.quiet) if args.json else console
@@ -115,17 +117,39 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not is_main():
         return 0
     rows = [row for task, scores in found.items() for row in rows_of(task, subjects, scores)]
+    _say(rows, subjects, found, args.json, console)
     if args.out:
         _write(args.out, subjects, found, rows)
-    if args.json:
+    return 0
+
+
+def _say(
+    rows: Sequence[Mapping[str, Any]],
+    subjects: Sequence[Named],
+    found: Mapping[str, Sequence[Scores]],
+    as_json: bool,
+    console: Console,
+) -> None:
+    if as_json:
         console.print_json(data=_finite(rows))
-        return 0
+        return
     console.print(table(rows))
     for name, scores in found.items():
         for subject, score in zip(subjects, scores, strict=True):
             text = f"{subject.name}, {name}: {score.words}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
-    return 0
+
+
+def require_new(file: str) -> None:
+    """Raises ConfigError for a file that is there already, or whose folder is not."""
+    from lorafa.errors import ConfigError
+    from lorafa.storage.paths import user_path
+
+    path = user_path(file)
+    if path.exists():
+        raise ConfigError(f"--out {file} is there already, and nothing is overwritten. Name another file.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {file} lies in no folder that is there. Make the folder, or name another file.")
 
 
 def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
@@ -146,6 +170,7 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
     config, keys = compose(words), [key_of(text) for text in words]
     if config.eval.forgetting:
         raise ConfigError("eval.forgetting=true is a setting of a training. Here give task=forgetting.")
+    _refuse_unread(subjects, config, words, keys)
     data = ",".join(names_of(config.data.name)) if "data" in keys or "data.name" in keys else None
     of_model = [text for text, key in zip(words, keys, strict=True) if key.startswith("model.")]
     if "eval" in keys:
@@ -157,7 +182,13 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
         raise ConfigError("Settings of an evaluation need its name. Give task=<name> beside them.")
     first = next((subject.run for subject in subjects if subject.run is not None), None)
     if first is None:
-        raise ConfigError(f"Nothing says what is to be measured. Give task=<{'|'.join(EVALS.names())}>.")
+        known = [name for name in EVALS.names() if EVALS.get(name).read is not None]
+        raise ConfigError(f"Nothing says what is to be measured. Give task=<{'|'.join(known)}>.")
+    if subjects[0].run is None and data is None:
+        raise ConfigError(
+            f"Without a task and data= the rows are those that a run holds out, and the first subject, "
+            f"{subjects[0].name}, is none. Put the run {first.path} first."
+        )
     kind = KINDS.get(first.result().get("kind", "causal"))
     own = evaluation_of(first.config().eval, kind)
     likely = EVALS.get("perplexity")
@@ -165,6 +196,30 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
     if own.name != "loss":
         tasks.append(Task(own.name, own.entry, own.own))
     return Asked(config, tasks, False, data, of_model)
+
+
+def _refuse_unread(
+    subjects: Sequence[Named], config: RunConfig, words: Sequence[str], keys: Sequence[str]
+) -> None:
+    """Raises ConfigError for a setting that would change nothing."""
+    from lorafa.errors import ConfigError
+
+    named = {"data", "data.name"} & {*keys}
+    own = [] if config.data.own is None or not named else [f"data.{one.name}" for one in fields(config.data.own)]
+    read = ("data", "data.name", "data.template", *own)
+    for text, key in zip(words, keys, strict=True):
+        if key.partition(".")[0] == "data" and key not in read:
+            raise ConfigError(
+                f"lorafa eval measures every row that data= gives, and reads of its settings {', '.join(read[2:])}, "
+                f"found {text!r}. Leave it out (eval.size takes the first so many)."
+            )
+        if key in ("model", "model.name"):
+            raise ConfigError(f"A subject says which model is measured, found {text!r} as well. Leave it out.")
+        if key.startswith("model.") and any(subject.run is not None for subject in subjects):
+            raise ConfigError(
+                f"A run is loaded as it was trained, so {text!r} would change nothing for it. Give its adapter "
+                "(<run>/adapter) to load it in another way, or leave the setting out."
+            )
 
 
 def _usual(name: str) -> Task:
@@ -181,20 +236,21 @@ def measured(subjects: Sequence[Named], asked: Asked, console: Console) -> dict[
     """
     from lorafa.data.chat import encoded
     from lorafa.data.records import Record
+    from lorafa.data.templates import find_template
     from lorafa.errors import ConfigError
     from lorafa.evals.entry import Subject
     from lorafa.models.kinds.found import kind_of
     from lorafa.train.evaluation import not_for
 
     config, items = asked.config, dict[str, list[Any]]()
+    runs = [subject.run.config() for subject in subjects if subject.run is not None]
+    template = next((run.data.template for run in runs if run.data.template), None)  # before as after
     found: dict[str, list[Scores]] = {task.name: [] for task in asked.tasks}
     for at, named in enumerate(subjects):
         with console.status(f"Loading {named.name}"):
             model, tokenizer = named.load(asked.loading(named))
-        if config.data.template:
-            from lorafa.data.templates import find_template
-
-            tokenizer.chat_template = find_template(config.data.template)
+        if wanted := config.data.template or (template if named.run is None else None):
+            tokenizer.chat_template = find_template(wanted)
         if not at:
             items = _items(subjects, asked, model, tokenizer, console)
         for task in asked.tasks:

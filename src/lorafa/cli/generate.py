@@ -67,8 +67,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.conf.compose import compose
     from lorafa.data.templates import find_template
     from lorafa.data.unanswered import prompts_of
+    from lorafa.errors import ConfigError
     from lorafa.evals.answering import answers
     from lorafa.launch import ending_together
+    from lorafa.models.kinds.entry import TEXT
+    from lorafa.models.kinds.found import kind_of
     from lorafa.processes import from_main, is_main
     from lorafa.runs.answers import AnswerFile
     from lorafa.runs.subjects import find
@@ -88,9 +91,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
             shown.print(f"All {done} prompts are answered already.", highlight=False)
             return 0
         subject = from_main(lambda: find(args.subject, args.base))
+        if subject.run is not None and (of_model := _of_model(args.overrides)):
+            raise ConfigError(
+                f"A run is loaded as it was trained, so {of_model[0]!r} would change nothing. Give its adapter "
+                "(<run>/adapter) to load it in another way, or leave the setting out."
+            )
         with shown.status(f"Loading {subject.name}"):
             asked = [f"model={subject.base or subject.name}", *_of_model(args.overrides)]
             model, tokenizer = subject.load(subject.run.config().model if subject.run else compose(asked).model)
+        if TEXT not in (kind := kind_of(model)).offers:
+            raise ConfigError(f"{subject.name} is {kind.words} (model.kind={kind.name}), which writes no text.")
         tokenizer.chat_template = template or tokenizer.chat_template
         with progress_bar(shown, f"{subject.name}: answering") as bar:
             written = answers(model, tokenizer, prompts, how, done, bar)

@@ -116,6 +116,7 @@ def plan(config: RunConfig, console: Console, probed: bool = False) -> Planned:
 def _batches(config: RunConfig, shape: Shape, quiet: Console) -> Batches:
     """The largest batches: of the rows where they and a tokenizer are here."""
     from lorafa.costs.batches import bounds, of_rows
+    from lorafa.data.files import is_file
     from lorafa.data.shares import names_of
     from lorafa.storage.paths import user_path
 
@@ -123,7 +124,8 @@ def _batches(config: RunConfig, shape: Shape, quiet: Console) -> Batches:
     name = config.model.name
     if name in MODELS and MODELS.get(name).fetch is None:
         return bounds(config, context, f"{name} is known by its shape only, without a tokenizer")
-    on_hub = [each for each in names_of(config.data.name) if "/" in each and not os.path.exists(user_path(each))]
+    names = [each for each in names_of(config.data.name) if "/" in each and not is_file(each)]
+    on_hub = [each for each in names if not os.path.exists(user_path(each))]
     if on_hub:
         return bounds(config, context, f"the rows of {on_hub[0]} are not fetched for a plan")
     return of_rows(config, quiet)

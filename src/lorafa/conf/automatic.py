@@ -25,7 +25,7 @@ def with_numbers(values: Mapping[str, Any], build: Callable[[Mapping[str, Any]],
     asked = [key for key in AUTOMATIC if _group(values, key).get(_name(key)) == AUTO]
     if not asked:
         return values
-    from lorafa.costs.advice import advise, facts_of  # with transformers, and only where it is asked for
+    from lorafa.costs.advice import ALPHA_OF_RANK, advise, facts_of  # with transformers, and only where it is asked for
     from lorafa.costs.memory import shape_of
 
     settled: dict[str, Any] = deepcopy(dict(values))
@@ -35,6 +35,8 @@ def with_numbers(values: Mapping[str, Any], build: Callable[[Mapping[str, Any]],
     shape = shape_of(config.model)
     facts = facts_of(shape.model, shape.parameters, steps=config.train.steps)
     found = {each.setting: each.value for each in advise(facts, config)}
+    if "peft.r" not in asked and "peft.lora_alpha" in asked:
+        found["peft.lora_alpha"] = ALPHA_OF_RANK * config.peft.r  # of the rank that is given
     for key in asked:
         if key in found:
             settled[key.partition(".")[0]][_name(key)] = found[key]

@@ -68,8 +68,8 @@ def load_records(
 
 
 def records_to_measure(name: str, settings: dict[str, Any]) -> list[Record]:
-    """Every record of a file, a folder or a Hub data set, in its order; of a data set with rows that are held out by
-    those who made it, these.
+    """Every record of a file, a folder or a Hub data set, in its order; of a published data set those that are held
+    out there, and every one of a local copy that is named (``file``).
 
     Args:
         settings: as those of :func:`load_records`.
@@ -81,6 +81,9 @@ def records_to_measure(name: str, settings: dict[str, Any]) -> list[Record]:
     check_keys(f"data={name}", settings, _own_names(entry))
     if entry.load is not None and entry.counts:
         own = None if entry.settings is None else entry.settings(**settings)
+        copy = getattr(own, "file", None)
+        if copy is not None and entry.read_heldout is not None and (whole := entry.read_heldout(copy)) is not None:
+            return whole.heldout
         return entry.load(Wanted(name, None, None, 0), own).heldout
     return [record for _, record in _opened(name, entry, settings).records()]
 

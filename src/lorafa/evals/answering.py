@@ -12,6 +12,7 @@ from lorafa.data.records import Message, Record
 from lorafa.data.unanswered import Unanswered
 from lorafa.errors import DataError
 from lorafa.evals.generation import Progress, Sampling, context_of, generate_ids, room_for
+from lorafa.models.kinds.found import kind_of
 from lorafa.processes import world_size
 
 _WHOLE = 2**31
@@ -50,10 +51,13 @@ def encoded(model: Any, tokenizer: Any, prompts: Sequence[Unanswered], max_new_t
     Raises:
         DataError: the template refuses one, or one leaves no room for an answer; it is named.
     """
-    found = []
+    found, kind = [], kind_of(model)
     for prompt in prompts:
         try:
-            ids = encode_prompt(prompt.messages, tokenizer, prompt.tools)
+            if kind.own_template:
+                ids = encode_prompt(prompt.messages, tokenizer, prompt.tools)
+            else:  # as this kind is trained
+                (ids,) = kind.prompts([_answered(prompt)], tokenizer)
         except DataError as error:
             raise DataError(f"{prompt.place}: {error}") from error
         if not room_for(model, ids, max_new_tokens):
@@ -68,8 +72,13 @@ def encoded(model: Any, tokenizer: Any, prompts: Sequence[Unanswered], max_new_t
 def ends_of(tokenizer: Any, prompt: Unanswered) -> frozenset[int]:
     """The ids with which the chat template ends an answer."""
     encoder = Encoder(tokenizer, _WHOLE)
-    encoder.sample(Record((*prompt.messages, Message("assistant", "?")), tools=prompt.tools, place=prompt.place))
+    encoder.sample(_answered(prompt))
     return frozenset(encoder.ends)
+
+
+def _answered(prompt: Unanswered) -> Record:
+    """The prompt as a record, with something for an answer."""
+    return Record((*prompt.messages, Message("assistant", "?")), tools=prompt.tools, place=prompt.place)
 
 
 def answers(
@@ -88,7 +97,8 @@ def answers(
     Raises:
         DataError: as :func:`encoded`, before anything is answered.
     """
-    ids, ends = encoded(model, tokenizer, prompts, how.max_new_tokens), ends_of(tokenizer, prompts[0])
+    ids = encoded(model, tokenizer, prompts, how.max_new_tokens)
+    ends = ends_of(tokenizer, prompts[0]) if kind_of(model).own_template else frozenset()
     for begin in range(first, len(ids), how.window):
         some = ids[begin : begin + how.window]
         shown = None if progress is None else partial(_shifted, progress, begin, len(ids))

@@ -38,7 +38,19 @@ def paired_difference(one: Measured, other: Measured) -> tuple[float, float, flo
             "tokens: compare such models by bits_per_byte."
         )
     differences = [a - b for a, b in zip(one.values, other.values, strict=True)]
+    if one.weights is None and {*one.values, *other.values} <= {0.0, 1.0}:
+        return _of_proportions(differences)
     return mean_interval(Measured(one.name, differences, one.weights))
+
+
+def _of_proportions(differences: Sequence[float]) -> tuple[float, float, float]:
+    """The difference of two shares of the same items, with Agresti and Min's interval (2005, Statistics in Medicine
+    24:729): half an item is added to each of the four ways in which a pair can come out, so that few items on which
+    both agree are no certainty."""
+    count, gained, lost = len(differences) + 2, differences.count(1.0) + 0.5, differences.count(-1.0) + 0.5
+    middle = (gained - lost) / count
+    half = NORMAL_95 * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+    return sum(differences) / len(differences), max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def _half_width(residuals: Sequence[float], weights: Sequence[float] | None) -> float:

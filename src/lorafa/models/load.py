@@ -129,6 +129,9 @@ def load(
             **found.loading(classes),
         )
     new = _check_weights(where, model, loaded, found)
+    if answers is not None and not found.keeps_head(config, classes):
+        with _seeded(seed):
+            new = tuple(sorted({*new, *_begun_anew(model)}))
     found.check(where, model)
     if attention == "auto" and NEXT_TOKEN in found.offers:
         use_blocks(model)
@@ -139,6 +142,16 @@ def load(
         tokenizer.chat_template = None
     found.settle(model, tokenizer)
     return Loaded(model, tokenizer, found, new)
+
+
+def _begun_anew(model: Any) -> set[str]:
+    """Draw the modules outside of the body again; their names in the model."""
+    body, begun = f"{model.base_model_prefix}.", set()
+    for name, module in model.named_modules():
+        if name and not f"{name}.".startswith(body) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+            begun.add(name.partition(".")[0])
+    return begun
 
 
 def load_tokenizer(

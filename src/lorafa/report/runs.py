@@ -94,6 +94,8 @@ class Report:
         if path.is_dir() or not path.absolute().parent.is_dir():
             what = "is a folder" if path.is_dir() else "lies in no folder that is there"
             raise ConfigError(f"The page {str(path)!r} cannot be written: it {what}. Name a file.")
+        if path.is_file() and not path.read_bytes()[:64].lstrip().lower().startswith(b"<!doctype html"):
+            raise ConfigError(f"{str(path)!r} is there already and is no page, so it is not overwritten. Name a file.")
         return write_page(
             path,
             "runs.html",

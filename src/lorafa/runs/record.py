@@ -236,12 +236,18 @@ class RunDirectory:
             CheckpointError: result.json was edited into something that is no result.
         """
         values = read_json(self.path / RESULT) if (self.path / RESULT).is_file() else {}
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{self.path / RESULT} holds no result, but {values!r:.40}. Restore it.")
         for name, kind in _ENTRIES.items():
             if values.get(name) is not None and not isinstance(values[name], kind):
                 raise CheckpointError(
                     f"{self.path / RESULT}: {name} must be {'a list' if kind is list else 'an object'}, found "
                     f"{values[name]!r:.60}. Restore it, or start a new run."
                 )
+        for name in ("before", "after"):
+            loss = (values.get(name) or {}).get("loss")
+            if loss is not None and (not isinstance(loss, (int, float)) or isinstance(loss, bool)):
+                raise CheckpointError(f"{self.path / RESULT}: the loss {name} is {loss!r:.40}, no number. Restore it.")
         return values
 
     def update_result(self, **entries: Any) -> None:

@@ -16,7 +16,7 @@ from lorafa.data.records import Record
 from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError, SourceError
 from lorafa.models.kinds.found import kind_of
-from lorafa.models.load import on_accelerator
+from lorafa.models.load import on_accelerator, resolve_model
 from lorafa.models.vocabulary import tokenizer_beside
 from lorafa.peft_model import PeftModel
 from lorafa.runs.record import CONFIG, RunDirectory
@@ -73,12 +73,20 @@ def find(name: str, base: str | None = None) -> Named:
         base: the base model of an adapter, in place of the one its config names.
 
     Raises:
-        ConfigError: an adapter does not name its base.
+        ConfigError: an adapter does not name its base, or ``base`` is given for what has none.
+        SourceError: there is nothing of that name here, and it is no Hub id.
     """
     path = user_path(name)
-    if os.path.isfile(path / CONFIG):
+    is_run = os.path.isfile(path / CONFIG)
+    if not is_run and "/" in name and os.path.isdir(path.parent) and not os.path.lexists(path):
+        raise SourceError(f"There is no run, adapter or model {name!r}: {path.parent} has nothing of that name.")
+    if base is not None and (is_run or not _is_adapter(name, path)):
+        what = "a run, which has its own base" if is_run else "no adapter"
+        raise ConfigError(f"--base {base} is the base model of an adapter, and {name!r} is {what}. Leave it out.")
+    if is_run:
         return Named(name, run=RunDirectory.open(path))
     if not _is_adapter(name, path):
+        resolve_model(name)
         return Named(name)
     base = base or LoraConfig.from_pretrained(name).base_model_name_or_path
     if base is None:

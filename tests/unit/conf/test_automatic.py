@@ -35,6 +35,12 @@ def test_a_larger_model_gets_a_larger_rank_from_its_config_alone() -> None:
     assert found.optim.lr == 5e-4
 
 
+@pytest.mark.parametrize("rank", [4, 64])
+def test_alpha_is_twice_the_rank_that_is_given(model: str, rank: int) -> None:
+    found = compose([model, f"peft.r={rank}", "peft.lora_alpha=auto"])
+    assert (found.peft.r, found.peft.lora_alpha) == (rank, 2 * rank)
+
+
 def test_other_settings_are_as_they_were(model: str) -> None:
     assert compose([model, "peft.r=auto", "optim=sgd"]) == compose([model, "peft.r=16", "optim=sgd"])
 

@@ -37,6 +37,23 @@ def test_of_weighed_items_the_interval_covers_the_ratio_as_often_as_it_says() ->
     assert 0.91 <= covered / rounds <= 0.98
 
 
+def test_items_on_which_both_agree_are_no_certainty_where_they_are_few() -> None:
+    right = Measured("accuracy", [0.0, 0.0, 0.0, 0.0])
+    difference, low, high = paired_difference(right, right)
+    assert difference == 0.0
+    assert low < -0.1 < 0.1 < high
+
+
+def test_shares_have_the_interval_of_agresti_and_min() -> None:
+    # 2005, Statistics in Medicine 24:729: with 1/2 added to each way, (b - c) / (n + 2) and its standard error
+    one = Measured("accuracy", [1.0] * 30 + [0.0] * 10 + [1.0] * 12 + [0.0] * 5)
+    other = Measured("accuracy", [1.0] * 30 + [0.0] * 10 + [0.0] * 12 + [1.0] * 5)
+    difference, low, high = paired_difference(one, other)
+    assert difference == pytest.approx(7 / 57)
+    middle, error = 7 / 59, math.sqrt(18 - 49 / 59) / 59
+    assert (low, high) == pytest.approx((middle - 1.959964 * error, middle + 1.959964 * error), rel=1e-5)
+
+
 def test_a_single_item_has_no_interval() -> None:
     mean, low, high = mean_interval(Measured("loss", [2.0]))
     assert (mean, low, high) == (2.0, -math.inf, math.inf)

@@ -198,9 +198,21 @@ def test_a_model_that_would_say_something_else_keeps_its_own(monkeypatch: pytest
         assert model.config._attn_implementation == "sdpa"
 
 
-def test_the_runner_takes_it_unless_another_is_named_and_saves_no_word_of_it(tmp_path: Path) -> None:
+def test_single_numbers_may_differ_as_two_ways_of_rounding_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(*arguments: Any, **more: Any) -> tuple[Tensor, None]:
+        out = sdpa_attention_forward(*arguments, **more)[0]
+        return out * (1 + 0.01 * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).to(out.dtype), None
+
+    monkeypatch.setattr(blocks, "attention_in_blocks", rounded)
+    model = llama().bfloat16()
+    use_blocks(model)
+    assert model.config._attn_implementation == NAME
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_runner_takes_it_unless_another_is_named_and_saves_no_word_of_it(tmp_path: Path, dtype: str) -> None:
     folder = str(make_workplace(tmp_path) / "model")
-    model, _ = load_model(folder, "float32")
+    model, _ = load_model(folder, dtype)
     assert model.config._attn_implementation == NAME
     model.save_pretrained(tmp_path / "saved")
     assert NAME not in json.dumps(json.loads((tmp_path / "saved" / "config.json").read_text()))

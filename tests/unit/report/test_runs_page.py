@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorafa.cli.main import main
+from lorafa.errors import ConfigError
 from lorafa.report.runs import Report
 from toys.runs import make_run
 
@@ -165,3 +166,20 @@ def test_a_hundred_runs_take_less_than_ten_seconds(tmp_path: Path) -> None:
     report.write()
     assert time.process_time() - began < 10  # takes three
     assert len(report.sections[0].methods) == 25
+
+
+def test_a_file_that_is_no_page_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl' is there already and is no page"):
+        Report.of([folder]).write(tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("content", ["[]", '{"status": "finished", "after": {"loss": "abc"}}'])
+def test_a_result_of_another_form_is_damaged_and_stops_no_other(tmp_path: Path, content: str) -> None:
+    make_run(tmp_path / "a", loss=1.0)
+    make_run(tmp_path / "b", loss=1.0)
+    (tmp_path / "b" / "result.json").write_text(content)
+    report = Report.of([tmp_path])
+    assert [entry.name for entry in report.damaged] == ["b"]
+    report.write()

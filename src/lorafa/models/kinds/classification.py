@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorafa.data.chat import Sample
 from lorafa.data.classes import ClassCollator, classes_of, encoding_of
 from lorafa.data.collate import Collate
 from lorafa.data.encoding import Encoding
@@ -24,6 +25,12 @@ HEAD = "ForSequenceClassification"
 """How classes of transformers end that have such a head."""
 WRITERS = ("ForCausalLM", "LMHeadModel")
 """How those end that write text, which an encoder's config may name, too."""
+
+
+def _own_classes(config: Any) -> tuple[str, ...]:
+    """Those that a checkpoint with this config has a head for; none where it has no head."""
+    headed = (getattr(config, "architectures", None) or [""])[0].endswith(HEAD)
+    return tuple(str(name) for _, name in sorted(config.id2label.items())) if headed else ()
 
 
 class Classification(Kind):
@@ -61,8 +68,7 @@ class Classification(Kind):
             DataError: the answers are too few or too many to be classes.
             SourceError: nothing says which classes there are.
         """
-        headed = (getattr(config, "architectures", None) or [""])[0].endswith(HEAD)
-        own = tuple(str(name) for _, name in sorted(config.id2label.items())) if headed else ()
+        own = _own_classes(config)
         if answers is None:
             if not own:
                 raise SourceError(
@@ -72,6 +78,14 @@ class Classification(Kind):
             return own
         wanted = classes_of(answers())
         return own if {*wanted} <= {*own} else wanted
+
+    def keeps_head(self, config: Any, classes: Sequence[str]) -> bool:
+        """As many outputs do not make it one for other classes."""
+        return _own_classes(config) in ((), tuple(classes))
+
+    def longest(self, samples: Sequence[Sample]) -> int:
+        """The class behind a text is not read."""
+        return max((len(sample.input_ids) - 1 for sample in samples), default=0)
 
     def classes_in(self, model: Any) -> tuple[str, ...]:
         return tuple(name for _, name in sorted(model.config.id2label.items()))

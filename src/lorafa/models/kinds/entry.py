@@ -99,6 +99,10 @@ class Kind(ABC):
         """Whether a weight may start at random where the files lack it: its module is then trained whole."""
         return False
 
+    def keeps_head(self, config: Any, classes: Sequence[str]) -> bool:
+        """Whether the output of a checkpoint with this config is one for these classes."""
+        return True
+
     def longest(self, samples: Sequence[Sample]) -> int | None:
         """The most tokens that are read, or written, at once; None: those of a whole sample."""
         return None
