@@ -110,10 +110,14 @@ def test_two_batches_of_a_step_are_one_batch_of_both(tmp_path: Path) -> None:
     assert both[0] == pytest.approx(both[1], rel=1e-5)
 
 
-def test_training_goes_on_with_an_adapter_and_its_classes(finished: Path, place: Path, tmp_path: Path) -> None:
+def test_training_goes_on_with_an_adapter_and_its_classes(
+    finished: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "more"
     words = [word for word in settings(place, run) if not word.startswith("peft.")]
-    assert main(["train", *words, f"peft.adapter={finished / 'adapter'}", "train.checkpoint_every=0"]) == 0
+    status, text = said(capsys, "train", *words, f"peft.adapter={finished / 'adapter'}", "train.checkpoint_every=0")
+    assert status == 0
+    assert "start at random" not in text
     result = read(run / "result.json")
     assert result["classes"] == ["negative", "positive"]
     assert result["before"]["loss"] == pytest.approx(read(finished / "result.json")["after"]["loss"], rel=1e-5)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from lorafa.cli.pipes import OutputClosed, lead_nowhere
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,11 +113,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
             from_main(lambda: file.open(done))
             while some:
                 if is_main():
-                    file.add(some)
+                    with _closed_output(args.out is None):
+                        file.add(some)
                 some = next(written, [])
     if args.out:
         shown.print(f"Answers: {args.out}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+@contextmanager
+def _closed_output(to_stdout: bool) -> Iterator[None]:
+    """A pipe that nobody reads any more ends the command quietly, where the answers go into one."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not to_stdout:
+            raise
+        lead_nowhere(sys.stdout)
+        raise OutputClosed from None
 
 
 def answering(args: argparse.Namespace) -> Answering:

@@ -75,8 +75,6 @@ def _run(args: argparse.Namespace) -> int:
         return _report(error, str(error), WRONG_ARGUMENTS, args, errors)
     except LoraError as error:
         return _report(error, str(error), FAILED, args, errors)
-    except BrokenPipeError:
-        raise
     except KeyboardInterrupt as error:
         return _report(error, "Interrupted.", INTERRUPTED, args, errors)
     except Exception as error:

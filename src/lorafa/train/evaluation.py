@@ -69,7 +69,7 @@ def check_kind(
             f"eval.forgetting=true compares the next token of texts that the base writes, which {kind.words} "
             f"(model.kind={kind.name}) has not. Leave it out."
         )
-    if new_modules:
+    if new_modules and config.peft.adapter is None:  # which brings its own
         console.print(
             f"New in {kind.words}, since its files lack them: {', '.join(new_modules)}. They start at random, by "
             "train.seed, and are trained and saved with the adapter.",
