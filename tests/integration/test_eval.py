@@ -113,7 +113,7 @@ def _other_base(place: Path, tmp_path: Path) -> list[Any]:
         (["{place}/model", "task=perplexity", "data={place}/text.txt", "eval.window=8", "eval.overlap=8"], 2,
          "leaves no token of a window of 8 to count"),
         (["{place}/a", "task=perplexity", "data={place}/text.txt", "model.dtype=bfloat16"], 2,
-         "A run is loaded as it was trained, so 'model.dtype=bfloat16' would change nothing for it"),
+         "A run is loaded as it was trained, so 'model.dtype=bfloat16' would change nothing for {place}/a"),
         (["{place}/a", "task=perplexity", "data={place}/text.txt", "--base", "x/y"], 2,
          "--base x/y is the base model of an adapter, and '{place}/a' is a run"),
         (["{place}/a", "task=perplexity", "data={place}/rows.jsonl", "data.eval_size=2"], 2,

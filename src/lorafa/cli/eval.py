@@ -215,11 +215,8 @@ def _refuse_unread(
             )
         if key in ("model", "model.name"):
             raise ConfigError(f"A subject says which model is measured, found {text!r} as well. Leave it out.")
-        if key.startswith("model.") and any(subject.run is not None for subject in subjects):
-            raise ConfigError(
-                f"A run is loaded as it was trained, so {text!r} would change nothing for it. Give its adapter "
-                "(<run>/adapter) to load it in another way, or leave the setting out."
-            )
+    for subject in subjects:
+        subject.require_its_own([text for text, key in zip(words, keys, strict=True) if key.startswith("model.")])
 
 
 def _usual(name: str) -> Task:

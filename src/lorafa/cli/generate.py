@@ -96,11 +96,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             shown.print(f"All {done} prompts are answered already.", highlight=False)
             return 0
         subject = from_main(lambda: find(args.subject, args.base))
-        if subject.run is not None and (of_model := _of_model(args.overrides)):
-            raise ConfigError(
-                f"A run is loaded as it was trained, so {of_model[0]!r} would change nothing. Give its adapter "
-                "(<run>/adapter) to load it in another way, or leave the setting out."
-            )
+        subject.require_its_own(_of_model(args.overrides))
         with shown.status(f"Loading {subject.name}"):
             asked = [f"model={subject.base or subject.name}", *_of_model(args.overrides)]
             model, tokenizer = subject.load(subject.run.config().model if subject.run else compose(asked).model)

@@ -23,9 +23,9 @@ from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals.drawn import Drawing, Opening, check_drawing, drawn_texts, openings
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, context_of
+from lorafa.evals.generation import Progress
 from lorafa.evals.paired import mean_interval
-from lorafa.evals.perplexity import PERPLEXITY, PerplexitySettings, pieces
+from lorafa.evals.perplexity import PERPLEXITY, PerplexitySettings, first_window, pieces
 from lorafa.models.head_loss import CHUNK_BYTES, HiddenStates, LogitTransform, supervised_nll, supports_chunked_loss
 from lorafa.models.load import load_model, on_accelerator
 from lorafa.models.modes import evaluating
@@ -217,12 +217,12 @@ def _samples(
         with pair.as_base() as base:  # the base's own weights decide which file the texts are in
             begun, how = list(items), settings.drawing()
             return list(enumerate(drawn_texts(base, subject.tokenizer, begun, how, progress)))
-    window = min(settings.window, context_of(subject.model) or settings.window)
-    overlap = settings.window // 2 if settings.overlap is None else settings.overlap
+    window, overlap = settings.reading(subject.model)
+    samples = encode_all(items, subject.tokenizer, _WHOLE).samples
     return [
         (number, piece)
-        for number, sample in enumerate(encode_all(items, subject.tokenizer, _WHOLE).samples)
-        for piece in pieces(sample, window, min(overlap, window - 1))
+        for number, (record, sample) in enumerate(zip(items, samples, strict=True))
+        for piece in (pieces(sample, window, overlap) if record.plain else [first_window(sample, window)])
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorafa.data.chat import IGNORE, Sample, encoded
 from lorafa.data.collate import Collate
@@ -48,6 +49,11 @@ class PerplexitySettings:
                     f"eval.overlap={self.overlap} leaves no token of a window of {self.window} to count. Make it "
                     "smaller."
                 )
+
+    def reading(self, model: Any) -> tuple[int, int]:
+        """Window and overlap in tokens, as far as the model's context goes; half a window where nothing is said."""
+        window = min(self.window, context_of(model) or self.window)
+        return window, window // 2 if self.overlap is None else min(self.overlap, window - 1)
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,15 @@ def _measure(
 def _texts(
     subject: Subject, records: Sequence[Record], settings: PerplexitySettings, batch_size: int, progress: Progress
 ) -> list[_Text]:
-    window = min(settings.window, context_of(subject.model) or settings.window)
-    overlap = settings.window // 2 if settings.overlap is None else settings.overlap
+    window, overlap = settings.reading(subject.model)
     kind = subject.kind
-    cut = _cut if NEXT_TOKEN in kind.offers else _as_it_is
+    cut = first_window if NEXT_TOKEN in kind.offers else _as_it_is
     longest = _WHOLE if NEXT_TOKEN in kind.offers else window  # others cut prompt and answer, each by itself
     samples = encoded(records, kind.encoding(subject.model).make(subject.tokenizer, longest)).samples
     parts = [
         (number, piece)
         for number, (record, sample) in enumerate(zip(records, samples, strict=True))
-        for piece in (pieces(sample, window, min(overlap, window - 1)) if record.plain else [cut(sample, window)])
+        for piece in (pieces(sample, window, overlap) if record.plain else [cut(sample, window)])
     ]
     if not any(_counted(piece) for _, piece in parts):
         raise DataError(
@@ -121,7 +126,8 @@ def _texts(
     return [_Text(*each) for each in zip(nats, tokens, size, strict=True)]
 
 
-def _cut(sample: Sample, window: int) -> Sample:
+def first_window(sample: Sample, window: int) -> Sample:
+    """A conversation as far as a window goes."""
     return Sample(sample.input_ids[:window], sample.labels[:window])
 
 

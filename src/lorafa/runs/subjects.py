@@ -40,6 +40,14 @@ class Named:
     base: str | None = None
     """Its base model."""
 
+    def require_its_own(self, of_model: Sequence[str]) -> None:
+        """Raises ConfigError where this is a run and settings (key=value) say how a model is to be loaded."""
+        if self.run is not None and of_model:
+            raise ConfigError(
+                f"A run is loaded as it was trained, so {of_model[0]!r} would change nothing for {self.name}. Give its "
+                "adapter (<run>/adapter) to load it in another way, or leave the setting out."
+            )
+
     def load(self, settings: ModelConfig) -> tuple[Any, Any]:
         """The model, on this process's device, and its tokenizer.
 

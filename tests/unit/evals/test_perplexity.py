@@ -84,3 +84,11 @@ def test_a_text_that_is_no_utf_8_is_an_error(tmp_path) -> None:
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(SourceError, match=r"is no text in UTF-8: .* at byte 0"):
         PERPLEXITY.read(Source(str(tmp_path / "latin.txt")), PerplexitySettings())
+
+
+def test_half_a_window_is_half_of_what_the_model_reads() -> None:
+    model = tiny_llama()
+    context = model.config.max_position_embeddings
+    assert PerplexitySettings(window=4 * context).reading(model) == (context, context // 2)
+    assert PerplexitySettings(window=64).reading(model) == (64, 32)
+    assert PerplexitySettings(window=4 * context, overlap=2 * context).reading(model) == (context, context - 1)
