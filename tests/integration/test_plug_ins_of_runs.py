@@ -29,8 +29,8 @@ from lorafa.data.records import Message, Record, Records
 from lorafa.data.sources import load_records
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
+from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Scores, Subject
-from lorafa.evals.generation import Progress
 from lorafa.initializers import INITIALIZERS
 from lorafa.initializers.base import InitResult, initializer
 from lorafa.models import MODELS

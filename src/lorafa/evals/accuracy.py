@@ -13,13 +13,12 @@ from lorafa.data.chat import encoded
 from lorafa.data.records import Record
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError
+from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress
-from lorafa.evals.gsm8k import wilson_interval
 from lorafa.evals.sample_answers import SHOWN
+from lorafa.evals.shares import share
 from lorafa.models.kinds.entry import CLASSES
 from lorafa.models.modes import evaluating
-from lorafa.processes import by_turns, world_size
 from lorafa.settings.checks import check_int
 
 WINDOW = 512
@@ -64,38 +63,29 @@ def _measure(
     encoder = kind.encoding(model).make(subject.tokenizer, min(context, subject.tokenizer.model_max_length))
     samples = encoded(records, encoder).samples
     collate, device = kind.collator(subject.tokenizer.pad_token_id or 0), device_of(model)
-    order = sorted(range(len(samples)), key=lambda number: len(samples[number].input_ids), reverse=True)
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    done = 0
 
     def of_batch(numbers: list[int]) -> list[tuple[int, float]]:
         """(the class that is given, the loss of the right one) of each."""
-        nonlocal done
         batch = {name: tensor.to(device) for name, tensor in collate([samples[n] for n in numbers]).items()}
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        done += len(numbers) * world_size()
-        progress(min(done, len(order)), len(order))
         return list(zip(logits.argmax(dim=-1).tolist(), losses.tolist(), strict=True))
 
     with evaluating(model):
-        found = [one for batch in by_turns(of_batch, batches) for one in batch]
-    by_number = dict(zip(order, found, strict=True))
+        found = by_length(of_batch, [len(sample.input_ids) for sample in samples], batch_size, progress)
     table = torch.zeros(len(classes), len(classes), dtype=torch.long)
     right, answers = [], []
     for number, (record, sample) in enumerate(zip(records, samples, strict=True)):
-        given, gold = by_number[number][0], sample.labels[-1]
+        given, gold = found[number][0], sample.labels[-1]
         table[gold, given] += 1
         right.append(given == gold)
         said = {"question": record.question[-1].content, "gold": classes[gold], "output": classes[given]}
         answers.append({**said, "correct": given == gold})
-    accuracy, loss = sum(right) / len(right), sum(loss for _, loss in found) / len(found)
-    numbers = {
-        "accuracy": accuracy, "correct": sum(right), "total": len(right),
-        "interval": wilson_interval(sum(right), len(right)), "matthews": matthews(table), "cross_entropy": loss,
-    }  # fmt: skip
-    words = f"{sum(right)} of {len(right)} right ({accuracy:.1%}), Matthews correlation {numbers['matthews']:.3f}"
+    loss = sum(loss for _, loss in found) / len(found)
+    numbers = {**share(right), "matthews": matthews(table), "cross_entropy": loss}
+    words = f"{sum(right)} of {len(right)} right ({numbers['accuracy']:.1%}), "
+    words += f"Matthews correlation {numbers['matthews']:.3f}"
     return Scores(words, numbers, answers[:SHOWN], Measured("accuracy", [float(one) for one in right]))
 
 

@@ -11,7 +11,8 @@ from lorafa.data.chat import Encoder, encode_prompt
 from lorafa.data.records import Message, Record
 from lorafa.data.unanswered import Unanswered
 from lorafa.errors import DataError
-from lorafa.evals.generation import Progress, Sampling, context_of, generate_ids, room_for
+from lorafa.evals.by_length import Progress
+from lorafa.evals.generation import Sampling, context_of, generate_ids, room_for
 from lorafa.models.kinds.found import kind_of
 from lorafa.processes import world_size
 

@@ -15,11 +15,10 @@ from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collator
 from lorafa.data.rendering import start_token
 from lorafa.errors import DataError
-from lorafa.evals.generation import Progress
+from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.loss import row_losses
 from lorafa.models.head_loss import HiddenStates, supervised_nll, supports_chunked_loss
 from lorafa.models.modes import evaluating
-from lorafa.processes import by_turns, world_size
 
 
 @dataclass(frozen=True)
@@ -98,27 +97,18 @@ def _of_single(
     if not asked:
         return []
     device, chunked, collator = device_of(model), supports_chunked_loss(model) is None, Collator(pad)
-    order = sorted(range(len(asked)), key=lambda number: len(asked[number].prompt), reverse=True)
     at_once = batch_size if chunked else 1  # all logits of one prompt at a time
-    batches = [order[first : first + at_once] for first in range(0, len(order), at_once)]
-    done = 0
 
     def of_batch(numbers: list[int]) -> list[list[float]]:
-        nonlocal done
         samples = [_sample(asked[number].prompt, asked[number].tails[0]) for number in numbers]
         batch = {name: tensor.to(device) for name, tensor in collator(samples).items()}
         logits = _last_logits(model, batch, chunked)
         rows = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        done += len(numbers) * world_size()
-        if progress is not None:
-            progress(min(done, len(order)), len(order))
         pairs = zip(numbers, rows, strict=True)
         return [[float(row[tail[0]]) for tail in asked[number].tails] for number, row in pairs]
 
     with evaluating(model):
-        found = [row for batch in by_turns(of_batch, batches) for row in batch]
-    of_number = dict(zip(order, found, strict=True))
-    return [of_number[number] for number in range(len(asked))]
+        return by_length(of_batch, [len(each.prompt) for each in asked], at_once, progress)
 
 
 def _last_logits(model: Any, batch: Mapping[str, Tensor], chunked: bool) -> Tensor:

@@ -13,9 +13,10 @@ from lorafa.data.files import read_rows
 from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals.benchmark import asks_nothing, refuse_heldout, require_columns
+from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, Sampling, check_prompts, generate_ids
-from lorafa.evals.gsm8k import wilson_interval
+from lorafa.evals.generation import Sampling, check_prompts, generate_ids
+from lorafa.evals.shares import share
 from lorafa.settings.checks import check_int, check_number
 from lorafa.storage.paths import user_path
 
@@ -139,10 +140,7 @@ def scored(records: Sequence[Record], outputs: Sequence[str], task: str) -> Scor
     correct, total, unparsed = sum(right), len(right), found.count(None)
     numbers = {
         "eval_task": task,
-        "accuracy": correct / total,
-        "correct": correct,
-        "total": total,
-        "interval": wilson_interval(correct, total),
+        **share(right),
         "unparsed": unparsed,
     }
     answers = [

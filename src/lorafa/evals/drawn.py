@@ -15,7 +15,8 @@ from lorafa.data.records import Message
 from lorafa.data.source import digest_of
 from lorafa.data.token_cache import digest_of_tokenizer
 from lorafa.errors import CheckpointError, DataError, warn
-from lorafa.evals.generation import Progress, Sampling, check_prompts, generate_ids
+from lorafa.evals.by_length import Progress
+from lorafa.evals.generation import Sampling, check_prompts, generate_ids
 from lorafa.layers.host import Host
 from lorafa.processes import from_main, is_main
 from lorafa.storage.fingerprint import fingerprint

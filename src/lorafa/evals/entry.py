@@ -11,7 +11,7 @@ from lorafa.models.kinds.entry import NEXT_TOKEN, Kind
 from lorafa.models.kinds.found import kind_of
 
 if TYPE_CHECKING:
-    from lorafa.evals.generation import Progress
+    from lorafa.evals.by_length import Progress
 
 
 @dataclass(frozen=True)

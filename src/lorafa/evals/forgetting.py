@@ -21,15 +21,14 @@ from lorafa.data.chat import IGNORE, Sample, encode_all
 from lorafa.data.collate import Collator
 from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
+from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.drawn import Drawing, Opening, check_drawing, drawn_texts, openings
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress
 from lorafa.evals.paired import mean_interval
 from lorafa.evals.perplexity import PERPLEXITY, PerplexitySettings, first_window, pieces
 from lorafa.models.head_loss import CHUNK_BYTES, HiddenStates, LogitTransform, supervised_nll, supports_chunked_loss
 from lorafa.models.load import load_model, on_accelerator
 from lorafa.models.modes import evaluating
-from lorafa.processes import by_turns, world_size
 from lorafa.settings.checks import check_int
 
 _WHOLE = 2**31
@@ -145,28 +144,23 @@ class Pair:
             pad: id that fills up the rows of a batch.
             chunk_tokens: positions whose logits are there at once; by default as many as ``CHUNK_BYTES`` hold.
         """
-        order = sorted(range(len(samples)), key=lambda number: len(samples[number].input_ids), reverse=True)
-        order = [number for number in order if _counted(samples[number])]
+        rows = [number for number, one in enumerate(samples) if _counted(one)]
         with evaluating(self.model), self.as_base() as base:
             chunked = supports_chunked_loss(base) is None
         chunked = chunked and supports_chunked_loss(self.model) is None
         at_once = batch_size if chunked else 1  # all logits of one text at a time
-        batches = [order[first : first + at_once] for first in range(0, len(order), at_once)]
-        collator, device, done = Collator(pad), device_of(self.model), 0
+        collator, device = Collator(pad), device_of(self.model)
 
         def of_batch(numbers: list[int]) -> list[float]:
-            nonlocal done
-            batch = {name: tensor.to(device) for name, tensor in collator([samples[n] for n in numbers]).items()}
+            chosen = [samples[rows[number]] for number in numbers]
+            batch = {name: tensor.to(device) for name, tensor in collator(chosen).items()}
             found = self._chunked(batch, chunk_tokens) if chunked else self._whole(batch, chunk_tokens)
-            done += len(numbers) * world_size()
-            if progress is not None:
-                progress(min(done, len(order)), len(order))
-            counts = [_counted(samples[number]) for number in numbers]
+            counts = [_counted(sample) for sample in chosen]
             return [float(part.sum()) for part in torch.split(found.double().cpu(), counts)]
 
         with evaluating(self.model):
-            sums = [one for batch in by_turns(of_batch, batches) for one in batch]
-        of_sample = dict(zip(order, sums, strict=True))
+            sums = by_length(of_batch, [len(samples[number].input_ids) for number in rows], at_once, progress)
+        of_sample = dict(zip(rows, sums, strict=True))
         return [of_sample.get(number, 0.0) for number in range(len(samples))]
 
     def _chunked(self, batch: dict[str, Tensor], chunk_tokens: int | None) -> Tensor:

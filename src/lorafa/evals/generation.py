@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,13 @@ from torch import Tensor
 from lorafa.backends.offload import device_of
 from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
+from lorafa.evals.by_length import Progress, by_length
 from lorafa.models.modes import evaluating
-from lorafa.processes import by_turns, world_size
 from lorafa.settings.checks import check_int, check_number
 from lorafa.storage.tensors import can_be_gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after every batch."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +82,6 @@ def generate_ids(
     if encoder := encodes(model):
         settings.decoder_start_token_id = _decoder_start(model)
     device = device_of(model)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    done = 0
     # Where the model is spread over processes, one that is done goes on with the others.
     spread = {"synced_gpus": True} if any(map(can_be_gathered, model.parameters())) else {}
 
@@ -96,25 +90,17 @@ def generate_ids(
         return 1 if encoder else ids.shape[1]
 
     def written(rows: list[int]) -> list[list[int]]:
-        nonlocal done
         if sampling is not None:  # a batch is drawn as it would be in one process
             torch.manual_seed(sampling.seed + rows[0])
         ids, mask = _padded([prompts[i] for i in rows], pad, left=not encoder)
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **spread
         )
-        done += len(rows) * world_size()
-        if progress is not None:
-            progress(min(done, len(order)), len(order))
         return [_until(stops, answer, keep_end) for answer in out[:, begins(ids) :].tolist()]
 
     drawn = nullcontext() if sampling is None else torch.random.fork_rng()
     with evaluating(model), _without_own_settings(model), drawn:
-        found = [answer for batch in by_turns(written, batches) for answer in batch]
-    answers: list[list[int]] = [[] for _ in prompts]
-    for i, answer in zip(order, found, strict=True):
-        answers[i] = answer
-    return answers
+        return by_length(written, [len(prompt) for prompt in prompts], batch_size, progress)
 
 
 def generate_greedy(

@@ -13,10 +13,11 @@ from lorafa.data.records import Message, Record
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, SourceError, first_line
 from lorafa.evals.benchmark import asks_nothing, refuse_heldout
+from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, context_of
-from lorafa.evals.gsm8k import wilson_interval
+from lorafa.evals.generation import context_of
 from lorafa.evals.loss import row_losses
+from lorafa.evals.shares import share
 from lorafa.settings.checks import check_int
 
 TASKS = ("sst2", "cola", "qqp", "mrpc", "mnli", "qnli")
@@ -106,10 +107,7 @@ def scored(records: Sequence[Record], losses: Sequence[Sequence[float]], task: s
     correct, total = sum(right), len(right)
     numbers = {
         "eval_task": task,
-        "accuracy": correct / total,
-        "correct": correct,
-        "total": total,
-        "interval": wilson_interval(correct, total),
+        **share(right),
         "classes": {
             label: {
                 "rows": golds.count(label),

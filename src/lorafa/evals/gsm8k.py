@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +15,11 @@ from lorafa.data.sets.prompts import asked
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, did_you_mean, shorten, warn
 from lorafa.evals.benchmark import Official
+from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, Sampling, check_prompts, generate_ids, needed_length, room_after
+from lorafa.evals.generation import Sampling, check_prompts, generate_ids, needed_length, room_after
 from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
+from lorafa.evals.shares import wilson_interval
 from lorafa.models.kinds.entry import TEXT
 from lorafa.models.kinds.found import kind_of
 from lorafa.settings.checks import check_int
@@ -147,16 +148,6 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         samples=samples,
     )
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Bounds of a proportion (Wilson 1927, JASA 22:209); ``z`` is the normal quantile, by default of 95 %."""
-    share = correct / total
-    middle = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    low = 0.0 if correct == 0 else (middle - half) / scale  # exactly: rounding would leave 3e-18
-    return low, 1.0 if correct == total else (middle + half) / scale
 
 
 @dataclass(frozen=True, kw_only=True)

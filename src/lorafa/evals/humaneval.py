@@ -11,11 +11,12 @@ from lorafa.data.chat import encode_prompts
 from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, warn
 from lorafa.evals.benchmark import Official, asks_nothing, refuse_heldout, require_columns
+from lorafa.evals.by_length import Progress
 from lorafa.evals.code_answers import program_of
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, check_prompts, generate_greedy
-from lorafa.evals.gsm8k import wilson_interval
+from lorafa.evals.generation import check_prompts, generate_greedy
 from lorafa.evals.sandbox import Limits, Outcome, require_system, run_all
+from lorafa.evals.shares import share
 from lorafa.processes import by_turns
 from lorafa.settings.checks import check_int, check_number
 
@@ -142,10 +143,7 @@ def scored(problems: Sequence[Problem], outputs: Sequence[str], settings: HumanE
         for problem, output, passed, one in zip(problems, outputs, right, outcomes, strict=True)
     ]  # fmt: skip
     numbers = {
-        "accuracy": correct / total,
-        "correct": correct,
-        "total": total,
-        "interval": wilson_interval(correct, total),
+        **share(right),
         **{reason: reasons[reason] for reason in REASONS},
         "cut": cut,
         "max_new_tokens": settings.max_new_tokens,

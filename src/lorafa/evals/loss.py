@@ -14,17 +14,16 @@ from lorafa.backends.offload import device_of
 from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collate
 from lorafa.errors import DataError
+from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.entry import Evaluation, Scores
 from lorafa.models.batch_loss import SummedLoss
 from lorafa.models.head_loss import CROSS_ENTROPY, HiddenStates, supervised_nll, supports_chunked_loss
 from lorafa.models.kinds.found import kind_of
 from lorafa.models.modes import evaluating
-from lorafa.processes import by_turns, world_size
+from lorafa.processes import by_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from lorafa.evals.generation import Progress
 
 
 def answer_loss(
@@ -93,30 +92,24 @@ def row_losses(
     """The summed negative log-likelihood of each sample's labelled tokens, in nats; 0 where it has none."""
     device, of_kind = device_of(model), kind_of(model).row_losses()
     chunked = of_kind is None and supports_chunked_loss(model) is None
-    order = sorted(range(len(samples)), key=lambda number: len(samples[number].input_ids), reverse=True)
-    order = [number for number in order if any(label != IGNORE for label in samples[number].labels[1:])]
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    done = 0
+    counted = [number for number, one in enumerate(samples) if any(label != IGNORE for label in one.labels[1:])]
 
     def of_batch(numbers: list[int]) -> list[float]:
-        nonlocal done
-        batch = {name: tensor.to(device) for name, tensor in collator([samples[n] for n in numbers]).items()}
+        rows = [samples[counted[number]] for number in numbers]
+        batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
         if of_kind is not None:
             losses = of_kind(model, batch)[0].tolist()
         elif chunked:
-            rows = _RowByRow()
-            supervised_nll(model, batch, objective=rows)
-            losses = rows.losses
+            apart = _RowByRow()
+            supervised_nll(model, batch, objective=apart)
+            losses = apart.losses
         else:
             losses = [float(loss) for loss in _rows_from_all_logits(model, batch)[0]]
-        done += len(numbers) * world_size()
-        if progress is not None:
-            progress(min(done, len(order)), len(order))
         return losses
 
     with evaluating(model):
-        found = [loss for losses in by_turns(of_batch, batches) for loss in losses]
-    of_sample = dict(zip(order, found, strict=True))
+        found = by_length(of_batch, [len(samples[number].input_ids) for number in counted], batch_size, progress)
+    of_sample = dict(zip(counted, found, strict=True))
     return [of_sample.get(number, 0.0) for number in range(len(samples))]
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from lorafa.data.records import Record
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError
+from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, check_prompts, generate_greedy, room_after
-from lorafa.evals.gsm8k import wilson_interval
+from lorafa.evals.generation import check_prompts, generate_greedy, room_after
 from lorafa.evals.sample_answers import SHOWN
+from lorafa.evals.shares import share
 from lorafa.models.kinds.entry import TEXT
 from lorafa.settings.checks import check_int
 
@@ -80,8 +81,7 @@ def _measure(
     right = [output == gold for output, gold in zip(outputs, golds, strict=True)]
     cut = sum(len(ids) >= longest for ids in written)
     numbers = {
-        "accuracy": sum(right) / len(right), "correct": sum(right), "total": len(right),
-        "interval": wilson_interval(sum(right), len(right)), "cut": cut, "max_new_tokens": longest,
+        **share(right), "cut": cut, "max_new_tokens": longest,
     }  # fmt: skip
     shown = list(zip(records, golds, outputs, right, strict=True))[:SHOWN]
     answers = [

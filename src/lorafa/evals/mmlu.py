@@ -11,10 +11,11 @@ from pathlib import Path
 from lorafa.data.cells import Row, checked, text_of
 from lorafa.errors import DataError, SourceError, warn
 from lorafa.evals.benchmark import Official, asks_nothing, refuse_heldout, require_columns
+from lorafa.evals.by_length import Progress
 from lorafa.evals.choices import Choices, choices, log_probs, plain_ids
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, context_of
-from lorafa.evals.gsm8k import wilson_interval
+from lorafa.evals.generation import context_of
+from lorafa.evals.shares import share
 from lorafa.settings.checks import check_int
 from lorafa.storage.paths import user_path
 
@@ -191,10 +192,7 @@ def _measure(
         for question, choice, one in zip(questions, chosen, right, strict=True)
     ]
     numbers = {
-        "accuracy": correct / total,
-        "correct": correct,
-        "total": total,
-        "interval": wilson_interval(correct, total),
+        **share(right),
         "mean_of_subjects": sum(subjects.values()) / len(subjects),
         "subjects": subjects,
         "shorter": shorter,

@@ -12,8 +12,9 @@ from lorafa.data.collate import Collate
 from lorafa.data.records import Message, Record
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, SourceError
+from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Progress, context_of
+from lorafa.evals.generation import context_of
 from lorafa.evals.loss import row_losses
 from lorafa.models.kinds.entry import LIKELIHOOD, NEXT_TOKEN
 from lorafa.settings.checks import check_int

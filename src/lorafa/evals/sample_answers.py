@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorafa.data.records import Record
+from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Subject
-from lorafa.evals.generation import Progress, generate_greedy, room_for
+from lorafa.evals.generation import generate_greedy, room_for
 
 SHOWN = 6
 """Questions whose answers are kept for the report."""

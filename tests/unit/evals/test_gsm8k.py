@@ -13,7 +13,8 @@ from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals import gsm8k
 from lorafa.evals.generation import generate_greedy
-from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream, wilson_interval
+from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream
+from lorafa.evals.shares import wilson_interval
 from lorafa.models.modes import evaluating
 from toys.language_models import byte_tokenizer, conversation, greedy_by_hand, tiny_llama
 from toys.places import ROOT

@@ -14,6 +14,7 @@ from lorafa.evals import humaneval
 from lorafa.evals.code_answers import program_of
 from lorafa.evals.entry import Source, Subject
 from lorafa.evals.humaneval import HUMANEVAL, HumanEvalSettings, scored
+from lorafa.evals.shares import wilson_interval
 from toys.language_models import byte_tokenizer, tiny_llama
 
 PROMPT = (
@@ -123,7 +124,7 @@ def test_the_canonical_solution_passes_and_what_is_wrong_does_not_with_its_reaso
     assert (numbers["correct"], numbers["total"], numbers["accuracy"]) == (1, 6, pytest.approx(1 / 6))
     assert (numbers["failed"], numbers["error"], numbers["timeout"]) == (2, 2, 1)
     assert scores.measured.values == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    assert numbers["interval"] == humaneval.wilson_interval(1, 6)
+    assert numbers["interval"] == wilson_interval(1, 6)
     assert "1 of 6 pass (16.7%), 2 failed, 2 error, 1 timeout" in scores.words
 
 

@@ -13,6 +13,7 @@ from lorafa.errors import ConfigError, DataError, SourceError
 from lorafa.evals import mmlu
 from lorafa.evals.entry import Source, Subject
 from lorafa.evals.mmlu import LETTERS, MMLU, MmluSettings
+from lorafa.evals.shares import wilson_interval
 from toys.language_models import byte_tokenizer, tiny_llama
 
 DEV = [(f"What is {n} + 1?", str(n + 1), str(n), "0", "9", "A") for n in range(3)]
@@ -70,7 +71,7 @@ def test_the_likeliest_letter_is_the_answer(tmp_path: Path, monkeypatch: pytest.
     assert (numbers["correct"], numbers["total"]) == (2, 5)
     assert numbers["subjects"] == {"abstract_algebra": 0.5, "virology": pytest.approx(1 / 3)}
     assert numbers["mean_of_subjects"] == pytest.approx((0.5 + 1 / 3) / 2)
-    assert numbers["interval"] == mmlu.wilson_interval(2, 5)
+    assert numbers["interval"] == wilson_interval(2, 5)
 
 
 def test_a_model_s_answers_are_those_of_its_logits(tmp_path: Path) -> None:
