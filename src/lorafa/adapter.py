@@ -361,8 +361,10 @@ class Variant(ABC):
     """Kinds of layer the formula is defined on."""
     reads_weight: ClassVar[bool] = False
     """Whether ``initial_extras`` reads the base weight's values; if not it may get a tensor on the meta device."""
-    reads_call: ClassVar[bool] = False
+    reads_call: bool = False
     """Whether it has to know something of each call of the model, which :meth:`fact` then finds."""
+    call_arguments: frozenset[str] = frozenset()
+    """Arguments of a call of the PeftModel that are for the formula and not for the model inside."""
     uniform: bool = True
     """Whether the update is one matrix whatever the input, so that it can be merged, exported and combined."""
     plain: bool = False
@@ -383,6 +385,8 @@ class Variant(ABC):
             self.uniform = self.uniform and inner.uniform
             self.plain = self.plain and inner.plain
             self.takes_bias = self.takes_bias and inner.takes_bias
+            self.reads_call = self.reads_call or inner.reads_call
+            self.call_arguments = self.call_arguments | inner.call_arguments
             self.factors_are_stored = inner.factors_are_stored
             self.name = self.name if inner.is_plain_lora else f"{self.name} over {inner.name}"
 
@@ -399,6 +403,11 @@ class Variant(ABC):
     def is_plain_lora(self) -> bool:
         """Whether the update is s B A with A and B as they are stored."""
         return self.plain and self.factors_are_stored
+
+    @property
+    def stacks_start(self) -> bool:
+        """Whether s B A - s B0 A0 may be written as one product of rank 2 r: wherever it counts, it is just that."""
+        return self.plain
 
     # ---- tensors
 
@@ -481,6 +490,19 @@ class Variant(ABC):
         """What the formula has to know of one call of the model, found once and before its layers run.
 
         Args:
-            arguments: of the model's forward (or generate), by name.
+            arguments: of the model's forward (or generate), by name; those of :attr:`call_arguments` among them.
         """
-        return None
+        return None if self.inner is None else self.inner.fact(arguments)
+
+    def step(self, fact: Any, arguments: Mapping[str, Any]) -> Any:
+        """What it has to know of one of the forward passes that ``generate`` makes, given what holds for the prompt.
+
+        Args:
+            fact: what :meth:`fact` has found in the arguments of ``generate``.
+            arguments: of the model's forward, by name.
+        """
+        return fact if self.inner is None else self.inner.step(fact, arguments)
+
+    def counts_in(self, tokens: Sequence[int]) -> bool:
+        """Whether the update counts anywhere in a row of token ids; a training on rows where it never does is none."""
+        return self.inner is None or self.inner.counts_in(tokens)

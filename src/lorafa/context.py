@@ -87,6 +87,10 @@ class CurrentCall:
             if not keeps:
                 self._context = before
 
+    def step(self, facts: Mapping[str, Any]) -> None:
+        """Let ``facts`` hold from now on to the end of the call that is open: it runs the model many times."""
+        self._context = ForwardContext(facts)
+
     def _waits(self) -> bool:
         backward = None if self._waiting is None else self._waiting()
         return backward is not None and not backward.begun

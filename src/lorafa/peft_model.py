@@ -248,7 +248,10 @@ class PeftModel(AdaptedModel):
 
     @ForwardOfTheWrapped
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """Arguments and result are the wrapped model's; ``labels`` is spelled out for trainers that look for it."""
+        """Arguments and result are the wrapped model's; ``labels`` is spelled out for trainers that look for it.
+
+        A formula may take arguments of its own, which the wrapped model does not see (``alora_offsets``).
+        """
         _refuse_mixed_batch(kwargs)
         if labels is not None:
             kwargs["labels"] = labels
@@ -258,7 +261,7 @@ class PeftModel(AdaptedModel):
         """Arguments and result are those of the wrapped model's ``generate``."""
         _refuse_mixed_batch(kwargs)
         generate = self.get_base_model().generate
-        return self.base_model.calling(generate, args, kwargs, keeps=False)  # type: ignore[arg-type]
+        return self.base_model.calling(generate, args, kwargs, keeps=False, steps=True)  # type: ignore[arg-type]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn activation checkpointing on, of either kind: the embedding's output is made to require a gradient."""

@@ -20,6 +20,7 @@ from lorafa.errors import BackendError
 from lorafa.spec import LayerSpec
 from lorafa.train.trainer import LoraTrainer
 from lorafa.variants import VARIANTS
+from lorafa.variants.alora import ALoRA
 
 VOCAB, TOKEN = 31, 7
 
@@ -66,8 +67,12 @@ class FromToken(Variant):
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    with VARIANTS.added("from_token", FromToken):
-        yield
+    VARIANTS.remove("alora")  # whose field it takes
+    try:
+        with VARIANTS.added("from_token", FromToken):
+            yield
+    finally:
+        VARIANTS.add("alora", ALoRA)
 
 
 CONFIG = hf.LlamaConfig(

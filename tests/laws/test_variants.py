@@ -39,7 +39,9 @@ def run_with_weight(kind: str, layer: nn.Module, weight: Tensor, bias: Tensor | 
 
 
 def test_every_variant_is_under_the_laws() -> None:
-    assert {name for names in VARIANT for name in names.split(" over ")} == set(VARIANTS.names())
+    """Gates, which have no weight to compare with, are under a law of their own (test_gates.py)."""
+    under = {name for names in VARIANT for name in names.split(" over ")}
+    assert under == {name for name in VARIANTS.names() if VARIANTS.get(name).stage != "gate"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -34,7 +34,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         if _peft_makes(known_start(config.init_lora_weights).initializer, layers, plain=plain, bias=config.lora_bias):
             return config
         return replace(config, init_lora_weights=True, **NO_SETTINGS)
-    if not plain:
+    if not all(layer.adapters[name].variant.stacks_start for layer in layers):
         return config
     factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
     return replace(

@@ -136,7 +136,7 @@ def _arranged(
         made = _dense(path, layer, name, stored, values)
         values |= made | {_unfolded(path, key): stored[key] for key in made}
     for path, layer, start in _starts(layers, name) if with_start else ():
-        values |= _stacked(path, layer, layer.adapters[name].variant.plain, start, values)
+        values |= _stacked(path, layer, layer.adapters[name].variant.stacks_start, start, values)
     values |= {key: values[key] / 2 for key in _factors_applied_twice(layers, config)}
     return values | tied_tensors(layers, name, values)
 
@@ -150,11 +150,11 @@ def _value(model: nn.Module, entry: Stored) -> Tensor:
 
 
 def _stacked(
-    path: str, layer: LoraLayer, plain: bool, start: tuple[Tensor, Tensor], values: Mapping[str, Tensor]
+    path: str, layer: LoraLayer, stacks: bool, start: tuple[Tensor, Tensor], values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What a file holds of one layer's A, B and start (A0, B0), for A and B among ``values``."""
     A0, B0 = start
-    if not plain:
+    if not stacks:
         return {f"{path}.{START_A}": layer.stored_A(A0), f"{path}.{START_B}": layer.stored_B(B0)}
     key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
     A, B = layer.matrix_A(values[key_A]), layer.matrix_B(values[key_B])
@@ -165,10 +165,10 @@ def _stacked(
 
 
 def _split(
-    path: str, layer: LoraLayer, plain: bool, rank: int, values: Mapping[str, Tensor]
+    path: str, layer: LoraLayer, stacks: bool, rank: int, values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """The inverse of :func:`_stacked`: A and B by their keys where they change, and (A0, B0)."""
-    if not plain:
+    if not stacks:
         return {}, (layer.matrix_A(values[f"{path}.{START_A}"]), layer.matrix_B(values[f"{path}.{START_B}"]))
     key_A, key_B = (f"{path}.{key}" for key in layer.factor_names)
     A, B = layer.matrix_A(values[key_A]), layer.matrix_B(values[key_B])
@@ -320,7 +320,7 @@ def load_tensors(
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(layers, config) if key in tensors}
     starts: list[tuple[Tensor, Tensor]] = []
     for path, layer, start in _starts(layers, name) if with_start else ():
-        own, stored = _split(path, layer, layer.adapters[name].variant.plain, start[0].shape[-2], tensors)
+        own, stored = _split(path, layer, layer.adapters[name].variant.stacks_start, start[0].shape[-2], tensors)
         tensors |= own
         starts += zip(start, stored, strict=True)
     if _holds_dense(config, with_start):

@@ -11,7 +11,6 @@ from lorafa.version import VERSION
 # read; a variant's when the variant declares the field as its switch.
 _LATER_FIELDS = {
     "use_qalora": "QA-LoRA",
-    "alora_invocation_tokens": "Activated LoRA (aLoRA)",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
     "use_bdlora": "BD-LoRA",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -237,20 +238,44 @@ class LoraModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def calling(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, keeps: bool) -> Any:
+    def calling(
+        self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, keeps: bool, steps: bool = False
+    ) -> Any:
         """``function(*args, **kwargs)``, a call of the model, with what adapters have to know of it where they read it.
 
         Args:
             keeps: whether a backward pass may follow, which runs layers again under activation checkpointing.
+            steps: whether it runs the model many times, each time on other tokens, as ``generate`` does.
         """
         if not self._readers:
             return function(*args, **kwargs)
         arguments = _by_name(self.model.forward, args, kwargs)
         active = self.active_adapters
-        facts = {name: variant.fact(arguments) for name, variant in self._readers.items() if name in active}
+        readers = {name: variant for name, variant in self._readers.items() if name in active}
+        facts = {name: variant.fact(arguments) for name, variant in readers.items()}
+        theirs = frozenset[str]().union(*(variant.call_arguments for variant in self._readers.values()))
+        kwargs = {name: value for name, value in kwargs.items() if name not in theirs}
         context = ForwardContext(facts) if facts else EMPTY
-        with self.call.holding(context, keeps=keeps, recomputes=lambda: is_checkpointed(self.model)) as passed:
+        stepping = self._stepping(readers, facts) if steps and facts else nullcontext()
+        with (
+            self.call.holding(context, keeps=keeps, recomputes=lambda: is_checkpointed(self.model)) as passed,
+            stepping,
+        ):
             return passed(function(*args, **kwargs))
+
+    @contextmanager
+    def _stepping(self, readers: Mapping[str, Variant], facts: Mapping[str, Any]) -> Iterator[None]:
+        """Let the readers see each forward pass of the model inside before it runs."""
+
+        def before(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            arguments = _by_name(self.model.forward, args, kwargs)
+            self.call.step({name: variant.step(facts[name], arguments) for name, variant in readers.items()})
+
+        handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def __getattr__(self, name: str) -> Any:
         try:

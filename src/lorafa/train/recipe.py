@@ -44,6 +44,7 @@ from lorafa.train.fit import Material, check_length, fit
 from lorafa.train.full import train_all
 from lorafa.train.keeping import Recorder, Trained, save, save_merged
 from lorafa.train.progress import RunCallback, progress_bar
+from lorafa.train.reach import check_reach
 from lorafa.train.records import answers_of, find_records, make_samples, show_samples
 from lorafa.train.sampling import lengths_of
 from lorafa.train.settings.run import RunConfig, TrainConfig
@@ -141,6 +142,8 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     covered = coverage(begun.model)
     console.print(coverage_table(covered))
     show_samples(samples, tokenizer, console, encoding)
+    if isinstance(begun.model, PeftModel):
+        check_reach(begun.model, samples.train.samples, console, packed=config.train.packing)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
     if world_size() > 1:

@@ -20,6 +20,7 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "dora": "lorafa.variants.dora:DoRA",
         "lora_sb": "lorafa.variants.lora_sb:LoRASB",
         "kasa": "lorafa.variants.kasa:KaSA",
+        "alora": "lorafa.variants.alora:ALoRA",
     },
 )
 

@@ -1,0 +1,190 @@
+"""Activated LoRA: the update counts from an invocation sequence on (Greenewald et al. 2025, arXiv:2504.12397).
+
+Before it a row has the activations of the base model to the bit, so that its keys and values can be shared with the
+base and with other such adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.adapter import Adapter, Stage, Variant
+from lorafa.errors import BackendError, ConfigError, warn
+from lorafa.spec import LayerSpec
+
+_NOWHERE = torch.iinfo(torch.long).max
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, eq=False)
+class Invoked:
+    """Where the update counts in one forward pass of a model."""
+
+    starts: Tensor
+    """First place it counts at, in tokens from the beginning of the prompt, (rows,); the largest integer: nowhere."""
+    rows: int
+    tokens: int
+    places: Tensor
+    """Where it counts among the rows x tokens of the pass, (n,)."""
+
+    @classmethod
+    def of(cls, starts: Tensor, tokens: int, first: int = 0) -> Self:
+        """Where it counts in a pass over ``tokens`` places of each row, of which the first is place ``first``."""
+        counts = torch.arange(first, first + tokens, device=starts.device) >= starts[:, None]
+        return cls(starts, len(starts), tokens, counts.flatten().nonzero().flatten())
+
+
+class ALoRA(Variant):
+    """The update inside, from the last occurrence of the invocation tokens in a row on, and nowhere in a row without.
+
+    Positions count from the beginning of a row, so that padding on either side does no harm. ``generate`` goes by the
+    prompt: beams and several answers a prompt go by the place in their own. A call that continues another by its keys
+    and values has the invocation in tokens it does not see; ``alora_offsets`` then says where it is.
+    """
+
+    name = "alora"
+    stage: ClassVar[Stage] = "gate"
+    switch = "alora_invocation_tokens"
+    hosts = frozenset({"linear", "embedding"})
+    reads_call = True
+    call_arguments = frozenset({"alora_offsets"})
+    uniform = False
+
+    def __init__(self, tokens: Sequence[int], inner: Variant | None = None) -> None:
+        super().__init__(inner)
+        self.tokens = tuple(tokens)
+
+    @classmethod
+    def of(cls, config: Any, spec: LayerSpec, inner: Variant | None = None) -> Self:
+        return cls(config.alora_invocation_tokens, inner)
+
+    @property
+    def stacks_start(self) -> bool:
+        return self._inside.stacks_start
+
+    @property
+    def _inside(self) -> Variant:
+        assert self.inner is not None
+        return self.inner
+
+    # ---- where it counts
+
+    def fact(self, arguments: Mapping[str, Any]) -> Invoked | None:
+        """Where the update counts; None where the call has no token ids and does not say.
+
+        Args:
+            arguments: ``input_ids`` (rows, tokens); ``alora_offsets`` if given, one number a row: how many places from
+                the end of ``input_ids`` the update begins, None where it does not count.
+
+        Raises:
+            ConfigError: ``alora_offsets`` is not one number or None a row.
+        """
+        ids, offsets = arguments.get("input_ids"), arguments.get("alora_offsets")
+        if ids is None:  # what generate calls its first argument
+            ids = arguments.get("inputs")
+        if ids is None and offsets is None:
+            return None
+        seen = ids if ids is not None else arguments.get("inputs_embeds")
+        if seen is None:
+            return None
+        rows, tokens = seen.shape[:2]
+        starts = self._found(seen) if offsets is None else _counted(offsets, rows, tokens).to(seen.device)
+        invoked = Invoked.of(starts, tokens)
+        if offsets is None and not len(invoked.places):
+            warn(
+                f"alora_invocation_tokens={list(self.tokens)} is in no row of this call, so the adapter changes "
+                "nothing in it. Put the invocation into the text, tokenized as in the config; where the call "
+                "continues another by its keys and values, pass alora_offsets."
+            )
+        return invoked
+
+    def step(self, fact: Invoked | None, arguments: Mapping[str, Any]) -> Invoked | None:
+        """Where it counts in a pass over the tokens that come after those in the cache, for rows that may be copies."""
+        seen = arguments.get("input_ids")
+        if seen is None:
+            seen = arguments.get("inputs_embeds")
+        if fact is None or seen is None:
+            return None
+        cache = arguments.get("past_key_values")
+        first = 0 if cache is None else int(cache.get_seq_length())
+        copies = max(seen.shape[0] // max(fact.rows, 1), 1)  # beams and answers of a prompt lie side by side
+        return Invoked.of(fact.starts.repeat_interleave(copies), seen.shape[1], first)
+
+    def counts_in(self, tokens: Sequence[int]) -> bool:
+        return bool(self._found(torch.tensor([list(tokens)])) < _NOWHERE)
+
+    def _found(self, ids: Tensor) -> Tensor:
+        """Where the last occurrence of the invocation begins in each row of (rows, tokens), (rows,)."""
+        size = len(self.tokens)
+        if ids.shape[1] < size:
+            return ids.new_full(ids.shape[:1], _NOWHERE, dtype=torch.long)
+        wanted = torch.tensor(self.tokens, device=ids.device)
+        begins = (ids.unfold(1, size, 1) == wanted).all(dim=-1)
+        places = torch.arange(begins.shape[1], device=ids.device)
+        last = torch.where(begins, places, -1).amax(dim=1)
+        return torch.where(last < 0, _NOWHERE, last)
+
+    # ---- the formula
+
+    def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        """The change of the update inside at the places where it counts, and 0 elsewhere."""
+        places, change = self._change(adapter, x, y)
+        everywhere = torch.zeros_like(y.flatten(0, 1))
+        return everywhere.index_copy(0, places, change.to(y.dtype)).view_as(y)
+
+    def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
+        """The output of the base, to which the change is added in place where it counts."""
+        dense = adapter.layer.dense_weight(x)
+        if dense is None:
+            return None
+        weight, bias = dense
+        y = nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)  # no view: autograd would copy all of it
+        places, change = self._change(adapter, x, y.view(*x.shape[:-1], -1))
+        y.index_add_(0, places, change.to(y.dtype))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _change(self, adapter: Adapter, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The places among rows x tokens where the update counts, (n,), and its change there, (n, out).
+
+        Raises:
+            BackendError: the call had no token ids, or this layer sees its inputs in another order.
+        """
+        invoked: Invoked | None = adapter.fact
+        if invoked is None:
+            raise BackendError(
+                f"Adapter {adapter.name!r} counts from alora_invocation_tokens on, and the call had no input_ids in "
+                "which to look for them. Pass input_ids, or alora_offsets beside inputs_embeds: for each row how many "
+                "places from its end the invocation begins."
+            )
+        if y.dim() != 3 or tuple(y.shape[:2]) != (invoked.rows, invoked.tokens):
+            raise BackendError(
+                f"Adapter {adapter.name!r} counts from alora_invocation_tokens on, but a layer gets {tuple(x.shape)} "
+                f"where the model was called with {invoked.rows} rows of {invoked.tokens} tokens, so which place is "
+                "which is not known. Leave such layers out with exclude_modules."
+            )
+        places = invoked.places.to(x.device)
+        x, y = x.flatten(0, 1).index_select(0, places), y.flatten(0, 1).index_select(0, places)
+        return places, self._inside.delta_output(adapter, x, y)
+
+
+def _counted(offsets: Any, rows: int, tokens: int) -> Tensor:
+    """The places that lie so many tokens from the end of a row, (rows,).
+
+    Raises:
+        ConfigError: not one whole number >= 1, or None, a row.
+    """
+    values = offsets.tolist() if isinstance(offsets, Tensor) else offsets
+    whole = isinstance(values, (list, tuple)) and len(values) == rows
+    if not whole or not all(v is None or (isinstance(v, int) and v >= 0) for v in values):
+        raise ConfigError(
+            f"alora_offsets must have a whole number or None for each of the {rows} rows, found {offsets!r}. It says "
+            "how many places from the end of a row the invocation begins."
+        )
+    return torch.tensor([max(tokens - v, 0) if v else _NOWHERE for v in values], dtype=torch.long)

@@ -1,0 +1,59 @@
+"""Formulas of updates from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorafa.cli.main import main
+from toys.records import write_rows
+from toys.workplace import make_workplace, read, settings
+
+ASSISTANT = 1
+"""The token that begins an answer."""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("work"))
+
+
+def command(workplace: Path, run: Path, *more: str) -> list[str]:
+    given = {text.partition("=")[0] for text in more} | {"train.steps", "train.checkpoint_every"}
+    own = [text for text in settings(workplace, run) if text.partition("=")[0] not in given]
+    return ["train", *own, "train.steps=4", "train.checkpoint_every=2", "optim.schedule=constant", *more]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    out = capsys.readouterr()
+    return " ".join((out.out + out.err).split())
+
+
+def test_alora_trains_evaluates_and_goes_on_where_it_was(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    alora = [f"peft.alora_invocation_tokens=[{ASSISTANT}]", "train.gradient_checkpointing=true"]
+    assert main(command(workplace, run, *alora)) == 0
+    assert "The adapter counts in" not in said(capsys)  # it does in all
+    result = read(run / "result.json")
+    assert result["before"]["loss"] != result["after"]["loss"]
+    assert read(run / "adapter" / "adapter_config.json")["alora_invocation_tokens"] == [ASSISTANT]
+    assert main(["train", f"train.resume={run}", "train.steps=6"]) == 0
+    assert main(command(workplace, whole, *alora, "train.steps=6")) == 0
+    assert read(whole / "result.json")["after"] == read(run / "result.json")["after"]
+
+
+def test_alora_without_its_invocation_in_the_rows_is_refused_and_in_some_said(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(workplace, tmp_path / "a", "peft.alora_invocation_tokens=[5,5,5]")) != 0
+    assert "peft.alora_invocation_tokens=[5, 5, 5] is in none of the 16 samples to train on" in said(capsys)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": f"A text of the number {n}."} for n in range(8)])
+    mixed = f"[{workplace / 'rows.jsonl'},{texts}]"
+    invoked = f"peft.alora_invocation_tokens=[{ASSISTANT}]"
+    assert main(command(workplace, tmp_path / "b", invoked, f"data={mixed}")) == 0
+    assert "samples; the others have no alora_invocation_tokens in them and train nothing." in said(capsys)
+    assert main(command(workplace, tmp_path / "c", invoked, "train.packing=true")) != 0
+    assert f"{invoked} goes by one place a row (layer"in said(capsys)
