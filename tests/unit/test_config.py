@@ -250,7 +250,6 @@ def test_saving_over_a_file_leaves_the_file(tmp_path):
 
 LATER: list[tuple[dict[str, object], str]] = [
     ({"use_qalora": True}, "use_qalora"),
-    ({"alora_invocation_tokens": [1, 1]}, "alora_invocation_tokens"),
     ({"velora_config": {}}, "velora_config"),
     ({"monteclora_config": {}}, "monteclora_config"),
     ({"use_bdlora": {}}, "use_bdlora"),
