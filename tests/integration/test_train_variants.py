@@ -57,3 +57,22 @@ def test_alora_without_its_invocation_in_the_rows_is_refused_and_in_some_said(
     assert "samples; the others have no alora_invocation_tokens in them and train nothing." in said(capsys)
     assert main(command(workplace, tmp_path / "c", invoked, "train.packing=true")) != 0
     assert f"{invoked} goes by one place a row (layer"in said(capsys)
+
+
+def test_replicated_layers_train_resume_and_are_measured_again(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, whole, replicated = tmp_path / "run", tmp_path / "whole", "peft.layer_replication=[[0,2],[1,2]]"
+    assert main(command(workplace, run, replicated)) == 0
+    assert read(run / "adapter" / "adapter_config.json")["layer_replication"] == [[0, 2], [1, 2]]
+    assert main(["train", f"train.resume={run}", "train.steps=6"]) == 0
+    assert main(command(workplace, whole, replicated, "train.steps=6")) == 0
+    assert read(whole / "result.json")["after"] == read(run / "result.json")["after"]
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 0
+    assert f"{read(run / 'result.json')['after']['loss']:.4f}" in said(capsys)
+    assert main(command(workplace, tmp_path / "merged", replicated, "train.save_merged=true")) != 0
+    assert "share their weights, of which each would need one of its own" in said(capsys)
+    assert not (tmp_path / "merged" / "metrics.jsonl").exists()
+    assert main(command(workplace, tmp_path / "outside", "peft.layer_replication=[[0,3]]")) != 0
+    assert "[0, 3] is no range of 'model.layers', which has 2 layers" in said(capsys)

@@ -255,7 +255,6 @@ LATER: list[tuple[dict[str, object], str]] = [
     ({"use_bdlora": {}}, "use_bdlora"),
     ({"arrow_config": {}}, "arrow_config"),
     ({"megatron_config": {"x": 1}}, "megatron_config"),
-    ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ({"init_lora_weights": "goat"}, "routed forward pass of GOAT's experts"),
     ({"runtime_config": {"ephemeral_gpu_offload": True}}, "ephemeral_gpu_offload"),
 ]
@@ -282,8 +281,8 @@ def test_what_is_there_is_available_and_makes_an_adapter(start, use_dora):
 
 
 def test_two_features_that_are_not_there_are_both_named():
-    config = LoraConfig(use_qalora=True, layer_replication=[[0, 2]])
-    with pytest.raises(NotAvailableError, match=r"QA-LoRA \(use_qalora=True\) and .*\(layer_replication=.*\) are not"):
+    config = LoraConfig(megatron_config={"x": 1}, runtime_config={"ephemeral_gpu_offload": True})
+    with pytest.raises(NotAvailableError, match=r"Megatron.* \(megatron_config=.*\) and .*ephemeral_gpu_of"):
         require_available(config)
 
 

@@ -30,6 +30,7 @@ from lorafa.surgery.activate import require_adapters, require_unmerged
 from lorafa.surgery.build import Options
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.lora_model import LoraModel
+from lorafa.surgery.replicate import planned_places, replication_of
 from lorafa.surgery.resolve import resolve
 from lorafa.surgery.walk import lora_layers, places
 
@@ -195,7 +196,8 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
             "ignore_mismatched_sizes=True keeps the start of what the file does not fit, and low_cpu_mem_usage=True "
             "makes none. Drop one of the two."
         )
-    everything = list(places(tuner.model))
+    replication = replication_of(tuner.model, stored.config)
+    everything = planned_places(tuner.model, replication)
     if not given.get("ignore_base_mismatch"):
         check_fits_base(tuner.model, everything, stored, ignore_sizes=ignore_sizes)
     options = replace(
@@ -206,7 +208,9 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
         file_has_starts=stored.with_start,
         quantized=frozenset(stored.quantized),
     )
-    resolved = resolve(tuner.model, stored.config, lenient=True, checked=True, everything=everything)
+    resolved = resolve(
+        tuner.model, stored.config, lenient=True, checked=True, replication=replication, everything=everything
+    )
     take_back = tuner.apply_plan(tuner.plan_adapter(resolved, name, options))
     try:
         _fill(tuner, stored, name, ignore_sizes)

@@ -165,7 +165,11 @@ def statistics_of(
             return stored
     layers = {target.full_name: target.base for target in targets}
     statistics = _statistics(config, targets, wanted, options)
-    with disabled(model) if adapter_names(model) else nullcontext():
+    replication = resolved.replication
+    with (
+        disabled(model) if adapter_names(model) else nullcontext(),
+        nullcontext() if replication is None else replication.standing(),
+    ):
         values = collect(model, layers, statistics, batches)
     _finish(wanted, values)
     result = Statistics(values, about)

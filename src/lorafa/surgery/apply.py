@@ -14,6 +14,7 @@ from lorafa.layers.tied import attach_tied
 from lorafa.storage.fingerprint import describe
 from lorafa.surgery.bypassed import weight_is_read
 from lorafa.surgery.plan import Plan
+from lorafa.surgery.replicate import Replication
 from lorafa.surgery.targets import Target
 from lorafa.surgery.walk import Parents, base_parameters, hosts, lora_layers
 
@@ -28,6 +29,8 @@ class Undo:
     replaced: list[tuple[nn.Module, str, nn.Module]]
     carriers: list[Host]
     """Wrappers that were there before and got the adapter."""
+    replication: Replication | None = None
+    """What was put into the model before the adapter."""
 
     def __call__(self) -> None:
         for parent, child, old in reversed(self.replaced):
@@ -36,6 +39,8 @@ class Undo:
             host.detach_adapter(self.name)
         for parameter, flag in self.requires_grad:
             parameter.requires_grad = flag  # by method, a lazy layer's parameter refuses
+        if self.replication is not None:
+            self.replication.undo()
 
 
 def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> Undo:
@@ -46,10 +51,12 @@ def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> U
     Args:
         call: what new layers read of the call that runs; they share it.
     """
+    if planned.replication is not None:
+        planned.replication.apply()
     parents, before = Parents(model), [host for _, host in hosts(model)]
     flags = [(parameter, parameter.requires_grad) for _, parameter in base_parameters(model)]
     call = CurrentCall() if call is None else call
-    undo = Undo(planned.name, flags, parents.history, before)
+    undo = Undo(planned.name, flags, parents.history, before, planned.replication)
     try:
         for parameter, _ in flags if not before else ():
             parameter.requires_grad = False

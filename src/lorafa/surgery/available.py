@@ -16,7 +16,6 @@ _LATER_FIELDS = {
     "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow routing",
     "megatron_config": "LoRA on Megatron's parallel layers",
-    "layer_replication": "Layer replication",
 }
 # The same for starts: the variant they ask for, and its name. A line is deleted when the variant is registered.
 _LATER_FORMULAS = {"goat": "The routed forward pass of GOAT's experts"}

@@ -10,6 +10,7 @@ from lorafa.backends.offload import weight_of
 from lorafa.errors import BackendError, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.activate import require_adapters, require_uniform
+from lorafa.surgery.replicate import put_back, require_not_replicated
 from lorafa.surgery.ties import SharedRows, share_merged
 from lorafa.surgery.walk import Parents, hosts, lora_layers, wrappers
 
@@ -27,6 +28,7 @@ def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) 
     """
     if adapter_names is not None:
         require_adapters(model, adapter_names)
+    require_not_replicated(model)
     for path, wrapper in wrappers(model):
         wrapper.require_together(_folded_in(model, wrapper.active_adapters, adapter_names), repr(path), trains=False)
     layers = [(path, layer, layer.mergeable(adapter_names)) for path, layer in lora_layers(model)]
@@ -36,6 +38,13 @@ def merge_adapter(model: nn.Module, adapter_names: Sequence[str] | None = None) 
     share_merged(merged)
     for layer, base, names in merged:
         layer.put_merged(base, names)
+
+
+def require_mergeable(model: nn.Module) -> None:
+    """Raises BackendError for active adapters that no weight could take in, before they are trained for it."""
+    require_not_replicated(model)
+    active = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.active_adapters)
+    require_uniform(model, list(active), "Merging")
 
 
 def _merged_base(path: str, layer: LoraLayer, names: Sequence[str]) -> nn.Module:
@@ -54,7 +63,8 @@ def unmerge_adapter(model: nn.Module) -> None:
 def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None = None) -> nn.Module:
     """Take every wrapper of lorafa off the model, with the updates folded in if ``merge``, and return it.
 
-    Without ``merge`` every weight is the pristine one, bit for bit. ``adapter_names`` (default: the active ones) are
+    Without ``merge`` every weight is the pristine one, bit for bit, and layers that ``layer_replication`` has put there
+    are gone. ``adapter_names`` (default: the active ones) are
     the adapters to fold in; the same names choose among copies of ``modules_to_save`` and trained rows.
 
     Raises:
@@ -74,6 +84,7 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
         parents.replace(host, plain)
     if merge:
         _loosen(model, ties)
+    put_back(model)
     return model
 
 

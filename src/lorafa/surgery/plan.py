@@ -16,6 +16,7 @@ from lorafa.surgery.build import Builder, Options
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.offloaded import require_reachable
 from lorafa.surgery.quantize import require_unshared
+from lorafa.surgery.replicate import Replication
 from lorafa.surgery.resolve import Resolved
 from lorafa.surgery.stats import Stats
 from lorafa.surgery.targets import Target
@@ -42,6 +43,8 @@ class Plan:
     ties: list[Tie]
     """Targets that have no layer of their own here: they count another target's adapter."""
     auxiliary: AuxiliaryPlan
+    replication: Replication | None = None
+    """The stack of layers that is put into the model first."""
 
 
 def plan(resolved: Resolved, name: str, options: Options | None = None, stats: Stats | None = None) -> Plan:
@@ -68,7 +71,7 @@ def plan(resolved: Resolved, name: str, options: Options | None = None, stats: S
     if config.lora_dropout and not options.from_file:
         _say_what_dropout_does(config, layers)
         _say_where_dropout_is_not(resolved)
-    return Plan(name, config, targets, layers, ties, auxiliary)
+    return Plan(name, config, targets, layers, ties, auxiliary, resolved.replication)
 
 
 def _say_fallbacks(config: LoraConfig, layers: list[PlannedLayer]) -> None:

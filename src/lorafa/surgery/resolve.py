@@ -15,8 +15,9 @@ from lorafa.initializers import Start
 from lorafa.surgery.auxiliary import name_saved, name_tied_ends
 from lorafa.surgery.available import require_available
 from lorafa.surgery.given import lora_config
+from lorafa.surgery.replicate import Replication, planned_places, replication_of, settled_ranges
 from lorafa.surgery.targets import Target, find_targets, spelled_targets
-from lorafa.surgery.walk import Place, hosts, name_of, places, require_module, user_model
+from lorafa.surgery.walk import Place, hosts, name_of, require_module, user_model
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Resolved:
     """What adapters the model carried at that time."""
     lenient: bool = False
     """The config comes with a file: a pattern that matches nothing was worth a warning, and no error."""
+    replication: Replication | None = None
+    """The stack of layers that is to be put into the model before the adapter; None: its own stays."""
 
     @cached_property
     def start(self) -> Start:
@@ -85,6 +88,7 @@ def resolve(
     *,
     lenient: bool = False,
     checked: bool = False,
+    replication: Replication | None = None,
     everything: list[Place] | None = None,
 ) -> Resolved:
     """Settle what ``config`` leaves to the model, and find the layers it means. Nothing is changed.
@@ -94,7 +98,8 @@ def resolve(
         lenient: warn of patterns that match nothing instead of raising; for a config that comes with a file, whose
             tensors are checked one by one anyway.
         checked: the config was made in the call that is going on, and found available; nobody else holds it.
-        everything: every place of the model, where the caller knows them.
+        replication: what :func:`replication_of` says of the two, where the caller knows it.
+        everything: every place of the model as it will be, where the caller knows them.
 
     Raises:
         ConfigError: a value is not allowed, two contradict each other, or one does not go with the model.
@@ -104,15 +109,18 @@ def resolve(
     given = config if checked else replace(config)
     if not checked:
         require_available(given)
-    everything = list(places(model)) if everything is None else everything
+    if everything is None:
+        replication = replication_of(require_module(model), given)
+        everything = planned_places(model, replication)
     named, draft = everything[1:], copy.copy(given)
+    draft.layer_replication = settled_ranges(model, given)
     name_saved(draft, named, lenient=lenient)
     targets = find_targets(model, draft, named, lenient=lenient)
     if draft.ensure_weight_tying and name_tied_ends(model, draft, named, targets):
         targets = find_targets(model, draft, named, lenient=lenient)
     _settle_layout(draft, targets)
     draft.target_modules = spelled_targets(model, draft, named, targets)
-    return Resolved(model, given, draft, everything, targets, _carried(model), lenient)
+    return Resolved(model, given, draft, everything, targets, _carried(model), lenient, replication)
 
 
 def _carried(model: nn.Module) -> tuple[object, ...]:

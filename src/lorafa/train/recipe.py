@@ -35,6 +35,7 @@ from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
 from lorafa.storage.paths import user_path
+from lorafa.surgery.merge import require_mergeable
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.base_model import BaseModel, fetch_base, load_base, with_kind_of
 from lorafa.train.checkpoints import step_of
@@ -144,6 +145,8 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     show_samples(samples, tokenizer, console, encoding)
     if isinstance(begun.model, PeftModel):
         check_reach(begun.model, samples.train.samples, console, packed=config.train.packing)
+        if config.train.save_merged:
+            require_mergeable(begun.model)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
     if world_size() > 1:

@@ -50,7 +50,7 @@ def config(**fields: Any) -> LoraConfig:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often a config was checked, the model walked for a plan, and its layers looked for."""
-    counted = {"check_config": 0, "places": 0, "find_targets": 0}
+    counted = {"check_config": 0, "planned_places": 0, "find_targets": 0}
 
     def count(module: Any, name: str) -> None:
         function = getattr(module, name)
@@ -62,8 +62,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(module, name, counting)
 
     count(lorafa.config, "check_config")
-    count(lorafa.surgery.resolve, "places")
-    count(lorafa.io.load, "places")
+    count(lorafa.surgery.resolve, "planned_places")
+    count(lorafa.io.load, "planned_places")
     count(lorafa.surgery.resolve, "find_targets")
     return counted
 
@@ -93,14 +93,14 @@ WAYS: dict[str, Callable[[], Any]] = {
 def test_a_config_meets_the_model_once(way: str, calls: dict[str, int]) -> None:
     WAYS[way]()
     times = 2 if way == "add_adapter" else 1  # once for each of the two adapters
-    assert calls == {"check_config": times, "places": times, "find_targets": times}
+    assert calls == {"check_config": times, "planned_places": times, "find_targets": times}
 
 
 def test_a_file_meets_the_model_once(tmp_path: Path, calls: dict[str, int]) -> None:
     get_peft_model(model(), PLAIN).save_pretrained(tmp_path)
     calls.update(dict.fromkeys(calls, 0))
     PeftModel.from_pretrained(model(), tmp_path)
-    assert calls == {"check_config": 1, "places": 1, "find_targets": 1}
+    assert calls == {"check_config": 1, "planned_places": 1, "find_targets": 1}
 
 
 def test_a_config_that_has_met_the_model_is_taken_as_it_is_and_for_another_model_meets_that() -> None:
