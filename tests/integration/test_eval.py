@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertForSequenceClassification
 
 from lorafa.cli.main import main
+from lorafa.evals import EVALS
+from toys.kinds import make_bert
 from toys.workplace import make_workplace, read, settings
 
 
@@ -101,7 +106,15 @@ def _other_base(place: Path, tmp_path: Path) -> list[Any]:
     [
         ([], 2, "Nothing is named that could be measured"),
         (["{place}/model"], 2, "Nothing says what is to be measured. Give task=<"),
-        (["{place}/model", "task=gsm8l"], 2, "gsm8l"),
+        (["{place}/model", "task=gsm8l"], 2, "There is no task 'gsm8l'. Did you mean 'gsm8k'? Give one of: accuracy, "),
+        (["{place}/model", "task=default"], 2, "There is no task 'default'. Give one of: accuracy, commonsense, "),
+        (["{place}/model", "eval=default"], 2, "There is no task 'default'."),
+        (["{place}/model", "task="], 2, "There is no task ''."),
+        (["{place}/model", "task=accuracy", "data={place}/rows.jsonl"], 2,
+         "task=accuracy asks what a causal language model (model.kind=causal) has no answer to. Give one of: "
+         "commonsense, forgetting, glue, gsm8k, humaneval, match, mmlu, perplexity."),
+        (["{place}/model", "task=perplexity", "data={place}/text.txt", "data.max_length=8"], 2,
+         "data.max_length=8 cuts no text of task=perplexity, so it would change nothing"),
         (["{place}/model", "task=loss", "data={place}/rows.jsonl"], 2, "measures the training of a run alone"),
         (["{place}/model", "task=perplexity"], 2, "has no text of its own. Give data=<file>"),
         (["{place}/model", "task=perplexity", "optim.lr=1"], 2, "changes nothing that is measured"),
@@ -180,6 +193,76 @@ def test_a_model_is_asked_through_the_template_of_the_run_beside_it(
     capsys.readouterr()
     _, base, *_ = rows(capsys, tmp_path / "plain", place / "model")
     assert base["loss"] == pytest.approx(before["loss"], rel=1e-5)
+
+
+def test_a_file_is_given_the_table_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["eval", str(place / "a"), "task=perplexity", f"data={place / 'text.txt'}"]) == 0
+    captured = capsys.readouterr()
+    bars = ("Loading", f"{place / 'a'}: perplexity", "0:00")
+    assert [bar for bar in bars if bar in captured.out] == []
+    assert f"{place / 'a'}: perplexity" in captured.err
+    assert "bits_per_byte" in captured.out
+
+
+def test_the_answers_to_all_items_are_kept_with_whether_they_are_right(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    count = len((place / "rows.jsonl").read_text().splitlines())
+    for task in ("gsm8k", "match"):
+        words = (f"task={task}", f"data={place / 'rows.jsonl'}", "eval.max_new_tokens=4")
+        (found,) = rows(capsys, place / "a", *words, "--out", tmp_path / f"{task}.json")
+        (kept,) = read(tmp_path / f"{task}.json")["items"]
+        assert len(kept["answers"]) == found["total"] == count
+        assert [float(one["correct"]) for one in kept["answers"]] == kept["values"]
+    assert len(read(place / "a" / "result.json")["samples"]) <= 6
+
+
+def _no_adapter(place: Path, tmp_path: Path) -> list[Path]:
+    run = tmp_path / "run"
+    shutil.copytree(place / "b", run)
+    shutil.rmtree(run / "adapter")
+    return [run]
+
+
+def _of_another_base(place: Path, tmp_path: Path) -> list[Path]:
+    other = make_workplace(tmp_path, hidden_size=64)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(place / "b" / "adapter", adapter)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(read(file) | {"base_model_name_or_path": str(other / "model")}))
+    return [adapter]
+
+
+def _of_another_kind(place: Path, tmp_path: Path) -> list[Path]:
+    return [make_bert(tmp_path, BertForSequenceClassification) / "model"]
+
+
+@pytest.mark.parametrize(
+    ("make", "status", "text"),
+    [
+        (_no_adapter, 2, "has no adapter yet"),
+        (_of_another_base, 1, "adapter_model.safetensors"),
+        (_of_another_kind, 2, "has no answer to. Give one of: accuracy."),
+    ],
+)
+def test_what_is_wrong_with_the_last_is_said_before_the_first_is_measured(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path, Path], list[Path]],
+    status: int,
+    text: str,
+) -> None:
+    measured = []
+    usual = EVALS.get("perplexity")
+    watched = replace(usual, measure=lambda *arguments: measured.append(1) or usual.measure(*arguments))
+    words = ("task=watched", f"data={place / 'rows.jsonl'}")
+    with EVALS.added("watched", watched):
+        found = said(capsys, place / "a", place / "model", *make(place, tmp_path), *words)
+    assert (found[0], text in found[1]) == (status, True)
+    assert measured == []
 
 
 def test_help_names_the_tasks_without_torch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +120,9 @@ def test_two_processes_answer_as_one(place: Path, tmp_path: Path) -> None:
     ("words", "status", "text"),
     [
         (["--max-new-tokens", "0"], 2, "--max-new-tokens must be an integer >= 1"),
-        (["--top-p", "0.5"], 2, "with --temperature 0 none are"),
+        (["--top-p", "0.5"], 2, "--top-p 0.5 says how tokens are drawn, and with --temperature 0 none are"),
+        (["--seed", "1"], 2, "--seed 1 says how tokens are drawn, and with --temperature 0 none are"),
+        (["--seed", "0"], 2, "--seed 0 says how tokens are drawn"),
         (["--temperature", "-1"], 2, "--temperature must be a number >= 0"),
         (["--resume"], 2, "--resume continues a file, and none is named"),
         (["optim.lr=1"], 2, "changes no answer"),
@@ -168,6 +171,80 @@ def test_a_file_of_other_prompts_is_not_continued(
         status, text = said(capsys, place, "--out", out, "--resume")
         assert (status, "line 1 is no answer to the prompt of that number" in text) == (1, True)
         assert out.read_text() == content
+
+
+def _begun(place: Path, out: Path, *words: str) -> list[str]:
+    """A file of answers with its first window, and the prompts for the rest."""
+    assert generate(place, "--out", out, *words) == 0
+    kept = out.read_text().splitlines(keepends=True)[:8]
+    out.write_text("".join(kept))
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--temperature", "1", "--seed", "4"], "--seed was 3 and is 4"),
+        (["--temperature", "0.5", "--seed", "3"], "--temperature was 1.0 and is 0.5"),
+        (["--temperature", "1", "--seed", "3", "--top-p", "0.9"], "--top-p was 1.0 and is 0.9"),
+        (["--temperature", "1", "--seed", "3", "--max-new-tokens", "7"], "--max-new-tokens was 6 and is 7"),
+        (["--temperature", "1", "--seed", "3", "--batch-size", "4"], "--batch-size was 2 and is 4"),
+        (["--temperature", "1", "--seed", "3", "data.template=plain"], "data.template was None and is 'a text of "),
+        ([], "--temperature was 1.0 and is 0.0; --seed was 3 and is None"),
+    ],
+)
+def test_answers_made_otherwise_are_not_continued(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], text: str
+) -> None:
+    out = tmp_path / "a.jsonl"
+    kept = _begun(place, out, "--temperature", "1", "--seed", "3")
+    status, found = said(capsys, place, *words, "--out", out, "--resume")
+    assert status == 2
+    assert f"was begun with {place / 'run'}, and cannot be continued with other answers: {text}" in found
+    assert out.read_text() == "".join(kept)
+
+
+def test_answers_of_another_model_are_not_continued(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, copy = tmp_path / "a.jsonl", tmp_path / "adapter"
+    shutil.copytree(place / "run" / "adapter", copy)
+    _begun(place, out)
+
+    def resumed(subject: Path) -> tuple[int, str]:
+        capsys.readouterr()
+        status = main(["generate", str(subject), str(place / "prompts.txt"), *SHORT, "--out", str(out), "--resume"])
+        return status, " ".join(capsys.readouterr().err.split())
+
+    status, text = resumed(place / "model")
+    assert (status, "the adapter was 'files " in text, "and is None" in text) == (2, True, True)
+    weights = copy / "adapter_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    moved = tmp_path / "moved"
+    shutil.copytree(place / "run", moved)
+    assert resumed(moved)[0] == 0  # the same files in another place
+    shutil.rmtree(moved / "adapter")
+    shutil.copytree(copy, moved / "adapter")
+    status, text = resumed(moved)
+    assert (status, "the adapter was 'files " in text, "the model" in text) == (2, True, False)
+
+
+def test_answers_of_which_nothing_says_how_they_were_made_are_not_continued(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.jsonl"
+    _begun(place, out)
+    beside = tmp_path / "a.jsonl.made.json"
+    beside.write_text("{}")
+    status, text = said(capsys, place, "--out", out, "--resume")
+    assert (status, "nothing says with which model and options the answers in" in text) == (1, True)
+    out.unlink()
+    beside.write_text('{"mine": 1}')
+    status, text = said(capsys, place, "--out", out)
+    assert (status, "a.jsonl.made.json is there already, and was not written here" in text) == (2, True)
+    assert beside.read_text() == '{"mine": 1}'
 
 
 def test_a_folder_that_is_not_there_is_an_error_before_the_model_is_loaded(

@@ -64,6 +64,7 @@ def test_help_that_nobody_reads_ends_quietly(command: str, unbuffered: str) -> N
 
 def test_a_report_that_nobody_reads_ends_quietly(run: Path) -> None:
     assert unread("report", str(run), PYTHONUNBUFFERED="1") == (CLOSED, [])
+    assert unread("report", str(run), str(run), "--page", str(run / "all.html"), PYTHONUNBUFFERED="1") == (CLOSED, [])
 
 
 def test_errors_that_nobody_reads_end_quietly(tmp_path: Path) -> None:

@@ -75,6 +75,36 @@ def test_run_adapter_and_merged_model_score_what_the_run_has_said(
     assert (adapter["difference"], merged["difference"]) == (0.0, 0.0)
 
 
+def test_texts_are_cut_at_data_max_length_and_counted(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = [{"prompt": f"that film is {word}{' a' * n}", "completion": name}
+             for n in range(4) for word, name in (("good", "positive"), ("bad", "negative"))]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, table)))
+    run = tmp_path / "run"
+    words = [word for word in settings(place, run) if not word.startswith(("train.steps", "data.eval_size"))]
+    more = [f"data.eval_file={file}", "data.max_length=7", "train.steps=1"]
+    status, text = said(capsys, "train", *words, *more)
+    assert status == 0
+    after = read(run / "result.json")["after"]
+    assert (after["cut"], after["max_length"]) == (4, 7)  # [CLS], four words, what follows, [SEP]
+    assert "4 texts cut at 7 tokens" in text
+    (again,) = rows(capsys, run)
+    assert {name: again[name] for name in ("cut", "max_length", "cross_entropy")} == {
+        name: after[name] for name in ("cut", "max_length", "cross_entropy")
+    }
+    own = ("task=accuracy", f"data={file}")
+    found = rows(capsys, run, run / "adapter", *own)
+    assert [(one["cut"], one["max_length"]) for one in found] == [(4, 7), (4, 7)]
+    (alone,) = rows(capsys, run / "adapter", *own)
+    assert (alone["cut"], alone["max_length"]) == (0, 32)  # the model's context
+    found = rows(capsys, run, run / "adapter", *own, "data.max_length=8")
+    assert [(one["cut"], one["max_length"]) for one in found] == [(2, 8), (2, 8)]
+    status, text = said(capsys, "eval", run, *own, "data.max_length=6")
+    assert (status, "6 texts cut at 6 tokens" in text) == (0, True)
+
+
 def test_the_adapter_is_one_that_others_can_read(finished: Path) -> None:
     model = AutoPeftModelForSequenceClassification.from_pretrained(str(finished / "adapter"))
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(finished / "merged")

@@ -138,4 +138,4 @@ def test_what_asks_for_a_decoder_alone_is_refused_by_name(
         capsys.readouterr()
         assert main(["eval", str(finished), "task=next", f"data={place / 'rows.jsonl'}"]) == 2
         text = " ".join(capsys.readouterr().err.split())
-    assert "eval=next asks what a sequence-to-sequence model (model.kind=seq2seq) has no answer to. Give one" in text
+    assert "task=next asks what a sequence-to-sequence model (model.kind=seq2seq) has no answer to. Give one" in text

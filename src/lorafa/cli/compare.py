@@ -43,9 +43,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace, console: Console) -> int:
     from pathlib import Path
 
-    from rich.table import Table
-    from rich.text import Text
-
     from lorafa.cli.screen import writable
     from lorafa.launch import require_alone
     from lorafa.train.memory import keep_freed_memory
@@ -54,16 +51,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     keep_freed_memory()  # before the first tensor
     from lorafa.errors import DivergedError
     from lorafa.report.comparison import HEADINGS, cells, notes, read_result, write_comparison
+    from lorafa.report.fitted import Fitted
     from lorafa.runs.comparison import compare
     from lorafa.runs.plan import Plan
 
     rows = compare(Plan.read(args.plan, args.overrides), Path(args.folder), console, args.overrides)
-    table = Table(*HEADINGS)
-    for row in rows:
-        table.add_row(*(Text(writable(cell, console.encoding)) for cell in cells(row)))
-    console.print(table)
+    shown = [[writable(cell, console.encoding) for cell in cells(row)] for row in rows]
+    console.print(Fitted(HEADINGS, shown), crop=False)
     for note in notes(read_result(Path(args.folder))):
-        console.print(writable(note, console.encoding), highlight=False, markup=False)
+        console.print(writable(note, console.encoding), highlight=False, markup=False, soft_wrap=True)
     console.print(f"Report: {write_comparison(args.folder)}", highlight=False, markup=False, soft_wrap=True)
     if all(row["diverged"] for row in rows):
         raise DivergedError("No method has a result: each has a run that diverged. Give the plan lower learning rates.")

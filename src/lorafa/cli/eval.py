@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lorafa.data.shares import names_of
@@ -13,11 +13,12 @@ from lorafa.evals import EVALS
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from lorafa.evals.entry import Evaluation, Scores, Subject
+    from lorafa.evals.entry import Scores
+    from lorafa.report.fitted import Fitted
+    from lorafa.runs.side_by_side import Asked, Task
     from lorafa.runs.subjects import Named
-    from lorafa.train.settings.run import ModelConfig, RunConfig
+    from lorafa.train.settings.run import RunConfig
 
 DESCRIPTION = """\
 Measure what a model, an adapter or a run scores, without training.
@@ -25,7 +26,8 @@ Measure what a model, an adapter or a run scores, without training.
 Each SUBJECT is a run directory, the folder or Hub id of an adapter, or a model (a name, a folder, a Hub id). task=
 names an evaluation; data= gives it rows or a text in the place of its own. Without a task a run is measured as it was
 after its training, on the rows it holds out. Several subjects answer the same items: their differences from the first
-are paired, item by item. Several processes (torchrun, accelerate launch) share the items out."""
+are paired, item by item. All are loaded once before the first is measured, to say early what is wrong. Several
+processes (torchrun, accelerate launch) share the items out."""
 
 EXAMPLES = """\
 examples:
@@ -39,44 +41,15 @@ examples:
   lorafa eval runs/a runs/b task=forgetting                 how far each has moved from its base
   lorafa eval runs/a task=humaneval eval.run_code=true data=HumanEval.jsonl.gz
                                                             runs what the model writes, with limits
+  lorafa eval runs/a task=commonsense eval.task=boolq       the questions from the Hub
   lorafa eval runs/a task=commonsense eval.task=boolq data=test.json
+                                                            those of the published file
 
 tasks: {tasks}
 
 exit status: 0 done, 1 the work failed, 2 wrong arguments or settings, 130 interrupted"""
 
 READ = ("data", "eval", "model", "threads")
-
-
-@dataclass(frozen=True)
-class Task:
-    """An evaluation with its settings."""
-
-    name: str
-    entry: Evaluation
-    own: Any
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be measured, and how."""
-
-    config: RunConfig
-    tasks: list[Task]
-    named: bool
-    """Whether ``task=`` says so; otherwise it is what a run measured."""
-    data: str | None
-    """What ``data=`` gives; None: nothing."""
-    of_model: list[str]
-    """The settings of how models are loaded."""
-
-    def loading(self, subject: Named) -> ModelConfig:
-        """How the base model of a subject is loaded: as `lorafa train` loads it, but for what is said otherwise."""
-        from lorafa.conf.compose import compose
-
-        if subject.run is not None:
-            return subject.run.config().model
-        return compose([f"model={subject.base or subject.name}", *self.of_model]).model
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -89,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--base", metavar="MODEL", help="base model of the adapters, in place of the one they name")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--out", metavar="FILE", help="write the scores there too, those of every item among them")
+    parser.add_argument("--out", metavar="FILE", help="write the scores there too, with the answers to all items")
     parser.add_argument(
         "overrides", nargs="*", metavar="SUBJECT | key=value", default=[], help="what is measured, and settings"
     )
@@ -101,6 +74,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.cli.train import join_all
     from lorafa.launch import ending_together
     from lorafa.processes import from_main, is_main
+    from lorafa.runs.side_by_side import measured
     from lorafa.runs.subjects import find
     from lorafa.train.memory import keep_freed_memory
 
@@ -111,9 +85,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         from_main(lambda: require_new(args.out))
     subjects = from_main(lambda: [find(word, args.base) for word in words])
     asked = settings_of(subjects, [text for text in args.overrides if "=" in text])
-    shown = Screen(stderr=True, quiet=console.quiet) if args.json else console
-    with ending_together():
-        found = measured(subjects, asked, shown)
+    with ending_together():  # bars and what is being loaded: no part of what a file or a pipe is given
+        found = measured(subjects, asked, Screen(stderr=True, quiet=console.quiet))
     if not is_main():
         return 0
     rows = [row for task, scores in found.items() for row in rows_of(task, subjects, scores)]
@@ -133,7 +106,7 @@ def _say(
     if as_json:
         console.print_json(data=_finite(rows))
         return
-    console.print(table(rows))
+    console.print(table(rows), crop=False)
     for name, scores in found.items():
         for subject, score in zip(subjects, scores, strict=True):
             text = f"{subject.name}, {name}: {score.words}"
@@ -161,11 +134,13 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
     from lorafa.conf.compose import compose, key_of, refuse_others
     from lorafa.errors import ConfigError
     from lorafa.models.kinds import KINDS
+    from lorafa.runs.side_by_side import Asked, Task
     from lorafa.train.evaluation import evaluation_of
 
     if not subjects:
         raise ConfigError("Nothing is named that could be measured. Give a run directory, an adapter or a model.")
     words = [f"eval={text[5:]}" if text.startswith("task=") else text for text in overrides]
+    _refuse_unknown([text.partition("=")[2] for text in words if key_of(text) == "eval"])
     refuse_others(words, READ, "lorafa eval", "changes nothing that is measured")
     config, keys = compose(words), [key_of(text) for text in words]
     if config.eval.forgetting:
@@ -177,7 +152,8 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
         own = config.eval.own
         if "eval.size" not in keys and hasattr(own, "size"):
             own = replace(own, size=None)  # a training measures some, this command all
-        return Asked(config, [Task(config.eval.name, EVALS.get(config.eval.name), own)], True, data, of_model)
+        tasks = [Task(config.eval.name, EVALS.get(config.eval.name), own)]
+        return Asked(config, tasks, True, data, of_model, _max_length(config, keys, tasks))
     if any(key.startswith("eval.") and key != "eval.batch_size" for key in keys):
         raise ConfigError("Settings of an evaluation need its name. Give task=<name> beside them.")
     first = next((subject.run for subject in subjects if subject.run is not None), None)
@@ -195,7 +171,35 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
     tasks = [] if own.name == "perplexity" or not likely.needs <= kind.offers else [_usual("perplexity")]
     if own.name != "loss":
         tasks.append(Task(own.name, own.entry, own.own))
-    return Asked(config, tasks, False, data, of_model)
+    return Asked(config, tasks, False, data, of_model, _max_length(config, keys, tasks))
+
+
+def _refuse_unknown(names: Sequence[str]) -> None:
+    """Raises ConfigError for what is no task: `eval=` of a training takes its files of settings as well."""
+    from lorafa.errors import ConfigError, did_you_mean
+
+    known = [name for name in EVALS.names() if EVALS.get(name).read is not None]
+    for name in names:
+        if name not in EVALS:
+            raise ConfigError(f"There is no task {name!r}.{did_you_mean(name, known)} Give one of: {', '.join(known)}.")
+
+
+def _max_length(config: RunConfig, keys: Sequence[str], tasks: Sequence[Task]) -> int | None:
+    """What data.max_length says; None: nothing.
+
+    Raises:
+        ConfigError: it is given, and no task goes by it.
+    """
+    from lorafa.errors import ConfigError
+
+    if "data.max_length" not in keys:
+        return None
+    if not any(task.entry.cuts for task in tasks):
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} cuts no text of task={','.join(task.name for task in tasks)}, "
+            "so it would change nothing. Leave it out."
+        )
+    return config.data.max_length
 
 
 def _refuse_unread(
@@ -204,11 +208,12 @@ def _refuse_unread(
     """Raises ConfigError for a setting that would change nothing."""
     from lorafa.errors import ConfigError
 
+    may_cut = "data.max_length"  # whether a task goes by it is known later
     named = {"data", "data.name"} & {*keys}
     own = [] if config.data.own is None or not named else [f"data.{one.name}" for one in fields(config.data.own)]
     read = ("data", "data.name", "data.template", *own)
     for text, key in zip(words, keys, strict=True):
-        if key.partition(".")[0] == "data" and key not in read:
+        if key.partition(".")[0] == "data" and key not in (*read, may_cut):
             raise ConfigError(
                 f"lorafa eval measures every row that data= gives, and reads of its settings {', '.join(read[2:])}, "
                 f"found {text!r}. Leave it out (eval.size takes the first so many)."
@@ -221,92 +226,10 @@ def _refuse_unread(
 
 def _usual(name: str) -> Task:
     """An evaluation with the settings that hold where nothing is said."""
+    from lorafa.runs.side_by_side import Task
+
     entry = EVALS.get(name)
     return Task(name, entry, entry.settings and entry.settings())
-
-
-def measured(subjects: Sequence[Named], asked: Asked, console: Console) -> dict[str, list[Scores]]:
-    """Task -> the scores of each subject; one model is in memory at a time.
-
-    Raises:
-        LoraError: of the kind that fits.
-    """
-    from lorafa.data.chat import encoded
-    from lorafa.data.records import Record
-    from lorafa.data.templates import find_template
-    from lorafa.errors import ConfigError
-    from lorafa.evals.entry import Subject
-    from lorafa.models.kinds.found import kind_of
-    from lorafa.train.evaluation import not_for
-
-    config, items = asked.config, dict[str, list[Any]]()
-    runs = [subject.run.config() for subject in subjects if subject.run is not None]
-    template = next((run.data.template for run in runs if run.data.template), None)  # before as after
-    found: dict[str, list[Scores]] = {task.name: [] for task in asked.tasks}
-    for at, named in enumerate(subjects):
-        with console.status(f"Loading {named.name}"):
-            model, tokenizer = named.load(asked.loading(named))
-        if wanted := config.data.template or (template if named.run is None else None):
-            tokenizer.chat_template = find_template(wanted)
-        if not at:
-            items = _items(subjects, asked, model, tokenizer, console)
-        for task in asked.tasks:
-            records = [item for item in items[task.name] if isinstance(item, Record)]
-            kind = kind_of(model)
-            if not task.entry.needs <= kind.offers:
-                raise ConfigError(f"{named.name}: {not_for(task.name, kind)}")
-            encoder = kind.encoding(model).make(tokenizer, 2**31)
-            subject = Subject(model, tokenizer, encoded(records, encoder).ends if records else frozenset())
-            found[task.name].append(_scores(subject, task, items[task.name], config, console, named.name))
-        del model
-    return found
-
-
-def _scores(
-    subject: Subject, task: Task, items: Sequence[Any], config: RunConfig, console: Console, name: str
-) -> Scores:
-    from lorafa.train.progress import progress_bar
-
-    task.entry.check(subject, items, task.own)
-    with progress_bar(console, f"{name}: {task.name}") as bar:
-        return task.entry.measure(subject, items, task.own, config.eval.batch_size, bar)
-
-
-def _items(
-    subjects: Sequence[Named], asked: Asked, model: Any, tokenizer: Any, console: Console
-) -> dict[str, list[Any]]:
-    """What each task asks: of a file, of its own benchmark, or of what the first run holds out.
-
-    Raises:
-        ConfigError: a task has nothing of its own, and no file is given.
-        DataError: there is nothing that could be asked.
-    """
-    from lorafa.errors import ConfigError, DataError
-    from lorafa.evals.entry import Source
-    from lorafa.processes import main_first
-    from lorafa.runs.subjects import held_out, require_same_data
-
-    config, own = asked.config, subjects[0].run
-    heldout: Sequence[Any] | None = None
-    items: dict[str, list[Any]] = {}
-    for task in asked.tasks:
-        if asked.data is None and own is not None and not asked.named:
-            require_same_data(own, subjects)
-            heldout = held_out(own, model, tokenizer, console) if heldout is None else heldout
-            items[task.name] = task.entry.asks(heldout, task.own)
-            if not items[task.name]:
-                raise DataError(f"{task.name} asks none of the {len(heldout)} rows that {subjects[0].name} holds out.")
-            continue
-        if task.entry.read is None:
-            raise ConfigError(f"task={task.name} measures the training of a run alone. Give another task.")
-        names = [None] if asked.data is None else list(names_of(config.data.name))
-        columns = {} if config.data.own is None else asdict(config.data.own)
-        with main_first():
-            read = [item for name in names for item in task.entry.read(Source(name, columns), task.own)]
-        if not read:
-            raise DataError(f"{asked.data or task.name} holds nothing that {task.name} could ask.")
-        items[task.name] = read
-    return items
 
 
 def rows_of(task: str, subjects: Sequence[Named], scores: Sequence[Scores]) -> list[dict[str, Any]]:
@@ -328,23 +251,19 @@ def rows_of(task: str, subjects: Sequence[Named], scores: Sequence[Scores]) -> l
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows for the terminal."""
-    from rich.table import Table
-    from rich.text import Text
+def table(rows: Sequence[Mapping[str, Any]]) -> Fitted:
+    """The rows for the terminal. Print it with ``crop=False``."""
+    from lorafa.report.fitted import Fitted
 
-    shown = Table()
-    shown.add_column("subject", overflow="fold")
-    for heading in ("measure", "items", "mean", "95 % interval", "minus the first", "95 % interval"):
-        shown.add_column(heading, justify="right", overflow="fold")
+    headings = ("subject", "measure", "items", "mean", "95 % interval", "minus the first", "95 % interval")
+    shown = []
     for row in rows:
         difference = f"{row['difference']:+.4f}" if "difference" in row else "-"
-        cells = (
+        shown.append((
             row["subject"], row.get("measure", row["task"]), str(row.get("items", "-")), _number(row.get("mean")),
             _bounds(row.get("interval")), difference, _bounds(row.get("difference_interval"), "+"),
-        )  # fmt: skip
-        shown.add_row(*map(Text, cells))
-    return shown
+        ))  # fmt: skip
+    return Fitted(headings, shown, left=1)
 
 
 def _number(value: float | None) -> str:
@@ -373,9 +292,14 @@ def _write(
     from lorafa.storage.whole import write_json
 
     of_items = [
-        {"subject": subject.name, "task": task, "values": list(score.measured.values), "answers": list(score.answers)}
+        {
+            "subject": subject.name,
+            "task": task,
+            "values": [] if score.measured is None else list(score.measured.values),
+            "answers": list(score.answers),
+        }
         for task, scores in found.items()
         for subject, score in zip(subjects, scores, strict=True)
-        if score.measured is not None
+        if score.measured is not None or score.answers
     ]
     write_json(user_path(file), _finite({"rows": list(rows), "items": of_items}))

@@ -30,7 +30,7 @@ launch) share the prompts out."""
 EXAMPLES = """\
 examples:
   lorafa generate runs/a prompts.txt --out answers.jsonl
-  lorafa generate runs/a prompts.txt --out answers.jsonl --resume     after it was stopped
+  lorafa generate runs/a prompts.txt --out answers.jsonl --resume     after it was stopped, with the same options
   lorafa generate smollm2-135m rows.jsonl --max-new-tokens 64         to the terminal
   lorafa generate runs/a/adapter rows.jsonl --temperature 0.7 --top-p 0.9 --seed 1
   lorafa generate path/to/model rows.jsonl data.template=chatml model.dtype=float32
@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn (default: 0)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="answered at a time (default: 16)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="data.template, model settings")
     return parser
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.models.kinds.found import kind_of
     from lorafa.processes import from_main, is_main
     from lorafa.runs.answers import AnswerFile
+    from lorafa.runs.made_by import MadeBy
     from lorafa.runs.subjects import find
     from lorafa.train.memory import keep_freed_memory
     from lorafa.train.progress import progress_bar
@@ -86,20 +87,23 @@ def run(args: argparse.Namespace, console: Console) -> int:
     keep_freed_memory()
     join_all(console, "-m lorafa.cli.main generate")
     config, how = from_main(lambda: (settings_of(args.overrides), answering(args)))
+    of_model = _of_model(args.overrides)
     template = from_main(lambda: find_template(config.data.template) if config.data.template else None)
     shown = Screen(stderr=True, quiet=console.quiet)
     with ending_together():
         prompts = from_main(lambda: prompts_of(args.file))
-        file = from_main(lambda: AnswerFile(args.out, prompts, resume=args.resume))
+        subject = from_main(lambda: find(args.subject, args.base))
+        subject.require_its_own(of_model)
+        asked = compose([f"model={subject.base or subject.name}", *of_model])
+        settings = subject.run.config().model if subject.run else asked.model
+        made_by = from_main(lambda: MadeBy.of(subject, settings, how, template))
+        file = from_main(lambda: AnswerFile(args.out, prompts, made_by, resume=args.resume))
         done = file.done(how.window)
         if done == len(prompts):
             shown.print(f"All {done} prompts are answered already.", highlight=False)
             return 0
-        subject = from_main(lambda: find(args.subject, args.base))
-        subject.require_its_own(_of_model(args.overrides))
         with shown.status(f"Loading {subject.name}"):
-            asked = [f"model={subject.base or subject.name}", *_of_model(args.overrides)]
-            model, tokenizer = subject.load(subject.run.config().model if subject.run else compose(asked).model)
+            model, tokenizer = subject.load(settings)
         if TEXT not in (kind := kind_of(model)).offers:
             raise ConfigError(f"{subject.name} is {kind.words} (model.kind={kind.name}), which writes no text.")
         tokenizer.chat_template = template or tokenizer.chat_template
@@ -142,15 +146,18 @@ def answering(args: argparse.Namespace) -> Answering:
 
     check_int("--max-new-tokens", args.max_new_tokens, at_least=1)
     check_int("--batch-size", args.batch_size, at_least=1)
-    check_int("--seed", args.seed, at_least=0)
+    if args.seed is not None:
+        check_int("--seed", args.seed, at_least=0)
     check_number("--temperature", args.temperature, "a number >= 0", 0, closed="[")
     check_number("--top-p", args.top_p, "a number in (0, 1]", 0, 1, closed="]")
-    if args.top_p != 1.0 and not args.temperature:
+    drawing = {"--top-p": None if args.top_p == 1.0 else f"{args.top_p:g}", "--seed": args.seed}
+    given = [f"{option} {value}" for option, value in drawing.items() if value is not None]
+    if given and not args.temperature:
         raise ConfigError(
-            f"--top-p {args.top_p:g} says how tokens are drawn, and with --temperature 0 none are. Give a temperature, "
-            "or leave it out."
+            f"{given[0]} says how tokens are drawn, and with --temperature 0 none are. Give a temperature, or leave "
+            "it out."
         )
-    sampling = Sampling(args.temperature, args.top_p, args.seed) if args.temperature else None
+    sampling = Sampling(args.temperature, args.top_p, args.seed or 0) if args.temperature else None
     return Answering(args.max_new_tokens, args.batch_size, sampling)
 
 

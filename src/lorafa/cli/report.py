@@ -65,16 +65,14 @@ def _one(path: str, console: Console) -> int:
     from lorafa.runs.record import RunDirectory
 
     directory = RunDirectory.open(path)
-    console.print(result_tables(directory))
+    console.print(result_tables(directory), crop=False)
     console.print(f"Report: {write_report(directory.path)}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _several(report: Report, page: str | None, console: Console) -> int:
-    from rich.table import Table
-    from rich.text import Text
-
     from lorafa.cli.screen import writable
+    from lorafa.report.fitted import Fitted
     from lorafa.report.runs import notes_of, status_of, table_of, title_of
 
     def say(text: str) -> None:
@@ -85,12 +83,8 @@ def _several(report: Report, page: str | None, console: Console) -> int:
         say(text)
     for section in report.sections:
         headings, rows = table_of(section)
-        table = Table(title=Text(title_of(section)), title_justify="left")
-        for heading in headings:
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(writable(cell, console.encoding)) for cell in row))
-        console.print(table)
+        cells = [[writable(cell, console.encoding) for cell in row] for row in rows]
+        console.print(Fitted(headings, cells, title_of(section)), crop=False)
         for text in notes_of(section):
             say(text)
     for entry in report.left_out:

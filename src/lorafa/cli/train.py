@@ -104,7 +104,7 @@ def conclude(path: Path, console: Console) -> int:
 
     if not is_main():
         return 0
-    console.print(result_tables(RunDirectory(path)))
+    console.print(result_tables(RunDirectory(path)), crop=False)
     run = RunDirectory(path)
     what = f"Model:   {run.model}" if "model" in run.result() else f"Adapter: {run.adapter}"
     text = f"{what}\nReport:  {write_report(path)}"

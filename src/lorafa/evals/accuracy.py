@@ -15,14 +15,13 @@ from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.sample_answers import SHOWN
 from lorafa.evals.shares import share
 from lorafa.models.kinds.entry import CLASSES
 from lorafa.models.modes import evaluating
 from lorafa.settings.checks import check_int
 
 WINDOW = 512
-"""Tokens of a text that are read where the model has no context of its own."""
+"""Tokens of a text that are read where neither the settings nor the model say how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +57,10 @@ def _asks(heldout: Sequence[Record], settings: AccuracySettings) -> list[Record]
 def _measure(
     subject: Subject, records: Sequence[Record], settings: AccuracySettings, batch_size: int, progress: Progress
 ) -> Scores:
-    model, kind = subject.model, subject.kind
-    classes, context = kind.classes_in(model), getattr(model.config, "max_position_embeddings", None) or WINDOW
-    encoder = kind.encoding(model).make(subject.tokenizer, min(context, subject.tokenizer.model_max_length))
-    samples = encoded(records, encoder).samples
+    model, kind, longest = subject.model, subject.kind, _longest(subject)
+    classes = kind.classes_in(model)
+    texts = encoded(records, kind.encoding(model).make(subject.tokenizer, longest))
+    samples = texts.samples
     collate, device = kind.collator(subject.tokenizer.pad_token_id or 0), device_of(model)
 
     def of_batch(numbers: list[int]) -> list[tuple[int, float]]:
@@ -84,9 +83,19 @@ def _measure(
         answers.append({**said, "correct": given == gold})
     loss = sum(loss for _, loss in found) / len(found)
     numbers = {**share(right), "matthews": matthews(table), "cross_entropy": loss}
+    numbers |= {"cut": texts.truncated, "max_length": longest}
     words = f"{sum(right)} of {len(right)} right ({numbers['accuracy']:.1%}), "
     words += f"Matthews correlation {numbers['matthews']:.3f}"
-    return Scores(words, numbers, answers[:SHOWN], Measured("accuracy", [float(one) for one in right]))
+    if texts.truncated:
+        words += f", {texts.truncated} texts cut at {longest} tokens"
+    return Scores(words, numbers, answers, Measured("accuracy", [float(one) for one in right]))
+
+
+def _longest(subject: Subject) -> int:
+    """Tokens of a text that are read: what the settings say, as far as model and tokenizer go."""
+    context: int | None = getattr(subject.model.config, "max_position_embeddings", None)
+    said = subject.max_length or context or WINDOW
+    return min(said, context or said, int(subject.tokenizer.model_max_length))
 
 
 def _read(source: Source, settings: AccuracySettings) -> list[Record]:
@@ -101,6 +110,7 @@ ACCURACY = Evaluation(
     check=lambda *_: None,
     measure=_measure,
     read=_read,
+    cuts=True,
     needs=frozenset({CLASSES}),
     settings=AccuracySettings,
 )

@@ -24,6 +24,8 @@ class Official:
     split: str
     copy: str
     """What a copy is, for errors: "a copy of the official file"."""
+    revision: str | None = None
+    """Branch of the Hub; None: the usual one."""
 
     def rows(self, file: str | None, option: str) -> list[tuple[str, Row]]:
         """The rows of a copy, or of the Hub, each with where it stands.
@@ -42,7 +44,8 @@ class Official:
 
     def _of_hub(self, option: str) -> list[tuple[str, Row]]:
         try:
-            return list(hub_rows(self.hub_id, HubSettings(subset=self.subset, split=self.split)))
+            settings = HubSettings(subset=self.subset, split=self.split, revision=self.revision)
+            return list(hub_rows(self.hub_id, settings))
         except SourceError as error:
             raise SourceError(
                 f"Could not load {self.what}, {self.hub_id}, from the Hub: {first_line(error.__cause__ or error)}. "

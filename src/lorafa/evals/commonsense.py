@@ -9,16 +9,15 @@ from typing import Literal
 
 from lorafa.data.cells import text_of
 from lorafa.data.chat import encode_prompts
-from lorafa.data.files import read_rows
 from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals.benchmark import asks_nothing, refuse_heldout, require_columns
 from lorafa.evals.by_length import Progress
+from lorafa.evals.commonsense_rows import PUBLISHED
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import Sampling, check_prompts, generate_ids
 from lorafa.evals.shares import share
 from lorafa.settings.checks import check_int, check_number
-from lorafa.storage.paths import user_path
 
 _ANSWERS = r"answer[1-5]"
 TASKS: Mapping[str, str] = {
@@ -62,10 +61,11 @@ class CommonsenseSettings:
         check_number("eval.temperature", self.temperature, "a number >= 0", 0, closed="[")
         check_number("eval.top_p", self.top_p, "a number in (0, 1]", 0, 1, closed="]")
         check_int("eval.seed", self.seed, at_least=0)
-        if self.top_p != 1.0 and not self.temperature:
+        given = [f"eval.top_p={self.top_p:g}"] * (self.top_p != 1.0) + [f"eval.seed={self.seed}"] * bool(self.seed)
+        if given and not self.temperature:
             raise ConfigError(
-                f"eval.top_p={self.top_p:g} says how tokens are drawn, and with eval.temperature=0 none are. Give a "
-                "temperature, or leave it out."
+                f"{given[0]} says how tokens are drawn, and with eval.temperature=0 none are. Give a temperature, or "
+                "leave it out."
             )
 
     def sampling(self) -> Sampling | None:
@@ -87,17 +87,13 @@ def _task(settings: CommonsenseSettings) -> str:
 
 def _read(source: Source, settings: CommonsenseSettings) -> list[Record]:
     task = _task(settings)
-    if source.name is None:
-        raise ConfigError(
-            f"The questions of {task} are in no place that this could fetch them from. Give a copy of the published "
-            f"file, dataset/{task}/test.json of the repository of LLM-Adapters: data=test.json."
-        )
-    rows = read_rows(user_path(source.name))
-    if not rows:
-        raise DataError(f"{source.name} holds no rows. Give {FORM}.")
-    require_columns(rows, COLUMNS, FORM)
+    published = PUBLISHED[task]
+    rows = published.official.rows(source.name, "data=test.json")
+    if source.name is not None:
+        require_columns(rows, COLUMNS, FORM)
     records = []
-    for place, row in rows[: settings.size]:
+    for place, given in rows[: settings.size]:
+        row = given if source.name is not None else published.row(given, place)
         gold = text_of(row, place, "answer").strip()
         if not re.fullmatch(TASKS[task], gold):
             raise DataError(f"{place}: the answer {gold!r} is none of {task} ({TASKS[task]}). Name its own eval.task.")
@@ -153,6 +149,6 @@ def scored(records: Sequence[Record], outputs: Sequence[str], task: str) -> Scor
 
 
 COMMONSENSE = Evaluation(
-    asks=asks_nothing, check=_check, measure=_measure, read=_read, settings=CommonsenseSettings
+    asks=asks_nothing, of_run=False, check=_check, measure=_measure, read=_read, settings=CommonsenseSettings
 )  # fmt: skip
 """One of eight commonsense tasks: exact match of the word that names the answer."""

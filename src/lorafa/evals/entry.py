@@ -23,6 +23,8 @@ class Subject:
     tokenizer: Any
     ends: frozenset[int] = frozenset()
     """Ids with which the trained turns end: an answer is over there."""
+    max_length: int | None = None
+    """Longest text in tokens, as ``data.max_length`` says; None: as long as the model reads."""
 
     @property
     def kind(self) -> Kind:
@@ -75,7 +77,7 @@ class Scores:
     numbers: Mapping[str, Any]
     """What result.json has under "before" and "after", beside the answer loss."""
     answers: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    """Samples for the report, the same ones each time: question, gold, output, correct."""
+    """Every item that is answered, with question, gold, output, correct. A run keeps the first few."""
     measured: Measured | None = None
     """The score of each item; None where nothing is graded."""
 
@@ -97,6 +99,10 @@ class Evaluation:
     read: Callable[[Source, Any], list[Any]] | None = None
     """(source, own settings) -> the items of a file, or of the benchmark itself, for `lorafa eval`; raises SourceError
     and DataError. None: it measures a run alone."""
+    of_run: bool = True
+    """Whether it asks something of the records that a run holds out; others have items of their own alone."""
+    cuts: bool = False
+    """Whether it cuts texts at ``data.max_length``."""
     needs: frozenset[str] = frozenset({NEXT_TOKEN})
     """What it asks of a kind of model (:attr:`lorafa.models.kinds.entry.Kind.offers`)."""
     settings: type[Any] | None = None

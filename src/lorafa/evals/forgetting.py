@@ -289,5 +289,7 @@ def forgetting(subject: Subject, batch_size: int, progress: Progress) -> Scores:
     return _measure(subject, openings(settings.texts), settings, batch_size, progress)
 
 
-FORGETTING = Evaluation(asks=_asks, check=_check, measure=_measure, read=_read, settings=ForgettingSettings)
+FORGETTING = Evaluation(
+    asks=_asks, of_run=False, check=_check, measure=_measure, read=_read, settings=ForgettingSettings
+)  # fmt: skip
 """How far a model has moved from its base: KL(base || model) in nats a token, on text that the base itself writes."""

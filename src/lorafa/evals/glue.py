@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorafa.data import DATASETS
-from lorafa.data.chat import encode_all
-from lorafa.data.collate import Collator
+from lorafa.data.chat import encoded
 from lorafa.data.records import Message, Record
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, SourceError, first_line
@@ -18,6 +17,7 @@ from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import context_of
 from lorafa.evals.loss import row_losses
 from lorafa.evals.shares import share
+from lorafa.models.kinds.entry import LIKELIHOOD
 from lorafa.settings.checks import check_int
 
 TASKS = ("sst2", "cola", "qqp", "mrpc", "mnli", "qnli")
@@ -73,17 +73,18 @@ def _measure(
     subject: Subject, records: Sequence[Record], settings: GlueSettings, batch_size: int, progress: Progress
 ) -> Scores:
     task = _task(settings)
-    labels = DATASETS.get(task).labels
+    labels, kind = DATASETS.get(task).labels, subject.kind
     answered = [_with_answer(record, label) for record in records for label in labels]
-    samples = encode_all(answered, subject.tokenizer, _WHOLE).samples
+    samples = encoded(answered, kind.encoding(subject.model).make(subject.tokenizer, _WHOLE)).samples
     context = context_of(subject.model)
     for sample in samples:
-        if context is not None and len(sample.input_ids) > context:
+        longest = kind.longest([sample]) or len(sample.input_ids)
+        if context is not None and longest > context:
             raise DataError(
-                f"{sample.place}: the row has {len(sample.input_ids)} tokens, which exceeds the model's context of "
+                f"{sample.place}: the row has {longest} tokens, which exceeds the model's context of "
                 f"{context}. Leave it out."
             )
-    collator = Collator(subject.tokenizer.pad_token_id or 0)
+    collator = kind.collator(subject.tokenizer.pad_token_id or 0)
     losses = row_losses(subject.model, samples, collator, batch_size, progress)
     return scored(records, [losses[at : at + len(labels)] for at in range(0, len(losses), len(labels))], task)
 
@@ -125,5 +126,13 @@ def scored(records: Sequence[Record], losses: Sequence[Sequence[float]], task: s
     return Scores(words, numbers, answers, Measured("accuracy", list(map(float, right))))
 
 
-GLUE = Evaluation(asks=asks_nothing, check=_check, measure=_measure, read=_read, settings=GlueSettings)
+GLUE = Evaluation(
+    asks=asks_nothing,
+    of_run=False,
+    check=_check,
+    measure=_measure,
+    read=_read,
+    needs=frozenset({LIKELIHOOD}),
+    settings=GlueSettings,
+)
 """A task of GLUE as text to text: accuracy of the class's word that the model finds likeliest."""

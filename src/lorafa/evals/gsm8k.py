@@ -18,7 +18,7 @@ from lorafa.evals.benchmark import Official
 from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import Sampling, check_prompts, generate_ids, needed_length, room_after
-from lorafa.evals.sample_answers import SHOWN, sample_answers, with_question
+from lorafa.evals.sample_answers import sample_answers, with_question
 from lorafa.evals.shares import wilson_interval
 from lorafa.models.kinds.entry import TEXT
 from lorafa.models.kinds.found import kind_of
@@ -228,7 +228,7 @@ def _measure(
     )
     answers = [
         {"question": one.question, "gold": one.gold, "output": one.output, "correct": one.correct}
-        for one in found.samples[:SHOWN]
+        for one in found.samples
     ]
     numbers = {name: value for name, value in asdict(found).items() if name != "samples"}
     measured = Measured("accuracy", [float(one.correct) for one in found.samples])

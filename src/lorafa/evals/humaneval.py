@@ -164,6 +164,6 @@ def _say_how(outcomes: Sequence[Outcome]) -> None:
 
 
 HUMANEVAL = Evaluation(
-    asks=asks_nothing, check=_check, measure=_measure, read=_read, settings=HumanEvalSettings
+    asks=asks_nothing, of_run=False, check=_check, measure=_measure, read=_read, settings=HumanEvalSettings
 )  # fmt: skip
 """Python functions written to their docstrings and run against tests: pass@1."""

@@ -12,7 +12,6 @@ from lorafa.errors import ConfigError
 from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import check_prompts, generate_greedy, room_after
-from lorafa.evals.sample_answers import SHOWN
 from lorafa.evals.shares import share
 from lorafa.models.kinds.entry import TEXT
 from lorafa.settings.checks import check_int
@@ -83,10 +82,9 @@ def _measure(
     numbers = {
         **share(right), "cut": cut, "max_new_tokens": longest,
     }  # fmt: skip
-    shown = list(zip(records, golds, outputs, right, strict=True))[:SHOWN]
     answers = [
         {"question": record.question[-1].content, "gold": gold, "output": output, "correct": correct}
-        for record, gold, output, correct in shown
+        for record, gold, output, correct in zip(records, golds, outputs, right, strict=True)
     ]
     words = f"{sum(right)} of {len(right)} answers word for word ({sum(right) / len(right):.1%})"
     if cut:

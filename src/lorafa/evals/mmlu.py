@@ -201,5 +201,5 @@ def _measure(
     return Scores(words, numbers, answers, Measured("accuracy", list(map(float, right))))
 
 
-MMLU = Evaluation(asks=asks_nothing, check=_check, measure=_measure, read=_read, settings=MmluSettings)
+MMLU = Evaluation(asks=asks_nothing, of_run=False, check=_check, measure=_measure, read=_read, settings=MmluSettings)
 """Questions of 57 subjects with four answers, after examples: which letter the model finds likeliest."""

@@ -85,7 +85,7 @@ def pieces(sample: Sample, window: int, overlap: int) -> list[Sample]:
 def _measure(
     subject: Subject, records: Sequence[Record], settings: PerplexitySettings, batch_size: int, progress: Progress
 ) -> Scores:
-    texts = _texts(subject, records, settings, batch_size, progress)
+    texts, cut = _texts(subject, records, settings, batch_size, progress)
     nats, tokens, size = (sum(getattr(text, name) for text in texts) for name in ("nats", "tokens", "bytes"))
     if not size:
         raise DataError("The counted tokens write no text at all, so there are no bits per byte. Check the records.")
@@ -96,13 +96,17 @@ def _measure(
     words = f"loss {loss:.4f} nats a token, perplexity {perplexity:.4g}, {bits:.4f} bits per byte"
     numbers = {
         "loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens, "texts": len(texts),
+        "cut": cut,
     }  # fmt: skip
+    if cut:
+        words += f", {cut} conversations cut at {settings.reading(subject.model)[0]} tokens"
     return Scores(words, numbers, measured=measured)
 
 
 def _texts(
     subject: Subject, records: Sequence[Record], settings: PerplexitySettings, batch_size: int, progress: Progress
-) -> list[_Text]:
+) -> tuple[list[_Text], int]:
+    """What is counted of each record, and how many conversations were cut at the window."""
     window, overlap = settings.reading(subject.model)
     kind = subject.kind
     cut = first_window if NEXT_TOKEN in kind.offers else _as_it_is
@@ -124,7 +128,11 @@ def _texts(
         nats[number] += loss
         tokens[number] += len(counted)
         size[number] += len(subject.tokenizer.decode(counted, skip_special_tokens=True).encode())
-    return [_Text(*each) for each in zip(nats, tokens, size, strict=True)]
+    shortened = sum(
+        sample.truncated or (not record.plain and NEXT_TOKEN in kind.offers and len(sample.input_ids) > window)
+        for record, sample in zip(records, samples, strict=True)
+    )
+    return [_Text(*each) for each in zip(nats, tokens, size, strict=True)], shortened
 
 
 def first_window(sample: Sample, window: int) -> Sample:

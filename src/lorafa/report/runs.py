@@ -28,6 +28,8 @@ ANSWERS = 5
 """Questions whose answers are shown, at most."""
 NO_FIGURE = ("loss", "accuracy", "correct", "total", "unparsed")
 """Scores that have a column of their own making or none; others are shown by their names."""
+SIZES = ("tokens", "texts", "max_new_tokens", "max_length")
+"""How much was measured, or within which length, is no score, whatever it belongs to: ``forgetting.tokens``."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def notes_of(section: Section) -> list[str]:
 
 
 def _measures(section: Section) -> list[tuple[str, Any, str]]:
-    others = dict.fromkeys(name for run in section.runs for name in run.scores if name not in NO_FIGURE)
+    names = dict.fromkeys(name for run in section.runs for name in run.scores)
+    others = [name for name in names if name not in NO_FIGURE and name.rpartition(".")[2] not in SIZES]
     named = [(name.replace("_", " "), (lambda run, name=name: run.scores.get(name)), ".4g") for name in others]
     return [("held-out loss", loss, ".4f"), ("accuracy", accuracy, ".1%"), *named]
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
+from lorafa.report.fitted import Facts, Fitted
 from lorafa.report.values import flat
 from lorafa.runs.measures import Metrics, spread, step_seconds
 from lorafa.runs.record import RunDirectory
@@ -102,17 +101,10 @@ def _rows_of_data(rows: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def result_tables(run: RunDirectory) -> Group:
-    """For the terminal: the facts, then the scores before and after."""
+    """For the terminal: the facts, then the scores before and after. Print it with ``crop=False``."""
     result = run.result()
-    facts = Table.grid(padding=(0, 2))
-    for name, value in fact_rows(result, run.metrics()):
-        facts.add_row(name, Text(value))  # an error may hold [brackets]
-    scores = Table()
-    for heading in ("", "before", "after"):
-        scores.add_column(heading, justify="right" if heading else "left")
-    for row in score_rows(result):
-        scores.add_row(*row)
-    return Group(facts, scores) if scores.row_count else Group(facts)
+    facts, scores = Facts(fact_rows(result, run.metrics())), score_rows(result)
+    return Group(facts, Fitted(("", "before", "after"), scores, left=1)) if scores else Group(facts)
 
 
 def duration(seconds: float) -> str:

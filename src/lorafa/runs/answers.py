@@ -1,4 +1,8 @@
-"""A file of answers, written as they come: one JSON object a line, in the order of the prompts."""
+"""A file of answers, written as they come: one JSON object a line, in the order of the prompts.
+
+Beside it, in a file with ``.made.json`` behind its name, stands what the answers are made with, so that they are
+continued by the same.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +14,61 @@ from pathlib import Path
 from typing import Any
 
 from lorafa.data.unanswered import Unanswered
-from lorafa.errors import CheckpointError, ConfigError
+from lorafa.errors import CheckpointError, ConfigError, LoraError
 from lorafa.evals.answering import Answer
+from lorafa.runs.made_by import MadeBy
 from lorafa.storage.paths import user_path
-from lorafa.storage.whole import free_space
+from lorafa.storage.whole import free_space, read_json, write_json
+
+BESIDE = ".made.json"
+"""What is added to the name of the file of answers."""
 
 
 class AnswerFile:
     """Lines of a file, or of the standard output where there is none."""
 
-    def __init__(self, name: str | None, prompts: Sequence[Unanswered], *, resume: bool) -> None:
+    def __init__(self, name: str | None, prompts: Sequence[Unanswered], made_by: MadeBy, *, resume: bool) -> None:
         """Look at what is there; nothing is changed.
 
         Raises:
-            ConfigError: a file is there and is not to be continued, or there is none to continue.
-            CheckpointError: it cannot be read, or is of other prompts.
+            ConfigError: a file is there and is not to be continued, or there is none to continue, or its answers were
+                made with another model or other options.
+            CheckpointError: it cannot be read, is of other prompts, or nothing says what it was made with.
         """
         if resume and name is None:
             raise ConfigError("--resume continues a file, and none is named. Give --out FILE.")
         self._path = None if name is None else user_path(name)
         self._prompts = prompts
+        self._made_by = made_by
         self._kept: list[str] = []
         self._next = 0
-        if self._path is None or not os.path.lexists(self._path):
+        if self._path is None:
+            return
+        self._beside = self._path.with_name(self._path.name + BESIDE)
+        if not os.path.lexists(self._path):
+            if os.path.lexists(self._beside) and _made_with(self._beside) is None:
+                raise ConfigError(f"{self._beside} is there already, and was not written here. Give another name.")
             return
         if not resume:
             raise ConfigError(f"{name} is there already. Give --resume to continue it, or another name.")
         self._kept = _lines(self._path, prompts)
+        if self._kept:
+            self._require_same()
+
+    def _require_same(self) -> None:
+        """Raises ConfigError, or CheckpointError, where the answers that are kept may not be those that this would
+        give."""
+        found = _made_with(self._beside) if self._beside.is_file() else None
+        if found is None:
+            raise CheckpointError(
+                f"{self._beside} is not there, or damaged, so nothing says with which model and options the answers in "
+                f"{self._path} were made. Put it back, or give another name."
+            )
+        if differences := self._made_by.differences(found["entries"]):
+            raise ConfigError(
+                f"{self._path} was begun with {found['subject']}, and cannot be continued with other answers: "
+                f"{'; '.join(differences)}. Give what it was made with, or another name."
+            )
 
     def done(self, window: int) -> int:
         """How many prompts need no answer any more: a whole number of windows, so that what follows is answered as in
@@ -57,6 +89,7 @@ class AnswerFile:
             if not self._path.exists():
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.touch()
+            write_json(self._beside, {"subject": self._made_by.subject, "entries": dict(self._made_by.entries)})
             os.truncate(self._path, sum(len(line.encode()) + 1 for line in self._kept[:done]))
         except OSError as error:
             raise CheckpointError(f"{self._path} could not be written: {error.strerror or error}.") from error
@@ -87,6 +120,16 @@ class AnswerFile:
                 f"{self._path} could not be written: {error.strerror or error}.{free_space(self._path.parent)} What "
                 "was written before is whole: continue with --resume."
             ) from error
+
+
+def _made_with(path: Path) -> dict[str, Any] | None:
+    """What a file beside answers says; None for any other file."""
+    try:
+        found = read_json(path)
+    except LoraError:
+        return None
+    ours = isinstance(found, dict) and found.keys() == {"subject", "entries"} and isinstance(found["entries"], dict)
+    return found if ours else None
 
 
 def _lines(path: Path, prompts: Sequence[Unanswered]) -> list[str]:

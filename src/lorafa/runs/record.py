@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from lorafa.errors import CheckpointError, ConfigError, first_line, shorten
+from lorafa.errors import CheckpointError, ConfigError, first_line, shorten, warn
 from lorafa.runs.formats import current
 from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
@@ -204,7 +204,7 @@ class RunDirectory:
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a last line that a crash cut off is left out.
+        """All lines of metrics.jsonl; a last line that a crash cut off is left out, with a warning.
 
         Raises:
             CheckpointError: a line is no object with a step and numbers.
@@ -217,6 +217,10 @@ class RunDirectory:
                 row = json.loads(line)
             except ValueError as error:
                 if number == len(lines) and not line.endswith("}"):
+                    warn(
+                        f"Line {number} of {file}, the last one, is not whole and is left out: {line[:60]!r}. The run "
+                        "was stopped as it wrote it, or is writing it."
+                    )
                     break
                 raise CheckpointError(f"Line {number} of {file} is not json: {error}. Remove the line.") from error
             if not _is_row(row):

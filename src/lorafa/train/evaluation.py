@@ -42,13 +42,27 @@ def evaluation_of(settings: EvalConfig, kind: Kind) -> Chosen:
     raise ConfigError(not_for(settings.name, kind))
 
 
-def not_for(name: str, kind: Kind) -> str:
-    """Why an evaluation is none for a kind of model, in words."""
-    fitting = [other for other in EVALS.names() if EVALS.get(other).needs <= kind.offers]
+def not_for(name: str, kind: Kind, *, of_run: bool = True) -> str:
+    """Why an evaluation is none for a kind of model, in words, with those that are.
+
+    Args:
+        of_run: it is asked for in a training (``eval=``); False: in `lorafa eval` (``task=``).
+    """
     return (
-        f"eval={name} asks what {kind.words} (model.kind={kind.name}) has no answer to. Give one of: "
-        f"{', '.join(fitting)}."
+        f"{'eval' if of_run else 'task'}={name} asks what {kind.words} (model.kind={kind.name}) has no answer to. Give "
+        f"one of: {', '.join(fitting(kind, of_run=of_run))}."
     )
+
+
+def fitting(kind: Kind, *, of_run: bool) -> list[str]:
+    """The evaluations that a kind of model has an answer to: those that a training measures on the rows it holds out,
+    or those that `lorafa eval` measures by their names."""
+    entries = {name: EVALS.get(name) for name in EVALS.names()}
+    return [
+        name
+        for name, entry in entries.items()
+        if entry.needs <= kind.offers and (entry.of_run if of_run else entry.read is not None)
+    ]
 
 
 def check_kind(

@@ -25,6 +25,7 @@ from lorafa.errors import ConfigError, DataError
 from lorafa.evals.entry import Subject
 from lorafa.evals.forgetting import check_forgetting, forgetting
 from lorafa.evals.loss import answer_loss
+from lorafa.evals.sample_answers import SHOWN
 from lorafa.models.batch_loss import summed_by_rows
 from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
 from lorafa.models.kinds.causal import CAUSAL
@@ -320,11 +321,12 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
         return {"loss": loss, "answers": []}
-    subject = Subject(prepared.model, prepared.tokenizer, prepared.data.train.ends | prepared.data.heldout.ends)
+    ends = prepared.data.train.ends | prepared.data.heldout.ends
+    subject = Subject(prepared.model, prepared.tokenizer, ends, config.data.max_length)
     with progress_bar(console, f"{when}: answering") as bar:
         scores = evaluation.entry.measure(subject, asked, evaluation.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
-    return {"loss": loss, **scores.numbers, "answers": list(scores.answers)}
+    return {"loss": loss, **scores.numbers, "answers": list(scores.answers[:SHOWN])}
 
 
 def _forgotten(prepared: Prepared, config: RunConfig, console: Console) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from lorafa.data import DATASETS
 from lorafa.data.chat import IGNORE, encode_all
@@ -16,6 +17,7 @@ from lorafa.data.records import Message
 from lorafa.errors import ConfigError, DataError, SourceError
 from lorafa.evals.entry import Source, Subject
 from lorafa.evals.glue import GLUE, TASKS, GlueSettings, scored
+from toys.kinds import make_t5
 from toys.language_models import byte_tokenizer, tiny_llama
 
 ROWS = [{"premise": f"It is {n}.", "hypothesis": "It is 1.", "label": n} for n in range(3)]
@@ -55,6 +57,27 @@ def test_a_word_counts_with_all_its_tokens_and_its_end(tmp_path: Path) -> None:
             losses[word] = -sum(
                 float(rows[at, label]) for at, label in enumerate(sample.labels[1:]) if label != IGNORE
             )
+        assert one["output"] == min(losses, key=losses.__getitem__)
+
+
+def test_an_encoder_with_a_decoder_chooses_the_word_that_it_finds_likeliest(tmp_path: Path) -> None:
+    folder = make_t5(tmp_path) / "model"
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).double().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows = [{"sentence": f"the film is {word}", "label": n % 2} for n, word in enumerate(("good", "bad", "dull"))]
+    records = read(tmp_path, rows, task="sst2")
+    settings, subject = GlueSettings(task="sst2"), Subject(model, tokenizer)
+    assert GLUE.needs <= subject.kind.offers
+    GLUE.check(subject, records, settings)
+    scores = GLUE.measure(subject, records, settings, 2, lambda *_: None)
+    for record, one in zip(records, scores.answers, strict=True):
+        (prompt,) = subject.prompts([record])
+        losses = {}
+        for word in DATASETS.get("sst2").labels:
+            labels = torch.tensor([tokenizer(text_target=word).input_ids])
+            assert labels.shape == (1, 2)  # the word and its end
+            with torch.no_grad():
+                losses[word] = float(model(input_ids=torch.tensor([prompt]), labels=labels).loss)
         assert one["output"] == min(losses, key=losses.__getitem__)
 
 

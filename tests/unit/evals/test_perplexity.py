@@ -92,3 +92,14 @@ def test_half_a_window_is_half_of_what_the_model_reads() -> None:
     assert PerplexitySettings(window=4 * context).reading(model) == (context, context // 2)
     assert PerplexitySettings(window=64).reading(model) == (64, 32)
     assert PerplexitySettings(window=4 * context, overlap=2 * context).reading(model) == (context, context - 1)
+
+
+def test_conversations_that_are_cut_are_counted_and_said() -> None:
+    subject = Subject(tiny_llama().eval(), byte_tokenizer())
+    records = [Record((Message("user", "?"), Message("assistant", "a" * length))) for length in (4, 40, 60)]
+    records.append(Record((Message("assistant", "b" * 80),), plain=True))  # read in pieces, all of it
+    scores = PERPLEXITY.measure(subject, records, PerplexitySettings(window=32), 2, lambda *_: None)
+    assert scores.numbers["cut"] == 2
+    assert scores.words.endswith(", 2 conversations cut at 32 tokens")
+    whole = PERPLEXITY.measure(subject, records[:1], PerplexitySettings(window=32), 2, lambda *_: None)
+    assert (whole.numbers["cut"], "cut" in whole.words) == (0, False)

@@ -183,3 +183,46 @@ def test_a_result_of_another_form_is_damaged_and_stops_no_other(tmp_path: Path, 
     report = Report.of([tmp_path])
     assert [entry.name for entry in report.damaged] == ["b"]
     report.write()
+
+
+def cells_of(page: str, first: str) -> list[str]:
+    """The cells of the row of a table that begins with this text."""
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", page, re.S)]
+    texts = [[re.sub(r"<[^>]+>|\s+", " ", cell).strip() for cell in row] for row in rows]
+    return next(row for row in texts if row and row[0].startswith(first))
+
+
+def test_forgetting_stands_in_the_table_beside_the_score_of_the_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for n in range(2):
+        forgotten = {"kl": 0.01234 * (n + 1), "tokens": 640, "texts": 8, "interval": [0.01, 0.02]}
+        after = {"loss": 1.0, "accuracy": 0.25, "correct": 1, "total": 4, "forgetting": forgotten}
+        make_run(tmp_path / "runs" / f"m{n}", loss=1.0, rank=8 + n, after=after)
+    page = page_of(tmp_path / "runs")
+    headings, row = cells_of(page, "method"), cells_of(page, "m1")
+    found = dict(zip(headings, row, strict=True))
+    assert "forgetting.tokens" not in found  # how much was measured is no score
+    assert (found["accuracy"], found["forgetting.kl"]) == ("25.0%", "0.02468")
+    text = capsys.readouterr().out
+    assert "forgetting.kl" in text
+    assert "0.02468" in text
+    assert main(["report", str(tmp_path / "runs" / "m0")]) == 0
+    assert "forgetting.kl" in capsys.readouterr().out
+    one = (tmp_path / "runs" / "m0" / "report.html").read_text(encoding="utf-8")
+    assert cells_of(one, "held-out accuracy")[-1] == "25.0% (1/4)"
+    assert cells_of(one, "forgetting.kl")[-1] == "0.01234"
+
+
+def test_a_last_line_that_is_not_whole_is_said_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "plain-seed-0" / "metrics.jsonl"
+    count = len(file.read_text().splitlines())
+    with file.open("a") as metrics:
+        metrics.write("xx garbage")
+    for words in ([str(folder)], [str(folder / "plain-seed-0")]):
+        capsys.readouterr()
+        assert main(["report", *words]) == 0
+        errors = capsys.readouterr().err
+        said = f"Line {count + 1} of {file}, the last one, is not whole and is left out: 'xx garbage'"
+        assert errors.count(said) == 1
