@@ -18,6 +18,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError, NotAvailableError
 from lorafa.layers.base import LoraLayer
 from lorafa.settings.methods import PeftType, TaskType
+from lorafa.surgery import available
 from lorafa.surgery.available import require_available, unavailable
 from lorafa.version import VERSION
 from toys.places import ROOT
@@ -256,7 +257,6 @@ LATER: list[tuple[dict[str, object], str]] = [
     ({"arrow_config": {}}, "arrow_config"),
     ({"megatron_config": {"x": 1}}, "megatron_config"),
     ({"init_lora_weights": "goat"}, "routed forward pass of GOAT's experts"),
-    ({"runtime_config": {"ephemeral_gpu_offload": True}}, "ephemeral_gpu_offload"),
 ]
 
 
@@ -280,9 +280,10 @@ def test_what_is_there_is_available_and_makes_an_adapter(start, use_dora):
     assert layer.use_dora == {"default": use_dora}
 
 
-def test_two_features_that_are_not_there_are_both_named():
-    config = LoraConfig(megatron_config={"x": 1}, runtime_config={"ephemeral_gpu_offload": True})
-    with pytest.raises(NotAvailableError, match=r"Megatron.* \(megatron_config=.*\) and .*ephemeral_gpu_of"):
+def test_two_features_that_are_not_there_are_both_named(monkeypatch):
+    monkeypatch.setattr(available, "_LATER_FIELDS", {"megatron_config": "Megatron", "bias": "Biases"})
+    config = LoraConfig(megatron_config={"x": 1}, bias="all")
+    with pytest.raises(NotAvailableError, match=r"^Megatron \(megatron_config=.*\) and Biases \(bias='all'\) are not"):
         require_available(config)
 
 

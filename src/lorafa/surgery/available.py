@@ -31,8 +31,6 @@ def unavailable(config: LoraConfig) -> list[str]:
     ]
     if formula := _LATER_FORMULAS.get(config.start.initializer.variant or ""):
         asked.append(f"{formula} (init_lora_weights={config.init_lora_weights!r})")
-    if config.runtime_config.ephemeral_gpu_offload:
-        asked.append("Computing DoRA's start on the GPU (runtime_config.ephemeral_gpu_offload=True)")
     return asked
 
 

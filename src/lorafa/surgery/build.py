@@ -171,7 +171,8 @@ class Builder:
         if self.filled_later and not self.options.partly_filled:
             extras = _empty_extras(variant, weight, A, spec)
         else:
-            extras = initial_extras(variant, weight, A, B, start, spec, result.extras)
+            there = weight.to(self._computes_on(variant, weight))
+            extras = initial_extras(variant, there, A, B, start, spec, result.extras)
         bias = torch.zeros(B.shape[-2], device=A.device) if config.lora_bias else None
         return AdapterParts(
             A=A,
@@ -241,6 +242,12 @@ class Builder:
                 "them on this model."
             )
         return result
+
+    def _computes_on(self, variant: Variant, weight: Tensor) -> torch.device:
+        """Where norms of the weight are taken: on the accelerator, if that is asked for and there is one."""
+        asked = self.config.runtime_config.ephemeral_gpu_offload and any(one.reads_weight for one in variant.chain())
+        found = torch.accelerator.current_accelerator() if asked and torch.accelerator.is_available() else None
+        return weight.device if found is None or weight.is_meta else found
 
     def _empty(self, target: Target, weight: Tensor, spec: LayerSpec) -> InitResult:
         quantizer = self.initializer.quantizer if self.quantizes(target) else None
