@@ -86,6 +86,7 @@ def test_a_merged_model_is_as_large_as_the_base_and_an_adapter_adds_its_float32_
 ) -> None:
     monkeypatch.setattr(bench, "plain_model", tiny_opt)
     answering = {case: bench.Answers(case, "tiny", **SIZE) for case in bench.CASES}
+    assert not any(p.requires_grad for answers in answering.values() for p in answers.model.parameters())
     mib = {case: answers.sizes()["weights_mib"] for case, answers in answering.items()}
     # of each block q, k, v, out (32, 32), fc1 and fc2; the two projections of the embeddings (16, 32)
     numbers = 16 * (2 * (4 * (32 + 32) + 2 * (32 + 64)) + 2 * (16 + 32))
