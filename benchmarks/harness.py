@@ -6,6 +6,7 @@ same number of threads and the same allocator settings are set in every process.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -101,6 +102,13 @@ def timed(run: Callable[[], object]) -> float:
 
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
+
+
+def positive(text: str) -> int:
+    """An integer >= 1, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, found {text!r}")
+    return int(text)
 
 
 def emit(**row: object) -> None:
