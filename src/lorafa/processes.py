@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -23,8 +24,13 @@ R = TypeVar("R")
 # ---- who is who
 
 
+_ALONE = ContextVar("alone", default=False)
+
+
 def distributed() -> bool:
     """Whether there is a group of torch.distributed."""
+    if _ALONE.get():
+        return False
     torch = sys.modules.get("torch")  # who has not loaded it has made no group
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -42,6 +48,17 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that prints and writes."""
     return rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What runs in the block goes by this process's data alone, as if there were no others; these may do other things.
+    """
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 def _dist() -> Any:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorafa import collect_statistics, initialize
+from lorafa import EvaConfig, LoraConfig, collect_statistics, get_eva_state_dict, initialize
 from lorafa.errors import CheckpointError
 from lorafa.initializers.lora_one import LoraOneConfig
 from toys.calibration import Toy, config, inputs, loss
@@ -92,10 +92,22 @@ def gamma(heldout: list[tuple[Tensor, float]]) -> float:
     return model.peft_config["default"].init_config.stable_gamma
 
 
+def eva(data: list[Tensor], **settings: Any) -> dict[str, Tensor]:
+    """EVA's directions; that of two processes by the data of each, or of the first alone."""
+    torch.manual_seed(0)
+    chosen = LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva", eva_config=EvaConfig(rho=1))
+    return get_eva_state_dict(nn.Sequential(nn.Linear(8, 6)), data, chosen, show_progress_bar=False, **settings)
+
+
+LONG = torch.tensor([[40.0, 9, 1, 1, 1, 1, 1, 1], [1, 1, 20, 1, 1, 1, 1, 1]])
+EVA_DATA = [LONG[n] * torch.randn(30, 8, generator=torch.Generator().manual_seed(n)) for n in (0, 1)]
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = through_a_cache(slice(rank, None, 2), Path(folder))
+    found["eva"] = {both: eva([EVA_DATA[rank]], gather_distributed_inputs=both) for both in (True, False)}
     found["refusals"] = refusals(rank, Path(folder))
     found["gamma"] = gamma([(DATA[0], WEIGHTS[rank])])
     found["gamma of one's rows"] = gamma([(DATA[0], WEIGHTS[0])] if rank else [])
@@ -113,6 +125,17 @@ def found(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes finds."""
     run_group(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_eva_goes_by_the_data_of_all_or_of_the_first_alone_and_starts_in_all_alike(
+    found: list[dict[str, Any]],
+) -> None:
+    first, all_ = eva(EVA_DATA[:1])["0"], eva(EVA_DATA)["0"]
+    for one in found:
+        torch.testing.assert_close(one["eva"][False]["0"], first)
+        torch.testing.assert_close(one["eva"][True]["0"].abs(), all_.abs(), rtol=0, atol=0.02)
+    assert not torch.allclose(first.abs(), all_.abs(), atol=0.2)
+    assert torch.equal(found[0]["eva"][False]["0"], found[1]["eva"][False]["0"])
 
 
 def test_a_cache_serves_all_processes_or_none(found: list[dict[str, Any]]) -> None:

@@ -18,10 +18,11 @@ from lorafa.initializers.base import check_singular_vectors
 from lorafa.initializers.eva import directions_as_A
 from lorafa.io.peft_format import PREFIX
 from lorafa.peft_model import PeftModel
-from lorafa.processes import distributed
+from lorafa.processes import alone, distributed, from_main
 from lorafa.settings.methods import EvaConfig
 from lorafa.starts.ranks import RankRule, ranked, shared_out
 from lorafa.starts.statistics import statistics_of
+from lorafa.storage.tensors import can_be_gathered
 from lorafa.surgery.activate import require_adapters, require_unmerged, set_requires_grad
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.resolve import resolve
@@ -75,22 +76,31 @@ def get_eva_state_dict(
         prepare_layer_inputs_fn: given a layer's input, that, and the layer's name, gives the rows (T, in) to look at;
             or such a function for each name; None takes all.
         adapter_name: of a PeftModel, whose config is taken.
-        gather_distributed_inputs: the result is that of all processes' data; each on its own is not available.
+        gather_distributed_inputs: the result is that of all processes' data. False takes that of the first alone, which
+            the others get: adapters that started apart would be other adapters.
         show_progress_bar: where rich is installed.
 
     Raises:
         AdapterError: a base model without ``peft_config``, or an unknown adapter.
         ConfigError: the config's start is not "eva", ``prepare_layer_inputs_fn`` names a layer without the adapter, or
             with ``rho`` = 1 a rank is larger than min(out, in) of its layer.
-        NotAvailableError: ``gather_distributed_inputs=False`` in several processes.
+        NotAvailableError: ``gather_distributed_inputs=False`` for a model that is spread over several processes.
         CalibrationError: the data is empty or cannot be gone over again, a target is no linear layer, or
             ``prepare_layer_inputs_fn`` returns no rows of what it is given, or the inputs of a layer are not finite.
     """
     if not gather_distributed_inputs and distributed():
-        raise NotAvailableError(
-            "gather_distributed_inputs=False: every process would start elsewhere. Leave it True; principal directions "
-            "are brought together once, not the inputs of every batch."
-        )
+        if any(map(can_be_gathered, model.parameters())):
+            raise NotAvailableError(
+                "gather_distributed_inputs=False goes by the data of one process, and this model is spread over "
+                "several, which have to run it together. Leave it True; principal directions are brought together "
+                "once, not the inputs of every batch."
+            )
+        return from_main(
+            lambda: _of_this_process(
+                model, dataloader, peft_config, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn,
+                adapter_name, show_progress_bar=show_progress_bar,
+            )
+        )  # fmt: skip
     inner, config = _model_and_config(model, peft_config, adapter_name)
     require_batches("dataloader", dataloader)
     resolved = resolve(inner, config)
@@ -126,6 +136,12 @@ def get_eva_state_dict(
     if settings.rho > 1:
         ranks = shared_out(resolved, stats, RankRule("explained_variance", rho=settings.rho))
     return _state_dict(settings, ranks, stats)
+
+
+def _of_this_process(*arguments: Any, **settings: Any) -> dict[str, Tensor]:
+    """As :func:`get_eva_state_dict`, of the data of this process alone, on the CPU."""
+    with alone():
+        return {name: A.cpu() for name, A in get_eva_state_dict(*arguments, **settings).items()}
 
 
 def _rows_of(layer: str, x: Tensor, chosen: Any) -> Tensor:

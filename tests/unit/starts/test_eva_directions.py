@@ -70,16 +70,20 @@ def test_whitened_directions_are_divided_by_the_root_of_their_singular_value() -
     torch.testing.assert_close(variances / variances[0], sigma / sigma[0])
 
 
-def test_a_start_of_its_own_for_each_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_of_one_process_are_all_there_are_where_it_is_alone() -> None:
     model, data = nn.Sequential(nn.Linear(8, 8)), [torch.randn(9, 8)]
-    settings: dict[str, Any] = {"gather_distributed_inputs": False, "show_progress_bar": False}
-    assert get_eva_state_dict(model, data, config(2), **settings)["0"].shape[1] == 8  # of one process there is no other
+    found = [
+        get_eva_state_dict(model, data, config(2), gather_distributed_inputs=both, show_progress_bar=False)["0"]
+        for both in (True, False)
+    ]
+    assert torch.equal(*found)
+
+
+def test_a_model_that_is_spread_has_no_data_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafa.starts.eva.distributed", lambda: True)
-    text = (
-        r"^gather_distributed_inputs=False: every process would start elsewhere\. Leave it True; principal directions"
-    )
-    with pytest.raises(NotAvailableError, match=text):
-        get_eva_state_dict(model, data, config(2), **settings)
+    monkeypatch.setattr("lorafa.starts.eva.can_be_gathered", lambda parameter: True)
+    with pytest.raises(NotAvailableError, match=r"by the data of one process, and this model is spread over several"):
+        get_eva_state_dict(nn.Sequential(nn.Linear(8, 8)), [], config(2), gather_distributed_inputs=False)
 
 
 ATTENDED = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
