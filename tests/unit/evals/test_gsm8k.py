@@ -12,8 +12,8 @@ from lorafa.data.chat import encode_prompt
 from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals import gsm8k
-from lorafa.evals.generation import generate_greedy
 from lorafa.evals.entry import Source, Subject
+from lorafa.evals.generation import generate_greedy
 from lorafa.evals.gsm8k import GSM8K, Gsm8kSettings, evaluate, extract_answer, extract_upstream
 from lorafa.evals.shares import wilson_interval
 from lorafa.models.modes import evaluating
