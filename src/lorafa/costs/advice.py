@@ -114,7 +114,8 @@ def advise(facts: Facts, config: RunConfig) -> list[Advice]:
             "train.batch_size",
             config.train.batch_size,
             "The run's own: the batch was not swept here. Large ones hurt LoRA more than a training of all weights, "
-            "and leads of PiSSA and MiLoRA vanished once it was tuned (arXiv:2602.09492). Sweep it together with the rate.",
+            "and leads of PiSSA and MiLoRA vanished once it was tuned (arXiv:2602.09492). Sweep it together with the "
+            "rate.",
         ),
     ]
 

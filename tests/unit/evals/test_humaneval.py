@@ -71,7 +71,7 @@ def runs(program: str) -> None:
         HELPED,
         f"I will\nimport nothing and write it so:\n{WHOLE}\n\nfrom top to bottom.",
         f"First the helper.\n```python\ndef _one(x, by):\n    return x + by\n```\nThen:\n```python\n{WHOLE}\n```",
-        f"{CALLING}with\n```python\nimport operator\n\ndef _one(x, by):\n    return operator.add(x, by)\nprint(input())\n```",
+        f"{CALLING}with\n```python\nimport operator\n\ndef _one(x, by):\n    return operator.add(x, by)\ninput()\n```",
         f"First:\n```python\nSTEP = 1\n\ndef _one(x, by):\n    return x + by * STEP\n```\nThen:\n{CALLING}",
         f"{CALLING}Its helper:\n```python\ndef _one(x: int, by: int) -> List[int]:\n    return x + by\n```",
         f"{CALLING}```python\ndef _one(x, by):\n    return x + by\n```\n```\nfound = [_one(1\n```",
