@@ -34,7 +34,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="minilm-l6", help="encoder: a name, a folder or a Hub id (%(default)s)")
     parser.add_argument("--higher-is-better", action="store_true", help="scores are log-probabilities, not costs")
     parser.add_argument("--beta", type=float, default=1.0, help="what the new score counts (%(default)s)")
-    parser.add_argument("--correlation", type=float, default=0.01, help="weight of the penalty (%(default)s)")
+    parser.add_argument("--correlation", type=float, default=0.001, help="weight of ||R - I||_F^2 (%(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA (%(default)s)")
     parser.add_argument("--alpha", type=int, default=None, help="of LoRA (twice the rank)")
     parser.add_argument("--targets", nargs="+", default=["query", "value"], help="layers with LoRA (query value)")

@@ -96,6 +96,20 @@ def test_the_table_names_every_subject(place: Path, capsys: pytest.CaptureFixtur
     assert text.count("nats a token") == 2
 
 
+def test_several_differences_have_wider_intervals_and_it_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (place / "model", place / "a", place / "b", "task=perplexity", f"data={place / 'rows.jsonl'}")
+    _, alone = rows(capsys, words[0], words[1], *words[3:])
+    first, both, other = rows(capsys, *words)
+    assert "comparisons" not in alone.keys() | first.keys()
+    assert (both["comparisons"], other["comparisons"]) == (2, 2)
+    wide, usual = (one["difference_interval"][1] - one["difference"] for one in (both, alone))
+    assert wide / usual == pytest.approx(2.241403 / 1.959964, rel=1e-4)
+    assert "corrected for 2 comparisons with the first (Bonferroni)" in said(capsys, *words)[1]
+    assert "Bonferroni" not in said(capsys, words[0], words[1], *words[3:])[1]
+
+
 def _other_base(place: Path, tmp_path: Path) -> list[Any]:
     other = make_workplace(tmp_path, hidden_size=64)
     return [place / "a" / "adapter", "--base", other / "model", "task=perplexity", f"data={place / 'text.txt'}"]

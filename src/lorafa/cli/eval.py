@@ -107,6 +107,13 @@ def _say(
         console.print_json(data=_finite(rows))
         return
     console.print(table(rows), crop=False)
+    comparisons = max((row.get("comparisons", 1) for row in rows), default=1)
+    if comparisons > 1:
+        text = (
+            f"Intervals of the differences are corrected for {comparisons} comparisons with the first (Bonferroni): "
+            "with 95 % those of a task all hold at once."
+        )
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     for name, scores in found.items():
         for subject, score in zip(subjects, scores, strict=True):
             text = f"{subject.name}, {name}: {score.words}"
@@ -233,9 +240,11 @@ def _usual(name: str) -> Task:
 
 
 def rows_of(task: str, subjects: Sequence[Named], scores: Sequence[Scores]) -> list[dict[str, Any]]:
-    """One row a subject: the mean with its interval, and the paired difference from the first."""
+    """One row a subject: the mean with its interval, and the paired difference from the first, whose interval is
+    corrected for the number of differences."""
     from lorafa.evals.paired import mean_interval, paired_difference
 
+    comparisons = sum(score.measured is not None for score in scores[1:])
     rows: list[dict[str, Any]] = []
     for subject, score in zip(subjects, scores, strict=True):
         row: dict[str, Any] = {"subject": subject.name, "task": task, **score.numbers}
@@ -245,8 +254,9 @@ def rows_of(task: str, subjects: Sequence[Named], scores: Sequence[Scores]) -> l
             row |= {"measure": one.name, "items": len(one.values), "mean": mean}
             row["interval"] = list(score.numbers.get("interval", (low, high)))
             if first is not None and first is not one:
-                row["difference"], *bounds = paired_difference(one, first)
+                row["difference"], *bounds = paired_difference(one, first, comparisons)
                 row["difference_interval"] = bounds
+                row |= {"comparisons": comparisons} if comparisons > 1 else {}
         rows.append(row)
     return rows
 

@@ -85,8 +85,8 @@ def facts_of(model: Any, parameters: int, adapted: float | None = None, steps: i
 
 
 def advise(facts: Facts, config: RunConfig) -> list[Advice]:
-    """Recommendations for a run: rank, alpha, dropout, targets, start, optimizer, and a band of rates for the start and
-    the optimizer that the settings name."""
+    """Recommendations for a run: rank, alpha, dropout, targets, start, optimizer, a band of rates for the start and the
+    optimizer that the settings name, and what is not known of the batch."""
     start = start_of(config.init).initializer
     if config.peft.full:
         return [_rate(facts, config, start)]
@@ -110,6 +110,13 @@ def advise(facts: Facts, config: RunConfig) -> list[Advice]:
             "memory for 0.017 more (docs/optimizers.md).",
         ),
         _rate(facts, config, start),
+        Advice(
+            "train.batch_size",
+            config.train.batch_size,
+            "The run's own: the batch was not swept here. Large ones hurt LoRA more than a training of all weights, "
+            "and leads of PiSSA and MiLoRA vanished once it was tuned (arXiv:2602.09492). Sweep it together with the "
+            "rate.",
+        ),
     ]
 
 

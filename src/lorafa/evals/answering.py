@@ -12,7 +12,7 @@ from lorafa.data.records import Message, Record
 from lorafa.data.unanswered import Unanswered
 from lorafa.errors import DataError
 from lorafa.evals.by_length import Progress
-from lorafa.evals.generation import Sampling, context_of, generate_ids, room_for
+from lorafa.evals.generation import Sampling, context_of, generate_ids, room_for, seed_at
 from lorafa.models.kinds.found import kind_of
 from lorafa.processes import world_size
 
@@ -103,7 +103,7 @@ def answers(
     for begin in range(first, len(ids), how.window):
         some = ids[begin : begin + how.window]
         shown = None if progress is None else partial(_shifted, progress, begin, len(ids))
-        drawn = how.sampling and replace(how.sampling, seed=how.sampling.seed + begin)
+        drawn = how.sampling and replace(how.sampling, seed=seed_at(how.sampling.seed, begin))
         written = generate_ids(
             model,
             tokenizer,

@@ -26,6 +26,8 @@ from lorafa.storage.whole import make_folder, written_whole
 
 AT_ONCE = 16
 """Texts drawn together. It decides which random numbers a text gets, so it is no setting."""
+SEEDED = "by seed and place"
+"""How batches are seeded; texts that were kept before there was this way are other ones."""
 OPENINGS = (
     "Hello! How are you?",
     "What is the capital of France?",
@@ -131,7 +133,7 @@ def _place(model: Any, tokenizer: Any, prompts: Sequence[list[int]], how: Drawin
     except CheckpointError as error:
         warn(f"The texts that the base writes are not kept: {error}")
         return None
-    what = json.dumps([described, names, [*map(list, prompts)], how.max_new_tokens, how.seed, AT_ONCE])
+    what = json.dumps([described, names, [*map(list, prompts)], how.max_new_tokens, how.seed, AT_ONCE, SEEDED])
     return default_cache_dir() / "drawn" / f"{digest_of(iter((what,)))[:40]}.json"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -43,6 +44,13 @@ class Sampling:
     def arguments(self) -> dict[str, float]:
         """What `transformers.GenerationConfig` is told."""
         return {"temperature": self.temperature, "top_p": self.top_p}
+
+
+def seed_at(seed: int, place: int) -> int:
+    """The seed of what is drawn from a place on, below 2^63. No two pairs of seed and place share one, so that texts of
+    several seeds are independent."""
+    digest = hashlib.sha256(f"drawn texts, seed {seed}, place {place}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generate_ids(
@@ -91,7 +99,7 @@ def generate_ids(
 
     def written(rows: list[int]) -> list[list[int]]:
         if sampling is not None:  # a batch is drawn as it would be in one process
-            torch.manual_seed(sampling.seed + rows[0])
+            torch.manual_seed(seed_at(sampling.seed, rows[0]))
         ids, mask = _padded([prompts[i] for i in rows], pad, left=not encoder)
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorafa.data.numbers import last_number, only_number
 from lorafa.data.records import Message, Record, final_answer
 from lorafa.data.rows import converter
-from lorafa.data.sets.prompts import asked
+from lorafa.data.sets.prompts import asked, question_of
 from lorafa.data.sources import records_to_measure
+from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError, did_you_mean, shorten, warn
 from lorafa.evals.benchmark import Official
 from lorafa.evals.by_length import Progress
@@ -163,7 +165,8 @@ class Gsm8kSettings:
     extract: Literal["number", "upstream"] = "number"
     """How the final number is read: number, or upstream as the LoRA-GA scripts do, to compare with their accuracy."""
     published: bool = False
-    """Ask as those scripts do, the last question alone: "Q: ...", a new line, "A: "."""
+    """Ask as those scripts do, the last question alone: "Q: ...", a new line, "A: ", as bare text whatever the chat
+    template is."""
 
     def __post_init__(self) -> None:
         if self.size is not None:
@@ -199,7 +202,17 @@ def _ends_in_figures(record: Record) -> bool:
     return any(map(str.isdigit, final_answer(last) or ""))
 
 
+def _as_asked(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> Subject:
+    """The subject with the way in which it is asked: published prompts are bare text."""
+    if not settings.published or not _graded(records):
+        return subject
+    tokenizer = copy.copy(subject.tokenizer)  # the caller's keeps its own template
+    tokenizer.chat_template = find_template(BARE)
+    return replace(subject, tokenizer=tokenizer)
+
+
 def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings) -> None:
+    subject = _as_asked(subject, records, settings)
     prompts = subject.prompts(records)
     if _graded(records):
         check_prompts(subject.model, prompts, answer_length(subject, records, settings, prompts))
@@ -212,6 +225,7 @@ def _graded(records: Sequence[Record]) -> bool:
 def _measure(
     subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, batch_size: int, progress: Progress
 ) -> Scores:
+    subject = _as_asked(subject, records, settings)
     longest = answer_length(subject, records, settings, subject.prompts(records))
     if not _graded(records):
         answers = sample_answers(subject, records, longest, batch_size, progress)
@@ -235,9 +249,13 @@ def _measure(
     words = f"{found.correct} of {found.total} right ({found.accuracy:.1%})"
     if found.cut:
         words += f", {found.cut} answers cut at {longest} tokens"
+    if settings.published:
+        words += ", asked in bare text as published"
     return Scores(words, numbers, answers, measured)
 
 
+BARE = "spaced"
+"""The template of published prompts: a text stands alone, its answer behind a blank."""
 OFFICIAL = Official("the test problems", "openai/gsm8k", "main", "test", "a copy of the official file")
 """Where the problems are."""
 
@@ -260,9 +278,10 @@ def official_problems(file: str | None, option: str = "data=test.jsonl") -> list
 
 
 def as_published(record: Record) -> Record:
-    """The same problem as the scripts of LoRA-GA and LoRA-One ask it: "Q: ...", a new line, "A: "."""
+    """The same problem as the scripts of LoRA-GA and LoRA-One ask it: "Q: ...", a new line, "A: "; one that is written
+    so already stays as it is."""
     question, answer = record.messages[-2:]
-    return replace(record, messages=(Message("user", asked(question.content)), answer))
+    return replace(record, messages=(Message("user", asked(question_of(question.content))), answer))
 
 
 def _require_gold(records: Sequence[Record], step: str) -> None:

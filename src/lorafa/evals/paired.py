@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 from lorafa.errors import DataError
 from lorafa.evals.entry import Measured
 
-NORMAL_95 = 1.959963984540054
-"""The two-sided 95 % point of the normal distribution."""
+LEVEL = 0.95
+"""How often all intervals of differences from one model hold together."""
+
+
+def normal_point(comparisons: int = 1) -> float:
+    """The two-sided point of the normal distribution by which so many intervals hold together with 95 % (Bonferroni: at
+    1 - 0.05 / (2 comparisons)); 1.96 for one."""
+    return NormalDist().inv_cdf(1 - (1 - LEVEL) / (2 * comparisons))
 
 
 def mean_interval(measured: Measured) -> tuple[float, float, float]:
@@ -18,13 +25,15 @@ def mean_interval(measured: Measured) -> tuple[float, float, float]:
     With weights the mean is a ratio of two sums; its variance is that of the residuals (Cochran 1977, Sampling
     Techniques, 6.3). A single item has no spread: its bounds are infinite.
     """
-    mean = measured.mean()
-    half = _half_width([value - mean for value in measured.values], measured.weights)
-    return mean, mean - half, mean + half
+    return _around(measured, normal_point())
 
 
-def paired_difference(one: Measured, other: Measured) -> tuple[float, float, float]:
+def paired_difference(one: Measured, other: Measured, comparisons: int = 1) -> tuple[float, float, float]:
     """``one`` minus ``other`` on the same items, with the bounds of its 95 % interval.
+
+    Args:
+        comparisons: how many models are compared with ``other``. Each interval is made so wide that all of them hold
+            together with 95 %, as those of `lorafa compare` do.
 
     Raises:
         DataError: they are not of the same items, or weigh them differently.
@@ -39,24 +48,30 @@ def paired_difference(one: Measured, other: Measured) -> tuple[float, float, flo
         )
     differences = [a - b for a, b in zip(one.values, other.values, strict=True)]
     if one.weights is None and {*one.values, *other.values} <= {0.0, 1.0}:
-        return _of_proportions(differences)
-    return mean_interval(Measured(one.name, differences, one.weights))
+        return _of_proportions(differences, normal_point(comparisons))
+    return _around(Measured(one.name, differences, one.weights), normal_point(comparisons))
 
 
-def _of_proportions(differences: Sequence[float]) -> tuple[float, float, float]:
+def _around(measured: Measured, point: float) -> tuple[float, float, float]:
+    mean = measured.mean()
+    half = point * _standard_error([value - mean for value in measured.values], measured.weights)
+    return mean, mean - half, mean + half
+
+
+def _of_proportions(differences: Sequence[float], point: float) -> tuple[float, float, float]:
     """The difference of two shares of the same items, with Agresti and Min's interval (2005, Statistics in Medicine
     24:729): half an item is added to each of the four ways in which a pair can come out, so that few items on which
     both agree are no certainty."""
     count, gained, lost = len(differences) + 2, differences.count(1.0) + 0.5, differences.count(-1.0) + 0.5
     middle = (gained - lost) / count
-    half = NORMAL_95 * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+    half = point * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
     return sum(differences) / len(differences), max(-1.0, middle - half), min(1.0, middle + half)
 
 
-def _half_width(residuals: Sequence[float], weights: Sequence[float] | None) -> float:
+def _standard_error(residuals: Sequence[float], weights: Sequence[float] | None) -> float:
     count = len(residuals)
     if count < 2:
         return math.inf
     weighed = weights or [1.0] * count
     squares = sum((w * r) ** 2 for w, r in zip(weighed, residuals, strict=True))
-    return NORMAL_95 * math.sqrt(count / (count - 1) * squares) / sum(weighed)
+    return math.sqrt(count / (count - 1) * squares) / sum(weighed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from lorafa.data.chat import IGNORE, Sample, encoded
@@ -22,6 +23,8 @@ from lorafa.storage.paths import user_path
 
 TEXT = ".txt"
 """The ending of a file that is one text."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What tokens write that are a part of a character."""
 _WHOLE = 2**31
 """No text is as long."""
 _LARGEST_LOSS = 700.0
@@ -109,30 +112,57 @@ def _texts(
     """What is counted of each record, and how many conversations were cut at the window."""
     window, overlap = settings.reading(subject.model)
     kind = subject.kind
-    cut = first_window if NEXT_TOKEN in kind.offers else _as_it_is
-    longest = _WHOLE if NEXT_TOKEN in kind.offers else window  # others cut prompt and answer, each by itself
-    samples = encoded(records, kind.encoding(subject.model).make(subject.tokenizer, longest)).samples
+    goes_on = NEXT_TOKEN in kind.offers  # an answer goes on where its prompt ends; for others it is a text by itself
+    cut = first_window if goes_on else _as_it_is
+    longest = _WHOLE if goes_on else window  # others cut prompt and answer, each by itself
+    whole = encoded(records, kind.encoding(subject.model).make(subject.tokenizer, longest)).samples
+    samples = [one if record.plain else cut(one, window) for record, one in zip(records, whole, strict=True)]
     parts = [
         (number, piece)
         for number, (record, sample) in enumerate(zip(records, samples, strict=True))
-        for piece in (pieces(sample, window, overlap) if record.plain else [cut(sample, window)])
+        for piece in (pieces(sample, window, overlap) if record.plain else [sample])
     ]
     if not any(_counted(piece) for _, piece in parts):
         raise DataError(
             f"None of the {len(records)} records has a token to count within eval.window={window}. Raise it."
         )
-    nats, tokens, size = [0.0] * len(records), [0] * len(records), [0] * len(records)
+    nats, tokens = [0.0] * len(records), [0] * len(records)
+    size = [_bytes(sample, subject.tokenizer, goes_on) for sample in samples]
     losses = row_losses(subject.model, [piece for _, piece in parts], _collator(subject), batch_size, progress)
     for (number, piece), loss in zip(parts, losses, strict=True):
-        counted = _counted(piece)
         nats[number] += loss
-        tokens[number] += len(counted)
-        size[number] += len(subject.tokenizer.decode(counted, skip_special_tokens=True).encode())
+        tokens[number] += len(_counted(piece))
     shortened = sum(
-        sample.truncated or (not record.plain and NEXT_TOKEN in kind.offers and len(sample.input_ids) > window)
-        for record, sample in zip(records, samples, strict=True)
+        one.truncated or (not record.plain and goes_on and len(one.input_ids) > window)
+        for record, one in zip(records, whole, strict=True)
     )
     return [_Text(*each) for each in zip(nats, tokens, size, strict=True)], shortened
+
+
+def _bytes(sample: Sample, tokenizer: Any, goes_on: bool) -> int:
+    """Bytes of what the counted tokens write, in UTF-8; a character of several tokens is that of its last one.
+
+    Tokens are written out behind those before them if the text ``goes_on`` there: alone they may be parts of
+    characters, and the first of a text has no blank before it where others have one.
+    """
+    counted = [False, *(label != IGNORE for label in sample.labels[1:])]
+    size, begin = 0, 0
+    for here, run in groupby(counted):
+        end = begin + len(list(run))
+        if here:
+            ids = sample.input_ids
+            before = _written(tokenizer, ids[:begin]) if goes_on else ""
+            text = _written(tokenizer, ids[:end] if goes_on else ids[begin:end])
+            if not text.startswith(before):  # it ends in a part of a character, which is whole in the text
+                before = before.rstrip(REPLACEMENT)
+            size += len(text.removeprefix(before).encode())
+        begin = end
+    return size
+
+
+def _written(tokenizer: Any, ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def first_window(sample: Sample, window: int) -> Sample:

@@ -17,7 +17,8 @@ from lorafa.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class RescoringLoss:
-    """``mwer_loss + weight * correlation_penalty``, as one object for a training loop."""
+    """``mwer_loss + weight * correlation_penalty``, as one object for a training loop: to the expected errors is added
+    ``weight * ||R - I||_F^2``."""
 
     beta: float = 1.0
     """What the second score counts beside the first-pass cost, above 0."""
@@ -96,13 +97,12 @@ def mwer_loss(scores: Tensor, first_pass: Tensor, errors: Tensor, mask: Tensor, 
 
 
 def correlation_penalty(vectors: Tensor) -> Tensor:
-    """The mean squared correlation of two different features over a batch of vectors, from 0 to 1; a scalar.
+    """How far the features of a batch of vectors are correlated: ``||R - I||_F^2``; a scalar, 0 or more.
 
-    ``||R - I||_F^2 / (width (width - 1))`` with R the correlation matrix (width, width) of the features. The diagonal
-    of R - I is 0, so width (width - 1) terms are summed, and this is their mean. The paper leaves the division open.
-    The bare sum grows with the square of the width, up to 10^5 at width 384: it would swamp the word errors beside it,
-    and no weight would suit two models. Where there are fewer vectors than features, n of them cannot bring the mean
-    below about 1 / (n - 1).
+    R is the correlation matrix (width, width) of the features. The diagonal of R - I is 0, so the squares of width
+    (width - 1) correlations are summed, and the sum lies between 0 and that number. It grows with the square of the
+    width: n vectors of more features than that, even drawn at random, have a sum of about width^2 / n. The weight is to
+    be chosen with that in mind.
 
     A feature that is the same in all vectors has no correlation, and counts as 0; so do all of a single vector.
 
@@ -122,5 +122,5 @@ def correlation_penalty(vectors: Tensor) -> Tensor:
     unit = (centred / spread.masked_fill(constant, 1.0)).masked_fill(constant, 0.0)
     width = vectors.shape[1]
     apart = (unit.T @ unit).masked_fill(torch.eye(width, dtype=torch.bool, device=wide.device), 0.0)
-    penalty: Tensor = apart.square().sum() / (width * (width - 1))
+    penalty: Tensor = apart.square().sum()
     return penalty

@@ -32,7 +32,7 @@ def drawings(section: Section) -> list[Drawing]:
     )
     found = [_over_steps(section, *each) for each in over_steps]
     score = accuracy if any(accuracy(run) is not None for run in section.runs) else loss
-    forgotten = dict.fromkeys(name for run in section.runs for name in run.scores if name.startswith("forgetting"))
+    forgotten = dict.fromkeys(name for run in section.runs for name in run.measures if name.startswith("forgetting"))
     for measure in (loss, accuracy):
         found.append(_against(section, measure, "trained parameters", lambda method: method.trainable, log=True))
         for name, place in (("peak_rss_bytes", ""), ("peak_device_bytes", " of the accelerator")):

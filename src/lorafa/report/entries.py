@@ -12,7 +12,7 @@ from typing import Any
 
 from lorafa.errors import LoraError, first_line, shorten
 from lorafa.report.defaults import Defaults
-from lorafa.report.values import flat
+from lorafa.report.values import flat, is_measure
 from lorafa.runs.measures import Metrics
 from lorafa.runs.plan import RESULT
 from lorafa.runs.record import RunDirectory
@@ -62,6 +62,12 @@ class Entry:
         """What runs of one method have in common: all settings but the seed and those of the place."""
         common = {key: value for key, value in self.changed.items() if key not in OF_THE_PLACE}
         return json.dumps(common, sort_keys=True)
+
+    @cached_property
+    def measures(self) -> dict[str, float]:
+        """The scores without counts, which say how much was measured and are no score."""
+        recorded = flat(self.result.get("after") or {})
+        return {name: value for name, value in self.scores.items() if is_measure(recorded[name])}
 
     @cached_property
     def scores(self) -> dict[str, float]:

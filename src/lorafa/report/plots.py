@@ -114,12 +114,13 @@ def plane(dots: Sequence[Dot], across: str, up: str, *, lower_is_better: bool, l
 
 
 def pareto(dots: Sequence[Dot], lower_is_better: bool) -> list[int]:
-    """The numbers of the dots that no other one beats in one measure without being worse in the other, by rising x."""
+    """The numbers of the dots that no other one beats in one measure without being worse in the other, by rising x;
+    equal dots beat none of each other."""
     sign = 1 if lower_is_better else -1
-    order = sorted(range(len(dots)), key=lambda number: (dots[number].x, sign * dots[number].y))
+    place = {number: (dot.x, sign * dot.y) for number, dot in enumerate(dots)}
     front: list[int] = []
-    for number in order:
-        if not front or sign * dots[number].y < sign * dots[front[-1]].y:
+    for number in sorted(place, key=place.__getitem__):
+        if not front or place[number][1] < place[front[-1]][1] or place[number] == place[front[-1]]:
             front.append(number)
     return front
 

@@ -26,10 +26,8 @@ from lorafa.storage.paths import user_path
 
 ANSWERS = 5
 """Questions whose answers are shown, at most."""
-NO_FIGURE = ("loss", "accuracy", "correct", "total", "unparsed")
-"""Scores that have a column of their own making or none; others are shown by their names."""
-SIZES = ("tokens", "texts", "max_new_tokens", "max_length")
-"""How much was measured, or within which length, is no score, whatever it belongs to: ``forgetting.tokens``."""
+OWN_COLUMN = ("loss", "accuracy")
+"""Measures that have a column of their own making; others are shown by their names."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +139,7 @@ def table_of(section: Section) -> tuple[list[str], list[list[str]]]:
         "of the accelerator": [_size(method.peak("peak_device_bytes")) for method in section.methods],
         "trained": [MISSING if m.trainable is None else f"{m.trainable:,}" for m in section.methods],
         "rows dropped / cut": [_rows_left_out(method) for method in section.methods],
+        "answers cut": [_cut(method) for method in section.methods],
         "step kept": [_kept(method) for method in section.methods],
     }
     columns |= {name: cells for name, cells in own.items() if any(cell != MISSING for cell in cells)}
@@ -182,8 +181,7 @@ def notes_of(section: Section) -> list[str]:
 
 
 def _measures(section: Section) -> list[tuple[str, Any, str]]:
-    names = dict.fromkeys(name for run in section.runs for name in run.scores)
-    others = [name for name in names if name not in NO_FIGURE and name.rpartition(".")[2] not in SIZES]
+    others = dict.fromkeys(name for run in section.runs for name in run.measures if name not in OWN_COLUMN)
     named = [(name.replace("_", " "), (lambda run, name=name: run.scores.get(name)), ".4g") for name in others]
     return [("held-out loss", loss, ".4f"), ("accuracy", accuracy, ".1%"), *named]
 
@@ -207,6 +205,14 @@ def _size(size: int | None) -> str:
 def _rows_left_out(method: Method) -> str:
     rows = method.runs[0].result.get("rows") or {}
     return f"{rows['dropped']:,} / {rows['truncated']:,}" if rows else MISSING
+
+
+def _cut(method: Method) -> str:
+    """How many answers were still going on where they had to end, over all runs."""
+    cut, total = (sum(int(run.scores.get(name, 0)) for run in method.runs) for name in ("cut", "total"))
+    if not cut:
+        return MISSING
+    return f"{cut:,} of {total:,}" if total else f"{cut:,}"
 
 
 def _kept(method: Method) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Group
 
 from lorafa.report.fitted import Facts, Fitted
-from lorafa.report.values import flat
+from lorafa.report.values import flat, is_measure
 from lorafa.runs.measures import Metrics, spread, step_seconds
 from lorafa.runs.record import RunDirectory
 
 MISSING, DIVERGED = "-", "diverged"
-SHOWN = {"accuracy", "correct", "total", "unparsed", "loss"}
-"""Scores with a row of their own making; those of other evaluations are shown by their names."""
+SHOWN = {"accuracy", "loss"}
+"""Measures with a row of their own making; those of other evaluations are shown by their names."""
 PHASES = ("prepare", "evaluate before", "train", "evaluate after", "total")
 
 
@@ -26,6 +26,7 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("held-out accuracy", _accuracy),
         ("  95 % interval", _interval),
         ("  without an answer", _unparsed),
+        ("  cut at their longest", _cut),
         ("answer loss", _loss),
     )
     for label, cell in measures:
@@ -33,7 +34,7 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if pair != (MISSING, MISSING):
             rows.append((label, *pair))
     nested = flat(before), flat(after)
-    others = {name for scores in nested for name, value in scores.items() if _is_number(value)} - SHOWN
+    others = {name for scores in nested for name, value in scores.items() if is_measure(value)} - SHOWN
     first, last = nested
     return rows + [(name, _number(first.get(name)), _number(last.get(name))) for name in sorted(others)]
 
@@ -130,12 +131,12 @@ def _unparsed(scores: Mapping[str, Any]) -> str:
     return MISSING if scores.get("unparsed") is None else str(scores["unparsed"])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _cut(scores: Mapping[str, Any]) -> str:
+    return MISSING if scores.get("cut") is None else str(scores["cut"])
 
 
 def _number(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if _is_number(value) else MISSING
+    return f"{value:,.4g}" if is_measure(value) else MISSING
 
 
 def _loss(scores: Mapping[str, Any]) -> str:

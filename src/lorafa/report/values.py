@@ -24,3 +24,9 @@ def written(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(written, value)) + "]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def is_measure(value: Any) -> bool:
+    """Whether a recorded value says how good something is; counts (of tokens, texts, answers) are recorded as integers,
+    and compare nothing."""
+    return isinstance(value, float)

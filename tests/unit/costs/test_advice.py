@@ -116,3 +116,10 @@ def test_long_trainings_want_the_middle_and_short_ones_twice_that() -> None:
         1e-3,
         1e-3,
     )
+
+
+def test_of_the_batch_it_says_that_nobody_has_swept_it_here() -> None:
+    found = advice(SMALL, "train.batch_size=24")["train.batch_size"]
+    assert (found.value, found.low, found.high) == (24, None, None)
+    assert "the batch was not swept here" in found.reason
+    assert "Sweep it together with the rate" in found.reason

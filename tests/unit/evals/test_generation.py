@@ -8,7 +8,10 @@ import pytest
 from transformers import GenerationConfig
 
 from lorafa import LoraConfig, get_peft_model
-from lorafa.evals.generation import generate_greedy
+from lorafa.data.records import Message
+from lorafa.data.unanswered import Unanswered
+from lorafa.evals.answering import Answering, answers
+from lorafa.evals.generation import Sampling, generate_greedy, generate_ids, seed_at
 from toys.language_models import byte_tokenizer, greedy_by_hand, tiny_llama
 
 PROMPT, NEW = [5, 6, 7, 200], 8
@@ -80,3 +83,33 @@ def test_a_failure_leaves_the_settings_as_they_were() -> None:
     with pytest.raises(ZeroDivisionError):
         generate_greedy(model, TOKENIZER, [PROMPT], batch_size=1, max_new_tokens=NEW)
     assert model.generation_config is own
+
+
+def test_texts_of_one_seed_are_not_those_of_another_at_another_place() -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        sampling = Sampling(seed=seed)
+        return generate_ids(MODEL, TOKENIZER, [PROMPT] * 6, batch_size=2, max_new_tokens=NEW, sampling=sampling)
+
+    found = [drawn(seed) for seed in range(5)]
+    assert drawn(0) == found[0]
+    texts = [tuple(text) for texts in found for text in texts]
+    assert len(set(texts)) == len(texts)
+
+
+def test_answers_of_one_seed_are_not_those_of_another_in_another_window() -> None:
+    prompts = [Unanswered((Message("user", "a"),), place=f"row {number}") for number in range(8)]
+
+    def drawn(seed: int) -> list[str]:
+        how = Answering(NEW, 1, Sampling(seed=seed))
+        return [answer.text for window in answers(MODEL, TOKENIZER, prompts, how) for answer in window]
+
+    first, window = drawn(0), Answering(NEW, 1).window
+    assert window < len(prompts)
+    assert drawn(window)[: len(prompts) - window] != first[window:]
+
+
+def test_no_two_seeds_and_places_share_random_numbers() -> None:
+    found = {seed_at(seed, place) for seed in range(60) for place in range(60)}
+    assert len(found) == 3600
+    assert all(0 <= seed < 2**63 for seed in found)
+    assert seed_at(0, seed_at(1, 2)) != seed_at(1, seed_at(0, 2))

@@ -12,8 +12,9 @@ from lorafa.data.chat import encode_prompt
 from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals import gsm8k
+from lorafa.evals.entry import Source, Subject
 from lorafa.evals.generation import generate_greedy
-from lorafa.evals.gsm8k import evaluate, extract_answer, extract_upstream
+from lorafa.evals.gsm8k import GSM8K, Gsm8kSettings, evaluate, extract_answer, extract_upstream
 from lorafa.evals.shares import wilson_interval
 from lorafa.models.modes import evaluating
 from toys.language_models import byte_tokenizer, conversation, greedy_by_hand, tiny_llama
@@ -213,3 +214,38 @@ def test_bad_requests_are_errors_before_anything_is_generated():
         generate_greedy(model, tokenizer, PROMPTS[:2], batch_size=1, max_new_tokens=510)
     with pytest.raises(DataError, match="Prompt 1 is empty"):
         generate_greedy(model, tokenizer, [[1], []], batch_size=1, max_new_tokens=5)
+
+
+PUBLISHED = Gsm8kSettings(published=True, max_new_tokens=4)
+ROW = {"question": "1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
+
+
+def test_a_problem_is_put_into_the_published_words_once(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROW))
+    (of_file,) = GSM8K.read(Source(str(file)), PUBLISHED)
+    (of_set,) = GSM8K.read(Source("gsm8k", {"file": str(file)}), PUBLISHED)
+    (held_out,) = GSM8K.asks([of_set], PUBLISHED)
+    for record in (of_file, of_set, held_out):
+        assert record.question[-1].content == "Q: 1 + 1?\nA: "
+
+
+def test_published_prompts_are_bare_text_whatever_the_chat_template_is(monkeypatch):
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    records = GSM8K.asks([conversation("1 + 1?", "#### 2", answer="2")], PUBLISHED)
+    prompts = []
+
+    def fake(model, tokenizer, asked, **settings):
+        prompts.extend(tokenizer.decode(ids) for ids in asked)
+        return [tokenizer("#### 2").input_ids]
+
+    monkeypatch.setattr(gsm8k, "generate_ids", fake)
+    scores = GSM8K.measure(Subject(model, tokenizer), records, PUBLISHED, 1, lambda *_: None)
+    assert prompts == ["Q: 1 + 1?\nA: "]
+    assert scores.numbers["correct"] == 1
+    assert "asked in bare text as published" in scores.words
+    assert tokenizer.chat_template.startswith("{% for")
+    as_it_is = Gsm8kSettings(max_new_tokens=4)
+    GSM8K.measure(Subject(model, tokenizer), records, as_it_is, 1, lambda *_: None)
+    assert prompts[1].startswith("<Q: 1 + 1?\nA: >")

@@ -30,6 +30,10 @@ ROW = {
 }
 BODY = "    found = []\n    for x in xs:\n        found.append(x + by)\n    return found"
 WHOLE = f"def add_all(xs: List[int], by: int = 1) -> List[int]:\n{BODY}"
+CALLING = (
+    "```python\ndef add_all(xs: List[int], by: int = 1) -> List[int]:\n    return [_one(x, by) for x in xs]\n```\n"
+)
+"""A block that needs another one."""
 HELPED = (
     "import math\n\n\ndef add_all(xs: List[int], by: int = 1) -> List[int]:\n"
     "    return [_one(x, by) for x in xs]\n\n\ndef _one(x, by):\n    return x + by"
@@ -67,6 +71,11 @@ def runs(program: str) -> None:
         HELPED,
         f"I will\nimport nothing and write it so:\n{WHOLE}\n\nfrom top to bottom.",
         f"First the helper.\n```python\ndef _one(x, by):\n    return x + by\n```\nThen:\n```python\n{WHOLE}\n```",
+        f"{CALLING}with\n```python\nimport operator\n\ndef _one(x, by):\n    return operator.add(x, by)\ninput()\n```",
+        f"First:\n```python\nSTEP = 1\n\ndef _one(x, by):\n    return x + by * STEP\n```\nThen:\n{CALLING}",
+        f"{CALLING}Its helper:\n```python\ndef _one(x: int, by: int) -> List[int]:\n    return x + by\n```",
+        f"{CALLING}```python\ndef _one(x, by):\n    return x + by\n```\n```\nfound = [_one(1\n```",
+        "```python\n    return [_one(x, by) for x in xs]\n```\n```python\ndef _one(x, by):\n    return x + by\n```",
         PROMPT + BODY,
         "    " + WHOLE.replace("\n", "\n    "),
     ],

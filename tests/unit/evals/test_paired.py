@@ -10,7 +10,7 @@ import pytest
 
 from lorafa.errors import DataError
 from lorafa.evals.entry import Measured
-from lorafa.evals.paired import mean_interval, paired_difference
+from lorafa.evals.paired import mean_interval, normal_point, paired_difference
 
 
 def test_without_weights_it_is_the_interval_of_a_mean() -> None:
@@ -65,3 +65,25 @@ def test_a_single_item_has_no_interval() -> None:
 def test_other_items_are_refused(other: Measured) -> None:
     with pytest.raises(DataError, match="cannot be compared pair by pair"):
         paired_difference(Measured("loss", [1.0, 2.0]), other)
+
+
+def test_intervals_of_several_differences_hold_together_as_often_as_one_does_alone() -> None:
+    assert [normal_point(count) for count in (1, 2, 5)] == pytest.approx([1.959964, 2.241403, 2.575829], abs=1e-6)
+    rng, held, alone, rounds, others = random.Random(1), 0, 0, 600, 6
+    for _ in range(rounds):
+        first = Measured("loss", [rng.gauss(0.0, 1.0) for _ in range(80)])
+        several = [Measured("loss", [rng.gauss(0.0, 1.0) for _ in range(80)]) for _ in range(others)]
+        for count in (1, others):
+            bounds = [paired_difference(one, first, count)[1:] for one in several]
+            together = all(low <= 0.0 <= high for low, high in bounds)
+            held, alone = (held + together, alone) if count > 1 else (held, alone + together)
+    assert held / rounds > 0.93
+    assert alone / rounds < 0.88
+
+
+def test_differences_of_shares_are_corrected_too() -> None:
+    one, other = Measured("accuracy", [1.0] * 12 + [0.0] * 28), Measured("accuracy", [0.0] * 35 + [1.0] * 5)
+    difference, low, high = paired_difference(one, other)
+    corrected = paired_difference(one, other, 3)
+    assert corrected[0] == difference
+    assert (corrected[2] - corrected[1]) / (high - low) == pytest.approx(normal_point(3) / normal_point())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from lorafa.evals.entry import Source, Subject
 from lorafa.evals.loss import row_losses
 from lorafa.evals.perplexity import PERPLEXITY, PerplexitySettings, pieces
 from lorafa.models import head_loss
-from toys.language_models import byte_tokenizer, tiny_llama
+from toys.chats import chat_tokenizer
+from toys.language_models import byte_tokenizer, conversation, tiny_llama
 
 
 @given(st.integers(1, 60), st.integers(2, 20), st.data())
@@ -103,3 +105,31 @@ def test_conversations_that_are_cut_are_counted_and_said() -> None:
     assert scores.words.endswith(", 2 conversations cut at 32 tokens")
     whole = PERPLEXITY.measure(subject, records[:1], PerplexitySettings(window=32), 2, lambda *_: None)
     assert (whole.numbers["cut"], "cut" in whole.words) == (0, False)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "sentencepiece of Llama"])
+@pytest.mark.parametrize("window", [2, 5, 8, 512])
+def test_bytes_are_those_of_the_text_however_it_is_cut(kind: str, window: int) -> None:
+    tokenizer = chat_tokenizer(kind, None)
+    model = tiny_llama(len(tokenizer))
+    text = "x a ré, \N{HIRAGANA LETTER A}\N{GRINNING FACE} an answer: Thé"
+    record = Record((Message("assistant", text),), plain=True)
+    own = PerplexitySettings(window=window, overlap=1)
+    scores = PERPLEXITY.measure(Subject(model, tokenizer), [record], own, 4, lambda *_: None)
+    first = decoded_first(tokenizer, text)
+    assert scores.measured.weights == [len(text.encode()) - len(first.encode())]
+
+
+def decoded_first(tokenizer: Any, text: str) -> str:
+    """What the first token of a text writes, which nothing predicts."""
+    written = tokenizer.decode(tokenizer(text).input_ids[:1])
+    assert text.startswith(written)
+    return str(written)
+
+
+def test_bytes_of_an_answer_do_not_count_its_prompt() -> None:
+    tokenizer = byte_tokenizer()
+    record = conversation("é?", "né", "ö?", "ja")
+    subject = Subject(tiny_llama(), tokenizer)
+    scores = PERPLEXITY.measure(subject, [record], PerplexitySettings(), 1, lambda *_: None)
+    assert scores.measured.weights == [len("né".encode()) + len("ja")]

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from lorafa import LoraConfig, get_peft_model
+from lorafa.data.records import Message, Record
 from lorafa.errors import ConfigError
+from lorafa.evals.entry import Subject
+from lorafa.evals.forgetting import FORGETTING, ForgettingSettings
 from lorafa.report.drawings import drawings, loss
 from lorafa.report.runs import Report, notes_of, table_of
+from lorafa.report.tables import score_rows
 from lorafa.runs.student import interval
+from toys.language_models import byte_tokenizer, tiny_llama
 from toys.runs import make_run
 
 
@@ -165,3 +173,35 @@ def test_forgetting_stands_beside_the_task_s_score(tmp_path: Path) -> None:
     (section,) = Report.of([tmp_path]).sections
     assert "Accuracy against forgetting.kl" in [each.title for each in drawings(section)]
     assert "forgetting.kl" in table_of(section)[0]
+
+
+def measured_forgetting(scale: float) -> dict[str, Any]:
+    """What an evaluation finds of a model that has moved, with all its keys."""
+    model = get_peft_model(tiny_llama().double(), LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(scale)
+    text = Record((Message("assistant", "the cat sat on the mat"),), plain=True)
+    subject, own = Subject(model, byte_tokenizer()), ForgettingSettings()
+    return dict(FORGETTING.measure(subject, [text, text], own, 2, lambda *_: None).numbers)
+
+
+def test_counts_are_no_axis_and_no_column(tmp_path: Path) -> None:
+    for n in range(2):
+        forgotten = measured_forgetting(0.01 * (n + 1))
+        assert forgotten.keys() == {"kl", "tokens", "texts", "interval"}
+        after: dict[str, Any] = {"loss": 1.0, "accuracy": 0.5 + n / 10, "correct": 5 + n, "total": 10}
+        after |= {"unparsed": 1, "cut": n, "max_new_tokens": 9, "forgetting": forgotten}
+        make_run(tmp_path / f"m{n}", loss=1.0, rank=8 + n, after=after)
+    (section,) = Report.of([tmp_path]).sections
+    titles = [each.title for each in drawings(section) if "forgetting" in each.title]
+    assert titles == ["Accuracy against forgetting.kl"]
+    headings, rows = table_of(section)
+    measures = ["held-out loss", "accuracy", "forgetting.kl"]
+    differences = [f"{name}, difference" for name in measures]
+    assert {*measures, *differences, "answers cut"} <= {*headings}
+    assert not any(word in " ".join(headings) for word in ("tokens", "texts", "correct", "total", "unparsed"))
+    assert [row[headings.index("answers cut")] for row in rows] == ["-", "1 of 10"]
+    shown = [row[0].strip() for row in score_rows(section.runs[1].result)]
+    assert shown[-3:] == ["cut at their longest", "answer loss", "forgetting.kl"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorafa.report.plots import Dot, Series, curves, pareto, plane, short
 from lorafa.report.styles import style_of
@@ -45,6 +47,22 @@ def test_the_front_is_what_nothing_beats() -> None:
         if any(a <= x and b <= y and (a, b) != (x, y) for a, b in places)
     ]
     assert sorted(set(range(6)) - set(beaten)) == [0, 1, 3]
+
+
+def test_equal_dots_are_on_the_front_together() -> None:
+    dots = [Dot(style_of(0), *place) for place in ((1.0, 1.0), (1.0, 1.0), (2.0, 0.5))]
+    assert pareto(dots, lower_is_better=True) == [0, 1, 2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12), st.booleans())
+def test_the_front_is_that_of_all_pairs_compared(places: list[tuple[int, int]], lower: bool) -> None:
+    def beats(one: tuple[int, int], other: tuple[int, int]) -> bool:
+        better = one[1] <= other[1] if lower else one[1] >= other[1]
+        return one[0] <= other[0] and better and one != other
+
+    front = pareto([Dot(style_of(0), float(x), float(y)) for x, y in places], lower_is_better=lower)
+    assert sorted(front) == [n for n, own in enumerate(places) if not any(beats(one, own) for one in places)]
+    assert [places[n][0] for n in front] == sorted(places[n][0] for n in front)
 
 
 def test_a_front_is_ringed_on_the_drawing() -> None:

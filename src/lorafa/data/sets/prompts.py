@@ -6,6 +6,7 @@ that figures can be compared. They write x, a space, y and the end: ``data.templ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from lorafa.data.cells import Row, checked, columns, given, text_of
@@ -19,12 +20,20 @@ ToRecord = Callable[[Row, str], Record | None]
 LABEL = "label"
 """The column of a class."""
 
+_ASKED = re.compile(r"Q: (.*)\nA: ?", flags=re.DOTALL)
+
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 
 
 def asked(question: str) -> str:
     """A question of mathematics."""
     return f"Q: {question}\nA: "
+
+
+def question_of(text: str) -> str:
+    """The question in a text that may be what :func:`asked` has made of it."""
+    found = _ASKED.fullmatch(text)
+    return found[1] if found else text
 
 
 def instructed(instruction: str, context: str | None = None) -> str:
