@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorafa.costs.batches import Asked, Batch, Batches
 from lorafa.costs.untouched import Block, Untouched, most_alive, without_numbers
 from lorafa.models.head_loss import supervised_loss, supervised_nll, supports_chunked_loss
-from lorafa.models.modes import evaluating
+from lorafa.models.modes import evaluating, reading_last_positions
 from lorafa.train.settings.run import RunConfig
 
 _GROWTHS = 32
@@ -109,11 +109,12 @@ def course_of(model: nn.Module, config: RunConfig, batches: Batches) -> Course:
 
 
 def _evaluate(model: Any, batches: Batches, state: Untouched, own: str | None) -> None:
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         if batches.heldout is not None:
             _loss(model, batches.heldout, state, own, evaluated=True)
         if batches.asked is not None:
-            _answer(model, batches.asked)
+            with reading_last_positions(model):
+                _answer(model, batches.asked)
 
 
 def _loss(model: Any, batch: Batch, state: Untouched, own: str | None, *, evaluated: bool = False) -> Tensor:
