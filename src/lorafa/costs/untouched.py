@@ -156,7 +156,7 @@ def _outputs(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], Any]:
             return value
         of = memory.get(value.untyped_storage()._cdata)
         itself = of is not None and value is inputs[of]
-        return _Output(tuple(value.shape), value.stride(), value.dtype, of, itself, value.storage_offset())
+        return _Output(tuple(value.shape), value.stride(), value.dtype, of, itself, int(value.storage_offset()))
 
     return [noted(value) for value in flat], form
 
