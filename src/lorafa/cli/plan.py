@@ -98,7 +98,7 @@ def plan(config: RunConfig, console: Console, probed: bool = False) -> Planned:
     Raises:
         LoraError: of the kind that fits: the model, the rows or a setting is wrong.
     """
-    from rich.console import Console as Quiet
+    from rich.console import Console as Terminal
 
     from lorafa.costs.advice import advise, facts_of
     from lorafa.costs.batches import bounds, of_rows
@@ -109,7 +109,7 @@ def plan(config: RunConfig, console: Console, probed: bool = False) -> Planned:
     from lorafa.train.progress import progress_bar
     from lorafa.train.records import answers_of, find_records
 
-    quiet = Quiet(quiet=True)
+    quiet = Terminal(quiet=True)
     why = _not_read(config)
     found = None if why else find_records(config.data)
     shape = shape_of(config.model, config.peft.adapter, None if found is None else lambda: answers_of(found))
@@ -119,7 +119,7 @@ def plan(config: RunConfig, console: Console, probed: bool = False) -> Planned:
     else:
         batches = of_rows(config, found, shape.model, shape.kind, quiet)
     rows = covered(shape, config)
-    with progress_bar(Quiet(stderr=True), "Counting evaluations and a step") as bar:
+    with progress_bar(Terminal(stderr=True), "Counting evaluations and a step") as bar:
         counted = count(shape, config, batches, bar)
     share = sum(row.base for row in rows if row.matched) / max(1, sum(row.base for row in rows))
     advice = advise(facts_of(shape.model, shape.parameters, share, batches.steps), config)
