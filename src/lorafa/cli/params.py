@@ -15,9 +15,9 @@ from lorafa.models import MODELS
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from torch import nn
 
     from lorafa.costs.accounting import AdapterCost
+    from lorafa.models.shapes import Outline
     from lorafa.train.settings.run import RunConfig
 
 DESCRIPTION = """\
@@ -62,16 +62,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.conf.compose import compose, refuse_others  # Hydra and torch load only when a command runs
     from lorafa.models.load import DTYPES
-    from lorafa.models.shapes import shape_model
+    from lorafa.models.shapes import outline
 
     config = compose(args.overrides)
     refuse_others(args.overrides, READ, "lorafa params", "changes nothing that is counted")
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     dtype = DTYPES.get(config.model.dtype)
     where: dict[str, Any] = {"cache_dir": cache, "revision": config.model.revision}
-    model = shape_model(config.model.name, dtype, kind=config.model.kind, **where)
+    found = outline(config.model.name, dtype, kind=config.model.kind, **where)
     try:
-        costs, notes = adapter_costs(model, config), _notes(model, config)
+        costs, notes = adapter_costs(found, config), _notes(found, config)
     except AdapterError as error:  # there is no adapter yet: settings that do not go together
         raise ConfigError(str(error)) from error
     if args.json:
@@ -86,14 +86,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def adapter_costs(model: nn.Module, config: RunConfig) -> list[tuple[str, AdapterCost]]:
+def adapter_costs(found: Outline, config: RunConfig) -> list[tuple[str, AdapterCost]]:
     """(words of an optimizer, cost): the optimizer of the settings, then A frozen where B can be trained alone."""
     from lorafa.costs.accounting import adapter_cost
     from lorafa.optimizers import OPTIMIZERS
     from lorafa.train.adapter_config import lora_config
     from lorafa.train.settings.optim import OptimConfig, words
 
-    adapter = lora_config(config, model)
+    model = found.model
+    adapter = lora_config(config, model, kind=found.kind, new_modules=found.new)
     as_set = adapter_cost(model, adapter, config.optim)
     costs = [(words(config.optim), as_set)]
     if as_set.factors != "AB":
@@ -167,7 +168,7 @@ def _plain(optimizer: str, cost: AdapterCost) -> dict[str, Any]:
     return {"optimizer": optimizer, "trained": trained, **numbers}
 
 
-def _notes(model: nn.Module, config: RunConfig) -> list[str]:
+def _notes(found: Outline, config: RunConfig) -> list[str]:
     """What the numbers leave out, where they leave something out."""
     from lorafa.train.adapter_config import lora_config
 
@@ -180,6 +181,7 @@ def _notes(model: nn.Module, config: RunConfig) -> list[str]:
         )
     if initializer.quantizer:
         notes.append(f"init={config.init.mode} quantizes the base; it is counted as if it did not.")
-    if getattr(model.config, "quantization_config", None):
+    notes += found.remarks()
+    if getattr(found.model.config, "quantization_config", None):
         notes.append("The model is stored quantized; the base is counted as if it were not.")
     return notes

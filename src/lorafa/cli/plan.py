@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,8 @@ class Planned:
     advice: list[Advice]
     left: int | None
     """Bytes that stay free at its peak, below 0 where it does not fit; None where that is unknown."""
+    accelerator: str | None = None
+    """The device type of the accelerator there is; None where there is none."""
     probe: tuple[Probe, int | None] | None = None
     """What two steps measured, and the peak of this process afterwards."""
 
@@ -79,7 +81,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.train.memory import keep_freed_memory
 
     keep_freed_memory()  # as in a training
-    planned = plan(compose(args.overrides), console, args.probe)
+    config = compose(args.overrides)
+    if config.train.resume:
+        config = _resumed(args.overrides, config)
+    planned = plan(config, console, args.probe)
     if args.json:
         console.print_json(data=as_json(planned))
         return 0
@@ -93,42 +98,68 @@ def plan(config: RunConfig, console: Console, probed: bool = False) -> Planned:
     Raises:
         LoraError: of the kind that fits: the model, the rows or a setting is wrong.
     """
-    from rich.console import Console as Quiet
+    from rich.console import Console as Terminal
 
     from lorafa.costs.advice import advise, facts_of
+    from lorafa.costs.batches import bounds, of_rows
     from lorafa.costs.fits import left_after
     from lorafa.costs.memory import count, covered, shape_of
     from lorafa.costs.probe import probe
     from lorafa.runs.peaks import peak_rss_bytes
+    from lorafa.train.progress import progress_bar
+    from lorafa.train.records import answers_of, find_records
 
-    quiet = Quiet(quiet=True)
-    shape = shape_of(config.model)
-    batches = _batches(config, shape, quiet)
+    quiet = Terminal(quiet=True)
+    why = _not_read(config)
+    found = None if why else find_records(config.data)
+    shape = shape_of(config.model, config.peft.adapter, None if found is None else lambda: answers_of(found))
+    if found is None:
+        context = getattr(shape.model.config.get_text_config(), "max_position_embeddings", None)
+        batches = bounds(config, context, why, shape.kind)
+    else:
+        batches = of_rows(config, found, shape.model, shape.kind, quiet)
     rows = covered(shape, config)
-    counted = count(shape, config, batches)
+    with progress_bar(Terminal(stderr=True), "Counting evaluations and a step") as bar:
+        counted = count(shape, config, batches, bar)
     share = sum(row.base for row in rows if row.matched) / max(1, sum(row.base for row in rows))
     advice = advise(facts_of(shape.model, shape.parameters, share, batches.steps), config)
     left = left_after(counted.memory)
     measured = (probe(config, quiet), peak_rss_bytes()) if probed else None
-    return Planned(config, shape, batches, counted, rows, advice, left, measured)
+    return Planned(config, shape, batches, counted, rows, advice, left, accelerator_here(), measured)
 
 
-def _batches(config: RunConfig, shape: Shape, quiet: Console) -> Batches:
-    """The largest batches: of the rows where they and a tokenizer are here."""
-    from lorafa.costs.batches import bounds, of_rows
+def accelerator_here() -> str | None:
+    """The type of the accelerator that a run on this machine would take; None where there is none."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if device is None else device.type
+
+
+def _resumed(overrides: Sequence[str], config: RunConfig) -> RunConfig:
+    """The settings of the run that ``train.resume`` names, as `lorafa train` would go on with it.
+
+    Raises:
+        LoraError: it cannot be continued, or not with these settings.
+    """
+    from lorafa.cli.train import longer_of
+    from lorafa.runs.experiment import resumable
+
+    return resumable(str(config.train.resume), longer_of(overrides, config))[2]
+
+
+def _not_read(config: RunConfig) -> str:
+    """Why the rows are not read, in words; an empty text where they are."""
     from lorafa.data.files import is_file
     from lorafa.data.shares import names_of
     from lorafa.storage.paths import user_path
 
-    context = getattr(shape.model.config.get_text_config(), "max_position_embeddings", None)
     name = config.model.name
     if name in MODELS and MODELS.get(name).fetch is None:
-        return bounds(config, context, f"{name} is known by its shape only, without a tokenizer")
+        return f"{name} is known by its shape only, without a tokenizer"
     names = [each for each in names_of(config.data.name) if "/" in each and not is_file(each)]
     on_hub = [each for each in names if not os.path.exists(user_path(each))]
-    if on_hub:
-        return bounds(config, context, f"the rows of {on_hub[0]} are not fetched for a plan")
-    return of_rows(config, quiet)
+    return f"the rows of {on_hub[0]} are not fetched for a plan" if on_hub else ""
 
 
 def as_json(planned: Planned) -> dict[str, Any]:
@@ -138,7 +169,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
         "model": planned.config.model.name,
         "parameters": planned.shape.parameters,
         "trained": None if cost is None else cost.trainable,
-        "stored": None if stored is None else asdict(stored),
+        "stored": None if stored is None else {k: v for k, v in asdict(stored).items() if k != "shapes"},
         "coverage": [asdict(row) for row in planned.coverage],
         "batches": asdict(planned.batches),
         "memory": {**asdict(memory), "total": memory.total},
@@ -211,7 +242,6 @@ def advice_table(advice: Iterable[Advice]) -> Table:
 
 def notes(planned: Planned) -> list[str]:
     """What the numbers rest on, and what they leave out."""
-    from lorafa.costs.fits import size
     from lorafa.train.settings.init import start_of
 
     batches, counted, stored = planned.batches, planned.counted, planned.shape.stored
@@ -228,11 +258,33 @@ def notes(planned: Planned) -> list[str]:
         )
     if counted.uncounted is not None:
         found.append(f"Activations are not counted: {counted.uncounted}. --probe measures them.")
+    found += planned.shape.outline.remarks()
+    if planned.config.model.add_tokens:
+        found.append("The rows of model.add_tokens are not counted.")
     if counted.own_loss is not None:
         found.append(f"The model's own loss is counted, which holds all logits: {counted.own_loss}.")
     if start_of(planned.config.init).initializer.needs and not planned.config.peft.full:
         found.append(f"What init={planned.config.init.mode} collects of the data before the training is not counted.")
-    if planned.left is not None:
-        fits = "The run fits" if planned.left >= 0 else "THE RUN DOES NOT FIT"
-        found.append(f"{fits}: {size(abs(planned.left))} {'are left' if planned.left >= 0 else 'are missing'}.")
-    return found
+    if planned.accelerator is not None:
+        found.append(
+            f"There is an accelerator ({planned.accelerator}), where a run computes. Its memory is not counted: the "
+            "figures are those of a run on the CPU. lorafa train reports the peak of both."
+        )
+    found.append("Counted for one process; each of several takes as much, for its own batch.")
+    return [*found, *_fits(planned)]
+
+
+def _fits(planned: Planned) -> list[str]:
+    """Whether the run fits into the memory there is, in words, where that can be told."""
+    from lorafa.costs.fits import size
+
+    if planned.left is None:
+        return []
+    if planned.left < 0:
+        at_least = "" if planned.counted.uncounted is None else "at least "
+        return [f"THE RUN DOES NOT FIT: {at_least}{size(-planned.left)} are missing."]
+    if planned.counted.uncounted is not None:
+        return [f"Whether the run fits is not known: {size(planned.left)} are left for what is not counted."]
+    if planned.accelerator is not None:
+        return [f"On the CPU the run fits: {size(planned.left)} are left. Whether it does there is not known."]
+    return [f"The run fits: {size(planned.left)} are left."]

@@ -3,25 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorafa.data.chat import IGNORE, encode_prompts
-from lorafa.evals import EVALS
+from lorafa.data.chat import IGNORE
+from lorafa.data.collate import Collate
+from lorafa.data.packing import PackCollator
+from lorafa.data.templates import find_template
 from lorafa.evals.generation import needed_length
+from lorafa.models.kinds.causal import CAUSAL
+from lorafa.models.kinds.entry import Kind
 from lorafa.models.load import load_tokenizer
 from lorafa.train.base_model import cache_of
+from lorafa.train.evaluation import Chosen, evaluation_of
 from lorafa.train.fit import steps_in_all
 from lorafa.train.recipe import batch_rows
-from lorafa.train.records import find_records, make_samples
+from lorafa.train.records import make_samples
 from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of
 from lorafa.train.settings.run import RunConfig
 
 if TYPE_CHECKING:
     from lorafa.data.prepared import SampleSet
+    from lorafa.data.sources import OpenData
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Batch:
     """The length of the longest row, to which the others are padded."""
     supervised: int
     """Positions in it that are trained on."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shape of each of its tensors, by name; empty: ids, mask and labels, (rows, tokens) each."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Batches:
     """What they were taken from, in words."""
 
 
-def bounds(config: RunConfig, context: int | None, why: str) -> Batches:
+def bounds(config: RunConfig, context: int | None, why: str, kind: Kind = CAUSAL) -> Batches:
     """The largest batches that the settings allow.
 
     Args:
@@ -70,40 +78,58 @@ def bounds(config: RunConfig, context: int | None, why: str) -> Batches:
     longest = min(config.data.max_length, context or config.data.max_length)
 
     def whole(rows: int) -> Batch:
-        return Batch(rows, longest, rows * (longest - 1))
+        return _batch([kind.fullest(longest)] * rows, kind, kind.collator(0))
 
-    new = _new_tokens(config, [], None)
+    new = _new_tokens(evaluation_of(config.eval, kind), [], None)
     held = config.data.eval_size != 0 or config.data.eval_file is not None
-    answered = Asked(config.eval.batch_size, max(1, longest - new), new) if new and held else None
+    apart = kind.row_losses() is not None  # an answer is no part of what its prompt is
+    prompt = longest if apart else max(1, longest - new)
+    answered = Asked(config.eval.batch_size, prompt, new) if new and held else None
     heldout = whole(config.eval.batch_size) if held else None
     source = f"the bounds of the settings, rows of {longest:,} tokens ({why})"
     return Batches(whole(config.train.batch_size), heldout, answered, config.train.steps, source)
 
 
-def of_rows(config: RunConfig, console: Console) -> Batches:
+def of_rows(config: RunConfig, found: OpenData, model: Any, kind: Kind, console: Console) -> Batches:
     """The largest batches of the rows of a run, tokenized as it would do it.
+
+    Args:
+        found: the records.
+        model: of that kind, on the meta device; it is told which token pads.
 
     Raises:
         LoraError: the rows or the tokenizer cannot be had, or cannot be used.
     """
-    found = find_records(config.data)
-    tokenizer = load_tokenizer(config.model.name, cache_dir=cache_of(config.model), revision=config.model.revision)
-    samples = make_samples(found, tokenizer, config.data, console)
+    tokenizer = _tokenizer(config, kind)
+    kind.settle(model, tokenizer)
+    samples = make_samples(found, tokenizer, config.data, console, kind.encoding(model))
     rows = batch_rows(samples.train.samples, config)
     steps = steps_in_all(config, len(rows))
     heldout = sorted(samples.heldout.samples, key=lambda sample: len(sample.input_ids), reverse=True)
-    held = heldout[: config.eval.batch_size]
+    held, collator = heldout[: config.eval.batch_size], kind.collator(tokenizer.pad_token_id or 0)
     return Batches(
-        _largest(config, rows, steps),
-        _batch(held) if held else None,
-        _asked(config, samples, tokenizer),
+        _batch(_largest(config, rows, steps), kind, PackCollator(collator)),
+        _batch(held, kind, collator) if held else None,
+        _asked(config, samples, tokenizer, kind),
         steps,
         f"the rows of {samples.source}",
     )
 
 
-def _largest(config: RunConfig, rows: Sequence[Any], steps: int) -> Batch:
-    """The batch with the most positions among those of the training's first epochs."""
+def _tokenizer(config: RunConfig, kind: Kind) -> Any:
+    """The tokenizer as a run has it."""
+    tokenizer = load_tokenizer(config.model.name, cache_dir=cache_of(config.model), revision=config.model.revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not kind.own_template:
+        tokenizer.chat_template = None
+    if config.data.template:
+        tokenizer.chat_template = find_template(config.data.template)
+    return tokenizer
+
+
+def _largest(config: RunConfig, rows: Sequence[Any], steps: int) -> list[Any]:
+    """The rows of the batch with the most positions among those of the training's first epochs."""
     size, lengths, train = config.train.batch_size, lengths_of(rows), config.train
     packed = train.packing
     sampler: OrderSampler = (
@@ -117,24 +143,27 @@ def _largest(config: RunConfig, rows: Sequence[Any], steps: int) -> Batch:
     def positions(batch: Sequence[int]) -> int:
         return sum(lengths[i] for i in batch) if packed else len(batch) * max(lengths[i] for i in batch)
 
-    return _batch([rows[i] for i in max(batches, key=positions)])
+    return [rows[i] for i in max(batches, key=positions)]
 
 
-def _batch(rows: Sequence[Any]) -> Batch:
-    trained = sum(label != IGNORE for row in rows for label in row.labels[1:])
-    return Batch(len(rows), max(len(row.input_ids) for row in rows), trained)
+def _batch(rows: Sequence[Any], kind: Kind, collator: Collate | PackCollator) -> Batch:
+    made = collator(rows)
+    labels = made["labels"] if kind.row_losses() is not None else made["labels"][:, 1:]
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
+    return Batch(len(rows), shapes["input_ids"][1], int((labels != IGNORE).sum()), shapes)
 
 
-def _asked(config: RunConfig, samples: SampleSet, tokenizer: Any) -> Asked | None:
-    records = EVALS.get(config.eval.name).asks(samples.records, config.eval.own) if samples.records else []
-    new = _new_tokens(config, records, tokenizer)
+def _asked(config: RunConfig, samples: SampleSet, tokenizer: Any, kind: Kind) -> Asked | None:
+    chosen = evaluation_of(config.eval, kind)
+    records = chosen.entry.asks(samples.records, chosen.own) if samples.records else []
+    new = _new_tokens(chosen, records, tokenizer)
     if not new or not records:
         return None
-    longest = max(map(len, encode_prompts(records, tokenizer)))
+    longest = max(map(len, kind.prompts(records, tokenizer)))
     return Asked(min(config.eval.batch_size, len(records)), longest, new)
 
 
-def _new_tokens(config: RunConfig, records: Sequence[Any], tokenizer: Any) -> int:
+def _new_tokens(chosen: Chosen, records: Sequence[Any], tokenizer: Any) -> int:
     """Tokens of the longest answer; 0 of an evaluation that writes none."""
-    said = getattr(config.eval.own, "max_new_tokens", 0)
+    said = getattr(chosen.own, "max_new_tokens", 0)
     return needed_length(records, tokenizer) if said is None else int(said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from lorafa.costs.batches import Asked, Batch, Batches
 from lorafa.costs.untouched import Block, Untouched, most_alive, without_numbers
+from lorafa.data.packing import as_read
+from lorafa.evals.generation import encodes
+from lorafa.models.batch_loss import BatchLoss, summed_by_rows
 from lorafa.models.head_loss import supervised_loss, supervised_nll, supports_chunked_loss
-from lorafa.models.modes import evaluating
+from lorafa.models.kinds.causal import CAUSAL
+from lorafa.models.kinds.entry import Kind
+from lorafa.models.modes import evaluating, reading_last_positions
 from lorafa.train.settings.run import RunConfig
 
 _GROWTHS = 32
@@ -75,62 +80,113 @@ def _after(died: int | None, operation: int) -> bool:
     return died is None or died > operation
 
 
-def course_of(model: nn.Module, config: RunConfig, batches: Batches) -> Course:
+PARTS = 3
+"""An evaluation, a step, an evaluation."""
+
+
+def course_of(
+    model: nn.Module,
+    config: RunConfig,
+    batches: Batches,
+    kind: Kind = CAUSAL,
+    done: Callable[[int, int], None] = lambda *_: None,
+) -> Course:
     """Let a model on the meta device, with its adapter on, evaluate, train and evaluate a batch each without numbers.
 
     The model is as it was afterwards.
+
+    Args:
+        done: told how many of the ``PARTS`` are done, and how many there are.
 
     Raises:
         Exception: whatever the model's code raises where it cannot run so; that is no error of the user.
     """
     whole: Any = model
     dtype = whole.dtype
-    own: str | None = None if config.train.chunked_loss else "train.chunked_loss=false"
+    own: str | None = None if config.train.chunked_loss or kind.row_losses() else "train.chunked_loss=false"
     with without_numbers(model):
         state = Untouched()
         with state:
-            own = own or supports_chunked_loss(model)
+            if kind.row_losses() is None:
+                own = own or supports_chunked_loss(model)
+            losses = _Losses(model, state, kind, own)
+            done(0, PARTS)
             if config.eval.before:
-                _evaluate(model, batches, state, own)
+                _evaluate(model, batches, losses)
+            done(1, PARTS)
             begins = state.operations + 1
             with _training(whole, config.train.gradient_checkpointing):
                 mixed = torch.autocast("cpu", dtype) if config.peft.full and dtype != torch.float32 else nullcontext()
                 for _ in range(min(2, config.train.accumulation)):
                     with mixed:
-                        loss = _loss(model, batches.training, state, own)
+                        loss = losses.trained(batches.training)
                     forward_ends = state.operations
                     loss.backward()  # type: ignore[no-untyped-call]
                     del loss
             ends = state.operations
             model.zero_grad()
-            _evaluate(model, batches, state, own)
+            done(2, PARTS)
+            _evaluate(model, batches, losses)
+            done(PARTS, PARTS)
         blocks = [Block(block.size, block.born, block.died) for block in state.blocks]
-    return Course(blocks, begins, ends, forward_ends, own)
+    return Course(blocks, begins, ends, forward_ends, losses.own)
 
 
-def _evaluate(model: Any, batches: Batches, state: Untouched, own: str | None) -> None:
-    with evaluating(model), torch.no_grad():
+def _evaluate(model: Any, batches: Batches, losses: _Losses) -> None:
+    with evaluating(model):
         if batches.heldout is not None:
-            _loss(model, batches.heldout, state, own, evaluated=True)
+            losses.evaluated(batches.heldout)
         if batches.asked is not None:
-            _answer(model, batches.asked)
+            with reading_last_positions(model):
+                _answer(model, batches.asked)
 
 
-def _loss(model: Any, batch: Batch, state: Untouched, own: str | None, *, evaluated: bool = False) -> Tensor:
-    state.chosen = max(1, batch.supervised)
-    ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
-    if own is None:
-        return supervised_nll(model, inputs)[0] if evaluated else supervised_loss(model, inputs, num_items=1)
-    output: Tensor = model(**inputs, use_cache=False).loss
-    return output
+@dataclass(frozen=True)
+class _Losses:
+    """The losses of batches as the trainer and the evaluation compute them."""
+
+    model: Any
+    state: Untouched
+    kind: Kind
+    own: str | None
+    """Why a causal model's own loss is used, which holds all logits; None where it is not."""
+
+    def trained(self, batch: Batch) -> Tensor:
+        inputs = self._inputs(batch)
+        if (of_kind := self.kind.row_losses()) is not None:
+            loss: Tensor = BatchLoss(self.model, of_kind)(inputs, 1)
+        elif self.own is None:
+            loss = supervised_loss(self.model, inputs, num_items=1)
+        else:
+            loss = self.model(**inputs, use_cache=False).loss
+        return loss
+
+    def evaluated(self, batch: Batch) -> None:
+        inputs = self._inputs(batch)
+        if (of_kind := self.kind.row_losses()) is not None:
+            summed_by_rows(of_kind)(self.model, inputs)
+        elif self.own is None:
+            supervised_nll(self.model, inputs)
+        else:
+            self.model(**inputs, use_cache=False)
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        self.state.chosen = max(1, batch.supervised)
+        ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        rest = {"labels": (batch.rows, batch.tokens), **batch.shapes}
+        inputs |= {name: torch.zeros(rest[name], dtype=torch.int64) for name in rest if name not in inputs}
+        return as_read(inputs)
 
 
 def _answer(model: Any, asked: Asked) -> None:
     """Read the prompts, and let keys and values grow as the answers do."""
     ids = torch.zeros((asked.rows, asked.tokens), dtype=torch.int64)
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-    layers = getattr(output.past_key_values, "layers", [])
+    encoder = encodes(model)
+    begun = {"decoder_input_ids": torch.zeros((asked.rows, 1), dtype=torch.int64)} if encoder else {"logits_to_keep": 1}
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **begun)
+    cache = getattr(output.past_key_values, "self_attention_cache", output.past_key_values)
+    layers = getattr(cache, "layers", [])
     for _ in range(min(_GROWTHS, asked.new_tokens)):
         more = -(-asked.new_tokens // _GROWTHS)
         for layer in layers:

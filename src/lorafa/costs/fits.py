@@ -42,7 +42,7 @@ def require_room(config: RunConfig) -> None:
     stored = stored_weights(place)
     if stored is None or _roughly(stored, config) < ASK_FROM * available:
         return
-    least = count(shape_of(config.model), config, None).memory
+    least = count(shape_of(config.model, config.peft.adapter), config, None).memory
     if least.total - least.process > available:
         raise SourceError(
             f"The model {config.model.name!r} does not fit: the run needs at least {in_words(least)}, and "

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorafa.config import LoraConfig
 from lorafa.costs.accounting import AdapterCost, put_on
 from lorafa.costs.batches import Batches
 from lorafa.costs.course import Course, course_of
 from lorafa.costs.heap import heap_peak
 from lorafa.costs.room import resident_bytes
+from lorafa.data.classes import classes_beside
 from lorafa.errors import LoraError, first_line
 from lorafa.models import MODELS
 from lorafa.models.attention import use_blocks
+from lorafa.models.kinds.entry import NEXT_TOKEN, Kind
 from lorafa.models.load import DTYPES, resolve_model
-from lorafa.models.shapes import shape_model
+from lorafa.models.shapes import Outline, outline
 from lorafa.storage.headers import StoredWeights, stored_weights
+from lorafa.storage.paths import user_path
 from lorafa.surgery.walk import base_parameters
 from lorafa.train.adapter_config import lora_config
-from lorafa.train.base_model import cache_of
+from lorafa.train.base_model import cache_of, with_kind_of
 from lorafa.train.coverage import CoverageRow, coverage
 from lorafa.train.settings.run import ModelConfig, RunConfig
 
@@ -37,11 +42,21 @@ _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class Shape:
     """A model before its weights: its layers, and what the headers of its files say."""
 
-    model: Any
-    """On the meta device, in the number format it would be loaded in."""
+    outline: Outline
+    """Its model is in the number format it would be loaded in."""
     stored: StoredWeights | None
     """None where there are no safetensors files to be read."""
     quantized: bool
+
+    @property
+    def model(self) -> Any:
+        """It is on the meta device."""
+        return self.outline.model
+
+    @property
+    def kind(self) -> Kind:
+        """What kind of model it is."""
+        return self.outline.kind
 
     @property
     def parameters(self) -> int:
@@ -111,10 +126,21 @@ class Counted:
         return None if self.course is None else self.course.own_loss
 
 
-def shape_of(settings: ModelConfig) -> Shape:
+_ANY_PAD = SimpleNamespace(pad_token_id=0)
+"""A tokenizer where there is none: which token pads changes no size."""
+
+
+def shape_of(
+    settings: ModelConfig, adapter: str | None = None, answers: Callable[[], Sequence[str]] | None = None
+) -> Shape:
     """The model of a run from its config and the headers of its weights.
 
+    Args:
+        adapter: one that the run goes on with; it says which kind of model it is for, and which classes it has.
+        answers: those of the training rows, for a kind of model that chooses among them; None: they are not known.
+
     Raises:
+        DataError: the answers are no classes.
         SourceError: there is no such model, its config cannot be used, or a shard is missing.
         CheckpointError: a file of weights is damaged.
     """
@@ -125,32 +151,60 @@ def shape_of(settings: ModelConfig) -> Shape:
     dtype = DTYPES.get(settings.dtype)
     if dtype is None and isinstance(place, Path) and stored is not None:
         dtype = _dtype_of_folder(place, stored)
-    where: dict[str, Any] = {"cache_dir": cache_of(settings), "revision": settings.revision}
-    model: Any = shape_model(settings.name, dtype, kind=settings.kind, **where)
-    if settings.attention == "auto":
-        use_blocks(model)
-    else:
+    found = outline(
+        settings.name,
+        dtype,
+        cache_dir=cache_of(settings),
+        revision=settings.revision,
+        kind=with_kind_of(settings, adapter).kind,
+        answers=answers,
+        classes=None if adapter is None else classes_beside(adapter),
+        stored=None if stored is None else stored.shapes,
+    )
+    model: Any = found.model
+    if settings.attention != "auto":
         model.set_attn_implementation(settings.attention)
-    return Shape(model, stored, bool(getattr(model.config, "quantization_config", None)))
+    elif NEXT_TOKEN in found.kind.offers:
+        use_blocks(model)
+    found.kind.settle(model, _ANY_PAD)
+    quantized = bool(getattr(model.config, "quantization_config", None))
+    return Shape(found, stored, quantized)
 
 
-def count(shape: Shape, config: RunConfig, batches: Batches | None) -> Counted:
+def adapter_of(shape: Shape, config: RunConfig) -> LoraConfig:
+    """The adapter that a run trains: that of its settings, or the one that it goes on with.
+
+    Raises:
+        LoraError: the settings are wrong, or there is no such adapter.
+    """
+    if config.peft.adapter is not None:
+        return LoraConfig.from_pretrained(user_path(config.peft.adapter))
+    return lora_config(config, shape.model, kind=shape.kind, new_modules=shape.outline.new)
+
+
+def count(
+    shape: Shape,
+    config: RunConfig,
+    batches: Batches | None,
+    done: Callable[[int, int], None] = lambda *_: None,
+) -> Counted:
     """Count what a run takes.
 
     Args:
         batches: None leaves out what a batch takes: the least that the run needs.
+        done: told how many parts of the count are done, and how many there are.
 
     Raises:
         LoraError: the adapter does not go with the model.
     """
     process = resident_bytes() or 0  # before anything of the plan's own is made
     if config.peft.full:
-        return _counted_in_full(shape, config, batches, process)
+        return _counted_in_full(shape, config, batches, process, done)
     model = shape.model
-    base, made = tensor_bytes(model), lora_config(config, model)
+    base, made = tensor_bytes(model), adapter_of(shape, config)
     with put_on(model, made, config.optim) as counted:
         cost = counted()
-        course, uncounted = _course(model, config, batches)
+        course, uncounted = _course(shape, config, batches, done)
         adapter = tensor_bytes(model) - base
     if made.start.initializer.moves_base and made.start.initializer.variant is None:
         adapter *= 2  # frozen copies of A and B, to be taken out of the base
@@ -166,11 +220,13 @@ def covered(shape: Shape, config: RunConfig) -> list[CoverageRow]:
     """
     if config.peft.full:
         return []
-    with put_on(shape.model, lora_config(config, shape.model), config.optim):
+    with put_on(shape.model, adapter_of(shape, config), config.optim):
         return coverage(shape.model)
 
 
-def _counted_in_full(shape: Shape, config: RunConfig, batches: Batches | None, process: int) -> Counted:
+def _counted_in_full(
+    shape: Shape, config: RunConfig, batches: Batches | None, process: int, done: Callable[[int, int], None]
+) -> Counted:
     """A training of all weights: they are in float32 then, as their moments are."""
     from lorafa.optimizers.state_bytes import Sizes
     from lorafa.train.settings.optim import entry_of
@@ -180,7 +236,7 @@ def _counted_in_full(shape: Shape, config: RunConfig, batches: Batches | None, p
     wide = sum(4 * p.numel() for p in trained)
     for parameter in trained:
         parameter.requires_grad_(True)
-    course, uncounted = _course(model, config, batches)
+    course, uncounted = _course(shape, config, batches, done)
     one_step = batches is not None and batches.steps == 1
     as_stored = entry_of(config.optim).state(Sizes(trained), config.optim.own)
     state = 0 if one_step else as_stored * wide // max(1, sum(p.numel() * p.element_size() for p in trained))
@@ -188,12 +244,14 @@ def _counted_in_full(shape: Shape, config: RunConfig, batches: Batches | None, p
     return Counted(_memory(shape, process, more, state, course), None, course, uncounted)
 
 
-def _course(model: nn.Module, config: RunConfig, batches: Batches | None) -> tuple[Course | None, str | None]:
+def _course(
+    shape: Shape, config: RunConfig, batches: Batches | None, done: Callable[[int, int], None]
+) -> tuple[Course | None, str | None]:
     if batches is None:
         return None, "a lower bound was asked for"
     with torch.random.fork_rng(devices=[]):
         try:
-            return course_of(model, config, batches), None
+            return course_of(shape.model, config, batches, shape.kind, done), None
         except LoraError:
             raise
         except Exception as error:  # an architecture may do what cannot be followed without numbers

@@ -46,6 +46,8 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """In the order they were made."""
         self.operations = 0
         self._here: dict[int, Block] = {}
+        self._known: dict[Any, tuple[list[Any], Any]] = {}
+        """What operations on such shapes answered: a model's layers ask for the same again and again."""
 
     def alive(self) -> int:
         """Bytes that are taken now."""
@@ -57,18 +59,17 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default:
             return _answer(args[0].dtype)
         if func is torch.ops.aten.nonzero.default:
-            return self._made(torch.empty((self.chosen, args[0].dim()), dtype=torch.int64, device="meta"))
+            return self._made(_Output((self.chosen, args[0].dim()), (1, self.chosen), torch.int64))
         if func.is_view:
             return func(*args, **kwargs)  # reads no number
         if func is torch.ops.aten.bmm.default:
             self._copied(args)
-        flat, form = tree_flatten((args, kwargs))
-        shapes = _Shapes()
-        args, kwargs = tree_unflatten([shapes.of(value) for value in flat], form)
-        if any(argument.name == "device" for argument in func._schema.arguments):
-            kwargs["device"] = torch.device("meta")
-        flat, form = tree_flatten(func(*args, **kwargs))
-        return tree_unflatten([self._real(value, shapes) for value in flat], form)
+        inputs: list[Tensor] = []
+        key = func, described(args, inputs), described(kwargs, inputs)
+        if key not in self._known:
+            self._known[key] = _outputs(func, args, kwargs)
+        outputs, form = self._known[key]
+        return tree_unflatten([self._real(each, inputs) for each in outputs], form)
 
     def _copied(self, operands: Sequence[Tensor]) -> None:
         """What the CPU's kernel of a batched product copies for its length: a matrix that is one for the whole batch,
@@ -77,14 +78,18 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if matrix.shape[0] > 1 and matrix.stride(0) == 0:
                 self.blocks.append(Block(matrix.numel() * matrix.element_size(), self.operations, self.operations))
 
-    def _real(self, value: Any, shapes: _Shapes) -> Any:
-        if not isinstance(value, Tensor):
+    def _real(self, output: Any, inputs: Sequence[Tensor]) -> Any:
+        if not isinstance(output, _Output):
+            return output
+        if output.of is None:
+            return self._made(output)
+        value = inputs[output.of]
+        if output.itself:
             return value
-        same = shapes.memory_of(value)
-        return self._made(value) if same is None else same
+        return value.as_strided(output.shape, output.stride, value.storage_offset() + output.offset)
 
-    def _made(self, shape: Tensor) -> Tensor:
-        made = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device="cpu")
+    def _made(self, output: _Output) -> Tensor:
+        made = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="cpu")
         storage = made.untyped_storage()
         block = Block(storage.nbytes(), self.operations)
         self.blocks.append(block)
@@ -97,30 +102,63 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del self._here[id(block)]
 
 
-class _Shapes:
-    """The inputs of one operation as shapes, and which of them an output shares its memory with."""
+@dataclass(frozen=True)
+class _Output:
+    """A tensor that an operation answers with."""
 
-    def __init__(self) -> None:
-        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    of: int | None = None
+    """Which input's memory it has; None: its own."""
+    itself: bool = False
+    """Whether it is that input, and no other view of its memory."""
+    offset: int = 0
+    """Where in that input's memory it begins."""
 
-    def of(self, value: Any) -> Any:
+
+def described(value: Any, tensors: list[Tensor]) -> Any:
+    """An argument as what an operation's shapes depend on: equal where the shapes are; the tensors in it are added to
+    ``tensors``, in their order."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return Tensor, value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(described(each, tensors) for each in value)
+    if isinstance(value, dict):
+        return tuple((name, described(each, tensors)) for name, each in value.items())
+    if isinstance(value, torch.Generator):
+        return torch.Generator
+    return type(value), value  # 1, 1.0 and True are equal, and are not the same to an operation
+
+
+def _outputs(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """What an operation answers with by PyTorch's own rules of shapes, and the form that it comes in."""
+    inputs: list[Tensor] = []
+
+    def shape_of(value: Any) -> Any:
         if isinstance(value, torch.Generator):
             return None
         if not isinstance(value, Tensor):
             return value
-        shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        self._inputs[shape.untyped_storage()._cdata] = value, shape
-        return shape
+        inputs.append(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta"))
+        return inputs[-1]
 
-    def memory_of(self, output: Tensor) -> Tensor | None:
-        """The input itself, or a view of it, where the output has its memory."""
-        known = self._inputs.get(output.untyped_storage()._cdata)
-        if known is None:
-            return None
-        value, shape = known
-        if output is shape:
+    flat, form = tree_flatten((args, kwargs))
+    args, kwargs = tree_unflatten([shape_of(value) for value in flat], form)
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        kwargs["device"] = torch.device("meta")
+    flat, form = tree_flatten(func(*args, **kwargs))
+    memory = {each.untyped_storage()._cdata: number for number, each in enumerate(inputs)}
+
+    def noted(value: Any) -> Any:
+        if not isinstance(value, Tensor):
             return value
-        return value.as_strided(output.shape, output.stride(), value.storage_offset() + output.storage_offset())
+        of = memory.get(value.untyped_storage()._cdata)
+        itself = of is not None and value is inputs[of]
+        return _Output(tuple(value.shape), value.stride(), value.dtype, of, itself, int(value.storage_offset()))
+
+    return [noted(value) for value in flat], form
 
 
 def _answer(dtype: torch.dtype) -> bool | int | float:

@@ -16,7 +16,7 @@ from lorafa.backends.offload import device_of
 from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals.by_length import Progress, by_length
-from lorafa.models.modes import evaluating
+from lorafa.models.modes import evaluating, reading_last_positions
 from lorafa.settings.checks import check_int, check_number
 from lorafa.storage.tensors import can_be_gathered
 
@@ -107,7 +107,7 @@ def generate_ids(
         return [_until(stops, answer, keep_end) for answer in out[:, begins(ids) :].tolist()]
 
     drawn = nullcontext() if sampling is None else torch.random.fork_rng()
-    with evaluating(model), _without_own_settings(model), drawn:
+    with evaluating(model), reading_last_positions(model), _without_own_settings(model), drawn:
         return by_length(written, [len(prompt) for prompt in prompts], batch_size, progress)
 
 

@@ -146,12 +146,20 @@ def load(
 
 def _begun_anew(model: Any) -> set[str]:
     """Draw the modules outside of the body again; their names in the model."""
-    body, begun = f"{model.base_model_prefix}.", set()
-    for name, module in model.named_modules():
-        if name and not f"{name}.".startswith(body) and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-            begun.add(name.partition(".")[0])
-    return begun
+    begun = drawn_anew(model)
+    for module in begun.values():
+        module.reset_parameters()
+    return {name.partition(".")[0] for name in begun}
+
+
+def drawn_anew(model: Any) -> dict[str, Any]:
+    """The modules, by name, that are drawn again where a head is one for other classes: those outside of the body."""
+    body = f"{model.base_model_prefix}."
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not f"{name}.".startswith(body) and hasattr(module, "reset_parameters")
+    }
 
 
 def load_tokenizer(
@@ -227,8 +235,14 @@ def _check_weights(where: str, model: Any, loaded: Mapping[str, Any], kind: Kind
         )
     if unused := sorted(loaded["unexpected_keys"]):
         warn(f"The model has no place for {len(unused)} weights of the {where}: {shorten(unused)}.")
+    return modules_of(new, model)
+
+
+def modules_of(weights: Iterable[str], model: Any) -> tuple[str, ...]:
+    """The modules that are trained whole where these weights are new: those they lie in, of a head all of it."""
     body = f"{model.base_model_prefix}."
-    return tuple(sorted({name.rpartition(".")[0] if name.startswith(body) else name.partition(".")[0] for name in new}))
+    names = {name.rpartition(".")[0] if name.startswith(body) else name.partition(".")[0] for name in weights}
+    return tuple(sorted(names))
 
 
 def _shape(size: Iterable[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafa.errors import SourceError
@@ -23,6 +23,8 @@ class StoredWeights:
     numbers: int
     """How many numbers, of quantized weights how many codes."""
     files: int
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shape of each weight, by its name in the files."""
 
     @property
     def main_dtype(self) -> str:
@@ -42,15 +44,17 @@ def stored_weights(model: str | Path) -> StoredWeights | None:
         return None
     by_dtype: Counter[str] = Counter()
     numbers = 0
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        for entry in entries_of(file).values():
+        for name, entry in entries_of(file).items():
+            shapes[name] = tuple(entry["shape"])
             first, last = entry["data_offsets"]
             by_dtype[entry["dtype"]] += last - first
             count = 1
             for size in entry["shape"]:
                 count *= size
             numbers += count
-    return StoredWeights(sum(by_dtype.values()), dict(by_dtype), numbers, len(files))
+    return StoredWeights(sum(by_dtype.values()), dict(by_dtype), numbers, len(files), shapes)
 
 
 def _files(model: str | Path) -> list[Path]:

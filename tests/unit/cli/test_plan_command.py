@@ -110,6 +110,96 @@ def test_a_start_from_data_says_what_is_left_out(place: Path, capsys: pytest.Cap
     assert "What init=lora_one collects of the data before the training is not counted." in notes
 
 
+def test_a_run_that_is_continued_is_planned_with_its_settings(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    first = [*settings(place), "train.checkpoint_every=1", "optim.schedule=constant", f"run_dir={run}"]
+    assert cli.main(["train", *first]) == 0
+    capsys.readouterr()
+    assert plan("--json", f"train.resume={run}") == 2
+    assert "is finished; there is nothing to continue" in " ".join(capsys.readouterr().err.split())
+    assert plan("--json", f"train.resume={run}", "peft.r=8") == 2
+    assert "A continued run keeps its settings, found 'peft.r=8' beside train.resume" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert plan("--json", f"train.resume={run}", "train.steps=9") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == str(place / "model")
+    assert found["batches"]["steps"] == 9
+    assert found["trained"] == planned(place, capsys)["trained"]
+
+
+def test_an_adapter_that_a_run_goes_on_with_is_counted_by_its_own_config(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = [*settings(place), "peft.target_modules=[q_proj]"]
+    assert cli.main(["train", *words, f"run_dir={run}"]) == 0
+    capsys.readouterr()
+    whole = planned(place, capsys)["trained"]
+    more = [word for word in settings(place) if not word.startswith("peft.")]
+    assert plan("--json", *more, f"peft.adapter={run / 'adapter'}") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["trained"] == json.loads((run / "result.json").read_text())["parameters"]["trainable"] < whole
+
+
+def test_an_accelerator_is_said_to_be_left_out(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    plain = planned(place, capsys)["notes"]
+    assert "Counted for one process; each of several takes as much, for its own batch." in plain
+    assert not any("accelerator" in note for note in plain)
+    monkeypatch.setattr("lorafa.cli.plan.accelerator_here", lambda: torch.device("cuda").type)
+    notes = planned(place, capsys)["notes"]
+    assert any(note.startswith("There is an accelerator (cuda), where a run computes.") for note in notes)
+    assert notes[-1].endswith("Whether it does there is not known.")
+
+
+def test_without_activations_it_does_not_say_that_the_run_fits(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: Any) -> Any:
+        raise RuntimeError("no numbers here")
+
+    monkeypatch.setattr("lorafa.costs.memory.course_of", without)
+    notes = planned(place, capsys)["notes"]
+    assert notes[-1].startswith("Whether the run fits is not known: ")
+    monkeypatch.setattr(fits, "available_bytes", lambda: 1)
+    monkeypatch.setattr(fits, "resident_bytes", lambda: 0)
+    assert planned(place, capsys)["notes"][-1].startswith("THE RUN DOES NOT FIT: at least ")
+
+
+def test_a_count_that_takes_long_shows_how_far_it_is_beside_the_answer(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("--json", *settings(place)) == 0
+    out, err = capsys.readouterr()
+    json.loads(out)
+    assert "Counting evaluations and a step" in " ".join(err.split())
+    assert "3/3" in err
+
+
+def test_a_template_that_is_named_writes_the_rows(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "long.jinja"
+    template.write_text(
+        "{% for m in messages %}<|{{ m['role'] }}|>a longer way to say it: {{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>a longer way to say it: {% endif %}"
+    )
+    plain = planned(place, capsys)["batches"]["training"]["tokens"]
+    assert planned(place, capsys, f"data.template={template}")["batches"]["training"]["tokens"] > plain
+
+
+def test_packed_rows_are_counted_as_the_model_reads_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(place, capsys, "train.packing=true", "data.max_length=128", "model.attention=eager")
+    assert "positions_of_samples" in found["batches"]["training"]["shapes"]
+    assert not any("not counted: its code" in note for note in found["notes"])
+
+
 def test_a_run_that_does_not_fit_is_planned_all_the_same_and_said(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

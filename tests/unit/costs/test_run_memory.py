@@ -182,7 +182,7 @@ def test_a_config_without_a_number_format_goes_by_the_files(model: str, tmp_path
 def test_bounds_are_rows_as_long_as_allowed() -> None:
     config = compose(["data.max_length=100", "train.batch_size=3", "eval.batch_size=5", "eval.max_new_tokens=30"])
     found = bounds(config, 64, "no rows")
-    assert found.training == Batch(3, 64, 3 * 63)
+    assert (found.training.rows, found.training.tokens, found.training.supervised) == (3, 64, 3 * 63)
     assert found.asked == Asked(5, 34, 30)
     assert "rows of 64 tokens (no rows)" in found.source
 

@@ -59,6 +59,24 @@ def test_an_output_shares_the_memory_of_the_input_it_is_a_part_of() -> None:
     assert len(state.blocks) == 1
 
 
+def test_an_operation_that_was_answered_before_makes_memory_of_its_own_again() -> None:
+    with Untouched() as state:
+        a = torch.empty(4, 8)
+        first, second = a.exp(), a.exp()
+        assert first.data_ptr() != second.data_ptr()
+        assert a.t().contiguous().shape == (8, 4)  # the same sizes in another order
+        assert a.t().exp().stride() == (1, 8)
+        assert (a.to(torch.bfloat16).dtype, a.to(torch.float64).dtype) == (torch.bfloat16, torch.float64)
+        # 1, 1.0 and True are equal and are not the same to an operation.
+        whole = torch.empty(2, dtype=torch.int64)
+        assert (whole.add(1).dtype, whole.add(1.0).dtype) == (torch.int64, torch.float32)
+        assert (whole.mul(True).dtype, whole.mul(1).dtype) == (torch.int64, torch.int64)
+        part = torch.ops.aten._unsafe_view(a[2:], [16])
+        again = torch.ops.aten._unsafe_view(a[1:3], [16])
+        assert (part.storage_offset(), again.storage_offset()) == (16, 8)
+    assert state.blocks[1].size == state.blocks[2].size == 128
+
+
 def step(model: nn.Module, **more: Any) -> None:
     ids = torch.zeros((ROWS, TOKENS), dtype=torch.int64)
     labels = torch.ones((ROWS, TOKENS), dtype=torch.int64)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from lorafa import LoraConfig, get_peft_model
@@ -113,3 +115,33 @@ def test_no_two_seeds_and_places_share_random_numbers() -> None:
     assert len(found) == 3600
     assert all(0 <= seed < 2**63 for seed in found)
     assert seed_at(0, seed_at(1, 2)) != seed_at(1, seed_at(0, 2))
+
+
+class OfOneMatrix(torch.utils._python_dispatch.TorchDispatchMode):
+    """Batched products with a matrix that is one for the whole batch, which PyTorch copies once a row on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.found += [each.shape for each in args if each.shape[0] > 1 and each.stride(0) == 0]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_head_is_not_multiplied_row_by_row(adapted: bool) -> None:
+    model: Any = tiny_llama().requires_grad_(False)
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    prompts = [PROMPT, PROMPT[:2], PROMPT[1:]]
+    rows = torch.tensor([PROMPT, PROMPT])
+    with torch.no_grad(), OfOneMatrix() as plainly:
+        assert isinstance(model(input_ids=rows, logits_to_keep=1).logits, Tensor)
+    with OfOneMatrix() as seen:
+        found = generate_greedy(model, TOKENIZER, prompts, batch_size=3, max_new_tokens=2)
+    assert plainly.found, "without it the head is not multiplied so either"
+    assert seen.found == []
+    assert found[0] == ANSWER[:2]
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafa.data.chat import Sample
+from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.classes import ClassCollator, classes_of, encoding_of
 from lorafa.data.collate import Collate
 from lorafa.data.encoding import Encoding
@@ -82,6 +82,10 @@ class Classification(Kind):
     def keeps_head(self, config: Any, classes: Sequence[str]) -> bool:
         """As many outputs do not make it one for other classes."""
         return _own_classes(config) in ((), tuple(classes))
+
+    def fullest(self, length: int) -> Sample:
+        """The class stands behind the text."""
+        return Sample([0] * (length + 1), [IGNORE] * length + [0])
 
     def longest(self, samples: Sequence[Sample]) -> int:
         """The class behind a text is not read."""

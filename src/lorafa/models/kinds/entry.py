@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lorafa.data.chat import Sample
+from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collate
 from lorafa.data.encoding import Encoding
 from lorafa.data.records import Record
@@ -102,6 +102,10 @@ class Kind(ABC):
     def keeps_head(self, config: Any, classes: Sequence[str]) -> bool:
         """Whether the output of a checkpoint with this config is one for these classes."""
         return True
+
+    def fullest(self, length: int) -> Sample:
+        """A sample that is as long as ``data.max_length`` lets one be, all of it trained that can be."""
+        return Sample([0] * length, [IGNORE] + [0] * (length - 1))
 
     def longest(self, samples: Sequence[Sample]) -> int | None:
         """The most tokens that are read, or written, at once; None: those of a whole sample."""

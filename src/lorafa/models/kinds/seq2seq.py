@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafa.data.chat import Sample
+from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collate
 from lorafa.data.encoding import Encoding
 from lorafa.data.pairs import PAIRS, PairCollator, divided, prompts_of
@@ -63,6 +63,10 @@ class Seq2Seq(Kind):
 
     def row_losses(self) -> RowLosses:
         return answer_losses
+
+    def fullest(self, length: int) -> Sample:
+        """The prompt and the answer are cut each by itself."""
+        return Sample([0] * (2 * length), [IGNORE] * length + [0] * length)
 
     def longest(self, samples: Sequence[Sample]) -> int:
         return max((len(side) for sample in samples for side in divided(sample)), default=0)
