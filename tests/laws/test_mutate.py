@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base, restore_base
 from lorafa.errors import AdapterError, BackendError, LoraError
 from toys.adapters import STARTS, VARIANT, adapted, config_for, initializer_of, starts_of, with_adapter
-from toys.compare import EXACT
+from toys.compare import EXACT, values_of
 from toys.layers import KINDS, backend_for, input_for
 
 MOVING = [start for start in STARTS if initializer_of(start).moves_base and not initializer_of(start).quantizer]
@@ -29,7 +29,7 @@ ALLOWED = [
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return values_of(model)
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

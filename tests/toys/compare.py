@@ -61,7 +61,7 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all its values by name; those of tensors that are made of others part by part."""
     found: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
-        names = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
+        names = value.__tensor_flatten__()[0] if type(value).__module__.startswith("torchao") else ()
         found |= {f"{key}.{name}": getattr(value, name).clone() for name in names} or {key: value.clone()}
     return found
 

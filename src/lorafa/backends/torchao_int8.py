@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafa.backends.torchao import TorchaoBackend
+from lorafa.backends.torchao import TorchaoBackend, quantized_linear
 
 
 class TorchaoInt8Backend(TorchaoBackend):
@@ -22,3 +22,12 @@ class TorchaoInt8Backend(TorchaoBackend):
         from torchao.quantization import Int8WeightOnlyConfig
 
         return Int8WeightOnlyConfig()
+
+
+def linear_8bit(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A linear layer with the codes of a weight (out, in), a scale a row, that torchao has made.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    return quantized_linear(weight, bias, TorchaoInt8Backend().config())

@@ -395,6 +395,20 @@ class LoraLayer(Host):
         changes = (adapter.delta_weight(weight) for adapter in adapters)
         return self.with_changes(changes, names, self.updated_bias(adapters))
 
+    @torch.no_grad()
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """The pristine weight with the updates of ``names``, (out, in), in float32 or wider, not rounded to anything.
+
+        Raises:
+            BackendError: the weight is not the one that the layer computes with.
+        """
+        self._require_mergeable()
+        weight = self.base_weight()
+        total = weight.to(working_dtype(weight.dtype))
+        for name in names:
+            total = total + self.adapters[name].delta_weight(weight)
+        return total
+
     def with_changes(self, changes: Iterable[Tensor], names: Sequence[str], bias: Tensor | None = None) -> nn.Module:
         """A new base layer of the pristine weight plus ``changes`` (out, in): summed in float32, rounded once.
 
