@@ -119,6 +119,9 @@ class Backend(ABC):
         """
         return None
 
+    def prepare(self, layer: nn.Module) -> None:  # noqa: B027  (most have nothing to set)
+        """Set the layer so that it can be trained through whatever is done with it between; its numbers stay."""
+
     def to_layout(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the layout and dtype of the layer's own weight."""
         return matrix.to(self.weight(layer).dtype)

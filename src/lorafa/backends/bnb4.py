@@ -138,6 +138,10 @@ class Bnb4Backend(Backend):
             return None
         return _Codes(layer)
 
+    def prepare(self, layer: nn.Module) -> None:
+        """Keep it from packing its codes, on a CPU in eval mode."""
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
     def to_layout(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.to(torch.float32)
 

@@ -115,7 +115,7 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     require_known(os.environ, config.peft.full)
     named_trackers(config.report_to)
     if not config.peft.full:
-        lora_config(config)  # what is wrong with the settings is said before anything is loaded
+        _require_one_quantizer(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
     with main_first():
         data = find_records(config.data)
@@ -159,6 +159,16 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
         begun.model, tokenizer, samples, rows, collator, seconds, evaluation, kind, base.quantized, kinds,
         begun.record, trial,
     )  # fmt: skip
+
+
+def _require_one_quantizer(config: RunConfig) -> None:
+    """Raises ConfigError where both the start and ``model.quantize`` quantize the base; and what lora_config raises."""
+    quantizes = lora_config(config).start.initializer.quantizer is not None
+    if quantizes and config.model.quantize is not None and config.peft.adapter is None:
+        raise ConfigError(
+            f"init.mode={config.init.mode} quantizes the dense base as it needs it, and model.quantize="
+            f"{config.model.quantize} would have done so before. Drop one of the two."
+        )
 
 
 def _check_samples(samples: SampleSet, rows: int, base: BaseModel, evaluation: Chosen, config: RunConfig) -> None:

@@ -12,7 +12,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from lorafa import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from lorafa import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+    replace_lora_weights_loftq,
+)
 from lorafa.backends import backend_of
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.models import QUANTIZERS
@@ -173,3 +179,47 @@ def test_a_merged_adapter_and_a_second_one_are_summed_from_the_codes_as_they_wer
         twin.merge_adapter(["default"])
         for one in (model, twin):
             close(merge_into_dense(one, adapter_names=["default", "second"])[0](X).logits, y, 1e-5)
+
+
+@pytest.mark.parametrize("way", QUANTIZERS.names())
+def test_parameters_are_counted_as_the_numbers_that_codes_stand_for(way: str) -> None:
+    model = llama()
+    dense = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=TARGETS)).get_nb_trainable_parameters()
+    quantize_linears(model, way)
+    assert get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS)).get_nb_trainable_parameters() == dense
+
+
+@pytest.mark.parametrize("way", QUANTIZERS.names())
+def test_loftq_fits_an_adapter_to_what_any_way_of_quantizing_lost(way: str, tmp_path: Path) -> None:
+    """[W - Q]_r: with the full rank nothing is lost any more, with a small one less than before."""
+    dense = llama()
+    dense.save_pretrained(tmp_path)
+    weights = {name: module.weight for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
+    off = {}
+    for rank in (0, 8, 64):
+        model = llama()
+        quantize_linears(model, way)
+        adapted = get_peft_model(model, LoraConfig(r=max(rank, 1), lora_alpha=3, target_modules=["q_proj"]))
+        if rank:
+            replace_lora_weights_loftq(adapted, tmp_path)
+        for path, layer in adapted.base_model.lora_layers():
+            values = layer.base_weight() + layer.adapters["default"].product()
+            off[rank] = float((values.detach() - weights[path]).norm() / weights[path].norm())
+    assert off[64] < 1e-5
+    assert 1e-5 < off[8] < 0.85 * off[0]
+
+
+def test_a_prepared_model_packs_no_codes_in_evaluation() -> None:
+    """Those of layers without an adapter: bitsandbytes runs them, and would have no gradient afterwards."""
+    model = llama()
+    quantize_linears(model, "bnb4")
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.support_avx512bf16_for_cpu = True
+    prepare_model_for_kbit_training(model)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        model.eval()(X)
+    assert torch.equal(layer.weight, before)
+    x = torch.randn(3, 64, requires_grad=True)
+    layer.train()(x).sum().backward()
+    assert x.grad is not None
