@@ -47,8 +47,9 @@ class _Codes:
         state.threshold, state.has_fp16_weights = layer.state.threshold, False
         state.use_pool, state.is_training = layer.state.use_pool, layer.training
         inner_bias = None if bias is None else bias.detach().to(x.dtype)
-        y: Tensor = bitsandbytes.matmul(x.detach(), layer.weight.detach(), bias=inner_bias, state=state)
-        return y
+        rows = x.detach().reshape(-1, x.shape[-1])  # bitsandbytes takes no more than two dimensions before the last
+        y: Tensor = bitsandbytes.matmul(rows, layer.weight.detach(), bias=inner_bias, state=state)
+        return y.view(*x.shape[:-1], state.CB.shape[0])
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return _dequantized(self.layer, dtype)

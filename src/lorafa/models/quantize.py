@@ -106,7 +106,7 @@ def _linears(model: nn.Module, whole: tuple[str, ...]) -> Iterator[tuple[nn.Modu
     seen = Counter(id(child) for _, _, child in parents)
     for parent, name, child in parents:
         path, backend = named[id(child)], backend_of(child)
-        if child is head or seen[id(child)] > 1 or backend is None or backend.host != "linear" or backend.quantized:
+        if child is head or seen[id(child)] > 1 or backend is None:
             continue
         if backend.dense(child) is None or "weight" not in child._parameters or holders[id(child.weight)] > 1:
             continue

@@ -25,7 +25,7 @@ class Lost:
 
     layers: int
     dtype: str
-    """Of the dense weights."""
+    """The number format of the dense weights."""
     update: float
     """What the adapters add, as a share of the merged weights."""
     rounded: float

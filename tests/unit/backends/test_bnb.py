@@ -256,3 +256,20 @@ def test_a_second_adapter_a_mixed_batch_and_half_of_the_layers_gradients(made: A
     model.base_model.set_adapter(["default", "second"])
     x = x.detach()
     close(model(x), layer(x) + x @ (first + second).T, torch.float32)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+@pytest.mark.parametrize("shape", [(2, 3, 4, IN), (1, 1, 2, IN), (IN,), (0, IN), (2, 0, IN)], ids=str)
+def test_inputs_of_any_number_of_dimensions(shape: tuple[int, ...], made: Any, training: bool) -> None:
+    layer, x = made(), torch.randn(shape)
+    model = on_layer(layer).train(training)
+    adapter = only_layer(model).adapters["default"]
+    wanted = nn.functional.linear(x, only_layer(model).base_weight() + adapter.product(), layer.bias)
+    with torch.no_grad():
+        y = model(x)
+        with model.disable_adapter():
+            assert model(x).shape == wanted.shape
+    assert y.shape == wanted.shape
+    if x.numel():
+        assert (y - wanted).norm() / wanted.norm() < max(backend_of(layer).rounds_inputs, 1e-5)  # type: ignore[union-attr]
