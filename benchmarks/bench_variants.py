@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ class VariantStep(Step):
         settings = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
         config = module.LoraConfig(**(settings | settings_of(variant, module)))
         self.model = module.get_peft_model(model, config).train()
-        for index, (name, parameter) in enumerate(sorted(self.factors().items())):
-            generator = torch.Generator().manual_seed(index)
+        for name, parameter in self.factors().items():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
             path = name.partition(".lora_magnitude_vector")[0]
             if path != name:  # PEFT rounds them to bfloat16 when it makes them
@@ -78,7 +79,8 @@ class VariantStep(Step):
                 parameter.data = weight.float().norm(dim=1).view(parameter.shape)
 
     def factors(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """What is trained, by names that are the same in both libraries."""
+        return {name.removesuffix(".weight"): p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def check(self) -> tuple[float, list[torch.Tensor]]:
         if self.exact:

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from lorafa.starts.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
     from lorafa.starts.ranks import RankRule, choose_ranks, with_ranks
     from lorafa.starts.statistics import Statistics
+    from lorafa.surgery.dequantize import merge_into_dense
     from lorafa.surgery.given import get_peft_config
     from lorafa.surgery.gradients import check_gradients
     from lorafa.surgery.lora_model import LoraModel, inject_adapter_in_model
@@ -130,6 +131,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "merge_into_dense",
     "mutate_base",
     "penalty",
     "prepare_model_for_kbit_training",
@@ -200,6 +202,7 @@ _HOMES = {
     "initialize_lora_eva_weights": "lorafa.starts.eva",
     "inject_adapter_in_model": "lorafa.surgery.lora_model",
     "load_peft_weights": "lorafa.io.load",
+    "merge_into_dense": "lorafa.surgery.dequantize",
     "mutate_base": "lorafa.surgery.mutate",
     "penalty": "lorafa.surgery.penalty",
     "prepare_model_for_kbit_training": "lorafa.surgery.prepare",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lorafa.backends.offload import in_memory
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError
+from lorafa.numerics.fused import Codes
 from lorafa.numerics.linalg import working_dtype
 from lorafa.spec import LayerSpec, Shape, factor_shapes
 
@@ -146,7 +147,7 @@ class AdaptedLayer(Protocol):
 
     def per_output(self, vector: Tensor) -> Tensor: ...
 
-    def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None: ...
+    def dense_weight(self, x: Tensor) -> tuple[Tensor | Codes, Tensor | None] | None: ...
 
     def base_output(self, x: Tensor) -> Any: ...
 

@@ -104,6 +104,9 @@ KINDS = {
     "embedding": ("torch.nn.modules.sparse.Embedding", {}),
     "nf4": ("lorafa.backends.nf4.NF4Linear", {}),
     "int8": ("lorafa.backends.int8.Int8Linear", {}),
+    "bnb4": ("bitsandbytes.nn.modules.Linear4bit", {}),
+    "bnb8": ("bitsandbytes.nn.modules.Linear8bitLt", {}),
+    "torchao": ("tensor:torchao.quantization.Int8Tensor", {}),
     "experts": ("experts (E, out, in)", {}),
     "attention": ("torch.nn.modules.activation.MultiheadAttention", {}),
 }

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lorafa.backends import BACKENDS, backend_of
 from lorafa.errors import BackendError
 from lorafa.layers import LAYERS
-from toys.compare import close
-from toys.layers import KINDS, Experts, Single, backend_for, base_layer, input_for, weight_for
+from toys.compare import assert_same_tensors, close, values_of
+from toys.layers import KINDS, Experts, Single, backend_for, base_layer, computed_in, input_for, weight_for
 
 
 def as_the_formula(kind: str, layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -36,8 +36,22 @@ def as_the_formula(kind: str, layer: nn.Module, weight: Tensor, bias: Tensor | N
 def test_weight_is_the_matrix_the_layer_multiplies_with(kind: str, bias: bool) -> None:
     layer, backend = base_layer(kind, bias=bias, dtype=torch.float64), backend_for(kind)
     x = input_for(kind, torch.float64)
-    weight, vector = backend.weight(layer), backend.bias(layer)
-    close(Single(layer)(x), as_the_formula(kind, layer, weight.to(torch.float64), vector, x))
+    weight, vector = backend.weight(layer).to(computed_in(kind, torch.float64)), backend.bias(layer)
+    tolerance = torch.float32 if backend.quantized else torch.float64  # some multiply in float32 at most
+    close(Single(layer)(x), as_the_formula(kind, layer, weight, vector, x), tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_rounds_its_inputs_too_is_off_by_no_more_than_its_back_end_says(kind: str) -> None:
+    layer, backend = base_layer(kind).eval(), backend_for(kind)
+    if backend.host == "attention":
+        return  # by its weight in eval mode there is another path, which is not about rounding
+    x = input_for(kind)
+    wanted = as_the_formula(kind, layer, backend.weight(layer), backend.bias(layer), x)
+    off = (Single(layer)(x) - wanted).norm() / wanted.norm()
+    assert off <= max(backend.rounds_inputs, 1e-5)
+    if backend.rounds_inputs:
+        assert off > 0.1 * backend.rounds_inputs, "it says how far, and is that far"
 
 
 @pytest.mark.parametrize("kind", BACKENDS.names())
@@ -64,11 +78,11 @@ def test_shape_is_the_shape_of_the_weight(kind: str) -> None:
 def test_with_weight_makes_a_new_layer_and_leaves_the_old_one_alone(kind: str, dtype: torch.dtype) -> None:
     layer, backend = base_layer(kind, dtype=dtype), backend_for(kind)
     layer.requires_grad_(False)
-    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    before = values_of(layer)
     other = weight_for(kind, torch.float32)
     new = backend.with_weight(layer, other)
     assert type(new) is type(layer)
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert_same_tensors(values_of(layer), before)
     assert not any(parameter.requires_grad for parameter in new.parameters())
     stored = backend.weight(new)
     if backend_for(kind).quantized:
@@ -78,7 +92,7 @@ def test_with_weight_makes_a_new_layer_and_leaves_the_old_one_alone(kind: str, d
         assert all(value.is_contiguous() for value in new.parameters())
     if backend.bias(layer) is not None:
         assert torch.equal(backend.bias(new), backend.bias(layer))
-        bias = torch.randn(24).to(dtype)
+        bias = torch.randn(24).to(computed_in(kind, dtype))
         assert torch.equal(backend.bias(backend.with_weight(layer, other, bias)), bias)
 
 

@@ -85,7 +85,8 @@ def test_gradients_are_those_of_the_places_where_it_counts(inside: str, kind: st
         if mine.requires_grad:
             assert mine.grad is not None, name
             assert theirs.grad is not None, name
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-10)
+            tolerance = 1e-5 if backend_for(kind).quantized else 1e-10  # scales are float32
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance)
 
 
 def test_where_it_counts_nowhere_gradients_are_zero_and_not_missing() -> None:

@@ -67,7 +67,7 @@ def test_unmerging_restores_every_bit_and_every_object(variant: str, kind: str, 
 
 
 def weight_key(state: dict[str, dict[str, Tensor]]) -> str:
-    ends = ("base_layer.weight", "base_layer.in_proj_weight", "layer.codes")
+    ends = ("base_layer.weight", "base_layer.in_proj_weight", "layer.codes", "weight.qdata")
     return next(key for key in state["values"] if key.endswith(ends))
 
 
@@ -288,13 +288,22 @@ def test_mode_set_while_merged_holds_after_unmerging(kind: str) -> None:
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "torchao" not in kind])  # its tensors keep their own
 def test_dtype_set_while_merged_holds_after_unmerging(kind: str) -> None:
     model = adapted(kind)
     model.merge_adapter()
     model.to(torch.float64)
     model.unmerge_adapter()
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float64}, "codes stay codes"
+
+
+def copies(kind: str, model: nn.Module) -> list[nn.Module]:
+    """Deep and pickled ones; deep alone where the bare layer cannot be pickled: torchao puts a function on it."""
+    if "torchao" in kind:
+        with pytest.raises(AttributeError):
+            pickle.dumps(base_layer(kind))
+        return [copy.deepcopy(model)]
+    return [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -304,7 +313,7 @@ def test_merged_model_survives_deepcopy_and_pickle_and_unmerges_there(kind: str)
         expected = model(x)
         model.merge_adapter()
         merged = model(x)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for twin in copies(kind, model):
             assert torch.equal(twin(x), merged)
             twin.unmerge_adapter()
             assert torch.equal(twin(x), expected)

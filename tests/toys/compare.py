@@ -57,10 +57,19 @@ def best(matrix: Tensor, rank: int) -> Tensor:
     return U[..., :rank] * S[..., None, :rank] @ Vh[..., :rank, :]
 
 
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all its values by name; those of tensors that are made of others part by part."""
+    found: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        names = value.__tensor_flatten__()[0] if type(value).__module__.startswith("torchao") else ()
+        found |= {f"{key}.{name}": getattr(value, name).clone() for name in names} or {key: value.clone()}
+    return found
+
+
 def everything(model: nn.Module) -> dict[str, Any]:
     """All there is to know of a model: values, which Parameter objects, which modules, what trains, in which mode."""
     return {
-        "values": {key: value.clone() for key, value in model.state_dict().items()},
+        "values": values_of(model),
         "objects": {key: id(value) for key, value in model.named_parameters(remove_duplicate=False)},
         "modules": {name: id(module) for name, module in model.named_modules(remove_duplicate=False)},
         "trains": {key: value.requires_grad for key, value in model.named_parameters()},

@@ -16,6 +16,11 @@ PARAMETERS = ("matrix parameter", "experts (E, out, in)", "experts (E, in, out)"
 KINDS = (*BACKENDS.names(), *PARAMETERS)
 
 
+def computed_in(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """torchao's weights are in float32 at most, and take inputs of their own dtype only."""
+    return torch.float32 if "torchao" in kind and dtype is torch.float64 else dtype
+
+
 class Experts(nn.Module):
     """x (E, T, in) -> (E, T, out), each expert with its own matrix; x (T, in) for a single matrix."""
 
@@ -44,7 +49,7 @@ class Single(nn.Module):
 def weight_for(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """A random weight (out, in), or a stack of three."""
     experts = (3,) if kind.startswith("experts") else ()
-    return torch.randn(*experts, OUT, IN, dtype=torch.float64).to(dtype) / IN**0.5
+    return torch.randn(*experts, OUT, IN, dtype=torch.float64).to(computed_in(kind, dtype)) / IN**0.5
 
 
 def backend_for(kind: str) -> Backend:
@@ -73,4 +78,4 @@ def input_for(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = (3, IN // 2, 6, *(3,) * (dims - 1))
     if kind == "matrix parameter":
         shape = (5, IN)
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, dtype=torch.float64).to(computed_in(kind, dtype))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from toys.of_libraries import bitnet, bnb, fp8, packed_bnb, torchao
+
 OUT, IN = 24, 8
 
 
@@ -197,43 +199,11 @@ def quietly(make: Callable[[nn.Module], Any]) -> nn.Module:
     return layer
 
 
-def bnb(name: str, **settings: Any) -> nn.Module:
-    import bitsandbytes
-
-    layer: nn.Module = getattr(bitsandbytes.nn, name)(64, 64, **settings)
-    layer.load_state_dict(nn.Linear(64, 64).state_dict())
-    return layer.to("cpu")
-
-
-def fp8() -> nn.Module:
-    from transformers.integrations.finegrained_fp8 import FP8Linear
-
-    layer: nn.Module = FP8Linear(IN, OUT, block_size=(8, 8), has_bias=True)
-    for tensor in layer.parameters():  # they come uninitialised
-        tensor.data.fill_(1)
-    return layer
-
-
-def bitnet() -> nn.Module:
-    from transformers.integrations.bitnet import AutoBitLinear
-
-    layer: nn.Module = AutoBitLinear(IN, OUT)
-    return layer
-
-
 def falcon() -> nn.Module:
     from transformers.models.falcon.modeling_falcon import FalconLinear
 
     layer: nn.Module = FalconLinear(IN, OUT)
     return layer
-
-
-def torchao() -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = nn.Sequential(nn.Linear(64, 64))
-    quantize_(model, Int8WeightOnlyConfig())
-    return model[0]
 
 
 def attention(change: Hook = lambda layer: None, cls: type[nn.MultiheadAttention] = nn.MultiheadAttention) -> nn.Module:
@@ -293,20 +263,26 @@ ODD: dict[str, Odd] = {
     "BitNet": Odd(bitnet, reads=FORWARD, merges=FORWARD),
     "on meta": Odd(lambda: dense().to("meta"), reads="meta device", merges="meta device", runs=False),
     "codes with a scale a row": Odd(RowScaledCodes, carries=QUANTIZED.format("Parameter", "torch.int8")),
-    "8 bits of bitsandbytes": Odd(
-        lambda: bnb("Linear8bitLt", has_fp16_weights=False),
-        carries="': no back end knows this Linear8bitLt of bitsandbytes: "
-        + QUANTIZED.format("Int8Params", "torch.int8"),
+    "8 bits of bitsandbytes that are not there yet": Odd(
+        lambda: bnb("Linear8bitLt", moved=False, has_fp16_weights=False),
+        carries="its weight is not quantized yet; bitsandbytes does so when the model is moved",
         runs=False,
     ),
-    "4 bits of bitsandbytes": Odd(
-        lambda: bnb("Linear4bit", compute_dtype=torch.float32, quant_type="nf4"),
-        carries="': no back end knows this Linear4bit of bitsandbytes: "
-        + QUANTIZED.format("Params4bit", "torch.uint8"),
+    "8 bits of bitsandbytes, made anew at each call": Odd(
+        lambda: bnb("Linear8bitLt"), carries="it keeps its weight whole and rounds it anew at each call; make it with",
         runs=False,
+    ),
+    "4 bits of bitsandbytes that are not there yet": Odd(
+        lambda: bnb("Linear4bit", moved=False), carries="its weight is not quantized yet", runs=False
+    ),
+    "4 bits of bitsandbytes packed for a CPU": Odd(
+        packed_bnb, carries="its codes were packed for inference on this CPU.* load the model again", runs=False
     ),
     "fp8 with scales": Odd(fp8, carries=QUANTIZED.format("Parameter", "torch.float8_e4m3fn"), runs=False),
-    "8 bits of torchao": Odd(torchao, carries="its weight is an Int8Tensor of torchao, perhaps quantized", runs=False),
+    "inputs that torchao rounds too": Odd(
+        lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+        carries=r"it rounds or scales its inputs too \(act_quant_kwargs\), .* quantize the weight alone", runs=False,
+    ),
     "packed codes": Odd(Packed, carries="is a quantized Packed of toys, which cannot carry an adapter"),
     "an unknown tensor": Odd(
         lambda: with_weight(dense(), torch.randn(OUT, IN).as_subclass(Wrapped)),

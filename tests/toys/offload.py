@@ -18,8 +18,10 @@ from toys.adapters import DEFINED, config_for, only_layer, read_by, starts_of, s
 from toys.layers import Single, backend_for, base_layer, weight_for
 
 accelerate = pytest.importorskip("accelerate")
-CALLED = [(v, k) for v, k in DEFINED if backend_for(k).host in ("linear", "conv", "embedding")]
-"""(variant, kind of layer) that have a product with the layer's input."""
+CALLED = [
+    (v, k) for v, k in DEFINED if backend_for(k).host in ("linear", "conv", "embedding") and backend_for(k).can_rest
+]
+"""(variant, kind of layer) that have a product with the layer's input, and whose weights hooks can bring in."""
 WITH_STARTS = [(v, k, start) for v, k in CALLED for start in starts_of(v, False, "pissa")]
 CALLED_KINDS = list(dict.fromkeys(kind for _, kind in CALLED))
 Offload = Callable[[nn.Module], nn.Module]

@@ -24,6 +24,11 @@ BACKENDS: Registry[type[Backend]] = Registry(
         "transformers.pytorch_utils.Conv1D": "lorafa.backends.conv1d:Conv1DBackend",
         "lorafa.backends.nf4.NF4Linear": "lorafa.backends.nf4:NF4Backend",
         "lorafa.backends.int8.Int8Linear": "lorafa.backends.int8:Int8Backend",
+        "bitsandbytes.nn.modules.Linear4bit": "lorafa.backends.bnb4:Bnb4Backend",
+        "bitsandbytes.nn.modules.Linear8bitLt": "lorafa.backends.bnb8:Bnb8Backend",
+        "tensor:torchao.quantization.Int8Tensor": "lorafa.backends.torchao_int8:TorchaoInt8Backend",
+        "tensor:torchao.quantization.IntxUnpackedToInt8Tensor": "lorafa.backends.torchao_intx:TorchaoIntxBackend",
+        "tensor:torchao.quantization.Float8Tensor": "lorafa.backends.torchao_float8:TorchaoFloat8Backend",
     },
 )
 

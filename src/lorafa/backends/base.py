@@ -20,6 +20,7 @@ from lorafa.backends.oddities import (
     unsettled,
 )
 from lorafa.backends.offload import hooked_as, in_memory, without_hooks
+from lorafa.numerics.fused import Codes
 
 __all__ = ["Backend", "is_finite", "is_hooked", "is_plain", "replaced"]
 
@@ -40,6 +41,12 @@ class Backend(ABC):
     quantized: ClassVar[bool] = False
     """Whether the layer keeps its weight in fewer bits than it computes in, so that :meth:`weight` is an approximation
     of the one it was made from."""
+    can_rest: ClassVar[bool] = True
+    """Whether hooks of accelerate can bring the layer's weight in for each call."""
+    fills: ClassVar[bool] = True
+    """Whether ``load_state_dict`` takes what ``state_dict`` of such a layer gives."""
+    rounds_inputs: ClassVar[float] = 0.0
+    """How far the output may be from ``linear(x, weight, bias)``, as a share of its norm: the layer rounds x too."""
     inherits: ClassVar[bool] = False
     """Whether it may serve subclasses of the layer type it is registered for: :attr:`formula` tells it which."""
     weight_name: ClassVar[str] = "weight"
@@ -101,6 +108,19 @@ class Backend(ABC):
     def dense(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) if layer(x) is linear(x, weight, bias) on ordinary tensors, else None."""
         return None
+
+    def codes(self, layer: nn.Module) -> Codes | None:
+        """The frozen weight of a quantized layer to multiply by, where layer(x) is ``codes.times(x, bias)``, else None.
+
+        The layer's own forward then does not run, unless hooks are on it.
+
+        Raises:
+            BackendError: in its present state the layer has no gradient.
+        """
+        return None
+
+    def prepare(self, layer: nn.Module) -> None:  # noqa: B027  (most have nothing to set)
+        """Set the layer so that it can be trained through whatever is done with it between; its numbers stay."""
 
     def to_layout(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the layout and dtype of the layer's own weight."""

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lorafa.backends.base import Backend
 from lorafa.backends.oddities import changing_hooks, own_forward
 from lorafa.backends.offload import hooked_as, in_memory, without_hooks
+from lorafa.numerics.fused import Codes, frozen_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + b with W dequantized in forward and again in backward."""
+class _Codes:
+    """The weight of one layer, brought in where it rests elsewhere."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, bias: Tensor | None) -> Tensor:
-        ctx.layer = layer
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return nn.functional.linear(x, layer.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad @ in_memory(ctx.layer).dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, None, grad_bias
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, self.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return cast(QuantizedLinear, in_memory(self.layer)).dequantize(dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -72,7 +66,7 @@ class QuantizedLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _Product.apply(x, self, self.bias))  # type: ignore[no-untyped-call]
+        return frozen_linear(x, _Codes(self), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -94,6 +88,9 @@ class QuantizedBackend(Backend):
 
     def weight(self, layer: nn.Module) -> Tensor:
         return cast(QuantizedLinear, layer).dequantize()
+
+    def codes(self, layer: nn.Module) -> Codes | None:
+        return _Codes(layer)
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         linear = cast(QuantizedLinear, layer)

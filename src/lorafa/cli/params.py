@@ -181,6 +181,8 @@ def _notes(found: Outline, config: RunConfig) -> list[str]:
         )
     if initializer.quantizer:
         notes.append(f"init={config.init.mode} quantizes the base; it is counted as if it did not.")
+    if (way := config.model.quantize) is not None:
+        notes.append(f"model.quantize={way} is not counted: the base is counted as if it were dense.")
     notes += found.remarks()
     if getattr(found.model.config, "quantization_config", None):
         notes.append("The model is stored quantized; the base is counted as if it were not.")

@@ -256,6 +256,8 @@ def notes(planned: Planned) -> list[str]:
             if stored is not None
             else "The model is quantized; it is counted as if it were not."
         )
+    if (way := planned.config.model.quantize) is not None:
+        found.append(f"model.quantize={way} is not counted: the base is counted as if it were dense.")
     if counted.uncounted is not None:
         found.append(f"Activations are not counted: {counted.uncounted}. --probe measures them.")
     found += planned.shape.outline.remarks()

@@ -107,7 +107,10 @@ def _fingerprinted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 def _readable(module: nn.Module) -> Tensor | None:
     """The dense weight of a layer as it is stored, wherever it rests, or None."""
-    weight = getattr(in_memory(module.pristine if isinstance(module, LoraLayer) else module), "weight", None)
+    base = in_memory(module.pristine if isinstance(module, LoraLayer) else module)
+    backend, weight = backend_of(base), getattr(base, "weight", None)
+    if backend is not None and backend.quantized:  # its codes may be stored as if they were numbers
+        return None
     return weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
 
 

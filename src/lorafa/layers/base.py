@@ -19,6 +19,7 @@ from lorafa.layers import own_modules
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
+from lorafa.numerics.fused import Codes
 from lorafa.numerics.linalg import working_dtype
 
 if TYPE_CHECKING:
@@ -171,8 +172,9 @@ class LoraLayer(Host):
         """A vector over output features, (out,), shaped to broadcast against the layer's output."""
         return vector
 
-    def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Weight (out, in) and bias (out,) if base(x) is just linear(x, weight, bias) and may be computed elsewhere."""
+    def dense_weight(self, x: Tensor) -> tuple[Tensor | Codes, Tensor | None] | None:
+        """Weight (out, in), or the codes of one, and bias (out,), if base(x) is just linear(x, weight, bias) and may be
+        computed elsewhere."""
         return None
 
     as_made, fits = own_modules.as_made, own_modules.fits
@@ -212,7 +214,11 @@ class LoraLayer(Host):
         return self._pristine[0] if self._disable_adapters and self._pristine else self.base_layer
 
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.base_layer(x, *args, **kwargs)
+        return self.run_base(self.base_layer, x, *args, **kwargs)
+
+    def run_base(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What ``base``, the base layer that runs, gives for x."""
+        return base(x, *args, **kwargs)
 
     def base_weight(self) -> Tensor:
         """The pristine weight, (out, in), dequantized where it is quantized."""
@@ -389,6 +395,20 @@ class LoraLayer(Host):
         changes = (adapter.delta_weight(weight) for adapter in adapters)
         return self.with_changes(changes, names, self.updated_bias(adapters))
 
+    @torch.no_grad()
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """The pristine weight with the updates of ``names``, (out, in), in float32 or wider, not rounded to anything.
+
+        Raises:
+            BackendError: the weight is not the one that the layer computes with.
+        """
+        self._require_mergeable()
+        weight = self.base_weight()
+        total = weight.to(working_dtype(weight.dtype))
+        for name in names:
+            total = total + self.adapters[name].delta_weight(weight)
+        return total
+
     def with_changes(self, changes: Iterable[Tensor], names: Sequence[str], bias: Tensor | None = None) -> nn.Module:
         """A new base layer of the pristine weight plus ``changes`` (out, in): summed in float32, rounded once.
 
@@ -402,7 +422,12 @@ class LoraLayer(Host):
         for change in changes:
             total = total + change
         changed = self.backend.with_weight(self.pristine, total, bias)
-        if not is_finite(changed, self.get_base_layer()):
+        if self.backend.quantized:  # codes are no numbers, and scales may be in no tensor of the layer's own
+            numbers = (self.backend.weight(in_memory(changed)), value_of(changed, self.backend.bias(changed)))
+            finite = all(bool(one.isfinite().all()) for one in numbers if one is not None)
+        else:
+            finite = is_finite(changed, self.get_base_layer())
+        if not finite:
             raise AdapterError(
                 f"Merging {', '.join(map(repr, names))} gives inf or nan in a {type(changed).__name__} once rounded to "
                 "its dtype; nothing was merged. The adapter was probably trained to divergence, or the model needs a "
@@ -472,12 +497,12 @@ class LoraLayer(Host):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         adapters = self.counting()
         if not adapters:
-            return self.running_base()(x, *args, **kwargs)
+            return self.run_base(self.running_base(), x, *args, **kwargs)
         if len(adapters) == 1 and not args and not kwargs and adapters[0].as_made:
             fused = adapters[0].variant.fused(adapters[0], x)
             if fused is not None:
                 return fused
-        y = self.base_layer(x, *args, **kwargs)
+        y = self.base_output(x, *args, **kwargs)
         if isinstance(y, Tensor):
             x = x.to(y.device)  # where a hook of the base layer may have brought it
         out = y

@@ -11,7 +11,7 @@ from lorafa.backends.base import is_hooked
 from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.weights import updated_tensors
-from lorafa.numerics.fused import autocast_dtype, compute_dtype, low_rank_linear
+from lorafa.numerics.fused import Codes, autocast_dtype, compute_dtype, frozen_linear, is_traced, low_rank_linear
 
 
 class LoraLinear(LoraLayer):
@@ -65,11 +65,21 @@ class LoraLinear(LoraLayer):
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
         return low_rank_linear(x, A, B, scaling, dropout=dropout)
 
-    def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def run_base(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        codes = self.backend.codes(base)  # asked in any case: it raises where the forward would lose the gradient
+        if codes is None or args or kwargs or is_hooked(base) or is_traced():
+            return base(x, *args, **kwargs)
+        return frozen_linear(x, codes, self.backend.bias(base))
+
+    def dense_weight(self, x: Tensor) -> tuple[Tensor | Codes, Tensor | None] | None:
         base = self.base_layer
         if is_hooked(base):
             return None
         dense = self.backend.dense(base)
-        if dense is None or x.dtype is dense[0].dtype or compute_dtype(x) in (dense[0].dtype, autocast_dtype(x)):
+        if dense is None:
+            codes = None if is_traced() else self.backend.codes(base)
+            # the layer gives the dtype of x, where products of autocast would have another
+            return None if codes is None or compute_dtype(x) is not x.dtype else (codes, self.backend.bias(base))
+        if x.dtype is dense[0].dtype or compute_dtype(x) in (dense[0].dtype, autocast_dtype(x)):
             return dense
         return None  # the base layer says what is wrong with the dtypes

@@ -1,4 +1,5 @@
-"""Base models known by name: all by their shape, some with a place their weights come from without the Hub."""
+"""Base models known by name: all by their shape, some with a place their weights come from without the Hub; and the
+ways in which the linear layers of a model are quantized."""
 
 from __future__ import annotations
 
@@ -7,6 +8,10 @@ from typing import TYPE_CHECKING
 from lorafa.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
     from lorafa.models.entry import KnownModel
 
 MODELS: Registry[KnownModel] = Registry(
@@ -21,6 +26,18 @@ MODELS: Registry[KnownModel] = Registry(
         "llama-3-70b": "lorafa.models.llama:LLAMA_3_70B",
     },
 )
+
+QUANTIZERS: Registry[Callable[[Tensor, Tensor | None], nn.Module]] = Registry(
+    "way to quantize",
+    {
+        "nf4": "lorafa.backends.nf4:NF4Linear",
+        "int8": "lorafa.backends.int8:Int8Linear",
+        "bnb4": "lorafa.backends.bnb4:linear_4bit",
+        "bnb8": "lorafa.backends.bnb8:linear_8bit",
+        "torchao_int8": "lorafa.backends.torchao_int8:linear_8bit",
+    },
+)
+"""A weight (out, in) and a bias (out,) or None -> a layer that a back end knows; ImportError where a package lacks."""
 
 
 def loadable() -> list[str]:

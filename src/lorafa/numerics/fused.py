@@ -6,13 +6,15 @@ What it keeps for backward, for T rows of x: x itself (as it came, never a copy 
 trained), the (T, r) product, and with a gain the (T, out) output before it. No dropout mask is kept: it is drawn again
 in backward from its seed.
 
+A frozen W may be kept as codes (:class:`Codes`): its values are made for each product and never kept.
+
 Under torch.compile and torch.func the same formula is taken in plain operations, which those differentiate.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,21 @@ class _AsItIs:
 
 
 AS_IT_IS: Keep = _AsItIs()
+
+
+class Codes(Protocol):
+    """A frozen weight (out, in) in fewer bits than it computes in: its values are made anew for every product."""
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b as the layer that holds the codes computes it: a new tensor (..., out) in the dtype of x.
+
+        Args:
+            x: (..., in), any floating dtype.
+            bias: (out,), any floating dtype.
+        """
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The values, (out, in), rounded to ``dtype`` once."""
 
 
 def draw_seed() -> int:
@@ -136,7 +153,7 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 class _LowRankLinear(torch.autograd.Function):
     """x (..., in), weight (out, in) or None, bias (out,) or None, gain (out,) or None, A (r, in), B (out, r).
 
-    Gives (rows of x, out).
+    ``codes`` stand in the place of ``weight``. Gives (rows of x, out).
     """
 
     @staticmethod
@@ -153,6 +170,7 @@ class _LowRankLinear(torch.autograd.Function):
         seed: int,
         dtype: torch.dtype,
         keep: Keep,
+        codes: Codes | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropped, scale = rows, scaling
@@ -161,10 +179,10 @@ class _LowRankLinear(torch.autograd.Function):
             scale = scaling / (1 - dropout_probability(p))
         z = dropped @ (A * scale).to(dtype).T
         inner_bias = None if bias is None else bias.to(dtype)
-        if weight is None:
+        if weight is None and codes is None:
             y = nn.functional.linear(z, B.to(dtype), inner_bias)
         else:
-            y = nn.functional.linear(rows, weight.to(dtype), inner_bias)
+            y = _base_product(rows, weight, codes, inner_bias)
             y.addmm_(z, B.to(dtype).T)
         y, before_gain = _with_gain(y, inner_bias, gain)
 
@@ -172,7 +190,7 @@ class _LowRankLinear(torch.autograd.Function):
         need_weight = weight is not None and ctx.needs_input_grad[1]
         if need_weight:  # its gradient is exact, whatever is kept for that of A
             keep = AS_IT_IS
-        ctx.keep = keep
+        ctx.keep, ctx.codes = keep, codes
         ctx.save_for_backward(
             weight,
             gain,
@@ -216,7 +234,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             if need_A and rows is not None:
                 dropped = dropped_into(mask, rows)
         if through_A is not None:  # the large product adds to the thin one: no pass over memory for the sum
-            grad_x = through_A if weight is None else through_A.addmm_(grad, weight.to(dtype))
+            wide = ctx.codes.dense(dtype) if ctx.codes is not None else None if weight is None else weight.to(dtype)
+            grad_x = through_A if wide is None else through_A.addmm_(grad, wide)
             grad_x = grad_x.view(ctx.shape).to(x_dtype)
         if need_A and dropped is not None:
             grad_A = (grad_z.T @ dropped).to(A.dtype)
@@ -224,7 +243,38 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_B = (z.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format)
     if need_weight and rows is not None:
         grad_weight = (grad.T @ rows).to(weight.dtype)
-    return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None, None, None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T + b for codes of W: nothing but them is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Codes, bias: Tensor | None) -> Tensor:
+        ctx.codes = codes
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return codes.times(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad @ ctx.codes.dense(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, grad_bias
+
+
+def frozen_linear(x: Tensor, codes: Codes, bias: Tensor | None) -> Tensor:
+    """x W^T + b, (..., out), with the gradients of x and b: the weight is dequantized in forward and in backward."""
+    return cast(Tensor, _FrozenLinear.apply(x, codes, bias))  # type: ignore[no-untyped-call]
+
+
+def _base_product(x: Tensor, weight: Tensor | None, codes: Codes | None, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the dtype of x, a new tensor."""
+    if codes is not None:
+        return codes.times(x, bias)
+    return nn.functional.linear(x, cast(Tensor, weight).to(x.dtype), bias)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -241,6 +291,7 @@ def _of_few_rows(
     B: Tensor,
     scaling: float | Tensor,
     dtype: torch.dtype,
+    codes: Codes | None,
 ) -> Tensor:
     """The same for inference on at most r rows, as in generation, with factors of another dtype, usually float32.
 
@@ -251,11 +302,11 @@ def _of_few_rows(
     wide = torch.promote_types(dtype, A.dtype)
     change = linear(linear(_as(x, wide), _as(A, wide)), _as(B, wide))
     inner_bias = None if bias is None else _as(bias, dtype)
-    if weight is None:
+    if weight is None and codes is None:
         y = _as(change.mul_(scaling), dtype)
         y = y if inner_bias is None else y.add_(inner_bias)
     else:
-        y = linear(x, _as(weight, dtype), inner_bias)
+        y = _base_product(x, weight, codes, inner_bias)
         y = y.add_(change.mul_(scaling)) if isinstance(scaling, Tensor) else y.add_(change, alpha=scaling)
     return _with_gain(y, inner_bias, gain)[0]
 
@@ -290,7 +341,7 @@ def low_rank_linear(
     B: Tensor,
     scaling: float | Tensor,
     *,
-    weight: Tensor | None = None,
+    weight: Tensor | Codes | None = None,
     bias: Tensor | None = None,
     gain: Tensor | None = None,
     dropout: float = 0.0,
@@ -306,7 +357,7 @@ def low_rank_linear(
         A: (r, in). If it does not require a gradient and neither does ``weight``, x is not kept for backward.
         B: (out, r).
         scaling: the factor s, a number or a tensor without dimensions, which gets no gradient.
-        weight: (out, in), or None for the change alone.
+        weight: (out, in), as numbers or as codes, which get no gradient; or None for the change alone.
         bias: (out,), added last.
         gain: (out,), one factor an output feature.
         dropout: probability in [0, 1) of zeroing an element of x before A; rounded to a multiple of 2^-15.
@@ -318,15 +369,18 @@ def low_rank_linear(
 
     Second derivatives raise: use torch.func or :func:`torch.compile`, where plain operations are used instead.
     """
+    codes = weight if not isinstance(weight, Tensor) else None
+    weight = weight if isinstance(weight, Tensor) else None
     if is_traced():
-        return _in_plain_operations(x, weight, bias, gain, A, B, scaling, dropout)
+        dense = weight if codes is None else codes.dense(compute_dtype(x))
+        return _in_plain_operations(x, dense, bias, gain, A, B, scaling, dropout)
     dtype = compute_dtype(x)
     few = x.numel() <= A.shape[0] * x.shape[-1]
     with _without_autocast(x):
         if few and dtype is not A.dtype and not dropout and not torch.is_grad_enabled():
-            return _of_few_rows(x, weight, bias, gain, A, B, scaling, dtype)
+            return _of_few_rows(x, weight, bias, gain, A, B, scaling, dtype, codes)
         seed = draw_seed() if dropout else 0
         y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, gain, A, B, scaling, dropout, seed, dtype, keep or AS_IT_IS
+            x, weight, bias, gain, A, B, scaling, dropout, seed, dtype, keep or AS_IT_IS, codes
         )
     return y.view(*x.shape[:-1], B.shape[0])  # out here: a view made inside could not be changed in place

@@ -23,7 +23,7 @@ from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.runs.trained import trained_model
 from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
-from lorafa.train.base_model import fetch_base, load_base, with_kind_of
+from lorafa.train.base_model import fetch_base, load_base, trained_whole, with_kind_of
 from lorafa.train.records import find_records, make_samples
 from lorafa.train.settings.run import ModelConfig
 
@@ -66,7 +66,8 @@ class Named:
         else:
             settings = with_kind_of(replace(settings, name=self.base or self.name), self.adapter)
             fetch_base(settings)
-            base = load_base(settings, classes=None if self.adapter is None else classes_beside(self.adapter))
+            classes = None if self.adapter is None else classes_beside(self.adapter)
+            base = load_base(settings, classes=classes, whole=trained_whole(self.adapter))
             model, tokenizer = base.model, base.tokenizer
         if self.adapter is not None:
             tokenizer = tokenizer_beside(self.adapter, model) or tokenizer

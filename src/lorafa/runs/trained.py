@@ -8,7 +8,7 @@ from typing import Any
 from lorafa.errors import ConfigError
 from lorafa.peft_model import PeftModel
 from lorafa.runs.record import RunDirectory
-from lorafa.train.base_model import fetch_base, load_base
+from lorafa.train.base_model import fetch_base, load_base, trained_whole
 
 
 def trained_model(run: RunDirectory) -> tuple[Any, Any]:
@@ -30,5 +30,5 @@ def trained_model(run: RunDirectory) -> tuple[Any, Any]:
         status = run.result().get("status", "not begun")
         raise ConfigError(f"The run {str(run.path)!r} has no adapter yet (status: {status}). Let it finish first.")
     fetch_base(settings)
-    base = load_base(settings, seed, classes=classes)
+    base = load_base(settings, seed, classes=classes, whole=trained_whole(run.adapter))
     return PeftModel.from_pretrained(base.model, run.adapter), base.tokenizer

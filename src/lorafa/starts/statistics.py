@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.backends.offload import value_of
+from lorafa.backends import backend_of
+from lorafa.backends.offload import in_memory, value_of
 from lorafa.calibration import STATISTICS
 from lorafa.calibration.base import CalibrationOptions, Measured, Statistic
 from lorafa.calibration.batches import Batches, digest_of
@@ -286,9 +287,12 @@ def _linear_shape(target: Target, config: LoraConfig) -> tuple[int, int]:
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the model without those of adapters."""
+    """Parameters and buffers of the model without those of adapters; of a quantized layer the weight it stands for."""
     for path, module in skeleton(model):
-        plain = path.replace(".base_layer", "")
+        plain, backend = path.replace(".base_layer", ""), backend_of(module)
+        if backend is not None and backend.quantized and backend.serves(module) is None:
+            yield f"{plain}.weight", backend.weight(in_memory(module))  # scales may be in no tensor of the layer's own
+            continue
         held = {name: value_of(module, tensor) for name, tensor in (module._parameters | module._buffers).items()}
         yield from ((f"{plain}.{name}", value) for name, value in held.items() if value is not None)
 

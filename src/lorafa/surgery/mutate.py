@@ -43,6 +43,12 @@ def mutate_base(model: nn.Module, adapter_name: str = "default") -> None:
         _require_alone(path, layer, adapter_name)
         if layer.without_start:
             raise AdapterError(f"The start of adapter {adapter_name!r} is taken out of the base weights already.")
+        if layer.backend.quantized:
+            raise BackendError(
+                f"{path}: a {type(layer.get_base_layer()).__name__} is quantized: its weight without the start would "
+                "be rounded to codes again, which loses more than the start holds. Leave the base unchanged; the start "
+                "is subtracted beside it. Nothing was changed."
+            )
         if layer.changes_weight:
             raise BackendError(
                 f"{path}: a {type(layer).__name__} adds its update to the weight in every forward pass; taking the "

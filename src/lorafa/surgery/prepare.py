@@ -26,7 +26,8 @@ def prepare_model_for_kbit_training(
 
     Args:
         model: changed in place, and returned. Parameters in float16 and bfloat16 (norms, embeddings, head) become
-            float32, which takes twice their memory; quantized ones stay as they are.
+            float32, which takes twice their memory; quantized ones stay as they are. Layers of bitsandbytes are kept
+            from packing their codes for inference, which some CPUs have them do in eval mode.
         use_gradient_checkpointing: recompute activations in backward; of a quantized model of transformers only, as in
             PEFT.
         gradient_checkpointing_kwargs: for the model's ``gradient_checkpointing_enable``.
@@ -36,6 +37,9 @@ def prepare_model_for_kbit_training(
     for _, parameter in base_parameters(model):
         if parameter.dtype in _HALVES and type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor:
             parameter.data = parameter.data.to(torch.float32)
+    for module in model.modules():
+        if (backend := backend_of(module)) is not None:
+            backend.prepare(module)
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if use_gradient_checkpointing and _is_quantized(model) and hasattr(model, "gradient_checkpointing_enable"):

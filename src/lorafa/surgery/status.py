@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -18,9 +19,14 @@ Irregular = Literal["irregular"]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) numbers of parameters, each counted once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    """(trainable, all) numbers of parameters, each counted once; of a quantized layer the numbers it stands for."""
+    sizes = {id(p): (p.numel(), p.requires_grad) for p in model.parameters()}
+    for module in model.modules():
+        backend = backend_of(module)
+        if backend is not None and backend.quantized and backend.serves(module) is None:
+            sizes.pop(id(module._parameters.get(backend.weight_name)), None)
+            sizes[id(module)] = (math.prod(backend.full_shape(module)), False)
+    return sum(n for n, trained in sizes.values() if trained), sum(n for n, _ in sizes.values())
 
 
 @dataclass

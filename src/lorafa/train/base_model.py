@@ -18,6 +18,7 @@ from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.entry import Kind
 from lorafa.models.kinds.found import kind_for_task
 from lorafa.models.load import load, resolve_model
+from lorafa.models.quantize import Quantized, quantize_linears
 from lorafa.models.vocabulary import add_tokens
 from lorafa.processes import main_first, world_size
 from lorafa.train.settings.run import ModelConfig
@@ -35,6 +36,8 @@ class BaseModel:
     """The ids of the texts of ``model.add_tokens``, in their order."""
     new_modules: tuple[str, ...] = ()
     """Modules that started at random, such as the head of a classifier: they are trained whole."""
+    quantized: Quantized | None = None
+    """What ``model.quantize`` has done to its linear layers."""
 
     @property
     def encoding(self) -> Encoding:
@@ -69,13 +72,15 @@ def load_base(
     seed: int = 0,
     answers: Callable[[], Sequence[str]] | None = None,
     classes: Sequence[str] | None = None,
+    whole: Sequence[str] = (),
 ) -> BaseModel:
-    """Load a model with its tokenizer, and give both the new tokens.
+    """Load a model with its tokenizer, give both the new tokens, and quantize its linear layers, each where asked.
 
     Args:
         seed: of weights that start at random.
         answers: those of the training rows, for a kind of model that chooses among them; None takes what the model has.
         classes: these themselves, in the order of its outputs, in place of ``answers``.
+        whole: names of modules that are, or were, trained whole (``modules_to_save``): they are not quantized.
 
     Raises:
         SourceError: the model cannot be found, fetched or read.
@@ -101,7 +106,18 @@ def load_base(
             f"{loaded.kind.name}) is not given here. Leave it out."
         )
     new_tokens = add_tokens(model, tokenizer, texts) if texts else []
-    return BaseModel(model, tokenizer, loaded.kind, new_tokens, loaded.new)
+    way, kept = settings.quantize, (*whole, *loaded.new)
+    quantized = None if way is None else quantize_linears(model, way, kept)
+    return BaseModel(model, tokenizer, loaded.kind, new_tokens, loaded.new, quantized)
+
+
+def trained_whole(adapter: str | Path | None) -> list[str]:
+    """The modules that an adapter (folder or Hub id) holds whole.
+
+    Raises:
+        LoraError: as `LoraConfig.from_pretrained`.
+    """
+    return [] if adapter is None else list(LoraConfig.from_pretrained(adapter).modules_to_save or [])
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main
 from lorafa.storage.tensors import can_be_gathered
 from lorafa.storage.whole import make_folder
-from lorafa.train.base_model import load_base
+from lorafa.surgery.dequantize import Lost, has_codes, merge_into_dense
+from lorafa.train.base_model import load_base, trained_whole
 from lorafa.train.settings.run import RunConfig
 
 
@@ -59,8 +60,13 @@ def save(trained: Trained, config: RunConfig, run: Recorder) -> dict[str, str]:
     return {"model": run.model.name}
 
 
-def save_merged(trained: Trained, config: RunConfig, run: Recorder) -> None:
+def save_merged(trained: Trained, config: RunConfig, run: Recorder) -> Lost | None:
     """The whole model with the adapter in its weights; the adapter is off the model then, so this comes last.
+
+    Layers that are quantized become dense ones, in the dtype of the model: the folder is that of an ordinary model.
+
+    Returns:
+        What this has lost; None where nothing was quantized, and in other processes than the first.
 
     The first of several processes does it. Where the base is spread over them it reads the base, and the adapter that
     is saved, anew: a part of a weight takes no update in.
@@ -70,11 +76,16 @@ def save_merged(trained: Trained, config: RunConfig, run: Recorder) -> None:
         CheckpointError: the folder cannot be written to.
     """
     if not is_main():
-        return
+        return None
     folder, model = make_folder(run.merged), trained.model
     if any(map(can_be_gathered, model.parameters())):
-        model = PeftModel.from_pretrained(_base_again(trained, config), run.adapter)
-    merged: Any = model.merge_and_unload()
+        model = PeftModel.from_pretrained(_base_again(trained, config, run.adapter), run.adapter)
+    lost: Lost | None = None
+    merged: Any
+    if has_codes(model):
+        merged, lost = merge_into_dense(model)
+    else:
+        merged = model.merge_and_unload()
     try:
         merged.save_pretrained(str(folder))
         trained.tokenizer.save_pretrained(str(folder))
@@ -83,8 +94,10 @@ def save_merged(trained: Trained, config: RunConfig, run: Recorder) -> None:
             f"The merged model could not be written to {str(folder)!r}: {first_line(error)}. The adapter is saved. "
             "Make room, or set train.save_merged=false."
         ) from error
+    return lost
 
 
-def _base_again(trained: Trained, config: RunConfig) -> Any:
+def _base_again(trained: Trained, config: RunConfig, folder: Path) -> Any:
     named, classes = replace(config.model, kind=trained.kind.name), trained.kind.classes_in(trained.model)
-    return load_base(named, config.train.seed, classes=classes).model
+    whole = trained_whole(folder)
+    return load_base(named, config.train.seed, classes=classes, whole=whole).model

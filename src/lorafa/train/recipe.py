@@ -32,13 +32,14 @@ from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.entry import Kind
 from lorafa.models.load import check_samples, on_accelerator
 from lorafa.models.packed import mixes_samples
+from lorafa.models.quantize import Quantized
 from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
 from lorafa.storage.paths import user_path
 from lorafa.surgery.merge import require_mergeable
 from lorafa.train.adapter_config import lora_config
-from lorafa.train.base_model import BaseModel, fetch_base, load_base, with_kind_of
+from lorafa.train.base_model import BaseModel, fetch_base, load_base, trained_whole, with_kind_of
 from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
@@ -72,6 +73,8 @@ class Prepared:
     """How long it took to load and make all this."""
     evaluation: Chosen
     kind: Kind = CAUSAL
+    quantized: Quantized | None = None
+    """What ``model.quantize`` has done to the base."""
     covered: list[dict[str, Any]] = field(default_factory=list)
     """Which modules are adapted, one entry a kind of them."""
     start: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +118,7 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     require_known(os.environ, config.peft.full)
     named_trackers(config.report_to)
     if not config.peft.full:
-        lora_config(config)  # what is wrong with the settings is said before anything is loaded
+        _require_one_quantizer(config)  # what is wrong with the settings is said before anything is loaded
     template = find_template(config.data.template) if config.data.template else None
     with main_first():
         data = find_records(config.data)
@@ -125,7 +128,10 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
             before_loading()
         adapter = config.peft.adapter
         named, classes = with_kind_of(config.model, adapter), None if adapter is None else classes_beside(adapter)
-        base = load_base(named, config.train.seed, lambda: answers_of(data), classes)
+        whole = (config.peft.modules_to_save or []) if adapter is None else trained_whole(user_path(adapter))
+        base = load_base(named, config.train.seed, lambda: answers_of(data), classes, whole)
+    if base.quantized is not None:
+        console.print(base.quantized.in_words(), highlight=False)
     tokenizer, kind, encoding = base.tokenizer, base.kind, base.encoding
     evaluation = evaluation_of(config.eval, kind)
     check_kind(kind, base.new_modules, evaluation, config, console)
@@ -157,8 +163,19 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     seconds = time.monotonic() - started
     kinds = [asdict(row) for row in covered]
     return Prepared(
-        begun.model, tokenizer, samples, rows, collator, seconds, evaluation, kind, kinds, begun.record, trial
+        begun.model, tokenizer, samples, rows, collator, seconds, evaluation, kind, base.quantized, kinds,
+        begun.record, trial,
     )  # fmt: skip
+
+
+def _require_one_quantizer(config: RunConfig) -> None:
+    """Raises ConfigError where both the start and ``model.quantize`` quantize the base; and what lora_config raises."""
+    quantizes = lora_config(config).start.initializer.quantizer is not None
+    if quantizes and config.model.quantize is not None and config.peft.adapter is None:
+        raise ConfigError(
+            f"init.mode={config.init.mode} quantizes the dense base as it needs it, and model.quantize="
+            f"{config.model.quantize} would have done so before. Drop one of the two."
+        )
 
 
 def _check_samples(samples: SampleSet, rows: int, base: BaseModel, evaluation: Chosen, config: RunConfig) -> None:
@@ -235,6 +252,7 @@ def train(
         rows=prepared.counted(),
         parameters=_counted(prepared.model),
         coverage=prepared.covered,
+        **({} if prepared.quantized is None else {"quantized": asdict(prepared.quantized)}),
         **({"start": prepared.start} if prepared.start else {}),
     )
     seconds: dict[str, float] = {**earlier.get("seconds", {}), "prepare": round(prepared.seconds, 1)}
@@ -275,8 +293,10 @@ def train(
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
     if config.train.save_merged:
         with console.status("Saving the merged model"):
-            save_merged(prepared.trained(), config, run)
-        run.update_result(merged=run.merged.name)
+            lost = save_merged(prepared.trained(), config, run)
+        if lost is not None:
+            console.print(lost.in_words(), highlight=False)
+        run.update_result(merged=run.merged.name, **({} if lost is None else {"merging": asdict(lost)}))
 
 
 def _require_same_samples(prepared: Prepared, began_with: str | None) -> None:

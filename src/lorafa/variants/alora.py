@@ -6,15 +6,18 @@ base and with other such adapters.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorafa.adapter import Adapter, Stage, Variant
 from lorafa.errors import BackendError, ConfigError, warn
+from lorafa.numerics.fused import is_traced
 from lorafa.spec import LayerSpec
 
 _NOWHERE = torch.iinfo(torch.long).max
@@ -33,12 +36,24 @@ class Invoked:
     tokens: int
     places: Tensor
     """Where it counts among the rows x tokens of the pass, (n,)."""
+    _last: list[tuple[weakref.ref[Tensor], int, Tensor]] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, starts: Tensor, tokens: int, first: int = 0) -> Self:
         """Where it counts in a pass over ``tokens`` places of each row, of which the first is place ``first``."""
         counts = torch.arange(first, first + tokens, device=starts.device) >= starts[:, None]
         return cls(starts, len(starts), tokens, counts.flatten().nonzero().flatten())
+
+    def chosen(self, x: Tensor) -> Tensor:
+        """The inputs (n, ...) at those places of x (rows, tokens, ...); layers that share an input share them."""
+        if self._last:
+            seen, version, chosen = self._last[0]
+            follows = x.requires_grad and torch.is_grad_enabled()
+            if seen() is x and version == x._version and chosen.requires_grad is follows:
+                return chosen
+        chosen = x.flatten(0, 1).index_select(0, self.places.to(x.device))
+        self._last[:] = [(weakref.ref(x), x._version, chosen)]
+        return chosen
 
 
 class ALoRA(Variant):
@@ -136,18 +151,19 @@ class ALoRA(Variant):
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
         """The change of the update inside at the places where it counts, and 0 elsewhere."""
         places, change = self._change(adapter, x, y)
-        everywhere = torch.zeros_like(y.flatten(0, 1))
-        return everywhere.index_copy(0, places, change.to(y.dtype)).view_as(y)
+        return _added_at(torch.zeros_like(y.flatten(0, 1)), places, change.to(y.dtype)).view_as(y)
 
     def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
-        """The output of the base, to which the change is added in place where it counts."""
+        """The output of the base, to which the change is added where it counts: in place, if that is a plain product.
+        """
         dense = adapter.layer.dense_weight(x)
         if dense is None:
             return None
-        weight, bias = dense
-        y = nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)  # no view: autograd would copy all of it
+        y: Tensor = adapter.layer.base_output(x.reshape(-1, x.shape[-1]))  # no view, which autograd would copy
         places, change = self._change(adapter, x, y.view(*x.shape[:-1], -1))
-        y.index_add_(0, places, change.to(y.dtype))
+        if not isinstance(dense[0], Tensor):  # codes may give a view, which cannot be changed
+            y = y.clone()
+        y = _added_at(y, places, change.to(y.dtype))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _change(self, adapter: Adapter, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +186,32 @@ class ALoRA(Variant):
                 "which is not known. Leave such layers out with exclude_modules."
             )
         places = invoked.places.to(x.device)
-        x, y = x.flatten(0, 1).index_select(0, places), y.flatten(0, 1).index_select(0, places)
-        return places, self._inside.delta_output(adapter, x, y)
+        there = y.flatten(0, 1).index_select(0, places)
+        return places, self._inside.delta_output(adapter, invoked.chosen(x), there)
+
+
+class _AddedAt(torch.autograd.Function):
+    """y with rows of a change added, in place; torch's own index_add keeps the change for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, places: Tensor, change: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(places)
+        return y.index_add_(0, places, change)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        (places,) = ctx.saved_tensors
+        return grad, None, grad.index_select(0, places) if ctx.needs_input_grad[2] else None
+
+
+def _added_at(y: Tensor, places: Tensor, change: Tensor) -> Tensor:
+    """y (rows, out), which nobody else holds, with ``change`` (n, out) added to its rows ``places`` (n,)."""
+    if is_traced():
+        return y.index_add(0, places, change)
+    added: Tensor = _AddedAt.apply(y, places, change)  # type: ignore[no-untyped-call]
+    return added
 
 
 def _counted(offsets: Any, rows: int, tokens: int) -> Tensor:

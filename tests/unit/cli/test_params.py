@@ -134,6 +134,9 @@ def test_a_quantized_base_is_noted(output: Any, tmp_path: Path) -> None:
     LlamaConfig(**sizes, num_attention_heads=2, quantization_config=quantized).save_pretrained(tmp_path)
     assert params(f"model={tmp_path}") == 0
     assert "The model is stored quantized; the base is counted as if it were not." in " ".join(output()[0].split())
+    assert params(*OPT, "model.quantize=nf4") == 0
+    said = " ".join(output()[0].split())
+    assert "model.quantize=nf4 is not counted: the base is counted as if it were dense." in said
 
 
 def test_dropout_that_was_not_set_is_none_where_experts_are_adapted(output: Any, tmp_path: Path) -> None:

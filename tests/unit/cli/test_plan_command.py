@@ -108,6 +108,8 @@ def test_a_probe_measures_two_real_steps(place: Path, capsys: pytest.CaptureFixt
 def test_a_start_from_data_says_what_is_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notes = planned(place, capsys, "init=lora_one")["notes"]
     assert "What init=lora_one collects of the data before the training is not counted." in notes
+    notes = planned(place, capsys, "model.quantize=nf4")["notes"]
+    assert "model.quantize=nf4 is not counted: the base is counted as if it were dense." in notes
 
 
 def test_a_run_that_is_continued_is_planned_with_its_settings(

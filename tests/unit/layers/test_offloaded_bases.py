@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base, restore_base
+from lorafa.backends import BACKENDS
 from lorafa.errors import BackendError, CheckpointError, ConfigError, TargetError
 from lorafa.io.adapter_files import base_fingerprint
 from toys.adapters import config_for, only_layer, starts_of, train
@@ -214,3 +215,11 @@ def test_quantized_layers_train_with_their_codes_brought_in() -> None:
         models.append(get_peft_model(model, LoraConfig(target_modules=["0"], r=2)))
         models[-1](x).sum().backward()
     close(*(model.get_base_model()[0].lora_B["default"].weight.grad for model in models), torch.float32)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BACKENDS.names() if not backend_for(kind).can_rest])
+def test_codes_that_would_be_brought_in_without_their_scales_are_refused(kind: str) -> None:
+    model = Single(base_layer(kind))
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(TargetError, match=r"'layer'.* its codes rest elsewhere .*without their scales; keep it"):
+        get_peft_model(model, config_for(kind))

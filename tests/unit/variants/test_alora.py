@@ -146,3 +146,21 @@ def test_it_counts_in_rows_with_the_invocation() -> None:
     variant = model_of().base_model.lora_layers()[0][1].adapters["default"].variant
     assert [variant.counts_in(row) for row in PROMPT.tolist()] == [True, True, False]
     assert not variant.counts_in([7])
+
+
+def test_layers_that_share_an_input_keep_one_choice_of_it() -> None:
+    """q, k and v, and gate and up, read the same states: of each only the places that count are kept, once."""
+    model = model_of()
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(PROMPT).logits.sum()
+    shapes = [tuple(one.shape) for one in kept.values()]
+    # 3 places of the first row, 8 of the second, none of the third; once for q, k and v, for o, for gate and up
+    assert shapes.count((11, 16)) == 2 * 3
+    assert shapes.count((11, 24)) == 2
+    assert shapes.count((11, 2)) == 2 * 7

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from lorafa.errors import ConfigError
 from lorafa.evals import EVALS
-from lorafa.models import MODELS, loadable
+from lorafa.models import MODELS, QUANTIZERS, loadable
 from lorafa.models.kinds import AUTO, KINDS
 from lorafa.registry import Registry
 from lorafa.settings.checks import check_choice, check_int, check_number
@@ -59,6 +59,10 @@ class ModelConfig(OpenGroup):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """How attention is computed; auto leaves it to transformers, and on a CPU has causal attention computed in blocks,
     which is faster for short samples."""
+    quantize: str | None = None
+    """Quantize the linear layers of the base when it is loaded (QLoRA): nf4, int8 (both of lorafa, on every device),
+    bnb4, bnb8 (bitsandbytes), torchao_int8 (torchao). Embeddings, the head and what is trained whole stay as they are;
+    null quantizes nothing."""
     cache_dir: str | None = None
     """Folder for fetched models; null takes the user's cache."""
     check_memory: bool = True
@@ -73,6 +77,8 @@ class ModelConfig(OpenGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("model.kind", self.kind, [AUTO, *KINDS.names()])
+        if self.quantize is not None:
+            check_choice("model.quantize", self.quantize, QUANTIZERS.names())
 
     @classmethod
     def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
@@ -322,6 +328,11 @@ class RunConfig:
         if self.threads is not None:
             check_int("threads", self.threads, at_least=1)
             _check_at_most("threads", self.threads, MOST_THREADS)
+        if self.peft.full and self.model.quantize is not None:
+            raise ConfigError(
+                f"peft.full=true trains every weight, and codes (model.quantize={self.model.quantize}) cannot be "
+                "trained. Drop one of the two."
+            )
         if self.peft.adapter is not None and (self.init.mode != InitConfig().mode or self.init.ranks is not None):
             chosen = f"init.mode={self.init.mode}" if self.init.ranks is None else f"init.ranks={self.init.ranks}"
             raise ConfigError(
