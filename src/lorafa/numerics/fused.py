@@ -144,7 +144,7 @@ def _with_gain(y: Tensor, bias: Tensor | None, gain: Tensor | None) -> tuple[Ten
     return y.addcmul_(before, (gain - 1).to(y.dtype)), before
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """The dtype of every product is decided in forward; autocast would decide again, in backward otherwise."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -182,7 +182,7 @@ class _LowRankLinear(torch.autograd.Function):
         if weight is None and codes is None:
             y = nn.functional.linear(z, B.to(dtype), inner_bias)
         else:
-            y = _base_product(rows, weight, codes, inner_bias)
+            y = base_product(rows, weight, codes, inner_bias)
             y.addmm_(z, B.to(dtype).T)
         y, before_gain = _with_gain(y, inner_bias, gain)
 
@@ -207,7 +207,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with _without_autocast(grad):
+        with without_autocast(grad):
             return _gradients(ctx, grad)
 
 
@@ -270,7 +270,7 @@ def frozen_linear(x: Tensor, codes: Codes, bias: Tensor | None) -> Tensor:
     return cast(Tensor, _FrozenLinear.apply(x, codes, bias))  # type: ignore[no-untyped-call]
 
 
-def _base_product(x: Tensor, weight: Tensor | None, codes: Codes | None, bias: Tensor | None) -> Tensor:
+def base_product(x: Tensor, weight: Tensor | None, codes: Codes | None, bias: Tensor | None) -> Tensor:
     """x W^T + b in the dtype of x, a new tensor."""
     if codes is not None:
         return codes.times(x, bias)
@@ -306,7 +306,7 @@ def _of_few_rows(
         y = _as(change.mul_(scaling), dtype)
         y = y if inner_bias is None else y.add_(inner_bias)
     else:
-        y = _base_product(x, weight, codes, inner_bias)
+        y = base_product(x, weight, codes, inner_bias)
         y = y.add_(change.mul_(scaling)) if isinstance(scaling, Tensor) else y.add_(change, alpha=scaling)
     return _with_gain(y, inner_bias, gain)[0]
 
@@ -376,7 +376,7 @@ def low_rank_linear(
         return _in_plain_operations(x, dense, bias, gain, A, B, scaling, dropout)
     dtype = compute_dtype(x)
     few = x.numel() <= A.shape[0] * x.shape[-1]
-    with _without_autocast(x):
+    with without_autocast(x):
         if few and dtype is not A.dtype and not dropout and not torch.is_grad_enabled():
             return _of_few_rows(x, weight, bias, gain, A, B, scaling, dtype, codes)
         seed = draw_seed() if dropout else 0

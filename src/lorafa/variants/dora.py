@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lorafa.adapter import Adapter, Extra, Stage, Variant, full_precision
-from lorafa.numerics.fused import low_rank_linear
+from lorafa.numerics.dropped_base import dropped_base_linear
+from lorafa.numerics.fused import is_traced, low_rank_linear
 from lorafa.numerics.linalg import working_dtype
 from lorafa.spec import LayerSpec
 
@@ -65,11 +66,16 @@ class DoRA(Variant):
         return delta if base_part is None else delta + base_part
 
     def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
-        dense = adapter.layer.dense_weight(x)
-        if dense is None or adapter.dropout:
+        dense, p = adapter.layer.dense_weight(x), adapter.dropout
+        if dense is None or (p and (is_traced() or adapter.running_start is not None)):
             return None
         weight, bias = dense
+        if p and isinstance(weight, Tensor) and weight.requires_grad:
+            return None
         gain = self._gain(adapter, adapter.layer.base_weight())
+        if p:
+            factors = adapter.running_factors
+            return dropped_base_linear(x, *factors, adapter.scaling, weight=weight, bias=bias, gain=gain, dropout=p)
         return low_rank_linear(x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, gain=gain)
 
     def _gain(self, adapter: Adapter, weight: Tensor) -> Tensor:
