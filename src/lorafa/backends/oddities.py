@@ -85,6 +85,18 @@ def _a(tensor: Tensor) -> str:
     return f"an {name}" if name[0] in "AEIO" else f"a {name}"
 
 
+_LIBRARIES = {"transformer_engine": "Transformer Engine", "megatron": "Megatron"}
+"""Package -> the name of a library whose layers do more than x W^T + b: they share it out or round it to fp8."""
+
+
+def is_of_other_library(module: nn.Module) -> str | None:
+    """The library a layer with a matrix as its weight comes from, where that is one lorafa has no back end for."""
+    weight = module._parameters.get("weight")
+    packages = (cls.__module__.partition(".")[0] for cls in type(module).__mro__)
+    known = next((_LIBRARIES[package] for package in packages if package in _LIBRARIES), None)
+    return known if weight is not None and weight.dim() == 2 else None
+
+
 def holds_codes(module: nn.Module) -> bool:
     """Whether a module that no back end knows looks like a quantized linear layer of another library."""
     sizes = any(hasattr(module, name) for name in ("in_features", "infeatures"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
-from lorafa.backends.oddities import described, holds_codes
+from lorafa.backends.oddities import described
 from lorafa.backends.offload import in_memory
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig
@@ -20,6 +20,7 @@ from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
+from lorafa.surgery.carriers import can_carry, check_carries, is_linear_of_others, kind_of_layer
 from lorafa.surgery.stacked import meant, name_stacked, stacked_parameters, warn_of_left_out
 from lorafa.surgery.walk import Place, dotted_ends, embedding_of, places, uncompiled
 
@@ -211,7 +212,7 @@ def _no_match(config: LoraConfig, field: str, unused: list[str], named: list[Pla
         leaves = sorted({n for place in named for n, _ in place.module.named_parameters(recurse=False)})
         kind = "parameters"
     else:
-        leaves = sorted({p.name.rpartition(".")[2] for p in named if _can_carry(p.module)})
+        leaves = sorted({p.name.rpartition(".")[2] for p in named if can_carry(p.module)})
         kind = "layers that can carry an adapter"
     last = unused[0].rpartition(".")[2]
     hint = "" if last in leaves else did_you_mean(last, leaves)
@@ -228,11 +229,6 @@ def _no_match(config: LoraConfig, field: str, unused: list[str], named: list[Pla
         f"{hint} The last names of its {kind} are: {shorten(leaves, 12) or '(none)'}. A name matches a whole dotted "
         "name or its end after a dot; a single string is a regular expression for the whole name."
     )
-
-
-def _can_carry(module: nn.Module) -> bool:
-    kind = _kind(module)
-    return kind is not None and not kind.nests
 
 
 def _modules(
@@ -255,7 +251,7 @@ def _modules(
     else:
         found = [place for place in named if _is_wanted(place.name, wanted, config, patterns)]
     for place in found:
-        _check_carries(place)
+        check_carries(place)
         why = bypassed.passed_by(place) if config.ensure_weight_tying else bypassed.why(place)
         if why is not None and not lenient:
             raise TargetError(why)
@@ -311,43 +307,16 @@ def _all_linear(model: nn.Module, named: list[Place], config: LoraConfig) -> lis
     if head is None and config.task_type == "SEQ_CLS":
         head = next((h for h in (getattr(model, n, None) for n in _CLASSIFIER_HEADS) if h is not None), None)
         head = uncompiled(head) if head is not None else None
-    kinds = [(place, _kind(place.module)) for place in named]
+    kinds = [(place, kind_of_layer(place.module)) for place in named]
     with_inner = tuple(place.name + "." for place, kind in kinds if kind is not None and kind.inner_layers)
     return [
         place
         for place, kind in kinds
-        if (holds_codes(place.module) if kind is None else kind.is_linear)
+        if (is_linear_of_others(place.module) if kind is None else kind.is_linear)
         and place.module is not head
         and not place.name.startswith(with_inner)
         and not _inside_saved(place.name, config)
     ]
-
-
-def _kind(module: nn.Module) -> type[LoraLayer] | None:
-    """The kind of layer that carries, or would carry, adapters on a module; None where none can."""
-    if isinstance(module, LoraLayer):
-        return type(module)
-    backend = backend_of(module)
-    return None if backend is None else LAYERS.get(backend.host)
-
-
-def _check_carries(place: Place) -> None:
-    """Raises TargetError unless a back end is sure of the module; one that carries adapters was checked before."""
-    module = place.module
-    if not _can_carry(module):
-        kind = f"a quantized {described(module)}" if holds_codes(module) else f"a {type(module).__name__}"
-        raise TargetError(
-            f"{place.name!r} is {kind}, which cannot carry an adapter. Supported are linear, embedding and convolution "
-            "layers, nn.MultiheadAttention, and single parameters by target_parameters. Narrow target_modules, or add "
-            "the name to exclude_modules."
-        )
-    backend = None if isinstance(module, LoraLayer) else backend_of(module)
-    odd = None if backend is None else backend.serves(module)
-    if odd is not None:
-        raise TargetError(
-            f"{place.name!r}: no back end knows this {described(module)}: {odd}. Leave it out with exclude_modules, or "
-            "change the layer first."
-        )
 
 
 def _once(found: list[Place]) -> list[Place]:
