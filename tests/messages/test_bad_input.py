@@ -111,7 +111,6 @@ CONTRADICTIONS = [
     ),
 ]
 LATER = {
-    "aLoRA": {"alora_invocation_tokens": [1]},
     "QA-LoRA": {"use_qalora": True},
     "VeLoRA": {"velora_config": {}},
     "MonteCLoRA": {"monteclora_config": {}},

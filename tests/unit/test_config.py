@@ -256,7 +256,6 @@ LATER: list[tuple[dict[str, object], str]] = [
     ({"arrow_config": {}}, "arrow_config"),
     ({"megatron_config": {"x": 1}}, "megatron_config"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    ({"init_lora_weights": "goat"}, "routed forward pass of GOAT's experts"),
     ({"runtime_config": {"ephemeral_gpu_offload": True}}, "ephemeral_gpu_offload"),
 ]
 

@@ -18,8 +18,6 @@ _LATER_FIELDS = {
     "megatron_config": "LoRA on Megatron's parallel layers",
     "layer_replication": "Layer replication",
 }
-# The same for starts: the variant they ask for, and its name. A line is deleted when the variant is registered.
-_LATER_FORMULAS = {"goat": "The routed forward pass of GOAT's experts"}
 
 
 def unavailable(config: LoraConfig) -> list[str]:
@@ -30,8 +28,6 @@ def unavailable(config: LoraConfig) -> list[str]:
         for name, feature in _LATER_FIELDS.items()
         if getattr(config, name) and name not in built
     ]
-    if formula := _LATER_FORMULAS.get(config.start.initializer.variant or ""):
-        asked.append(f"{formula} (init_lora_weights={config.init_lora_weights!r})")
     if config.runtime_config.ephemeral_gpu_offload:
         asked.append("Computing DoRA's start on the GPU (runtime_config.ephemeral_gpu_offload=True)")
     return asked
