@@ -115,7 +115,6 @@ LATER = {
     "VeLoRA": {"velora_config": {}},
     "MonteCLoRA": {"monteclora_config": {}},
     "BD-LoRA": {"use_bdlora": {}},
-    "Arrow": {"arrow_config": {}},
     "Megatron": {"megatron_config": {"a": 1}},
     "replication": {"layer_replication": [(0, 1)]},
 }

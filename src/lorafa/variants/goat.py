@@ -51,7 +51,7 @@ class Routed:
         if self.mask is not None and gates.shape[:-1] == self.mask.shape:
             kept = self.mask.to(gates.device) != 0
             return gates[kept], chosen[kept]
-        return gates.flatten(0, -2), chosen.flatten(0, -2)
+        return gates.reshape(-1, gates.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
 
 
 class GOAT(Variant):
@@ -120,7 +120,7 @@ class GOAT(Variant):
         x = x.to(dtype)
         z = nn.functional.linear(adapter.drop(x), A.to(dtype))
         weights = (self._weights(adapter, x) * scaling).to(dtype)
-        routed = z.view(*weights.shape, -1) * weights[..., None]
+        routed = z.view(*weights.shape, adapter.rank // self.settings.experts) * weights[..., None]
         change = nn.functional.linear(routed.flatten(-2), B.to(dtype))
         start = adapter.running_start
         return change if start is None else change - layer.low_rank(x, start.A, start.B, scaling)

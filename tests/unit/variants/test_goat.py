@@ -47,6 +47,8 @@ def test_the_output_and_all_gradients_are_those_of_the_definition(top_k: int, ru
     assert len(own) == 3
     found, wanted = model(x.requires_grad_()), by_hand(layer, x, top_k, s)
     close(found, wanted)
+    close(model(x[0, 0]), wanted[0, 0])
+    assert model(x[:0]).shape == (0, 5, OUT)
     for mine, theirs in zip(
         torch.autograd.grad((found * probe).sum(), [x, *own]),
         torch.autograd.grad((wanted * probe).sum(), [x, *own]),
