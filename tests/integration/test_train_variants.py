@@ -89,3 +89,10 @@ def test_settings_of_goat_that_do_not_fit_are_refused_by_name(
     assert "scaling" in said(capsys)
     assert main(command(workplace, tmp_path / "c", "init=goat", "init.experts=2", "init.top_k=3")) != 0
     assert "top_k=3 is more than there are experts, 2." in said(capsys)
+
+
+def test_a_router_without_adapters_to_route_to_is_refused(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(workplace, tmp_path / "a", "peft.arrow_config={}")) != 0
+    assert "The router 'default' has no experts: no other adapter is on the layer. Load them, or" in said(capsys)
