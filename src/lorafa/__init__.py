@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lorafa.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from lorafa.compat.arrow import create_arrow_model
     from lorafa.compat.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -114,6 +115,7 @@ __all__ = [
     "check_if_peft_model",
     "choose_ranks",
     "collect_statistics",
+    "create_arrow_model",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_lorapro_optimizer",
@@ -185,6 +187,7 @@ _HOMES = {
     "check_if_peft_model": "lorafa.io.load",
     "choose_ranks": "lorafa.starts.ranks",
     "collect_statistics": "lorafa.starts.initialize",
+    "create_arrow_model": "lorafa.compat.arrow",
     "create_lorafa_optimizer": "lorafa.optimizers",
     "create_loraplus_optimizer": "lorafa.optimizers",
     "create_lorapro_optimizer": "lorafa.optimizers",

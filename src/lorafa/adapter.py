@@ -143,6 +143,8 @@ class AdaptedLayer(Protocol):
 
     def require_readable(self, adapter: Adapter) -> None: ...
 
+    def require_uncalled(self, adapter: Adapter, why: str) -> None: ...
+
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor: ...
 
     def per_output(self, vector: Tensor) -> Tensor: ...
@@ -364,6 +366,9 @@ class Variant(ABC):
     """Whether ``initial_extras`` reads the base weight's values; if not it may get a tensor on the meta device."""
     reads_call: bool = False
     """Whether it has to know something of each call of the model, which :meth:`fact` then finds."""
+    gathers: bool = False
+    """Whether the layers gather something of each call of the model in what :meth:`fact` gives, for :meth:`penalty`.
+    Unlike with ``reads_call`` the update is the same without it."""
     call_arguments: frozenset[str] = frozenset()
     """Arguments of a call of the PeftModel that are for the formula and not for the model inside."""
     uniform: bool = True
@@ -373,6 +378,9 @@ class Variant(ABC):
     factors_are_stored: bool = True
     """Whether :meth:`factors` gives A and B as they are stored. Where it does not, files hold the dense A and B, for
     any reader, and beside them what is stored."""
+    one_product: bool = True
+    """Whether the update is one product of A and B wherever it counts, for all that the gradient of the two is taken
+    for; not where each token has parts of them."""
     takes_bias: bool = False
     """Whether the formula has a place for a bias of B (``lora_bias``)."""
     inner: Variant | None = None
@@ -387,6 +395,8 @@ class Variant(ABC):
             self.plain = self.plain and inner.plain
             self.takes_bias = self.takes_bias and inner.takes_bias
             self.reads_call = self.reads_call or inner.reads_call
+            self.gathers = self.gathers or inner.gathers
+            self.one_product = self.one_product and inner.one_product
             self.call_arguments = self.call_arguments | inner.call_arguments
             self.factors_are_stored = inner.factors_are_stored
             self.name = self.name if inner.is_plain_lora else f"{self.name} over {inner.name}"

@@ -65,6 +65,7 @@ from lorafa.settings.methods import (
     PeftType,
     TaskType,
     VeloraConfig,
+    as_written,
     from_nested,
 )
 from lorafa.storage.hub import HubOptions, UploadOptions, locate, uploaded
@@ -299,7 +300,7 @@ class LoraConfig:
 
         The fields PEFT does not have are there only when they are not at their default.
         """
-        values = {name: plain(value) for name, value in asdict(self).items() if name != "runtime_config"}
+        values = {f.name: plain(as_written(getattr(self, f.name))) for f in fields(self) if f.name != "runtime_config"}
         defaults = {f.name: f.default for f in fields(self)}
         if self.init_config is not None and self.init_config == type(self.init_config)():
             values["init_config"] = None

@@ -43,6 +43,7 @@ class CurrentCall:
     def __init__(self) -> None:
         self._context = EMPTY
         self._open = 0
+        self._keeps = False
         self._waiting: weakref.ref[_Backward] | None = None
 
     def fact(self, name: str) -> Any:
@@ -57,6 +58,22 @@ class CurrentCall:
                 "PeftModel. Call the PeftModel (or its generate), not the model inside."
             )
         return self._context.facts[name]
+
+    def gathering(self, name: str) -> Any:
+        """Where the layers put what the variant of adapter ``name`` gathers of the call in force: its ``fact``.
+
+        None where nothing is to be gathered: the call has no gradients, did not come through the PeftModel, or its
+        layers run again in its backward pass, so that they would be counted twice.
+        """
+        gathers = self._open and self._keeps and not _in_backward()
+        return self._context.facts.get(name) if gathers else None
+
+    def last(self, name: str) -> Any:
+        """What the variant of adapter ``name`` has found for the last call with gradients; None if it counted in none.
+
+        While a call is open: for that one.
+        """
+        return self._context.facts.get(name)
 
     @contextmanager
     def holding(
@@ -79,11 +96,12 @@ class CurrentCall:
                 "(gradient checkpointing), and the adapter depends on the inputs of each call. Call backward after "
                 "each, put both into one batch, or turn gradient checkpointing off."
             )
+        kept, self._keeps = self._keeps, keeps
         self._context, self._open = context, self._open + 1
         try:
             yield self._watched if keeps and context is not EMPTY else _as_it_is
         finally:
-            self._open -= 1
+            self._open, self._keeps = self._open - 1, kept
             if not keeps:
                 self._context = before
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lorafa.cli.main import main
 from toys.records import write_rows
@@ -76,3 +78,40 @@ def test_replicated_layers_train_resume_and_are_measured_again(
     assert not (tmp_path / "merged" / "metrics.jsonl").exists()
     assert main(command(workplace, tmp_path / "outside", "peft.layer_replication=[[0,3]]")) != 0
     assert "[0, 3] is no range of 'model.layers', which has 2 layers" in said(capsys)
+
+
+def test_goat_trains_evaluates_and_goes_on_where_it_was(workplace: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    goat = ["init=goat", "init.experts=2", "init.top_k=1", "init.balance=0.5", "train.gradient_checkpointing=true"]
+    assert main(command(workplace, run, *goat)) == 0
+    result = read(run / "result.json")
+    assert result["before"]["loss"] != result["after"]["loss"]
+    written = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in written if "lora_router" in key} == {"lora_router"}
+    assert any("lora_start" in key for key in written)
+    assert main(["train", f"train.resume={run}", "train.steps=6"]) == 0
+    assert main(command(workplace, whole, *goat, "train.steps=6")) == 0
+    assert read(whole / "result.json")["after"] == read(run / "result.json")["after"]
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    for key, value in load_file(whole / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(value, again[key]), key
+    router = next(key for key in written if "lora_router" in key)  # with one expert a token only the balance trains it
+    assert not torch.equal(written[router], again[router])
+
+
+def test_settings_of_goat_that_do_not_fit_are_refused_by_name(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(workplace, tmp_path / "a", "init=goat")) != 0
+    assert "q_proj: GOAT gives each of 8 experts the rank r / 8, found r = 4. Set r" in said(capsys)
+    assert main(command(workplace, tmp_path / "b", "init=goat", "init.experts=2", "init.scaling=alpha")) != 0
+    assert "scaling" in said(capsys)
+    assert main(command(workplace, tmp_path / "c", "init=goat", "init.experts=2", "init.top_k=3")) != 0
+    assert "top_k=3 is more than there are experts, 2." in said(capsys)
+
+
+def test_a_router_without_adapters_to_route_to_is_refused(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(workplace, tmp_path / "a", "peft.arrow_config={}")) != 0
+    assert "The router 'default' has no experts: no other adapter is on the layer. Load them, or" in said(capsys)

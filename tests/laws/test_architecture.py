@@ -152,7 +152,6 @@ REGISTRIES = {"variants/__init__.py", "initializers/__init__.py", "layers/__init
 ASKED_ELSEWHERE = {
     ("surgery/auxiliary.py", "ModulesToSaveWrapper"): "it plans and makes these two, and keeps them off each other",
     ("surgery/auxiliary.py", "TrainableTokensWrapper"): "as the line before",
-    ("surgery/available.py", "goat"): "a formula that is not there yet; the line goes when it comes",
     ("starts/eva.py", "eva"): "EVA's own functions, as PEFT calls them",
     ("starts/preprocess.py", "corda"): "one function is CorDA's own, as PEFT calls it",
     ("io/card.py", "lora"): "no formula, but a tag of model cards",

@@ -1,5 +1,7 @@
 """The law of gates: where a gate lets an update count, the output is that of the formula inside; elsewhere the base's.
 
+Where a router weighs updates, all of equal weight give their mean.
+
 That the formula inside changes the output as it changes the weight is the law of variants.
 """
 
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import BackendError, ConfigError
-from toys.adapters import VARIANT, config_for, hosts_of, train, with_adapter
+from toys.adapters import VARIANT, adapted, config_for, hosts_of, only_layer, train, with_adapter
 from toys.compare import close
-from toys.layers import IN, KINDS, backend_for, base_layer
+from toys.layers import IN, KINDS, backend_for, base_layer, input_for
 
 INVOCATION = [3, 1]
 ROWS = torch.tensor([[5, 3, 1, 3, 1, 6], [3, 1, 5, 6, 7, 0], [5, 6, 3, 3, 2, 1]])
@@ -96,6 +98,62 @@ def test_where_it_counts_nowhere_gradients_are_zero_and_not_missing() -> None:
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert grads
     assert all(grad is not None and not grad.any() for grad in grads)
+
+
+LINEAR_KINDS = [kind for kind in KINDS if backend_for(kind).host == "linear"]
+
+
+def rounding(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a base is rounded: scales of quantized ones are float32."""
+    return torch.float32 if backend_for(kind).quantized and dtype is torch.float64 else dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_a_router_over_adapters_adds_a_mean_of_their_changes_on_every_kind_of_linear_layer(
+    kind: str, dtype: torch.dtype
+) -> None:
+    model = adapted(kind, dtype=dtype)
+    model.add_adapter("other", config_for(kind, r=3, init_lora_weights=False))
+    model.add_adapter("router", config_for(kind, arrow_config={"top_k": 2, "router_temperature": 1e15}))
+    x, found = input_for(kind, dtype), {}
+    for name in ("default", "other", "router"):
+        model.set_adapter(name)
+        found[name] = model(x)
+    close(found["router"], (found["default"] + found["other"]) / 2, rounding(kind, dtype))
+    assert (found["default"] - found["other"]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_experts_in_use_alike_are_the_plain_adapter_of_their_mean_on_every_kind_of_linear_layer(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """With a router of zeros all of E experts have the weight 1 / E: (s / E) (B A - B0 A0)."""
+    settings = {"init_lora_weights": "goat", "init_config": {"experts": 2, "top_k": 2, "scaling": 3.0}}
+    model, x = adapted(kind, dtype=dtype, **settings), input_for(kind, dtype)
+    layer = only_layer(model)
+    adapter = layer.adapters["default"]
+    with torch.no_grad():
+        layer.lora_router["default"].weight.zero_()
+        with model.disable_adapter():
+            base = model(x)
+        assert adapter.start is not None
+        A, B, A0, B0 = (t.double() for t in (adapter.A, adapter.B, adapter.start.A, adapter.start.B))
+        update = 3.0 * (B @ A / 2 - B0 @ A0)
+        change = model(x).double() - base.double()
+        close(change, x.double() @ update.T, rounding(kind, dtype))
+    assert change.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if backend_for(kind).host != "linear"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("goat", {"init_lora_weights": "goat", "init_config": {"experts": 2}}), ("arrow", {"arrow_config": {}})],
+)
+def test_a_router_is_refused_on_other_kinds_of_layer(kind: str, name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is not defined on {backend_for(kind).host} layers"):
+        get_peft_model(Tokens(base_layer(kind), torch.float32), config_for(kind, **settings))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if backend_for(kind).host not in ("linear", "embedding")])

@@ -111,14 +111,11 @@ CONTRADICTIONS = [
     ),
 ]
 LATER = {
-    "aLoRA": {"alora_invocation_tokens": [1]},
     "QA-LoRA": {"use_qalora": True},
     "VeLoRA": {"velora_config": {}},
     "MonteCLoRA": {"monteclora_config": {}},
     "BD-LoRA": {"use_bdlora": {}},
-    "Arrow": {"arrow_config": {}},
     "Megatron": {"megatron_config": {"a": 1}},
-    "replication": {"layer_replication": [(0, 1)]},
 }
 
 

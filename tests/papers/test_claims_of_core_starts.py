@@ -207,16 +207,16 @@ def test_kasa_leaves_something_of_the_weight() -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["goat", "goat_mini"])
 def test_experts_of_goat_start_at_disjoint_parts_of_the_spectrum(last: bool) -> None:
     """s B_i A_i is U S V^T / rho of d triplets of segment i, of floor(k / E) triplets each."""
-    experts, rho = 4, 10.0
-    settings, r = GoatConfig(experts=experts, rho=rho, last=last), 8
+    experts, rho, r = 4, 10.0, 8
+    settings, s = GoatConfig(experts=experts, rho=rho, last=last), S * experts  # alpha / d
     result, U, values, Vh = start("goat", settings, rank=r), *full_svd(W)
     length, d = min(OUT, IN) // experts, r // experts
     for i in range(experts):
         first = i * length + (length - d if last else 0)
         picked, own = slice(first, first + d), slice(i * d, (i + 1) * d)
-        close(S * rho * result.B[:, own] @ result.A[own], U[:, picked] * values[picked] @ Vh[picked])
-        close(result.A[own] @ result.A[own].mT, torch.diag(values[picked]) / (S * rho))
-        close(result.B[:, own].mT @ result.B[:, own], torch.diag(values[picked]) / (S * rho))
+        close(s * rho * result.B[:, own] @ result.A[own], U[:, picked] * values[picked] @ Vh[picked])
+        close(result.A[own] @ result.A[own].mT, torch.diag(values[picked]) / (s * rho))
+        close(result.B[:, own].mT @ result.B[:, own], torch.diag(values[picked]) / (s * rho))
 
 
 def test_goat_takes_out_of_the_base_what_random_routing_adds_on_average() -> None:
@@ -232,13 +232,31 @@ def test_goat_takes_out_of_the_base_what_random_routing_adds_on_average() -> Non
         close(B0 @ A0, sum(routed) / len(routed))  # type: ignore[arg-type, operator]
 
 
-@pytest.mark.parametrize("rank", [6, 32])
-def test_goat_shares_its_rank_out_among_the_experts(rank: int) -> None:
-    text = (
-        rf"q_proj: GOAT gives each of 4 experts the rank r / 4, from segments of 6 .* found r = {rank}\. Set r to a m"
-    )
+@pytest.mark.parametrize(
+    ("rule", "wanted"), [("classic", S * 8 / 2), ("rs", S * 8 / 2**0.5), ("goat", (3 * IN / 2) ** 0.5), (0.7, 0.7)]
+)
+def test_the_scaling_of_goat_decides_over_the_size_of_the_factors(rule: str | float, wanted: float) -> None:
+    """d = 2, alpha = 8 S; "goat" is sqrt(3 eta n / d) with eta = 1. s B_i A_i is the same whatever s is."""
+    settings = GoatConfig(experts=4, scaling=rule)
+    result, (_, values, _) = start("goat", settings, rank=8), full_svd(W)
+    close(result.A[:2] @ result.A[:2].mT, torch.diag(values[:2]) / (wanted * 10))
+
+
+def test_the_scaling_of_the_paper_makes_the_gradient_of_the_factors_that_of_the_weight() -> None:
+    """For Kaiming's A of variance 1 / (3 n) the mean of s^2 A^T A is the identity, A (d, n)."""
+    n, d = 64, 4
+    A = torch.rand(2000, d, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    A = A / n**0.5
+    close(3 * n / d * (A.mT @ A).mean(0), torch.eye(n), 0.1)
+
+
+def test_goat_shares_its_rank_out_among_the_experts() -> None:
+    text = r"q_proj: GOAT gives each of 4 experts the rank r / 4, found r = 6\. Set r \(rank_pattern for"
     with pytest.raises(ConfigError, match=text):
-        start("goat", GoatConfig(experts=4), rank=rank)
+        start("goat", GoatConfig(experts=4), rank=6)
+    text = r"q_proj: GOAT takes r / 4 = 8 singular values of each of 4 segments of .*, which have 6\. Set r .* to 24"
+    with pytest.raises(ConfigError, match=text):
+        start("goat", GoatConfig(experts=4), rank=32)
 
 
 @pytest.mark.parametrize(
@@ -247,21 +265,16 @@ def test_goat_shares_its_rank_out_among_the_experts(rank: int) -> None:
         ({"experts": 0}, "experts must be an integer >= 1, found 0"),
         ({"rho": 0}, "rho must be a number > 0, found 0"),
         ({"last": 1}, r"last must be True or False, found 1 \(int\)\."),
+        ({"top_k": 0}, "top_k must be an integer >= 1, found 0"),
+        ({"top_k": 9}, "top_k=9 is more than there are experts, 8. Lower top_k, or set more experts."),
+        ({"scaling": "alpha"}, "scaling .*'alpha'.*classic"),
+        ({"scaling": 0.0}, "scaling must be a number > 0 or one of 'classic', 'rs', 'goat', found 0.0"),
+        ({"balance": -1.0}, "balance must be a number >= 0, found -1.0"),
     ],
 )
 def test_settings_of_goat_are_checked(setting: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         GoatConfig(**setting)
-
-
-def test_goat_without_its_router_is_refused_and_nothing_else_is_trained_in_its_place() -> None:
-    config = LoraConfig(target_modules=["layer"], r=8, init_lora_weights="goat", init_config={"experts": 4})
-    model = Model()
-    with pytest.raises(
-        NotImplementedError, match=r"routed forward pass of GOAT's experts \(init_lora_weights='goat'\) "
-    ):
-        get_peft_model(model, config)
-    assert type(model.layer) is nn.Linear
 
 
 @pytest.mark.parametrize("name", ["kasa", "goat"])

@@ -30,11 +30,11 @@ STARTS: list[bool | str] = [
     *(
         find_start(name).value  # type: ignore[union-attr]
         for name in INITIALIZERS.names()
-        if INITIALIZERS.get(name).variant in (None, *VARIANTS.names())
+        if INITIALIZERS.get(name).variant in (None, *(v for v in VARIANTS.names() if VARIANTS.get(v).stage != "gate"))
     ),
     "pissa_niter_4",
 ]
-"""Every start there is a formula for, and the one whose name has a number."""
+"""Every start that is one of the formulas of one matrix, and the one whose name has a number."""
 
 
 def config_for(kind: str, **settings: Any) -> LoraConfig:

@@ -13,10 +13,10 @@ from lorafa.initializers.settings import START_SETTINGS
 from lorafa.peft_model import get_peft_model
 from lorafa.train.settings.optim import OptimConfig, entry_of, pair_optimizer
 
-_SIZE, _RANK = 8, 4
+_RANK = 4
 
 
-def rehearse(layers: Sequence[tuple[str, bool]], config: LoraConfig, optim: OptimConfig) -> None:
+def rehearse(layers: Sequence[tuple[str, bool]], rank: int, config: LoraConfig, optim: OptimConfig) -> None:
     """Make the optimizer for small layers of the same names: which factors are trained, and how A starts, decides.
 
     One layer of each sort does, an embedding and any other. A start from data or to a quantized base, which a toy does
@@ -24,21 +24,25 @@ def rehearse(layers: Sequence[tuple[str, bool]], config: LoraConfig, optim: Opti
 
     Args:
         layers: dotted name in the model of every adapted layer, and whether it is an embedding.
+        rank: of the first of them, which the toy has where the formula is the start's own: that may not go with others.
 
     Raises:
         AdapterError: that of the training, with the name of the first layer in its way.
     """
     if entry_of(optim).make is None:
         return
+    if config.start.initializer.variant is None:
+        rank = _RANK
+    size = 2 * rank
     first = {is_table: path for path, is_table in reversed(layers)}
     toy = nn.Module()
     with torch.random.fork_rng(devices=[]):
         for path, is_table in layers:
             if path in first.values():
-                _add(toy, path, nn.Embedding(_SIZE, _SIZE) if is_table else nn.Linear(_SIZE, _SIZE))
+                _add(toy, path, nn.Embedding(size, size) if is_table else nn.Linear(size, size))
         settings: dict[str, Any] = {"init_seed": 0, "freeze_A": config.freeze_A, **_start(config)}
-        toy_config = LoraConfig(r=_RANK, target_modules=list(first.values()), **settings)
-        gradient = {"gradient.S": torch.ones(_SIZE), "gradient.dense": torch.randn(_SIZE, _SIZE)}
+        toy_config = LoraConfig(r=rank, target_modules=list(first.values()), **settings)
+        gradient = {"gradient.S": torch.ones(size), "gradient.dense": torch.randn(size, size)}
         stats = dict.fromkeys(first.values(), gradient) if toy_config.start.initializer.needs else None
         pair_optimizer(get_peft_model(toy, toy_config, stats=stats), optim)
 

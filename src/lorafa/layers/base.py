@@ -179,6 +179,7 @@ class LoraLayer(Host):
 
     as_made, fits = own_modules.as_made, own_modules.fits
     by_modules, require_readable = own_modules.by_modules, own_modules.require_readable
+    require_uncalled = own_modules.require_uncalled
 
     # ---- the base layer
 

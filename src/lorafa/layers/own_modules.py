@@ -85,15 +85,21 @@ def _keeps_its_forward(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ or is_only_moved(module)
 
 
-def require_uncalled(layer: AdaptedLayer, adapter: Adapter) -> None:
-    """Raise AdapterError if somebody waits for calls of the adapter's modules, on a layer that never calls them.
+def require_uncalled(layer: AdaptedLayer, adapter: Adapter, why: str) -> None:
+    """Raise AdapterError if somebody waits for calls of the adapter's modules where none of them is called.
 
-    Such a layer adds the update to its weight for the length of a forward pass.
+    Args:
+        why: they are not, for the error.
     """
     require_readable(layer, adapter)
     A, B = adapter.modules
-    _require_unwatched(adapter, {"lora_A": A, "lora_B": B}, f"a {type(layer).__name__} adds its update to the weight")
+    _require_unwatched(adapter, {"lora_A": A, "lora_B": B} | _extra_holders(adapter), why)
     _require_kept(layer, adapter)
+
+
+def _extra_holders(adapter: Adapter) -> dict[str, nn.Module]:
+    names = [extra.holder for extra in adapter.variant.extras.values()]
+    return dict(zip(names, adapter.extra_holders(), strict=True))
 
 
 def by_modules(layer: AdaptedLayer, adapter: Adapter, x: Tensor, *, drops: bool = True) -> Tensor:
@@ -105,9 +111,7 @@ def by_modules(layer: AdaptedLayer, adapter: Adapter, x: Tensor, *, drops: bool 
     Raises:
         AdapterError: somebody waits for a call of what is never called, or the factors would learn nothing.
     """
-    names = [extra.holder for extra in adapter.variant.extras.values()]
-    holders = dict(zip(names, adapter.extra_holders(), strict=True))
-    _require_unwatched(adapter, holders, "its values are read")
+    _require_unwatched(adapter, _extra_holders(adapter), "its values are read")
     _require_kept(layer, adapter)
     A, B = adapter.modules
     weight = None if A is None else next(A.parameters(), None)

@@ -23,7 +23,7 @@ def updated_tensors(layer: LoraLayer, weight_name: str, bias_name: str | None = 
     adapters, base, weight = layer.counting(), layer.get_base_layer(), layer.base_weight()
     for adapter in adapters:
         if not adapter.as_made:
-            require_uncalled(layer, adapter)
+            require_uncalled(layer, adapter, f"a {type(layer).__name__} adds its update to the weight")
     if len(adapters) == 1 and adapters[0].variant.plain:  # no float32 copy of W
         A, B = (factor.to(weight.dtype) for factor in adapters[0].running_factors)
         product = torch.baddbmm if weight.dim() == 3 else torch.addmm

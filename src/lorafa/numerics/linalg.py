@@ -261,6 +261,15 @@ def leading_right(matrix: Tensor, rank: int, start: Tensor | None = None, steps:
     return nn.functional.pad(S, (0, missing)), nn.functional.pad(Vh, (0, 0, 0, missing))
 
 
+def top_right(A: Tensor, B: Tensor) -> Tensor:
+    """The right singular vector (n,) of the largest singular value of B A, with A (r, n) and B (m, r); 0 where B A is.
+
+    Exact: with B = Q R it is that of R A, which is small. Its sign is not defined.
+    """
+    core = torch.linalg.qr(float_matrix(B), mode="r").R @ float_matrix(A)
+    return leading_right(core, 1)[1][0]
+
+
 def _right_svd(M: Tensor) -> tuple[Tensor, Tensor]:
     """All singular values and right vectors of (t, n); by the smaller Gram matrix if there is a wider type for it."""
     W = wide(M)

@@ -134,11 +134,12 @@ def pairs_of(model: nn.Module, *, folding: bool = False) -> list[Pair]:
 
     Args:
         model: a PeftModel, any model with adapters injected, or a wrapper around one (DDP, torch.compile).
-        folding: also those with a matrix between B and A (KaSA), for methods that do not read the one for the other.
+        folding: also those with a matrix between B and A (KaSA), or with A and B in parts (GOAT), for methods that do
+            not read the one for the other.
 
     Raises:
-        AdapterError: no layer has an active adapter, one is merged, has a matrix between its factors, or holds nan or
-            inf, or none is trained.
+        AdapterError: no layer has an active adapter, one is merged, has a matrix between its factors or routes
+            tokens to parts of them, or holds nan or inf, or none is trained.
         BackendError: a factor is spread over processes, or is not a floating-point tensor of its full shape.
     """
     if not isinstance(model, nn.Module):
@@ -156,6 +157,12 @@ def pairs_of(model: nn.Module, *, folding: bool = False) -> list[Pair]:
             "model = get_peft_model(model, LoraConfig(...)), or call set_adapter(name)."
         )
     for pair in pairs:
+        if not pair.adapter.variant.one_product and not folding:
+            raise AdapterError(
+                f"{pair.path}, adapter {pair.name!r} is {pair.adapter.variant.name}, in which each token has parts of "
+                "A and B, and this optimizer is made for the product of the two. Use a stock optimizer such as "
+                "torch.optim.AdamW. Nothing was changed."
+            )
         if not pair.adapter.variant.factors_are_stored and not folding:
             raise AdapterError(
                 f"{pair.path}, adapter {pair.name!r} is {pair.adapter.variant.name}, with a matrix between B and A, "

@@ -1,9 +1,12 @@
-"""Settings of single methods, nested in :class:`lorafa.LoraConfig`; names, fields and defaults are PEFT's."""
+"""Settings of single methods, nested in :class:`lorafa.LoraConfig`; names, fields and defaults are PEFT's.
+
+Fields that PEFT does not have come last and are marked.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -20,6 +23,8 @@ from lorafa.settings.checks import (
 )
 
 T = TypeVar("T")
+OWN = {"of_peft": False}
+"""Marks a field that PEFT's class of the same name does not have; files hold it where it is not at its default."""
 
 
 class TaskType(str, Enum):
@@ -59,6 +64,15 @@ def from_nested(config_class: type[T], value: object, name: str) -> T | None:
         if not known[key].init:  # set by the library after construction, stored all the same
             setattr(config, key, item)
     return config
+
+
+def as_written(value: object) -> object:
+    """What a file holds of a nested config: a dict without the fields PEFT does not have where they are at their
+    default. Other values as they are."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    hidden = {f.name for f in fields(value) if f.metadata == OWN and getattr(value, f.name) == f.default}
+    return {name: item for name, item in asdict(value).items() if name not in hidden}
 
 
 @dataclass
@@ -170,12 +184,21 @@ class ArrowConfig:
     task_adapter_names: list[str] | None = field(default=None, init=False)
     gks_adapter_names: list[str] | None = field(default=None, init=False)
     rng_seed: int | None = None
-    """Seed of the router's random choices; None draws one."""
+    """No effect, accepted for PEFT's sake: it seeds the power iterations that find directions there. Here they are
+    exact."""
+    exact_gks: bool = field(default=False, metadata=OWN)
+    """Subtract the mean of the general adapters' updates, s B A, and not, as PEFT does, that of their A from A and that
+    of their B from B, which leaves products of the two."""
+    normalize_tokens: bool = field(default=False, metadata=OWN)
+    """Divide the scores of a token by its length, so that the temperature means the same for all tokens."""
 
     def __post_init__(self) -> None:
         check_int("top_k", self.top_k, at_least=1)
         check_number("router_temperature", self.router_temperature, "a number > 0", 0)
-        check_flag("use_gks", self.use_gks)
+        for name in ("use_gks", "exact_gks", "normalize_tokens"):
+            check_flag(name, getattr(self, name))
+        if self.exact_gks and not self.use_gks:
+            raise ConfigError("exact_gks=True says how to subtract general adapters, and use_gks is False. Set both.")
         if self.rng_seed is not None:
             check_int("rng_seed", self.rng_seed)
 

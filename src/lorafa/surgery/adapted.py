@@ -44,6 +44,12 @@ class AdaptedModel(nn.Module):
         return any(layer.active_adapters and not layer.disable_adapters for _, layer in self.base_model.lora_layers())
 
     @property
+    def routes_tokens(self) -> bool:
+        """Whether a token has only parts of an adapter that counts, so that rounding may decide which."""
+        found = (adapter for _, layer in self.base_model.lora_layers() for adapter in layer.counting())
+        return any(not adapter.variant.one_product for adapter in found)
+
+    @property
     def active_peft_config(self) -> LoraConfig:
         return self.peft_config[self.active_adapters[0]]
 

@@ -14,11 +14,8 @@ _LATER_FIELDS = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
     "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing",
     "megatron_config": "LoRA on Megatron's parallel layers",
 }
-# The same for starts: the variant they ask for, and its name. A line is deleted when the variant is registered.
-_LATER_FORMULAS = {"goat": "The routed forward pass of GOAT's experts"}
 
 
 def unavailable(config: LoraConfig) -> list[str]:
@@ -29,8 +26,6 @@ def unavailable(config: LoraConfig) -> list[str]:
         for name, feature in _LATER_FIELDS.items()
         if getattr(config, name) and name not in built
     ]
-    if formula := _LATER_FORMULAS.get(config.start.initializer.variant or ""):
-        asked.append(f"{formula} (init_lora_weights={config.init_lora_weights!r})")
     return asked
 
 

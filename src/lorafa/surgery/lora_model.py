@@ -56,7 +56,7 @@ class LoraModel(nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.call = next((layer.call for _, layer in lora_layers(model)), CurrentCall())
-        self._readers: dict[str, Variant] = {}  # of the adapters that have to know something of each call
+        self._readers: dict[str, Variant] = {}  # of the adapters that have to know, or gather, something of each call
         self._wrapped: list[str] = []  # the places wrappers were put on
         self.training = model.training
         if peft_config is not None:
@@ -97,7 +97,8 @@ class LoraModel(nn.Module):
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *modules]))
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *parameters]))
         self.peft_config[planned.name], self._wrapped = planned.config, wrapped_places(self.model)
-        readers = [layer.parts.variant for layer in planned.layers if layer.parts.variant.reads_call]
+        variants = [layer.parts.variant for layer in planned.layers]
+        readers = [variant for variant in variants if variant.reads_call or variant.gathers]
         if readers:  # of one config, so any of them finds the same
             self._readers[planned.name] = readers[0]
         if active:  # other adapters keep counting; the new one waits
@@ -257,8 +258,11 @@ class LoraModel(nn.Module):
         kwargs = {name: value for name, value in kwargs.items() if name not in theirs}
         context = ForwardContext(facts) if facts else EMPTY
         stepping = self._stepping(readers, facts) if steps and facts else nullcontext()
+        read_again = any(variant.reads_call for variant in readers.values())
         with (
-            self.call.holding(context, keeps=keeps, recomputes=lambda: is_checkpointed(self.model)) as passed,
+            self.call.holding(
+                context, keeps=keeps, recomputes=lambda: read_again and is_checkpointed(self.model)
+            ) as passed,
             stepping,
         ):
             return passed(function(*args, **kwargs))

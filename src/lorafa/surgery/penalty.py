@@ -13,7 +13,8 @@ def penalty(model: nn.Module, adapter_names: str | list[str] | None = None) -> T
     """What the methods of the adapters add to the loss, for a training loop of your own: ``loss + penalty(model)``.
 
     The plain sum over layers with the weights of the adapter's config (KaSA's ``kasa_config``); 0 where no method has a
-    penalty. :class:`lorafa.train.trainer.LoraTrainer` adds it by itself.
+    penalty. :class:`lorafa.train.trainer.LoraTrainer` adds it by itself. What depends on tokens (the balance of GOAT's
+    experts) is that of the last call of the PeftModel with gradients: call it, then this, then ``backward``.
 
     Args:
         model: a PeftModel, or any model with adapters.
@@ -23,7 +24,8 @@ def penalty(model: nn.Module, adapter_names: str | list[str] | None = None) -> T
         A scalar with gradients for the trained tensors, in float32 or float64.
 
     Raises:
-        AdapterError: an unknown adapter.
+        AdapterError: an unknown adapter, or one that has seen no tokens yet.
+        BackendError: layers ran without gradients in the last call with them (reentrant gradient checkpointing).
     """
     found = penalty_of(require_module(model), adapter_names)
     return torch.zeros(()) if found is None else found

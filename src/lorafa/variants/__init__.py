@@ -21,6 +21,8 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "lora_sb": "lorafa.variants.lora_sb:LoRASB",
         "kasa": "lorafa.variants.kasa:KaSA",
         "alora": "lorafa.variants.alora:ALoRA",
+        "arrow": "lorafa.variants.arrow:Arrow",
+        "goat": "lorafa.variants.goat:GOAT",
     },
 )
 

@@ -122,6 +122,21 @@ def test_what_a_start_takes_out_of_the_base_is_counted_as_the_file_then_holds_it
     assert counted == sum(tensor.numel() for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
 
 
+def test_experts_and_their_router_are_counted_at_ranks_that_go_with_their_number(tmp_path: Path) -> None:
+    """The rank that GOAT's experts share is a multiple of their number, also where what an optimizer says is tried."""
+    config = LoraConfig(
+        r=6, target_modules=["0"], init_lora_weights="goat", init_config={"experts": 3}, lora_dropout=0.0
+    )
+    model = nn.Sequential(nn.Linear(9, 7))
+    counted = adapter_cost(model, config)
+    assert (counted.kinds[0].A, counted.kinds[0].B, counted.kinds[0].extras) == (6 * 9, 6 * 7, 3 * 9)
+    get_peft_model(model, config).save_pretrained(str(tmp_path))
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert counted.stored == sum(tensor.numel() for tensor in written.values())
+    with pytest.raises(AdapterError, match=r"0, adapter 'default' is goat, in which each token has parts of A and B"):
+        adapter_cost(nn.Sequential(nn.Linear(9, 7)), config, OptimConfig(name="lora_fa"))
+
+
 def test_extras_are_what_is_beside_A_and_B() -> None:
     plain, dora, bias = (
         adapter_cost(Toy(), LoraConfig(r=2, target_modules=["0"], **more)).kinds[0]
