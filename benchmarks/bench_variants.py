@@ -11,6 +11,7 @@ and is inference.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import zlib
 from pathlib import Path
@@ -29,6 +30,10 @@ VARIANTS = ("lora", "dora", "alora", "kasa", "bdlora", "velora", "monteclora", "
 TIME, BYTES = 0.8, 0.4
 TARGETS = {"velora": (TIME, 1.0), "nf4": (0.9, 0.5)}
 """Variant -> the most that its time and its bytes may be of PEFT's, where that is not as for all."""
+AGREEMENT = {"nf4": (5e-3, 0.1), "kasa": (2e-2, math.inf)}
+"""Variant -> how far loss and gradients may differ, where products are bfloat16's, and for KaSA, of which PEFT writes
+the base without its smallest singular values in bfloat16: what is left computes nothing like the model, and each
+rounding shows. In float64 the two agree (tests/parity/test_parity_of_kasa.py)."""
 
 
 def settings_of(variant: str, library: Any) -> dict[str, Any]:
@@ -145,7 +150,8 @@ def compare(variant: str, data: str, repeats: int, threads: int, rows: int) -> N
     kept = base("saved_bytes")
     base.close()
     both = [contender("lorafa"), contender("peft")]
-    agree(*both, loss_error=1e-5 if variant != "nf4" else 5e-3, gradient_error=1e-3 if variant != "nf4" else 0.1)
+    loss_error, gradient_error = AGREEMENT.get(variant, (1e-5, 1e-3))
+    agree(*both, loss_error=loss_error, gradient_error=gradient_error)
     sizes = {c.name: c("saved_bytes") - kept for c in both}
     taken = {name: median(values) for name, values in interleave(both, "step", repeats).items()}
     for each in both:
