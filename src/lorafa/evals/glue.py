@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorafa.data import DATASETS
-from lorafa.data.chat import encoded
+from lorafa.data.chat import WHOLE, encoded
 from lorafa.data.records import Message, Record
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, SourceError, first_line
@@ -22,8 +22,6 @@ from lorafa.settings.checks import check_int
 
 TASKS = ("sst2", "cola", "qqp", "mrpc", "mnli", "qnli")
 """Data sets of the same names; held out are their validation rows."""
-_WHOLE = 2**31
-"""No text is as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ def _measure(
     task = _task(settings)
     labels, kind = DATASETS.get(task).labels, subject.kind
     answered = [_with_answer(record, label) for record in records for label in labels]
-    samples = encoded(answered, kind.encoding(subject.model).make(subject.tokenizer, _WHOLE)).samples
+    samples = encoded(answered, kind.encoding(subject.model).make(subject.tokenizer, WHOLE)).samples
     context = context_of(subject.model)
     for sample in samples:
         longest = kind.longest([sample]) or len(sample.input_ids)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from lorafa.conf.compose import compose
-from lorafa.data.chat import encoded
+from lorafa.data.chat import WHOLE, encoded
 from lorafa.data.records import Record
 from lorafa.data.shares import names_of
 from lorafa.data.templates import find_template
@@ -20,9 +20,6 @@ from lorafa.runs.subjects import Named, held_out, require_same_data
 from lorafa.train.evaluation import not_for
 from lorafa.train.progress import progress_bar
 from lorafa.train.settings.run import ModelConfig, RunConfig
-
-_WHOLE = 2**31
-"""No text is as long."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def _subject(
     if not task.entry.needs <= bare.kind.offers:
         raise ConfigError(f"{named.name}: {not_for(task.name, bare.kind, of_run=False)}")
     records = [item for item in items[task.name] if isinstance(item, Record)]
-    encoder = bare.kind.encoding(model).make(tokenizer, _WHOLE)
+    encoder = bare.kind.encoding(model).make(tokenizer, WHOLE)
     ends = encoded(records, encoder).ends if records else frozenset[int]()
     return Subject(model, tokenizer, ends, _max_length(named, subjects, asked))
 
