@@ -114,8 +114,7 @@ def plan(config: RunConfig, console: Console, probed: bool = False) -> Planned:
     found = None if why else find_records(config.data)
     shape = shape_of(config.model, config.peft.adapter, None if found is None else lambda: answers_of(found))
     if found is None:
-        context = getattr(shape.model.config.get_text_config(), "max_position_embeddings", None)
-        batches = bounds(config, context, why, shape.kind)
+        batches = bounds(config, shape.model, why, shape.kind)
     else:
         batches = of_rows(config, found, shape.model, shape.kind, quiet)
     rows = covered(shape, config)

@@ -15,6 +15,7 @@ from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
+from lorafa.evals.generation import context_of
 from lorafa.evals.shares import share
 from lorafa.models.kinds.entry import CLASSES
 from lorafa.models.modes import evaluating
@@ -93,7 +94,7 @@ def _measure(
 
 def _longest(subject: Subject) -> int:
     """Tokens of a text that are read: what the settings say, as far as model and tokenizer go."""
-    context: int | None = getattr(subject.model.config, "max_position_embeddings", None)
+    context = context_of(subject.model)
     said = subject.max_length or context or WINDOW
     return min(said, context or said, int(subject.tokenizer.model_max_length))
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lorafa.backends.offload import device_of
-from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.models.modes import evaluating, reading_last_positions
@@ -145,16 +144,30 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_
         )
 
 
-LEAST, MORE = 128, 1.25
-"""Tokens that every answer may have, and how much longer than the longest worked one an answer may be."""
+MORE = 1.25
+"""How much longer than the longest worked answer an answer may be."""
 
 
-def needed_length(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that an answer to one of these records may need: a quarter more than the longest worked one has, and 128
-    at least; without records these."""
-    worked = [record.messages[len(record.question)].content for record in records]
-    ids = tokenizer(worked, add_special_tokens=False)["input_ids"] if worked else []
-    return max(LEAST, math.ceil(MORE * max(map(len, ids), default=0)))
+def answer_length(
+    model: PreTrainedModel, prompts: Sequence[list[int]], said: int | None, worked: Iterable[int], least: int
+) -> int:
+    """Tokens that the longest answer may have: as many as are said, or a quarter more than the longest worked one has,
+    at least so many, as far as the model's context goes behind the longest prompt.
+
+    Args:
+        said: None: nothing.
+        worked: tokens of each worked answer.
+        least: what every answer may have.
+    """
+    if said is not None:
+        return said
+    wanted, room = max(least, math.ceil(MORE * max(worked, default=0))), room_after(model, longest_of(prompts))
+    return max(1, wanted if room is None else min(wanted, room))
+
+
+def longest_of(prompts: Sequence[list[int]]) -> int:
+    """Tokens of the longest prompt; 0 of none."""
+    return max(map(len, prompts), default=0)
 
 
 def room_for(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> bool:
