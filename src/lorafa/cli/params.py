@@ -147,7 +147,9 @@ def _counts(*numbers: int) -> tuple[str, ...]:
 
 
 def _size(size: int) -> str:
-    return f"{size / 2**20:,.2f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+    from lorafa.costs import fits
+
+    return fits.size(size, digits=2)
 
 
 _ROWS: Mapping[str, Callable[[AdapterCost], str]] = {

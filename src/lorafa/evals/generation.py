@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,34 @@ class Sampling:
     def arguments(self) -> dict[str, float]:
         """What `transformers.GenerationConfig` is told."""
         return {"temperature": self.temperature, "top_p": self.top_p}
+
+
+def sampling_of(
+    temperature: float, top_p: float, seed: int | None, called: Callable[[str], str], before_value: str
+) -> Sampling | None:
+    """How tokens are drawn, as a user says it; None: not at all, at temperature 0.
+
+    Args:
+        seed: None where nothing is said, which is 0.
+        called: name of a field of :class:`Sampling` -> what the user calls it.
+        before_value: what stands between that and a value: "=", a blank.
+
+    Raises:
+        ConfigError: a number is out of its range, or says how to draw where nothing is drawn.
+    """
+    check_number(called("temperature"), temperature, "a number >= 0", 0, closed="[")
+    check_number(called("top_p"), top_p, "a number in (0, 1]", 0, 1, closed="]")
+    if seed is not None:
+        check_int(called("seed"), seed, at_least=0)
+    if temperature:
+        return Sampling(temperature, top_p, seed or 0)
+    for name, given in (("top_p", None if top_p == 1 else f"{top_p:g}"), ("seed", seed)):
+        if given is not None:
+            raise ConfigError(
+                f"{called(name)}{before_value}{given} says how tokens are drawn, and with {called('temperature')}"
+                f"{before_value}0 none are. Give a temperature, or leave it out."
+            )
+    return None
 
 
 def seed_at(seed: int, place: int) -> int:

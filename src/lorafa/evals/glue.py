@@ -16,7 +16,7 @@ from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import context_of
 from lorafa.evals.loss import row_losses
-from lorafa.evals.shares import share
+from lorafa.evals.shares import in_words, share
 from lorafa.models.kinds.entry import LIKELIHOOD
 from lorafa.settings.checks import check_int
 
@@ -103,7 +103,6 @@ def scored(records: Sequence[Record], losses: Sequence[Sequence[float]], task: s
     golds = [record.messages[len(record.question)].content for record in records]
     found = [labels[min(range(len(row)), key=row.__getitem__)] for row in losses]
     right = [one == gold for one, gold in zip(found, golds, strict=True)]
-    correct, total = sum(right), len(right)
     numbers = {
         "eval_task": task,
         **share(right),
@@ -120,8 +119,7 @@ def scored(records: Sequence[Record], losses: Sequence[Sequence[float]], task: s
         {"question": record.question[-1].content, "gold": gold, "output": one, "correct": ok}
         for record, gold, one, ok in zip(records, golds, found, right, strict=True)
     ]
-    words = f"{task}: {correct} of {total} right ({correct / total:.1%})"
-    return Scores(words, numbers, answers, Measured("accuracy", list(map(float, right))))
+    return Scores(f"{task}: {in_words(right)}", numbers, answers, Measured("accuracy", list(map(float, right))))
 
 
 GLUE = Evaluation(

@@ -21,7 +21,7 @@ from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import Sampling, answer_length, check_prompts, generate_ids
 from lorafa.evals.sample_answers import sample_answers, with_question
-from lorafa.evals.shares import wilson_interval
+from lorafa.evals.shares import in_words, share
 from lorafa.models.kinds.entry import TEXT
 from lorafa.models.kinds.found import kind_of
 from lorafa.settings.checks import check_int
@@ -140,13 +140,9 @@ def evaluate(
         question = record.question[-1].content
         right = predicted == read(f"#### {gold}")
         samples.append(EvalSample(question, gold, output, predicted, right, cut=len(ids) >= max_new_tokens))
-    correct = sum(sample.correct for sample in samples)
     unparsed = sum(extract_answer(sample.output) is None for sample in samples)
     return EvalResult(
-        accuracy=correct / len(samples),
-        correct=correct,
-        total=len(samples),
-        interval=wilson_interval(correct, len(samples)),
+        **share([sample.correct for sample in samples]),
         unparsed=unparsed,
         cut=sum(sample.cut for sample in samples),
         max_new_tokens=max_new_tokens,
@@ -245,7 +241,7 @@ def _measure(
     ]
     numbers = {name: value for name, value in asdict(found).items() if name != "samples"}
     measured = Measured("accuracy", [float(one.correct) for one in found.samples])
-    words = f"{found.correct} of {found.total} right ({found.accuracy:.1%})"
+    words = in_words([one.correct for one in found.samples])
     if found.cut:
         words += f", {found.cut} answers cut at {longest} tokens"
     if settings.published:

@@ -11,7 +11,7 @@ from lorafa.errors import ConfigError
 from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import answer_length, check_prompts, generate_greedy
-from lorafa.evals.shares import share
+from lorafa.evals.shares import in_words, share
 from lorafa.models.kinds.entry import TEXT
 from lorafa.settings.checks import check_int
 
@@ -75,14 +75,12 @@ def _measure(
     golds = [_gold(record) for record in records]
     right = [output == gold for output, gold in zip(outputs, golds, strict=True)]
     cut = sum(len(ids) >= longest for ids in written)
-    numbers = {
-        **share(right), "cut": cut, "max_new_tokens": longest,
-    }  # fmt: skip
+    numbers = {**share(right), "cut": cut, "max_new_tokens": longest}
     answers = [
         {"question": record.question[-1].content, "gold": gold, "output": output, "correct": correct}
         for record, gold, output, correct in zip(records, golds, outputs, right, strict=True)
     ]
-    words = f"{sum(right)} of {len(right)} answers word for word ({sum(right) / len(right):.1%})"
+    words = in_words(right, "answers word for word")
     if cut:
         words += f", {cut} cut at {longest} tokens"
     return Scores(words, numbers, answers, Measured("accuracy", [float(one) for one in right]))

@@ -15,7 +15,7 @@ from lorafa.evals.by_length import Progress
 from lorafa.evals.choices import Choices, choices, log_probs, plain_ids
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import context_of
-from lorafa.evals.shares import share
+from lorafa.evals.shares import in_words, share
 from lorafa.settings.checks import check_int
 from lorafa.storage.paths import user_path
 
@@ -186,7 +186,6 @@ def _measure(
     for question, one in zip(questions, right, strict=True):
         by_subject[question.subject].append(one)
     subjects = {name: sum(each) / len(each) for name, each in by_subject.items()}
-    correct, total = sum(right), len(right)
     answers = [
         {"question": question.text, "gold": LETTERS[question.right], "output": LETTERS[choice], "correct": one}
         for question, choice, one in zip(questions, chosen, right, strict=True)
@@ -197,7 +196,7 @@ def _measure(
         "subjects": subjects,
         "shorter": shorter,
     }
-    words = f"{correct} of {total} right ({correct / total:.1%}), {len(subjects)} subjects"
+    words = f"{in_words(right)}, {len(subjects)} subjects"
     return Scores(words, numbers, answers, Measured("accuracy", list(map(float, right))))
 
 

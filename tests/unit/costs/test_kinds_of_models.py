@@ -129,7 +129,9 @@ def test_the_bounds_are_those_of_the_kind(place: tuple[Path, list[str]]) -> None
 
 @pytest.mark.parametrize("longest", [[], ["eval.max_new_tokens=3"]])
 @pytest.mark.parametrize(
-    ("make", "more"), [(make_t5, ["eval=match"]), (make_decoder, ["eval=match"]), (make_graded, [])], ids=["T5", "match", "gsm8k"]
+    ("make", "more"),
+    [(make_t5, ["eval=match"]), (make_decoder, ["eval=match"]), (make_graded, [])],
+    ids=["T5", "match", "gsm8k"],
 )
 def test_answers_are_as_long_as_those_of_the_run(
     make: Callable[[Path], Path], more: list[str], longest: list[str], tmp_path: Path
