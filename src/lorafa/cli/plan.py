@@ -25,9 +25,9 @@ DESCRIPTION = """\
 Plan a run before any weight is loaded: what the adapter covers, what the run takes of memory by component, and what to
 set for rank, alpha, dropout, targets, start, optimizer and rate, each with its reason.
 
-Reads the model's config, the headers of its safetensors files, and the rows of the data where they and a tokenizer are
-on this machine. Lets the run's own code go through an evaluation and a training step without numbers, and counts what
-it allocates. Takes the settings of `lorafa train`. Counts a run in one process on a CPU."""
+Reads the model's config, the headers of its safetensors files, and the rows of the data, but for those of a Hub id.
+Lets the run's own code go through an evaluation and a training step without numbers, and counts what it allocates.
+Takes the settings of `lorafa train`. Counts a run in one process on a CPU."""
 
 EXAMPLES = """\
 examples:
@@ -260,6 +260,8 @@ def notes(planned: Planned) -> list[str]:
     found += planned.shape.outline.remarks()
     if planned.config.model.add_tokens:
         found.append("The rows of model.add_tokens are not counted.")
+    if planned.config.eval.forgetting:
+        found.append("What eval.forgetting draws and compares is not counted.")
     if counted.own_loss is not None:
         found.append(f"The model's own loss is counted, which holds all logits: {counted.own_loss}.")
     if start_of(planned.config.init).initializer.needs and not planned.config.peft.full:
