@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafa.costs.sizes import size
 from lorafa.models import MODELS
 
 if TYPE_CHECKING:
@@ -183,7 +184,6 @@ def as_json(planned: Planned) -> dict[str, Any]:
 
 
 def _show(planned: Planned, console: Console) -> None:
-    from lorafa.costs.fits import size
     from lorafa.train.coverage import coverage_table
 
     if planned.coverage:
@@ -212,7 +212,7 @@ def memory_table(planned: Planned) -> Table:
     """One row a component, and the sum."""
     from rich.table import Table
 
-    from lorafa.costs.fits import NAMES, size
+    from lorafa.costs.fits import NAMES
 
     memory = planned.counted.memory
     table = Table(title="What the run takes at its peak", title_justify="left")
@@ -277,8 +277,6 @@ def notes(planned: Planned) -> list[str]:
 
 def _fits(planned: Planned) -> list[str]:
     """Whether the run fits into the memory there is, in words, where that can be told."""
-    from lorafa.costs.fits import size
-
     if planned.left is None:
         return []
     if planned.left < 0:

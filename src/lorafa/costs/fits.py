@@ -6,6 +6,7 @@ import torch
 
 from lorafa.costs.memory import FORMATS, Memory, count, shape_of
 from lorafa.costs.room import available_bytes, resident_bytes
+from lorafa.costs.sizes import size
 from lorafa.errors import SourceError
 from lorafa.models.load import DTYPES, resolve_model
 from lorafa.storage.headers import StoredWeights, stored_weights
@@ -66,11 +67,6 @@ def in_words(memory: Memory) -> str:
     parts = {name: getattr(memory, key) for key, name in NAMES.items() if key != "process"}
     shown = ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
     return f"{size(memory.total - memory.process)} ({shown})"
-
-
-def size(number: int, digits: int = 1) -> str:
-    """Bytes in MiB, with so many digits behind the point, or in GiB with two; both are powers of two."""
-    return f"{number / 2**20:,.{digits}f} MiB" if number < 2**30 else f"{number / 2**30:,.2f} GiB"
 
 
 def left_after(memory: Memory) -> int | None:
