@@ -19,8 +19,8 @@ from torch import Tensor
 from lorafa.backends.offload import device_of
 from lorafa.data.chat import IGNORE, WHOLE, Sample, encode_all
 from lorafa.data.collate import Collator
-from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
+from lorafa.evals.benchmark import asks_nothing
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.drawn import Drawing, Opening, check_drawing, drawn_texts, openings
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
@@ -250,10 +250,6 @@ def _read(source: Source, settings: ForgettingSettings) -> list[Any]:
     return PERPLEXITY.read(source, settings)
 
 
-def _asks(heldout: Sequence[Record], settings: ForgettingSettings) -> list[Any]:
-    return []
-
-
 def check_forgetting(model: Any, tokenizer: Any) -> None:
     """Raises DataError where :func:`forgetting` could not draw its texts, before any training."""
     settings = ForgettingSettings()
@@ -271,6 +267,6 @@ def forgetting(subject: Subject, batch_size: int, progress: Progress) -> Scores:
 
 
 FORGETTING = Evaluation(
-    asks=_asks, of_run=False, check=_check, measure=_measure, read=_read, settings=ForgettingSettings
+    asks=asks_nothing, of_run=False, check=_check, measure=_measure, read=_read, settings=ForgettingSettings
 )  # fmt: skip
 """How far a model has moved from its base: KL(base || model) in nats a token, on text that the base itself writes."""

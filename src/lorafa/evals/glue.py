@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from lorafa.data import DATASETS
 from lorafa.data.chat import WHOLE, encoded
@@ -20,15 +20,16 @@ from lorafa.evals.shares import in_words, share
 from lorafa.models.kinds.entry import LIKELIHOOD
 from lorafa.settings.checks import check_int
 
-TASKS = ("sst2", "cola", "qqp", "mrpc", "mnli", "qnli")
+Task = Literal["sst2", "cola", "qqp", "mrpc", "mnli", "qnli"]
 """Data sets of the same names; held out are their validation rows."""
+TASKS: tuple[str, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlueSettings:
     """Which task is asked."""
 
-    task: Literal["sst2", "cola", "qqp", "mrpc", "mnli", "qnli"] | None = None
+    task: Task | None = None
     """The task the rows are of."""
     size: int | None = None
     """Rows asked, at most; null all of them."""

@@ -64,23 +64,26 @@ def measured(subjects: Sequence[Named], asked: Asked, console: Console) -> dict[
     """
     items = dict[str, list[Any]]()
     found: dict[str, list[Scores]] = {task.name: [] for task in asked.tasks}
-    if len(subjects) > 1:
-        for named in subjects:
-            model, tokenizer = _loaded(named, subjects, asked, console)
-            items = items or _items(subjects, asked, model, tokenizer, console)
-            for task in asked.tasks:
-                _checked(_subject(named, model, tokenizer, task, items, subjects, asked), task, items)
-            del model
-    for named in subjects:
+
+    def ready(named: Named) -> list[Subject]:
+        """The subject, loaded, as each task asks it."""
+        nonlocal items
         model, tokenizer = _loaded(named, subjects, asked, console)
         items = items or _items(subjects, asked, model, tokenizer, console)
-        for task in asked.tasks:
-            subject = _checked(_subject(named, model, tokenizer, task, items, subjects, asked), task, items)
+        of_tasks = [_subject(named, model, tokenizer, task, items, subjects, asked) for task in asked.tasks]
+        for task, subject in zip(asked.tasks, of_tasks, strict=True):
+            task.entry.check(subject, items[task.name], task.own)
+        return of_tasks
+
+    if len(subjects) > 1:
+        for named in subjects:
+            ready(named)
+    for named in subjects:
+        for task, subject in zip(asked.tasks, ready(named), strict=True):
             with progress_bar(console, f"{named.name}: {task.name}") as bar:
                 batch_size = asked.config.eval.batch_size
                 found[task.name].append(task.entry.measure(subject, items[task.name], task.own, batch_size, bar))
             del subject  # which holds the model, and the next one is to have its room
-        del model
     return found
 
 
@@ -124,11 +127,6 @@ def _max_length(named: Named, subjects: Sequence[Named], asked: Asked) -> int:
         return asked.max_length
     of_runs = [one.run.config() for one in (named, *subjects) if one.run is not None]
     return (of_runs[0] if of_runs else asked.config).data.max_length
-
-
-def _checked(subject: Subject, task: Task, items: Mapping[str, Sequence[Any]]) -> Subject:
-    task.entry.check(subject, items[task.name], task.own)
-    return subject
 
 
 def _items(
