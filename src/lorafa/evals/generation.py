@@ -219,6 +219,7 @@ def encodes(model: PreTrainedModel) -> bool:
 
 
 def context_of(model: PreTrainedModel) -> int | None:
+    """Positions that a model, or the part of it that reads text, has; None where its config sets no bound."""
     found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found
 

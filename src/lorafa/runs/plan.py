@@ -28,6 +28,8 @@ OWN = {
 
 @dataclass(frozen=True)
 class Method:
+    """A line of the comparison's table: what it sets, and the rates it is tried at."""
+
     name: str
     settings: tuple[str, ...]
     rates: tuple[float, ...]
