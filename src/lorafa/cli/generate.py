@@ -105,7 +105,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         with shown.status(f"Loading {subject.name}"):
             model, tokenizer = subject.load(settings)
         if TEXT not in (kind := kind_of(model)).offers:
-            raise ConfigError(f"{subject.name} is {kind.words} (model.kind={kind.name}), which writes no text.")
+            raise ConfigError(
+                f"{subject.name} is {kind.words} (model.kind={kind.name}), which writes no text. Give a model that "
+                "does."
+            )
         tokenizer.chat_template = template or tokenizer.chat_template
         with progress_bar(shown, f"{subject.name}: answering") as bar:
             written = answers(model, tokenizer, prompts, how, done, bar)

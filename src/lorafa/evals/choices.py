@@ -60,7 +60,10 @@ def choices(ids: Callable[[str], list[int]], text: str, words: Sequence[str]) ->
     common = len(list(takewhile(lambda column: len({*column}) == 1, zip(*whole, strict=False))))
     tails = [one[common:] for one in whole]
     if not common or not all(tails) or len({*map(tuple, tails)}) < len(tails):
-        raise DataError(f"The tokenizer does not tell {', '.join(map(repr, words))} apart after {text[-20:]!r}.")
+        raise DataError(
+            f"The tokenizer does not tell {', '.join(map(repr, words))} apart after {text[-20:]!r}. Give a "
+            "model whose tokenizer does."
+        )
     return Choices(whole[0][:common], tails)
 
 

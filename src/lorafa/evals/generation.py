@@ -162,7 +162,8 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_
     """Raises DataError for an empty prompt, and where the longest one and its answer do not fit the model's context."""
     if not all(prompts):
         raise DataError(
-            f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it."
+            f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it. Leave it "
+            "out."
         )
     longest = max(prompts, key=len, default=[])
     if not room_for(model, longest, max_new_tokens):

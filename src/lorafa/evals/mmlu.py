@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafa.data.cells import Row, checked, text_of
+from lorafa.data.cells import MEND, Row, checked, text_of
 from lorafa.errors import DataError, SourceError, warn
 from lorafa.evals.benchmark import Official, asks_nothing, refuse_heldout, require_columns
 from lorafa.evals.by_length import Progress
@@ -100,7 +100,7 @@ def _of_row(row: Row, place: str) -> Question:
     answers, right = row["choices"], row["answer"]
     if not isinstance(answers, list) or len(answers) != len(LETTERS) or right not in range(len(LETTERS)):
         raise DataError(
-            f"{place}: {answers!r:.60} with the answer {right!r}, expected four texts and 0, 1, 2 or 3. Mend the row."
+            f"{place}: {answers!r:.60} with the answer {right!r}, expected four texts and 0, 1, 2 or 3. {MEND}"
         )
     return Question(
         text_of(row, place, "subject"), text_of(row, place, "question"), tuple(map(str, answers)), right, place
@@ -125,7 +125,7 @@ def _of_file(file: Path, subject: str) -> list[Question]:
                 if len(cells) != 2 + len(LETTERS) or cells[-1].strip() not in LETTERS:
                     raise DataError(
                         f"{place}: {len(cells)} cells, the last of them {cells[-1:]!r:.40}, expected a question, four "
-                        "answers and A, B, C or D. Mend or delete the row."
+                        f"answers and A, B, C or D. {MEND}"
                     )
                 texts = [checked(cell, place) for cell in cells]
                 found.append(

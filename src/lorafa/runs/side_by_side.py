@@ -147,7 +147,10 @@ def _items(
             heldout = held_out(own, model, tokenizer, console) if heldout is None else heldout
             items[task.name] = task.entry.asks(heldout, task.own)
             if not items[task.name]:
-                raise DataError(f"{task.name} asks none of the {len(heldout)} rows that {subjects[0].name} holds out.")
+                raise DataError(
+                    f"{task.name} asks none of the {len(heldout)} rows that {subjects[0].name} holds out. Give others: "
+                    "data=<file>."
+                )
             continue
         if task.entry.read is None:
             raise ConfigError(f"task={task.name} measures the training of a run alone. Give another task.")
@@ -156,6 +159,6 @@ def _items(
         with main_first():
             read = [item for name in names for item in task.entry.read(Source(name, columns), task.own)]
         if not read:
-            raise DataError(f"{asked.data or task.name} holds nothing that {task.name} could ask.")
+            raise DataError(f"{asked.data or task.name} holds nothing that {task.name} could ask. Give other rows.")
         items[task.name] = read
     return items
