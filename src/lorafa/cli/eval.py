@@ -46,6 +46,7 @@ examples:
                                                             those of the published file
 
 tasks: {tasks}
+(loss: in a training alone)
 
 exit status: 0 done, 1 the work failed, 2 wrong arguments or settings, 130 interrupted"""
 
@@ -165,8 +166,7 @@ def settings_of(subjects: Sequence[Named], overrides: Sequence[str]) -> Asked:
         raise ConfigError("Settings of an evaluation need its name. Give task=<name> beside them.")
     first = next((subject.run for subject in subjects if subject.run is not None), None)
     if first is None:
-        known = [name for name in EVALS.names() if EVALS.get(name).read is not None]
-        raise ConfigError(f"Nothing says what is to be measured. Give task=<{'|'.join(known)}>.")
+        raise ConfigError(f"Nothing says what is to be measured. Give task=<{'|'.join(_tasks())}>.")
     if subjects[0].run is None and data is None:
         raise ConfigError(
             f"Without a task and data= the rows are those that a run holds out, and the first subject, "
@@ -185,10 +185,15 @@ def _refuse_unknown(names: Sequence[str]) -> None:
     """Raises ConfigError for what is no task: `eval=` of a training takes its files of settings as well."""
     from lorafa.errors import ConfigError, did_you_mean
 
-    known = [name for name in EVALS.names() if EVALS.get(name).read is not None]
     for name in names:
         if name not in EVALS:
+            known = _tasks()
             raise ConfigError(f"There is no task {name!r}.{did_you_mean(name, known)} Give one of: {', '.join(known)}.")
+
+
+def _tasks() -> list[str]:
+    """The evaluations that are measured by their names."""
+    return [name for name in EVALS.names() if EVALS.get(name).read is not None]
 
 
 def _max_length(config: RunConfig, keys: Sequence[str], tasks: Sequence[Task]) -> int | None:

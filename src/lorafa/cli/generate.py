@@ -105,7 +105,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         with shown.status(f"Loading {subject.name}"):
             model, tokenizer = subject.load(settings)
         if TEXT not in (kind := kind_of(model)).offers:
-            raise ConfigError(f"{subject.name} is {kind.words} (model.kind={kind.name}), which writes no text.")
+            raise ConfigError(
+                f"{subject.name} is {kind.words} (model.kind={kind.name}), which writes no text. Give a model that "
+                "does."
+            )
         tokenizer.chat_template = template or tokenizer.chat_template
         with progress_bar(shown, f"{subject.name}: answering") as bar:
             written = answers(model, tokenizer, prompts, how, done, bar)
@@ -139,25 +142,13 @@ def answering(args: argparse.Namespace) -> Answering:
     Raises:
         ConfigError: a number is out of its range, or says how to draw where nothing is drawn.
     """
-    from lorafa.errors import ConfigError
     from lorafa.evals.answering import Answering
-    from lorafa.evals.generation import Sampling
-    from lorafa.settings.checks import check_int, check_number
+    from lorafa.evals.generation import sampling_of
+    from lorafa.settings.checks import check_int
 
     check_int("--max-new-tokens", args.max_new_tokens, at_least=1)
     check_int("--batch-size", args.batch_size, at_least=1)
-    if args.seed is not None:
-        check_int("--seed", args.seed, at_least=0)
-    check_number("--temperature", args.temperature, "a number >= 0", 0, closed="[")
-    check_number("--top-p", args.top_p, "a number in (0, 1]", 0, 1, closed="]")
-    drawing = {"--top-p": None if args.top_p == 1.0 else f"{args.top_p:g}", "--seed": args.seed}
-    given = [f"{option} {value}" for option, value in drawing.items() if value is not None]
-    if given and not args.temperature:
-        raise ConfigError(
-            f"{given[0]} says how tokens are drawn, and with --temperature 0 none are. Give a temperature, or leave "
-            "it out."
-        )
-    sampling = Sampling(args.temperature, args.top_p, args.seed or 0) if args.temperature else None
+    sampling = sampling_of(args.temperature, args.top_p, args.seed, lambda name: f"--{name.replace('_', '-')}", " ")
     return Answering(args.max_new_tokens, args.batch_size, sampling)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafa.costs.sizes import size
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.models import MODELS
 
@@ -146,8 +147,8 @@ def _counts(*numbers: int) -> tuple[str, ...]:
     return tuple(f"{number:,}" if number else "-" for number in numbers)
 
 
-def _size(size: int) -> str:
-    return f"{size / 2**20:,.2f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+def _size(number: int) -> str:
+    return size(number, digits=2)  # an adapter may be smaller than a tenth of a MiB
 
 
 _ROWS: Mapping[str, Callable[[AdapterCost], str]] = {

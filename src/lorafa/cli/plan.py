@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafa.costs.sizes import size
 from lorafa.models import MODELS
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ DESCRIPTION = """\
 Plan a run before any weight is loaded: what the adapter covers, what the run takes of memory by component, and what to
 set for rank, alpha, dropout, targets, start, optimizer and rate, each with its reason.
 
-Reads the model's config, the headers of its safetensors files, and the rows of the data where they and a tokenizer are
-on this machine. Lets the run's own code go through an evaluation and a training step without numbers, and counts what
-it allocates. Takes the settings of `lorafa train`. Counts a run in one process on a CPU."""
+Reads the model's config, the headers of its safetensors files, and the rows of the data, but for those of a Hub id.
+Lets the run's own code go through an evaluation and a training step without numbers, and counts what it allocates.
+Takes the settings of `lorafa train`. Counts a run in one process on a CPU."""
 
 EXAMPLES = """\
 examples:
@@ -114,8 +115,7 @@ def plan(config: RunConfig, console: Console, probed: bool = False) -> Planned:
     found = None if why else find_records(config.data)
     shape = shape_of(config.model, config.peft.adapter, None if found is None else lambda: answers_of(found))
     if found is None:
-        context = getattr(shape.model.config.get_text_config(), "max_position_embeddings", None)
-        batches = bounds(config, context, why, shape.kind)
+        batches = bounds(config, shape.model, why, shape.kind)
     else:
         batches = of_rows(config, found, shape.model, shape.kind, quiet)
     rows = covered(shape, config)
@@ -184,7 +184,6 @@ def as_json(planned: Planned) -> dict[str, Any]:
 
 
 def _show(planned: Planned, console: Console) -> None:
-    from lorafa.costs.fits import size
     from lorafa.train.coverage import coverage_table
 
     if planned.coverage:
@@ -213,7 +212,7 @@ def memory_table(planned: Planned) -> Table:
     """One row a component, and the sum."""
     from rich.table import Table
 
-    from lorafa.costs.fits import NAMES, size
+    from lorafa.costs.fits import NAMES
 
     memory = planned.counted.memory
     table = Table(title="What the run takes at its peak", title_justify="left")
@@ -263,6 +262,8 @@ def notes(planned: Planned) -> list[str]:
     found += planned.shape.outline.remarks()
     if planned.config.model.add_tokens:
         found.append("The rows of model.add_tokens are not counted.")
+    if planned.config.eval.forgetting:
+        found.append("What eval.forgetting draws and compares is not counted.")
     if counted.own_loss is not None:
         found.append(f"The model's own loss is counted, which holds all logits: {counted.own_loss}.")
     if start_of(planned.config.init).initializer.needs and not planned.config.peft.full:
@@ -278,8 +279,6 @@ def notes(planned: Planned) -> list[str]:
 
 def _fits(planned: Planned) -> list[str]:
     """Whether the run fits into the memory there is, in words, where that can be told."""
-    from lorafa.costs.fits import size
-
     if planned.left is None:
         return []
     if planned.left < 0:

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorafa.conf.compose import CUSTOM, OPEN_GROUPS, composed, groups, takes_any_name
+from lorafa.report.values import written
 from lorafa.settings.typed import Key, keys
 from lorafa.train.settings.run import RunConfig
 
@@ -66,11 +67,4 @@ def _at(values: Any, key: Key) -> str:
 
 
 def _written(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_written, value)) + "]"
-    return str(value)
+    return written(value, form="")

@@ -193,13 +193,6 @@ def band(facts: Facts) -> tuple[float, float, float] | None:
     return centres[0] / BAND, middle, centres[-1] * BAND
 
 
-def rate_of(facts: Facts) -> float | None:
-    """The recommended rate of AdamW with the default start: the middle of the band, twice that in short trainings,
-    rounded to 1, 2 or 5 times a power of ten."""
-    found = band(facts)
-    return None if found is None else _round(found[1] * (2 if _is_short(facts) else 1))
-
-
 def _rate(facts: Facts, config: RunConfig, start: Initializer) -> Advice:
     entry = entry_of(config.optim)
     if config.peft.full:

@@ -13,7 +13,8 @@ from lorafa.data.chat import IGNORE
 from lorafa.data.collate import Collate
 from lorafa.data.packing import PackCollator
 from lorafa.data.templates import find_template
-from lorafa.evals.generation import needed_length
+from lorafa.evals.entry import Subject
+from lorafa.evals.generation import context_of, longest_of
 from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.entry import Kind
 from lorafa.models.load import load_tokenizer
@@ -68,19 +69,20 @@ class Batches:
     """What they were taken from, in words."""
 
 
-def bounds(config: RunConfig, context: int | None, why: str, kind: Kind = CAUSAL) -> Batches:
+def bounds(config: RunConfig, model: Any, why: str, kind: Kind = CAUSAL) -> Batches:
     """The largest batches that the settings allow.
 
     Args:
-        context: positions of the model; None where it has no bound.
+        model: of that kind, on the meta device; its context bounds the rows.
         why: the rows are not read.
     """
+    context = context_of(model)
     longest = min(config.data.max_length, context or config.data.max_length)
 
     def whole(rows: int) -> Batch:
         return _batch([kind.fullest(longest)] * rows, kind, kind.collator(0))
 
-    new = _new_tokens(evaluation_of(config.eval, kind), [], None)
+    new = _new_tokens(evaluation_of(config.eval, kind), Subject(model, None), [], [])
     held = config.data.eval_size != 0 or config.data.eval_file is not None
     apart = kind.row_losses() is not None  # an answer is no part of what its prompt is
     prompt = longest if apart else max(1, longest - new)
@@ -110,7 +112,7 @@ def of_rows(config: RunConfig, found: OpenData, model: Any, kind: Kind, console:
     return Batches(
         _batch(_largest(config, rows, steps), kind, PackCollator(collator)),
         _batch(held, kind, collator) if held else None,
-        _asked(config, samples, tokenizer, kind),
+        _asked(config, samples, Subject(model, tokenizer), kind),
         steps,
         f"the rows of {samples.source}",
     )
@@ -153,17 +155,17 @@ def _batch(rows: Sequence[Any], kind: Kind, collator: Collate | PackCollator) ->
     return Batch(len(rows), shapes["input_ids"][1], int((labels != IGNORE).sum()), shapes)
 
 
-def _asked(config: RunConfig, samples: SampleSet, tokenizer: Any, kind: Kind) -> Asked | None:
+def _asked(config: RunConfig, samples: SampleSet, subject: Subject, kind: Kind) -> Asked | None:
     chosen = evaluation_of(config.eval, kind)
     records = chosen.entry.asks(samples.records, chosen.own) if samples.records else []
-    new = _new_tokens(chosen, records, tokenizer)
-    if not new or not records:
+    if not records or chosen.entry.answer_length is None:
         return None
-    longest = max(map(len, kind.prompts(records, tokenizer)))
-    return Asked(min(config.eval.batch_size, len(records)), longest, new)
+    prompts = kind.prompts(records, subject.tokenizer)
+    new = _new_tokens(chosen, subject, records, prompts)
+    return Asked(min(config.eval.batch_size, len(records)), longest_of(prompts), new)
 
 
-def _new_tokens(chosen: Chosen, records: Sequence[Any], tokenizer: Any) -> int:
+def _new_tokens(chosen: Chosen, subject: Subject, records: Sequence[Any], prompts: list[list[int]]) -> int:
     """Tokens of the longest answer; 0 of an evaluation that writes none."""
-    said = getattr(chosen.own, "max_new_tokens", 0)
-    return needed_length(records, tokenizer) if said is None else int(said)
+    length = chosen.entry.answer_length
+    return 0 if length is None else length(subject, records, chosen.own, prompts)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lorafa.costs.memory import Memory, count, shape_of
+from lorafa.costs.memory import FORMATS, Memory, count, shape_of
 from lorafa.costs.room import available_bytes, resident_bytes
+from lorafa.costs.sizes import size
 from lorafa.errors import SourceError
 from lorafa.models.load import DTYPES, resolve_model
 from lorafa.storage.headers import StoredWeights, stored_weights
@@ -14,7 +15,6 @@ from lorafa.train.settings.run import RunConfig
 
 ASK_FROM = 0.5
 """A run whose weights are a smaller share of the memory there is goes on without anything being counted."""
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 NAMES = {
     "process": "Python and libraries",
     "weights": "weights",
@@ -53,9 +53,9 @@ def require_room(config: RunConfig) -> None:
 
 def _roughly(stored: StoredWeights, config: RunConfig) -> float:
     """Bytes of the weights as they would be loaded, by the headers alone."""
-    width = _WIDTHS.get(stored.main_dtype)
+    found = FORMATS.get(stored.main_dtype)
     wanted = torch.float32 if config.peft.full else DTYPES.get(config.model.dtype)
-    return stored.bytes if width is None or wanted is None else stored.bytes * wanted.itemsize / width
+    return stored.bytes if found is None or wanted is None else stored.bytes * wanted.itemsize / found.itemsize
 
 
 def _narrower(config: RunConfig) -> str:
@@ -67,11 +67,6 @@ def in_words(memory: Memory) -> str:
     parts = {name: getattr(memory, key) for key, name in NAMES.items() if key != "process"}
     shown = ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
     return f"{size(memory.total - memory.process)} ({shown})"
-
-
-def size(number: int) -> str:
-    """Bytes in MiB or GiB, powers of two."""
-    return f"{number / 2**20:,.1f} MiB" if number < 2**30 else f"{number / 2**30:,.2f} GiB"
 
 
 def left_after(memory: Memory) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -26,15 +25,18 @@ from lorafa.models.attention import use_blocks
 from lorafa.models.kinds.entry import NEXT_TOKEN, Kind
 from lorafa.models.load import DTYPES, resolve_model
 from lorafa.models.shapes import Outline, outline
+from lorafa.optimizers.state_bytes import Sizes
 from lorafa.storage.headers import StoredWeights, stored_weights
 from lorafa.storage.paths import user_path
+from lorafa.storage.whole import read_json
 from lorafa.surgery.walk import base_parameters
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.base_model import cache_of, with_kind_of
 from lorafa.train.coverage import CoverageRow, coverage
+from lorafa.train.settings.optim import entry_of
 from lorafa.train.settings.run import ModelConfig, RunConfig
 
-_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Number formats of safetensors files that a model can be loaded in."""
 
 
@@ -73,7 +75,7 @@ class Shape:
     def loading_bytes(self) -> int:
         """Bytes while they are loaded: files that are converted are in memory beside what they become."""
         stored = self.stored
-        if self.quantized or (stored is not None and _NAMES.get(stored.main_dtype) == self.model.dtype):
+        if self.quantized or (stored is not None and FORMATS.get(stored.main_dtype) == self.model.dtype):
             return self.loaded_bytes
         return self.loaded_bytes + (stored.bytes if stored is not None else 0)
 
@@ -228,9 +230,6 @@ def _counted_in_full(
     shape: Shape, config: RunConfig, batches: Batches | None, process: int, done: Callable[[int, int], None]
 ) -> Counted:
     """A training of all weights: they are in float32 then, as their moments are."""
-    from lorafa.optimizers.state_bytes import Sizes
-    from lorafa.train.settings.optim import entry_of
-
     model = shape.model
     trained = [p for p in model.parameters() if p.is_floating_point()]
     wide = sum(4 * p.numel() for p in trained)
@@ -283,8 +282,7 @@ def _keeps_gaps() -> bool:
 
 def _dtype_of_folder(folder: Path, stored: StoredWeights) -> torch.dtype | None:
     """The format of the weights, where the config names none; transformers goes by it then."""
-    from lorafa.storage.whole import read_json
-
-    config = read_json(folder / "config.json") if os.path.isfile(folder / "config.json") else {}
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
     named = config.get("dtype") or config.get("torch_dtype")
-    return None if named else _NAMES.get(stored.main_dtype)
+    return None if named else FORMATS.get(stored.main_dtype)

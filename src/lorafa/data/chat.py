@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE",
+    "WHOLE",
     "Encoded",
     "Encoder",
     "Sample",
@@ -37,6 +38,8 @@ __all__ = [
 
 IGNORE = -100
 """The label of a token that is read but not trained, as in ``torch.nn.functional.cross_entropy``."""
+WHOLE = 2**31
+"""A length in tokens that cuts nothing: no text is as long."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lorafa.data.cells import MEND
 from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Tokenized, padded
 from lorafa.data.encoding import Encoding
@@ -60,7 +61,7 @@ def answer_of(record: Record) -> str:
     if not answer.trained or answer.extra or answer is not record.messages[-1]:
         raise DataError(
             f"{row_of(record)}: the row does not end with an answer in words that is trained, which is all that a "
-            "model of this kind learns. Mend or delete the row."
+            f"model of this kind learns. {MEND}"
         )
     return answer.content
 

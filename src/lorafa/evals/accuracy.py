@@ -15,7 +15,8 @@ from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.shares import share
+from lorafa.evals.generation import context_of
+from lorafa.evals.shares import in_words, share
 from lorafa.models.kinds.entry import CLASSES
 from lorafa.models.modes import evaluating
 from lorafa.settings.checks import check_int
@@ -84,8 +85,7 @@ def _measure(
     loss = sum(loss for _, loss in found) / len(found)
     numbers = {**share(right), "matthews": matthews(table), "cross_entropy": loss}
     numbers |= {"cut": texts.truncated, "max_length": longest}
-    words = f"{sum(right)} of {len(right)} right ({numbers['accuracy']:.1%}), "
-    words += f"Matthews correlation {numbers['matthews']:.3f}"
+    words = f"{in_words(right)}, Matthews correlation {numbers['matthews']:.3f}"
     if texts.truncated:
         words += f", {texts.truncated} texts cut at {longest} tokens"
     return Scores(words, numbers, answers, Measured("accuracy", [float(one) for one in right]))
@@ -93,7 +93,7 @@ def _measure(
 
 def _longest(subject: Subject) -> int:
     """Tokens of a text that are read: what the settings say, as far as model and tokenizer go."""
-    context: int | None = getattr(subject.model.config, "max_position_embeddings", None)
+    context = context_of(subject.model)
     said = subject.max_length or context or WINDOW
     return min(said, context or said, int(subject.tokenizer.model_max_length))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lorafa.data.chat import Encoder, encode_prompt
+from lorafa.data.chat import WHOLE, Encoder, encode_prompt
 from lorafa.data.records import Message, Record
 from lorafa.data.unanswered import Unanswered
 from lorafa.errors import DataError
@@ -16,8 +16,6 @@ from lorafa.evals.generation import Sampling, context_of, generate_ids, room_for
 from lorafa.models.kinds.found import kind_of
 from lorafa.processes import world_size
 
-_WHOLE = 2**31
-"""No conversation is as long."""
 BATCHES = 4
 """Batches of each process that are answered before they are handed on: prompts of like length share one."""
 
@@ -72,7 +70,7 @@ def encoded(model: Any, tokenizer: Any, prompts: Sequence[Unanswered], max_new_t
 
 def ends_of(tokenizer: Any, prompt: Unanswered) -> frozenset[int]:
     """The ids with which the chat template ends an answer."""
-    encoder = Encoder(tokenizer, _WHOLE)
+    encoder = Encoder(tokenizer, WHOLE)
     encoder.sample(_answered(prompt))
     return frozenset(encoder.ends)
 

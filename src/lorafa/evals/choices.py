@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lorafa.backends.offload import device_of
 from lorafa.data.chat import IGNORE, Sample
@@ -17,7 +16,8 @@ from lorafa.data.rendering import start_token
 from lorafa.errors import DataError
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.loss import row_losses
-from lorafa.models.head_loss import HiddenStates, supervised_nll, supports_chunked_loss
+from lorafa.evals.positions import Positions, from_all_logits
+from lorafa.models.head_loss import supervised_nll, supports_chunked_loss
 from lorafa.models.modes import evaluating
 
 
@@ -60,7 +60,10 @@ def choices(ids: Callable[[str], list[int]], text: str, words: Sequence[str]) ->
     common = len(list(takewhile(lambda column: len({*column}) == 1, zip(*whole, strict=False))))
     tails = [one[common:] for one in whole]
     if not common or not all(tails) or len({*map(tuple, tails)}) < len(tails):
-        raise DataError(f"The tokenizer does not tell {', '.join(map(repr, words))} apart after {text[-20:]!r}.")
+        raise DataError(
+            f"The tokenizer does not tell {', '.join(map(repr, words))} apart after {text[-20:]!r}. Give a "
+            "model whose tokenizer does."
+        )
     return Choices(whole[0][:common], tails)
 
 
@@ -102,36 +105,15 @@ def _of_single(
     def of_batch(numbers: list[int]) -> list[list[float]]:
         samples = [_sample(asked[number].prompt, asked[number].tails[0]) for number in numbers]
         batch = {name: tensor.to(device) for name, tensor in collator(samples).items()}
-        logits = _last_logits(model, batch, chunked)
+        if chunked:
+            kept = Positions()
+            supervised_nll(model, batch, objective=kept)
+            logits = kept.logits()
+        else:
+            logits = from_all_logits(model, batch)
         rows = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         pairs = zip(numbers, rows, strict=True)
         return [[float(row[tail[0]]) for tail in asked[number].tails] for number, row in pairs]
 
     with evaluating(model):
         return by_length(of_batch, [len(each.prompt) for each in asked], at_once, progress)
-
-
-def _last_logits(model: Any, batch: Mapping[str, Tensor], chunked: bool) -> Tensor:
-    """(rows, vocabulary) at the one position of each row whose next label counts."""
-    if chunked:
-        logits = _Logits()
-        supervised_nll(model, batch, objective=logits)
-        return logits.found
-    inputs = dict(batch)
-    counted = inputs.pop("labels")[:, 1:] != IGNORE
-    found: Tensor = model(**inputs, use_cache=False).logits[:, :-1][counted]
-    return found
-
-
-class _Logits:
-    """Keeps the logits at the positions that count: one a row."""
-
-    layers: tuple[int, ...] = ()
-    found: Tensor
-
-    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-        rows = states.last[(targets != IGNORE).to(states.last.device)]
-        weight, bias = states.head.weight, states.head.bias
-        logits = nn.functional.linear(rows.to(weight.dtype), weight, bias)
-        self.found = states.transform.apply_(logits.to(torch.promote_types(weight.dtype, torch.float32)))
-        return states.last.new_zeros(()), len(rows)

@@ -15,9 +15,9 @@ from lorafa.evals.benchmark import asks_nothing, refuse_heldout, require_columns
 from lorafa.evals.by_length import Progress
 from lorafa.evals.commonsense_rows import PUBLISHED
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Sampling, check_prompts, generate_ids
-from lorafa.evals.shares import share
-from lorafa.settings.checks import check_int, check_number
+from lorafa.evals.generation import Sampling, check_prompts, generate_ids, sampling_of
+from lorafa.evals.shares import in_words, share
+from lorafa.settings.checks import check_int
 
 _ANSWERS = r"answer[1-5]"
 TASKS: Mapping[str, str] = {
@@ -58,19 +58,11 @@ class CommonsenseSettings:
         if self.size is not None:
             check_int("eval.size", self.size, at_least=1)
         check_int("eval.max_new_tokens", self.max_new_tokens, at_least=1)
-        check_number("eval.temperature", self.temperature, "a number >= 0", 0, closed="[")
-        check_number("eval.top_p", self.top_p, "a number in (0, 1]", 0, 1, closed="]")
-        check_int("eval.seed", self.seed, at_least=0)
-        given = [f"eval.top_p={self.top_p:g}"] * (self.top_p != 1.0) + [f"eval.seed={self.seed}"] * bool(self.seed)
-        if given and not self.temperature:
-            raise ConfigError(
-                f"{given[0]} says how tokens are drawn, and with eval.temperature=0 none are. Give a temperature, or "
-                "leave it out."
-            )
+        self.sampling()
 
     def sampling(self) -> Sampling | None:
         """How tokens are drawn; None: not at all."""
-        return Sampling(self.temperature, self.top_p, self.seed) if self.temperature else None
+        return sampling_of(self.temperature, self.top_p, self.seed or None, "eval.{}".format, "=")
 
 
 def answer_in(text: str, task: str) -> str | None:
@@ -133,17 +125,13 @@ def scored(records: Sequence[Record], outputs: Sequence[str], task: str) -> Scor
     """Exact match of the first word that is an answer; outputs without one are counted, and wrong."""
     found = [answer_in(output, task) for output in outputs]
     right = [one == record.answer for one, record in zip(found, records, strict=True)]
-    correct, total, unparsed = sum(right), len(right), found.count(None)
-    numbers = {
-        "eval_task": task,
-        **share(right),
-        "unparsed": unparsed,
-    }
+    unparsed = found.count(None)
+    numbers = {"eval_task": task, **share(right), "unparsed": unparsed}
     answers = [
         {"question": record.question[-1].content, "gold": record.answer, "output": output, "correct": one}
         for record, output, one in zip(records, outputs, right, strict=True)
     ]
-    words = f"{task}: {correct} of {total} right ({correct / total:.1%})"
+    words = f"{task}: {in_words(right)}"
     words += f", {unparsed} without an answer" if unparsed else ""
     return Scores(words, numbers, answers, Measured("accuracy", list(map(float, right))))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorafa.data.cells import Row, text_of
+from lorafa.data.cells import MEND, Row, text_of
 from lorafa.errors import DataError
 from lorafa.evals.benchmark import Official, require_columns
 
@@ -48,7 +48,7 @@ class Published:
         question, answers, right = self.asked(row, place)
         words = [f"{self.word}{number}" for number, _ in enumerate(answers, 1)]
         if right not in range(len(answers)):
-            raise DataError(f"{place}: none of the {len(answers)} answers is the right one. Mend or delete the row.")
+            raise DataError(f"{place}: none of the {len(answers)} answers is the right one. {MEND}")
         listed = self.between.join(f"{word.capitalize()}: {text}" for word, text in zip(words, answers, strict=True))
         form = f"Answer format: {'/'.join(words)}"
         return {"instruction": f"{self.before}{question}\n\n{listed}{self.after}{form}", "answer": words[right]}
@@ -69,7 +69,7 @@ def _number(row: Row, place: str, column: str, first: int) -> int:
     """Which answer a column names, from 0: a number or its text, counted from ``first``."""
     text = str(row[column]).strip()
     if not text.isdecimal():
-        raise DataError(f"{place}: {column} is {row[column]!r:.40}, expected a number. Mend or delete the row.")
+        raise DataError(f"{place}: {column} is {row[column]!r:.40}, expected a number. {MEND}")
     return int(text) - first
 
 
@@ -79,7 +79,7 @@ def _texts(row: Row, place: str, *columns: str) -> list[str]:
 
 def _boolq(row: Row, place: str) -> tuple[str, Sequence[str], int]:
     if not isinstance(row["answer"], bool):
-        raise DataError(f"{place}: answer is {row['answer']!r:.40}, expected true or false. Mend or delete the row.")
+        raise DataError(f"{place}: answer is {row['answer']!r:.40}, expected true or false. {MEND}")
     return text_of(row, place, "question"), ("true", "false"), int(not row["answer"])
 
 
@@ -95,7 +95,7 @@ def _social(row: Row, place: str) -> tuple[str, Sequence[str], int]:
 def _hellaswag(row: Row, place: str) -> tuple[str, Sequence[str], int]:
     asked, endings = ": ".join(_texts(row, place, "activity_label", "ctx")), row["endings"]
     if not isinstance(endings, list):
-        raise DataError(f"{place}: endings is {endings!r:.40}, expected a list. Mend or delete the row.")
+        raise DataError(f"{place}: endings is {endings!r:.40}, expected a list. {MEND}")
     return asked, [str(ending) for ending in endings], _number(row, place, "label", 0)
 
 
@@ -109,7 +109,7 @@ def _choice(question: str) -> Callable[[Row, str], tuple[str, Sequence[str], int
     def asked(row: Row, place: str) -> tuple[str, Sequence[str], int]:
         choices: Any = row["choices"]
         if not isinstance(choices, Mapping) or not {"text", "label"} <= choices.keys():
-            raise DataError(f"{place}: choices is {choices!r:.40}, expected texts and labels. Mend or delete the row.")
+            raise DataError(f"{place}: choices is {choices!r:.40}, expected texts and labels. {MEND}")
         labels = [str(label) for label in choices["label"]]
         right = labels.index(str(row["answerKey"])) if str(row["answerKey"]) in labels else -1
         return text_of(row, place, question), [str(text) for text in choices["text"]], right

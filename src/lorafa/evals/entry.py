@@ -99,6 +99,9 @@ class Evaluation:
     read: Callable[[Source, Any], list[Any]] | None = None
     """(source, own settings) -> the items of a file, or of the benchmark itself, for `lorafa eval`; raises SourceError
     and DataError. None: it measures a run alone."""
+    answer_length: Callable[[Subject, Sequence[Any], Any, list[list[int]]], int] | None = None
+    """(subject, records, own settings, their prompts in tokens) -> tokens that the longest answer may have, also where
+    there are no records yet; None: no answers are written. A plan goes by it."""
     of_run: bool = True
     """Whether it asks something of the records that a run holds out; others have items of their own alone."""
     cuts: bool = False

@@ -14,25 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafa.backends.offload import device_of
-from lorafa.data.chat import IGNORE, Sample, encode_all
+from lorafa.data.chat import IGNORE, WHOLE, Sample, encode_all
 from lorafa.data.collate import Collator
-from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
+from lorafa.evals.benchmark import asks_nothing
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.drawn import Drawing, Opening, check_drawing, drawn_texts, openings
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.paired import mean_interval
 from lorafa.evals.perplexity import PERPLEXITY, PerplexitySettings, first_window, pieces
-from lorafa.models.head_loss import CHUNK_BYTES, HiddenStates, LogitTransform, supervised_nll, supports_chunked_loss
+from lorafa.evals.positions import Positions, from_all_logits
+from lorafa.models.head_loss import CHUNK_BYTES, HiddenStates, supervised_nll, supports_chunked_loss
 from lorafa.models.load import load_model, on_accelerator
 from lorafa.models.modes import evaluating
 from lorafa.settings.checks import check_int
-
-_WHOLE = 2**31
-"""No text is as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,39 +73,19 @@ def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     return torch.where(p == 0, q, terms).sum(-1)  # where p is 0 the logarithm may be infinite, and counts for nothing
 
 
-class _Kept:
-    """Keeps what the head reads at the positions that count, and the head itself."""
-
-    layers: tuple[int, ...] = ()
-    rows: Tensor
-    head: nn.Linear
-    transform: LogitTransform
-
-    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-        self.head, self.transform = states.head, states.transform
-        self.rows = states.last[(targets != IGNORE).to(states.last.device)]
-        return states.last.new_zeros(()), len(self.rows)
-
-    def logits(self, chunk: slice) -> Tensor:
-        """(rows of the chunk, vocabulary), in float32 at least."""
-        weight, bias = self.head.weight, self.head.bias
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return self.transform.apply_(nn.functional.linear(self.rows[chunk].to(weight.dtype), weight, bias).to(wide))
-
-
 class _Compared:
     """The divergence from what another model has at the same positions, a chunk of rows at a time."""
 
     layers: tuple[int, ...] = ()
     found: Tensor
 
-    def __init__(self, base: _Kept) -> None:
+    def __init__(self, base: Positions) -> None:
         self._base = base
 
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-        own = _Kept()
+        own = Positions()
         zero, count = own(states, targets, chunk_tokens)
-        at_once = chunk_tokens or max(1, CHUNK_BYTES // (4 * own.head.weight.shape[0]))
+        at_once = chunk_tokens or _fitting(own.head.weight.shape[0])
         chunks = [slice(first, first + at_once) for first in range(0, count, at_once)]
         self.found = torch.cat([divergence(self._base.logits(chunk), own.logits(chunk)) for chunk in chunks])
         return zero, count
@@ -164,7 +142,7 @@ class Pair:
         return [of_sample.get(number, 0.0) for number in range(len(samples))]
 
     def _chunked(self, batch: dict[str, Tensor], chunk_tokens: int | None) -> Tensor:
-        kept = _Kept()
+        kept = Positions()
         with self.as_base() as base:
             supervised_nll(base, batch, objective=kept)
         compared = _Compared(kept)
@@ -173,15 +151,18 @@ class Pair:
 
     def _whole(self, batch: dict[str, Tensor], chunk_tokens: int | None) -> Tensor:
         """The same where the model cannot be cut before its head."""
-        inputs = dict(batch)
-        counted = inputs.pop("labels")[:, 1:] != IGNORE
         with self.as_base() as base:
-            base_logits = base(**inputs, use_cache=False).logits[:, :-1][counted]
-        logits = self.model(**inputs, use_cache=False).logits[:, :-1][counted]
+            base_logits = from_all_logits(base, batch)
+        logits = from_all_logits(self.model, batch)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        at_once = chunk_tokens or max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+        at_once = chunk_tokens or _fitting(logits.shape[-1])
         pairs = zip(torch.split(base_logits, at_once), torch.split(logits, at_once), strict=True)
         return torch.cat([divergence(one.to(wide), other.to(wide)) for one, other in pairs])
+
+
+def _fitting(vocabulary: int) -> int:
+    """Positions whose logits ``CHUNK_BYTES`` hold in float32."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 def _counted(sample: Sample) -> int:
@@ -212,7 +193,7 @@ def _samples(
             begun, how = list(items), settings.drawing()
             return list(enumerate(drawn_texts(base, subject.tokenizer, begun, how, progress)))
     window, overlap = settings.reading(subject.model)
-    samples = encode_all(items, subject.tokenizer, _WHOLE).samples
+    samples = encode_all(items, subject.tokenizer, WHOLE).samples
     return [
         (number, piece)
         for number, (record, sample) in enumerate(zip(items, samples, strict=True))
@@ -269,10 +250,6 @@ def _read(source: Source, settings: ForgettingSettings) -> list[Any]:
     return PERPLEXITY.read(source, settings)
 
 
-def _asks(heldout: Sequence[Record], settings: ForgettingSettings) -> list[Any]:
-    return []
-
-
 def check_forgetting(model: Any, tokenizer: Any) -> None:
     """Raises DataError where :func:`forgetting` could not draw its texts, before any training."""
     settings = ForgettingSettings()
@@ -290,6 +267,6 @@ def forgetting(subject: Subject, batch_size: int, progress: Progress) -> Scores:
 
 
 FORGETTING = Evaluation(
-    asks=_asks, of_run=False, check=_check, measure=_measure, read=_read, settings=ForgettingSettings
+    asks=asks_nothing, of_run=False, check=_check, measure=_measure, read=_read, settings=ForgettingSettings
 )  # fmt: skip
 """How far a model has moved from its base: KL(base || model) in nats a token, on text that the base itself writes."""

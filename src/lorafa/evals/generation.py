@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lorafa.backends.offload import device_of
-from lorafa.data.records import Record
 from lorafa.errors import ConfigError, DataError
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.models.modes import evaluating, reading_last_positions
@@ -44,6 +43,34 @@ class Sampling:
     def arguments(self) -> dict[str, float]:
         """What `transformers.GenerationConfig` is told."""
         return {"temperature": self.temperature, "top_p": self.top_p}
+
+
+def sampling_of(
+    temperature: float, top_p: float, seed: int | None, called: Callable[[str], str], before_value: str
+) -> Sampling | None:
+    """How tokens are drawn, as a user says it; None: not at all, at temperature 0.
+
+    Args:
+        seed: None where nothing is said, which is 0.
+        called: name of a field of :class:`Sampling` -> what the user calls it.
+        before_value: what stands between that and a value: "=", a blank.
+
+    Raises:
+        ConfigError: a number is out of its range, or says how to draw where nothing is drawn.
+    """
+    check_number(called("temperature"), temperature, "a number >= 0", 0, closed="[")
+    check_number(called("top_p"), top_p, "a number in (0, 1]", 0, 1, closed="]")
+    if seed is not None:
+        check_int(called("seed"), seed, at_least=0)
+    if temperature:
+        return Sampling(temperature, top_p, seed or 0)
+    for name, given in (("top_p", None if top_p == 1 else f"{top_p:g}"), ("seed", seed)):
+        if given is not None:
+            raise ConfigError(
+                f"{called(name)}{before_value}{given} says how tokens are drawn, and with {called('temperature')}"
+                f"{before_value}0 none are. Give a temperature, or leave it out."
+            )
+    return None
 
 
 def seed_at(seed: int, place: int) -> int:
@@ -135,7 +162,8 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_
     """Raises DataError for an empty prompt, and where the longest one and its answer do not fit the model's context."""
     if not all(prompts):
         raise DataError(
-            f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it."
+            f"Prompt {next(i for i, ids in enumerate(prompts) if not ids)} is empty; nothing can follow it. Leave it "
+            "out."
         )
     longest = max(prompts, key=len, default=[])
     if not room_for(model, longest, max_new_tokens):
@@ -145,16 +173,30 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_
         )
 
 
-LEAST, MORE = 128, 1.25
-"""Tokens that every answer may have, and how much longer than the longest worked one an answer may be."""
+MORE = 1.25
+"""How much longer than the longest worked answer an answer may be."""
 
 
-def needed_length(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that an answer to one of these records may need: a quarter more than the longest worked one has, and 128
-    at least; without records these."""
-    worked = [record.messages[len(record.question)].content for record in records]
-    ids = tokenizer(worked, add_special_tokens=False)["input_ids"] if worked else []
-    return max(LEAST, math.ceil(MORE * max(map(len, ids), default=0)))
+def answer_length(
+    model: PreTrainedModel, prompts: Sequence[list[int]], said: int | None, worked: Iterable[int], least: int
+) -> int:
+    """Tokens that the longest answer may have: as many as are said, or a quarter more than the longest worked one has,
+    at least so many, as far as the model's context goes behind the longest prompt.
+
+    Args:
+        said: None: nothing.
+        worked: tokens of each worked answer.
+        least: what every answer may have.
+    """
+    if said is not None:
+        return said
+    wanted, room = max(least, math.ceil(MORE * max(worked, default=0))), room_after(model, longest_of(prompts))
+    return max(1, wanted if room is None else min(wanted, room))
+
+
+def longest_of(prompts: Sequence[list[int]]) -> int:
+    """Tokens of the longest prompt; 0 of none."""
+    return max(map(len, prompts), default=0)
 
 
 def room_for(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> bool:
@@ -178,6 +220,7 @@ def encodes(model: PreTrainedModel) -> bool:
 
 
 def context_of(model: PreTrainedModel) -> int | None:
+    """Positions that a model, or the part of it that reads text, has; None where its config sets no bound."""
     found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from lorafa.data import DATASETS
-from lorafa.data.chat import encoded
+from lorafa.data.chat import WHOLE, encoded
 from lorafa.data.records import Message, Record
 from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError, DataError, SourceError, first_line
@@ -16,21 +16,20 @@ from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import context_of
 from lorafa.evals.loss import row_losses
-from lorafa.evals.shares import share
+from lorafa.evals.shares import in_words, share
 from lorafa.models.kinds.entry import LIKELIHOOD
 from lorafa.settings.checks import check_int
 
-TASKS = ("sst2", "cola", "qqp", "mrpc", "mnli", "qnli")
+Task = Literal["sst2", "cola", "qqp", "mrpc", "mnli", "qnli"]
 """Data sets of the same names; held out are their validation rows."""
-_WHOLE = 2**31
-"""No text is as long."""
+TASKS: tuple[str, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlueSettings:
     """Which task is asked."""
 
-    task: Literal["sst2", "cola", "qqp", "mrpc", "mnli", "qnli"] | None = None
+    task: Task | None = None
     """The task the rows are of."""
     size: int | None = None
     """Rows asked, at most; null all of them."""
@@ -75,7 +74,7 @@ def _measure(
     task = _task(settings)
     labels, kind = DATASETS.get(task).labels, subject.kind
     answered = [_with_answer(record, label) for record in records for label in labels]
-    samples = encoded(answered, kind.encoding(subject.model).make(subject.tokenizer, _WHOLE)).samples
+    samples = encoded(answered, kind.encoding(subject.model).make(subject.tokenizer, WHOLE)).samples
     context = context_of(subject.model)
     for sample in samples:
         longest = kind.longest([sample]) or len(sample.input_ids)
@@ -105,7 +104,6 @@ def scored(records: Sequence[Record], losses: Sequence[Sequence[float]], task: s
     golds = [record.messages[len(record.question)].content for record in records]
     found = [labels[min(range(len(row)), key=row.__getitem__)] for row in losses]
     right = [one == gold for one, gold in zip(found, golds, strict=True)]
-    correct, total = sum(right), len(right)
     numbers = {
         "eval_task": task,
         **share(right),
@@ -122,8 +120,7 @@ def scored(records: Sequence[Record], losses: Sequence[Sequence[float]], task: s
         {"question": record.question[-1].content, "gold": gold, "output": one, "correct": ok}
         for record, gold, one, ok in zip(records, golds, found, right, strict=True)
     ]
-    words = f"{task}: {correct} of {total} right ({correct / total:.1%})"
-    return Scores(words, numbers, answers, Measured("accuracy", list(map(float, right))))
+    return Scores(f"{task}: {in_words(right)}", numbers, answers, Measured("accuracy", list(map(float, right))))
 
 
 GLUE = Evaluation(

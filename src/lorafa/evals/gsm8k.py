@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorafa.data.numbers import last_number, only_number
 from lorafa.data.records import Message, Record, final_answer
@@ -19,9 +19,9 @@ from lorafa.errors import ConfigError, DataError, did_you_mean, shorten, warn
 from lorafa.evals.benchmark import Official
 from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import Sampling, check_prompts, generate_ids, needed_length, room_after
+from lorafa.evals.generation import Sampling, answer_length, check_prompts, generate_ids
 from lorafa.evals.sample_answers import sample_answers, with_question
-from lorafa.evals.shares import wilson_interval
+from lorafa.evals.shares import in_words, share
 from lorafa.models.kinds.entry import TEXT
 from lorafa.models.kinds.found import kind_of
 from lorafa.settings.checks import check_int
@@ -76,6 +76,8 @@ def extract_upstream(text: str) -> Fraction:
     return Fraction(match[1]) if match else Fraction(0)
 
 
+LEAST = 128
+"""Tokens that every answer may have."""
 EXTRACTORS = {"number": extract_answer, "upstream": extract_upstream}
 
 
@@ -138,13 +140,9 @@ def evaluate(
         question = record.question[-1].content
         right = predicted == read(f"#### {gold}")
         samples.append(EvalSample(question, gold, output, predicted, right, cut=len(ids) >= max_new_tokens))
-    correct = sum(sample.correct for sample in samples)
     unparsed = sum(extract_answer(sample.output) is None for sample in samples)
     return EvalResult(
-        accuracy=correct / len(samples),
-        correct=correct,
-        total=len(samples),
-        interval=wilson_interval(correct, len(samples)),
+        **share([sample.correct for sample in samples]),
         unparsed=unparsed,
         cut=sum(sample.cut for sample in samples),
         max_new_tokens=max_new_tokens,
@@ -175,13 +173,10 @@ class Gsm8kSettings:
             check_int("max_new_tokens", self.max_new_tokens, at_least=1)
 
 
-def answer_length(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, prompts: Any) -> int:
-    """The longest answer, in tokens: what the settings say, or what the worked answers need."""
-    if settings.max_new_tokens is not None:
-        return settings.max_new_tokens
-    wanted = needed_length(records, subject.tokenizer)
-    room = room_after(subject.model, max(map(len, prompts), default=0))
-    return max(1, wanted if room is None else min(wanted, room))
+def _length(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, prompts: list[list[int]]) -> int:
+    worked = [record.messages[len(record.question)].content for record in records]
+    ids = subject.tokenizer(worked, add_special_tokens=False)["input_ids"] if worked else []
+    return answer_length(subject.model, prompts, settings.max_new_tokens, map(len, ids), LEAST)
 
 
 def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
@@ -215,7 +210,7 @@ def _check(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings)
     subject = _as_asked(subject, records, settings)
     prompts = subject.prompts(records)
     if _graded(records):
-        check_prompts(subject.model, prompts, answer_length(subject, records, settings, prompts))
+        check_prompts(subject.model, prompts, _length(subject, records, settings, prompts))
 
 
 def _graded(records: Sequence[Record]) -> bool:
@@ -226,7 +221,7 @@ def _measure(
     subject: Subject, records: Sequence[Record], settings: Gsm8kSettings, batch_size: int, progress: Progress
 ) -> Scores:
     subject = _as_asked(subject, records, settings)
-    longest = answer_length(subject, records, settings, subject.prompts(records))
+    longest = _length(subject, records, settings, subject.prompts(records))
     if not _graded(records):
         answers = sample_answers(subject, records, longest, batch_size, progress)
         return Scores(f"{len(answers)} answers to look at", {}, answers)
@@ -246,7 +241,7 @@ def _measure(
     ]
     numbers = {name: value for name, value in asdict(found).items() if name != "samples"}
     measured = Measured("accuracy", [float(one.correct) for one in found.samples])
-    words = f"{found.correct} of {found.total} right ({found.accuracy:.1%})"
+    words = in_words([one.correct for one in found.samples])
     if found.cut:
         words += f", {found.cut} answers cut at {longest} tokens"
     if settings.published:
@@ -301,5 +296,11 @@ def _read(source: Source, settings: Gsm8kSettings) -> list[Record]:
 
 
 GSM8K = Evaluation(
-    asks=_asks, check=_check, measure=_measure, read=_read, needs=frozenset({TEXT}), settings=Gsm8kSettings
+    asks=_asks,
+    check=_check,
+    measure=_measure,
+    read=_read,
+    answer_length=_length,
+    needs=frozenset({TEXT}),
+    settings=Gsm8kSettings,
 )

@@ -16,7 +16,7 @@ from lorafa.evals.code_answers import program_of
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import check_prompts, generate_greedy
 from lorafa.evals.sandbox import Limits, Outcome, require_system, run_all
-from lorafa.evals.shares import share
+from lorafa.evals.shares import in_words, share
 from lorafa.processes import by_turns
 from lorafa.settings.checks import check_int, check_number
 
@@ -134,7 +134,7 @@ def scored(problems: Sequence[Problem], outputs: Sequence[str], settings: HumanE
     outcomes = [one for part in by_turns(lambda some: run_all(some, limits), parts) for one in part]
     _say_how(outcomes)
     right = [one.reason == "passed" for one in outcomes]
-    correct, total, reasons = sum(right), len(right), Counter(one.reason for one in outcomes)
+    reasons = Counter(one.reason for one in outcomes)
     answers = [
         {
             "question": problem.task_id, "gold": problem.solution, "output": output, "correct": passed,
@@ -148,7 +148,7 @@ def scored(problems: Sequence[Problem], outputs: Sequence[str], settings: HumanE
         "cut": cut,
         "max_new_tokens": settings.max_new_tokens,
     }
-    words = f"{correct} of {total} pass ({correct / total:.1%})"
+    words = in_words(right, "pass")
     words += "".join(f", {reasons[reason]} {reason}" for reason in REASONS if reasons[reason])
     if cut:
         words += f", {cut} answers cut at {settings.max_new_tokens} tokens"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,13 +10,13 @@ from lorafa.data.sources import records_to_measure
 from lorafa.errors import ConfigError
 from lorafa.evals.by_length import Progress
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
-from lorafa.evals.generation import check_prompts, generate_greedy, room_after
-from lorafa.evals.shares import share
+from lorafa.evals.generation import answer_length, check_prompts, generate_greedy
+from lorafa.evals.shares import in_words, share
 from lorafa.models.kinds.entry import TEXT
 from lorafa.settings.checks import check_int
 
-LEAST, MORE = 8, 1.25
-"""Tokens that every answer may have, and how much longer than the longest answer of the rows one may be."""
+LEAST = 8
+"""Tokens that every answer may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +46,9 @@ def _asks(heldout: Sequence[Record], settings: MatchSettings) -> list[Record]:
 
 
 def _length(subject: Subject, records: Sequence[Record], settings: MatchSettings, prompts: list[list[int]]) -> int:
-    if settings.max_new_tokens is not None:
-        return settings.max_new_tokens
     golds = [_gold(record) for record in records]
-    longest = max((len(ids) for ids in subject.tokenizer(text_target=golds).input_ids), default=0)
-    wanted, room = max(LEAST, math.ceil(MORE * longest)), room_after(subject.model, max(map(len, prompts), default=0))
-    return max(1, wanted if room is None else min(wanted, room))
+    ids = subject.tokenizer(text_target=golds).input_ids if golds else []
+    return answer_length(subject.model, prompts, settings.max_new_tokens, map(len, ids), LEAST)
 
 
 def _check(subject: Subject, records: Sequence[Record], settings: MatchSettings) -> None:
@@ -79,14 +75,12 @@ def _measure(
     golds = [_gold(record) for record in records]
     right = [output == gold for output, gold in zip(outputs, golds, strict=True)]
     cut = sum(len(ids) >= longest for ids in written)
-    numbers = {
-        **share(right), "cut": cut, "max_new_tokens": longest,
-    }  # fmt: skip
+    numbers = {**share(right), "cut": cut, "max_new_tokens": longest}
     answers = [
         {"question": record.question[-1].content, "gold": gold, "output": output, "correct": correct}
         for record, gold, output, correct in zip(records, golds, outputs, right, strict=True)
     ]
-    words = f"{sum(right)} of {len(right)} answers word for word ({sum(right) / len(right):.1%})"
+    words = in_words(right, "answers word for word")
     if cut:
         words += f", {cut} cut at {longest} tokens"
     return Scores(words, numbers, answers, Measured("accuracy", [float(one) for one in right]))
@@ -100,5 +94,11 @@ def _read(source: Source, settings: MatchSettings) -> list[Record]:
 
 
 MATCH = Evaluation(
-    asks=_asks, check=_check, measure=_measure, read=_read, needs=frozenset({TEXT}), settings=MatchSettings
+    asks=_asks,
+    check=_check,
+    measure=_measure,
+    read=_read,
+    answer_length=_length,
+    needs=frozenset({TEXT}),
+    settings=MatchSettings,
 )

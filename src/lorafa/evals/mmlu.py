@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafa.data.cells import Row, checked, text_of
+from lorafa.data.cells import MEND, Row, checked, text_of
 from lorafa.errors import DataError, SourceError, warn
 from lorafa.evals.benchmark import Official, asks_nothing, refuse_heldout, require_columns
 from lorafa.evals.by_length import Progress
 from lorafa.evals.choices import Choices, choices, log_probs, plain_ids
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.generation import context_of
-from lorafa.evals.shares import share
+from lorafa.evals.shares import in_words, share
 from lorafa.settings.checks import check_int
 from lorafa.storage.paths import user_path
 
@@ -100,7 +100,7 @@ def _of_row(row: Row, place: str) -> Question:
     answers, right = row["choices"], row["answer"]
     if not isinstance(answers, list) or len(answers) != len(LETTERS) or right not in range(len(LETTERS)):
         raise DataError(
-            f"{place}: {answers!r:.60} with the answer {right!r}, expected four texts and 0, 1, 2 or 3. Mend the row."
+            f"{place}: {answers!r:.60} with the answer {right!r}, expected four texts and 0, 1, 2 or 3. {MEND}"
         )
     return Question(
         text_of(row, place, "subject"), text_of(row, place, "question"), tuple(map(str, answers)), right, place
@@ -125,7 +125,7 @@ def _of_file(file: Path, subject: str) -> list[Question]:
                 if len(cells) != 2 + len(LETTERS) or cells[-1].strip() not in LETTERS:
                     raise DataError(
                         f"{place}: {len(cells)} cells, the last of them {cells[-1:]!r:.40}, expected a question, four "
-                        "answers and A, B, C or D. Mend or delete the row."
+                        f"answers and A, B, C or D. {MEND}"
                     )
                 texts = [checked(cell, place) for cell in cells]
                 found.append(
@@ -186,7 +186,6 @@ def _measure(
     for question, one in zip(questions, right, strict=True):
         by_subject[question.subject].append(one)
     subjects = {name: sum(each) / len(each) for name, each in by_subject.items()}
-    correct, total = sum(right), len(right)
     answers = [
         {"question": question.text, "gold": LETTERS[question.right], "output": LETTERS[choice], "correct": one}
         for question, choice, one in zip(questions, chosen, right, strict=True)
@@ -197,7 +196,7 @@ def _measure(
         "subjects": subjects,
         "shorter": shorter,
     }
-    words = f"{correct} of {total} right ({correct / total:.1%}), {len(subjects)} subjects"
+    words = f"{in_words(right)}, {len(subjects)} subjects"
     return Scores(words, numbers, answers, Measured("accuracy", list(map(float, right))))
 
 

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 from lorafa.errors import DataError
 from lorafa.evals.entry import Measured
-
-LEVEL = 0.95
-"""How often all intervals of differences from one model hold together."""
-
-
-def normal_point(comparisons: int = 1) -> float:
-    """The two-sided point of the normal distribution by which so many intervals hold together with 95 % (Bonferroni: at
-    1 - 0.05 / (2 comparisons)); 1.96 for one."""
-    return NormalDist().inv_cdf(1 - (1 - LEVEL) / (2 * comparisons))
+from lorafa.evals.intervals import normal_point
 
 
 def mean_interval(measured: Measured) -> tuple[float, float, float]:

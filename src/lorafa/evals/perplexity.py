@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lorafa.data.chat import IGNORE, Sample, encoded
+from lorafa.data.chat import IGNORE, WHOLE, Sample, encoded
 from lorafa.data.collate import Collate
 from lorafa.data.records import Message, Record
 from lorafa.data.sources import records_to_measure
@@ -25,8 +25,6 @@ TEXT = ".txt"
 """The ending of a file that is one text."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What tokens write that are a part of a character."""
-_WHOLE = 2**31
-"""No text is as long."""
 _LARGEST_LOSS = 700.0
 """exp of more is no float."""
 
@@ -114,7 +112,7 @@ def _texts(
     kind = subject.kind
     goes_on = NEXT_TOKEN in kind.offers  # an answer goes on where its prompt ends; for others it is a text by itself
     cut = first_window if goes_on else _as_it_is
-    longest = _WHOLE if goes_on else window  # others cut prompt and answer, each by itself
+    longest = WHOLE if goes_on else window  # others cut prompt and answer, each by itself
     whole = encoded(records, kind.encoding(subject.model).make(subject.tokenizer, longest)).samples
     samples = [one if record.plain else cut(one, window) for record, one in zip(records, whole, strict=True)]
     parts = [

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lorafa.evals.intervals import normal_point
 
-def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Bounds of a proportion (Wilson 1927, JASA 22:209); ``z`` is the normal quantile, by default of 95 %."""
-    share = correct / total
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The bounds of the 95 % interval of a proportion (Wilson 1927, JASA 22:209)."""
+    share, z = correct / total, normal_point()
     middle = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
@@ -23,3 +25,8 @@ def share(right: Sequence[bool]) -> dict[str, Any]:
     return {
         "accuracy": correct / total, "correct": correct, "total": total, "interval": wilson_interval(correct, total),
     }  # fmt: skip
+
+
+def in_words(right: Sequence[bool], what: str = "right") -> str:
+    """ "3 of 8 right (37.5%)"."""
+    return f"{sum(right)} of {len(right)} {what} ({sum(right) / len(right):.1%})"

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from lorafa.conf.compose import OPEN_GROUPS, composed
 from lorafa.report.values import flat
+from lorafa.runs.differences import ELSEWHERE
 from lorafa.settings.typed import keys
 from lorafa.train.settings.optim import usual_warmup
 from lorafa.train.settings.run import RunConfig
@@ -31,7 +32,7 @@ class Defaults:
         return {
             name: value
             for name, value in settings.items()
-            if name not in ("run_dir", "if_exists", "threads")
+            if name not in ELSEWHERE
             and value != own.get(name, self._values.get(name, missing))
             and not (value is None and name not in self._values)
         }

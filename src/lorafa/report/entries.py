@@ -13,12 +13,13 @@ from typing import Any
 from lorafa.errors import LoraError, first_line, shorten
 from lorafa.report.defaults import Defaults
 from lorafa.report.values import flat, is_measure
+from lorafa.runs.differences import ELSEWHERE
 from lorafa.runs.measures import Metrics
 from lorafa.runs.plan import RESULT
 from lorafa.runs.record import RunDirectory
 from lorafa.storage.whole import read_json
 
-OF_THE_PLACE = ("run_dir", "if_exists", "threads", "train.seed", "train.resume", "report_to", "report_project")
+OF_THE_PLACE = (*ELSEWHERE, "train.seed", "train.resume", "report_to", "report_project")
 """Settings in which two runs of one method may differ."""
 FINISHED, DIVERGED, DAMAGED = "finished", "diverged", "damaged"
 

@@ -19,15 +19,13 @@ from lorafa.report.found import PAGE, common_folder, find
 from lorafa.report.methods import Method, Section, sections
 from lorafa.report.starts import rank_rows
 from lorafa.report.styles import swatch
-from lorafa.report.tables import MISSING, duration, gib, in_spread, plus_minus
+from lorafa.report.tables import MISSING, SHOWN, duration, gib, in_spread, plus_minus
 from lorafa.report.templates import marked, write_page
 from lorafa.report.values import written
 from lorafa.storage.paths import user_path
 
 ANSWERS = 5
 """Questions whose answers are shown, at most."""
-OWN_COLUMN = ("loss", "accuracy")
-"""Measures that have a column of their own making; others are shown by their names."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def notes_of(section: Section) -> list[str]:
 
 
 def _measures(section: Section) -> list[tuple[str, Any, str]]:
-    others = dict.fromkeys(name for run in section.runs for name in run.measures if name not in OWN_COLUMN)
+    others = dict.fromkeys(name for run in section.runs for name in run.measures if name not in SHOWN)
     named = [(name.replace("_", " "), (lambda run, name=name: run.scores.get(name)), ".4g") for name in others]
     return [("held-out loss", loss, ".4f"), ("accuracy", accuracy, ".1%"), *named]
 

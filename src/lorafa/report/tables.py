@@ -13,8 +13,8 @@ from lorafa.runs.measures import Metrics, spread, step_seconds
 from lorafa.runs.record import RunDirectory
 
 MISSING, DIVERGED = "-", "diverged"
-SHOWN = {"accuracy", "loss"}
-"""Measures with a row of their own making; those of other evaluations are shown by their names."""
+SHOWN = frozenset({"accuracy", "loss"})
+"""Measures with a row or a column of their own making; those of other evaluations are shown by their names."""
 PHASES = ("prepare", "evaluate before", "train", "evaluate after", "total")
 
 

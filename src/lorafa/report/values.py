@@ -15,15 +15,19 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
-def written(value: Any) -> str:
-    """A value as it is typed on the command line."""
+def written(value: Any, form: str = ".6g") -> str:
+    """A value as it is typed on the command line.
+
+    Args:
+        form: how a number that is no integer is written; an empty text: with all its digits, and a point.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(written, value)) + "]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return "[" + ",".join(written(each, form) for each in value) + "]"
+    return f"{value:{form}}" if isinstance(value, float) else str(value)
 
 
 def is_measure(value: Any) -> bool:

@@ -92,7 +92,9 @@ class AnswerFile:
             write_json(self._beside, {"subject": self._made_by.subject, "entries": dict(self._made_by.entries)})
             os.truncate(self._path, sum(len(line.encode()) + 1 for line in self._kept[:done]))
         except OSError as error:
-            raise CheckpointError(f"{self._path} could not be written: {error.strerror or error}.") from error
+            raise CheckpointError(
+                f"{self._path} could not be written: {error.strerror or error}. Make room or give --out another place."
+            ) from error
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Write answers to the next prompts.

@@ -28,6 +28,8 @@ OWN = {
 
 @dataclass(frozen=True)
 class Method:
+    """A line of the comparison's table: what it sets, and the rates it is tried at."""
+
     name: str
     settings: tuple[str, ...]
     rates: tuple[float, ...]
@@ -59,12 +61,16 @@ class Plan:
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read as a comparison: {first_line(error)}.") from error
+            raise ConfigError(
+                f"{path} cannot be read as a comparison: {first_line(error)}. Correct it, or name another file."
+            ) from error
         keys = {"methods", "baseline", "seeds", "settings"}
         of_keys = isinstance(values, Mapping) and set(values) - {"choose"} == keys
         if not of_keys or not isinstance(values["methods"], Mapping):
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"{path} must hold {', '.join(sorted(keys))} (and may hold choose), found {found}.")
+            raise ConfigError(
+                f"{path} must hold {', '.join(sorted(keys))} (and may hold choose), found {found}. See recipes/."
+            )
         settings, methods = _settings(path, "settings", values["settings"]), []
         _settings("the command", "key=value", list(extra))
         for name, method in values["methods"].items():
@@ -80,13 +86,16 @@ class Plan:
         choose, seeds = _roles(path, values, swept=any(len(method.rates) > 1 for method in methods))
         plan = cls(tuple(methods), str(values["baseline"]), choose, seeds, settings)
         if plan.baseline not in values["methods"]:
-            raise ConfigError(f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}.")
+            raise ConfigError(
+                f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}. Name one of them."
+            )
         for each in plan.methods:
             for rate in each.rates:
                 config = compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])
                 if config.data.eval_size == 0:
                     raise ConfigError(
-                        f"{path}: runs are compared by held-out loss, and data.eval_size of {each.name} is 0."
+                        f"{path}: runs are compared by held-out loss, and data.eval_size of {each.name} is 0. "
+                        "Give it rows to hold out."
                     )
         return plan
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from lorafa.conf.compose import compose
-from lorafa.data.chat import encoded
+from lorafa.data.chat import WHOLE, encoded
 from lorafa.data.records import Record
 from lorafa.data.shares import names_of
 from lorafa.data.templates import find_template
@@ -20,9 +20,6 @@ from lorafa.runs.subjects import Named, held_out, require_same_data
 from lorafa.train.evaluation import not_for
 from lorafa.train.progress import progress_bar
 from lorafa.train.settings.run import ModelConfig, RunConfig
-
-_WHOLE = 2**31
-"""No text is as long."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +64,26 @@ def measured(subjects: Sequence[Named], asked: Asked, console: Console) -> dict[
     """
     items = dict[str, list[Any]]()
     found: dict[str, list[Scores]] = {task.name: [] for task in asked.tasks}
-    if len(subjects) > 1:
-        for named in subjects:
-            model, tokenizer = _loaded(named, subjects, asked, console)
-            items = items or _items(subjects, asked, model, tokenizer, console)
-            for task in asked.tasks:
-                _checked(_subject(named, model, tokenizer, task, items, subjects, asked), task, items)
-            del model
-    for named in subjects:
+
+    def ready(named: Named) -> list[Subject]:
+        """The subject, loaded, as each task asks it."""
+        nonlocal items
         model, tokenizer = _loaded(named, subjects, asked, console)
         items = items or _items(subjects, asked, model, tokenizer, console)
-        for task in asked.tasks:
-            subject = _checked(_subject(named, model, tokenizer, task, items, subjects, asked), task, items)
+        of_tasks = [_subject(named, model, tokenizer, task, items, subjects, asked) for task in asked.tasks]
+        for task, subject in zip(asked.tasks, of_tasks, strict=True):
+            task.entry.check(subject, items[task.name], task.own)
+        return of_tasks
+
+    if len(subjects) > 1:
+        for named in subjects:
+            ready(named)
+    for named in subjects:
+        for task, subject in zip(asked.tasks, ready(named), strict=True):
             with progress_bar(console, f"{named.name}: {task.name}") as bar:
                 batch_size = asked.config.eval.batch_size
                 found[task.name].append(task.entry.measure(subject, items[task.name], task.own, batch_size, bar))
             del subject  # which holds the model, and the next one is to have its room
-        del model
     return found
 
 
@@ -116,7 +116,7 @@ def _subject(
     if not task.entry.needs <= bare.kind.offers:
         raise ConfigError(f"{named.name}: {not_for(task.name, bare.kind, of_run=False)}")
     records = [item for item in items[task.name] if isinstance(item, Record)]
-    encoder = bare.kind.encoding(model).make(tokenizer, _WHOLE)
+    encoder = bare.kind.encoding(model).make(tokenizer, WHOLE)
     ends = encoded(records, encoder).ends if records else frozenset[int]()
     return Subject(model, tokenizer, ends, _max_length(named, subjects, asked))
 
@@ -127,11 +127,6 @@ def _max_length(named: Named, subjects: Sequence[Named], asked: Asked) -> int:
         return asked.max_length
     of_runs = [one.run.config() for one in (named, *subjects) if one.run is not None]
     return (of_runs[0] if of_runs else asked.config).data.max_length
-
-
-def _checked(subject: Subject, task: Task, items: Mapping[str, Sequence[Any]]) -> Subject:
-    task.entry.check(subject, items[task.name], task.own)
-    return subject
 
 
 def _items(
@@ -152,7 +147,10 @@ def _items(
             heldout = held_out(own, model, tokenizer, console) if heldout is None else heldout
             items[task.name] = task.entry.asks(heldout, task.own)
             if not items[task.name]:
-                raise DataError(f"{task.name} asks none of the {len(heldout)} rows that {subjects[0].name} holds out.")
+                raise DataError(
+                    f"{task.name} asks none of the {len(heldout)} rows that {subjects[0].name} holds out. Give others: "
+                    "data=<file>."
+                )
             continue
         if task.entry.read is None:
             raise ConfigError(f"task={task.name} measures the training of a run alone. Give another task.")
@@ -161,6 +159,6 @@ def _items(
         with main_first():
             read = [item for name in names for item in task.entry.read(Source(name, columns), task.own)]
         if not read:
-            raise DataError(f"{asked.data or task.name} holds nothing that {task.name} could ask.")
+            raise DataError(f"{asked.data or task.name} holds nothing that {task.name} could ask. Give other rows.")
         items[task.name] = read
     return items

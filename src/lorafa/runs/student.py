@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-LEVEL = 0.95
+from lorafa.evals.intervals import upper_end
+
 _TINY, _CLOSE, _TERMS = 1e-300, 1e-15, 10_000
 
 
@@ -86,7 +87,7 @@ def interval(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
         return {}
     half = None
     if len(values) > 1:
-        t = quantile(1 - (1 - LEVEL) / (2 * comparisons), len(values) - 1)
+        t = quantile(upper_end(comparisons), len(values) - 1)
         half = t * statistics.stdev(values) / math.sqrt(len(values))
     found = {"mean": statistics.mean(values), "half_width": half, "values": list(values)}
     return found if comparisons == 1 else {**found, "comparisons": comparisons}

@@ -88,7 +88,9 @@ def find(name: str, base: str | None = None) -> Named:
     path = user_path(name)
     is_run = os.path.isfile(path / CONFIG)
     if not is_run and "/" in name and os.path.isdir(path.parent) and not os.path.lexists(path):
-        raise SourceError(f"There is no run, adapter or model {name!r}: {path.parent} has nothing of that name.")
+        raise SourceError(
+            f"There is no run, adapter or model {name!r}: {path.parent} has nothing of that name. Check the path."
+        )
     if base is not None and (is_run or not _is_adapter(name, path)):
         what = "a run, which has its own base" if is_run else "no adapter"
         raise ConfigError(f"--base {base} is the base model of an adapter, and {name!r} is {what}. Leave it out.")

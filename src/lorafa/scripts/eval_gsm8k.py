@@ -151,6 +151,7 @@ def problems(file: str | None) -> list[Record]:
 def _ready(args: argparse.Namespace, directory: RunDirectory | None) -> tuple[Any, Any]:
     """The model that is asked, on this process's device, and its tokenizer with the published way to write a text."""
     from lorafa.data.templates import find_template
+    from lorafa.evals.gsm8k import BARE
     from lorafa.models.load import load_model, on_accelerator
     from lorafa.runs.trained import trained_model
 
@@ -159,7 +160,7 @@ def _ready(args: argparse.Namespace, directory: RunDirectory | None) -> tuple[An
     else:
         assert directory is not None
         model, tokenizer = trained_model(directory)
-    tokenizer.chat_template = find_template("spaced")
+    tokenizer.chat_template = find_template(BARE)
     return on_accelerator(model), tokenizer
 
 

@@ -98,6 +98,15 @@ def test_help_has_examples_and_the_exit_status(command: str, capsys: pytest.Capt
     assert "exit status: 0 done, 1" in text
 
 
+def test_the_help_of_eval_says_which_evaluations_are_no_task(capsys: pytest.CaptureFixture[str]) -> None:
+    from lorafa.evals import EVALS
+
+    with pytest.raises(SystemExit):
+        cli.parse(["eval", "--help"])
+    of_runs = [name for name in EVALS.names() if EVALS.get(name).read is None]
+    assert f"\n({', '.join(of_runs)}: in a training alone)\n" in capsys.readouterr().out
+
+
 def test_only_commands_that_work_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out

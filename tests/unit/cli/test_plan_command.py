@@ -112,6 +112,12 @@ def test_a_start_from_data_says_what_is_left_out(place: Path, capsys: pytest.Cap
     assert "model.quantize=nf4 is not counted: the base is counted as if it were dense." in notes
 
 
+def test_what_forgetting_draws_is_said_to_be_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "What eval.forgetting draws and compares is not counted."
+    assert note in planned(place, capsys, "eval.forgetting=true")["notes"]
+    assert note not in planned(place, capsys)["notes"]
+
+
 def test_a_run_that_is_continued_is_planned_with_its_settings(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,14 @@ def make_decoder(folder: Path) -> Path:
     return place
 
 
+def make_graded(folder: Path) -> Path:
+    """A causal decoder, and rows whose answers are numbers."""
+    rows = [{"prompt": f"{at} and 1", "completion": f"{at} + 1 = {at + 1}\n#### {at + 1}"} for at in range(40)]
+    place = make_workplace(folder)
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return place
+
+
 MAKERS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "encoder": (make_bert, []),
     "encoder with a head of its own": (
@@ -107,7 +115,7 @@ def test_activations_are_what_autograd_keeps(place: tuple[Path, list[str]]) -> N
 
 def test_the_bounds_are_those_of_the_kind(place: tuple[Path, list[str]]) -> None:
     config, shape, found, batches = counted([*words_of(place), "data.max_length=16"])
-    widest = bounds(config, 32, "a test", shape.kind)
+    widest = bounds(config, shape.model, "a test", shape.kind)
     assert widest.training.shapes["input_ids"] == (3, 16)
     assert len(widest.training.shapes["labels"]) == len(batches.training.shapes["labels"])
     assert widest.training.tokens >= batches.training.tokens
@@ -117,6 +125,21 @@ def test_the_bounds_are_those_of_the_kind(place: tuple[Path, list[str]]) -> None
     assert found.course is not None
     assert most.course.kept() >= found.course.kept()
     assert (widest.asked is None) == (batches.asked is None)
+
+
+@pytest.mark.parametrize("longest", [[], ["eval.max_new_tokens=3"]])
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [(make_t5, ["eval=match"]), (make_decoder, ["eval=match"]), (make_graded, [])],
+    ids=["T5", "match", "gsm8k"],
+)
+def test_answers_are_as_long_as_those_of_the_run(
+    make: Callable[[Path], Path], more: list[str], longest: list[str], tmp_path: Path
+) -> None:
+    words = words_of((make(tmp_path), [*more, *longest]))
+    asked = counted(words)[3].asked
+    assert cli.main(["train", *words]) == 0
+    assert asked.new_tokens == read(tmp_path / "run" / "result.json")["after"]["max_new_tokens"]
 
 
 def test_params_counts_a_new_head_as_trained_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lorafa import LoraConfig, get_peft_model
@@ -181,7 +182,11 @@ def test_a_config_without_a_number_format_goes_by_the_files(model: str, tmp_path
 
 def test_bounds_are_rows_as_long_as_allowed() -> None:
     config = compose(["data.max_length=100", "train.batch_size=3", "eval.batch_size=5", "eval.max_new_tokens=30"])
-    found = bounds(config, 64, "no rows")
+    small = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=64,
+        vocab_size=8,
+    ))  # fmt: skip
+    found = bounds(config, small, "no rows")
     assert (found.training.rows, found.training.tokens, found.training.supervised) == (3, 64, 3 * 63)
     assert found.asked == Asked(5, 34, 30)
     assert "rows of 64 tokens (no rows)" in found.source

@@ -10,7 +10,8 @@ import pytest
 
 from lorafa.errors import DataError
 from lorafa.evals.entry import Measured
-from lorafa.evals.paired import mean_interval, normal_point, paired_difference
+from lorafa.evals.intervals import normal_point
+from lorafa.evals.paired import mean_interval, paired_difference
 
 
 def test_without_weights_it_is_the_interval_of_a_mean() -> None:

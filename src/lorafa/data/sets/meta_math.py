@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorafa.data.cells import Row, text_of
+from lorafa.data.cells import MEND, Row, text_of
 from lorafa.data.records import Message, Record
 from lorafa.data.rows import record_of
 from lorafa.data.sets.prompts import asked
@@ -32,7 +32,7 @@ def _record(row: Row, place: str) -> Record:
     response = text_of(row, place, "response")
     answer = response.partition(END)[0]
     if not answer.strip():
-        raise DataError(f"{place}: nothing stands before {END.strip()!r}. Mend or delete the row.")
+        raise DataError(f"{place}: nothing stands before {END.strip()!r}. {MEND}")
     whole = record_of((prompt, Message("assistant", response)), place)
     return replace(whole, messages=(prompt, Message("assistant", answer)))
 

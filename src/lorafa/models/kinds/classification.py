@@ -17,19 +17,17 @@ from lorafa.data.pairs import prompts_of
 from lorafa.data.records import Record
 from lorafa.errors import SourceError
 from lorafa.models.kinds.checks import check_finite
-from lorafa.models.kinds.entry import CLASSES, Kind, RowLosses
+from lorafa.models.kinds.entry import CLASSES, CLASSIFIER, Kind, RowLosses, architecture_of
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.models.sourced import as_source_error, model_step
 
-HEAD = "ForSequenceClassification"
-"""How classes of transformers end that have such a head."""
 WRITERS = ("ForCausalLM", "LMHeadModel")
 """How those end that write text, which an encoder's config may name, too."""
 
 
 def _own_classes(config: Any) -> tuple[str, ...]:
     """Those that a checkpoint with this config has a head for; none where it has no head."""
-    headed = (getattr(config, "architectures", None) or [""])[0].endswith(HEAD)
+    headed = architecture_of(config).endswith(CLASSIFIER)
     return tuple(str(name) for _, name in sorted(config.id2label.items())) if headed else ()
 
 
@@ -44,12 +42,12 @@ class Classification(Kind):
     usual_eval = "accuracy"
 
     def is_of(self, model: Any) -> bool:
-        return type(model).__name__.endswith(HEAD)
+        return type(model).__name__.endswith(CLASSIFIER)
 
     def is_made_for(self, config: Any) -> bool:
         """A config that names a classifier, or an encoder that is no decoder as well."""
-        named = (getattr(config, "architectures", None) or [""])[0]
-        if named.endswith(HEAD):
+        named = architecture_of(config)
+        if named.endswith(CLASSIFIER):
             return True
         if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
             return False

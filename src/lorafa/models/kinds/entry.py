@@ -27,6 +27,9 @@ LIKELIHOOD = "likelihood"
 CLASSES = "classes"
 """It chooses one of several classes."""
 
+CLASSIFIER = "ForSequenceClassification"
+"""How classes of transformers end that have a head of classes."""
+
 
 class Kind(ABC):
     """A line of ``KINDS``: what is loaded, how a record becomes a sample, samples a batch, and a batch a loss.
@@ -110,6 +113,11 @@ class Kind(ABC):
     def longest(self, samples: Sequence[Sample]) -> int | None:
         """The most tokens that are read, or written, at once; None: those of a whole sample."""
         return None
+
+
+def architecture_of(config: Any) -> str:
+    """The class of transformers that a checkpoint with this config is of; an empty text where it does not say."""
+    return str((getattr(config, "architectures", None) or [""])[0])
 
 
 def per_row(losses: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from lorafa.data.pairs import PAIRS, PairCollator, divided, prompts_of
 from lorafa.data.records import Record
 from lorafa.errors import SourceError
 from lorafa.models.kinds.checks import check_finite
-from lorafa.models.kinds.entry import LIKELIHOOD, TEXT, Kind, RowLosses, per_row
+from lorafa.models.kinds.entry import CLASSIFIER, LIKELIHOOD, TEXT, Kind, RowLosses, architecture_of, per_row
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.models.sourced import as_source_error, model_step
 
@@ -33,11 +33,11 @@ class Seq2Seq(Kind):
 
     def is_of(self, model: Any) -> bool:
         pairs = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
-        return pairs and not type(model).__name__.endswith("ForSequenceClassification")
+        return pairs and not type(model).__name__.endswith(CLASSIFIER)
 
     def is_made_for(self, config: Any) -> bool:
-        named = (getattr(config, "architectures", None) or [""])[0]
-        return bool(getattr(config, "is_encoder_decoder", False)) and not named.endswith("ForSequenceClassification")
+        pairs = bool(getattr(config, "is_encoder_decoder", False))
+        return pairs and not architecture_of(config).endswith(CLASSIFIER)
 
     def check(self, where: str, model: Any) -> None:
         """It says what its decoder reads, and its output for one token is finite."""

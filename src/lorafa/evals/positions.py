@@ -1,0 +1,43 @@
+"""The logits of a model at the positions of a batch whose next label counts, and at no others where it can be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.data.chat import IGNORE
+from lorafa.models.head_loss import HiddenStates, LogitTransform
+
+
+class Positions:
+    """An objective of :func:`lorafa.models.head_loss.supervised_nll` that computes no loss: it keeps what the head
+    reads at the positions that count, and the head itself."""
+
+    layers: tuple[int, ...] = ()
+    rows: Tensor
+    """(positions, size)."""
+    head: nn.Linear
+    transform: LogitTransform
+
+    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+        self.head, self.transform = states.head, states.transform
+        self.rows = states.last[(targets != IGNORE).to(states.last.device)]
+        return states.last.new_zeros(()), len(self.rows)
+
+    def logits(self, chunk: slice = slice(None)) -> Tensor:
+        """(positions of the chunk, vocabulary), in float32 at least."""
+        weight, bias = self.head.weight, self.head.bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return self.transform.apply_(nn.functional.linear(self.rows[chunk].to(weight.dtype), weight, bias).to(wide))
+
+
+def from_all_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The same, (positions, vocabulary) in the model's own number format, of a model that cannot be cut before its
+    head."""
+    inputs = dict(batch)
+    counted = inputs.pop("labels")[:, 1:] != IGNORE
+    found: Tensor = model(**inputs, use_cache=False).logits[:, :-1][counted]
+    return found
