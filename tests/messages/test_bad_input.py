@@ -111,8 +111,6 @@ CONTRADICTIONS = [
     ),
 ]
 LATER = {
-    "aLoRA": {"alora_invocation_tokens": [1]},
-    "QA-LoRA": {"use_qalora": True},
     "VeLoRA": {"velora_config": {}},
     "MonteCLoRA": {"monteclora_config": {}},
     "BD-LoRA": {"use_bdlora": {}},

@@ -45,7 +45,9 @@ SETTINGS: list[dict[str, object]] = [
     {"init_lora_weights": "eva"},
     {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}},
     {"init_lora_weights": "pissa_niter_4", "layer_replication": [(0, 2), (1, 3)]},
-    {"velora_config": {"num_groups": 8}, "kasa_config": {"beta": 0.5}, "use_bdlora": {"nblocks": 2}},
+    {"kasa_config": {"beta": 0.5}},
+    {"use_bdlora": {"nblocks": 2}},
+    {"velora_config": {"num_groups": 8}},
     {"arrow_config": {"top_k": 2, "task_adapter_names": ["a"]}, "monteclora_config": {"num_samples": 2}},
 ]
 
@@ -249,7 +251,6 @@ def test_saving_over_a_file_leaves_the_file(tmp_path):
 
 
 LATER: list[tuple[dict[str, object], str]] = [
-    ({"use_qalora": True}, "use_qalora"),
     ({"velora_config": {}}, "velora_config"),
     ({"monteclora_config": {}}, "monteclora_config"),
     ({"use_bdlora": {}}, "use_bdlora"),
@@ -282,8 +283,8 @@ def test_what_is_there_is_available_and_makes_an_adapter(start, use_dora):
 
 
 def test_two_features_that_are_not_there_are_both_named():
-    config = LoraConfig(use_qalora=True, layer_replication=[[0, 2]])
-    with pytest.raises(NotAvailableError, match=r"QA-LoRA \(use_qalora=True\) and .*\(layer_replication=.*\) are not"):
+    config = LoraConfig(arrow_config={}, layer_replication=[[0, 2]])
+    with pytest.raises(NotAvailableError, match=r"Arrow routing \(arrow_.*\) and .*\(layer_replication=.*\) are not"):
         require_available(config)
 
 

@@ -11,7 +11,7 @@ from lorafa.backends.base import is_hooked
 from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.weights import updated_tensors
-from lorafa.numerics.fused import autocast_dtype, compute_dtype, low_rank_linear
+from lorafa.numerics.fused import Keep, autocast_dtype, compute_dtype, low_rank_linear
 
 
 class LoraLinear(LoraLayer):
@@ -62,8 +62,10 @@ class LoraLinear(LoraLayer):
             return bias
         return change.to(self.base_weight().dtype) if bias is None else bias + change.to(bias.dtype)
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
-        return low_rank_linear(x, A, B, scaling, dropout=dropout)
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0, keep: Keep | None = None
+    ) -> Tensor:
+        return low_rank_linear(x, A, B, scaling, dropout=dropout, keep=keep)
 
     def dense_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         base = self.base_layer

@@ -116,7 +116,8 @@ def by_modules(layer: AdaptedLayer, adapter: Adapter, x: Tensor, *, drops: bool 
     if A is None or B is None:
         change = layer.low_rank(dropped, adapter.A, adapter.B, adapter.scaling)
     else:
-        change = B(adapter.variant.between(adapter, A(dropped))) * adapter.scaling
+        z = adapter.variant.between(adapter, A(adapter.variant.before(adapter, dropped)))
+        change = B(z) * adapter.scaling
     start = adapter.start_of(x)
     return change if start is None else change - start
 

@@ -260,6 +260,17 @@ def _of_few_rows(
     return _with_gain(y, inner_bias, gain)[0]
 
 
+def _learning_from_kept(x: Tensor, A: Tensor, p: float, keep: Keep) -> Tensor:
+    """A drop(x), (..., r), with the gradient of A that what is kept of x gives, and that of x as it is."""
+    with torch.no_grad():
+        kept = keep.load(keep.save(x)).to(x.dtype)
+    if p:
+        mask = nn.functional.dropout(torch.ones_like(x), p)
+        x, kept = x * mask, kept * mask
+    seen = nn.functional.linear(kept, A)
+    return nn.functional.linear(x, A.detach()) + (seen - seen.detach())
+
+
 def _in_plain_operations(
     x: Tensor,
     weight: Tensor | None,
@@ -269,11 +280,15 @@ def _in_plain_operations(
     B: Tensor,
     scaling: float | Tensor,
     p: float,
+    keep: Keep | None,
 ) -> Tensor:
     dtype = compute_dtype(x)
     x = x.to(dtype)
-    dropped = nn.functional.dropout(x, p) if p else x
-    y = nn.functional.linear(nn.functional.linear(dropped, A.to(dtype)), B.to(dtype)) * scaling
+    if keep is None or (weight is not None and weight.requires_grad):
+        z = nn.functional.linear(nn.functional.dropout(x, p) if p else x, A.to(dtype))
+    else:
+        z = _learning_from_kept(x, A.to(dtype), p, keep)
+    y = nn.functional.linear(z, B.to(dtype)) * scaling
     bias = None if bias is None else bias.to(dtype)
     if weight is not None:
         y = nn.functional.linear(x, weight.to(dtype), bias) + y
@@ -311,7 +326,7 @@ def low_rank_linear(
         gain: (out,), one factor an output feature.
         dropout: probability in [0, 1) of zeroing an element of x before A; rounded to a multiple of 2^-15.
         keep: what is kept of x for the gradient of A; None keeps x as it came. Not used where ``weight`` requires a
-            gradient, nor in plain operations.
+            gradient.
 
     Returns:
         (..., out) in the dtype the products are taken in.
@@ -319,7 +334,7 @@ def low_rank_linear(
     Second derivatives raise: use torch.func or :func:`torch.compile`, where plain operations are used instead.
     """
     if is_traced():
-        return _in_plain_operations(x, weight, bias, gain, A, B, scaling, dropout)
+        return _in_plain_operations(x, weight, bias, gain, A, B, scaling, dropout, keep)
     dtype = compute_dtype(x)
     few = x.numel() <= A.shape[0] * x.shape[-1]
     with _without_autocast(x):

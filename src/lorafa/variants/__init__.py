@@ -21,6 +21,7 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "lora_sb": "lorafa.variants.lora_sb:LoRASB",
         "kasa": "lorafa.variants.kasa:KaSA",
         "alora": "lorafa.variants.alora:ALoRA",
+        "qalora": "lorafa.variants.qalora:QALoRA",
     },
 )
 
@@ -87,5 +88,6 @@ def formula_of(types: Iterable[type[Variant]], config: HasStart, spec: LayerSpec
 
 
 def is_plain_lora(config: HasStart) -> bool:
-    """Whether the update a config asks for is s B A with A and B as they are stored."""
-    return all(variant.plain and variant.factors_are_stored for variant in variant_types(config))
+    """Whether the update a config asks for is s B A with A and B as they are stored, and nothing beside them."""
+    types = variant_types(config)
+    return all(variant.plain and variant.factors_are_stored and not variant.extras for variant in types)

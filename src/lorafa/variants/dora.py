@@ -70,7 +70,9 @@ class DoRA(Variant):
             return None
         weight, bias = dense
         gain = self._gain(adapter, adapter.layer.base_weight())
-        return low_rank_linear(x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, gain=gain)
+        return low_rank_linear(
+            x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, gain=gain, keep=adapter.kept(x)
+        )
 
     def _gain(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """m / ||W + s B A||, (out,), in float32 or float64, with a gradient for m alone."""

@@ -1,0 +1,92 @@
+"""What the papers of single formulas promise: claims about numbers, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa.errors import ConfigError
+from toys.adapters import only_layer, train
+from toys.compare import close
+from toys.layers import Single
+from toys.watch import Kept
+
+OUT, IN, R = 10, 24, 4
+
+
+def on_linear(dtype: torch.dtype = torch.float64, **settings: object) -> PeftModel:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["layer"], r=R, lora_alpha=6, init_seed=1, **settings)  # type: ignore[arg-type]
+    model = get_peft_model(Single(nn.Linear(IN, OUT)).to(dtype), config, autocast_adapter_dtype=False)
+    train(model)
+    return model
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+
+
+def kept_for_backward(model: PeftModel, x: Tensor) -> int:
+    with Kept(*model.parameters(), *model.buffers()) as kept:
+        model(x)
+    return kept.bytes
+
+
+# ---- QA-LoRA (arXiv:2309.14717)
+
+
+def grouped_codes(weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of a group-wise quantized weight: W = scale * (code - zero) (equation 1)."""
+    groups = weight.unflatten(1, (-1, size))
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    scale = (high - low) / 15
+    return ((groups - low) / scale).round(), scale, -low / scale
+
+
+@pytest.mark.parametrize("size", [2, 4, 12])
+def test_qalora_merges_into_the_zero_points_of_a_quantized_weight_and_leaves_its_codes(size: int) -> None:
+    """Section 3.3: a merge is zero - (s B A) / scale for each group, with the codes and scales as they are."""
+    model = on_linear(use_qalora=True, qalora_group_size=size)
+    layer = only_layer(model)
+    codes, scale, zero = grouped_codes(layer.base_weight().detach(), size)
+    layer.get_base_layer().weight.data = (scale * (codes - zero)).flatten(1)
+    by_group = layer.adapters["default"].product().unflatten(1, (-1, size))
+    assert by_group.abs().max() > 0.05
+    close(by_group, by_group[..., :1].expand_as(by_group))
+    merged = model.merge_and_unload().layer.weight
+    close(merged, (scale * (codes - (zero - by_group[..., :1] / scale))).flatten(1))
+
+
+def test_qalora_sees_the_means_of_groups_times_their_number_and_has_fewer_parameters() -> None:
+    """The factor is PEFT's: the sum over a group, which is the paper's, times in / g^2."""
+    model = on_linear(use_qalora=True, qalora_group_size=4)
+    layer, x = only_layer(model), inputs(3, 5)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert A.shape == (R, IN // 4)
+    pooled = x.unflatten(-1, (6, 4)).mean(-1) * 6
+    close(model(x), layer.base_layer(x) + 1.5 * pooled @ A.T @ B.T)
+
+
+def test_qalora_keeps_one_number_a_group_for_backward_and_learns_the_same() -> None:
+    x = inputs(50)
+    plain, grouped = on_linear(), on_linear(use_qalora=True, qalora_group_size=4)
+    assert kept_for_backward(plain, x) - kept_for_backward(grouped, x) >= 8 * 50 * (IN - IN // 4) - 8 * R * IN
+    layer = only_layer(grouped)
+    probe = torch.randn(50, OUT, dtype=torch.float64)
+    (grouped(x) * probe).sum().backward()
+    A, B = (holder["default"].weight.detach().requires_grad_() for holder in (layer.lora_A, layer.lora_B))
+    pooled = x.unflatten(-1, (6, 4)).mean(-1) * 6
+    (1.5 * pooled @ A.T @ B.T * probe).sum().backward()
+    close(layer.lora_A["default"].weight.grad, A.grad)
+    close(layer.lora_B["default"].weight.grad, B.grad)
+
+
+def test_qalora_refuses_groups_that_do_not_fill_the_inputs_and_starts_of_dense_factors() -> None:
+    with pytest.raises(ConfigError, match=r"layer: its 24 inputs are no whole .* qalora_group_size=16. Set a size that"):
+        on_linear(use_qalora=True)
+    with pytest.raises(ConfigError, match=r"init_lora_weights='pissa' makes A and B of shapes \(4, 24\) and \(10, 4\)"):
+        on_linear(use_qalora=True, qalora_group_size=4, init_lora_weights="pissa")
+    with pytest.raises(ConfigError, match="lora_bias=True does not work with use_qalora=True"):
+        on_linear(use_qalora=True, qalora_group_size=4, lora_bias=True)
