@@ -59,6 +59,7 @@ def read_back(workplace: Path, run: Path, *more: str) -> dict[str, Any]:
 
 FACTORS = {
     "qalora": ["peft.use_qalora=true", "peft.qalora_group_size=4"],
+    "bdlora": ["peft.use_bdlora={target_modules_bd_a:[o_proj,down],target_modules_bd_b:[q,k_,v_,gate,up],nblocks:2}"],
 }
 """What asks for each formula of B A."""
 

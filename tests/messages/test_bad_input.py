@@ -113,7 +113,6 @@ CONTRADICTIONS = [
 LATER = {
     "VeLoRA": {"velora_config": {}},
     "MonteCLoRA": {"monteclora_config": {}},
-    "BD-LoRA": {"use_bdlora": {}},
     "Arrow": {"arrow_config": {}},
     "Megatron": {"megatron_config": {"a": 1}},
     "replication": {"layer_replication": [(0, 1)]},

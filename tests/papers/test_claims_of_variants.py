@@ -84,9 +84,62 @@ def test_qalora_keeps_one_number_a_group_for_backward_and_learns_the_same() -> N
 
 
 def test_qalora_refuses_groups_that_do_not_fill_the_inputs_and_starts_of_dense_factors() -> None:
-    with pytest.raises(ConfigError, match=r"layer: its 24 inputs are no whole .* qalora_group_size=16. Set a size that"):
+    with pytest.raises(ConfigError, match=r"layer: its 24 inputs are no whole .* qalora_group_size=16. Set a size"):
         on_linear(use_qalora=True)
     with pytest.raises(ConfigError, match=r"init_lora_weights='pissa' makes A and B of shapes \(4, 24\) and \(10, 4\)"):
         on_linear(use_qalora=True, qalora_group_size=4, init_lora_weights="pissa")
     with pytest.raises(ConfigError, match="lora_bias=True does not work with use_qalora=True"):
         on_linear(use_qalora=True, qalora_group_size=4, lora_bias=True)
+
+
+# ---- BD-LoRA: PEFT's documentation of BdLoraConfig
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bdlora_with_blocks_of_A_needs_of_each_share_of_the_inputs_its_own_block_alone(count: int) -> None:
+    model = on_linear(use_bdlora={"target_modules_bd_a": ["layer"], "nblocks": count})
+    layer, x = only_layer(model), inputs(5)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert A.shape == (R, IN // count)
+    shares = zip(x.chunk(count, -1), A.chunk(count), B.chunk(count, 1), strict=True)
+    close(model(x) - layer.base_layer(x), 1.5 * sum(part @ block.T @ columns.T for part, block, columns in shares))
+
+
+def test_bdlora_with_blocks_of_B_makes_each_share_of_the_outputs_by_its_own_block_alone() -> None:
+    model = on_linear(use_bdlora={"target_modules_bd_b": ["lay"], "nblocks": 2})
+    layer, x = only_layer(model), inputs(5)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert B.shape == (OUT, R // 2)
+    shares = [x @ rows.T @ block.T for rows, block in zip(A.chunk(2), B.chunk(2), strict=True)]
+    close(model(x) - layer.base_layer(x), 1.5 * torch.cat(shares, -1))
+
+
+def test_bdlora_starts_as_the_base_and_its_random_A_by_the_inputs_of_a_row() -> None:
+    torch.manual_seed(0)
+    settings = {"target_modules_bd_a": ["layer"], "nblocks": 2}
+    model = get_peft_model(Single(nn.Linear(IN, OUT)), LoraConfig(r=400, target_modules=["layer"], use_bdlora=settings))
+    layer, x = only_layer(model), inputs(5, dtype=torch.float32)
+    assert torch.equal(model(x), layer.base_layer(x))
+    bound = (IN / 2) ** -0.5
+    assert 0.98 * bound < float(layer.lora_A["default"].weight.abs().max()) <= bound
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, r"layer is named by neither target_modules_bd_a nor target_modules_bd_b .* match_strict=False"),
+        ({"target_modules_bd_a": ["lay"], "target_modules_bd_b": ["yer"]}, r"layer is named by .*_bd_a and by"),
+        ({"target_modules_bd_a": ["layer"], "nblocks": 3}, r"layer: A is 4 x 24, and use_bdlora.nblocks=3 does not"),
+        ({"target_modules_bd_b": ["layer"], "nblocks": 4}, r"layer: B is 10 x 4, and .* both numbers. Set one that"),
+    ],
+)
+def test_bdlora_refuses_lists_and_blocks_that_do_not_fit(settings: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        on_linear(use_bdlora=settings)
+
+
+def test_bdlora_that_is_not_strict_gives_other_layers_plain_lora() -> None:
+    model = on_linear(use_bdlora={"target_modules_bd_a": ["other"], "match_strict": False, "nblocks": 2})
+    adapter = only_layer(model).adapters["default"]
+    assert adapter.A.shape == (R, IN)
+    assert adapter.factors[0] is adapter.A

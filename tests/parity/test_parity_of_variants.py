@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lorafa
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from toys.adapters import train
 from toys.parity import stored, stored_config
@@ -97,6 +98,54 @@ def test_a_qalora_file_of_ours_is_plain_lora_there_and_comes_back_grouped(tmp_pa
 
 def test_dora_over_qalora_is_dora_there(tmp_path: Path) -> None:
     model = ours(use_qalora=True, qalora_group_size=4, use_dora=True)
+    model.save_pretrained(tmp_path)
+    same(read_there(tmp_path), model)
+    assert torch.equal(read_here(tmp_path)(X), model(X))
+
+
+# ---- BD-LoRA
+
+BLOCKS = {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
+
+
+def blocks(library: Any) -> Any:
+    return lorafa.BdLoraConfig(**BLOCKS) if library is lorafa else peft.tuners.lora.BdLoraConfig(**BLOCKS)
+
+
+def test_bdlora_files_go_both_ways_in_the_compact_form_of_peft(tmp_path: Path) -> None:
+    here, there = ours(use_bdlora=blocks(lorafa)), theirs(use_bdlora=blocks(peft))
+    here.save_pretrained(tmp_path / "ours")
+    there.save_pretrained(tmp_path / "theirs")
+    shapes = [{key: value.shape for key, value in stored(tmp_path / name).items()} for name in ("ours", "theirs")]
+    assert shapes[0] == shapes[1]
+    assert stored_config(tmp_path / "ours")["use_bdlora"] == stored_config(tmp_path / "theirs")["use_bdlora"]
+    same(read_there(tmp_path / "ours"), here)
+    same(read_here(tmp_path / "theirs"), there)
+    assert torch.equal(read_here(tmp_path / "ours")(X), here(X))
+
+
+def test_bdlora_learns_the_same_as_in_peft_and_merges_to_the_same(tmp_path: Path) -> None:
+    there = theirs(use_bdlora=blocks(peft))
+    there.save_pretrained(tmp_path)
+    same_gradients(read_here(tmp_path, is_trainable=True), there)
+    torch.testing.assert_close(
+        read_here(tmp_path).merge_and_unload().o_proj.weight, there.merge_and_unload().o_proj.weight
+    )
+
+
+def same_gradients(here: nn.Module, there: nn.Module) -> None:
+    found = {}
+    for model in (here, there):
+        model.train()
+        model(X).square().sum().backward()
+        found[model] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found[here].keys() == found[there].keys()
+    for name, grad in found[there].items():
+        torch.testing.assert_close(found[here][name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_over_bdlora_is_dora_there(tmp_path: Path) -> None:
+    model = ours(use_bdlora=blocks(lorafa), use_dora=True)
     model.save_pretrained(tmp_path)
     same(read_there(tmp_path), model)
     assert torch.equal(read_here(tmp_path)(X), model(X))

@@ -17,6 +17,8 @@ from lorafa.surgery.walk import lora_layers
 from lorafa.variants import VARIANTS, variant_types
 from toys.layers import KINDS, PARAMETERS, Single, backend_for, base_layer, weight_for
 
+EVERY_NAME = list("aeiou0")
+"""Parts of names, of which each layer here has one."""
 VARIANT: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -26,9 +28,11 @@ VARIANT: dict[str, dict[str, Any]] = {
     "dora over kasa": {"use_dora": True, "init_lora_weights": "kasa"},
     "qalora": {"use_qalora": True, "qalora_group_size": 2},
     "dora over qalora": {"use_dora": True, "use_qalora": True, "qalora_group_size": 4},
+    "bdlora": {"use_bdlora": {"target_modules_bd_b": EVERY_NAME, "nblocks": 2}},
+    "dora over bdlora": {"use_dora": True, "use_bdlora": {"target_modules_bd_a": EVERY_NAME, "nblocks": 2}},
 }
 """The settings that ask for each variant, and for one over another."""
-OTHER_SHAPES = {"qalora"}
+OTHER_SHAPES = {"qalora", "bdlora"}
 """Those that store A or B in other shapes than the dense ones."""
 STARTS: list[bool | str] = [
     *(

@@ -12,7 +12,6 @@ from lorafa.version import VERSION
 _LATER_FIELDS = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
-    "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow routing",
     "megatron_config": "LoRA on Megatron's parallel layers",
     "layer_replication": "Layer replication",

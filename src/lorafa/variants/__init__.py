@@ -22,6 +22,7 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "kasa": "lorafa.variants.kasa:KaSA",
         "alora": "lorafa.variants.alora:ALoRA",
         "qalora": "lorafa.variants.qalora:QALoRA",
+        "bdlora": "lorafa.variants.bdlora:BDLoRA",
     },
 )
 

@@ -64,9 +64,8 @@ class BDLoRA(LoRA):
         rows, columns = shapes[self.blocked]
         if rows % count or columns % count:
             raise ConfigError(
-                f"{spec.name}: {self.blocked} is {rows} x {columns}, which {count} blocks (use_bdlora.nblocks) do not "
-                "divide both. Set a number of blocks that does, another rank, or leave the layer out with "
-                "exclude_modules."
+                f"{spec.name}: {self.blocked} is {rows} x {columns}, and use_bdlora.nblocks={count} does not divide "
+                "both numbers. Set one that does, another rank, or leave the layer out with exclude_modules."
             )
         return shapes | {self.blocked: (rows, columns // count)}
 
@@ -95,5 +94,5 @@ class BDLoRA(LoRA):
 
     def _diagonal(self, stacked: Tensor) -> Tensor:
         """The dense matrix of the blocks."""
-        dense: Tensor = torch.block_diag(*stacked.chunk(self.settings.nblocks, dim=0))
+        dense: Tensor = torch.block_diag(*stacked.chunk(self.settings.nblocks, dim=0))  # type: ignore[no-untyped-call]
         return dense
