@@ -486,12 +486,12 @@ class Variant(ABC):
         """
         return None if self.inner is None else self.inner.kept(adapter, x, dropout)
 
-    def before(self, adapter: Adapter, x: Tensor) -> Tensor:
-        """What goes into ``lora_A`` for x, where the modules are called one by one.
+    def is_called(self, adapter: Adapter) -> bool:
+        """Whether it is what calls of ``lora_A`` and ``lora_B`` compute, where they are not as they were made."""
+        return self.inner is None or self.inner.is_called(adapter)
 
-        Raises:
-            BackendError: the formula is not computed by calling them.
-        """
+    def before(self, adapter: Adapter, x: Tensor) -> Tensor:
+        """What goes into ``lora_A`` for x, where the modules are called one by one."""
         return x if self.inner is None else self.inner.before(adapter, x)
 
     def between(self, adapter: Adapter, z: Tensor) -> Tensor:
@@ -503,15 +503,11 @@ class Variant(ABC):
         if self.inner is not None:
             return self.inner.between(adapter, z)
         if not self.factors_are_stored:
-            raise self.not_called(adapter)
+            raise BackendError(
+                f"A hook is on lora_A, lora_B or lora_dropout of adapter {adapter.name!r}, or another module in its "
+                f"place, and {self.name} is not computed by calling them. Remove the hook."
+            )
         return z
-
-    def not_called(self, adapter: Adapter) -> BackendError:
-        """What says that the formula is not computed by calling the adapter's modules."""
-        return BackendError(
-            f"A hook is on lora_A, lora_B or lora_dropout of adapter {adapter.name!r}, or another module in its place, "
-            f"and {self.name} is not computed by calling them. Remove the hook."
-        )
 
     # ---- the formula
 

@@ -87,10 +87,8 @@ class BDLoRA(LoRA):
             return A, B
         return (self._diagonal(A), B) if self.blocked == "A" else (A, self._diagonal(B))
 
-    def before(self, adapter: Adapter, x: Tensor) -> Tensor:
-        if not self.factors_are_stored:
-            raise self.not_called(adapter)
-        return x
+    def is_called(self, adapter: Adapter) -> bool:
+        return self.factors_are_stored
 
     def _diagonal(self, stacked: Tensor) -> Tensor:
         """The dense matrix of the blocks."""
