@@ -395,10 +395,9 @@ def check_config(config: LoraConfig) -> None:
             raise ConfigError(
                 f"lora_bias=True does not work with {asked}={getattr(config, asked)!r}. Drop one of the two."
             )
-        if variant.learns_from_A and (config.freeze_A or "A" not in config.start.initializer.trains):
-            frozen = "freeze_A=True" if config.freeze_A else f"init_lora_weights={config.start.value!r}"
+        if variant.learns_from_A and config.freeze_A:
             raise ConfigError(
-                f"{frozen} freezes A, and {variant.switch} is about the gradient of A. Drop one of the two."
+                f"freeze_A=True freezes A, and {variant.switch} works by the gradient of A. Drop one of the two."
             )
 
 

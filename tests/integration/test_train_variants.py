@@ -60,6 +60,8 @@ def read_back(workplace: Path, run: Path, *more: str) -> dict[str, Any]:
 FACTORS = {
     "qalora": ["peft.use_qalora=true", "peft.qalora_group_size=4"],
     "bdlora": ["peft.use_bdlora={target_modules_bd_a:[o_proj,down],target_modules_bd_b:[q,k_,v_,gate,up],nblocks:2}"],
+    "velora": ["peft.velora_config.num_groups=4", "peft.velora_config.init_type=batch_average_once"],
+    "monteclora": ["peft.monteclora_config.num_samples=3", "peft.monteclora_config.use_entropy=true"],
 }
 """What asks for each formula of B A."""
 

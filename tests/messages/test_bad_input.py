@@ -111,8 +111,6 @@ CONTRADICTIONS = [
     ),
 ]
 LATER = {
-    "VeLoRA": {"velora_config": {}},
-    "MonteCLoRA": {"monteclora_config": {}},
     "Arrow": {"arrow_config": {}},
     "Megatron": {"megatron_config": {"a": 1}},
     "replication": {"layer_replication": [(0, 1)]},

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Dirichlet, MultivariateNormal, kl_divergence
+from torch.utils.checkpoint import checkpoint
 
-from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa import LoraConfig, PeftModel, get_peft_model, penalty
 from lorafa.errors import ConfigError
 from toys.adapters import only_layer, train
 from toys.compare import close
@@ -143,3 +147,256 @@ def test_bdlora_that_is_not_strict_gives_other_layers_plain_lora() -> None:
     adapter = only_layer(model).adapters["default"]
     assert adapter.A.shape == (R, IN)
     assert adapter.factors[0] is adapter.A
+
+
+# ---- VeLoRA (arXiv:2405.17991)
+
+VECTORS = ("batch_average", "batch_average_once", "random")
+
+
+def velora(groups: int = 6, **settings: Any) -> dict[str, Any]:
+    return {"velora_config": {"num_groups": groups} | settings}
+
+
+def gradients(model: PeftModel, x: Tensor, probe: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    (model(x) * probe).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(found) >= 2
+    return found
+
+
+def vector_of(model: PeftModel) -> Tensor:
+    return only_layer(model).adapters["default"].extra("vector")
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("init_type", VECTORS)
+def test_velora_computes_lora_and_its_gradients_but_for_that_of_A(init_type: str, use_dora: bool) -> None:
+    plain, ours = on_linear(use_dora=use_dora), on_linear(use_dora=use_dora, **velora(init_type=init_type, scale=0.5))
+    x, probe = inputs(7, 5).requires_grad_(), torch.randn(7, 5, OUT, dtype=torch.float64)
+    close(ours(x), plain(x))
+    expected, of_x = gradients(plain, x, probe), x.grad
+    x.grad = None
+    found = gradients(ours, x, probe)
+    close(x.grad, of_x)  # type: ignore[arg-type]
+    for name, grad in found.items():
+        if "lora_A" not in name:
+            close(grad, expected[name])
+        else:
+            assert (grad - expected[name]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("groups", [5, 6, 23])
+def test_the_gradient_of_A_is_that_of_inputs_projected_on_the_vector_group_by_group(groups: int) -> None:
+    """Equations 3 and 4: x_g -> s (x_g v) v, with zeros after the last input where groups are not full."""
+    model, x, probe = on_linear(**velora(groups, scale=0.7)), inputs(8), torch.randn(8, OUT, dtype=torch.float64)
+    found = gradients(model, x, probe)
+    size = -(-IN // groups)
+    padded = torch.cat([x, torch.zeros(8, -IN % size, dtype=torch.float64)], 1).unflatten(1, (-1, size))
+    v = vector_of(model)
+    mean = padded.flatten(0, 1).mean(0)
+    close(v, mean / mean.norm())
+    projected = (0.7 * (padded @ v)[..., None] * v).flatten(1)[:, :IN]
+    B = only_layer(model).lora_B["default"].weight
+    (of_A,) = (grad for name, grad in found.items() if "lora_A" in name)
+    close(of_A, 1.5 * (probe @ B).T @ projected)
+
+
+def test_inputs_whose_groups_lie_along_the_vector_lose_nothing() -> None:
+    v = torch.randn(4, dtype=torch.float64)
+    x = (inputs(8)[:, :6, None].abs() * v).flatten(1)
+    plain, ours = on_linear(), on_linear(**velora())
+    probe = torch.randn(8, OUT, dtype=torch.float64)
+    expected, found = gradients(plain, x, probe), gradients(ours, x, probe)
+    for name, grad in found.items():
+        close(grad, expected[name])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_velora_keeps_one_number_a_group_for_backward(dtype: torch.dtype, dropout: float) -> None:
+    x = inputs(100, dtype=dtype)
+    settings = {"lora_dropout": dropout}
+    plain = kept_for_backward(on_linear(dtype, **settings), x)
+    ours = kept_for_backward(on_linear(dtype, **settings, **velora()), x)
+    saved = 100 * (IN - 6) * dtype.itemsize
+    assert saved - 8 * IN // 6 <= plain - ours <= saved
+
+
+def test_velora_takes_its_vector_from_each_batch_from_the_first_or_from_none() -> None:
+    for init_type, moves in zip(VECTORS, (True, False, False), strict=True):
+        model = on_linear(**velora(init_type=init_type))
+        at_start = vector_of(model).clone()
+        assert bool(at_start.any()) == (init_type == "random")
+        seen = []
+        for number in range(2):
+            model(inputs(4) + number)
+            seen.append(vector_of(model).clone())
+            close(seen[-1].norm(), torch.ones(()), torch.float32)
+        assert torch.equal(seen[0], seen[1]) is not moves
+        model.eval()(inputs(4) + 5)
+        assert torch.equal(vector_of(model), seen[-1]), "only training takes it"
+        if init_type == "random":
+            assert torch.equal(at_start, seen[0])
+
+
+def test_a_batch_keeps_its_own_vector_until_its_backward() -> None:
+    model, probe = on_linear(**velora()), torch.randn(8, OUT, dtype=torch.float64)
+    alone = gradients(model, inputs(8), probe)
+    model.zero_grad()
+    loss = (model(inputs(8)) * probe).sum()
+    model(inputs(8) + 1)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in alone:
+            close(parameter.grad, alone[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("settings", [velora(), {"monteclora_config": {"sample_scaler": 0.1}}], ids=["velora", "mc"])
+def test_layers_that_run_again_in_backward_learn_the_same(settings: dict[str, Any], reentrant: bool) -> None:
+    model, probe = on_linear(lora_dropout=0.3, **settings), torch.randn(8, OUT, dtype=torch.float64)
+    x, found = inputs(8).requires_grad_(), []
+    for again in (False, True):
+        torch.manual_seed(3)
+        model.zero_grad()
+        y = checkpoint(model, x, use_reentrant=reentrant) if again else model(x)
+        (y * probe).sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("init_type", VECTORS)
+def test_velora_compiled_learns_from_what_it_would_keep(init_type: str) -> None:
+    x, probe = inputs(8), torch.randn(8, OUT, dtype=torch.float64)
+    expected = gradients(on_linear(**velora(init_type=init_type)), x, probe)
+    model = on_linear(**velora(init_type=init_type))
+    compiled = torch.compile(model, backend="aot_eager")
+    close(compiled(x), model(x))
+    model.zero_grad()
+    (compiled(x) * probe).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            close(parameter.grad, expected[name])
+
+
+def test_velora_in_eval_mode_learns_exactly_and_refuses_what_would_compress_nothing() -> None:
+    x, probe = inputs(8), torch.randn(8, OUT, dtype=torch.float64)
+    expected, found = (gradients(model.eval(), x, probe) for model in (on_linear(), on_linear(**velora())))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ConfigError, match=r"layer: velora_config.num_groups=24 cuts its 24 inputs into groups of one"):
+        on_linear(**velora(24))
+    with pytest.raises(ConfigError, match="freeze_A=True freezes A, and velora_config works by the gradient of A"):
+        on_linear(**velora(), freeze_A=True)
+
+
+# ---- MonteCLoRA (arXiv:2411.04358)
+
+
+def monteclora(**settings: Any) -> dict[str, Any]:
+    return {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.1} | settings}
+
+
+def noise(model: PeftModel) -> Tensor:
+    adapter = only_layer(model).adapters["default"]
+    return adapter.running_factors[0].detach() - adapter.A.detach()
+
+
+def test_monteclora_draws_around_A_in_training_and_is_lora_in_eval() -> None:
+    plain, model, x = on_linear(), on_linear(**monteclora()), inputs(6)
+    layer = only_layer(model)
+    holders = (layer.lora_A, layer.lora_B)
+    with torch.no_grad():
+        for ours, theirs in zip(holders, (only_layer(plain).lora_A, only_layer(plain).lora_B), strict=True):
+            ours["default"].weight.copy_(theirs["default"].weight)
+    assert not torch.equal(model(x), model(x))
+    torch.manual_seed(5)
+    first = model(x)
+    torch.manual_seed(5)
+    assert torch.equal(model(x), first)
+    close(model.eval()(x), plain(x))
+    close(model.merge_and_unload()(x), plain(x))
+
+
+def test_monteclora_noise_has_the_variance_of_its_distributions() -> None:
+    """A row of sum_n w_n E_n has variance c^2 v_i sum w^2, and v_i has the mean r exp(2 sigma_i)."""
+    model = on_linear(**monteclora(num_samples=2))
+    adapter = only_layer(model).adapters["default"]
+    with torch.no_grad():
+        adapter.extra("sigma").copy_(torch.tensor([-0.5, 0.0, 0.5, 1.0]))
+    squares, variances, drawn = [], [], []
+    for _ in range(3000):
+        found = noise(model)
+        weights, v = adapter.extra("weights").clone(), adapter.extra("variances").diagonal().clone()
+        squares.append(found.square().mean(1) / weights.square().sum() / v / 0.01)
+        variances.append(v)
+        drawn.append(found.mean())
+        close(weights.sum(), torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(torch.stack(squares).mean(0), torch.ones(R, dtype=torch.float64), rtol=0.02, atol=0)
+    expected = R * torch.exp(2 * adapter.extra("sigma").detach())
+    torch.testing.assert_close(torch.stack(variances).mean(0), expected, rtol=0.08, atol=0)
+    assert abs(float(torch.stack(drawn).mean())) < 0.01
+
+
+@pytest.mark.parametrize("use_entropy", [False, True])
+def test_the_penalty_is_the_divergences_of_the_distributions(use_entropy: bool) -> None:
+    model = on_linear(**monteclora(dirichlet_prior=0.3, kl_loss_weight=0.01, use_entropy=use_entropy))
+    model(inputs(3))
+    adapter = only_layer(model).adapters["default"]
+    sigma, omega, variances, weights = (
+        adapter.extra(kind).detach() for kind in ("sigma", "omega", "variances", "weights")
+    )
+    dirichlet = kl_divergence(Dirichlet(omega.exp()), Dirichlet(torch.full_like(omega, 0.3)))
+    zero, one = torch.zeros(R, dtype=torch.float64), torch.eye(R, dtype=torch.float64)
+    gaussian = 3 * kl_divergence(MultivariateNormal(zero, variances), MultivariateNormal(zero, one))
+    V = torch.diag(torch.exp(2 * sigma))
+    wishart = R / 2 * (V.trace() - V.logdet() - R)  # of W(V, r) from W(1, r)
+    entropy = weights.square().sum() if use_entropy else 0.0
+    close(penalty(model), 0.01 * (dirichlet + gaussian + wishart) + entropy)
+
+
+def test_the_penalty_has_the_gradients_of_the_draws_it_is_about() -> None:
+    """Against differences of penalties after the same draws from moved parameters."""
+    model = on_linear(**monteclora(kl_loss_weight=0.2, use_entropy=True))
+    adapter = only_layer(model).adapters["default"]
+
+    def value() -> Tensor:
+        torch.manual_seed(7)
+        model(inputs(3))
+        return penalty(model)
+
+    value().backward()
+    for kind in ("sigma", "omega"):
+        parameter = adapter.extra(kind)
+        for i in range(len(parameter)):
+            ends = []
+            for step in (1e-6, -2e-6):
+                with torch.no_grad():
+                    parameter[i] += step
+                ends.append(value().detach())
+            with torch.no_grad():
+                parameter[i] += 1e-6
+            difference = (ends[0] - ends[1]) / 2e-6
+            torch.testing.assert_close(parameter.grad[i], difference, rtol=1e-5, atol=1e-7)  # type: ignore[index]
+
+
+def test_the_penalty_is_the_mean_over_layers_and_backward_may_follow_another_draw() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0", "1"], **monteclora(kl_loss_weight=1.0))
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+    adapters = [layer.adapters["default"] for _, layer in model.base_model.lora_layers()]
+    x = torch.randn(3, 8)
+    model(x)
+    total = penalty(model)
+    torch.testing.assert_close(total, sum(a.variant.penalty(a) for a in adapters) / 2)
+    model(x)  # as in activation checkpointing
+    total.backward()
+    assert all(a.extra("sigma").grad.abs().max() > 0 for a in adapters)
+
+
+def test_monteclora_learns_its_spread_from_the_loss() -> None:
+    model = on_linear(**monteclora())
+    found = gradients(model, inputs(6), torch.randn(6, OUT, dtype=torch.float64))
+    assert sum("lora_monteclora_sampler" in name and bool(grad.any()) for name, grad in found.items()) == 2

@@ -149,3 +149,76 @@ def test_dora_over_bdlora_is_dora_there(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     same(read_there(tmp_path), model)
     assert torch.equal(read_here(tmp_path)(X), model(X))
+
+
+# ---- VeLoRA and MonteCLoRA
+
+
+def velora(library: Any, **settings: Any) -> dict[str, Any]:
+    kind = lorafa.VeloraConfig if library is lorafa else peft.VeloraConfig
+    return {"velora_config": kind(**{"num_groups": 4} | settings)}
+
+
+def monteclora(library: Any, **settings: Any) -> dict[str, Any]:
+    kind = lorafa.MontecloraConfig if library is lorafa else peft.MontecloraConfig
+    return {"monteclora_config": kind(**{"num_samples": 3, "buffer_size": 2} | settings)}
+
+
+@pytest.mark.parametrize("settings", [velora, monteclora])
+def test_files_with_tensors_of_a_formula_go_both_ways(settings: Any, tmp_path: Path) -> None:
+    here, there = ours(**settings(lorafa)), theirs(**settings(peft))
+    for model, name in ((here, "ours"), (there, "theirs")):
+        model.train()(X)  # which sets what follows from a batch
+        model.eval().save_pretrained(tmp_path / name)
+    shapes = [{key: value.shape for key, value in stored(tmp_path / name).items()} for name in ("ours", "theirs")]
+    assert shapes[0] == shapes[1]
+    same(read_there(tmp_path / "ours"), here)
+    same(read_here(tmp_path / "theirs"), there)
+    again = tmp_path / "again"
+    read_here(tmp_path / "theirs").save_pretrained(again)
+    assert all(torch.equal(stored(again)[key], value) for key, value in stored(tmp_path / "theirs").items())
+    read_there(tmp_path / "ours").save_pretrained(tmp_path / "back")
+    assert all(torch.equal(stored(tmp_path / "back")[key], value) for key, value in stored(tmp_path / "ours").items())
+
+
+@pytest.mark.parametrize("groups", [4, 5])
+@pytest.mark.parametrize("init_type", ["batch_average", "batch_average_once", "random"])
+def test_velora_learns_the_same_as_in_peft(init_type: str, groups: int, tmp_path: Path) -> None:
+    there = theirs(**velora(peft, init_type=init_type, num_groups=groups, scale=0.5))
+    there.save_pretrained(tmp_path)
+    here = read_here(tmp_path, is_trainable=True)
+    same_gradients(here, there)
+    vectors = [
+        dict(model.named_buffers()).get(f"base_model.model.q_proj.lora_velora_embed.default{end}")
+        for model, end in ((here, ".weight"), (there, ""))
+    ]
+    torch.testing.assert_close(vectors[0], vectors[1])
+
+
+@pytest.mark.parametrize("use_entropy", [False, True])
+def test_the_penalty_of_monteclora_is_that_of_peft_but_for_a_sign(use_entropy: bool, tmp_path: Path) -> None:
+    """PEFT has log gamma(alpha) - log gamma(prior) of the Dirichlet divergence with the opposite sign."""
+    there = theirs(**monteclora(peft, kl_loss_weight=0.1, use_entropy=use_entropy, dirichlet_prior=0.3))
+    there.train()(X)
+    there.save_pretrained(tmp_path)
+    here = read_here(tmp_path, is_trainable=True)
+    twice = torch.zeros(())
+    for _, layer in here.base_model.lora_layers():
+        alpha = layer.adapters["default"].extra("omega").exp()
+        twice = twice + 2 * (torch.lgamma(alpha) - torch.lgamma(torch.tensor(0.3))).sum() / 2
+    wanted = there.base_model._get_monteclora_loss() - 0.1 * twice
+    torch.testing.assert_close(lorafa.penalty(here), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [velora, monteclora])
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_what_peft_has_of_no_two_it_reads_without_the_formula_inside(
+    settings: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    model = ours(**settings(lorafa), **more)
+    model.save_pretrained(tmp_path)
+    same(read_there(tmp_path), model)
+    back = read_here(tmp_path)
+    assert torch.equal(back(X), model(X))
+    field = next(iter(settings(lorafa)))
+    assert getattr(back.peft_config["default"], field) == getattr(model.peft_config["default"], field)

@@ -29,9 +29,13 @@ VARIANT: dict[str, dict[str, Any]] = {
     "qalora": {"use_qalora": True, "qalora_group_size": 2},
     "dora over qalora": {"use_dora": True, "use_qalora": True, "qalora_group_size": 4},
     "bdlora": {"use_bdlora": {"target_modules_bd_b": EVERY_NAME, "nblocks": 2}},
+    "velora": {"velora_config": {"num_groups": 4, "init_type": "random"}},
+    "dora over velora": {"use_dora": True, "velora_config": {"num_groups": 3, "init_type": "random"}},
+    "monteclora": {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.0}},
+    "dora over monteclora": {"use_dora": True, "monteclora_config": {"num_samples": 2, "sample_scaler": 0.0}},
     "dora over bdlora": {"use_dora": True, "use_bdlora": {"target_modules_bd_a": EVERY_NAME, "nblocks": 2}},
 }
-"""The settings that ask for each variant, and for one over another."""
+"""The settings that ask for each variant, and for one over another; without noise where there is some in training."""
 OTHER_SHAPES = {"qalora", "bdlora"}
 """Those that store A or B in other shapes than the dense ones."""
 STARTS: list[bool | str] = [

@@ -251,8 +251,6 @@ def test_saving_over_a_file_leaves_the_file(tmp_path):
 
 
 LATER: list[tuple[dict[str, object], str]] = [
-    ({"velora_config": {}}, "velora_config"),
-    ({"monteclora_config": {}}, "monteclora_config"),
     ({"arrow_config": {}}, "arrow_config"),
     ({"megatron_config": {"x": 1}}, "megatron_config"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),

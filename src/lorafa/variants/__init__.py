@@ -23,6 +23,8 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "alora": "lorafa.variants.alora:ALoRA",
         "qalora": "lorafa.variants.qalora:QALoRA",
         "bdlora": "lorafa.variants.bdlora:BDLoRA",
+        "velora": "lorafa.variants.velora:VeLoRA",
+        "monteclora": "lorafa.variants.monteclora:MonteCLoRA",
     },
 )
 
