@@ -222,6 +222,11 @@ class VeloraConfig:
         check_number("scale", self.scale, "a number > 0", 0)
         check_choice("init_type", self.init_type, ("batch_average", "batch_average_once", "random"))
 
+    @property
+    def goes_by_batches(self) -> bool:
+        """Whether the projection is the mean of a batch."""
+        return self.init_type.startswith("batch")
+
 
 @dataclass
 class KasaConfig:

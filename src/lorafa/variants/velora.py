@@ -59,7 +59,8 @@ class VeLoRA(LoRA):
     """LoRA that keeps ``num_groups`` numbers of an input for the gradient of A, in training mode.
 
     v is the mean of all groups of a batch, at length 1: of each batch, or of the first one; or a random vector. With
-    dropout the elements of the input that was put together again are dropped.
+    dropout the elements of the input that was put together again are dropped. Where a module multiplies with its weight
+    itself the layer keeps no input at all, and the gradient is exact.
     """
 
     name = "velora"
@@ -93,9 +94,9 @@ class VeLoRA(LoRA):
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         """A random v, or zeros, which stand for none."""
         (size,) = self.shapes(weight, spec)["vector"]
-        drawn = self.settings.init_type == "random"
-        vector = _unit(torch.randn(size, generator=spec.generator("velora"))) if drawn else torch.zeros(size)
-        return {"vector": vector}
+        if self.settings.goes_by_batches:
+            return {"vector": torch.zeros(size)}
+        return {"vector": _unit(torch.randn(size, generator=spec.generator("velora")))}
 
     def is_called(self, adapter: Adapter) -> bool:
         return not (adapter.layer.training and torch.is_grad_enabled())
@@ -105,7 +106,7 @@ class VeLoRA(LoRA):
         if not adapter.layer.training:
             return None
         vector = adapter.extra("vector")
-        if self.settings.init_type != "random" and x.numel():
+        if self.settings.goes_by_batches and x.numel():
             with torch.no_grad():
                 own = self._of_batch(x, vector)
                 vector.copy_(own)

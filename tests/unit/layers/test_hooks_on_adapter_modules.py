@@ -71,32 +71,6 @@ def test_a_hook_that_only_looks_changes_neither_output_nor_gradients(
         close(grads_watched[name], grads[name], dtype)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANT if v.split(" over ")[-1] in UNCALLED])
-def test_a_formula_that_is_not_computed_by_calling_them_refuses_a_hook_on_them(variant: str) -> None:
-    model = adapted(LINEAR, **VARIANT[variant])
-    layer, x = only_layer(model), input_for(LINEAR)
-    handle = layer.lora_A["default"].register_forward_hook(lambda *_: None)
-    with pytest.raises(AdapterError, match=rf"A hook is on lora_A.* called: {variant} is computed from its weight"):
-        model(x)
-    handle.remove()
-    model(x)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("variant", [v for v in VARIANT if v.split(" over ")[-1] in UNCALLED])
-def test_such_a_formula_goes_by_a_watched_dropout(variant: str, dropout: float) -> None:
-    model = adapted(LINEAR, lora_dropout=dropout, **VARIANT[variant])
-    layer, x, seen = only_layer(model), input_for(LINEAR), []
-    layer.lora_dropout["default"].register_forward_hook(lambda module, args, y: seen.append(y))
-    torch.manual_seed(0)
-    y = model(x)
-    assert len(seen) == 1
-    if not dropout:
-        layer.lora_dropout["default"]._forward_hooks.clear()
-        torch.manual_seed(0)
-        close(y, model(x), torch.float32)
-
-
 @pytest.mark.parametrize(("variant", "kind"), CALLED, ids=str)
 def test_forward_and_backward_hooks_fire_on_every_module_of_the_adapter(variant: str, kind: str) -> None:
     settings = VARIANT[variant] | {"init_lora_weights": starts_of(variant, False)[0]}
