@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafa import LoraConfig, get_peft_model
+from lorafa import LoraConfig, get_peft_model, initialize
 from lorafa.errors import ConfigError
 from toys.adapters import only_layer
 from toys.compare import close
@@ -60,6 +60,19 @@ def test_qalora_keeps_one_number_a_group_for_backward_and_learns_the_same() -> N
     (1.5 * pooled @ A.T @ B.T * probe).sum().backward()
     close(layer.lora_A["default"].weight.grad, A.grad)
     close(layer.lora_B["default"].weight.grad, B.grad)
+
+
+def test_a_start_that_makes_dense_factors_is_refused_before_any_data_is_read() -> None:
+    config = LoraConfig(r=2, target_modules=["0"], use_qalora=True, qalora_group_size=2, init_lora_weights="lora_one")
+    seen: list[Tensor] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        seen.append(batch)
+        return model(batch).square().sum()  # type: ignore[no-any-return]
+
+    with pytest.raises(ConfigError, match=r"0: init_lora_weights='lora_one' makes .* or drop use_qalora\."):
+        initialize(nn.Sequential(nn.Linear(8, 8)), config, [torch.randn(4, 8)], loss=loss)
+    assert not seen
 
 
 def test_qalora_refuses_groups_that_do_not_fill_the_inputs_and_starts_of_dense_factors() -> None:

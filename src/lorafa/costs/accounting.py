@@ -119,7 +119,7 @@ def put_on(
     base = list({id(p): p for _, p in base_parameters(model)}.values())
     factors = _trained_factors(config, optim)
     planned = _planned(model, config, factors)
-    rehearse([(layer.target.name, layer.target.layer_type.is_table) for layer in planned.layers], config, optim)
+    rehearse([(p.target.name, p.target.layer_type.is_table, p.parts.variant) for p in planned.layers], config, optim)
 
     def counted() -> AdapterCost:
         layers = list(lora_layers(model))
