@@ -96,6 +96,15 @@ def test_velora_takes_its_vector_from_each_batch_from_the_first_or_from_none() -
             assert torch.equal(at_start, seen[0])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_every_way_of_a_forward_pass_in_training_compresses(use_dora: bool, dropout: float, start: bool | str) -> None:
+    model = on_linear(use_dora=use_dora, lora_dropout=dropout, init_lora_weights=start, **velora())
+    model(inputs(4))
+    assert vector_of(model).any(), "the vector of the batch was taken"
+
+
 def test_a_batch_keeps_its_own_vector_until_its_backward() -> None:
     model, probe = on_linear(**velora()), torch.randn(8, OUT, dtype=torch.float64)
     alone = gradients(model, inputs(8), probe)
