@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from harness import emit, median, timed
 
-from lorafa.numerics.fused import dropped_into, keep_mask
+from lorafa.numerics.masks import dropped_into, keep_mask
 from lorafa.train.memory import keep_freed_memory
 
 NAME = "dropout"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lorafa.backends.offload import in_memory
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError
-from lorafa.numerics.fused import Codes
+from lorafa.numerics.fused import Codes, Keep
 from lorafa.numerics.linalg import working_dtype
 from lorafa.spec import LayerSpec, Shape, factor_shapes
 
@@ -75,11 +75,18 @@ class Extra:
     """A tensor of a variant beyond A and B."""
 
     holder: str
-    """Its PEFT name on the layer and in files: ``<holder>.<adapter>.weight``."""
+    """Its PEFT name on the layer: ``<holder>.<adapter>.<key>``."""
     trained: bool = True
     """Whether it is a parameter; if not it is a buffer, which no optimizer sees."""
     saved: bool = True
     """Whether files hold it; if not :meth:`Variant.changed` computes it again."""
+    key: str = "weight"
+    """What it is called in its holder, where that holds several."""
+
+    @property
+    def in_files(self) -> str:
+        """Its name in a file: PEFT leaves the key out where a holder has one tensor alone."""
+        return self.holder if self.key == "weight" else f"{self.holder}.{self.key}"
 
 
 class Tensors(Protocol):
@@ -127,7 +134,7 @@ class AdaptedLayer(Protocol):
 
     def factor_bias(self, name: str) -> Tensor | None: ...
 
-    def extra(self, holder: str, name: str) -> Tensor: ...
+    def extra(self, holder: str, name: str, key: str = "weight") -> Tensor: ...
 
     def holder_of(self, holder: str, name: str) -> nn.Module: ...
 
@@ -145,7 +152,9 @@ class AdaptedLayer(Protocol):
 
     def require_uncalled(self, adapter: Adapter, why: str) -> None: ...
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor: ...
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0, keep: Keep | None = None
+    ) -> Tensor: ...
 
     def per_output(self, vector: Tensor) -> Tensor: ...
 
@@ -242,7 +251,8 @@ class Adapter:
 
     def extra(self, kind: str) -> Tensor:
         """A tensor the variant added, by the variant's own name for it."""
-        return self.layer.extra(self.variant.extras[kind].holder, self.name)
+        extra = self.variant.extras[kind]
+        return self.layer.extra(extra.holder, self.name, extra.key)
 
     @property
     def modules(self) -> tuple[nn.Module | None, nn.Module | None]:
@@ -312,9 +322,16 @@ class Adapter:
 
     def change(self, x: Tensor) -> Tensor:
         """What the update adds to the output of the base that runs: s (B A - B0 A0) x, in the layout of the output."""
-        if not self.as_made:
-            return self.layer.by_modules(self, x, drops=False)
-        return self.layer.low_rank(x, *self.running_factors, self.scaling)
+        return self.low_rank(x) if self.as_made else self.layer.by_modules(self, x, drops=False)
+
+    def low_rank(self, x: Tensor, dropout: float = 0.0) -> Tensor:
+        """s (B A - B0 A0) drop(x) by the factors of a forward pass, with what the formula keeps of x for backward."""
+        return self.layer.low_rank(x, *self.running_factors, self.scaling, dropout, self.kept(x, dropout))
+
+    def kept(self, x: Tensor, dropout: float = 0.0) -> Keep | None:
+        """What the formula keeps of x for the gradient of A, with the dropout on x after that; None: x as it is."""
+        trains = torch.is_grad_enabled() and self.A.requires_grad
+        return self.variant.kept(self, x, dropout) if trains else None
 
     def start_of(self, x: Tensor) -> Tensor | None:
         """s B0 A0 x, or None: what dropout on the adapter's input must not touch, because it belongs to the base."""
@@ -376,11 +393,19 @@ class Variant(ABC):
     plain: bool = False
     """Whether that matrix is s B A with the dense A and B of :meth:`factors`, which any reader of LoRA can use."""
     factors_are_stored: bool = True
-    """Whether :meth:`factors` gives A and B as they are stored. Where it does not, files hold the dense A and B, for
-    any reader, and beside them what is stored."""
+    """Whether :meth:`factors` gives A and B as they are stored."""
     one_product: bool = True
     """Whether the update is one product of A and B wherever it counts, for all that the gradient of the two is taken
     for; not where each token has parts of them."""
+    peft_stores: bool = False
+    """Whether PEFT has the formula and stores A and B as they are stored here, where :meth:`factors` gives others."""
+    peft_reads: bool = False
+    """Whether PEFT then reads them on every kind of layer here, without harm to the base. Files then hold them as they
+    are stored; otherwise the dense A and B, for any reader, and beside them what is stored."""
+    learns_from_A: ClassVar[bool] = False
+    """Whether it is about the gradient of A, and so nothing where A is frozen."""
+    averages_penalty: ClassVar[bool] = False
+    """Whether :meth:`penalty` counts by its mean over layers, as the method has it, and not by the sum."""
     takes_bias: bool = False
     """Whether the formula has a place for a bias of B (``lora_bias``)."""
     inner: Variant | None = None
@@ -399,6 +424,7 @@ class Variant(ABC):
             self.one_product = self.one_product and inner.one_product
             self.call_arguments = self.call_arguments | inner.call_arguments
             self.factors_are_stored = inner.factors_are_stored
+            self.peft_stores = inner.peft_stores
             self.name = self.name if inner.is_plain_lora else f"{self.name} over {inner.name}"
 
     @classmethod
@@ -412,8 +438,13 @@ class Variant(ABC):
 
     @property
     def is_plain_lora(self) -> bool:
-        """Whether the update is s B A with A and B as they are stored."""
-        return self.plain and self.factors_are_stored
+        """Whether the update is s B A with A and B as they are stored, and nothing beside them."""
+        return self.plain and self.factors_are_stored and not self.extras
+
+    @property
+    def has_dense_files(self) -> bool:
+        """Whether files hold the dense factors, with those that are stored beside them."""
+        return not self.factors_are_stored and not self.peft_reads
 
     @property
     def stacks_start(self) -> bool:
@@ -456,6 +487,22 @@ class Variant(ABC):
         """
         if self.inner is not None:
             self.inner.changed(layer, name)
+
+    def kept(self, adapter: Adapter, x: Tensor, dropout: float) -> Keep | None:
+        """What is kept of the input x of A for the gradient of A, which is trained; None: x as it is.
+
+        Args:
+            dropout: the probability of dropping an element of x on the way to A, after this.
+        """
+        return None if self.inner is None else self.inner.kept(adapter, x, dropout)
+
+    def is_called(self, adapter: Adapter) -> bool:
+        """Whether it is what calls of ``lora_A`` and ``lora_B`` compute, where they are not as they were made."""
+        return self.inner is None or self.inner.is_called(adapter)
+
+    def before(self, adapter: Adapter, x: Tensor) -> Tensor:
+        """What goes into ``lora_A`` for x, where the modules are called one by one."""
+        return x if self.inner is None else self.inner.before(adapter, x)
 
     def between(self, adapter: Adapter, z: Tensor) -> Tensor:
         """What stands between A and B, applied to z = A x, for layers whose modules are called one by one.

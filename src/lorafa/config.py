@@ -396,6 +396,10 @@ def check_config(config: LoraConfig) -> None:
             raise ConfigError(
                 f"lora_bias=True does not work with {asked}={getattr(config, asked)!r}. Drop one of the two."
             )
+        if variant.learns_from_A and config.freeze_A:
+            raise ConfigError(
+                f"freeze_A=True freezes A, and {variant.switch} works by the gradient of A. Drop one of the two."
+            )
 
 
 def _check_layers(config: LoraConfig) -> None:

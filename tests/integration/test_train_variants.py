@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorafa import LoraConfig
 from lorafa.cli.main import main
+from lorafa.io.adapter_files import read_adapter
+from lorafa.variants import variant_types
 from toys.records import write_rows
 from toys.workplace import make_workplace, read, settings
 
@@ -44,6 +48,35 @@ def test_alora_trains_evaluates_and_goes_on_where_it_was(
     assert read(run / "adapter" / "adapter_config.json")["alora_invocation_tokens"] == [ASSISTANT]
     assert main(["train", f"train.resume={run}", "train.steps=6"]) == 0
     assert main(command(workplace, whole, *alora, "train.steps=6")) == 0
+    assert read(whole / "result.json")["after"] == read(run / "result.json")["after"]
+
+
+def read_back(workplace: Path, run: Path, *more: str) -> dict[str, Any]:
+    """The config of the adapter that a run with these settings has written, after it was loaded again."""
+    assert main(command(workplace, run, *more)) == 0
+    result = read(run / "result.json")
+    assert result["before"]["loss"] != result["after"]["loss"]
+    return vars(read_adapter(run / "adapter").config)
+
+
+FACTORS = {
+    "qalora": ["peft.use_qalora=true", "peft.qalora_group_size=4"],
+    "bdlora": ["peft.use_bdlora={target_modules_bd_a:[o_proj,down],target_modules_bd_b:[q,k_,v_,gate,up],nblocks:2}"],
+    "velora": ["peft.velora_config.num_groups=4", "peft.velora_config.init_type=batch_average_once"],
+    "monteclora": ["peft.monteclora_config.num_samples=3", "peft.monteclora_config.use_entropy=true"],
+}
+"""What asks for each formula of B A."""
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_formulas_of_the_product_train_are_saved_and_go_on_where_they_were(
+    workplace: Path, tmp_path: Path, name: str
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    found = read_back(workplace, run, *FACTORS[name], "train.gradient_checkpointing=true")
+    assert [one.name for one in variant_types(LoraConfig(**found))] == [name]
+    assert main(["train", f"train.resume={run}", "train.steps=6"]) == 0
+    assert main(command(workplace, whole, *FACTORS[name], "train.gradient_checkpointing=true", "train.steps=6")) == 0
     assert read(whole / "result.json")["after"] == read(run / "result.json")["after"]
 
 

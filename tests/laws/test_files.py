@@ -88,8 +88,9 @@ def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path, start: bool | str,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rank", [1, 8])
-@pytest.mark.parametrize("variant", VARIANT)
+@pytest.mark.parametrize(
+    ("variant", "rank"), [(name, rank) for name in VARIANT for rank in (1, 8) if rank > 1 or "bdlora" not in name]
+)
 def test_outputs_come_back_bit_for_bit_at_a_size_where_strides_choose_the_kernel(
     tmp_path: Path, variant: str, rank: int, dtype: torch.dtype
 ) -> None:
@@ -97,7 +98,7 @@ def test_outputs_come_back_bit_for_bit_at_a_size_where_strides_choose_the_kernel
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(96, 160), nn.Unflatten(1, (4, 40)), nn.Conv1d(4, 12, 3)).to(dtype)
 
-    (start,) = starts_of(variant, "pissa")
+    start = starts_of(variant, "pissa", False)[0]
     settings = VARIANT[variant] | {"init_lora_weights": start}
     targets = ["0", "2"] if "conv" in hosts_of(variant) else ["0"]
     config = LoraConfig(target_modules=targets, r=rank, lora_alpha=12, use_rslora=True, **settings)

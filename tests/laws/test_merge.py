@@ -56,7 +56,7 @@ def test_merged_weight_is_the_exact_sum_rounded_once(
 
 @pytest.mark.parametrize(("variant", "kind", "start"), with_starts(DEFINED, True, "pissa"))
 def test_unmerging_restores_every_bit_and_every_object(variant: str, kind: str, start: bool | str) -> None:
-    model = adapted(kind, dtype=torch.bfloat16, **VARIANT[variant] | {"init_lora_weights": start})
+    model = adapted(kind, dtype=torch.bfloat16, **VARIANT[variant] | {"init_lora_weights": start}).eval()
     before, x = everything(model), input_for(kind, torch.bfloat16)
     expected = model(x)
     model.merge_adapter()

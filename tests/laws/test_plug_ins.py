@@ -105,14 +105,21 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    with (
-        INITIALIZERS.added("constant", constant),
-        INITIALIZERS.added("from_mean", from_mean),
-        INITIALIZERS.added("direction", direction),
-        VARIANTS.added("diagonal", Diagonal),
-        VARIANTS.added("other", Other),
-    ):
-        yield
+    taken = {name: VARIANTS.get(name) for name in ("qalora", "velora") if name in VARIANTS}
+    for name in taken:
+        VARIANTS.remove(name)  # whose fields they take
+    try:
+        with (
+            INITIALIZERS.added("constant", constant),
+            INITIALIZERS.added("from_mean", from_mean),
+            INITIALIZERS.added("direction", direction),
+            VARIANTS.added("diagonal", Diagonal),
+            VARIANTS.added("other", Other),
+        ):
+            yield
+    finally:
+        for name, variant in taken.items():
+            VARIANTS.add(name, variant)
 
 
 def A_of(model: PeftModel) -> Tensor:

@@ -54,7 +54,7 @@ def refusal(start: bool | str, optimizer: str) -> str | None:
     """Why the two do not go together, by what the start declares; None: they do."""
     made = initializer_of(start)
     if made.variant is not None and optimizer != "plus":
-        return rf"first, adapter 'default' is {made.variant}, with a matrix between B and A, and this optimizer is made"
+        return rf"first, adapter 'default' is {made.variant}, whose update is not the product of B and A as they are"
     if not set(made.trains) & {"A", "B"}:
         return r"No factor of adapter 'default' is trained\..* takes a stock optimizer such as torch\.optim\.AdamW"
     if made.trains == "A" and optimizer in LORA_FA:

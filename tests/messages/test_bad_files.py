@@ -104,7 +104,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], type[LoraError], str]] = {
         ConfigError,
         "peft_type has no value 'IA3'.",
     ),
-    "later feature": (lambda f: edit_config(f, use_qalora=True), NotAvailableError, "QA-LoRA (use_qalora=True)"),
+    "later feature": (lambda f: edit_config(f, megatron_config={"a": 2}), NotAvailableError, "LoRA on Megatron's"),
     "config that is no json": (lambda f: (f / CONFIG).write_text("{"), CheckpointError, "is not a json file: "),
     "no config": (lambda f: (f / CONFIG).unlink(), SourceError, f"has no {CONFIG}; it holds: "),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), SourceError, f"has no {WEIGHTS} or adapter_model.bin; it holds: "),

@@ -111,10 +111,6 @@ CONTRADICTIONS = [
     ),
 ]
 LATER = {
-    "QA-LoRA": {"use_qalora": True},
-    "VeLoRA": {"velora_config": {}},
-    "MonteCLoRA": {"monteclora_config": {}},
-    "BD-LoRA": {"use_bdlora": {}},
     "Megatron": {"megatron_config": {"a": 1}},
 }
 

@@ -17,6 +17,8 @@ from lorafa.surgery.walk import lora_layers
 from lorafa.variants import VARIANTS, variant_types
 from toys.layers import KINDS, PARAMETERS, Single, backend_for, base_layer, weight_for
 
+EVERY_NAME = list("aeiou0")
+"""Parts of names, of which each layer here has one."""
 VARIANT: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -24,8 +26,18 @@ VARIANT: dict[str, dict[str, Any]] = {
     "kasa": {"init_lora_weights": "kasa"},
     "dora over lora_sb": {"use_dora": True, "init_lora_weights": "lora_sb"},
     "dora over kasa": {"use_dora": True, "init_lora_weights": "kasa"},
+    "qalora": {"use_qalora": True, "qalora_group_size": 2},
+    "dora over qalora": {"use_dora": True, "use_qalora": True, "qalora_group_size": 4},
+    "bdlora": {"use_bdlora": {"target_modules_bd_b": EVERY_NAME, "nblocks": 2}},
+    "velora": {"velora_config": {"num_groups": 4, "init_type": "random"}},
+    "dora over velora": {"use_dora": True, "velora_config": {"num_groups": 3, "init_type": "random"}},
+    "monteclora": {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.0}},
+    "dora over monteclora": {"use_dora": True, "monteclora_config": {"num_samples": 2, "sample_scaler": 0.0}},
+    "dora over bdlora": {"use_dora": True, "use_bdlora": {"target_modules_bd_a": EVERY_NAME, "nblocks": 2}},
 }
-"""The settings that ask for each variant, and for one over another."""
+"""The settings that ask for each variant, and for one over another; without noise where there is some in training."""
+OTHER_SHAPES = {"qalora", "bdlora"}
+"""Those that store A or B in other shapes than the dense ones."""
 STARTS: list[bool | str] = [
     *(
         find_start(name).value  # type: ignore[union-attr]
@@ -88,9 +100,13 @@ def defined(start: bool | str, kind: str) -> bool:
 
 
 def starts_of(variant: str, *starts: bool | str) -> list[bool | str]:
-    """Those of the starts that go with a variant; its own where that is what asks for the variant."""
+    """Those of the starts that go with a variant and its shapes; its own where that is what asks for the variant."""
     own = VARIANT[variant].get("init_lora_weights")
-    return [own] if own else [start for start in starts if initializer_of(start).variant is None]
+    if own:
+        return [own]
+    found = [start for start in starts if initializer_of(start).variant is None]
+    other = bool(OTHER_SHAPES & set(variant.split(" over ")))
+    return [start for start in found if initializer_of(start).any_shape] if other else found
 
 
 def with_starts(cases: list[tuple[str, str]], *starts: bool | str) -> list[tuple[str, str, bool | str]]:

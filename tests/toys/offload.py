@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
-from toys.adapters import DEFINED, config_for, only_layer, read_by, starts_of, stats_for, train
+from toys.adapters import DEFINED, VARIANT, config_for, only_layer, read_by, starts_of, stats_for, train
 from toys.layers import Single, backend_for, base_layer, weight_for
 
 accelerate = pytest.importorskip("accelerate")
@@ -48,7 +48,7 @@ def in_memory(model: nn.Module) -> nn.Module:
 
 
 def settings_for(variant: str, start: bool | str) -> dict[str, Any]:
-    return {"use_dora": True} if variant == "dora" else {"init_lora_weights": start}
+    return VARIANT[variant] | {"init_lora_weights": start}
 
 
 def pair(kind: str, offload: Offload, **settings: Any) -> tuple[PeftModel, PeftModel]:

@@ -128,12 +128,12 @@ def identity_of(module: nn.Module, name: str) -> Hashable:
     return id(parameter) if file is None else (file, on_disk.get("weight_name", name))
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """``module.weight`` with its values, wherever they rest."""
-    weight = module._parameters.get("weight")
-    if weight is None:  # computed from other parameters
-        weight = module.weight  # type: ignore[assignment]
-    return in_memory(module).weight if weight.is_meta else weight  # type: ignore[union-attr, return-value, no-any-return]
+def weight_of(module: nn.Module, key: str = "weight") -> Tensor:
+    """``module.weight``, or another tensor of it, with its values, wherever they rest."""
+    weight = module._parameters.get(key)
+    if weight is None:  # a buffer, or computed from other parameters
+        weight = getattr(module, key)
+    return getattr(in_memory(module), key) if weight.is_meta else weight  # type: ignore[union-attr, return-value, no-any-return]
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

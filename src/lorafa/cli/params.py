@@ -102,7 +102,8 @@ def adapter_costs(found: Outline, config: RunConfig) -> list[tuple[str, AdapterC
         return costs
     for name in OPTIMIZERS.names():
         if OPTIMIZERS.get(name).freezes == "A":
-            with suppress(AdapterError):  # not what was asked for: a start whose A it does not take has one column
+            # not what was asked for: a start whose A it does not take, or a formula that trains A, has one column
+            with suppress(AdapterError, ConfigError):
                 frozen = adapter_cost(model, replace(adapter, freeze_A=True), OptimConfig(name=name))
                 costs.append((name, frozen))
     return costs

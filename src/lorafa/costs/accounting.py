@@ -119,7 +119,7 @@ def put_on(
     base = list({id(p): p for _, p in base_parameters(model)}.values())
     factors = _trained_factors(config, optim)
     planned = _planned(model, config, factors)
-    named = [(layer.target.name, layer.target.layer_type.is_table) for layer in planned.layers]
+    named = [(p.target.name, p.target.layer_type.is_table, p.parts.variant) for p in planned.layers]
     rehearse(named, planned.layers[0].parts.rank, config, optim)
 
     def counted() -> AdapterCost:

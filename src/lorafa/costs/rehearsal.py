@@ -8,22 +8,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafa.adapter import Variant
 from lorafa.config import LoraConfig
 from lorafa.initializers.settings import START_SETTINGS
 from lorafa.peft_model import get_peft_model
+from lorafa.surgery.walk import lora_layers
 from lorafa.train.settings.optim import OptimConfig, entry_of, pair_optimizer
 
 _RANK = 4
 
 
-def rehearse(layers: Sequence[tuple[str, bool]], rank: int, config: LoraConfig, optim: OptimConfig) -> None:
-    """Make the optimizer for small layers of the same names: which factors are trained, and how A starts, decides.
+def rehearse(
+    layers: Sequence[tuple[str, bool, Variant]], rank: int, config: LoraConfig, optim: OptimConfig
+) -> None:
+    """Make the optimizer for small layers of the same names: the formula, which factors are trained, and how A starts
+    decides.
 
     One layer of each sort does, an embedding and any other. A start from data or to a quantized base, which a toy does
     not have, is taken to begin with a full-rank A, unless its formula is its own; that one reads a random gradient.
 
     Args:
-        layers: dotted name in the model of every adapted layer, and whether it is an embedding.
+        layers: dotted name in the model of every adapted layer, whether it is an embedding, and its formula.
         rank: of the first of them, which the toy has where the formula is the start's own: that may not go with others.
 
     Raises:
@@ -34,17 +39,22 @@ def rehearse(layers: Sequence[tuple[str, bool]], rank: int, config: LoraConfig, 
     if config.start.initializer.variant is None:
         rank = _RANK
     size = 2 * rank
-    first = {is_table: path for path, is_table in reversed(layers)}
+    first = {is_table: path for path, is_table, _ in reversed(layers)}
+    formulas = {path: variant for path, _, variant in layers}
     toy = nn.Module()
     with torch.random.fork_rng(devices=[]):
-        for path, is_table in layers:
+        for path, is_table, _ in layers:
             if path in first.values():
                 _add(toy, path, nn.Embedding(size, size) if is_table else nn.Linear(size, size))
         settings: dict[str, Any] = {"init_seed": 0, "freeze_A": config.freeze_A, **_start(config)}
         toy_config = LoraConfig(r=rank, target_modules=list(first.values()), **settings)
         gradient = {"gradient.S": torch.ones(size), "gradient.dense": torch.randn(size, size)}
         stats = dict.fromkeys(first.values(), gradient) if toy_config.start.initializer.needs else None
-        pair_optimizer(get_peft_model(toy, toy_config, stats=stats), optim)
+        model = get_peft_model(toy, toy_config, stats=stats)
+        for path, layer in lora_layers(toy):
+            for adapter in layer.adapters.values():
+                adapter.variant = formulas[path]  # optimizers ask what it is, and compute nothing by it
+        pair_optimizer(model, optim)
 
 
 def _start(config: LoraConfig) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The default: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 (LoRA, arXiv:2106.09685, with loralib's uniform A)."""
+"""The default: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 (LoRA, arXiv:2106.09685, with loralib's uniform A).
+
+Where A is stored with fewer columns, ``in`` is their number.
+"""
 
 from __future__ import annotations
 
@@ -14,5 +17,5 @@ from lorafa.spec import LayerSpec
 @initializer(any_shape=True, peft_makes_on=None, peft_makes_with=frozenset({"formula", "lora_bias"}))
 def kaiming(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """Embeddings: A = 0, B ~ N(0, 1), but for a frozen A."""
-    bound = weight.shape[-1] ** -0.5
+    bound = spec.stored_shapes(weight)[0][-1] ** -0.5
     return random_start(weight, spec, lambda A, generator: A.uniform_(-bound, bound, generator=generator))

@@ -24,7 +24,7 @@ def random(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Init
     if spec.is_table:
         A = torch.empty(A_shape).normal_(generator=generator)
         return InitResult(A, torch.empty(B_shape).normal_(generator=generator))
-    bounds = weight.shape[-1] ** -0.5, spec.rank**-0.5
+    bounds = A_shape[-1] ** -0.5, B_shape[-1] ** -0.5
     A, B = (
         torch.empty(shape).uniform_(-bound, bound, generator=generator)
         for shape, bound in zip((A_shape, B_shape), bounds, strict=True)

@@ -39,13 +39,18 @@ from lorafa.storage.tensors import (
 from lorafa.storage.whole import make_folder, write_json
 from lorafa.surgery.available import require_available
 from lorafa.surgery.walk import Place, lora_layers, places, pristine_of, uncompiled
-from lorafa.variants import variant_types
+from lorafa.variants import switches, variant_types
 from lorafa.version import VERSION
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", *START_SETTINGS)
+
+
+def _changed() -> tuple[str, ...]:
+    """Fields that the config in a file may have otherwise than the adapter's own."""
+    return (*_CHANGED, *switches())
 
 
 @dataclass(frozen=True)
@@ -212,8 +217,9 @@ def _side_entry(
             "weights too, and loading can check them."
         )
     original, moved = config.to_dict(), has_start(model, name)
-    if moved or written.init_lora_weights != config.init_lora_weights:
-        side["start" if moved else "config"] = {field: original[field] for field in _CHANGED if field in original}
+    public = written.to_dict()
+    if moved or any(public.get(field) != original.get(field) for field in _changed()):
+        side["start" if moved else "config"] = {field: original[field] for field in _changed() if field in original}
     if own := {field: original[field] for field in LORAFA_ONLY if field in original}:
         side["own"] = own
     if fallbacks := {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}:
@@ -273,7 +279,7 @@ def read_adapter(
     side = from_metadata(read_header(files.weights))
     if config is None:
         original, own = side.get("start", side.get("config", {})), side.get("own", {})
-        changed = {key: original[key] for key in _CHANGED if key in original}
+        changed = {key: original[key] for key in _changed() if key in original}
         changed |= {key: own[key] for key in LORAFA_ONLY if key in own}
         config = read_config(files.config, changed | {"inference_mode": inference_mode})
     else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from torch import nn
 
+from lorafa.adapter import Variant
 from lorafa.config import LoraConfig
 from lorafa.initializers import known_start
 from lorafa.initializers.base import Initializer
@@ -19,7 +21,9 @@ from lorafa.surgery.walk import lora_layers
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     """The config that goes with :func:`lorafa.io.peft_format.file_tensors`.
 
-    Rank and alpha grow where a start was stacked onto A and B. ``init_lora_weights`` is written for PEFT, which makes
+    Rank and alpha grow where a start was stacked onto A and B. The field that asks for how B A is formed is left out
+    where the file holds the dense A and B, a start stacked onto them, or a formula over that one, which PEFT has of no
+    two: what is left PEFT reads. ``init_lora_weights`` is written for PEFT, which makes
     the start before it reads the tensors:
 
     * PEFT can make it on these layers: it is written as it is.
@@ -30,6 +34,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     """
     layers = [layer for _, layer in adapted_layers(lora_layers(model), name)]
     plain = all(layer.adapters[name].variant.plain for layer in layers)
+    config = _for_peft(config, [layer.adapters[name].variant for layer in layers], stacked=has_start(model, name))
     if not has_start(model, name):
         if _peft_makes(known_start(config.init_lora_weights).initializer, layers, plain=plain, bias=config.lora_bias):
             return config
@@ -46,6 +51,17 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         init_lora_weights=True,
         **NO_SETTINGS,
     )
+
+
+def _for_peft(config: LoraConfig, variants: Sequence[Variant], *, stacked: bool) -> LoraConfig:
+    """The config without the switch of the innermost formula, where PEFT would misread the tensors by it."""
+    defaults = {field.name: field.default for field in fields(LoraConfig)}
+    off: dict[str, Any] = {
+        switch: defaults[switch]
+        for variant in variants
+        if (switch := variant.chain()[-1].switch) and (stacked or variant.has_dense_files or variant.inner is not None)
+    }
+    return replace(config, **off) if off else config
 
 
 def _peft_makes(start: Initializer, layers: Sequence[LoraLayer], *, plain: bool, bias: bool) -> bool:

@@ -244,8 +244,8 @@ def _starts(layers: Layers, name: str) -> Iterator[tuple[str, LoraLayer, tuple[T
 
 
 def _with_other_factors(layers: Layers, name: str) -> Layers:
-    """The layers whose variant stores A and B in another form than the dense one."""
-    return [(path, layer) for path, layer in layers if not layer.adapters[name].variant.factors_are_stored]
+    """The layers whose files hold the dense A and B beside those that the variant stores."""
+    return [(path, layer) for path, layer in layers if layer.adapters[name].variant.has_dense_files]
 
 
 def _factor_keys(path: str, layer: LoraLayer) -> tuple[str, str]:
@@ -263,7 +263,7 @@ def _dense(
 ) -> dict[str, Tensor]:
     """By key the dense factors, in the layout of a file, that differ from the ``stored`` ones; extras are in values."""
     variant, (key_A, key_B) = layer.adapters[name].variant, _factor_keys(path, layer)
-    extras = {kind: values[f"{path}.{extra.holder}"] for kind, extra in variant.extras.items() if extra.saved}
+    extras = {kind: values[f"{path}.{extra.in_files}"] for kind, extra in variant.extras.items() if extra.saved}
     loose = LooseTensors(layer.matrix_A(stored[key_A]), layer.matrix_B(stored[key_B]), extras)
     A, B = variant.factors(loose)
     made = {} if A is loose.A else {key_A: layer.stored_A(A)}
@@ -283,22 +283,26 @@ def _as_stored(layers: Layers, name: str, tensors: Mapping[str, Tensor]) -> dict
         for key, made in _dense(path, layer, name, stored, tensors).items():
             wanted, found = made.float(), tensors[key].float()
             if bool((found - wanted).abs().max() > 0.01 * wanted.abs().max()):  # more than rounding in any dtype
-                between = " and ".join(e.holder for e in layer.adapters[name].variant.chain()[-1].extras.values())
+                innermost = layer.adapters[name].variant.chain()[-1]
+                between = " and ".join(e.holder for e in innermost.extras.values())
+                made_of = f"times {between}" if between else f"in the dense form of {innermost.name}"
                 raise CheckpointError(
-                    f"{key} is not {_unfolded(path, key)} times {between}: one of them was changed since adapter "
-                    f"{name!r} was saved. To go on from {key} as plain LoRA leave the keys of the other two and the "
-                    "metadata out of the file. Nothing was loaded."
+                    f"{key} is not {_unfolded(path, key)} {made_of}: one of them was changed since adapter {name!r} "
+                    f"was saved. To go on from {key} as plain LoRA leave the adapter's other keys and the metadata out "
+                    "of the file. Nothing was loaded."
                 )
         tensors |= stored
     return tensors
 
 
-def _holds_dense(config: LoraConfig, with_start: bool) -> bool:
+def _holds_dense(layers: Layers, name: str, tensors: Mapping[str, Tensor], with_start: bool) -> bool:
     """Whether a file has dense factors where the variant stores others; PEFT's files of such adapters do not.
 
     Ours of a start that moves the base hold what was taken from it, PEFT's never do.
     """
-    return with_start or not config.start.initializer.moves_base
+    if with_start or any(f".{_UNFOLDED}." in key for key in tensors):
+        return True
+    return not all(layer.adapters[name].variant.peft_stores for _, layer in _with_other_factors(layers, name))
 
 
 @torch.no_grad()
@@ -323,7 +327,7 @@ def load_tensors(
         own, stored = _split(path, layer, layer.adapters[name].variant.stacks_start, start[0].shape[-2], tensors)
         tensors |= own
         starts += zip(start, stored, strict=True)
-    if _holds_dense(config, with_start):
+    if _holds_dense(layers, name, tensors, with_start):
         tensors = _as_stored(layers, name, tensors)
     for live, value in starts:
         live.copy_(value)
@@ -372,7 +376,8 @@ def wanted_tensors(
         )
     read = _value if values else _shape
     found = {entry.key: read(model, entry) for entry in own}
-    want = _arranged(model, name, config, found, with_start=with_start, dense=_holds_dense(config, with_start))
+    dense = _holds_dense(adapted_layers(lora_layers(model), name), name, tensors, with_start)
+    want = _arranged(model, name, config, found, with_start=with_start, dense=dense)
     return {entry.key: entry.tensor.detach() for entry in tables} | want
 
 

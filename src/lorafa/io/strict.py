@@ -21,7 +21,6 @@ LIMIT = 8
 _SETTING_OF_KEY = {
     "lora_B.bias": "lora_bias",
     "token_adapter.trainable_tokens_delta": "trainable_token_indices",
-    "lora_velora_embed": "velora_config",
 }
 # Keys with a vocabulary axis: the embedding's A, a saved embedding or head, and B of an adapted head.
 _VOCABULARY_KEY = re.compile(

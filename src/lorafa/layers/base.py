@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers import own_modules
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
-from lorafa.layers.parts import AdapterParts, Stored, Weight, held_by, linear_holder
-from lorafa.numerics.fused import Codes
+from lorafa.layers.parts import AdapterParts, Extras, Stored, held_by, linear_holder
+from lorafa.numerics.fused import Codes, Keep
 from lorafa.numerics.linalg import working_dtype
 
 if TYPE_CHECKING:
@@ -149,16 +149,21 @@ class LoraLayer(Host):
     def factor_bias(self, name: str) -> Tensor | None:
         return in_memory(self.lora_B[name]).bias if self.adapters[name].has_bias else None  # type: ignore[no-any-return]
 
-    def extra(self, holder: str, name: str) -> Tensor:
+    def extra(self, holder: str, name: str, key: str = "weight") -> Tensor:
         """A tensor that a variant has added, by its PEFT name."""
-        return weight_of(self.holder_of(holder, name))
+        return weight_of(self.holder_of(holder, name), key)
 
     def holder_of(self, holder: str, name: str) -> nn.Module:
         """The module that holds what a variant has added."""
         return self._modules[holder]._modules[name]  # type: ignore[union-attr, return-value]
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0, keep: Keep | None = None
+    ) -> Tensor:
         """s B A drop(x) for the layer's input x, in the layout of its output.
+
+        Args:
+            keep: what is kept of x for the gradient of A, on linear layers; no formula on others has one.
 
         Raises:
             BackendError: the layer adds its update to the weight, so there is no product with an input.
@@ -266,8 +271,10 @@ class LoraLayer(Host):
         self.hold_factors(name, placed(self.stored_A(parts.A)), placed(self.stored_B(parts.B)), bias)
         for kind, value in parts.extras.items():
             extra = extras[kind]
-            weight = self.store_extra(placed(value))
-            self._holder(extra.holder)[name] = Weight(weight, trained=extra.trained, saved=extra.saved)
+            beside = self._holder(extra.holder)
+            held = cast(Extras, beside[name]) if name in beside else Extras()
+            held.hold(extra.key, self.store_extra(placed(value)), trained=extra.trained, saved=extra.saved)
+            beside[name] = held
         if parts.start is not None:
             self.lora_start[name] = Start(*(placed(factor) for factor in parts.start))
         self.adapters[name] = Adapter(
@@ -325,7 +332,8 @@ class LoraLayer(Host):
                 yield from held_by(holder, name, getattr(self, holder)[name])
         for extra in self.adapters[name].variant.extras.values() if name in self.adapters else ():
             if extra.saved:
-                yield Stored(extra.holder, f"{extra.holder}.{name}.weight", self.extra(extra.holder, name))
+                tensor = self.extra(extra.holder, name, extra.key)
+                yield Stored(extra.in_files, f"{extra.holder}.{name}.{extra.key}", tensor)
 
     def tensors_of(self, name: str) -> list[Tensor]:
         """Its parameters; A and B where it is tied and they are another layer's."""

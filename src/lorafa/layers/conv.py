@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
+from lorafa.numerics.fused import Keep
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -77,7 +78,9 @@ class LoraConv(LoraLayer):
             ones, (0,) * dims, ones, base.groups, "zeros"
         )  # fmt: skip
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0, keep: Keep | None = None
+    ) -> Tensor:
         base = cast(Any, self.get_base_layer())
         x = nn.functional.dropout(x, dropout) if dropout else x
         dims = self._dims()

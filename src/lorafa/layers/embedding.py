@@ -8,6 +8,7 @@ from lorafa.adapter import Adapter
 from lorafa.backends.base import is_hooked
 from lorafa.backends.offload import in_memory
 from lorafa.layers.base import LoraLayer
+from lorafa.numerics.fused import Keep
 
 
 class LoraEmbedding(LoraLayer):
@@ -39,7 +40,9 @@ class LoraEmbedding(LoraLayer):
     def factor_bias(self, name: str) -> Tensor | None:
         return None
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0, keep: Keep | None = None
+    ) -> Tensor:
         base = self.get_base_layer()
         rows = nn.functional.embedding(x, A.T, getattr(base, "padding_idx", None))  # that row is not trained
         change = nn.functional.linear(rows, B) * scaling

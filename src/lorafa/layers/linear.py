@@ -11,7 +11,15 @@ from lorafa.backends.base import is_hooked
 from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.weights import updated_tensors
-from lorafa.numerics.fused import Codes, autocast_dtype, compute_dtype, frozen_linear, is_traced, low_rank_linear
+from lorafa.numerics.fused import (
+    Codes,
+    Keep,
+    autocast_dtype,
+    compute_dtype,
+    frozen_linear,
+    is_traced,
+    low_rank_linear,
+)
 
 
 class LoraLinear(LoraLayer):
@@ -62,8 +70,10 @@ class LoraLinear(LoraLayer):
             return bias
         return change.to(self.base_weight().dtype) if bias is None else bias + change.to(bias.dtype)
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0) -> Tensor:
-        return low_rank_linear(x, A, B, scaling, dropout=dropout)
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0, keep: Keep | None = None
+    ) -> Tensor:
+        return low_rank_linear(x, A, B, scaling, dropout=dropout, keep=keep)
 
     def run_base(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         codes = self.backend.codes(base)  # asked in any case: it raises where the forward would lose the gradient

@@ -114,13 +114,23 @@ def by_modules(layer: AdaptedLayer, adapter: Adapter, x: Tensor, *, drops: bool 
     _require_unwatched(adapter, _extra_holders(adapter), "its values are read")
     _require_kept(layer, adapter)
     A, B = adapter.modules
+    called = adapter.variant.is_called(adapter)
+    if not called:
+        require_readable(layer, adapter)
+        why = f"{adapter.variant.name} is computed from its weight"
+        _require_unwatched(adapter, {"lora_A": A, "lora_B": B}, why)
     weight = None if A is None else next(A.parameters(), None)
     x = x if weight is None else x.to(weight.dtype)
     dropped = layer.lora_dropout[adapter.name](x) if drops and layer.takes_dropout else x
+    if not called:
+        start = None if dropped is x else adapter.start_of(dropped - x)
+        change = adapter.low_rank(dropped)  # without the start, of which x sees all
+        return change if start is None else change + start
     if A is None or B is None:
         change = layer.low_rank(dropped, adapter.A, adapter.B, adapter.scaling)
     else:
-        change = B(adapter.variant.between(adapter, A(dropped))) * adapter.scaling
+        z = adapter.variant.between(adapter, A(adapter.variant.before(adapter, dropped)))
+        change = B(z) * adapter.scaling
     start = adapter.start_of(x)
     return change if start is None else change - start
 

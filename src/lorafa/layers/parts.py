@@ -65,20 +65,19 @@ def held_by(holder: str, name: str, held: nn.Module | nn.Parameter) -> Iterator[
             yield Stored(f"{holder}.{key}", f"{holder}.{name}.{key}", parameter)
 
 
-class Weight(nn.Module):
-    """A tensor that PEFT keeps in a module of its own, as ``<holder>.<adapter>.weight``.
+class Extras(nn.Module):
+    """What a variant keeps beside A and B in one holder, as ``<holder>.<adapter>.weight`` or by other keys.
 
-    A parameter, or a buffer where it is not trained; a state dict has it unless it is neither trained nor saved.
+    A tensor is a parameter, or a buffer where it is not trained; a state dict has it unless it is neither trained nor
+    saved.
     """
 
-    weight: Tensor
-
-    def __init__(self, weight: Tensor, *, trained: bool = True, saved: bool = True) -> None:
-        super().__init__()
+    def hold(self, key: str, value: Tensor, *, trained: bool = True, saved: bool = True) -> None:
+        """Take in a tensor."""
         if trained:
-            self.weight = nn.Parameter(weight)
+            self.register_parameter(key, nn.Parameter(value))
         else:
-            self.register_buffer("weight", weight, persistent=saved)
+            self.register_buffer(key, value, persistent=saved)
 
 
 def linear_holder(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -15,19 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafa.numerics.fused import (
-    AS_IT_IS,
-    Codes,
-    Keep,
-    base_product,
-    compute_dtype,
-    draw_seed,
-    drop_,
-    dropout_probability,
-    dropped_into,
-    keep_mask,
-    without_autocast,
-)
+from lorafa.numerics.fused import AS_IT_IS, Codes, Keep, base_product, compute_dtype, without_autocast
+from lorafa.numerics.masks import draw_seed, drop_, dropout_probability, dropped_into, keep_mask
 
 
 class _DroppedBase(torch.autograd.Function):

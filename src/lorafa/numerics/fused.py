@@ -20,10 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_SIGNED_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_STEPS = 2**15  # resolution of the dropout probability: the odd 16-bit words
-_LANES = 4  # 16-bit words in an int64
-_ROWS_A_BLOCK = 64  # rows that share one word a column in the mask
+from lorafa.numerics.masks import draw_seed, drop_, dropout_probability, dropped_into, keep_mask
 
 
 class Keep(Protocol):
@@ -66,46 +63,6 @@ class Codes(Protocol):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The values, (out, in), rounded to ``dtype`` once."""
-
-
-def draw_seed() -> int:
-    """A seed from torch's CPU generator, so that manual_seed and activation checkpointing govern it."""
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
-
-
-def dropout_probability(p: float) -> float:
-    """The probability that is used for ``p``: the nearest multiple of 2^-15 that is neither 0 nor 1."""
-    return min(max(round(p * _STEPS), 1), _STEPS - 1) / _STEPS
-
-
-def keep_mask(rows: int, columns: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """int16 (rows, columns): 1 where an element is kept, 0 where it is dropped (probability ``p``).
-
-    Tabulation hashing (Patrascu and Thorup 2012, doi:10.1145/2220357.2220361): every column has a random odd 16-bit
-    word for each block of rows and one for each place in a block, and an element's word is their product. Odd words are
-    a group under multiplication, so any three elements are independent, elements of different columns always; and a
-    product costs one pass where a hash of the position costs ten.
-    """
-    places = min(rows, _ROWS_A_BLOCK)
-    blocks = -(-rows // _ROWS_A_BLOCK)
-    lanes = (blocks + places) * columns
-    words = torch.empty(-(-lanes // _LANES), dtype=torch.int64, device=device)
-    words.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
-    words = words.view(torch.int16)[:lanes].bitwise_or_(1).view(blocks + places, columns)
-    kept = (words[:blocks, None] * words[None, blocks:]).view(-1, columns)[:rows]
-    return torch.ge(kept, 2 * round(dropout_probability(p) * _STEPS) - _STEPS, out=kept)
-
-
-def drop_(x: Tensor, mask: Tensor) -> None:
-    """Zero x, of the mask's shape, where the mask is 0. Works on the bits, so it is exact for inf and nan too."""
-    bits = _SIGNED_BITS[x.element_size()]
-    x.view(bits).mul_(mask.to(bits))
-
-
-def dropped_into(mask: Tensor, x: Tensor) -> Tensor:
-    """A copy of x that is 0 where the mask is; takes the mask's memory where an element has its size."""
-    bits = _SIGNED_BITS[x.element_size()]
-    return mask.to(bits).mul_(x.view(bits)).view(x.dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -311,6 +268,17 @@ def _of_few_rows(
     return _with_gain(y, inner_bias, gain)[0]
 
 
+def _learning_from_kept(x: Tensor, A: Tensor, p: float, keep: Keep) -> Tensor:
+    """A drop(x), (..., r), with the gradient of A that what is kept of x gives, and that of x as it is."""
+    with torch.no_grad():
+        kept = keep.load(keep.save(x)).to(x.dtype)
+    if p:
+        mask = nn.functional.dropout(torch.ones_like(x), p)
+        x, kept = x * mask, kept * mask
+    seen = nn.functional.linear(kept, A)
+    return nn.functional.linear(x, A.detach()) + (seen - seen.detach())
+
+
 def _in_plain_operations(
     x: Tensor,
     weight: Tensor | None,
@@ -320,11 +288,15 @@ def _in_plain_operations(
     B: Tensor,
     scaling: float | Tensor,
     p: float,
+    keep: Keep | None,
 ) -> Tensor:
     dtype = compute_dtype(x)
     x = x.to(dtype)
-    dropped = nn.functional.dropout(x, p) if p else x
-    y = nn.functional.linear(nn.functional.linear(dropped, A.to(dtype)), B.to(dtype)) * scaling
+    if keep is None or (weight is not None and weight.requires_grad):
+        z = nn.functional.linear(nn.functional.dropout(x, p) if p else x, A.to(dtype))
+    else:
+        z = _learning_from_kept(x, A.to(dtype), p, keep)
+    y = nn.functional.linear(z, B.to(dtype)) * scaling
     bias = None if bias is None else bias.to(dtype)
     if weight is not None:
         y = nn.functional.linear(x, weight.to(dtype), bias) + y
@@ -362,7 +334,7 @@ def low_rank_linear(
         gain: (out,), one factor an output feature.
         dropout: probability in [0, 1) of zeroing an element of x before A; rounded to a multiple of 2^-15.
         keep: what is kept of x for the gradient of A; None keeps x as it came. Not used where ``weight`` requires a
-            gradient, nor in plain operations.
+            gradient.
 
     Returns:
         (..., out) in the dtype the products are taken in.
@@ -373,7 +345,7 @@ def low_rank_linear(
     weight = weight if isinstance(weight, Tensor) else None
     if is_traced():
         dense = weight if codes is None else codes.dense(compute_dtype(x))
-        return _in_plain_operations(x, dense, bias, gain, A, B, scaling, dropout)
+        return _in_plain_operations(x, dense, bias, gain, A, B, scaling, dropout, keep)
     dtype = compute_dtype(x)
     few = x.numel() <= A.shape[0] * x.shape[-1]
     with without_autocast(x):

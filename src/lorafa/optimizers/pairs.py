@@ -165,8 +165,8 @@ def pairs_of(model: nn.Module, *, folding: bool = False) -> list[Pair]:
             )
         if not pair.adapter.variant.factors_are_stored and not folding:
             raise AdapterError(
-                f"{pair.path}, adapter {pair.name!r} is {pair.adapter.variant.name}, with a matrix between B and A, "
-                "and this optimizer is made for the product of the two. Use a stock optimizer such as "
+                f"{pair.path}, adapter {pair.name!r} is {pair.adapter.variant.name}, whose update is not the product "
+                "of B and A as they are stored, for which this optimizer is made. Use a stock optimizer such as "
                 "torch.optim.AdamW. Nothing was changed."
             )
         _check(pair)

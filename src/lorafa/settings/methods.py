@@ -234,7 +234,7 @@ class VeloraConfig:
     """VeLoRA (arXiv:2405.17991): keep compressed inputs for the gradient of A."""
 
     num_groups: int = 64
-    """Groups the input features are split into; more groups: smaller error, more memory."""
+    """Groups the input features are split into, fewer than there are; more groups: smaller error, more memory."""
     scale: float = 1.0
     """Factor on the reconstructed inputs."""
     init_type: str = "batch_average"
@@ -244,6 +244,11 @@ class VeloraConfig:
         check_int("num_groups", self.num_groups, at_least=1)
         check_number("scale", self.scale, "a number > 0", 0)
         check_choice("init_type", self.init_type, ("batch_average", "batch_average_once", "random"))
+
+    @property
+    def goes_by_batches(self) -> bool:
+        """Whether the projection is the mean of a batch."""
+        return self.init_type.startswith("batch")
 
 
 @dataclass
@@ -267,15 +272,16 @@ class MontecloraConfig:
     num_samples: int = 8
     """Samples drawn per forward pass."""
     use_entropy: bool = False
-    """Keep the sample weights from collapsing on one sample."""
+    """Add the sum of the squared sample weights to the loss, which keeps them from collapsing on one sample."""
     dirichlet_prior: float = 0.1
     """Concentration of the prior over sample weights."""
     sample_scaler: float = 1e-4
-    """Size of the perturbations."""
+    """Size of the perturbations, which multiplies their standard deviation."""
     kl_loss_weight: float = 1e-5
     """Weight of the KL divergence to the prior in the loss."""
     buffer_size: int = 150
-    """Samples kept by the sampler."""
+    """No effect, accepted for PEFT's sake: it draws so many samples in advance and keeps them. Here they are drawn when
+    they are needed."""
 
     def __post_init__(self) -> None:
         check_int("num_samples", self.num_samples, at_least=1)

@@ -10,10 +10,6 @@ from lorafa.version import VERSION
 # What this version does not have yet: the fields that ask for it, and its name. A line is deleted when its field is
 # read; a variant's when the variant declares the field as its switch.
 _LATER_FIELDS = {
-    "use_qalora": "QA-LoRA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "use_bdlora": "BD-LoRA",
     "megatron_config": "LoRA on Megatron's parallel layers",
 }
 

@@ -99,11 +99,12 @@ class Builder:
         """
         shapes = variant.shapes(weight, spec)
         stored = shapes["A"], shapes["B"]
-        if stored != factor_shapes(weight, spec.rank) and not (self.initializer.any_shape or self.filled_later):
+        if stored != factor_shapes(weight, spec.rank) and not (self.initializer.any_shape or self.options.from_file):
+            asking = variant.chain()[-1].switch or variant.name
             raise ConfigError(
                 f"{spec.name}: init_lora_weights={self.config.init_lora_weights!r} makes A and B of shapes "
                 f"{' and '.join(map(str, factor_shapes(weight, spec.rank)))}, and {variant.name} stores them as "
-                f"{' and '.join(map(str, stored))}. Set init_lora_weights=True, or drop {variant.name}."
+                f"{' and '.join(map(str, stored))}. Set init_lora_weights=True, or drop {asking}."
             )
         return replace(spec, shapes=stored)
 

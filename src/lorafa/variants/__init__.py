@@ -23,6 +23,10 @@ VARIANTS: Registry[type[Variant]] = Registry(
         "alora": "lorafa.variants.alora:ALoRA",
         "arrow": "lorafa.variants.arrow:Arrow",
         "goat": "lorafa.variants.goat:GOAT",
+        "qalora": "lorafa.variants.qalora:QALoRA",
+        "bdlora": "lorafa.variants.bdlora:BDLoRA",
+        "velora": "lorafa.variants.velora:VeLoRA",
+        "monteclora": "lorafa.variants.monteclora:MonteCLoRA",
     },
 )
 
@@ -89,5 +93,6 @@ def formula_of(types: Iterable[type[Variant]], config: HasStart, spec: LayerSpec
 
 
 def is_plain_lora(config: HasStart) -> bool:
-    """Whether the update a config asks for is s B A with A and B as they are stored."""
-    return all(variant.plain and variant.factors_are_stored for variant in variant_types(config))
+    """Whether the update a config asks for is s B A with A and B as they are stored, and nothing beside them."""
+    types = variant_types(config)
+    return all(variant.plain and variant.factors_are_stored and not variant.extras for variant in types)

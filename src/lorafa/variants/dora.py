@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,10 +73,11 @@ class DoRA(Variant):
         if p and isinstance(weight, Tensor) and weight.requires_grad:
             return None
         gain = self._gain(adapter, adapter.layer.base_weight())
+        factors, keep = adapter.running_factors, adapter.kept(x, p)
+        terms: Any = {"weight": weight, "bias": bias, "gain": gain, "keep": keep}
         if p:
-            factors = adapter.running_factors
-            return dropped_base_linear(x, *factors, adapter.scaling, weight=weight, bias=bias, gain=gain, dropout=p)
-        return low_rank_linear(x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, gain=gain)
+            return dropped_base_linear(x, *factors, adapter.scaling, dropout=p, **terms)
+        return low_rank_linear(x, *factors, adapter.scaling, **terms)
 
     def _gain(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """m / ||W + s B A||, (out,), in float32 or float64, with a gradient for m alone."""

@@ -26,6 +26,7 @@ class KaSA(LoRA):
     hosts = frozenset({"linear"})
     takes_bias = False
     factors_are_stored = False
+    peft_stores = True
 
     def __init__(self, settings: KasaConfig) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ class LoRA(Variant):
             # s B A drop(x) - s B0 A0 x: the start belongs to the base, which sees x without dropout
             change = adapter.change(dropped) + cast(Tensor, adapter.start_of(dropped - x))
         else:
-            change = adapter.layer.low_rank(x, *adapter.running_factors, adapter.scaling, p)
+            change = adapter.low_rank(x, p)
         if adapter.bias is None:
             return change
         return change + adapter.layer.per_output(adapter.scaling * adapter.bias).to(change.dtype)
@@ -45,4 +45,6 @@ class LoRA(Variant):
         if adapter.bias is not None:
             change = adapter.scaling * adapter.bias
             bias = change if bias is None else bias + change
-        return low_rank_linear(x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, dropout=p)
+        return low_rank_linear(
+            x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, dropout=p, keep=adapter.kept(x, p)
+        )

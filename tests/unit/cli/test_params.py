@@ -128,6 +128,14 @@ def test_a_start_that_lora_fa_does_not_take_has_no_column_of_it(output: Any) -> 
     assert [cost["trained"] for cost in json.loads(output()[0])["costs"]] == ["A and B"]
 
 
+@pytest.mark.parametrize("formula", ["peft.use_qalora=true", "peft.velora_config={}", "peft.monteclora_config={}"])
+def test_a_formula_that_lora_fa_does_not_take_has_no_column_of_it(output: Any, formula: str) -> None:
+    assert params(*OPT, formula, "--json") == 0
+    (cost,) = json.loads(output()[0])["costs"]
+    assert cost["trained"] == "A and B"
+    assert cost["trainable"] > 0
+
+
 def test_a_quantized_base_is_noted(output: Any, tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}

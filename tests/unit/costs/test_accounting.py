@@ -237,6 +237,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora_pro": ({"freeze_A": True}, {"name": "lora_pro"}),
     "lora_pro full": ({"freeze_A": True}, {"name": "lora_pro", "own": {"form": "full"}}),
     "dependent rows": ({"init_lora_weights": "orthogonal"}, {"name": "lora_fa"}),
+    "a formula of other factors": ({"use_qalora": True, "qalora_group_size": 2}, {"name": "lora_pro"}),
     "an embedding's A is zero": ({"target_modules": ["0", "embed"]}, {"name": "lora_fa"}),
 }
 

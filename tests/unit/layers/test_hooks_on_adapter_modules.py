@@ -14,14 +14,18 @@ from torch.nn.utils import parametrize
 from lorafa import LoraConfig, get_peft_model
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.base import LoraLayer
-from toys.adapters import DEFINED, adapted, only_layer, starts_of, train
+from toys.adapters import DEFINED, VARIANT, adapted, only_layer, starts_of, train
 from toys.compare import close
 from toys.layers import Single, backend_for, input_for
 
 LINEAR = "torch.nn.modules.linear.Linear"
 CONV2D = "torch.nn.modules.conv.Conv2d"
 ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
-CALLED = [(v, k) for v, k in DEFINED if backend_for(k).host in ("linear", "conv")]
+UNCALLED = ("bdlora", "velora", "monteclora")
+"""Formulas that are not computed by calling the modules, in training at least."""
+CALLED = [
+    (v, k) for v, k in DEFINED if backend_for(k).host in ("linear", "conv") and v.split(" over ")[-1] not in UNCALLED
+]
 """(variant, kind of layer) that have a product with the layer's input, and so modules that can be called."""
 WITH_STARTS = [(v, k, start) for v, k in CALLED for start in starts_of(v, False, "pissa")]
 
@@ -56,8 +60,8 @@ def test_a_hook_that_only_looks_changes_neither_output_nor_gradients(
     variant: str, kind: str, start: bool | str, which: int
 ) -> None:
     dtype = torch.float64 if is_exact(kind) else torch.float32
-    settings = {"use_dora": True} if variant == "dora" else {}
-    model, x = adapted(kind, dtype=dtype, init_lora_weights=start, **settings), input_for(kind, dtype)
+    settings = VARIANT[variant] | {"init_lora_weights": start}
+    model, x = adapted(kind, dtype=dtype, **settings), input_for(kind, dtype)
     y, grads = ran(model, x)
     watch(parts(only_layer(model))[which])
     watched, grads_watched = ran(model, x)
@@ -69,7 +73,7 @@ def test_a_hook_that_only_looks_changes_neither_output_nor_gradients(
 
 @pytest.mark.parametrize(("variant", "kind"), CALLED, ids=str)
 def test_forward_and_backward_hooks_fire_on_every_module_of_the_adapter(variant: str, kind: str) -> None:
-    settings = {"use_dora": True} if variant == "dora" else {"init_lora_weights": starts_of(variant, False)[0]}
+    settings = VARIANT[variant] | {"init_lora_weights": starts_of(variant, False)[0]}
     model = adapted(kind, lora_dropout=0.25, **settings)
     fired: list[str] = []
     for name, module in zip(("A", "B", "dropout"), parts(only_layer(model)), strict=True):
@@ -98,7 +102,7 @@ def test_what_a_hook_returns_takes_the_place_of_the_product_and_a_start_is_still
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_a_watched_layer_with_a_start_computes_the_base_at_step_0(variant: str) -> None:
-    settings = {"use_dora": True} if variant == "dora" else {}
+    settings = VARIANT[variant]
     model = adapted(LINEAR, dtype=torch.float64, trained=False, init_lora_weights="pissa", **settings)
     watch(only_layer(model).lora_A["default"])
     x = input_for(LINEAR, torch.float64)

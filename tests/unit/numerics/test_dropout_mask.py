@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafa.numerics.fused import dropout_probability, keep_mask
+from lorafa.numerics.masks import dropout_probability, keep_mask
 
 ROWS, COLUMNS = 1500, 577  # an odd number of columns: lanes of a word fall into two rows
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafa import LoraConfig, get_peft_model
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.numerics.dropped_base import dropped_base_linear
-from lorafa.numerics.fused import draw_seed, dropout_probability, keep_mask
+from lorafa.numerics.masks import draw_seed, dropout_probability, keep_mask
 from toys.adapters import train
 
 IN, OUT, RANK, SCALING, P = 12, 10, 3, 1.7, 0.3

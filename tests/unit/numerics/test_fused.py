@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, get_peft_model
-from lorafa.numerics.fused import draw_seed, dropout_probability, keep_mask, low_rank_linear
+from lorafa.numerics.fused import low_rank_linear
+from lorafa.numerics.masks import draw_seed, dropout_probability, keep_mask
 
 IN, OUT, RANK, SCALING = 7, 5, 3, 1.7
 NAMES = ("x", "weight", "bias", "gain", "A", "B")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorafa.numerics.fused import draw_seed, drop_, dropout_probability, dropped_into, keep_mask
+from lorafa.numerics.masks import draw_seed, drop_, dropout_probability, dropped_into, keep_mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
