@@ -103,7 +103,7 @@ def test_every_adapter_has_its_folder_in_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", MODELS)
 def test_best_model_is_loaded_at_the_end(tmp_path: Path, case: str) -> None:
-    every = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 1.0}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 4.0}
     trainer = trainer_for(tmp_path, MODELS[case](), load_best_model_at_end=True, **every)
     trainable = set(trained_values(trainer.model))
     trainer.train()
