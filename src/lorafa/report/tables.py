@@ -8,13 +8,15 @@ from typing import Any
 from rich.console import Group
 
 from lorafa.report.fitted import Facts, Fitted
-from lorafa.report.values import flat, is_measure
+from lorafa.report.values import flat, is_measure, is_number
 from lorafa.runs.measures import Metrics, spread, step_seconds
 from lorafa.runs.record import RunDirectory
 
 MISSING, DIVERGED = "-", "diverged"
 SHOWN = frozenset({"accuracy", "loss"})
 """Measures with a row or a column of their own making; those of other evaluations are shown by their names."""
+IN_OTHER_ROWS = frozenset({"correct", "total", "unparsed", "cut", "max_new_tokens", "max_length"})
+"""Counts that stand beside these measures, and the lengths within which they were measured."""
 PHASES = ("prepare", "evaluate before", "train", "evaluate after", "total")
 
 
@@ -34,7 +36,7 @@ def score_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if pair != (MISSING, MISSING):
             rows.append((label, *pair))
     nested = flat(before), flat(after)
-    others = {name for scores in nested for name, value in scores.items() if is_measure(value)} - SHOWN
+    others = {name for scores in nested for name, value in scores.items() if is_number(value)} - SHOWN - IN_OTHER_ROWS
     first, last = nested
     return rows + [(name, _number(first.get(name)), _number(last.get(name))) for name in sorted(others)]
 
@@ -136,7 +138,7 @@ def _cut(scores: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:,.4g}" if is_measure(value) else MISSING
+    return (f"{value:,.4g}" if is_measure(value) else f"{value:,}") if is_number(value) else MISSING
 
 
 def _loss(scores: Mapping[str, Any]) -> str:

@@ -34,3 +34,8 @@ def is_measure(value: Any) -> bool:
     """Whether a recorded value says how good something is; counts (of tokens, texts, answers) are recorded as integers,
     and compare nothing."""
     return isinstance(value, float)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a recorded value is a measure or a count."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
