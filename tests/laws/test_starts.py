@@ -132,7 +132,7 @@ def test_random_start_does_change_the_function(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("start", "variant", "kind"), STARTED)
-def test_training_leaves_the_base_weight_and_what_a_start_took_of_it_alone(start: bool | str, variant: str, kind: str) -> None:
+def test_training_leaves_the_base_and_what_was_taken_of_it_alone(start: bool | str, variant: str, kind: str) -> None:
     layer = base_layer(kind)
     before = values_of(layer)
     model = with_adapter(Single(layer), kind, **VARIANT[variant] | {"init_lora_weights": start})

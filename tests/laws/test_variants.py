@@ -83,6 +83,21 @@ def test_variant_law_holds_over_a_frozen_start(variant: str, kind: str, start: b
         close(model(x), expected, torch.float32 if backend_for(kind).quantized else torch.float64)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("variant", "kind"), [case for case in DEFINED if backend_for(case[1]).host == "linear"])
+def test_an_input_without_rows_gives_no_rows_and_gradients_of_zero(variant: str, kind: str, dropout: float) -> None:
+    model, x = made(variant, kind, lora_dropout=dropout), input_for(kind)[:0]
+    with torch.no_grad():
+        wanted = only_layer(model).get_base_layer()(x).shape
+        assert model.eval()(x).shape == wanted
+    y = model.train()(x)
+    assert y.shape == wanted
+    y.sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert grads
+    assert all(grad is not None and not grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize(("variant", "kind"), UNDEFINED)
 def test_variant_refuses_a_kind_of_layer_it_is_not_defined_on(variant: str, kind: str) -> None:
     model = nn.Module()
