@@ -151,6 +151,31 @@ def test_dora_takes_its_norm_as_a_constant_in_backward() -> None:
         close(holder["default"].weight.grad, parameter.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dora_starts_at_the_base_and_trains_where_a_row_of_the_weight_has_no_length(dtype: torch.dtype) -> None:
+    """Also where magnitudes are float16, whose least number is larger than the length a row of zeros is given."""
+    kind = "torch.nn.modules.linear.Linear"
+    base, x = base_layer(kind, dtype=dtype), input_for(kind, dtype)
+    with torch.no_grad():
+        base.weight[1] = 0
+        base.weight[2] *= 1e-9
+    config = config_for(kind, use_dora=True)
+    model = get_peft_model(nn.ModuleDict({"layer": base}), config, autocast_adapter_dtype=False)
+    layer = only_layer(model)
+    assert layer.adapters["default"].extra("magnitude").dtype is dtype
+    y = layer(x)
+    assert torch.equal(y, base(x))
+    y.float().square().sum().backward()
+    grad = layer.factor_B("default").grad
+    assert grad is not None
+    assert bool(grad.isfinite().all())
+    assert bool((grad[1] != 0).any())
+    with torch.no_grad():
+        layer.factor_B("default").sub_(grad.sign() / 8)
+    assert bool(layer(x).isfinite().all())
+    assert bool(layer.get_delta_weight("default").isfinite().all())
+
+
 def test_dora_with_dropout_drops_the_input_of_base_and_change_alike() -> None:
     """With drop(x) the output is y + (rho - 1) W drop(x) + rho s B A drop(x): Equation 5 and the authors' code."""
     kind = "torch.nn.modules.linear.Linear"
