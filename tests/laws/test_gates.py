@@ -91,8 +91,9 @@ def test_gradients_are_those_of_the_places_where_it_counts(inside: str, kind: st
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_where_it_counts_nowhere_gradients_are_zero_and_not_missing() -> None:
-    model, _ = gated("torch.nn.modules.linear.Linear", torch.float64)
+@pytest.mark.parametrize(("inside", "kind", "dropout"), GATED)
+def test_where_it_counts_nowhere_gradients_are_zero_and_not_missing(inside: str, kind: str, dropout: float) -> None:
+    model, _ = gated(kind, torch.float64, lora_dropout=dropout, **VARIANT[inside])
     with pytest.warns(UserWarning, match=r"alora_invocation_tokens=\[3, 1\] is in no row of this call"):
         model(ROWS[2:]).sum().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]

@@ -132,12 +132,14 @@ def test_random_start_does_change_the_function(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("start", "variant", "kind"), STARTED)
-def test_a_start_leaves_the_base_weight_alone(start: bool | str, variant: str, kind: str) -> None:
+def test_training_leaves_the_base_and_what_was_taken_of_it_alone(start: bool | str, variant: str, kind: str) -> None:
     layer = base_layer(kind)
     before = values_of(layer)
     model = with_adapter(Single(layer), kind, **VARIANT[variant] | {"init_lora_weights": start})
+    taken = {name: value.clone() for name, value in model.named_buffers() if ".lora_start." in name}
     train(model)
     model(input_for(kind))
+    assert all(torch.equal(value, model.get_buffer(name)) for name, value in taken.items())
     after = {key.replace("out_proj.base_layer.", "out_proj."): value for key, value in values_of(layer).items()}
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 

@@ -83,6 +83,21 @@ def test_variant_law_holds_over_a_frozen_start(variant: str, kind: str, start: b
         close(model(x), expected, torch.float32 if backend_for(kind).quantized else torch.float64)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("variant", "kind"), [case for case in DEFINED if backend_for(case[1]).host == "linear"])
+def test_an_input_without_rows_gives_no_rows_and_gradients_of_zero(variant: str, kind: str, dropout: float) -> None:
+    model, x = made(variant, kind, lora_dropout=dropout), input_for(kind)[:0]
+    with torch.no_grad():
+        wanted = only_layer(model).get_base_layer()(x).shape
+        assert model.eval()(x).shape == wanted
+    y = model.train()(x)
+    assert y.shape == wanted
+    y.sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert grads
+    assert all(grad is not None and not grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize(("variant", "kind"), UNDEFINED)
 def test_variant_refuses_a_kind_of_layer_it_is_not_defined_on(variant: str, kind: str) -> None:
     model = nn.Module()
@@ -134,6 +149,31 @@ def test_dora_takes_its_norm_as_a_constant_in_backward() -> None:
     ((x @ ((m / c)[:, None] * updated).T + base.bias) * probe).sum().backward()
     for holder, parameter in zip(holders, (A, B, m), strict=True):
         close(holder["default"].weight.grad, parameter.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dora_starts_at_the_base_and_trains_where_a_row_of_the_weight_has_no_length(dtype: torch.dtype) -> None:
+    """Also where magnitudes are float16, whose least number is larger than the length a row of zeros is given."""
+    kind = "torch.nn.modules.linear.Linear"
+    base, x = base_layer(kind, dtype=dtype), input_for(kind, dtype)
+    with torch.no_grad():
+        base.weight[1] = 0
+        base.weight[2] *= 1e-9
+    config = config_for(kind, use_dora=True)
+    model = get_peft_model(nn.ModuleDict({"layer": base}), config, autocast_adapter_dtype=False)
+    layer = only_layer(model)
+    assert layer.adapters["default"].extra("magnitude").dtype is dtype
+    y = layer(x)
+    assert torch.equal(y, base(x))
+    y.float().square().sum().backward()
+    grad = layer.factor_B("default").grad
+    assert grad is not None
+    assert bool(grad.isfinite().all())
+    assert bool((grad[1] != 0).any())
+    with torch.no_grad():
+        layer.factor_B("default").sub_(grad.sign() / 8)
+    assert bool(layer(x).isfinite().all())
+    assert bool(layer.get_delta_weight("default").isfinite().all())
 
 
 def test_dora_with_dropout_drops_the_input_of_base_and_change_alike() -> None:

@@ -119,6 +119,10 @@ class Backend(ABC):
         """
         return None
 
+    def keeps_beside(self, layer: nn.Module) -> tuple[object, ...]:
+        """What belongs to the weight and is in no parameter or buffer: layers that share the one have to share it."""
+        return ()
+
     def prepare(self, layer: nn.Module) -> None:  # noqa: B027  (most have nothing to set)
         """Set the layer so that it can be trained through whatever is done with it between; its numbers stay."""
 

@@ -142,6 +142,10 @@ class Bnb4Backend(Backend):
         """Keep it from packing its codes, on a CPU in eval mode."""
         layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
+    def keeps_beside(self, layer: nn.Module) -> tuple[object, ...]:
+        state = _state(layer)
+        return () if state is None else (state,)
+
     def to_layout(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.to(torch.float32)
 

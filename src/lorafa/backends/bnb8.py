@@ -95,6 +95,10 @@ class Bnb8Backend(Backend):
     def codes(self, layer: nn.Module) -> Codes | None:
         return None if own_methods(layer, self.formula) else _Codes(layer)
 
+    def keeps_beside(self, layer: nn.Module) -> tuple[object, ...]:
+        """Its state: the first call of its own forward takes codes and scales from the weight into it."""
+        return (layer.state,)
+
     def to_layout(self, layer: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.to(torch.float32)
 

@@ -11,6 +11,9 @@ from lorafa.backends.torchao import TorchaoBackend
 
 
 class TorchaoIntxBackend(TorchaoBackend):
+    """Requantizes with torchao's own choice of scales, in float32: a tensor does not say how those it has were chosen
+    (without clipping, by HQQ, or rounded to another dtype)."""
+
     def quantize(self, weight: Tensor, like: Any) -> Any:
         from torchao.quantization import IntxUnpackedToInt8Tensor
         from torchao.quantization.quant_primitives import MappingType

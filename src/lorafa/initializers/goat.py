@@ -33,10 +33,12 @@ class GoatConfig:
     """Experts a token is routed to. With 1 its weight is 1 whatever the router says, which then learns from the balance
     alone."""
     scaling: str | float = "classic"
-    """The factor s on B_i A_i: "classic" alpha / d, as in the authors' code, "rs" alpha / sqrt(d), "goat" sqrt(3 in /
-    d), which the paper derives and which does not read alpha, or a number."""
+    """The factor s on B_i A_i: "classic" alpha / d, as in the authors' first code, "rs" alpha / sqrt(d), "goat" sqrt(3
+    in / d), which the paper derives, which their later code takes and which does not read alpha, or a number, such as
+    sqrt(3 eta in / d) for another eta than 1."""
     balance: float = 1e-3
-    """Weight of the loss that keeps all experts in use, E sum f_i P_i."""
+    """Weight of the loss that keeps all experts in use, E sum f_i P_i. In the authors' code the shares f_i have the sum
+    top_k, here 1: their 1e-3 is top_k times that here."""
 
     def __post_init__(self) -> None:
         check_int("experts", self.experts, at_least=1)

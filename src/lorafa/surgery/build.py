@@ -168,7 +168,8 @@ class Builder:
                 weight = backend.weight(base)
         dtype = _adapter_dtype(target.base, target.backend, self.options)
         A, B = result.A.to(dtype), result.B[..., : spec.rank // spec.groups].to(dtype)
-        start = (A.clone(), B.clone()) if result.subtract_from_base else result.taken
+        taken = (A, B) if result.subtract_from_base else result.taken
+        start = None if taken is None else (taken[0].clone(), taken[1].clone())  # A and B are trained in place
         if self.filled_later and not self.options.partly_filled:
             extras = _empty_extras(variant, weight, A, spec)
         else:

@@ -91,7 +91,7 @@ def _say_what_dropout_does(config: LoraConfig, layers: list[PlannedLayer]) -> No
         warn(
             f"lora_dropout={config.lora_dropout} with init_lora_weights={config.init_lora_weights!r}: A and B hold a "
             "part of the base, of which dropout takes away too, so in training the first outputs are not those of the "
-            "base but worse. Set lora_dropout=0, as the methods' authors do."
+            "base but worse. Set lora_dropout=0."
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafa.backends import backend_of
 from lorafa.config import LoraConfig
 from lorafa.errors import BackendError, ConfigError, shorten
 from lorafa.layers.host import Host
@@ -179,9 +180,14 @@ def _stack_of(model: nn.Module) -> Place:
 
 
 def _sharing(layer: nn.Module, number: int) -> nn.Module:
-    """A layer of other modules with the same parameters and buffers, which counts as layer ``number``."""
+    """A layer of other modules with the same parameters and buffers, which counts as layer ``number``.
+
+    It also shares the configs, and what quantized layers keep beside their parameters.
+    """
     shared: list[Any] = [*layer.parameters(), *layer.buffers()]
     shared += [m.config for m in layer.modules() if hasattr(m, "config")]
+    found = [(backend, m) for m in layer.modules() if (backend := backend_of(m)) is not None]
+    shared += [kept for backend, m in found for kept in backend.keeps_beside(m)]
     made = copy.deepcopy(layer, {id(thing): thing for thing in shared})
     for module in made.modules():
         if isinstance(getattr(module, _NUMBER, None), int):

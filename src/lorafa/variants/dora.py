@@ -87,4 +87,5 @@ class DoRA(Variant):
         with torch.no_grad():  # rounded as m is: the quotient is 1 at step 0 whatever m is stored in
             norms = row_norms(weight, *adapter.factors, adapter.scaling).to(magnitude.dtype)
         dtype = working_dtype(magnitude.dtype)
-        return magnitude.to(dtype) / norms.to(dtype)
+        lost = (norms == 0).to(dtype)  # float16 has no number as small as the length a row of zeros is given
+        return (magnitude.to(dtype) + lost) / (norms.to(dtype) + lost)

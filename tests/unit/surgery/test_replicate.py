@@ -13,7 +13,10 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model, initialize
+from lorafa.backends import backend_of
 from lorafa.errors import BackendError, CalibrationError, ConfigError, TargetError
+from lorafa.models import QUANTIZERS
+from lorafa.models.quantize import quantize_linears
 from lorafa.surgery.plan import plan
 from lorafa.surgery.replicate import ReplicatedLayers
 from lorafa.surgery.resolve import resolve
@@ -109,6 +112,30 @@ def test_copies_share_weights_and_have_adapters_of_their_own() -> None:
     for name, mine in model.named_parameters():
         if mine.requires_grad:
             torch.testing.assert_close(mine.grad, written.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called before"])
+@pytest.mark.parametrize("way", QUANTIZERS.names())
+def test_layers_in_few_bits_compute_the_same_in_every_copy_and_share_their_codes(way: str, called: bool) -> None:
+    """Those without an adapter run their library's own forward, which may move codes about at its first call."""
+    model = llama().float()
+    if way.partition("_")[0] in ("bnb4", "bnb8", "torchao"):
+        pytest.importorskip("torchao" if way.startswith("torchao") else "bitsandbytes")
+    quantize_linears(model, way)
+    before, wanted = copy.deepcopy(model), output(written_out(model, "model.layers"))
+    if called:
+        output(model)
+    made = get_peft_model(model, config_for(target_modules=["q_proj"])).eval()
+    for _ in range(2):
+        torch.testing.assert_close(output(made), wanted)
+    layers = made.base_model.model.model.layers
+    for name, first in layers[1].named_modules():
+        if (backend := backend_of(first)) is not None and backend.quantized:
+            second = layers[2].get_submodule(name)
+            assert first is not second
+            for mine, theirs in zip(backend.keeps_beside(first), backend.keeps_beside(second), strict=True):
+                assert mine is theirs
+    torch.testing.assert_close(output(made.unload()), output(before))
 
 
 def test_generation_keeps_keys_and_values_of_every_copy_apart() -> None:

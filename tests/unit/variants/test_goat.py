@@ -74,6 +74,17 @@ def test_at_its_start_random_routing_gives_the_base_on_average() -> None:
     close(torch.stack(outputs).mean(0), base)
 
 
+def test_training_moves_the_experts_and_not_what_the_base_is_left_without() -> None:
+    model, x = adapted(trained=False, top_k=E), inputs()
+    layer = only_layer(model)
+    with torch.no_grad():
+        A, B, W = layer.factor_A("default").clone(), layer.factor_B("default").clone(), layer.base_weight()
+        bias = layer.base_bias()
+        train(model)
+        layer.factor_B("default").zero_()
+        close(model(x), nn.functional.linear(x, W - ALPHA / D / E * B @ A, bias))
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_the_weights_of_a_token_sum_to_one_over_the_chosen_experts(top_k: int) -> None:
     adapter = only_layer(adapted(top_k=top_k)).adapters["default"]
