@@ -122,12 +122,12 @@ class Step:
         return sum(storages.values())
 
 
-def agree(one: Contender, other: Contender) -> None:
+def agree(one: Contender, other: Contender, loss_error: float = 1e-5, gradient_error: float = 1e-3) -> None:
     """Refuse to time wrong answers: loss and every factor's gradient, in float32."""
     (loss, grads), (other_loss, other_grads) = one("check"), other("check")
     error = max(float((a - b).norm() / b.norm()) for a, b in zip(grads, other_grads, strict=True))
     emit(benchmark=NAME, check=f"{one.name} = {other.name}", loss=loss, other_loss=other_loss, gradient_error=error)
-    if abs(loss - other_loss) > 1e-5 * abs(other_loss) or error > 1e-3:
+    if abs(loss - other_loss) > loss_error * abs(other_loss) or error > gradient_error:
         raise SystemExit(f"{one.name} and {other.name} disagree: nothing was timed.")
 
 

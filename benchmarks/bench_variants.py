@@ -29,9 +29,10 @@ VARIANTS = ("lora", "dora", "alora", "kasa", "bdlora", "velora", "monteclora", "
 TIME, BYTES = 0.8, 0.4
 TARGETS = {"velora": (TIME, 1.0), "nf4": (0.9, 0.5)}
 """Variant -> the most that its time and its bytes may be of PEFT's, where that is not as for all."""
-IN_FLOAT32 = ("nf4", "kasa")
-"""Variants that are compared on a base loaded in float32: codes have no other numbers, and PEFT writes the base of KaSA
-in its own dtype."""
+IN_FLOAT32 = {"nf4": (1e-5, 1e-3), "kasa": (1e-4, 1e-2)}
+"""Variants that are compared on a base loaded in float32, with how far loss and gradients may differ: codes have no
+other numbers, and PEFT writes the base of KaSA in its own dtype. What is left of SmolLM2 without its smallest singular
+values computes nothing like it, and every rounding shows."""
 
 
 def settings_of(variant: str, library: Any) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def compare(variant: str, data: str, repeats: int, threads: int, rows: int) -> N
     base.close()
     if variant in IN_FLOAT32:
         compared = [contender(library, rows=1, in_float32=True) for library in ("lorafa", "peft")]
-        agree(*compared)
+        agree(*compared, *IN_FLOAT32[variant])
         for each in compared:
             each.close()
     both = [contender("lorafa"), contender("peft")]
