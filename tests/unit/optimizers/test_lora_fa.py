@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafa import LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
+from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigError
 from lorafa.optimizers import LoraFAOptimizer, create_lorafa_optimizer
 from lorafa.optimizers.pairs import pairs_of
@@ -318,21 +318,6 @@ def test_dependent_rows_of_A_are_refused() -> None:
     with torch.no_grad():
         pairs_of(model)[1].A.zero_()
     refuse(model, AdapterError, r"second, adapter 'default': A is zero.*freeze_A=True")
-
-
-FROM_A: dict[str, dict[str, Any]] = {
-    "velora": {"velora_config": VeloraConfig(num_groups=2)},
-    "dora over monteclora": {"monteclora_config": MontecloraConfig(), "use_dora": True},
-}
-
-
-@BOTH
-@pytest.mark.parametrize("formula", FROM_A)
-def test_formulas_about_the_gradient_of_A_are_refused(formula: str, algorithm: str) -> None:
-    model = get_peft_model(Mlp(), LoraConfig(r=2, target_modules=["first"], **FROM_A[formula]))
-    text = rf"first, adapter 'default' is {formula}, which is about the gradient of A, and LoRA-FA freezes A"
-    refuse(model, AdapterError, text, algorithm=algorithm)
-    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_A" in name)
 
 
 def test_factors_that_are_not_finite_are_refused() -> None:
