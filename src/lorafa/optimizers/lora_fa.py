@@ -135,7 +135,8 @@ def create_lorafa_optimizer(
     Raises:
         ConfigError: an argument is out of range or is not what the model has.
         AdapterError: there are no adapters; some A has dependent rows, is not finite, or is trained beside a frozen B;
-            a formula is about the gradient of A; a scaling is 0; DistributedDataParallel is around the model and A was trained.
+            a formula is about the gradient of A; a scaling is 0; DistributedDataParallel is around the model and A was
+            trained.
         BackendError: a factor is sharded or quantized.
 
     Everything is checked before the model is changed.

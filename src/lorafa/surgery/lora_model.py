@@ -265,7 +265,10 @@ class LoraModel(nn.Module):
         read_again = any(variant.reads_call for variant in readers.values())
         with (
             self.call.holding(
-                context, keeps=keeps, recomputes=lambda: read_again and is_checkpointed(self.model)
+                context,
+                keeps=keeps,
+                recomputes=lambda: read_again and is_checkpointed(self.model),
+                layers=lambda: dict(self.lora_layers()),
             ) as passed,
             stepping,
         ):

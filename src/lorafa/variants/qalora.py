@@ -36,7 +36,7 @@ class _GroupMeans:
 
 def _means(x: Tensor, size: int) -> Tensor:
     """(..., groups * size) -> (..., groups): the mean of each group."""
-    return x.reshape(*x.shape[:-1], -1, size).mean(-1)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size).mean(-1)
 
 
 def _over_groups(values: Tensor, size: int) -> Tensor:

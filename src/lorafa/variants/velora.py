@@ -30,7 +30,7 @@ def _groups(x: Tensor, size: int) -> Tensor:
     """(..., in) -> (..., groups, size), with zeros after the last input."""
     missing = -x.shape[-1] % size
     padded = nn.functional.pad(x, (0, missing)) if missing else x
-    return padded.reshape(*x.shape[:-1], -1, size)
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // size, size)
 
 
 def _unit(vector: Tensor) -> Tensor:
