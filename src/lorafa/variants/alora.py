@@ -47,13 +47,14 @@ class Invoked:
 
     def chosen(self, x: Tensor) -> Tensor:
         """The inputs (n, ...) at those places of x (rows, tokens, ...); layers that share an input share them."""
-        if self._last:
+        counted = not x.is_inference()  # where no one counts changes in place, nothing is shared
+        if self._last and counted:
             seen, version, chosen = self._last[0]
             follows = x.requires_grad and torch.is_grad_enabled()
             if seen() is x and version == x._version and chosen.requires_grad is follows:
                 return chosen
         chosen = x.flatten(0, 1).index_select(0, self.places.to(x.device))
-        self._last[:] = [(weakref.ref(x), x._version, chosen)]
+        self._last[:] = [(weakref.ref(x), x._version, chosen)] if counted else []
         return chosen
 
 

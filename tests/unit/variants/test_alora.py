@@ -180,3 +180,12 @@ def test_token_ids_without_rows_are_refused() -> None:
     for call in (model_of(), model_of().generate):
         with pytest.raises(ConfigError, match=r"in rows of token ids, \(rows, tokens\), found \(8,\)"):
             call(PROMPT[0])
+
+
+def test_it_runs_in_inference_mode_as_pipelines_do() -> None:
+    model = model_of()
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+    with torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, expected)
+        assert torch.equal(answers(model), answers(model, do_sample=False))
