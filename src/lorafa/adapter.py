@@ -404,6 +404,8 @@ class Variant(ABC):
     are stored; otherwise the dense A and B, for any reader, and beside them what is stored."""
     learns_from_A: ClassVar[bool] = False
     """Whether it is about the gradient of A, and so nothing where A is frozen."""
+    has_own_update: ClassVar[bool] = True
+    """Whether there is an update where it is the only adapter; not of a router to other adapters."""
     averages_penalty: ClassVar[bool] = False
     """Whether :meth:`penalty` counts by its mean over layers, as the method has it, and not by the sum."""
     takes_bias: bool = False

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorafa.errors import BackendError
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_Layers = Callable[[], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ class CurrentCall:
         self._open = 0
         self._keeps = False
         self._waiting: weakref.ref[_Backward] | None = None
+        self._layers: _Layers = dict  # while a call is open
 
     def fact(self, name: str) -> Any:
         """What the variant of adapter ``name`` has found for the call in force.
@@ -75,15 +77,20 @@ class CurrentCall:
         """
         return self._context.facts.get(name)
 
+    def place_of(self, layer: Any) -> str:
+        """The name of a layer in the model that is called, in words for an error: "a layer" where it is not known."""
+        return next((repr(path) for path, other in self._layers().items() if other is layer), "a layer")
+
     @contextmanager
     def holding(
-        self, context: ForwardContext, *, keeps: bool, recomputes: Callable[[], bool]
+        self, context: ForwardContext, *, keeps: bool, recomputes: Callable[[], bool], layers: _Layers = dict
     ) -> Iterator[Callable[[Any], Any]]:
         """Let ``context`` hold for one call, and give what the call's output is to be passed through.
 
         Args:
             keeps: whether it is a call with gradients, which a backward pass may follow.
             recomputes: whether layers run again in the backward pass; asked only where it matters.
+            layers: the adapted layers of the model by their names; asked only for an error.
 
         Raises:
             BackendError: they do, an earlier call with another context still waits for its backward pass, and this one
@@ -97,11 +104,12 @@ class CurrentCall:
                 "each, put both into one batch, or turn gradient checkpointing off."
             )
         kept, self._keeps = self._keeps, keeps
+        known, self._layers = self._layers, layers
         self._context, self._open = context, self._open + 1
         try:
             yield self._watched if keeps and context is not EMPTY else _as_it_is
         finally:
-            self._open, self._keeps = self._open - 1, kept
+            self._open, self._keeps, self._layers = self._open - 1, kept, known
             if not keeps:
                 self._context = before
 

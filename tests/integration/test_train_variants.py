@@ -143,8 +143,23 @@ def test_settings_of_goat_that_do_not_fit_are_refused_by_name(
     assert "top_k=3 is more than there are experts, 2." in said(capsys)
 
 
+def test_formulas_with_tensors_of_their_own_and_those_that_read_the_call_are_planned_and_counted(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting in (f"peft.alora_invocation_tokens=[{ASSISTANT}]", "peft.use_dora=true"):
+        run = command(workplace, tmp_path / "a", setting)
+        assert main(["plan", *run[1:]]) == 0
+        assert main(["params", f"model={workplace / 'model'}", setting]) == 0
+        assert "optimizer state" in said(capsys)
+
+
 def test_a_router_without_adapters_to_route_to_is_refused(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(workplace, tmp_path / "a", "peft.arrow_config={}")) != 0
-    assert "The router 'default' has no experts: no other adapter is on the layer. Load them, or" in said(capsys)
+    """Before the model is loaded, and by every command that makes an adapter."""
+    text = "peft.arrow_config asks for arrow, which routes to other adapters and has no update of its own, and a run"
+    run = command(workplace, tmp_path / "a", "peft.arrow_config={}")
+    for command_line in (run, ["plan", *run[1:]], ["params", f"model={workplace / 'model'}", "peft.arrow_config={}"]):
+        assert main(command_line) == 2
+        assert text in said(capsys)
+    assert not (tmp_path / "a").exists()

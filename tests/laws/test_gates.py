@@ -163,7 +163,19 @@ def test_a_kind_of_layer_without_places_is_refused(kind: str) -> None:
         get_peft_model(Tokens(base_layer(kind), torch.float32), config_for(kind, alora_invocation_tokens=INVOCATION))
 
 
-def test_a_layer_that_sees_other_rows_is_refused_by_its_shape() -> None:
+@pytest.mark.parametrize("rows", [ROWS[:0], ROWS[:, :0]], ids=["no rows", "no tokens"])
+@pytest.mark.parametrize(("inside", "kind"), sorted({(inside, kind) for inside, kind, _ in GATED}))
+def test_no_rows_are_answered_by_none(inside: str, kind: str, rows: Tensor, recwarn: pytest.WarningsRecorder) -> None:
+    model, _ = gated(kind, torch.float32, **VARIANT[inside])
+    y = model.train()(rows)
+    assert y.shape == only_layer(model).get_base_layer()(model.vectors[rows] if "mbed" not in kind else rows).shape
+    assert not [w for w in recwarn if "alora_invocation_tokens" in str(w.message)]
+    if y.requires_grad:
+        y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_layer_that_sees_other_rows_is_refused_by_its_name() -> None:
     class Flat(Tokens):
         def forward(self, input_ids: Tensor) -> Tensor:
             y: Tensor = self.layer(self.vectors[input_ids].flatten(0, 1))
@@ -172,5 +184,5 @@ def test_a_layer_that_sees_other_rows_is_refused_by_its_shape() -> None:
     model = get_peft_model(
         Flat(nn.Linear(IN, 4), torch.float32), LoraConfig(target_modules=["layer"], alora_invocation_tokens=INVOCATION)
     )
-    with pytest.raises(BackendError, match=r"a layer gets \(18, 8\) where the model was called with 3 rows of 6"):
+    with pytest.raises(BackendError, match=r"but 'layer' gets \(18, 8\) where the model was called with 3 rows of 6"):
         model(ROWS)

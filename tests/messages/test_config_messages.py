@@ -98,7 +98,7 @@ FIELDS: list[tuple[dict[str, object], str]] = [
     ),
     (
         {"alora_invocation_tokens": "hi"},
-        "alora_invocation_tokens must be a list of token ids, found 'hi' (str). Tokenize",
+        "alora_invocation_tokens must be a list of token ids, one at least, found 'hi' (str). Tokenize",
     ),
     ({"freeze_A": "yes"}, "freeze_A must be True or False, found 'yes' (str)."),
     ({"init_seed": -1}, "init_seed must be an integer >= 0, found -1 (int)."),

@@ -19,6 +19,8 @@ from lorafa.models.head_loss import supervised_loss, supervised_nll, supports_ch
 from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.entry import Kind
 from lorafa.models.modes import evaluating, reading_last_positions
+from lorafa.peft_model import PeftModel
+from lorafa.surgery.walk import lora_layers
 from lorafa.train.settings.run import RunConfig
 
 _GROWTHS = 32
@@ -101,7 +103,7 @@ def course_of(
     Raises:
         Exception: whatever the model's code raises where it cannot run so; that is no error of the user.
     """
-    whole: Any = model
+    whole: Any = PeftModel(model) if any(True for _ in lora_layers(model)) else model  # what adapters read of a call
     dtype = whole.dtype
     own: str | None = None if config.train.chunked_loss or kind.row_losses() else "train.chunked_loss=false"
     with without_numbers(model):
@@ -109,10 +111,10 @@ def course_of(
         with state:
             if kind.row_losses() is None:
                 own = own or supports_chunked_loss(model)
-            losses = _Losses(model, state, kind, own)
+            losses = _Losses(whole, state, kind, own)
             done(0, PARTS)
             if config.eval.before:
-                _evaluate(model, batches, losses)
+                _evaluate(whole, batches, losses)
             done(1, PARTS)
             begins = state.operations + 1
             with _training(whole, config.train.gradient_checkpointing):
@@ -126,7 +128,7 @@ def course_of(
             ends = state.operations
             model.zero_grad()
             done(2, PARTS)
-            _evaluate(model, batches, losses)
+            _evaluate(whole, batches, losses)
             done(PARTS, PARTS)
         blocks = [Block(block.size, block.born, block.died) for block in state.blocks]
     return Course(blocks, begins, ends, forward_ends, losses.own)

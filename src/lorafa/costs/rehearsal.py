@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,8 +54,15 @@ def rehearse(
         model = get_peft_model(toy, toy_config, stats=stats)
         for path, layer in lora_layers(toy):
             for adapter in layer.adapters.values():
-                adapter.variant = formulas[path]  # optimizers ask what it is, and compute nothing by it
+                adapter.variant = _without_extras(formulas[path])
         pair_optimizer(model, optim)
+
+
+def _without_extras(formula: Variant) -> Variant:
+    """A formula on a toy, which has A and B alone: optimizers ask what it is, and compute nothing by it."""
+    stand_in = copy.copy(formula)
+    stand_in.extras = {}
+    return stand_in
 
 
 def _start(config: LoraConfig) -> dict[str, Any]:

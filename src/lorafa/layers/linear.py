@@ -26,7 +26,7 @@ class LoraLinear(LoraLayer):
     """x is (..., in), the output (..., out).
 
     Where a module around it may read its ``weight`` (``weight_is_read``), that and ``bias`` hold the updates of the
-    adapters that count; otherwise they are the base layer's, as in PEFT.
+    adapters that count; otherwise they are the base layer's, as in PEFT: dequantized where that has codes alone.
     """
 
     kind = "linear"
@@ -38,7 +38,10 @@ class LoraLinear(LoraLayer):
     def weight(self) -> Tensor:
         if self._answers_updated():
             return self._updated_weight()
-        return self.running_base().weight  # type: ignore[return-value]
+        base = self.running_base()
+        if self.backend.quantized and not hasattr(base, "weight"):  # T5 asks its wo for the dtype
+            return self.backend.weight(base)
+        return base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:

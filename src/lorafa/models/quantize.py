@@ -44,7 +44,8 @@ def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Q
     """Put quantized layers in the place of a model's dense linear ones, one after another, on the devices they are on.
 
     Left as they are: what lies outside of the model's body, such as the head; layers whose weight another module has
-    too; and modules called ``whole``, with what is inside them.
+    too; modules called ``whole``, with what is inside them; and those that the model's class keeps in float32, whose
+    weights its code looks at (T5's ``wo``).
 
     Args:
         model: a model of transformers, changed in place.
@@ -52,9 +53,10 @@ def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Q
         whole: names of modules, or the last parts of them, as in ``modules_to_save``.
 
     Raises:
-        ConfigError: the package that the way needs is not installed, or there is nothing to quantize.
+        ConfigError: the package that the way needs is not installed, there is nothing to quantize, or a weight holds
+            nan or inf.
     """
-    make, layers = QUANTIZERS.get(way), list(_linears(model, tuple(whole)))
+    make, layers = QUANTIZERS.get(way), list(_linears(model, (*whole, *_kept_in_float32(model))))
     everything = sum(p.numel() for p in model.parameters())
     if not layers:
         raise ConfigError(
@@ -65,6 +67,11 @@ def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Q
     for parent, name, path in layers:
         old = getattr(parent, name)
         weight, bias = _dense_of(old)
+        if not bool(weight.isfinite().all()):
+            raise ConfigError(
+                f"model.quantize={way} cannot quantize {path}: its weight holds nan or inf, and codes would spread it "
+                "over the block or row. Load weights that are finite."
+            )
         try:
             new = make(weight, bias)
         except ImportError as error:
@@ -87,6 +94,12 @@ def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Q
             new.bias.requires_grad_(False)
         setattr(parent, name, new.train(old.training))
     return Quantized(way, len(layers), count, everything, math.sqrt(lost / size) if size else 0.0)
+
+
+def _kept_in_float32(model: nn.Module) -> set[str]:
+    """Names of modules that a model of transformers keeps in float32 whatever it is loaded in."""
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {kept for name in names for kept in getattr(model, name, None) or ()}
 
 
 def _dense_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -135,7 +135,8 @@ def create_lorafa_optimizer(
     Raises:
         ConfigError: an argument is out of range or is not what the model has.
         AdapterError: there are no adapters; some A has dependent rows, is not finite, or is trained beside a frozen B;
-            a scaling is 0; DistributedDataParallel is around the model and A was trained.
+            a formula is about the gradient of A; a scaling is 0; DistributedDataParallel is around the model and A was
+            trained.
         BackendError: a factor is sharded or quantized.
 
     Everything is checked before the model is changed.
@@ -234,10 +235,16 @@ def _with_trained_B(pairs: Iterable[Pair]) -> list[Pair]:
     """The pairs of which something is trained.
 
     Raises:
-        AdapterError: of one it is A alone.
+        AdapterError: of one it is A alone, or its formula is about the gradient of A.
     """
     trained = [pair for pair in pairs if pair.A.requires_grad or pair.B.requires_grad]
     for pair in trained:
+        if any(variant.learns_from_A for variant in pair.adapter.variant.chain()):
+            raise AdapterError(
+                f"{pair.path}, adapter {pair.name!r} is {pair.adapter.variant.name}, which is about the gradient of A, "
+                "and LoRA-FA freezes A. Use a stock optimizer such as torch.optim.AdamW, or a plain adapter. Nothing "
+                "was changed."
+            )
         if "B" not in pair.adapter.trains or not pair.B.requires_grad:
             raise AdapterError(
                 f"{pair.path}, adapter {pair.name!r}: B is frozen and A is trained, and LoRA-FA trains B alone: "

@@ -104,9 +104,13 @@ def check_mapping(name: str, value: object) -> None:
 
 
 def check_tokens(name: str, value: object) -> None:
-    """A list of token ids or None."""
-    if value is not None and not (isinstance(value, list) and all(is_int(token) and token >= 0 for token in value)):
-        raise ConfigError(f"{name} must be a list of token ids, found {found(value)}. Tokenize the text.")
+    """A list of token ids, of one at least, or None."""
+    ids = isinstance(value, list) and all(is_int(token) and token >= 0 for token in value)
+    if value is not None and not (ids and value):
+        raise ConfigError(
+            f"{name} must be a list of token ids, one at least, found {found(value)}. Tokenize the text: "
+            f"tokenizer(text, add_special_tokens=False).input_ids."
+        )
 
 
 # ---- forms

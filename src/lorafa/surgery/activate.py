@@ -13,7 +13,9 @@ from lorafa.surgery.walk import hosts, layers_of, lora_layers
 
 
 def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
-    """Raises AdapterError unless every name is one of the model's adapters."""
+    """Raises AdapterError unless ``names`` is no text and every name is one of the model's adapters."""
+    if isinstance(names, str):
+        raise AdapterError(f"Names of adapters are given as a list, found {names!r}. Pass [{names!r}].")
     _require_known(hosts(model), names)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lorafa.backends import backend_of
 from lorafa.errors import AdapterError, BackendError, ConfigError
 from lorafa.layers.base import LoraLayer
+from lorafa.settings.checks import found
+from lorafa.surgery.activate import require_adapters, require_uniform
 from lorafa.surgery.walk import Parents, lora_layers, user_model
 
 _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
@@ -64,13 +66,22 @@ def merge_into_dense(
 
     Raises:
         ConfigError: no layer of the model is quantized, or ``dtype`` is no floating-point one.
-        AdapterError, BackendError: as ``merge_and_unload``; the model is as it was.
+        AdapterError, BackendError: as ``merge_and_unload``, or ``model`` is no PeftModel; the model is as it was.
     """
+    if not callable(getattr(model, "merge_and_unload", None)):
+        raise AdapterError(
+            f"merge_into_dense takes the PeftModel whose adapters are to be merged, found {found(model)}. Pass what "
+            "get_peft_model returned; for a model without adapters, load it dense."
+        )
     if not has_codes(model):
         raise ConfigError("No layer of this model is quantized, so merge_and_unload() makes the same of it. Call that.")
     wanted = _dtype_of(model) if dtype is None else dtype
-    if not wanted.is_floating_point or wanted.itemsize < 2:
-        raise ConfigError(f"Dense weights cannot be {wanted}. Pass torch.bfloat16, float16 or float32.")
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point or wanted.itemsize < 2:
+        raise ConfigError(f"Dense weights cannot be {wanted!r}. Pass torch.bfloat16, float16 or float32.")
+    if adapter_names is not None:
+        require_adapters(model, adapter_names)
+    names = [name for _, layer in lora_layers(model) for name in layer.mergeable(adapter_names)]
+    require_uniform(model, [*dict.fromkeys(names)], "Merging")
     changed: list[LoraLayer] = []
     sums = [0.0] * 4
     before = [(layer, layer.base_layer, layer._pristine, layer.merged_adapters) for _, layer in lora_layers(model)]
@@ -78,10 +89,10 @@ def merge_into_dense(
         for path, layer in lora_layers(model):
             if layer.backend.quantized:
                 names = layer.mergeable(adapter_names)
-                dense, found = _dense(path, layer, names, wanted)
+                dense, own = _dense(path, layer, names, wanted)
                 layer.put_merged(dense, names)
                 changed.append(layer)
-                sums = [one + other for one, other in zip(sums, found, strict=True)]
+                sums = [one + other for one, other in zip(sums, own, strict=True)]
         merged: nn.Module = model.merge_and_unload(adapter_names=None if adapter_names is None else [*adapter_names])
     except BaseException:
         for layer, base, pristine, names in before:

@@ -56,7 +56,12 @@ class LoraModel(nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.call = next((layer.call for _, layer in lora_layers(model)), CurrentCall())
-        self._readers: dict[str, Variant] = {}  # of the adapters that have to know, or gather, something of each call
+        self._readers = {  # of the adapters that have to know, or gather, something of each call
+            name: adapter.variant
+            for _, layer in lora_layers(model)
+            for name, adapter in layer.adapters.items()
+            if _reads(adapter.variant)
+        }
         self._wrapped: list[str] = []  # the places wrappers were put on
         self.training = model.training
         if peft_config is not None:
@@ -97,8 +102,7 @@ class LoraModel(nn.Module):
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *modules]))
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *parameters]))
         self.peft_config[planned.name], self._wrapped = planned.config, wrapped_places(self.model)
-        variants = [layer.parts.variant for layer in planned.layers]
-        readers = [variant for variant in variants if variant.reads_call or variant.gathers]
+        readers = [layer.parts.variant for layer in planned.layers if _reads(layer.parts.variant)]
         if readers:  # of one config, so any of them finds the same
             self._readers[planned.name] = readers[0]
         if active:  # other adapters keep counting; the new one waits
@@ -261,7 +265,10 @@ class LoraModel(nn.Module):
         read_again = any(variant.reads_call for variant in readers.values())
         with (
             self.call.holding(
-                context, keeps=keeps, recomputes=lambda: read_again and is_checkpointed(self.model)
+                context,
+                keeps=keeps,
+                recomputes=lambda: read_again and is_checkpointed(self.model),
+                layers=lambda: dict(self.lora_layers()),
             ) as passed,
             stepping,
         ):
@@ -288,6 +295,11 @@ class LoraModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+
+def _reads(variant: Variant) -> bool:
+    """Whether it has to know, or gathers, something of each call of the model."""
+    return variant.reads_call or variant.gathers
 
 
 def _active(found: Iterable[Host]) -> list[str]:

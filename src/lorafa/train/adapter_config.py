@@ -8,11 +8,13 @@ from dataclasses import fields, replace
 from torch import nn
 
 from lorafa.config import LoraConfig
+from lorafa.errors import ConfigError
 from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.entry import Kind
 from lorafa.surgery.targets import takes_parameters
 from lorafa.train.settings.init import start_fields, start_of
 from lorafa.train.settings.run import RunConfig
+from lorafa.variants import variant_types
 
 
 def lora_config(
@@ -29,7 +31,7 @@ def lora_config(
             trained as a whole.
 
     Raises:
-        ConfigError: a value is not allowed, or two contradict each other.
+        ConfigError: a value is not allowed, two contradict each other, or there would be nothing to train.
     """
     names = [one.name for one in fields(config.peft) if one.name not in config.peft.in_its_place]
     peft = {name: getattr(config.peft, name) for name in names}
@@ -45,6 +47,7 @@ def lora_config(
     if rows := {name: new for name, new in (rows or {}).items() if not f".{name}".endswith(whole)}:
         peft["trainable_token_indices"] = _together(config.peft.trainable_token_indices, rows)
     made = LoraConfig(**peft | of_the_run | start_fields(config.init))
+    _require_own_update(made)
     if model is None or config.peft.lora_dropout is not None or not takes_parameters(model, made):
         return made
     return replace(made, lora_dropout=0.0)
@@ -60,6 +63,17 @@ def _together(asked: list[int] | dict[str, list[int]] | None, rows: Mapping[str,
         full = short.get(name, name)
         together[full] = sorted({*together.get(full, []), *indices})
     return together
+
+
+def _require_own_update(config: LoraConfig) -> None:
+    """Raises ConfigError where the formula is about other adapters: the model of a run has one."""
+    for variant in variant_types(config):
+        if not variant.has_own_update:
+            raise ConfigError(
+                f"peft.{variant.switch} asks for {variant.name}, which routes to other adapters and has no update of "
+                "its own, and a run trains one adapter. Leave it out, train the adapters one by one, and put "
+                f"{variant.name} over them in Python."
+            )
 
 
 def _dropout(config: RunConfig) -> float:

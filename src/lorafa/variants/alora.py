@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lorafa.adapter import Adapter, Stage, Variant
 from lorafa.errors import BackendError, ConfigError, warn
 from lorafa.numerics.fused import is_traced
+from lorafa.settings.checks import is_int
 from lorafa.spec import LayerSpec
 
 _NOWHERE = torch.iinfo(torch.long).max
@@ -46,13 +47,14 @@ class Invoked:
 
     def chosen(self, x: Tensor) -> Tensor:
         """The inputs (n, ...) at those places of x (rows, tokens, ...); layers that share an input share them."""
-        if self._last:
+        counted = not x.is_inference()  # where no one counts changes in place, nothing is shared
+        if self._last and counted:
             seen, version, chosen = self._last[0]
             follows = x.requires_grad and torch.is_grad_enabled()
             if seen() is x and version == x._version and chosen.requires_grad is follows:
                 return chosen
         chosen = x.flatten(0, 1).index_select(0, self.places.to(x.device))
-        self._last[:] = [(weakref.ref(x), x._version, chosen)]
+        self._last[:] = [(weakref.ref(x), x._version, chosen)] if counted else []
         return chosen
 
 
@@ -99,7 +101,7 @@ class ALoRA(Variant):
                 the end of ``input_ids`` the update begins, None where it does not count.
 
         Raises:
-            ConfigError: ``alora_offsets`` is not one number or None a row.
+            ConfigError: ``alora_offsets`` is not one number or None a row, or the token ids are no rows.
         """
         ids, offsets = arguments.get("input_ids"), arguments.get("alora_offsets")
         if ids is None:  # what generate calls its first argument
@@ -109,10 +111,15 @@ class ALoRA(Variant):
         seen = ids if ids is not None else arguments.get("inputs_embeds")
         if seen is None:
             return None
+        if seen.dim() < 2:
+            raise ConfigError(
+                f"alora_invocation_tokens are looked for in rows of token ids, (rows, tokens), found "
+                f"{tuple(seen.shape)}. Pass input_ids[None] for a single row."
+            )
         rows, tokens = seen.shape[:2]
         starts = self._found(seen) if offsets is None else _counted(offsets, rows, tokens).to(seen.device)
         invoked = Invoked.of(starts, tokens)
-        if offsets is None and not len(invoked.places):
+        if offsets is None and seen.numel() and not len(invoked.places):
             warn(
                 f"alora_invocation_tokens={list(self.tokens)} is in no row of this call, so the adapter changes "
                 "nothing in it. Put the invocation into the text, tokenized as in the config; where the call "
@@ -160,7 +167,7 @@ class ALoRA(Variant):
         if dense is None:
             return None
         y: Tensor = adapter.layer.base_output(x.reshape(-1, x.shape[-1]))  # no view, which autograd would copy
-        places, change = self._change(adapter, x, y.view(*x.shape[:-1], -1))
+        places, change = self._change(adapter, x, y.view(*x.shape[:-1], y.shape[-1]))
         if not isinstance(dense[0], Tensor):  # codes may give a view, which cannot be changed
             y = y.clone()
         y = _added_at(y, places, change.to(y.dtype))
@@ -181,9 +188,10 @@ class ALoRA(Variant):
             )
         if y.dim() != 3 or tuple(y.shape[:2]) != (invoked.rows, invoked.tokens):
             raise BackendError(
-                f"Adapter {adapter.name!r} counts from alora_invocation_tokens on, but a layer gets {tuple(x.shape)} "
-                f"where the model was called with {invoked.rows} rows of {invoked.tokens} tokens, so which place is "
-                "which is not known. Leave such layers out with exclude_modules."
+                f"Adapter {adapter.name!r} counts from alora_invocation_tokens on, but "
+                f"{adapter.layer.call.place_of(adapter.layer)} gets {tuple(x.shape)} where the model was called with "
+                f"{invoked.rows} rows of {invoked.tokens} tokens, so which place is which is not known. Leave such "
+                "layers out with exclude_modules."
             )
         places = invoked.places.to(x.device)
         there = y.flatten(0, 1).index_select(0, places)
@@ -222,7 +230,7 @@ def _counted(offsets: Any, rows: int, tokens: int) -> Tensor:
     """
     values = offsets.tolist() if isinstance(offsets, Tensor) else offsets
     whole = isinstance(values, (list, tuple)) and len(values) == rows
-    if not whole or not all(v is None or (isinstance(v, int) and v >= 0) for v in values):
+    if not whole or not all(v is None or (is_int(v) and v >= 0) for v in values):
         raise ConfigError(
             f"alora_offsets must have a whole number or None for each of the {rows} rows, found {offsets!r}. It says "
             "how many places from the end of a row the invocation begins."

@@ -50,6 +50,7 @@ class Arrow(Variant):
     hosts = frozenset({"linear"})
     uniform = False
     one_product = False
+    has_own_update: ClassVar[bool] = False
 
     def __init__(self, settings: ArrowConfig, inner: Variant) -> None:
         super().__init__(inner)

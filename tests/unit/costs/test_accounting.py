@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.optimization import Adafactor
 
-from lorafa import LoraConfig, get_peft_model
+from lorafa import BdLoraConfig, LoraConfig, MontecloraConfig, VeloraConfig, get_peft_model
 from lorafa.costs.accounting import AdapterCost, KindCost, adapter_cost
 from lorafa.errors import AdapterError, ConfigError, TargetError
 from lorafa.layers.base import LoraLayer
@@ -253,6 +254,33 @@ def test_what_training_refuses_is_refused_in_the_same_words(case: str) -> None:
     assert str(before.value) == str(in_training.value)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+FORMULAS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "alora over dora": {"use_dora": True, "alora_invocation_tokens": [1]},
+    "velora": {"velora_config": VeloraConfig(num_groups=2)},
+    "monteclora": {"monteclora_config": MontecloraConfig()},
+    "dora over monteclora": {"use_dora": True, "monteclora_config": MontecloraConfig()},
+    "bdlora": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["0", "1"], nblocks=2)},
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lora_fa", "lora_plus", "lora_pro", "preconditioned", "riemannian"])
+@pytest.mark.parametrize("case", FORMULAS)
+def test_a_formula_with_tensors_of_its_own_goes_with_an_optimizer_as_in_training(case: str, name: str) -> None:
+    config = LoraConfig(r=2, target_modules=["0", "1"], **FORMULAS[case])
+
+    def refusal(of: Callable[[], Any]) -> str | None:
+        try:
+            of()
+        except AdapterError as error:
+            return str(error)
+        return None
+
+    optim = OptimConfig(name=name)
+    in_training = refusal(lambda: pair_optimizer(get_peft_model(Toy(), config), optim))
+    assert refusal(lambda: adapter_cost(Toy(), config, optim)) == in_training
 
 
 def test_counting_leaves_the_random_state_alone() -> None:

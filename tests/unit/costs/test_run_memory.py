@@ -87,6 +87,17 @@ def test_activations_are_what_autograd_keeps_in_a_training_step(model: str, more
     assert kept.bytes <= found.course.kept() <= 1.02 * kept.bytes + 4 * 64 * 8 * 4
 
 
+@pytest.mark.parametrize("inside", ["peft.use_dora=false", "peft.use_dora=true"])
+def test_an_adapter_that_reads_the_call_is_counted_by_the_places_it_counts_at(model: str, inside: str) -> None:
+    invoked = "peft.alora_invocation_tokens=[1]"
+    asked = replace(BATCHES, heldout=Batch(2, 64, 50), asked=Asked(2, 30, 4))
+    found, everywhere = counted(model, invoked, inside, batches=asked), counted(model, inside, batches=asked)
+    assert found.uncounted is None
+    assert found.course is not None
+    assert everywhere.course is not None
+    assert found.course.kept() < everywhere.course.kept()  # 100 of 256 places
+
+
 def test_what_saves_memory_is_counted_so(model: str) -> None:
     default, fa = parts(counted(model)), parts(counted(model, "optim=lora_fa"))
     assert fa.activations < 0.9 * default.activations

@@ -24,6 +24,7 @@ from lorafa.spec import LayerSpec
 from toys import compare
 from toys.adapters import train
 from toys.compare import assert_unchanged, everything
+from toys.language_models import seq2seq_logits, t5
 from toys.layers import Experts
 
 WEIGHT = torch.randn(80, 64, generator=torch.Generator().manual_seed(1))
@@ -347,3 +348,13 @@ def test_a_weight_that_is_not_finite_stays_and_starts_as_by_default(tmp_path: Pa
         get_peft_model(model, config())
     assert type(model.first.base_layer) is nn.Linear
     assert isinstance(model.second.base_layer, QuantizedLinear)
+
+
+def test_a_model_that_looks_at_the_weight_of_a_layer_gets_the_values_of_its_codes() -> None:
+    """T5 asks its wo for the dtype that it brings the states to."""
+    start: dict[str, Any] = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}
+    model = get_peft_model(t5().eval(), LoraConfig(r=4, target_modules="all-linear", **start))
+    expected, actual = seq2seq_logits(t5().eval()), seq2seq_logits(model.eval())
+    assert (actual - expected).norm() < 0.3 * expected.norm()
+    layer = next(layer for path, layer in model.base_model.lora_layers() if path.endswith(".wo"))
+    assert torch.equal(layer.weight, layer.base_weight())

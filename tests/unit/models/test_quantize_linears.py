@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lorafa import LoraConfig, get_peft_model
 from lorafa.backends import backend_of
 from lorafa.errors import ConfigError
 from lorafa.models import QUANTIZERS
 from lorafa.models.quantize import quantize_linears
+from toys.language_models import seq2seq_logits, t5
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -77,6 +79,28 @@ def test_what_is_trained_whole_and_what_several_modules_share_stays_dense() -> N
         "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.o_proj",
         "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", QUANTIZERS.names())
+def test_what_a_model_keeps_in_float32_stays_dense_because_its_code_looks_at_the_weight(way: str) -> None:
+    model: Any = t5().eval()
+    expected = seq2seq_logits(model)
+    quantize_linears(model, installed(way))
+    assert codes(model)
+    assert not [name for name in codes(model) if name.endswith(".wo")]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    actual = seq2seq_logits(adapted)
+    assert (actual - expected).norm() < 3 * OFF[way] * expected.norm()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(number: float) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[1, 2] = number
+    text = r"model\.quantize=nf4 cannot quantize model\.layers\.0\.self_attn\.v_proj: its weight holds nan or inf"
+    with pytest.raises(ConfigError, match=text):
+        quantize_linears(model, "nf4")
 
 
 def test_a_model_without_linear_layers_of_its_own_is_refused() -> None:

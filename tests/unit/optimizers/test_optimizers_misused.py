@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa import LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
 from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigError, DivergedError, LoraError
 from lorafa.layers import LoraLayer
 from lorafa.optimizers import (
@@ -378,3 +378,13 @@ def test_arguments_that_only_some_of_the_adapters_have_are_refused() -> None:
     ):
         create_lorafa_optimizer(model, r=3, lr=1e-3)
     create_lorafa_optimizer(model, lora_alpha=5.0, lr=1e-3)
+
+
+@pytest.mark.parametrize("name", ["exact", "fold"])
+@pytest.mark.parametrize("inside", ["velora", "monteclora"])
+def test_lora_fa_refuses_formulas_about_the_gradient_of_A(inside: str, name: str) -> None:
+    settings = {"velora": VeloraConfig(num_groups=2), "monteclora": MontecloraConfig()}[inside]
+    config = LoraConfig(r=2, target_modules=["first"], use_dora=True, **{f"{inside}_config": settings})  # type: ignore[arg-type]
+    text = rf"first, adapter 'default' is dora over {inside}, which is about the gradient of A, and LoRA-FA freezes A"
+    model = get_peft_model(Mlp(), config)
+    refused(model, lambda: MAKERS[name](model), AdapterError, text)

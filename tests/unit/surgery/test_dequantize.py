@@ -20,7 +20,7 @@ from lorafa import (
     replace_lora_weights_loftq,
 )
 from lorafa.backends import backend_of
-from lorafa.errors import AdapterError, ConfigError
+from lorafa.errors import AdapterError, BackendError, ConfigError
 from lorafa.models import QUANTIZERS
 from lorafa.models.quantize import quantize_linears
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
@@ -155,8 +155,15 @@ def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
     before = everything(model)
     with pytest.raises(ConfigError, match=r"Dense weights cannot be torch\.int8\. Pass torch\.bfloat16"):
         merge_into_dense(model, torch.int8)
+    with pytest.raises(ConfigError, match=r"Dense weights cannot be 'bfloat16'\. Pass torch\.bfloat16"):
+        merge_into_dense(model, "bfloat16")  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="no adapter 'nobody'"):
         merge_into_dense(model, adapter_names=["nobody"])
+    for merge in (merge_into_dense, PeftModel.merge_and_unload):
+        with pytest.raises(AdapterError, match=r"given as a list, found 'default'\. Pass \['default'\]"):
+            merge(model, adapter_names="default")
+    with pytest.raises(AdapterError, match=r"takes the PeftModel whose adapters are to be merged, found "):
+        merge_into_dense(model.get_base_model())
     assert_unchanged(before, model)
     with torch.no_grad():
         model.get_parameter("base_model.model.model.layers.1.mlp.down_proj.lora_A.default.weight").fill_(float("inf"))
@@ -167,6 +174,15 @@ def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
     dense = get_peft_model(llama(), LoraConfig(target_modules=TARGETS))
     with pytest.raises(ConfigError, match=r"No layer of this model is quantized, so merge_and_unload\(\) makes the"):
         merge_into_dense(dense)
+
+
+def test_what_changes_with_the_input_is_refused_by_adapter_and_layer() -> None:
+    model = adapted(alora_invocation_tokens=[3])
+    before = everything(model)
+    text = r"Merging adapter 'default': its update of '\S+layers\.0\.self_attn\.q_proj' \(alora\) changes with"
+    with pytest.raises(BackendError, match=text):
+        merge_into_dense(model)
+    assert_unchanged(before, model)
 
 
 def test_a_merged_adapter_and_a_second_one_are_summed_from_the_codes_as_they_were() -> None:

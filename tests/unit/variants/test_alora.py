@@ -164,3 +164,28 @@ def test_layers_that_share_an_input_keep_one_choice_of_it() -> None:
     assert shapes.count((11, 16)) == 2 * 3
     assert shapes.count((11, 24)) == 2
     assert shapes.count((11, 2)) == 2 * 7
+
+
+def test_an_empty_invocation_is_no_plain_adapter() -> None:
+    with pytest.raises(ConfigError, match=r"must be a list of token ids, one at least, found \[\] \(list\)"):
+        LoraConfig(alora_invocation_tokens=[])
+
+
+def test_offsets_are_numbers_and_not_answers_to_a_question() -> None:
+    with pytest.raises(ConfigError, match=r"a whole number or None for each of the 3 rows, found \[True"):
+        model_of()(PROMPT, alora_offsets=[True, False, True])
+
+
+def test_token_ids_without_rows_are_refused() -> None:
+    for call in (model_of(), model_of().generate):
+        with pytest.raises(ConfigError, match=r"in rows of token ids, \(rows, tokens\), found \(8,\)"):
+            call(PROMPT[0])
+
+
+def test_it_runs_in_inference_mode_as_pipelines_do() -> None:
+    model = model_of()
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+    with torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, expected)
+        assert torch.equal(answers(model), answers(model, do_sample=False))
