@@ -18,6 +18,7 @@ from toys.adapters import (
     config_for,
     initializer_of,
     only_layer,
+    quick_first,
     read_by,
     settings_of,
     stats_for,
@@ -37,7 +38,7 @@ def fresh(kind: str, dtype: torch.dtype, **settings: object) -> tuple[nn.Module,
     return Single(layer), with_adapter(Single(layer), kind, **settings)
 
 
-@pytest.mark.parametrize(("start", "variant", "kind"), STARTED_AT_BASE)
+@pytest.mark.parametrize(("start", "variant", "kind"), quick_first(STARTED_AT_BASE))
 def test_model_computes_the_same_function_at_step_zero(start: bool | str, variant: str, kind: str) -> None:
     base, model = fresh(kind, torch.float64, **VARIANT[variant] | {"init_lora_weights": start})
     x = input_for(kind, torch.float64)
@@ -131,7 +132,7 @@ def test_random_start_does_change_the_function(kind: str) -> None:
     assert not torch.allclose(model(x), base(x), atol=1e-3)
 
 
-@pytest.mark.parametrize(("start", "variant", "kind"), STARTED)
+@pytest.mark.parametrize(("start", "variant", "kind"), quick_first(STARTED))
 def test_training_leaves_the_base_and_what_was_taken_of_it_alone(start: bool | str, variant: str, kind: str) -> None:
     layer = base_layer(kind)
     before = values_of(layer)

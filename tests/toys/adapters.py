@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -144,6 +146,16 @@ STARTED = [(s, v, k) for v, k in DEFINED for s in starts_of(v, *STARTS) if defin
 """(start, variant, kind of layer) where all three go together."""
 STARTED_AT_BASE = [case for case in STARTED if initializer_of(case[0]).keeps_function]
 """Those that compute the function of the base at step 0."""
+
+
+def quick_first(cases: Iterable[tuple[bool | str, str, str]]) -> list[Any]:
+    """Cases of (start, variant, kind of layer) as parameters, of which those that are unusual in all three are slow."""
+
+    def slow(start: bool | str, variant: str, kind: str) -> bool:
+        usual_start = start in (True, "pissa", VARIANT[variant].get("init_lora_weights"))
+        return not usual_start and variant != "lora" and kind != "torch.nn.modules.linear.Linear"
+
+    return [pytest.param(*case, marks=[pytest.mark.slow] if slow(*case) else []) for case in cases]
 
 
 @torch.no_grad()
