@@ -66,11 +66,11 @@ class Backend(ABC):
     def reads(self, layer: nn.Module) -> str | None:
         """Why the output may be no ``linear(x, weight, bias)``, or ``weight`` another one at each call; None: it is."""
         odd = own_forward(layer, self.formula) or changing_hooks(layer)
-        return odd or unsettled(layer, self.weight_name, self.bias_name)
+        return odd or (None if self.quantized else unsettled(layer, self.weight_name, self.bias_name))
 
     def merges(self, layer: nn.Module) -> str | None:
         """Why :meth:`with_weight` would not change the output as an adapter does; None: it would."""
-        odd = fixed(layer, self.weight_name, self.bias_name)
+        odd = None if self.quantized else fixed(layer, self.weight_name, self.bias_name)
         return odd or own_forward(layer, self.formula) or changing_hooks(layer)
 
     def stored_shape(self, layer: nn.Module) -> tuple[int, ...] | None:

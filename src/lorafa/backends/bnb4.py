@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend
-from lorafa.backends.oddities import changing_hooks, own_forward, own_methods
+from lorafa.backends.oddities import own_methods
 from lorafa.backends.offload import hooked_as, rests_elsewhere, without_hooks
 from lorafa.errors import BackendError
 from lorafa.numerics.fused import Codes
@@ -111,12 +111,6 @@ class Bnb4Backend(Backend):
         if state is None:
             return "its weight is not quantized yet; bitsandbytes does so when the model is moved to its device (.to)"
         return _PACKED if _is_packed(state) else None
-
-    def reads(self, layer: nn.Module) -> str | None:
-        return own_forward(layer, self.formula) or changing_hooks(layer)
-
-    def merges(self, layer: nn.Module) -> str | None:
-        return own_forward(layer, self.formula) or changing_hooks(layer)
 
     def weight(self, layer: nn.Module) -> Tensor:
         return _dequantized(layer, torch.float32)

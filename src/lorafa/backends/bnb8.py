@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend
-from lorafa.backends.oddities import changing_hooks, own_forward, own_methods
+from lorafa.backends.oddities import own_methods
 from lorafa.backends.offload import hooked_as, rests_elsewhere, without_hooks
 from lorafa.numerics.fused import Codes
 
@@ -73,12 +73,6 @@ class Bnb8Backend(Backend):
         if _codes_and_scales(layer) is None:
             return "its weight is not quantized yet; bitsandbytes does so when the model is moved to its device (.to)"
         return None
-
-    def reads(self, layer: nn.Module) -> str | None:
-        return own_forward(layer, self.formula) or changing_hooks(layer)
-
-    def merges(self, layer: nn.Module) -> str | None:
-        return own_forward(layer, self.formula) or changing_hooks(layer)
 
     def weight(self, layer: nn.Module) -> Tensor:
         return _dequantized(layer, torch.float32)

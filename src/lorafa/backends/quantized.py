@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend
-from lorafa.backends.oddities import changing_hooks, own_forward
 from lorafa.backends.offload import hooked_as, in_memory, without_hooks
 from lorafa.numerics.fused import Codes, frozen_linear
 
@@ -79,12 +78,6 @@ class QuantizedBackend(Backend):
 
     def serves(self, layer: nn.Module) -> str | None:
         return None
-
-    def reads(self, layer: nn.Module) -> str | None:
-        return own_forward(layer, self.formula) or changing_hooks(layer)
-
-    def merges(self, layer: nn.Module) -> str | None:
-        return own_forward(layer, self.formula) or changing_hooks(layer)
 
     def weight(self, layer: nn.Module) -> Tensor:
         return cast(QuantizedLinear, layer).dequantize()

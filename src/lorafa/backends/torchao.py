@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.base import Backend
-from lorafa.backends.oddities import changing_hooks, own_forward, own_methods
+from lorafa.backends.oddities import own_methods
 from lorafa.backends.offload import hooked_as, rests_elsewhere, without_hooks
 from lorafa.numerics.fused import Codes
 
@@ -61,12 +61,6 @@ class TorchaoBackend(Backend):
                 "alone, as Int8WeightOnlyConfig does"
             )
         return None
-
-    def reads(self, layer: nn.Module) -> str | None:
-        return own_forward(layer, self.formula) or changing_hooks(layer)
-
-    def merges(self, layer: nn.Module) -> str | None:
-        return own_forward(layer, self.formula) or changing_hooks(layer)
 
     def weight(self, layer: nn.Module) -> Tensor:
         return cast(Tensor, weight_in(layer).dequantize())
