@@ -37,7 +37,8 @@ class Invoked:
     tokens: int
     places: Tensor
     """Where it counts among the rows x tokens of the pass, (n,)."""
-    _last: list[tuple[weakref.ref[Tensor], int, Tensor]] = field(default_factory=list, repr=False)
+    _last: list[tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]]] = field(default_factory=list, repr=False)
+    """The last input, its count of changes in place, and what was chosen of it: held by nothing but its graph."""
 
     @classmethod
     def of(cls, starts: Tensor, tokens: int, first: int = 0) -> Self:
@@ -49,12 +50,12 @@ class Invoked:
         """The inputs (n, ...) at those places of x (rows, tokens, ...); layers that share an input share them."""
         counted = not x.is_inference()  # where no one counts changes in place, nothing is shared
         if self._last and counted:
-            seen, version, chosen = self._last[0]
-            follows = x.requires_grad and torch.is_grad_enabled()
-            if seen() is x and version == x._version and chosen.requires_grad is follows:
-                return chosen
+            seen, version, choice = self._last[0]
+            known, follows = choice(), x.requires_grad and torch.is_grad_enabled()
+            if known is not None and seen() is x and version == x._version and known.requires_grad is follows:
+                return known
         chosen = x.flatten(0, 1).index_select(0, self.places.to(x.device))
-        self._last[:] = [(weakref.ref(x), x._version, chosen)] if counted else []
+        self._last[:] = [(weakref.ref(x), x._version, weakref.ref(chosen))] if counted else []
         return chosen
 
 
@@ -226,7 +227,7 @@ def _counted(offsets: Any, rows: int, tokens: int) -> Tensor:
     """The places that lie so many tokens from the end of a row, (rows,).
 
     Raises:
-        ConfigError: not one whole number >= 1, or None, a row.
+        ConfigError: not one whole number >= 0, or None, a row; 0 is None.
     """
     values = offsets.tolist() if isinstance(offsets, Tensor) else offsets
     whole = isinstance(values, (list, tuple)) and len(values) == rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
@@ -189,3 +191,30 @@ def test_it_runs_in_inference_mode_as_pipelines_do() -> None:
     with torch.inference_mode():
         assert torch.equal(model(PROMPT).logits, expected)
         assert torch.equal(answers(model), answers(model, do_sample=False))
+
+
+class Marked(torch.autograd.Function):
+    """Its place in a graph is there for as long as the graph is."""
+
+    seen: ClassVar[list[weakref.ref[Any]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Marked.seen.append(weakref.ref(ctx))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def test_a_call_without_a_backward_pass_leaves_no_graph_behind() -> None:
+    model = model_of().train()
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, args, output: Marked.apply(output.detach().requires_grad_()))
+    loss = model(PROMPT).logits.sum()
+    (mark,) = Marked.seen
+    assert mark() is not None
+    del loss
+    gc.collect()
+    assert mark() is None
