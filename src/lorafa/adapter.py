@@ -168,6 +168,8 @@ class AdaptedLayer(Protocol):
 
     def before_rescaling(self) -> None: ...
 
+    def require_fitting(self, y: Any, change: Tensor) -> None: ...
+
 
 @dataclass(eq=False, slots=True, repr=False)
 class Adapter:
@@ -277,7 +279,7 @@ class Adapter:
         Raises:
             BackendError: the model was not called through its PeftModel, so nobody has looked.
         """
-        return self.layer.call.fact(self.name)
+        return self.layer.call.fact(self.name, self.variant.of_rows)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -562,6 +564,10 @@ class Variant(ABC):
             arguments: of the model's forward, by name.
         """
         return fact if self.inner is None else self.inner.step(fact, arguments)
+
+    def of_rows(self, fact: Any, index: Tensor) -> Any:
+        """What :meth:`fact` (or :meth:`step`) says of some rows of the call, those with these indices, (rows,)."""
+        return fact if self.inner is None else self.inner.of_rows(fact, index)
 
     def counts_in(self, tokens: Sequence[int]) -> bool:
         """Whether the update counts anywhere in a row of token ids; a training on rows where it never does is none."""

@@ -7,19 +7,97 @@ because activation checkpointing runs layers again in the backward pass, on anot
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorafa.errors import BackendError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _Layers = Callable[[], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Neighbouring rows of a batch that the same adapters count in."""
+
+    rows: slice
+    adapters: tuple[str, ...]
+    index: Tensor
+    """Where the rows lie in the batch as it was given, (rows,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A batch in parts, of which each can be computed by itself."""
+
+    parts: tuple[Part, ...]
+    order: Tensor | None = None
+    """The row of the batch that comes to each place, (rows,); None where the rows stay as they lie."""
+    back: Tensor | None = None
+    """The place that each row of the batch has come to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which adapters count in each row of one call."""
+
+    choices: tuple[tuple[str, ...], ...]
+    """The adapters of each row; none for the base alone."""
+    tokens: int = 1
+    """Places a row has in the pass that runs."""
+    copies: int = 1
+    """How often ``generate`` has put each row beside itself, for beams or several answers."""
+    _layouts: dict[Any, Layout] = field(default_factory=dict, repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that count in some row."""
+        return tuple(dict.fromkeys(name for choice in self.choices for name in choice))
+
+    def in_pass(self, rows: int, tokens: int) -> Self:
+        """The same for a pass over so many rows, copies among them, and tokens."""
+        return replace(self, tokens=tokens, copies=max(rows // max(len(self.choices), 1), 1))
+
+    def fits(self, leading: int) -> bool:
+        """Whether a tensor with so many entries along its first dimension may have all rows there, or all tokens."""
+        count = len(self.choices)
+        return leading in {count * k for k in (1, self.copies, self.tokens, self.copies * self.tokens)}
+
+    def layout(self, leading: int, device: torch.device, *, sort: bool) -> Layout:
+        """The parts of a tensor with so many entries along its first dimension, which :meth:`fits`.
+
+        Args:
+            sort: bring the rows of equal adapters together, so that there is one part for each choice; otherwise a row
+                stays where it is.
+        """
+        key = leading, device, sort
+        if key not in self._layouts:
+            self._layouts[key] = self._laid_out(leading // max(len(self.choices), 1), device, sort)
+        return self._layouts[key]
+
+    def _laid_out(self, repeats: int, device: torch.device, sort: bool) -> Layout:
+        choices = self.choices
+        runs = sum(i == 0 or choices[i] != choices[i - 1] for i in range(len(choices)))
+        lies: Sequence[int] = range(len(choices))
+        sort = sort and runs > len(set(choices))
+        if sort:
+            first = {choice: i for i, choice in reversed(list(enumerate(choices)))}
+            lies = sorted(lies, key=lambda i: first[choices[i]])
+        index = (torch.tensor(lies, dtype=torch.long)[:, None] * repeats + torch.arange(repeats)).flatten().to(device)
+        begins = [i for i in range(len(lies)) if i == 0 or choices[lies[i]] != choices[lies[i - 1]]]
+        ends = [*begins[1:], len(lies)]
+        rows = [slice(begin * repeats, end * repeats) for begin, end in zip(begins, ends, strict=True)]
+        parts = tuple(Part(s, choices[lies[i]], index[s]) for i, s in zip(begins, rows, strict=True))
+        return Layout(parts, index, index.argsort()) if sort else Layout(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +106,10 @@ class ForwardContext:
 
     facts: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     """Adapter -> what its variant's ``fact`` has found."""
+    rows: Rows | None = None
+    """Which adapters count in which row; None: the active ones in all."""
+    narrowed: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What ``facts`` say of parts of the rows, found when it is asked for."""
 
 
 EMPTY = ForwardContext()
@@ -47,9 +129,29 @@ class CurrentCall:
         self._keeps = False
         self._waiting: weakref.ref[_Backward] | None = None
         self._layers: _Layers = dict  # while a call is open
+        self.part: Part | None = None
+        """The rows that are looked at, where adapters differ from row to row."""
 
-    def fact(self, name: str) -> Any:
+    @property
+    def rows(self) -> Rows | None:
+        """Which adapters count in which row of the call in force; None: the active ones in all."""
+        rows = self._context.rows
+        return rows if rows is not None and (self._open or _in_backward()) else None
+
+    @contextmanager
+    def looking_at(self, part: Part) -> Iterator[None]:
+        """Let ``part`` be the rows that are looked at."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def fact(self, name: str, narrow: Callable[[Any, Tensor], Any] | None = None) -> Any:
         """What the variant of adapter ``name`` has found for the call in force.
+
+        Args:
+            narrow: gives what a fact says of the rows with these indices, (rows,); asked where only some are looked at.
 
         Raises:
             BackendError: the model was not called through its PeftModel, so nobody has looked.
@@ -59,7 +161,13 @@ class CurrentCall:
                 f"Adapter {name!r} depends on the inputs of the whole model, and this call did not come through its "
                 "PeftModel. Call the PeftModel (or its generate), not the model inside."
             )
-        return self._context.facts[name]
+        fact, part = self._context.facts[name], self.part
+        if part is None or narrow is None:
+            return fact
+        known = self._context.narrowed
+        if (name, part) not in known:
+            known[name, part] = narrow(fact, part.index)
+        return known[name, part]
 
     def gathering(self, name: str) -> Any:
         """Where the layers put what the variant of adapter ``name`` gathers of the call in force: its ``fact``.
@@ -113,9 +221,9 @@ class CurrentCall:
             if not keeps:
                 self._context = before
 
-    def step(self, facts: Mapping[str, Any]) -> None:
-        """Let ``facts`` hold from now on to the end of the call that is open: it runs the model many times."""
-        self._context = ForwardContext(facts)
+    def step(self, context: ForwardContext) -> None:
+        """Let ``context`` hold from now on to the end of the call that is open: it runs the model many times."""
+        self._context = context
 
     def _waits(self) -> bool:
         backward = None if self._waiting is None else self._waiting()

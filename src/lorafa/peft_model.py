@@ -250,16 +250,23 @@ class PeftModel(AdaptedModel):
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """Arguments and result are the wrapped model's; ``labels`` is spelled out for trainers that look for it.
 
-        A formula may take arguments of its own, which the wrapped model does not see (``alora_offsets``).
+        Two kinds of arguments the wrapped model does not see: those of a formula (``alora_offsets``), and
+        ``adapter_names``, a list with an entry for each row: the name of the adapter that counts there, whichever is
+        active, a list of several, or "__base__" for none. The output and the gradients are those of each row alone.
+
+        Raises:
+            AdapterError: ``adapter_names`` is no list with a known name for each row, or an adapter is merged.
+            BackendError: an adapted layer cannot tell the rows apart, so that adapters cannot differ from row to row.
         """
-        _refuse_mixed_batch(kwargs)
         if labels is not None:
             kwargs["labels"] = labels
         return self.base_model.calling(self.base_model, args, kwargs, keeps=torch.is_grad_enabled())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments and result are those of the wrapped model's ``generate``."""
-        _refuse_mixed_batch(kwargs)
+        """Arguments and result are those of the wrapped model's ``generate``; ``adapter_names`` as in :meth:`forward`.
+
+        There is one name for each prompt, also where beams or several answers are asked for.
+        """
         generate = self.get_base_model().generate
         return self.base_model.calling(generate, args, kwargs, keeps=False, steps=True)  # type: ignore[arg-type]
 
@@ -293,14 +300,6 @@ class PeftModel(AdaptedModel):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def _refuse_mixed_batch(arguments: Mapping[str, Any]) -> None:
-    if "adapter_names" in arguments:
-        raise NotAvailableError(
-            "adapter_names: batches that mix adapters are not available yet in lorafa. Run one batch an adapter, with "
-            "set_adapter before it."
-        )
 
 
 def check_can_wrap(model: nn.Module, method: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -13,9 +13,9 @@ from lorafa.backends import backend_of
 from lorafa.backends.base import Backend, is_finite
 from lorafa.backends.oddities import described
 from lorafa.backends.offload import device_of, in_memory, value_of, weight_of
-from lorafa.context import CurrentCall
+from lorafa.context import Rows
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
-from lorafa.layers import own_modules
+from lorafa.layers import mixed, own_modules
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Extras, Stored, held_by, linear_holder
@@ -73,7 +73,6 @@ class LoraLayer(Host):
         super().__init__(base_layer)
         self.base_layer = base_layer
         self.origin: dict[str, Any] | None = None  # describes the dense weight that a start has quantized
-        self.call = CurrentCall()
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -309,7 +308,7 @@ class LoraLayer(Host):
         """Adapter -> why it started as by default instead of as asked; a copy."""
         return {name: a.fallback for name, a in self.adapters.items() if a.fallback is not None}
 
-    def held(self) -> Iterable[str]:
+    def held(self) -> Collection[str]:
         return self.adapters
 
     def forget(self, name: str) -> None:
@@ -356,10 +355,14 @@ class LoraLayer(Host):
             parameter.requires_grad_(requires_grad and factors.get(key, "") in self.adapters[name].trains)
 
     def counting(self) -> list[Adapter]:
-        """The adapters that change the output now."""
+        """The adapters that change the output now; in a batch that mixes adapters, of the rows that are looked at.
+
+        Raises:
+            BackendError: they differ from row to row, and all rows are looked at.
+        """
         if self._disable_adapters or self.merged_adapters:
             return []
-        return self._active_here()
+        return [self.adapters[name] for name in self.in_force() if name in self.adapters]
 
     # ---- scale
 
@@ -504,6 +507,9 @@ class LoraLayer(Host):
     # ---- forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = self.mixing()
+        if rows is not None:
+            return self.mixed_forward(rows, x, *args, **kwargs)
         adapters = self.counting()
         if not adapters:
             return self.run_base(self.running_base(), x, *args, **kwargs)
@@ -516,22 +522,23 @@ class LoraLayer(Host):
             x = x.to(y.device)  # where a hook of the base layer may have brought it
         out = y
         for adapter in adapters:
-            out = self._added(out, adapter.delta_output(x, y))
+            change = adapter.delta_output(x, y)
+            self.require_fitting(out, change)
+            out = out + change.to(out.dtype)
         return out
 
-    def _added(self, y: Any, change: Tensor) -> Tensor:
-        """The output so far with an adapter's change, in the output's dtype.
+    def mixed_forward(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The output where each row has adapters of its own."""
+        return mixed.output(self, rows, x, args, kwargs)
 
-        Raises:
-            BackendError: the two have not one shape, or the output is no tensor.
-        """
+    def require_fitting(self, y: Any, change: Tensor) -> None:
+        """Raise BackendError unless an output, or a part of it, is a tensor of the shape of an adapter's change."""
         if not isinstance(y, Tensor) or y.shape != change.shape:
             found = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise BackendError(
                 f"A {described(self.base_layer)} gives {found} where an adapter on it gives {tuple(change.shape)}: its "
                 "forward or a hook makes something else of x W^T + b. Leave it out with exclude_modules."
             )
-        return y + change.to(y.dtype)
 
     def __getattr__(self, name: str) -> Any:
         """What the layer lacks is the base layer's: ``stride``, ``num_embeddings``, ``head_dim`` ...

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from lorafa.backends.base import Backend
 from lorafa.backends.parameter import ParameterBackend
+from lorafa.context import Rows
 from lorafa.errors import ConfigError
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.mixed import by_parts
 from lorafa.layers.weights import call_with, require_in_memory, updated_tensors
 
 if TYPE_CHECKING:
@@ -116,7 +118,14 @@ class LoraExperts(LoraLayer):
         super()._apply(fn, recurse)
         return self
 
+    def mixed_forward(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        """The module run for each choice of adapters, on its rows or tokens alone."""
+        return by_parts(self, rows, self.forward, args, kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self.mixing()
+        if rows is not None and self.is_in(rows):
+            return self.mixed_forward(rows, *args, **kwargs)
         layer, depth = self.base_layer, ""
         while isinstance(layer, LoraLayer):
             layer, depth = layer.base_layer, depth + "base_layer."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lorafa.context import CurrentCall, Rows
+from lorafa.errors import BackendError
 from lorafa.layers.parts import Stored
 
 
@@ -30,6 +32,7 @@ class Host(nn.Module):
         self.training = wrapped.training
         self._active_adapter: list[str] = []
         self._disable_adapters = False
+        self.call = CurrentCall()  # of the model; its hosts share one
 
     # ---- what a kind of host must say
 
@@ -39,7 +42,7 @@ class Host(nn.Module):
         """What PEFT calls this kind of host."""
 
     @abstractmethod
-    def held(self) -> Iterable[str]:
+    def held(self) -> Collection[str]:
         """The adapters that have something here."""
 
     @abstractmethod
@@ -81,6 +84,37 @@ class Host(nn.Module):
     @property
     def active_adapter(self) -> list[str]:
         return self.active_adapters
+
+    def mixing(self) -> Rows | None:
+        """Which adapters count in which row of the call in force, where they differ and all rows are looked at."""
+        call = self.call
+        return None if self._disable_adapters or call.part is not None else call.rows
+
+    def in_force(self) -> Sequence[str]:
+        """The adapters that count here now; in a batch that mixes adapters, those of the rows that are looked at.
+
+        Raises:
+            BackendError: they differ from row to row, and all rows are looked at.
+        """
+        if self._disable_adapters:
+            return ()
+        if self.call.part is not None:
+            return self.call.part.adapters
+        rows = self.call.rows
+        if rows is None:
+            return self._active_adapter
+        if self.is_in(rows):
+            raise BackendError(
+                f"adapter_names lets other adapters count in each row, and {self.call.place_of(self)} "
+                f"({self.peft_name}) is one for all rows: its weight takes in the update, or is read by the module "
+                "around it. Leave it out with exclude_modules, or run one batch an adapter."
+            )
+        return ()
+
+    def is_in(self, rows: Rows) -> bool:
+        """Whether an adapter that counts in some row has something here."""
+        held = self.held()
+        return any(name in held for name in rows.names)
 
     @property
     def disable_adapters(self) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.backends.offload import copied_to_memory
+from lorafa.layers.mixed import by_parts
 from lorafa.layers.own_modules import require_kept
 from lorafa.layers.parts import Stored
 from lorafa.layers.wrapper import Wrapper
@@ -47,8 +48,8 @@ class ModulesToSaveWrapper(Wrapper):
         """The copy of the first of them that has one, else the original."""
         return next((self.modules_to_save[n] for n in names if n in self.modules_to_save), self.original_module)
 
-    def held(self) -> Iterable[str]:
-        return self.modules_to_save
+    def held(self) -> Collection[str]:
+        return list(self.modules_to_save)
 
     def wanted_twice(self, one: str, other: str, *, trains: bool) -> str | None:
         return "a copy (modules_to_save)"
@@ -58,10 +59,9 @@ class ModulesToSaveWrapper(Wrapper):
 
     def current(self) -> nn.Module:
         """The module that runs now."""
-        if not self._disable_adapters:
-            for name in self._active_adapter:
-                if name in self.modules_to_save:
-                    return self.modules_to_save[name]
+        for name in self.in_force():
+            if name in self.modules_to_save:
+                return self.modules_to_save[name]
         return self.original_module
 
     @property
@@ -74,7 +74,10 @@ class ModulesToSaveWrapper(Wrapper):
         return getattr(self.current(), "bias", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self.mixing()
+        if rows is not None and self.is_in(rows):
+            return by_parts(self, rows, self.forward, args, kwargs)
         current = self.current()
         if self.training and torch.is_grad_enabled() and current is not self.original_module:
-            require_kept(", ".join(self._active_adapter), current)
+            require_kept(", ".join(self.in_force()), current)
         return current(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorafa.backends.base import replaced
 from lorafa.backends.offload import in_memory, value_of, weight_of
 from lorafa.errors import shorten
+from lorafa.layers.mixed import require_rows
 from lorafa.layers.own_modules import require_kept
 from lorafa.layers.parts import Stored
 from lorafa.layers.wrapper import Wrapper
@@ -62,8 +63,8 @@ class TrainableTokensWrapper(Wrapper):
         if name in rows and not self.is_tied:
             yield Stored(key, f"{key}.{name}", rows[name])
 
-    def held(self) -> Iterable[str]:
-        return self.token_adapter.trainable_tokens_delta
+    def held(self) -> Collection[str]:
+        return list(self.token_adapter.trainable_tokens_delta)
 
     def tensors_of(self, name: str) -> list[Tensor]:
         """The rows, which of tied tables one alone stores."""
@@ -97,7 +98,7 @@ class TrainableTokensWrapper(Wrapper):
 
     def _current(self) -> tuple[list[int], Tensor] | None:
         """Indices and rows (tokens, dim) in force."""
-        return None if self._disable_adapters else self._rows(self._active_adapter)
+        return self._rows(self.in_force())
 
     def _rows(self, names: Sequence[str]) -> tuple[list[int], Tensor] | None:
         """Indices and rows (tokens, dim) of these adapters; a row that several have is equal in all of them."""
@@ -128,11 +129,25 @@ class TrainableTokensWrapper(Wrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.original_module(x, *args, **kwargs)
+        mixing = self.mixing()
+        if mixing is None:
+            return self._replaced(x, y)
+        if not self.is_in(mixing):
+            return y
+        require_rows(self, self.call, mixing, x)
+        layout, outputs = mixing.layout(x.shape[0], x.device, sort=False), []
+        for part in layout.parts:
+            with self.call.looking_at(part):
+                outputs.append(self._replaced(x[part.rows], y[part.rows]))
+        return torch.cat(outputs)
+
+    def _replaced(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output y of the wrapped module for x, with what the rows in force make of it."""
         current = self._current()
         if current is None:
             return y
         if self.training and torch.is_grad_enabled():
-            require_kept(", ".join(self._active_adapter), self.token_adapter.trainable_tokens_delta)
+            require_kept(", ".join(self.in_force()), self.token_adapter.trainable_tokens_delta)
         index = torch.tensor(current[0], device=y.device)
         x, rows = x.to(y.device), current[1].to(y)
         if x.is_floating_point():  # a head: the columns of the chosen tokens

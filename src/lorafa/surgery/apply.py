@@ -16,7 +16,7 @@ from lorafa.surgery.bypassed import weight_is_read
 from lorafa.surgery.plan import Plan
 from lorafa.surgery.replicate import Replication
 from lorafa.surgery.targets import Target
-from lorafa.surgery.walk import Parents, base_parameters, hosts, lora_layers
+from lorafa.surgery.walk import Parents, base_parameters, hosts, lora_layers, wrappers
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> U
             tied = _host_for(model, tie.target, parents, call)
             attach_tied(tied, carriers[tie.owner], planned.name, transposed=tie.transposed)
         planned.auxiliary.apply(planned.name, parents)
+        for _, host in wrappers(model):
+            host.call = call
         if planned.config.bias != "none":
             _train_biases(model, planned.config.bias)
     except BaseException:

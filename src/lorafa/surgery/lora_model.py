@@ -23,6 +23,7 @@ from lorafa.surgery.build import Options
 from lorafa.surgery.forward import is_checkpointed
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
+from lorafa.surgery.mixed import in_pass, rows_of
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resize import resize_vocabulary
 from lorafa.surgery.resolve import Resolved, resolve
@@ -252,17 +253,20 @@ class LoraModel(nn.Module):
             keeps: whether a backward pass may follow, which runs layers again under activation checkpointing.
             steps: whether it runs the model many times, each time on other tokens, as ``generate`` does.
         """
-        if not self._readers:
+        named = kwargs.get("adapter_names")
+        kwargs = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+        if not self._readers and named is None:
             return function(*args, **kwargs)
         arguments = _by_name(self.model.forward, args, kwargs)
-        active = self.active_adapters
+        rows = None if named is None else rows_of(self.model, named, self.peft_config, arguments, trains=keeps)
+        active = self.active_adapters if rows is None else rows.names
         readers = {name: variant for name, variant in self._readers.items() if name in active}
         facts = {name: variant.fact(arguments) for name, variant in readers.items()}
         theirs = frozenset[str]().union(*(variant.call_arguments for variant in self._readers.values()))
         kwargs = {name: value for name, value in kwargs.items() if name not in theirs}
-        context = ForwardContext(facts) if facts else EMPTY
-        stepping = self._stepping(readers, facts) if steps and facts else nullcontext()
-        read_again = any(variant.reads_call for variant in readers.values())
+        context = ForwardContext(facts, rows) if facts or rows is not None else EMPTY
+        stepping = self._stepping(readers, context) if steps and context is not EMPTY else nullcontext()
+        read_again = rows is not None or any(variant.reads_call for variant in readers.values())
         with (
             self.call.holding(
                 context,
@@ -275,12 +279,14 @@ class LoraModel(nn.Module):
             return passed(function(*args, **kwargs))
 
     @contextmanager
-    def _stepping(self, readers: Mapping[str, Variant], facts: Mapping[str, Any]) -> Iterator[None]:
+    def _stepping(self, readers: Mapping[str, Variant], context: ForwardContext) -> Iterator[None]:
         """Let the readers see each forward pass of the model inside before it runs."""
 
         def before(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             arguments = _by_name(self.model.forward, args, kwargs)
-            self.call.step({name: variant.step(facts[name], arguments) for name, variant in readers.items()})
+            facts = {name: variant.step(context.facts[name], arguments) for name, variant in readers.items()}
+            rows = None if context.rows is None else in_pass(context.rows, arguments)
+            self.call.step(ForwardContext(facts, rows))
 
         handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
         try:

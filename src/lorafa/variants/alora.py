@@ -35,6 +35,8 @@ class Invoked:
     """First place it counts at, in tokens from the beginning of the prompt, (rows,); the largest integer: nowhere."""
     rows: int
     tokens: int
+    first: int
+    """The place of the first token of the pass, in tokens from the beginning of the prompt."""
     places: Tensor
     """Where it counts among the rows x tokens of the pass, (n,)."""
     _last: list[tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]]] = field(default_factory=list, repr=False)
@@ -44,7 +46,7 @@ class Invoked:
     def of(cls, starts: Tensor, tokens: int, first: int = 0) -> Self:
         """Where it counts in a pass over ``tokens`` places of each row, of which the first is place ``first``."""
         counts = torch.arange(first, first + tokens, device=starts.device) >= starts[:, None]
-        return cls(starts, len(starts), tokens, counts.flatten().nonzero().flatten())
+        return cls(starts, len(starts), tokens, first, counts.flatten().nonzero().flatten())
 
     def chosen(self, x: Tensor) -> Tensor:
         """The inputs (n, ...) at those places of x (rows, tokens, ...); layers that share an input share them."""
@@ -140,6 +142,11 @@ class ALoRA(Variant):
         copies = max(seen.shape[0] // max(fact.rows, 1), 1)  # beams and answers of a prompt lie side by side
         return Invoked.of(fact.starts.repeat_interleave(copies), seen.shape[1], first)
 
+    def of_rows(self, fact: Invoked | None, index: Tensor) -> Invoked | None:
+        if fact is None:
+            return None
+        return Invoked.of(fact.starts[index.to(fact.starts.device)], fact.tokens, fact.first)
+
     def counts_in(self, tokens: Sequence[int]) -> bool:
         return bool(self._found(torch.tensor([list(tokens)])) < _NOWHERE)
 
@@ -162,8 +169,7 @@ class ALoRA(Variant):
         return _added_at(torch.zeros_like(y.flatten(0, 1)), places, change.to(y.dtype)).view_as(y)
 
     def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
-        """The output of the base, to which the change is added where it counts: in place, if that is a plain product.
-        """
+        """The output of the base, to which the change is added where it counts: in place, if that is a plain product."""
         dense = adapter.layer.dense_weight(x)
         if dense is None:
             return None

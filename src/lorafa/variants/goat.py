@@ -33,25 +33,32 @@ class Routed:
             mask: (rows, tokens), 0 at padding, or None.
         """
         self.mask = mask
-        self._found: dict[AdaptedLayer, list[tuple[Tensor, Tensor]]] = {}
+        self._found: dict[AdaptedLayer, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
 
-    def add(self, layer: AdaptedLayer, gates: Tensor, chosen: Tensor) -> None:
-        """Note one pass of a layer: ``gates`` (..., E) with gradients, ``chosen`` (..., k) experts."""
-        self._found.setdefault(layer, []).append((gates, chosen))
+    def add(self, layer: AdaptedLayer, gates: Tensor, chosen: Tensor, index: Tensor | None = None) -> None:
+        """Note one pass of a layer: ``gates`` (..., E) with gradients, ``chosen`` (..., k) experts.
+
+        Args:
+            index: of the rows of the call that they are of, (rows,); None: all.
+        """
+        mask = self.mask if self.mask is None or index is None else self.mask[index.to(self.mask.device)]
+        self._found.setdefault(layer, []).append((gates, chosen, mask))
 
     def of(self, layer: AdaptedLayer) -> tuple[Tensor, Tensor] | None:
         """Gates (tokens, E) and chosen experts (tokens, k) of all passes of a layer; None if it did not run.
 
         Padding is left out where the layer saw the rows and tokens of the mask.
         """
-        parts = [self._kept(gates, chosen) for gates, chosen in self._found.get(layer, ())]
+        parts = [_kept(*found) for found in self._found.get(layer, ())]
         return (torch.cat([gates for gates, _ in parts]), torch.cat([chosen for _, chosen in parts])) if parts else None
 
-    def _kept(self, gates: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mask is not None and gates.shape[:-1] == self.mask.shape:
-            kept = self.mask.to(gates.device) != 0
-            return gates[kept], chosen[kept]
-        return gates.reshape(-1, gates.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
+
+def _kept(gates: Tensor, chosen: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gates (tokens, E) and choices (tokens, k) without those of padding, where ``mask`` says which is."""
+    if mask is not None and gates.shape[:-1] == mask.shape:
+        kept = mask.to(gates.device) != 0
+        return gates[kept], chosen[kept]
+    return gates.reshape(-1, gates.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
 
 
 class GOAT(Variant):
@@ -132,7 +139,8 @@ class GOAT(Variant):
         largest, chosen = gates.topk(self.settings.top_k, dim=-1)
         routed: Routed | None = adapter.layer.call.gathering(adapter.name)
         if routed is not None:
-            routed.add(adapter.layer, gates, chosen)
+            part = adapter.layer.call.part
+            routed.add(adapter.layer, gates, chosen, None if part is None else part.index)
         return torch.zeros_like(gates).scatter(-1, chosen, largest / largest.sum(dim=-1, keepdim=True))
 
     def _scaling(self, adapter: Adapter) -> float | Tensor:

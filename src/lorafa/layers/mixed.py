@@ -1,0 +1,158 @@
+"""The output of a layer in a batch that mixes adapters (``adapter_names``): each row has those that are named for it.
+
+The base runs once for all rows, and each choice of adapters on its own rows. Rows stay in the order of the batch, for
+hooks and caches of keys and values to see what they expect. Where a row has few places, as in decoding, the rows of one
+choice are brought together inside the layer, so that there is one product for each adapter; where it has many, this
+would cost more than it saves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafa.adapter import AdaptedLayer, Adapter
+from lorafa.context import CurrentCall, Layout, Part, Rows
+from lorafa.errors import BackendError
+from lorafa.numerics.fused import is_traced
+from lorafa.numerics.rows import MANY, add_low_rank_, added
+
+_ONE_OF_MANY = re.compile(r"\.\d+\.(.*\.)?\d+(\.|$)")
+"""A path inside a list inside a list, as that of one expert of a layer is."""
+
+
+def output(layer: AdaptedLayer, rows: Rows, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The output of the layer for x, whose first dimension has the rows of the call.
+
+    Raises:
+        BackendError: x has not the rows of the call, so that which adapter is for which is not known.
+    """
+    here = {name: layer.adapters[name] for name in rows.names if name in layer.adapters}
+    owned = not args and not kwargs and _gives_a_new_tensor(layer, x, here.values())
+    shape = x.shape
+    if here:
+        require_rows(layer, layer.call, rows, x)
+    if owned:  # a view, which a linear layer gives for more than two dimensions, cannot be changed under autograd
+        y = layer.base_output(x.reshape(-1, shape[-1])).view(*shape[:-1], -1)
+    else:
+        y = layer.base_output(x, *args, **kwargs)
+    if not here:
+        return y
+    if isinstance(y, Tensor):
+        x = x.to(y.device)  # where a hook of the base layer may have brought it
+    layout = rows.layout(shape[0], x.device, sort=x.numel() < MANY * shape[-1] * len(rows.choices))
+    if owned and not torch.is_grad_enabled() and all(map(_is_one_product, here.values())):
+        return _in_place(y, x, layout, here)
+    return _by_formula(layer, y, x, layout, here, owned=owned and layout.order is None)
+
+
+def _gives_a_new_tensor(layer: AdaptedLayer, x: Tensor, adapters: Any) -> bool:
+    """Whether the base's output is a new tensor that no formula of these adapters reads, and neither does backward."""
+    if is_traced() or not x.is_floating_point() or any(a.variant.stage == "norm" for a in adapters):
+        return False
+    dense = layer.dense_weight(x)
+    return dense is not None and isinstance(dense[0], Tensor)
+
+
+def _is_one_product(adapter: Adapter) -> bool:
+    """Whether the change is s B A x for A and B as they are stored, and nothing else happens on the way."""
+    plain = adapter.variant.is_plain_lora and adapter.as_made and adapter.running_start is None
+    return plain and adapter.bias is None and not adapter.dropout
+
+
+def _in_place(y: Tensor, x: Tensor, layout: Layout, here: Mapping[str, Adapter]) -> Tensor:
+    """The changes added to y (rows, ..., out), with one product of A and one of B for each part and adapter."""
+    shape = y.shape
+    x = x.to(y.dtype)
+    if layout.order is not None and layout.back is not None:
+        x, y = x.index_select(0, layout.order), y.index_select(0, layout.order)
+    for part in layout.parts:
+        for name in part.adapters:
+            if name in here:
+                own = here[name]
+                rows_of_x, rows_of_y = x[part.rows], y[part.rows]
+                add_low_rank_(
+                    rows_of_y.view(-1, shape[-1]), rows_of_x.reshape(-1, x.shape[-1]), own.A, own.B, own.scaling
+                )
+    return y if layout.back is None else y.index_select(0, layout.back)
+
+
+def _by_formula(
+    layer: AdaptedLayer, y: Any, x: Tensor, layout: Layout, here: Mapping[str, Adapter], *, owned: bool
+) -> Tensor:
+    """y with the change of each adapter by its own formula on its own rows."""
+    if layout.order is not None:
+        x, y = x.index_select(0, layout.order), y.index_select(0, layout.order)
+    places: list[slice] = []
+    changes: list[Tensor] = []
+    for part in layout.parts:
+        adapters = [here[name] for name in part.adapters if name in here]
+        if adapters:
+            own_x, own_y = x[part.rows], y[part.rows]
+            with layer.call.looking_at(part):
+                found = [adapter.delta_output(own_x, own_y) for adapter in adapters]
+            for change in found:
+                layer.require_fitting(own_y, change)
+            places += [part.rows] * len(found)
+            changes += [change.to(y.dtype) for change in found]
+    out = added(y, places, changes, owned=owned)
+    return out if layout.back is None else out.index_select(0, layout.back)
+
+
+def require_rows(layer: Any, call: CurrentCall, rows: Rows, x: Tensor) -> None:
+    """Raise BackendError unless the first dimension of x has the rows of the call, or their tokens one after another.
+
+    A layer that is one of many, as that of an expert, may get some of the tokens in an order of its own: what has no
+    dimension of rows is refused there.
+    """
+    fits = x.dim() > 0 and rows.fits(x.shape[0])
+    if fits and (x.dim() > 2 or not _ONE_OF_MANY.search(call.place_of(layer))):
+        return
+    raise BackendError(
+        f"{call.place_of(layer)} gets {tuple(x.shape)} where the model was called with {len(rows.choices)} rows, so "
+        "which of adapter_names is for which part of it is not known. Leave such layers out with exclude_modules, or "
+        "run one batch an adapter."
+    )
+
+
+def by_parts(
+    layer: Any, rows: Rows, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """``function(*args, **kwargs)`` called for each choice of adapters with its rows alone, the results put together.
+
+    Every tensor whose first dimension is as long as that of the first one is taken for one with rows.
+
+    Raises:
+        BackendError: the tensors have not the rows of the call, or the result is no tensor with them.
+    """
+    call: CurrentCall = layer.call
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+    if not given:
+        raise BackendError(f"{call.place_of(layer)} gets no tensor with the rows that adapter_names is about.")
+    require_rows(layer, call, rows, given[0])
+    leading = given[0].shape[0]
+    layout = rows.layout(leading, given[0].device, sort=True)
+
+    def of(part: Part, value: Any) -> Any:
+        has_rows = isinstance(value, Tensor) and value.dim() and value.shape[0] == leading
+        if not has_rows:
+            return value
+        return value[part.rows] if layout.order is None else value.index_select(0, part.index.to(value.device))
+
+    found = []
+    for part in layout.parts:
+        with call.looking_at(part):
+            y = function(*(of(part, value) for value in args), **{k: of(part, v) for k, v in kwargs.items()})
+        if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(part.index):
+            kind = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise BackendError(
+                f"{call.place_of(layer)} gives {kind} for {len(part.index)} rows, so the rows of other adapters cannot "
+                "be put beside it. Run one batch an adapter."
+            )
+        found.append(y)
+    whole = torch.cat(found)
+    return whole if layout.back is None else whole.index_select(0, layout.back)
