@@ -187,7 +187,12 @@ class CurrentCall:
 
     def place_of(self, layer: Any) -> str:
         """The name of a layer in the model that is called, in words for an error: "a layer" where it is not known."""
-        return next((repr(path) for path, other in self._layers().items() if other is layer), "a layer")
+        path = self.path_of(layer)
+        return "a layer" if path is None else repr(path)
+
+    def path_of(self, layer: Any) -> str | None:
+        """The name of a layer in the model that is called; None where it is not known."""
+        return next((path for path, other in self._layers().items() if other is layer), None)
 
     @contextmanager
     def holding(
@@ -198,7 +203,7 @@ class CurrentCall:
         Args:
             keeps: whether it is a call with gradients, which a backward pass may follow.
             recomputes: whether layers run again in the backward pass; asked only where it matters.
-            layers: the adapted layers of the model by their names; asked only for an error.
+            layers: what carries adapters in the model, by its name; asked only where a name is needed.
 
         Raises:
             BackendError: they do, an earlier call with another context still waits for its backward pass, and this one

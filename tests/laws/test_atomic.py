@@ -198,7 +198,8 @@ CALLS_THAT_FAIL: dict[str, tuple[type[LoraError], str, Callable[[PeftModel], obj
     "merge unknown": (AdapterError, "no adapter 'other'", lambda m: m.merge_adapter(["default", "other"])),
     "merge and unload unknown": (AdapterError, "no adapter 'o'", lambda m: m.merge_and_unload(adapter_names=["o"])),
     "wrap twice": (AdapterError, "is a PeftModel already", lambda m: get_peft_model(m, all_of_it())),
-    "mixed batch": (NotAvailableError, "adapter_names", lambda m: m(X, adapter_names=["default", "__base__"])),
+    "mixed batch": (AdapterError, "adapter_names: .* no adapter 'o'", lambda m: m(X, adapter_names=["default", "o"])),
+    "add base": (AdapterError, "'__base__' cannot be an", lambda m: m.add_adapter("__base__", all_of_it())),
 }
 
 

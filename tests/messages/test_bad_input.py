@@ -245,14 +245,6 @@ def test_a_second_adapter_that_trains_biases() -> None:
             lambda m: get_peft_model(Model(), config(), mixed=True),
             "mixed=True: models with adapters of several methods are not available in lorafa, which has LoRA and its",
         ),
-        (
-            lambda m: m(torch.zeros(1, 2).long(), adapter_names=["a"]),
-            "adapter_names: batches that mix adapters are not",
-        ),
-        (
-            lambda m: m.generate(adapter_names=["a"]),
-            "not available yet in lorafa. Run one batch an adapter, with set_adapter",
-        ),
         (lambda m: lorafa.PeftMixedModel(Model(), config()), "PeftMixedModel: models with adapters of several methods"),
         (
             lambda m: lorafa.PeftMixedModel.from_pretrained(Model(), "x"),

@@ -110,7 +110,7 @@ def require_rows(layer: Any, call: CurrentCall, rows: Rows, x: Tensor) -> None:
     dimension of rows is refused there.
     """
     fits = x.dim() > 0 and rows.fits(x.shape[0])
-    if fits and (x.dim() > 2 or not _ONE_OF_MANY.search(call.place_of(layer))):
+    if fits and (x.dim() > 2 or not _ONE_OF_MANY.search(call.path_of(layer) or "")):
         return
     raise BackendError(
         f"{call.place_of(layer)} gets {tuple(x.shape)} where the model was called with {len(rows.choices)} rows, so "
@@ -121,13 +121,13 @@ def require_rows(layer: Any, call: CurrentCall, rows: Rows, x: Tensor) -> None:
 
 def by_parts(
     layer: Any, rows: Rows, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor:
+) -> Any:
     """``function(*args, **kwargs)`` called for each choice of adapters with its rows alone, the results put together.
 
     Every tensor whose first dimension is as long as that of the first one is taken for one with rows.
 
     Raises:
-        BackendError: the tensors have not the rows of the call, or the result is no tensor with them.
+        BackendError: the tensors have not the rows of the call, or the results are no tensors with them.
     """
     call: CurrentCall = layer.call
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
@@ -147,12 +147,14 @@ def by_parts(
     for part in layout.parts:
         with call.looking_at(part):
             y = function(*(of(part, value) for value in args), **{k: of(part, v) for k, v in kwargs.items()})
-        if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(part.index):
-            kind = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        outputs = y if isinstance(y, tuple) else (y,)
+        if not all(isinstance(one, Tensor) and one.dim() and one.shape[0] == len(part.index) for one in outputs):
+            kinds = [tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in outputs]
             raise BackendError(
-                f"{call.place_of(layer)} gives {kind} for {len(part.index)} rows, so the rows of other adapters cannot "
-                "be put beside it. Run one batch an adapter."
+                f"{call.place_of(layer)} gives {', '.join(map(str, kinds))} for {len(part.index)} rows, so the rows of "
+                "other adapters cannot be put beside it. Run one batch an adapter."
             )
-        found.append(y)
-    whole = torch.cat(found)
-    return whole if layout.back is None else whole.index_select(0, layout.back)
+        found.append(outputs)
+    joined = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    whole = joined if layout.back is None else tuple(one.index_select(0, layout.back) for one in joined)
+    return whole if isinstance(y, tuple) else whole[0]

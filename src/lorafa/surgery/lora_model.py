@@ -272,7 +272,7 @@ class LoraModel(nn.Module):
                 context,
                 keeps=keeps,
                 recomputes=lambda: read_again and is_checkpointed(self.model),
-                layers=lambda: dict(self.lora_layers()),
+                layers=lambda: dict(hosts(self.model)),
             ) as passed,
             stepping,
         ):

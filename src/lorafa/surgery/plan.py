@@ -14,6 +14,7 @@ from lorafa.layers.parts import AdapterParts
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary
 from lorafa.surgery.build import Builder, Options
 from lorafa.surgery.bypassed import Bypassed
+from lorafa.surgery.mixed import BASE
 from lorafa.surgery.offloaded import require_reachable
 from lorafa.surgery.quantize import require_unshared
 from lorafa.surgery.replicate import Replication
@@ -110,6 +111,8 @@ def check_adapter_name(everything: Iterable[Place], name: str) -> None:
     """Raises AdapterError for a name that is taken or that could not be a part of a parameter's name."""
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"An adapter name is a non-empty string without a dot, found {name!r}.")
+    if name == BASE:
+        raise AdapterError(f"{BASE!r} cannot be an adapter name: in adapter_names it stands for the base alone.")
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise AdapterError(
             f"{name!r} cannot be an adapter name: torch's containers of modules have an attribute of that name. "

@@ -169,7 +169,8 @@ class ALoRA(Variant):
         return _added_at(torch.zeros_like(y.flatten(0, 1)), places, change.to(y.dtype)).view_as(y)
 
     def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
-        """The output of the base, to which the change is added where it counts: in place, if that is a plain product."""
+        """The output of the base, to which the change is added where it counts: in place, if that is a plain product.
+        """
         dense = adapter.layer.dense_weight(x)
         if dense is None:
             return None
