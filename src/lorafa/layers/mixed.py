@@ -19,7 +19,7 @@ from lorafa.adapter import AdaptedLayer, Adapter
 from lorafa.context import CurrentCall, Layout, Part, Rows
 from lorafa.errors import BackendError
 from lorafa.numerics.fused import is_traced
-from lorafa.numerics.rows import MANY, add_low_rank_, added
+from lorafa.numerics.rows import MANY, Product, add_low_rank_, added
 
 _ONE_OF_MANY = re.compile(r"\.\d+\.(.*\.)?\d+(\.|$)")
 """A path inside a list inside a list, as that of one expert of a layer is."""
@@ -46,7 +46,7 @@ def output(layer: AdaptedLayer, rows: Rows, x: Tensor, args: Sequence[Any], kwar
         x = x.to(y.device)  # where a hook of the base layer may have brought it
     layout = rows.layout(shape[0], x.device, sort=x.numel() < MANY * shape[-1] * len(rows.choices))
     if owned and not torch.is_grad_enabled() and all(map(_is_one_product, here.values())):
-        return _in_place(y, x, layout, here)
+        return _in_place(y, x, layout, {name: (one.A, one.B, one.scaling) for name, one in here.items()})
     return _by_formula(layer, y, x, layout, here, owned=owned and layout.order is None)
 
 
@@ -60,24 +60,23 @@ def _gives_a_new_tensor(layer: AdaptedLayer, x: Tensor, adapters: Any) -> bool:
 
 def _is_one_product(adapter: Adapter) -> bool:
     """Whether the change is s B A x for A and B as they are stored, and nothing else happens on the way."""
-    plain = adapter.variant.is_plain_lora and adapter.as_made and adapter.running_start is None
-    return plain and adapter.bias is None and not adapter.dropout
+    plain = adapter.variant.is_plain_lora and not adapter.has_bias and adapter.as_made
+    return plain and adapter.running_start is None and not adapter.dropout
 
 
-def _in_place(y: Tensor, x: Tensor, layout: Layout, here: Mapping[str, Adapter]) -> Tensor:
+def _in_place(y: Tensor, x: Tensor, layout: Layout, here: Mapping[str, Product]) -> Tensor:
     """The changes added to y (rows, ..., out), with one product of A and one of B for each part and adapter."""
     shape = y.shape
     x = x.to(y.dtype)
-    if layout.order is not None and layout.back is not None:
+    if layout.order is not None:
         x, y = x.index_select(0, layout.order), y.index_select(0, layout.order)
-    for part in layout.parts:
-        for name in part.adapters:
-            if name in here:
-                own = here[name]
-                rows_of_x, rows_of_y = x[part.rows], y[part.rows]
-                add_low_rank_(
-                    rows_of_y.view(-1, shape[-1]), rows_of_x.reshape(-1, x.shape[-1]), own.A, own.B, own.scaling
-                )
+    places = shape[1:-1].numel()
+    add_low_rank_(
+        y.view(-1, shape[-1]),
+        x.reshape(-1, x.shape[-1]),
+        [(part.rows.stop - part.rows.start) * places for part in layout.parts],
+        [[here[name] for name in part.adapters if name in here] for part in layout.parts],
+    )
     return y if layout.back is None else y.index_select(0, layout.back)
 
 

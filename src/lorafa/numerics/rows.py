@@ -15,28 +15,37 @@ MANY = 8
 """From so many places a row on, a product for each row costs less than bringing rows together, which copies them."""
 
 
-def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor) -> None:
-    """Add s x A^T B^T to y in place, without gradients.
+Product = tuple[Tensor, Tensor, "float | Tensor"]
+"""A (r, in), B (out, r) and s of a change s B A x."""
 
-    Products are taken in the dtype of y; in that of A and B, if it is wider, where x has at most r rows: to convert the
-    factors would cost the most there.
+
+def add_low_rank_(y: Tensor, x: Tensor, sizes: Sequence[int], products: Sequence[Sequence[Product]]) -> None:
+    """Add to each part of the rows of y the changes that are its own, in place and without gradients.
+
+    Products are taken in the dtype of y; in that of A and B, if it is wider, where a part has at most r rows: to convert
+    the factors would cost the most there.
 
     Args:
         y: (rows, out).
         x: (rows, in), in the dtype of y.
-        A: (r, in).
-        B: (out, r).
+        sizes: the rows of each part, one after another.
+        products: of each part, none or several.
     """
-    if A.dtype is not y.dtype and x.shape[0] <= A.shape[0]:
-        wide = torch.promote_types(y.dtype, A.dtype)
-        change = nn.functional.linear(nn.functional.linear(x.to(wide), A.to(wide)), B.to(wide))
-        y.add_(change.mul_(scaling))
-        return
-    z = x @ A.to(y.dtype).T
-    if isinstance(scaling, Tensor):
-        y.addmm_(z.mul_(scaling), B.to(y.dtype).T)
-    else:
-        y.addmm_(z, B.to(y.dtype).T, alpha=scaling)
+    dtype = y.dtype
+    for own_y, own_x, changes in zip(y.split(list(sizes)), x.split(list(sizes)), products, strict=True):
+        for A, B, scaling in changes:
+            if A.dtype is not dtype:
+                if own_x.shape[0] <= A.shape[0]:
+                    wide = torch.promote_types(dtype, A.dtype)
+                    z = own_x.to(wide).mm(A.to(wide).t())
+                    own_y.add_(z.mm(B.to(wide).t()).mul_(scaling))
+                    continue
+                A, B = A.to(dtype), B.to(dtype)
+            z = own_x.mm(A.t())
+            if isinstance(scaling, Tensor):
+                own_y.addmm_(z.mul_(scaling), B.t())
+            else:
+                own_y.addmm_(z, B.t(), alpha=scaling)
 
 
 class _Added(torch.autograd.Function):
