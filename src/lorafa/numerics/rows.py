@@ -32,7 +32,8 @@ def add_low_rank_(y: Tensor, x: Tensor, sizes: Sequence[int], products: Sequence
         products: of each part, none or several.
     """
     dtype = y.dtype
-    for own_y, own_x, changes in zip(y.split(list(sizes)), x.split(list(sizes)), products, strict=True):
+    parts = zip(torch.split(y, list(sizes)), torch.split(x, list(sizes)), products, strict=True)
+    for own_y, own_x, changes in parts:
         for A, B, scaling in changes:
             if A.dtype is not dtype:
                 if own_x.shape[0] <= A.shape[0]:
