@@ -22,8 +22,8 @@ Product = tuple[Tensor, Tensor, "float | Tensor"]
 def add_low_rank_(y: Tensor, x: Tensor, sizes: Sequence[int], products: Sequence[Sequence[Product]]) -> None:
     """Add to each part of the rows of y the changes that are its own, in place and without gradients.
 
-    Products are taken in the dtype of y; in that of A and B, if it is wider, where a part has at most r rows: to convert
-    the factors would cost the most there.
+    Products are taken in the dtype of y; in that of A and B, if it is wider, where a part has at most r rows: there
+    it would cost the most to convert the factors.
 
     Args:
         y: (rows, out).
