@@ -1,0 +1,27 @@
+"""Logit lenses: what each model would say from its inner states, compared as distributions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorafa.alignment.maps.base import RepresentationMap, States
+
+
+@dataclass(frozen=True)
+class Lens(RepresentationMap):
+    """(KL(p || q) + KL(q || p)) / 2 of the distributions that the heads make of the states, in the mean.
+
+    It has no parameters, and student and teacher may be of any width if they have one vocabulary.
+    """
+
+    name = "lens"
+    reads_lens = True
+
+    def between(self, student: States, teacher: States) -> Tensor:
+        assert student.lens is not None
+        assert teacher.lens is not None
+        log_q = student.lens(student.hidden).log_softmax(dim=-1)
+        log_p = teacher.lens(teacher.hidden).log_softmax(dim=-1)
+        return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1).mean()
