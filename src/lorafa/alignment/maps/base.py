@@ -9,10 +9,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lorafa.errors import ConfigError
 
-Lens = Callable[[Tensor], Tensor]
+ROWS = 64
+"""Positions whose logits a map has at a time."""
+
+Look = Callable[[Tensor], Tensor]
 """Hidden states (n, size) -> logits (n, vocabulary) in float32 or wider: what the model would say from here."""
 
 
@@ -22,7 +26,7 @@ class States:
 
     hidden: Tensor
     """(n, size), float32 or wider."""
-    lens: Lens | None = None
+    lens: Look | None = None
     """The model's own head, with the norm before it; None where the map reads none."""
 
 
@@ -58,3 +62,13 @@ class RepresentationMap(ABC):
 def square(states: Tensor) -> Tensor:
     """The sum of all squares, never 0."""
     return states.square().sum().clamp_min(torch.finfo(states.dtype).tiny)
+
+
+def mean_of_rows(of_rows: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, at_once: int) -> Tensor:
+    """The mean of ``of_rows`` (rows, ...) -> (rows,) over all rows, some at a time.
+
+    What it makes of a piece is made again for the backward pass, and never there for all rows.
+    """
+    pieces = zip(student.split(at_once), teacher.split(at_once), strict=True)
+    found = [checkpoint(of_rows, one, other, use_reentrant=False) for one, other in pieces]
+    return torch.cat(found).mean()

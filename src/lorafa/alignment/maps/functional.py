@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorafa.alignment.maps.base import RepresentationMap, States
+from lorafa.alignment.maps.base import ROWS, RepresentationMap, States, mean_of_rows
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,13 @@ class Functional(RepresentationMap):
     any_width = False
 
     def between(self, student: States, teacher: States) -> Tensor:
-        assert teacher.lens is not None
-        z = teacher.lens(teacher.hidden)
-        p = z.softmax(dim=-1)
-        difference = teacher.lens(student.hidden) - z
-        mean = (p * difference).sum(dim=-1, keepdim=True)
-        return 0.5 * (p * (difference - mean).square()).sum(dim=-1).mean()
+        look = teacher.lens
+        assert look is not None
+
+        def of_rows(H: Tensor, T: Tensor) -> Tensor:
+            z = look(T)
+            p, difference = z.softmax(dim=-1), look(H) - z
+            mean = (p * difference).sum(dim=-1, keepdim=True)
+            return 0.5 * (p * (difference - mean).square()).sum(dim=-1)
+
+        return mean_of_rows(of_rows, student.hidden, teacher.hidden, ROWS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorafa.alignment.maps.base import RepresentationMap, States
+from lorafa.alignment.maps.base import ROWS, RepresentationMap, States, mean_of_rows
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,12 @@ class Lens(RepresentationMap):
     reads_lens = True
 
     def between(self, student: States, teacher: States) -> Tensor:
-        assert student.lens is not None
-        assert teacher.lens is not None
-        log_q = student.lens(student.hidden).log_softmax(dim=-1)
-        log_p = teacher.lens(teacher.hidden).log_softmax(dim=-1)
-        return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1).mean()
+        look, other = student.lens, teacher.lens
+        assert look is not None
+        assert other is not None
+
+        def of_rows(H: Tensor, T: Tensor) -> Tensor:
+            log_q, log_p = look(H).log_softmax(dim=-1), other(T).log_softmax(dim=-1)
+            return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
+
+        return mean_of_rows(of_rows, student.hidden, teacher.hidden, ROWS)
