@@ -8,8 +8,11 @@ inner states, one a file of :mod:`lorafa.alignment.maps`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.maps.base import RepresentationMap
+from lorafa.alignment.teachers.base import Teacher
 from lorafa.registry import Registry
 
 DIVERGENCES: Registry[type[Divergence]] = Registry(
@@ -40,4 +43,16 @@ MAPS: Registry[type[RepresentationMap]] = Registry(
 )
 """Name -> how far the student's inner states are from the teacher's."""
 
-__all__ = ["DIVERGENCES", "MAPS", "Divergence", "RepresentationMap"]
+TEACHERS: Registry[Callable[..., Teacher]] = Registry(
+    "teacher",
+    {
+        "anchor": "lorafa.alignment.teachers.anchor:Anchor",
+        "base": "lorafa.alignment.teachers.model_base:Base",
+        "ema": "lorafa.alignment.teachers.ema:EMA",
+        "external": "lorafa.alignment.teachers.external:External",
+        "snapshot": "lorafa.alignment.teachers.snapshot:Snapshot",
+    },
+)
+"""Name -> what the student is held close to."""
+
+__all__ = ["DIVERGENCES", "MAPS", "TEACHERS", "Divergence", "RepresentationMap", "Teacher"]

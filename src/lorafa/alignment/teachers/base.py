@@ -29,6 +29,8 @@ class Teacher(ABC):
     name: ClassVar[str]
     starts_as_student: ClassVar[bool] = True
     """Whether it is the student's function at the start, so that their divergence is 0 there, and its gradient."""
+    divergence: ClassVar[str] = "fkl"
+    """The one that is taken unless another is asked for."""
     follows: ClassVar[bool] = False
     """Whether it changes when it is refreshed."""
 

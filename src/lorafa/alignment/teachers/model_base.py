@@ -17,6 +17,7 @@ class Base(Teacher):
     """The model with its adapters switched off; it costs no memory."""
 
     name = "base"
+    divergence = "masked_target"
 
     def begin(self, model: nn.Module) -> None:
         if not any(True for _ in lora_layers(model)):
