@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.alignment import DIVERGENCES, MAPS, TEACHERS
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.maps.base import RepresentationMap
 from lorafa.alignment.objective import JointObjective, MapTerm, final_norm
+from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.alignment.teachers.external import External
 from lorafa.errors import BackendError, ConfigError
