@@ -1,4 +1,4 @@
-"""The joint loss is that of the formula over all logits, with its gradients, whatever the divergence and the teacher."""
+"""The joint loss is that of the formula over all logits, with its gradients, for every divergence and teacher."""
 
 from __future__ import annotations
 
@@ -176,13 +176,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
     model = student()
     with pytest.raises(ConfigError, match=r"The teacher has 48 tokens and the student 32.*divergence='none' and a map"):
         Alignment(model, llama(vocab_size=48))
-    with pytest.raises(ConfigError, match="Unknown teacher 'bse'. Did you mean 'base'"):
+    with pytest.raises(ConfigError, match=r"Unknown teacher 'bse'\. Did you mean 'base'"):
         Alignment(model, "bse")
     with pytest.raises(ConfigError, match="Unknown divergence 'kl'"):
         Alignment(model, "base", divergence="kl")
     with pytest.raises(ConfigError, match="weight must be a number >= 0, found -1"):
         Alignment(model, "base", weight=-1)
-    with pytest.raises(ConfigError, match="names no model. Pass the model itself"):
+    with pytest.raises(ConfigError, match=r"names no model\. Pass the model itself"):
         Alignment(model, "external")
     with pytest.raises(AdapterError, match="align=base compares a model with adapters and without"):
         Alignment(llama(), "base")

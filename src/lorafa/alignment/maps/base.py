@@ -69,6 +69,6 @@ def mean_of_rows(of_rows: Callable[[Tensor, Tensor], Tensor], student: Tensor, t
 
     What it makes of a piece is made again for the backward pass, and never there for all rows.
     """
-    pieces = zip(student.split(at_once), teacher.split(at_once), strict=True)
+    pieces = zip(torch.split(student, at_once), torch.split(teacher, at_once), strict=True)
     found = [checkpoint(of_rows, one, other, use_reentrant=False) for one, other in pieces]
     return torch.cat(found).mean()

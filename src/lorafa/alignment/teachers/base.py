@@ -40,6 +40,7 @@ class Teacher(ABC):
         Raises:
             AdapterError: the student has no adapters this teacher could be made of.
         """
+        return None
 
     @abstractmethod
     @contextmanager
@@ -52,6 +53,7 @@ class Teacher(ABC):
 
     def after_step(self, model: nn.Module) -> None:
         """Take in a step of the student's optimizer, where the teacher changes with each."""
+        return None
 
     def refresh(self, model: nn.Module) -> Refreshed:
         """Follow the student."""
