@@ -258,7 +258,6 @@ class Cyclic(Schedule):
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        known = {one for one in CyclicState.__dataclass_fields__}
-        if set(state) != known:
+        if set(state) != set(CyclicState.__dataclass_fields__):
             raise CheckpointError("The checkpoint's cyclic schedule is of another version: it has other numbers.")
         self.state = CyclicState(**state)

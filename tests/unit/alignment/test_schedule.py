@@ -34,7 +34,7 @@ def steady(task: float = 1.0, divergence: float = 0.5) -> Iterable[Probe]:
 
 def test_phases_take_turns_by_the_clock_and_the_task_has_the_last_steps() -> None:
     phases, decisions = run(Cyclic(CyclicSettings(**SMALL), total=20), steady(), 20)
-    assert "".join(phases) == "SSSSTTSSSSTTSSSSSSSS"  # after step 16 there is no room for a cycle with the task at its end
+    assert "".join(phases) == "SSSSTTSSSSTTSSSSSSSS"  # after step 16 a cycle with the task at its end has no room
     assert [(d.step, d.kind, d.phase) for d in decisions] == [
         (4, "switch", "teacher"), (6, "switch", "task"), (10, "switch", "teacher"), (12, "switch", "task"),
         (16, "ended", "task"),
@@ -82,7 +82,8 @@ def test_after_a_roll_back_the_rate_rises_to_half() -> None:
 
 
 def test_without_a_gate_every_proposal_is_taken() -> None:
-    phases, decisions = run(Cyclic(CyclicSettings(**SMALL, gate=False), total=40), [Probe(float(i + 1), 0.5 ** i) for i in range(9)], 12)
+    probes = [Probe(float(i + 1), 0.5**i) for i in range(9)]
+    phases, decisions = run(Cyclic(CyclicSettings(**SMALL, gate=False), total=40), probes, 12)
     assert "".join(phases) == "SSSSTTSSSSTT"
     assert all(d.kind in ("switch", "reweighted") for d in decisions)
 
