@@ -49,6 +49,8 @@ class Decision:
     """Keep the student as it is, to come back to."""
     roll_back: bool = False
     """Bring the student back to what was last kept."""
+    discarded: float = 0.0
+    """Share of the student's update that a refreshed teacher could not hold."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Cyclic(Schedule):
 
     def begin(self, weight: float, probe: Callable[[], Probe]) -> None:
         found = probe()
-        self.state = CyclicState(weight=weight, first_weight=weight, accepted=found.task, least=found.divergence)
+        self.state = CyclicState(weight=weight, first_weight=weight, accepted=found.task)
 
     def share(self) -> Share:
         own, rewarm = self.state, self.settings.rewarm_steps

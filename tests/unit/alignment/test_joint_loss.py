@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lorafa.alignment import DIVERGENCES, MAPS, Alignment
 from lorafa.alignment.maps.base import States
+from lorafa.alignment.schedule import CyclicSettings
 from lorafa.errors import AdapterError, BackendError, ConfigError, DivergedError
 from lorafa.models.head_loss import supervised_loss
 from toys.adapters import train
@@ -205,3 +207,78 @@ def test_a_teacher_that_gives_nan_is_named() -> None:
         other.lm_head.weight[3] = float("nan")  # type: ignore[union-attr,index]
     with pytest.raises(DivergedError, match="The divergence from the teacher is not finite"):
         alignment.loss(model, BATCH)
+
+
+# ---- phases
+
+
+PROBE = [{"input_ids": IDS, "labels": LABELS}]
+SMALL = CyclicSettings(task_steps=2, teacher_steps=2, rewarm_steps=2, gate=False)
+
+
+def loop(model: Any, alignment: Alignment, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = alignment.loss(model, BATCH)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * alignment.rate
+        optimizer.step()
+        alignment.after_step(model, optimizer)
+        losses.append(loss.item())
+    return losses
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_the_teacher_runs_in_its_phases_alone() -> None:
+    model = student()
+    alignment = Alignment(model, "snapshot", schedule=SMALL, steps=12, probe=PROBE)
+    loop(model, alignment, adam(model), 12)
+    assert alignment.teacher_passes == 4  # two phases of two steps; the last cycle has no room
+
+
+def test_a_training_goes_on_in_the_middle_of_a_phase_to_the_bit() -> None:
+    whole = student()
+    alignment = Alignment(whole, "snapshot", schedule=SMALL, steps=12, probe=PROBE)
+    optimizer = adam(whole)
+    losses = loop(whole, alignment, optimizer, 12)
+
+    first = student()
+    begun, state = Alignment(first, "snapshot", schedule=SMALL, steps=12, probe=PROBE), adam(first)
+    loop(first, begun, state, 7)
+    kept = (copy.deepcopy(first.state_dict()), copy.deepcopy(state.state_dict()), copy.deepcopy(begun.state_dict()))
+
+    second = student()
+    resumed, again = Alignment(second, "snapshot", schedule=SMALL, steps=12, probe=PROBE), adam(second)
+    second.load_state_dict(kept[0])
+    again.load_state_dict(kept[1])
+    resumed.load_state_dict(kept[2])
+    assert loop(second, resumed, again, 5) == losses[7:]
+
+
+def test_a_refusal_twice_brings_the_student_and_its_optimizer_back() -> None:
+    model = student()
+    settings = CyclicSettings(task_steps=1, teacher_steps=1, rewarm_steps=0)
+    alignment = Alignment(model, "base", schedule=settings, steps=50, probe=PROBE)
+    optimizer = adam(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(10 * torch.randn_like(p))  # far away: the task is lost
+        found += alignment.after_step(model, optimizer)
+    assert [decision.kind for decision in found] == ["refused", "rolled back"]
+    for name, p in model.named_parameters():
+        if name in before:
+            assert_equal_bits(p.detach(), before[name])
+
+
+def test_a_cyclic_schedule_asks_for_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match="Pass probe, batches with labels, and steps"):
+        Alignment(student(), "base", schedule="cyclic")
