@@ -262,7 +262,10 @@ def test_a_training_goes_on_in_the_middle_of_a_phase_to_the_bit() -> None:
 
 def test_a_refusal_twice_brings_the_student_and_its_optimizer_back() -> None:
     model = student()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)  # for the loss to feel it
     settings = CyclicSettings(task_steps=1, teacher_steps=1, rewarm_steps=0)
+    loop(model, Alignment(model, "base", weight=0.0), adam(model), 20)
     alignment = Alignment(model, "base", schedule=settings, steps=50, probe=PROBE)
     optimizer = adam(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
