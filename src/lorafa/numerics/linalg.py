@@ -65,9 +65,13 @@ def float_matrix(matrix: Tensor) -> Tensor:
     return matrix.detach().to(working_dtype(matrix.dtype))
 
 
-def full_svd(matrix: Tensor) -> SVD:
-    """All min(m, n) singular triplets of (..., m, n) in float32 (float64 stays), with deterministic signs."""
-    U, S, Vh = torch.linalg.svd(float_matrix(matrix), full_matrices=False)
+def full_svd(matrix: Tensor, driver: str | None = None) -> SVD:
+    """All min(m, n) singular triplets of (..., m, n) in float32 (float64 stays), with deterministic signs.
+
+    Args:
+        driver: of cuSOLVER, as for ``torch.linalg.svd``.
+    """
+    U, S, Vh = torch.linalg.svd(float_matrix(matrix), full_matrices=False, driver=driver)
     U, Vh = fix_signs(U, Vh)
     return SVD(U, S, Vh)
 
@@ -75,6 +79,27 @@ def full_svd(matrix: Tensor) -> SVD:
 def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     """The ``rank`` largest singular triplets of (..., m, n), exact. Costs O(m n min(m, n))."""
     return full_svd(matrix).at(slice(0, rank))
+
+
+def product_svd(A: Tensor, B: Tensor, driver: str | None = None) -> SVD:
+    """All min(r, m, n) singular triplets of B A for A (..., r, n) and B (..., m, r), without forming the product.
+
+    With B = Q R and A^T = P T, B A = Q (R T^T) P^T, and what is in brackets is small. Costs O((m + n) r^2 + r^3).
+
+    Args:
+        driver: of cuSOLVER, as for ``torch.linalg.svd``.
+    """
+    Q, R = torch.linalg.qr(float_matrix(B))
+    P, T = torch.linalg.qr(float_matrix(A).mT)
+    U, S, Vh = torch.linalg.svd(R @ T.mT, full_matrices=False, driver=driver)
+    U, Vh = fix_signs(Q @ U, Vh @ P.mT)
+    return SVD(U, S, Vh)
+
+
+def product_energy(A: Tensor, B: Tensor) -> float:
+    """||B A||_F^2 for A (..., r, n) and B (..., m, r), summed over all products: <B^T B, A A^T>, in float64."""
+    left, right = wide(B.detach()), wide(A.detach())
+    return float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0))
 
 
 def leading_svd(
