@@ -60,8 +60,10 @@ class Combination:
         text = f"{self.adapter_name}: {self.combination_type} on {len(self.layers)} layers, {of}"
         if self.relative is None:
             return f"{text}; the factors are merged as tensors, so there is no matrix to compare with"
-        worst = "".join(f", {name} {layer.relative:.2%}" for name, layer in self.worst(1))
-        return f"{text}; truncation error {self.relative:.2%} of the norm (worst{worst})"
+        if not self.lost:
+            return f"{text}; nothing of what was asked for is lost"
+        worst = "".join(f"{layer.relative:.2%} on {name}" for name, layer in self.worst(1))
+        return f"{text}; error {self.relative:.2%} of the norm over all layers, at most {worst}"
 
     def log(self) -> None:
         """Say it to the logger "lorafa"."""

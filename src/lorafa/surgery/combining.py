@@ -83,7 +83,6 @@ class Combining:
         """Whether one adapter of weight 1 comes out as it is."""
         return self.svd_rank is None and self.svd_clamp is None and self.density in (None, 1)
 
-
     def say_what_it_adds(self, count: int) -> None:
         """Warn where ``count`` adapters are summed factor by factor."""
         if self.rule.of_factors and not self.rule.prunes and count > 1:
