@@ -151,7 +151,8 @@ def _share(site: _Site, name: str, weight: float) -> Share:
     """What adapter ``name`` changes on a layer.
 
     Raises:
-        AdapterError: only a part of a factor is in this process, or its start has quantized the layer.
+        AdapterError: only a part of a factor is in this process, other modules are in the place of the factors, or its
+            start has quantized the layer.
         BackendError: hooks or other modules make something else of its factors.
     """
     layer, adapter = site.layer, site.layer.adapters[name]
