@@ -56,7 +56,7 @@ class Combined:
 
     @property
     def alpha(self) -> float:
-        """The alpha that makes alpha / r the scaling, to the bit."""
+        """The alpha that makes alpha / r the scaling, to the bit where a float does, as it does for all but rsLoRA."""
         rank = self.A.shape[-2]
         near = self.scaling * rank
         for alpha in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)):
