@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorafa.adapter import full_precision
 from lorafa.errors import AdapterError, BackendError, ConfigError
-from lorafa.numerics.linalg import SVD, full_svd, product_energy, product_svd, working_dtype
+from lorafa.numerics.linalg import full_svd, nearest_product, product_energy, working_dtype
 from lorafa.numerics.task_arithmetic import task_arithmetic
 from lorafa.spec import LayerSpec
 from lorafa.surgery.combination import LayerError
@@ -88,8 +88,7 @@ def combine_layer(
         ConfigError: ranks differ and the type needs equal ones, or ``svd_rank`` does not go with the layer.
         BackendError: the type needs factors, and an update has none (DoRA).
     """
-    for share in shares:
-        _require_values(name, share)
+    _require_values(name, shares)
     dtype = shares[0].A.dtype
     for share in shares[1:]:
         dtype = torch.promote_types(dtype, share.A.dtype)
@@ -119,18 +118,26 @@ def _seed(asked: Combining) -> int:
     return torch.initial_seed() if asked.seed is None else asked.seed
 
 
-def _require_values(name: str, share: Share) -> None:
-    tensors = [t for t in (share.A, share.B, share.bias, share.dense) if t is not None]
-    if any(tensor.is_meta for tensor in tensors):
-        raise AdapterError(
-            f"{name}: adapter {share.adapter!r} has no values (device 'meta'). Load it before it is combined. Nothing "
-            "was changed."
-        )
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors) or not math.isfinite(share.scaling):
-        raise AdapterError(
-            f"{name}: adapter {share.adapter!r} holds values that are not finite (NaN or infinity). The training it "
-            "comes from diverged: take an earlier checkpoint. Nothing was changed."
-        )
+def _require_values(name: str, shares: Sequence[Share]) -> None:
+    held = {
+        share.adapter: [t for t in (share.A, share.B, share.bias, share.dense) if t is not None] for share in shares
+    }
+    for adapter, tensors in held.items():
+        if any(tensor.is_meta for tensor in tensors):
+            raise AdapterError(
+                f"{name}: adapter {adapter!r} has no values (device 'meta'). Load it before it is combined. Nothing "
+                "was changed."
+            )
+    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensors in held.values() for tensor in tensors])
+    if bool(sums.isfinite().all()) and all(math.isfinite(share.scaling) for share in shares):
+        return  # a sum is not finite where a value is not
+    for share in shares:
+        finite = all(bool(tensor.isfinite().all()) for tensor in held[share.adapter])
+        if not finite or not math.isfinite(share.scaling):
+            raise AdapterError(
+                f"{name}: adapter {share.adapter!r} holds values that are not finite (NaN or infinity). The training "
+                "it comes from diverged: take an earlier checkpoint. Nothing was changed."
+            )
 
 
 def _require_factors(asked: Combining, name: str, shares: Sequence[Share]) -> None:
@@ -227,7 +234,7 @@ def _by_svd(
     family, matrix = asked.rule.family, None
     if family is None and all(share.dense is None for share in shares):
         A, B = _stacked(shares, groups)
-        svd = product_svd(A, B, asked.svd_driver)
+        A_cut, B_cut, S = nearest_product(A, B, rank, asked.svd_driver)
     else:
         weights = torch.tensor([share.weight for share in shares], dtype=torch.float64)
         updates = [_dense(share, groups) for share in shares]
@@ -236,8 +243,9 @@ def _by_svd(
         else:
             matrix = family(updates, weights, asked, spec.generator())
         svd = full_svd(matrix, asked.svd_driver)
-    A_cut, B_cut = _cut(svd, rank, sides[1], spec)
-    squares = svd.S.double().square()
+        A_cut, B_cut, S = svd.Vh[..., :rank, :], (svd.U * svd.S[..., None, :])[..., :rank], svd.S
+    A_cut, B_cut = _filled_up(A_cut, B_cut, rank, spec)
+    squares = S.double().square()
     lost = float(squares[..., rank:].sum())
     if asked.svd_clamp is not None:
         limit = _quantile(torch.cat([A_cut.flatten(), B_cut.flatten()]), asked.svd_clamp)
@@ -280,12 +288,12 @@ def _wanted_rank(asked: Combining, name: str, shares: Sequence[Share], groups: i
     return rank
 
 
-def _cut(svd: SVD, rank: int, inputs: int, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    """A (..., rank, in) and B (..., out, rank) of the first triplets; past the last, orthonormal rows of A for a B of
-    zeros, which change nothing and can be trained."""
-    have = svd.S.shape[-1]
-    kept = svd.at(slice(0, rank))
-    A, B = kept.Vh, kept.U * kept.S[..., None, :]
+def _filled_up(A: Tensor, B: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """A (..., rank, in) and B (..., out, rank), filled up where there are fewer.
+
+    The new rows of A are orthonormal to the others and those of B are zeros: they change nothing and can be trained.
+    """
+    have, inputs = A.shape[-2:]
     if rank <= have:
         return A, B
     drawn = torch.randn(*A.shape[:-2], inputs, rank - have, generator=spec.generator("rows"), dtype=torch.float64)

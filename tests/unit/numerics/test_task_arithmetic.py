@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.numerics.linalg import full_svd, product_energy, product_svd
+from lorafa.numerics.linalg import full_svd, nearest_product, product_energy
 from lorafa.numerics.task_arithmetic import (
     calculate_majority_sign_mask,
     dare_linear,
@@ -135,19 +135,31 @@ def test_unknown_methods_and_no_tensors_are_refused() -> None:
         task_arithmetic([], torch.ones(0))
 
 
-# ---- the SVD of a product
+# ---- the nearest product
 
 
-@pytest.mark.parametrize(("rank", "out", "inputs"), [(3, 9, 7), (12, 9, 7), (7, 7, 7), (1, 1, 5)])
+@pytest.mark.parametrize(("held", "out", "inputs"), [(3, 9, 7), (12, 9, 7), (7, 7, 7), (1, 1, 5), (20, 5, 30)])
 @pytest.mark.parametrize("stack", [(), (4,)])
-def test_the_svd_of_a_product_is_that_of_the_matrix(rank: int, out: int, inputs: int, stack: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_the_nearest_product_is_that_of_the_matrix(
+    held: int, out: int, inputs: int, stack: tuple[int, ...], rank: int
+) -> None:
     torch.manual_seed(0)
-    A, B = torch.randn(*stack, rank, inputs).double(), torch.randn(*stack, out, rank).double()
-    found, wanted = product_svd(A, B), full_svd(B @ A)
-    count = min(rank, out, inputs)
-    close(found.S[..., :count], wanted.S[..., :count], 1e-12)
-    close(found.product(), B @ A, 1e-12)
-    one = torch.eye(found.S.shape[-1]).double().expand(*stack, -1, -1)
-    close(found.U.mT @ found.U, one, 1e-12)
-    close(found.Vh @ found.Vh.mT, one, 1e-12)
+    A, B = torch.randn(*stack, held, inputs).double(), torch.randn(*stack, out, held).double()
+    found_A, found_B, S = nearest_product(A, B, rank)
+    wanted, count = full_svd(B @ A), min(held, out, inputs)
+    close(S, wanted.S[..., :count], 1e-12)
+    close(found_B @ found_A, wanted.at(slice(0, rank)).product(), 1e-12)
+    one = torch.eye(min(rank, count)).double().expand(*stack, -1, -1)
+    close(found_A @ found_A.mT, one, 1e-12)
+    assert bool((found_B.gather(-2, found_B.abs().argmax(-2, keepdim=True)) > 0).all())
     assert product_energy(A, B) == pytest.approx(float((B @ A).square().sum()), rel=1e-12)
+
+
+def test_factors_of_low_rank_give_values_of_zero_and_orthonormal_rows_all_the_same() -> None:
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 9).double(), torch.randn(8, 2).double()
+    found_A, found_B, S = nearest_product(torch.cat([A, A, A * 0]), torch.cat([B, B, B], dim=1), 5)
+    close(found_B @ found_A, 2 * B @ A, 1e-12)
+    close(found_A @ found_A.mT, torch.eye(5).double(), 1e-12)
+    assert float(S[2:].max()) < 1e-13
