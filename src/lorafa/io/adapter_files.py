@@ -179,9 +179,7 @@ def save_adapter(
     return folder
 
 
-def write_adapter(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], side: Mapping[str, Any]
-) -> None:
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], side: Mapping[str, Any]) -> None:
     """Write the two files of an adapter, which take their places once both are written.
 
     Args:

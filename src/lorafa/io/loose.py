@@ -32,7 +32,7 @@ class LooseLayer:
     """One layer of an adapter: the update s B A, as any reader of LoRA has it."""
 
     path: str
-    """Of the layer, as it is in the keys."""
+    """The layer's, as it is in the keys."""
     A: Tensor
     """(r, in); of a convolution the kernels are flattened."""
     B: Tensor
