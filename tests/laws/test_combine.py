@@ -13,6 +13,7 @@ from lorafa.surgery.walk import lora_layers
 from toys.adapters import DEFINED, VARIANT, adapted, quick_first, with_starts
 from toys.combined import SVD_TYPES, deltas, density_for, distance, several, two_on, weighted
 from toys.compare import assert_equal_bits, assert_unchanged, close, everything
+from toys.language_models import llama
 from toys.layers import KINDS, backend_for
 from toys.models import Convolution, Linears, Tied
 
@@ -23,6 +24,7 @@ PRODUCTS = [case for case in STARTED if "dora" not in case[1]]
 DENSE = list({backend_for(kind).host: kind for kind in KINDS if not backend_for(kind).quantized}.values())
 """One of each kind of layer: how the base stores its weight changes nothing for a combination of updates."""
 WEIGHTS = {"default": 0.7, "other": -1.3}
+WEIGHTS_OF_TWO = {"a": 0.7, "b": -1.3}
 
 
 def tolerance(kind: str) -> float:
@@ -217,15 +219,38 @@ def test_dare_is_the_weighted_sum_on_average_over_seeds() -> None:
     assert float((total / 200 - wanted).norm() / wanted.norm()) < 2 * once / 200**0.5
 
 
-def test_merged_and_disabled_adapters_stay_so() -> None:
-    model = two_on(LINEAR)
-    model.merge_adapter()
+@pytest.mark.parametrize("kind", DENSE)
+def test_merged_and_disabled_adapters_stay_so(kind: str) -> None:
+    model = two_on(kind)
     wanted = weighted(model, WEIGHTS)
+    model.merge_adapter()
     model.disable_adapter_layers()
     before = everything(model)
     model.add_weighted_adapter([*WEIGHTS], [*WEIGHTS.values()], "sum", "cat")
     assert distance(deltas(model, "sum"), wanted) < 1e-12
-    layer = next(layer for _, layer in lora_layers(model.get_base_model()))
-    assert (layer.merged_adapters, layer.disable_adapters) == (["other"], True)
+    for _, layer in lora_layers(model.get_base_model()):
+        assert (layer.merged_adapters, layer.disable_adapters) == (["other"], True)
     model.delete_adapter("sum")
     assert_unchanged(before, model)
+
+
+def test_copies_of_layers_have_a_combination_each() -> None:
+    on: dict[str, Any] = {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)]}
+    model = several(llama(), a=LoraConfig(r=3, **on), b=LoraConfig(r=2, **on))
+    wanted = weighted(model, WEIGHTS_OF_TWO)
+    assert len(wanted) == 3
+    model.add_weighted_adapter([*WEIGHTS_OF_TWO], [*WEIGHTS_OF_TWO.values()], "sum", "cat")
+    assert distance(deltas(model, "sum"), wanted) < 1e-5
+    assert model.peft_config["sum"].layer_replication == [(0, 2), (1, 2)]
+
+
+def test_parts_that_are_compiled_have_the_names_they_had() -> None:
+    torch.manual_seed(0)
+    base = Linears().double()
+    base.first = torch.compile(base.first)  # type: ignore[assignment]
+    on = {"target_modules": ["first", "second"]}
+    model = several(base, a=LoraConfig(r=3, **on), b=LoraConfig(r=2, **on))
+    wanted = weighted(model, WEIGHTS_OF_TWO)
+    report = model.add_weighted_adapter([*WEIGHTS_OF_TWO], [*WEIGHTS_OF_TWO.values()], "sum", "cat")
+    assert distance(deltas(model, "sum"), wanted) < 1e-12
+    assert set(report.layers) == {"first", "second"}

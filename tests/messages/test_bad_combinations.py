@@ -13,7 +13,7 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError, BackendError, ConfigError, LoraError
 from toys.combined import several
 from toys.compare import refused
-from toys.models import Convolution, Linears, Two
+from toys.models import Convolution, Linears, Lookup, Two
 
 FIRST = {"target_modules": ["first"]}
 
@@ -150,6 +150,21 @@ def test_values_that_are_not_finite_or_not_there() -> None:
     with pytest.raises(AdapterError, match="first: adapter 'empty' has no values"):
         adapted.add_weighted_adapter(["a", "empty"], [1.0, 1.0], "new")
     assert list(adapted.peft_config) == ["a", "b", "empty"]
+
+
+def test_biases_of_B_beside_an_embedding() -> None:
+    torch.manual_seed(0)
+    one, other = LoraConfig(target_modules=["head"], lora_bias=True), LoraConfig(target_modules=["table"])
+    adapted = several(Lookup(), a=one, b=other)
+    with refused(adapted, ConfigError, "table: lora_bias is not defined on embedding layers"):
+        adapted.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new")
+
+
+def test_factors_of_which_only_a_part_is_here() -> None:
+    adapted = model()
+    adapted.base_model.model.second.lora_A["b"].weight.ds_numel = 10**6
+    with refused(adapted, AdapterError, r"second: only parts of adapter 'b' are in this process.*before the model is"):
+        adapted.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new")
 
 
 def test_a_factor_that_was_replaced() -> None:

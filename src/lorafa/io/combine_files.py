@@ -246,6 +246,12 @@ def _config(adapters: Mapping[str, LooseAdapter], found: Mapping[str, tuple[Loos
     say which of the modules is the one that the others follow."""
     numbers = {layer.target: (one.A.shape[0], one.alpha) for layer, one in found.values() if layer.target is not None}
     has_bias = any(one.bias is not None for _, one in found.values())
+    without = [layer.name for layer, _ in found.values() if layer.is_table]
+    if has_bias and without:
+        raise ConfigError(
+            f"{without[0]} is an embedding, on which lora_bias is not defined, and an adapter has it on other layers: "
+            "one config cannot say both. Combine adapters that are alike in this. Nothing was written."
+        )
     configs = {name: adapter.config for name, adapter in adapters.items()}
     config = combined_config(configs, numbers, {}, lora_bias=has_bias)
     return replace(

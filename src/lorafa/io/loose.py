@@ -57,6 +57,11 @@ class LooseLayer:
         return None if _INSIDE in self.path else self.path
 
     @property
+    def is_table(self) -> bool:
+        """Whether it is on an embedding, where B has no bias."""
+        return self.keys[0] != "lora_A.weight"
+
+    @property
     def times(self) -> int:
         """How often a reader adds the update: PEFT adds that of an inner layer twice."""
         return 2 if _INSIDE in self.path else 1

@@ -138,8 +138,12 @@ def test_one_adapter_of_weight_one_is_copied(tmp_path: Path) -> None:
 def test_files_of_peft_and_a_result_that_peft_reads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Linears().double()
-    for name, seed in (("a", 11), ("b", 12)):
-        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(use_rslora=name == "a", **ON))
+    configs = {
+        "a": peft.LoraConfig(use_rslora=True, rank_pattern={"second": 5}, **ON),
+        "b": peft.LoraConfig(r=2, target_modules="first|head", lora_alpha=3),
+    }
+    for seed, (name, config) in enumerate(configs.items(), 11):
+        model = peft.get_peft_model(copy.deepcopy(base), config)
         trained(model, seed)
         model.save_pretrained(tmp_path / name)
     combine_files(both(tmp_path), [0.7, -1.3], tmp_path / "sum", Combining("cat"))
@@ -279,6 +283,13 @@ def test_half_a_pair(pair: list[Path]) -> None:
 def test_no_factors_at_all(pair: list[Path]) -> None:
     save_file({"x": torch.ones(2)}, pair[1] / FILE)
     refuses(pair, CheckpointError, "holds no factors of a LoRA adapter")
+
+
+def test_biases_of_B_beside_an_embedding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    one, other = LoraConfig(target_modules=["head"], lora_bias=True), LoraConfig(target_modules=["table"])
+    saved(Lookup(), tmp_path, a=one, b=other)
+    refuses(both(tmp_path), ConfigError, "table is an embedding, on which lora_bias is not defined")
 
 
 def test_a_truncated_file(pair: list[Path]) -> None:
