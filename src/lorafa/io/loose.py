@@ -14,15 +14,17 @@ from lorafa.adapter import LooseTensors, Variant
 from lorafa.config import LoraConfig, read_config
 from lorafa.errors import BackendError, CheckpointError, shorten
 from lorafa.io.find import find_adapter_files
-from lorafa.io.peft_format import UNFOLDED, without_prefix
+from lorafa.io.peft_format import without_prefix
 from lorafa.spec import LayerSpec
 from lorafa.storage.fingerprint import from_metadata
 from lorafa.storage.tensors import read_header, read_tensors
 from lorafa.surgery.available import require_available
-from lorafa.surgery.targets import first_key
+from lorafa.surgery.targets import key_of
 from lorafa.variants import VARIANTS, formula_of, variant_types
 
 _A = re.compile(r"(.+)\.(lora_A\.weight|lora_embedding_A)")
+_STORED = "lora_unfolded"
+"""Under which our files hold factors as a formula stores them, beside the dense ones."""
 _INSIDE = ".base_layer."
 """In the path of a layer that gets its adapters with the one around it: ``out_proj`` of nn.MultiheadAttention."""
 
@@ -170,7 +172,7 @@ def _layers(file: Path, config: LoraConfig, tensors: dict[str, Tensor], *, ours:
 
 def _numbers(config: LoraConfig, name: str) -> tuple[int, float]:
     """Rank and alpha of a layer."""
-    rank, alpha = first_key(config.rank_pattern, name), first_key(config.alpha_pattern, name)
+    rank, alpha = key_of(config.rank_pattern, name), key_of(config.alpha_pattern, name)
     return (
         config.r if rank is None else config.rank_pattern[rank],
         config.lora_alpha if alpha is None else config.alpha_pattern[alpha],
@@ -192,7 +194,7 @@ def _drop_stored_otherwise(path: str, tensors: dict[str, Tensor]) -> None:
     """Take out what our files hold beside the dense A and B: the form that a formula stores them in."""
     extras = {extra.in_files for name in VARIANTS.names() for extra in VARIANTS.get(name).extras.values()}
     beside = [f"{path}.{name}" for name in extras]
-    for key in [key for key in tensors if key in beside or key.startswith(f"{path}.{UNFOLDED}.")]:
+    for key in [key for key in tensors if key in beside or key.startswith(f"{path}.{_STORED}.")]:
         del tensors[key]
 
 

@@ -27,7 +27,7 @@ Layers = list[tuple[str, LoraLayer]]
 """Layers with their paths in the user's model."""
 PREFIX = "base_model.model."
 START_A, START_B = "lora_start.A", "lora_start.B"
-UNFOLDED = "lora_unfolded"
+_UNFOLDED = "lora_unfolded"
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,7 +255,7 @@ def _factor_keys(path: str, layer: LoraLayer) -> tuple[str, str]:
 
 def _unfolded(path: str, key: str) -> str:
     """The key of a stored factor whose dense form has its usual key: ``<path>.lora_unfolded.B``."""
-    return f"{path}.{UNFOLDED}.{key.removesuffix('.weight')[-1]}"  # lora_A, lora_embedding_B
+    return f"{path}.{_UNFOLDED}.{key.removesuffix('.weight')[-1]}"  # lora_A, lora_embedding_B
 
 
 def _dense(
@@ -300,7 +300,7 @@ def _holds_dense(layers: Layers, name: str, tensors: Mapping[str, Tensor], with_
 
     Ours of a start that moves the base hold what was taken from it, PEFT's never do.
     """
-    if with_start or any(f".{UNFOLDED}." in key for key in tensors):
+    if with_start or any(f".{_UNFOLDED}." in key for key in tensors):
         return True
     return not all(layer.adapters[name].variant.peft_stores for _, layer in _with_other_factors(layers, name))
 

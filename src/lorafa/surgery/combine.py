@@ -18,7 +18,7 @@ from lorafa.surgery.build import Options
 from lorafa.surgery.combination import Combination
 from lorafa.surgery.combine_layer import Combined, Share, combine_layer
 from lorafa.surgery.combined_config import combined_config
-from lorafa.surgery.combining import Combining
+from lorafa.surgery.combining import Combining, check_weights
 from lorafa.surgery.plan import Plan, PlannedLayer, check_adapter_name, plan
 from lorafa.surgery.resolve import resolve
 from lorafa.surgery.walk import layers_at, places, wrappers
@@ -33,6 +33,39 @@ class _Site:
     layer: LoraLayer
     inner: bool
     """Whether it is inside another one, with which it gets its adapters."""
+
+
+class CombinesAdapters(nn.Module):
+    """A model with adapters and their configs, of which it makes new ones."""
+
+    model: nn.Module
+    peft_config: dict[str, LoraConfig]
+
+    def apply_plan(self, planned: Plan) -> Callable[[], None]:
+        """Carry out a plan and return how to take it back."""
+        raise NotImplementedError
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int | None = None,
+    ) -> Combination:
+        """Combine adapters to a new one; see :meth:`lorafa.PeftModel.add_weighted_adapter`."""
+        given = dict(zip(adapters, check_weights(adapters, weights), strict=True))
+        asked = Combining(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method, seed
+        )
+        return add_combination(self.model, self.peft_config, given, adapter_name, asked, self.apply_plan)
 
 
 def add_combination(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -153,8 +153,9 @@ def _take_stacked(draft: LoraConfig, named: list[Place], patterns: _Patterns) ->
     name_stacked(draft, named, kept)
 
 
-def first_key(table: Iterable[str], name: str) -> str | None:
-    """The first key of a ``rank_pattern`` or ``alpha_pattern`` that is the end of ``name``, or an expression for it."""
+def key_of(table: Collection[str], name: str) -> str | None:
+    """The first key of ``rank_pattern`` or ``alpha_pattern`` that is the end of a full name, or a regular expression
+    for it; None where there is none."""
     return next((key for key in table if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
@@ -190,7 +191,7 @@ class _Patterns:
 
     def lookup(self, field: str, table: dict[str, int] | dict[str, int | float], name: str) -> int | float | None:
         """The value of the first key that is the end of ``name`` or a regular expression for it."""
-        key = first_key(table, name)
+        key = key_of(table, name)
         if key is None:
             return None
         self.used.add((field, key))
