@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from lorafa.starts.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
     from lorafa.starts.ranks import RankRule, choose_ranks, with_ranks
     from lorafa.starts.statistics import Statistics
+    from lorafa.surgery.combination import Combination
     from lorafa.surgery.dequantize import merge_into_dense
     from lorafa.surgery.given import get_peft_config
     from lorafa.surgery.gradients import check_gradients
@@ -85,6 +86,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BdLoraConfig",
+    "Combination",
     "CordaConfig",
     "EvaConfig",
     "KasaConfig",
@@ -158,6 +160,7 @@ _HOMES = {
     "AutoPeftModelForSequenceClassification": "lorafa.compat.auto",
     "AutoPeftModelForTokenClassification": "lorafa.compat.auto",
     "BdLoraConfig": "lorafa.settings.methods",
+    "Combination": "lorafa.surgery.combination",
     "CordaConfig": "lorafa.settings.methods",
     "EvaConfig": "lorafa.settings.methods",
     "KasaConfig": "lorafa.settings.methods",

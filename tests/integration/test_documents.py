@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,6 +123,7 @@ def _batches() -> list[dict[str, Any]]:
 
 
 NAMES: dict[str, dict[str, Callable[[], Any]]] = {
+    "docs/combining.md": {"base": _base},
     "docs/optimizers.md": {"model": _adapted, "rows": _rows},
     "docs/peft.md": {
         "model": _adapted,
@@ -141,6 +143,8 @@ FILES = {
     "heldout.jsonl": "others of them",
     "more.csv": "more of them",
     "short.jsonl": "the short problems of GSM8K, which come from the Hub (recipes/short_problems.py)",
+    "sql": "an adapter of the reader's own",
+    "poems": "another one, of the same base",
     "recipes": "the folder of the repository",
     "runs/20260101-120000-lora-r16": "a run of the reader's own, of which the adapter is there",
     "runs/first": "a finished run, with all that a report reads",
@@ -192,6 +196,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lorafa.get_peft_model(model, lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).save_pretrained(
         made / "runs" / "20260101-120000-lora-r16" / "adapter"
     )
+    for name in ("sql", "poems"):
+        shutil.copytree(made / "runs" / "20260101-120000-lora-r16" / "adapter", made / name)
     RunDirectory.create(made / "runs" / "20260101-120000-lora-r16", compose(["model=path/to/model"]))
     for number, name in enumerate(("first", "second")):
         make_run(made / "runs" / name, loss=1.0 + number, rank=8 + number)
@@ -284,7 +290,7 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         started, rest = launched.training_script, launched.training_script_args
         assert (launched.module, started) in ((True, "lorafa.cli.main"), (False, EVALUATION))
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
-    elif words[:2] in {("lorafa", "params"), ("lorafa", "report")} or words[:3] in PLANNED:
+    elif words[:2] in {("lorafa", "params"), ("lorafa", "report"), ("lorafa", "combine")} or words[:3] in PLANNED:
         assert main(list(words[1:])) == 0
     elif words[:2] == ("python", "recipes/rescoring.py"):
         read = recipe("rescoring").parse(words[2:])

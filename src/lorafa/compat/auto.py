@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,6 +99,24 @@ class AutoPeftModel:
             f"cannot be told (auto_mapping={config.auto_mapping!r}). Use AutoPeftModelForCausalLM or another class for "
             "a task, or load the base and call PeftModel.from_pretrained(base, path)."
         )
+
+
+def load_base(source: str | Path, base: str | Path | None = None) -> Any:
+    """The base model of an adapter, as it is stored, without the adapter.
+
+    Args:
+        source: folder or Hub repository of the adapter, whose config says what kind of model it is for.
+        base: folder or Hub repository of the base, in place of the one the config names.
+
+    Raises:
+        As :meth:`AutoPeftModel.from_pretrained`.
+    """
+    config = LoraConfig.from_pretrained(source)
+    if base is not None:
+        config = replace(config, base_model_name_or_path=str(base), revision=None)
+    model = _base_model(AutoPeftModel._loader(config), config, {"dtype": "auto"})
+    _resize(model, source, None, {})
+    return model
 
 
 def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> Any:

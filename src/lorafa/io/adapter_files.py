@@ -174,13 +174,25 @@ def save_adapter(
         written.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     side = _side_entry(model, name, config, written, state_dict)
     require_values(folder / WEIGHTS_NAME, tensors)
-    if not writes:
-        return folder
-    public = {field: value for field, value in written.to_dict().items() if field not in LORAFA_ONLY}
+    if writes:
+        write_adapter(folder, written, tensors, side)
+    return folder
+
+
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], side: Mapping[str, Any]) -> None:
+    """Write the two files of an adapter, which take their places once both are written.
+
+    Args:
+        tensors: by their names in the user's model.
+        side: what goes into the header of the tensors.
+
+    Raises:
+        CheckpointError: a file could not be written; what was there before is as it was.
+    """
+    public = {field: value for field, value in config.to_dict().items() if field not in LORAFA_ONLY}
     with _staged(make_folder(folder)) as stage:
         write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
         write_json(stage / CONFIG_NAME, public)
-    return folder
 
 
 def _of_trained(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:

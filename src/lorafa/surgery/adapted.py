@@ -12,6 +12,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError
 from lorafa.settings.methods import PeftType
 from lorafa.surgery.activate import disabled
+from lorafa.surgery.combination import Combination
 from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.status import LayerStatus, ModelStatus, count_parameters, get_layer_status, get_model_status
 
@@ -85,6 +86,60 @@ class AdaptedModel(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them, whether they count or not."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int | None = None,
+    ) -> Combination:
+        """Combine adapters to a new one, plain LoRA on every layer one of them is on, with the scaling 1.
+
+        It is frozen and does not count until :meth:`set_adapter`. What counts and what is merged stays so, and no
+        weight of the base changes. One adapter of weight 1 is copied with the scaling it has, whatever the type, unless
+        a rank, a clamp or a density says otherwise. Biases of B (``lora_bias``) are summed by weight and scaling.
+
+        Args:
+            adapters: names; their ranks, scalings, formulas and layers may differ.
+            weights: one number an adapter, also negative.
+            adapter_name: of the new adapter.
+            combination_type: "cat": the exact weighted sum, of the sum of all ranks. "svd": the nearest update to it of
+                ``svd_rank``. "linear": A with A and B with B, which adds products of the A of one with the B of
+                another. "magnitude_prune", "ties", "dare_linear", "dare_ties": A with A and B with B, pruned; with
+                "_svd" at their end the updates themselves, as matrices.
+            svd_rank: rank of the types that end in "svd"; None: the largest rank combined on a layer, which is twice
+                that of its config where a start is taken off.
+            svd_clamp: a quantile in (0.5, 1] to which the entries of the factors are clamped.
+            svd_full_matrices: not read; the result is the same.
+            svd_driver: method of cuSOLVER, on CUDA.
+            density: the share of entries that pruning keeps, in (0, 1].
+            majority_sign_method: "total" or "frequency": how TIES elects signs.
+            seed: what DARE draws from; None: ``torch.initial_seed()``.
+
+        Returns:
+            What each layer was to hold, and how much of that is lost; it is also logged. PEFT returns nothing.
+
+        Raises:
+            AdapterError: an unknown adapter, a name that is taken, or another number of weights; adapters both train
+                the same module in full, or base biases; values are missing or not finite.
+            ConfigError: an unknown type; a weight, rank, density or another value that is not allowed; the type needs
+                equal ranks and they differ.
+            BackendError: an update changes with the input (aLoRA, Arrow, GOAT), or is no product and the type needs one
+                (DoRA). The model is as it was after any of them.
+        """
+        return self.base_model.add_weighted_adapter(
+            adapters, weights, adapter_name, combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver,
+            density, majority_sign_method, seed=seed,
+        )  # fmt: skip
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from lorafa.layers.host import Host
 from lorafa.surgery import activate
 from lorafa.surgery.apply import apply
 from lorafa.surgery.build import Options
+from lorafa.surgery.combine import CombinesAdapters
 from lorafa.surgery.forward import is_checkpointed
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
@@ -33,7 +34,7 @@ from lorafa.surgery.walk import hosts, lora_layers, places, require_module, unco
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
-class LoraModel(nn.Module):
+class LoraModel(CombinesAdapters):
     """``model`` is the user's, changed in place; ``peft_config`` maps adapters to the configs they were made from."""
 
     prefix = "lora_"
