@@ -51,6 +51,7 @@ class Aligning:
     model: Any
     args: Any
     state: Any
+    _loss: Any
 
     def __init__(
         self, *args: Any, alignment: Alignment, on_decision: Callable[[Decision], None] | None = None, **settings: Any
