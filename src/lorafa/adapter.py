@@ -534,6 +534,18 @@ class Variant(ABC):
             "weight. Keep the adapter beside it."
         )
 
+    def row_gain(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
+        """g (out,) of a formula whose whole weight is diag(g) (W + s B A); None where it has no such g.
+
+        Args:
+            weight: the base weight (out, in).
+        """
+        return None
+
+    def extras_of_gain(self, gain: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
+        """The extras with which :meth:`row_gain` of these dense factors is ``gain`` (out,)."""
+        return {}
+
     @abstractmethod
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
         """The change of the base output y, given the layer's input x; dropout acts on x here."""

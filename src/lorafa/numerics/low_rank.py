@@ -1,0 +1,175 @@
+"""What a product B A of thin factors says of itself: spectrum, norms, angles; the (m, n) matrix is never formed.
+
+A is (..., r, n), B is (..., m, r); leading dimensions are those of a stack.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lorafa.numerics.linalg import SVD, fix_signs, float_matrix, full_svd, svd_within, wide
+
+_OVERSAMPLING = 6
+"""Columns of a block beside those that are asked for."""
+_STEPS = 4
+"""Products with the matrix and its transpose between two looks at what is missing."""
+_MISSING = 1e-4
+"""||M v - sigma u|| / sigma at which triplets are taken: the angle of a vector is that over its relative gap."""
+_SMALL = 256
+"""Sides up to which a whole decomposition costs next to nothing."""
+
+
+def product_svd(A: Tensor, B: Tensor) -> SVD:
+    """All min(m, n, r) singular triplets of B A, in float64 where the device has it; costs O((m + n) r^2).
+
+    B = Q_B R_B and A^T = Q_A R_A give B A = Q_B (R_B R_A^T) Q_A^T, and the matrix in the middle is small.
+    """
+    (Q_B, core), Q_A = _core(A, B), torch.linalg.qr(wide(A.detach()).mT).Q
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    U, Vh = fix_signs(Q_B @ U, Vh @ Q_A.mT)
+    return SVD(U, S, Vh)
+
+
+def product_values(A: Tensor, B: Tensor) -> Tensor:
+    """The min(m, n, r) singular values of B A, falling, as those of :func:`product_svd`."""
+    values: Tensor = torch.linalg.svdvals(_core(A, B)[1])
+    return values
+
+
+def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Q_B and R_B R_A^T."""
+    Q, R = torch.linalg.qr(wide(B.detach()))
+    return Q, R @ torch.linalg.qr(wide(A.detach()).mT, mode="r").R.mT
+
+
+def product_inner(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
+    """<B A, B2 A2> = tr((B2^T B) (A A2^T)), (...); the two may have other ranks."""
+    left = wide(B2.detach()).mT @ wide(B.detach())
+    right = wide(A.detach()) @ wide(A2.detach()).mT
+    return (left.mT * right).sum(dim=(-2, -1))
+
+
+def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
+    """phi = ||U^T V||_F^2 / min(i, j), (...), of orthonormal bases U (..., n, i), V (..., n, j) of two column spaces.
+
+    Hu et al. 2021 (arXiv:2106.09685), section 7.2, equation 4: 1 where one space contains the other, 0 where they are
+    orthogonal; of two random ones max(i, j) / n. A space of dimension 0 is similar to none: 0.
+
+    Args:
+        one, other: matrices (..., n, i) and (..., n, j); directions they have by rounding only are no part of the
+            space.
+    """
+    U, i = _basis(one)
+    V, j = _basis(other)
+    shared = (U.mT @ V).square().sum(dim=(-2, -1))
+    return shared / torch.minimum(i, j).clamp(min=1)
+
+
+def _basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of (..., n, i), zero where the singular value is rounding, and how many are not."""
+    M = wide(matrix.detach())
+    U, S, _ = torch.linalg.svd(M, full_matrices=False)
+    there = S.gt(S[..., :1] * torch.finfo(matrix.dtype).eps * max(M.shape[-2:]))
+    return U * there[..., None, :], there.sum(-1)
+
+
+def effective_rank(values: Tensor) -> Tensor:
+    """exp(-sum p log p), (...), with p = sigma^2 / sum sigma^2 of singular values (..., k): how many directions share
+    the energy. k for equal values, 1 for one, 0 for none.
+
+    The effective rank of Roy and Vetterli (EUSIPCO 2007), who take sigma in the place of sigma^2: squares are shares of
+    ||M||_F^2, so that a long tail of small values counts for less.
+    """
+    squares = values.square()
+    total = squares.sum(-1, keepdim=True)
+    p = squares / torch.where(total > 0, total, 1)
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    return torch.where(total[..., 0] > 0, entropy.exp(), 0)
+
+
+def stable_rank(values: Tensor) -> Tensor:
+    """||M||_F^2 / ||M||_2^2, (...), of singular values (..., k), the largest first; 0 for a matrix of zeros."""
+    largest = values[..., 0].square()
+    return torch.where(largest > 0, values.square().sum(-1) / torch.where(largest > 0, largest, 1), 0)
+
+
+def left_vectors(matrix: Tensor) -> Tensor:
+    """All left singular vectors (m, k) of a matrix (m, n) as its columns, the last first where it is in float32.
+
+    Those of singular values that are zero up to rounding are left out: any rotation of them would do as well. By the
+    eigenvectors of the smaller Gram matrix in float64, which is a fraction of the work of an SVD; float64 itself, of
+    which a Gram matrix would lose half the digits, by an SVD.
+    """
+    M = float_matrix(matrix)
+    W = wide(M)
+    if W.dtype is M.dtype:
+        U, S, _ = torch.linalg.svd(M, full_matrices=False)
+        kept: Tensor = U[:, S.gt(S[:1] * torch.finfo(S.dtype).eps * max(M.shape))]
+        return kept
+    rows_are_few = M.shape[0] <= M.shape[1]
+    squares, vectors = torch.linalg.eigh(W @ W.mT if rows_are_few else W.mT @ W)
+    there = squares > squares[-1:].clamp(min=0) * torch.finfo(W.dtype).eps * max(M.shape)
+    vectors = vectors[:, there]
+    own: Tensor = vectors if rows_are_few else W @ vectors / squares[there].sqrt()
+    return own.to(M.dtype)
+
+
+def leading_of_sum(W: Tensor, A: Tensor, B: Tensor, count: int, generator: torch.Generator) -> SVD:
+    """The ``count`` largest singular triplets of W + B A, W (m, n), by products with W, B and A alone.
+
+    A block Krylov method (Musco and Musco 2015, arXiv:1504.05477, algorithm 2), whose basis grows until
+    ||M v - sigma u|| <= 1e-4 sigma for each triplet. Where it would grow to half of the smaller side, and for small
+    matrices, the sum is formed and decomposed as a whole.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    W, A, B = float_matrix(W), A.detach().to(W), B.detach().to(W)
+    if not all(bool(part.isfinite().all()) for part in (W, A, B)):
+        raise ValueError("a value is not finite")
+    side = min(W.shape)
+    block = min(count + _OVERSAMPLING, side)
+
+    def forth(x: Tensor) -> Tensor:
+        return W @ x + B @ (A @ x)
+
+    def back(x: Tensor) -> Tensor:
+        return W.mT @ x + A.mT @ (B.mT @ x)
+
+    X = torch.randn(W.shape[1], block, generator=generator, dtype=W.dtype).to(W.device)
+    blocks = [torch.linalg.qr(forth(X)).Q]
+    while side > _SMALL and block * (len(blocks) + _STEPS) < side // 2:
+        for _ in range(_STEPS):
+            blocks.append(torch.linalg.qr(forth(back(blocks[-1]))).Q)
+        basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
+        found = svd_within(basis, back(basis).mT, count)
+        missed = torch.linalg.vector_norm(forth(found.Vh.mT) - found.U * found.S, dim=0)
+        if bool((missed <= _MISSING * found.S).all()):
+            return found
+    return full_svd(W + B @ A).at(slice(0, count))
+
+
+def to_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest product of ``rank`` columns to B A, with its singular values shared by both factors alike.
+
+    Returns:
+        A (..., rank, n) and B (..., m, rank), of zeros beyond the rank that B A has, and all singular values of B A.
+    """
+    found = product_svd(A, B)
+    roots = found.S[..., :rank].sqrt()
+    near_A, near_B = roots[..., :, None] * found.Vh[..., :rank, :], found.U[..., :rank] * roots[..., None, :]
+    return (*padded(near_A, near_B, rank), found.S)
+
+
+def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors with rows and columns of zeros up to ``rank``; their product stays."""
+    more = max(rank - A.shape[-2], 0)
+    return torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more))
+
+
+def energy(values: Tensor) -> float:
+    """The sum of the squares of singular values: ||M||_F^2."""
+    return math.fsum(values.detach().double().square().flatten().tolist())
