@@ -540,11 +540,11 @@ class Variant(ABC):
         Args:
             weight: the base weight (out, in).
         """
-        return None
+        return None if self.inner is None else self.inner.row_gain(adapter, weight)
 
     def extras_of_gain(self, gain: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
         """The extras with which :meth:`row_gain` of these dense factors is ``gain`` (out,)."""
-        return {}
+        return {} if self.inner is None else self.inner.extras_of_gain(gain, weight, A, B, scaling)
 
     @abstractmethod
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ LEVELS = (
     ("io",),
     ("peft_model",),
     ("compat", "starts"),
-    ("train", "costs"),
+    ("train", "costs", "inspection"),
     ("conf",),
     ("runs",),
     ("report",),

@@ -39,6 +39,21 @@ def product_values(A: Tensor, B: Tensor) -> Tensor:
     return values
 
 
+def matrix_values(matrix: Tensor) -> Tensor:
+    """All singular values (min(m, n),) of a matrix (m, n), falling.
+
+    By the eigenvalues of the smaller Gram matrix in float64, which is a fraction of the work of an SVD and exact to
+    1e-8 of the largest; a matrix in float64, and one on a device without it, as a whole.
+    """
+    M = float_matrix(matrix)
+    W = wide(M)
+    if W.dtype is M.dtype:
+        own: Tensor = torch.linalg.svdvals(M)
+        return own
+    squares: Tensor = torch.linalg.eigvalsh(W @ W.mT if M.shape[0] <= M.shape[1] else W.mT @ W)
+    return squares.clamp(min=0).sqrt().flip(-1)
+
+
 def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Q_B and R_B R_A^T."""
     Q, R = torch.linalg.qr(wide(B.detach()))

@@ -8,7 +8,7 @@ W'' = W' + (lambda - 1) sum_j sigma'_j u'_j v'_j^T over the intruders.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,9 @@ from lorafa.surgery.adapted import AdaptedModel
 from lorafa.surgery.plain_copy import NewFactors, put_on
 from lorafa.surgery.plan import check_adapter_name
 from lorafa.surgery.walk import lora_layers, places
+
+TOP_K, EPSILON = 10, 0.5
+"""How many leading vectors of W' are looked at by default, and the cosine below which one is an intruder."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,17 @@ def intruders_of(
     return there, [Intruder(j, value, cosine) for j, (value, cosine) in enumerate(listed) if cosine < epsilon]
 
 
+def numbered(found: Iterable[Iterable[Intruder]], *, stacked: bool) -> tuple[Intruder, ...]:
+    """The intruders of several matrices, each with the number of its own where they are a stack."""
+    return tuple(replace(one, expert=at) if stacked else one for at, some in enumerate(found) for one in some)
+
+
 def reduce_intruder_dimension(
     peft_model: AdaptedModel,
     old_adapter_name: str = "default",
     new_adapter_name: str = "intruder_reduced",
-    top_k: int = 10,
-    threshold_epsilon: float = 0.5,
+    top_k: int = TOP_K,
+    threshold_epsilon: float = EPSILON,
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[..., Any] | None = print,
     *,
@@ -240,10 +248,7 @@ def _repaired(
             f"{path}: the weight or the update of adapter {adapter.name!r} holds inf or nan, so its directions are not "
             "defined. Nothing was changed."
         ) from error
-    stacked = W.dim() == 3
-    intruders = tuple(
-        replace(one, expert=number) if stacked else one for number, part in enumerate(parts) for one in part.intruders
-    )
+    intruders = numbered([part.intruders for part in parts], stacked=W.dim() == 3)
     old = {kind: adapter.extra(kind).clone() for kind in adapter.variant.extras}
     if not intruders or lam == 1:
         whole = sum(_energies(part.A, part.B, scaling, part.gain)[1] for part in parts)

@@ -153,6 +153,12 @@ def _take_stacked(draft: LoraConfig, named: list[Place], patterns: _Patterns) ->
     name_stacked(draft, named, kept)
 
 
+def key_of(table: Collection[str], name: str) -> str | None:
+    """The first key of ``rank_pattern`` or ``alpha_pattern`` that is the end of a full name, or a regular expression
+    for it; None where there is none."""
+    return next((key for key in table if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
 class _Patterns:
     """Keeps the books on which patterns have matched."""
 
@@ -185,11 +191,11 @@ class _Patterns:
 
     def lookup(self, field: str, table: dict[str, int] | dict[str, int | float], name: str) -> int | float | None:
         """The value of the first key that is the end of ``name`` or a regular expression for it."""
-        for key, value in table.items():
-            if re.match(rf"(.*\.)?({key})$", name):
-                self.used.add((field, key))
-                return value
-        return None
+        key = key_of(table, name)
+        if key is None:
+            return None
+        self.used.add((field, key))
+        return table[key]
 
     def report(self, named: list[Place], *, warn_only: bool) -> None:
         """Raise for, or warn of, every pattern that has matched nothing."""
