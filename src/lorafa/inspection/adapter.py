@@ -79,10 +79,10 @@ class Inspection:
 
     @property
     def intruders(self) -> int | None:
-        """How many there are in all layers; None where none was looked for."""
-        if self.base is None or not self.base.weights:
-            return None
-        return sum(len(one.intruders or ()) for one in self.base.weights.values())
+        """How many there are in all layers; None where none was looked for, or they are not defined."""
+        weights = {} if self.base is None else self.base.weights
+        counted = [len(one.intruders) for one in weights.values() if one.intruders is not None]
+        return sum(counted) if counted else None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON, layer by layer."""
@@ -231,6 +231,8 @@ def _notes(
         )
     if formulas and compared is not None:
         notes.append(f"Similarity is that of s B A, of which {', '.join(formulas)} makes the update.")
+    if stored.quantized:
+        notes.append("The start has quantized the base: what is said of its weights and outputs is of the quantized one.")
     if stored.with_start:
         notes.append(
             "The start was taken out of the base, so the update is s (B A - B0 A0), of twice the rank: it was zero at "

@@ -19,7 +19,8 @@ from lorafa.numerics.low_rank import matrix_values
 from lorafa.peft_model import PeftModel
 from lorafa.storage.fingerprint import compare_fingerprints
 from lorafa.surgery.intruders import EPSILON, TOP_K, Intruder, intruders_of, numbered
-from lorafa.surgery.walk import places
+from lorafa.surgery.replicate import planned_places, replication_of
+from lorafa.surgery.walk import Place, places
 
 T = TypeVar("T")
 Each = Callable[[Iterable[T]], Iterable[T]]
@@ -48,7 +49,7 @@ class Fit:
         if self.problem:
             return f"The adapter does not fit the base: {' '.join(self.problem.split())}"
         if self.missing:
-            return f"The base has no {shorten(self.missing, 3)}, of which the adapter was made for other weights."
+            return f"The base lacks layers that the adapter was made for: {shorten(self.missing, 3)}."
         if self.different:
             return (
                 f"{len(self.different)} of {self.recorded} layers have other weights in this base than in the one the "
@@ -89,13 +90,21 @@ class OnBase:
 
 def fit_of(model: nn.Module, stored: StoredAdapter) -> Fit:
     """Compare the fingerprint of a file with a model that carries no adapter."""
-    everything = list(places(model))
+    everything = _places(model, stored)
     there, brought = {place.name for place in everything}, _brought(stored)
     named = [name for name in stored.base if name not in brought and ".base_layer." not in name]
     known = [name for name in named if name in there]
     actual = base_fingerprint(model, known, everything=everything)
     different = compare_fingerprints({name: stored.base[name] for name in known}, actual)
     return Fit(len(named), different, [name for name in named if name not in there])
+
+
+def _places(model: nn.Module, stored: StoredAdapter) -> list[Place]:
+    """Every place of the model as it will be: an adapter may replicate layers."""
+    try:
+        return planned_places(model, replication_of(model, stored.config))
+    except LoraError:  # loading it says so
+        return list(places(model))
 
 
 def _brought(stored: StoredAdapter) -> set[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorafa.adapter import Adapter
 from lorafa.errors import DataError, NotAvailableError
 from lorafa.models.modes import evaluating
 from lorafa.peft_model import PeftModel
+from lorafa.surgery.walk import lora_layers
 
 TEXT = """\
 The river rises in the hills north of the town and reaches the sea after ninety kilometres. In 1871 the first bridge
@@ -51,7 +54,7 @@ def effect_of(model: PeftModel, tokenizer: Any, text: str) -> Effect:
     """Run the base, and the base with its active adapter, on a text; the first ``MOST_TOKENS`` tokens of it.
 
     Raises:
-        DataError: the tokenizer makes no token of the text.
+        DataError: the tokenizer makes no token of the text, or the adapter counts nowhere in it.
         NotAvailableError: the model gives no logits.
     """
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids
@@ -60,6 +63,11 @@ def effect_of(model: PeftModel, tokenizer: Any, text: str) -> Effect:
     base: Any = model.get_base_model()
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     cut = ids[:, : min(MOST_TOKENS, context)].to(next(base.parameters()).device)
+    if not any(adapter.variant.counts_in(cut[0].tolist()) for adapter in _adapters(base)):
+        raise DataError(
+            "The effect on the outputs was not measured: the adapter counts nowhere in the text, which has no "
+            "invocation. Give one that has: --text <file>."
+        )
     inputs: dict[str, Tensor] = {"input_ids": cut, "attention_mask": torch.ones_like(cut)}
     if getattr(base.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(cut)
@@ -68,6 +76,10 @@ def effect_of(model: PeftModel, tokenizer: Any, text: str) -> Effect:
         with model.disable_adapter():
             plain = _logits(model(**inputs))
     return compared(plain, adapted, cut=cut.shape[1] < ids.shape[1])
+
+
+def _adapters(base: nn.Module) -> Iterator[Adapter]:
+    return (adapter for _, layer in lora_layers(base) for adapter in layer.counting())
 
 
 def _logits(output: Any) -> Tensor:

@@ -141,13 +141,20 @@ def test_stacks_are_measured_matrix_by_matrix(tmp_path: Path) -> None:
     assert experts != set()
 
 
+def test_replicated_layers_fit_the_stack_they_are_made_of(tmp_path: Path) -> None:
+    saved(tmp_path, llama(), target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
+    on = found(tmp_path, llama())
+    assert on.fit.fits, on.fit.words
+    assert len(on.weights) == on.fit.recorded == 3
+
+
 def test_a_router_has_no_one_update(tmp_path: Path) -> None:
     settings = {"init_lora_weights": "goat", "init_config": {"experts": 2}}
     saved(tmp_path, Two(), **settings)
     told = inspect(str(tmp_path), base=lambda: (Two(), None))
     assert told.base is not None
     assert {on.intruders for on in told.base.weights.values()} == {None}
-    assert told.intruders == 0
+    assert told.intruders is None
     assert any("goat" in note and "some tokens, or parts of it to each" in note for note in told.notes)
 
 
@@ -197,6 +204,19 @@ def test_an_encoder_with_a_decoder_reads_the_text_on_both_sides(tmp_path: Path) 
     effect = effect_of(model, tokenizer, "Ann has 3 apples")
     assert effect.positions > 1
     assert effect.kl > 0
+
+
+def test_a_text_without_the_invocation_is_said(tmp_path: Path) -> None:
+    saved(tmp_path, tiny_llama(), target_modules="all-linear", alora_invocation_tokens=[65, 66])
+    tokenizer = byte_tokenizer()
+    without = inspect(str(tmp_path), base=lambda: (tiny_llama(), tokenizer), text="zzz")
+    assert without.effect is None
+    assert "the adapter counts nowhere in the text, which has no invocation" in without.notes[-1]
+    invocation = tokenizer.decode([65, 66])
+    within = inspect(str(tmp_path), base=lambda: (tiny_llama(), tokenizer), text=f"zzz{invocation}zzz")
+    assert within.effect is not None
+    assert within.effect.kl > 0
+    assert within.intruders is not None
 
 
 def test_what_cannot_be_compared_is_noted(tmp_path: Path) -> None:
