@@ -232,7 +232,9 @@ def _notes(
     if formulas and compared is not None:
         notes.append(f"Similarity is that of s B A, of which {', '.join(formulas)} makes the update.")
     if stored.quantized:
-        notes.append("The start has quantized the base: what is said of its weights and outputs is of the quantized one.")
+        notes.append(
+            "The start has quantized the base: weights and outputs are compared with those of the quantized one."
+        )
     if stored.with_start:
         notes.append(
             "The start was taken out of the base, so the update is s (B A - B0 A0), of twice the rank: it was zero at "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorafa.adapter import LooseTensors, Variant, update_factors
 from lorafa.config import LoraConfig
-from lorafa.errors import CheckpointError, shorten
+from lorafa.errors import CheckpointError, first_line, shorten
 from lorafa.io.adapter_files import StoredAdapter
 from lorafa.io.peft_format import START_A, START_B
 from lorafa.layers import LAYERS
@@ -136,13 +136,19 @@ def _update(path: str, A: Tensor, B: Tensor, types: Sequence[type[Variant]], sto
     loose = LooseTensors(*matrices(A, B), _extras(path, variant, tensors))
     dense = variant.has_dense_files and _holds_dense(stored, variant)
     A, B = (loose.A, loose.B) if dense else _dense(path, variant, loose, stored)
-    if A.shape[-2] != B.shape[-1] or A.shape[-2] != in_file:
+    if A.dim() != B.dim() or A.shape[-2] != B.shape[-1] or A.shape[-2] != in_file:
         raise CheckpointError(
             f"{stored.path}: the factors of {name!r} have ranks {A.shape[-2]} and {B.shape[-1]}, and its config says "
             f"{in_file}. They do not belong together: fetch or save both files again."
         )
     starts = [tensors[key] for key in (_key(path, START_A), _key(path, START_B)) if key in tensors]
-    A, B = update_factors(A, B, matrices(*starts) if len(starts) == 2 else None)
+    start = matrices(*starts) if len(starts) == 2 else None
+    if start is not None and (start[0].shape, start[1].shape) != (A.shape, B.shape):
+        raise CheckpointError(
+            f"{stored.path}: {START_A} and {START_B} of {name!r} have other shapes than A and B. The file is damaged: "
+            "fetch or save it again."
+        )
+    A, B = update_factors(A, B, start)
     product, uniform = _is_product(variant), variant.uniform
     return LayerUpdate(name, A, B, scaling, rank, alpha, variant.name, product, uniform)
 
@@ -248,4 +254,9 @@ def _dense(path: str, variant: Variant, tensors: LooseTensors, stored: StoredAda
         raise CheckpointError(
             f"{stored.path} lacks the {error.args[0]!r} of {path!r}, which {variant.name} needs. The file is "
             "incomplete: fetch or save it again."
+        ) from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{stored.path}: the tensors of {path!r} are not those of {variant.name}: {first_line(error)}. They do not "
+            "belong together: fetch or save the file again."
         ) from error

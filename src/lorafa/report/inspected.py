@@ -39,7 +39,8 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
         read = f"{effect.positions} positions" + (", the beginning of the text" if effect.cut else "")
         rows += [
             ("KL(base || adapted)", f"{effect.kl:.4g} nats a position, at most {effect.largest_kl:.4g} ({read})"),
-            ("logits", f"differ by {effect.difference:.4g} at most; another is largest at {effect.changed:.1%}"),
+            ("logits", f"differ by {effect.difference:.4g} at most"),
+            ("likeliest output", f"another one at {effect.changed:.1%} of positions"),
         ]
     if found.other is not None:
         both, here, there = len(found.other.layers), len(found.other.only_here), len(found.other.only_there)

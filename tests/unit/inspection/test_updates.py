@@ -135,6 +135,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "nothing": (lambda t: {"a.hada_w1": torch.zeros(2)}, "holds no factors of LoRA; its keys are: a.hada_w1"),
     "a row": (lambda t: {k: v[0] if "A" in k else v for k, v in t.items()}, "no matrices of numbers: first, second"),
     "numbers": (lambda t: {k: v.int() for k, v in t.items()}, "the factors of 2 layers are no matrices of numbers"),
+    "B of a kernel": (
+        lambda t: {k: v[..., None, None] if "lora_B" in k else v for k, v in t.items()},
+        "have ranks 4 and",
+    ),
     "ranks": (lambda t: {k: v[:3] if "lora_A" in k else v for k, v in t.items()}, "have ranks 3 and 4, and its config"),
 }
 
@@ -159,8 +163,20 @@ def test_an_extra_that_is_missing_is_named(tmp_path: Path) -> None:
     with quiet():
         peft.get_peft_model(Two(), kasa).save_pretrained(tmp_path)
     assert len(updates_of(read_adapter(tmp_path))) == 2
-    rewritten(tmp_path, lambda t: {k: v for k, v in t.items() if "diag" not in k})
+    saved_tensors = read_tensors(tmp_path / "adapter_model.safetensors")[0]
+    rewritten(tmp_path, lambda t: {k: v[:3] if "diag" in k else v for k, v in t.items()})
+    with pytest.raises(CheckpointError, match="the tensors of 'first' are not those of kasa: The size of tensor"):
+        updates_of(read_adapter(tmp_path))
+    rewritten(tmp_path, lambda _: {k: v for k, v in saved_tensors.items() if "diag" not in k})
     with pytest.raises(CheckpointError, match="lacks the 'diagonal' of 'first', which kasa needs"):
+        updates_of(read_adapter(tmp_path))
+
+
+def test_a_start_of_another_shape_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, use_dora=True, init_lora_weights="pissa")
+    assert len(updates_of(read_adapter(tmp_path))) == 2
+    rewritten(tmp_path, lambda t: {k: v[:2] if "lora_start.A" in k else v for k, v in t.items()})
+    with pytest.raises(CheckpointError, match=r"lora_start.A and lora_start.B of 'first' have other shapes than A and"):
         updates_of(read_adapter(tmp_path))
 
 
