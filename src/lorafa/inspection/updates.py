@@ -142,11 +142,11 @@ def _update(path: str, A: Tensor, B: Tensor, types: Sequence[type[Variant]], sto
             f"{in_file}. They do not belong together: fetch or save both files again."
         )
     starts = [tensors[key] for key in (_key(path, START_A), _key(path, START_B)) if key in tensors]
-    start = matrices(*starts) if len(starts) == 2 else None
-    if start is not None and (start[0].shape, start[1].shape) != (A.shape, B.shape):
+    start = matrices(*starts) if len(starts) == 2 and all(map(_can_be_factor, starts)) else None
+    if starts and (start is None or [(one.shape, one.dtype) for one in start] != [(f.shape, f.dtype) for f in (A, B)]):
         raise CheckpointError(
-            f"{stored.path}: {START_A} and {START_B} of {name!r} have other shapes than A and B. The file is damaged: "
-            "fetch or save it again."
+            f"{stored.path}: {START_A} and {START_B} of {name!r} are not of the shapes and dtypes of A and B. The file "
+            "is damaged: fetch or save it again."
         )
     A, B = update_factors(A, B, start)
     product, uniform = _is_product(variant), variant.uniform
