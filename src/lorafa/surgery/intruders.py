@@ -21,6 +21,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.numerics.linalg import SVD, float_matrix
 from lorafa.numerics.low_rank import energy, leading_of_sum, left_vectors, padded, product_svd, to_rank
 from lorafa.settings.checks import check_flag, check_int, check_number
+from lorafa.storage.tensors import is_part
 from lorafa.surgery.activate import require_adapters, require_nothing_merged, require_uniform, without_start
 from lorafa.surgery.adapted import AdaptedModel
 from lorafa.surgery.plain_copy import NewFactors, put_on
@@ -230,6 +231,12 @@ def _repaired(
         layer.require_readable(adapter)
     A, B = adapter.factors
     W = _weight(path, layer)
+    if any(is_part(tensor, 2) for tensor in (W, A, B)):
+        raise BackendError(
+            f"{path}: only a part of its weight or of the adapter is in this process (FSDP, DeepSpeed ZeRO-3), and "
+            "intruders are directions of the whole. Save the adapter and load it on a model that is not sharded. "
+            "Nothing was changed."
+        )
     gain = adapter.variant.row_gain(adapter, W)
     if gain is None and not adapter.variant.plain:
         raise BackendError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Variant
 from lorafa.config import LoraConfig
+from lorafa.errors import AdapterError, shorten
 from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.parts import AdapterParts
@@ -54,13 +55,16 @@ def put_on(tuner: LoraModel, old: str, new: str, factors: Mapping[LoraLayer, New
         factors: of every layer that holds factors of the old adapter; tied ones follow theirs.
 
     Raises:
+        AdapterError: the config of the old adapter means other layers than those that carry it.
         As :meth:`LoraModel.plan_adapter` and :meth:`LoraModel.set_adapter`; the model is as it was.
     """
     olds = {layer: layer.adapters[old] for layer in factors}
     config = _plain(tuner.peft_config[old], olds.values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the config means was said when it met the model
-        resolved = _with_ranks(resolve(tuner.model, config, lenient=True), old, factors)
+        resolved = resolve(tuner.model, config, lenient=True)
+        _require_same_layers(resolved.targets, old, factors)
+        resolved = _with_ranks(resolved, old, factors)
         planned = tuner.plan_adapter(resolved, new, Options(from_file=True, low_cpu_mem_usage=True))
     layers = [_filled(one, olds, factors, resolved.config) for one in planned.layers]
     take_back = tuner.apply_plan(replace(planned, layers=layers))
@@ -90,6 +94,20 @@ def _plain(config: LoraConfig, adapters: Iterable[Adapter]) -> LoraConfig:
         rank_pattern={key: 2 * value for key, value in config.rank_pattern.items()},
         alpha_pattern={key: factor * value for key, value in config.alpha_pattern.items()},
     )
+
+
+def _require_same_layers(targets: Sequence[Target], old: str, factors: Mapping[LoraLayer, NewFactors]) -> None:
+    """Raises AdapterError unless each target carries the old adapter, and all that carry it are targets."""
+    without = [target.full_name for target in targets if target.wrapper is None or old not in target.wrapper.adapters]
+    meant = [target.wrapper for target in targets if target.wrapper is not None]
+    inner = [layer.get_base_layer().get_submodule(child) for layer in meant for child in layer.inner_layers]
+    extra = sum(layer not in meant and layer not in inner for layer in factors)
+    if without or extra:
+        which = shorten(without, 3) if without else f"{extra} that it does not name"
+        raise AdapterError(
+            f"The config of adapter {old!r} and the layers that carry it do not agree: {which}. Another module has "
+            "taken the place of a layer, or the config was changed since. Load the adapter again. Nothing was changed."
+        )
 
 
 def _innermost(variant: Variant) -> Variant:
@@ -132,7 +150,7 @@ def _numbers(
 
 def _layer_of(target: Target) -> LoraLayer:
     layer = target.wrapper
-    assert layer is not None  # it carries the old adapter
+    assert layer is not None  # it carries the old adapter: _require_same_layers has asked
     return layer
 
 

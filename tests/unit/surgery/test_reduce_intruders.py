@@ -269,6 +269,24 @@ def test_a_weight_that_is_computed_anew_is_refused() -> None:
         reduce_intruder_dimension(model, logging_sink=None)
 
 
+def test_a_part_of_a_weight_is_refused() -> None:
+    model = two()
+    model.get_base_model().second.base_layer.weight.ds_numel = 10**6  # as DeepSpeed leaves one
+    with refused(model, BackendError, "second: only a part of its weight or of the adapter is in this process"):
+        reduce_intruder_dimension(model, logging_sink=None)
+
+
+def test_a_config_of_other_layers_is_refused() -> None:
+    model = two()
+    model.peft_config["default"].target_modules = {"first"}
+    with refused(model, AdapterError, "layers that carry it do not agree: 1 that it does not name"):
+        reduce_intruder_dimension(model, logging_sink=None)
+    model = two()
+    model.get_base_model().second = nn.Linear(10, 14).double()
+    with refused(model, AdapterError, "layers that carry it do not agree: second. Another module has taken"):
+        reduce_intruder_dimension(model, logging_sink=None)
+
+
 def test_trained_biases_of_the_base_are_refused() -> None:
     model = two(bias="all")
     with refused(model, ConfigError, "adapter 'default' trains base biases already, and there is only one set"):
