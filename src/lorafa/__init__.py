@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from lorafa.surgery.dequantize import merge_into_dense
     from lorafa.surgery.given import get_peft_config
     from lorafa.surgery.gradients import check_gradients
+    from lorafa.surgery.intruders import reduce_intruder_dimension
     from lorafa.surgery.lora_model import LoraModel, inject_adapter_in_model
     from lorafa.surgery.mutate import mutate_base, restore_base
     from lorafa.surgery.penalty import penalty
@@ -141,6 +142,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "reduce_intruder_dimension",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "restore_base",
@@ -214,6 +216,7 @@ _HOMES = {
     "prepare_model_for_kbit_training": "lorafa.surgery.prepare",
     "preprocess_corda": "lorafa.starts.preprocess",
     "preprocess_loraga": "lorafa.starts.preprocess",
+    "reduce_intruder_dimension": "lorafa.surgery.intruders",
     "replace_lora_weights_loftq": "lorafa.starts.loftq",
     "rescale_adapter_scale": "lorafa.surgery.scale",
     "restore_base": "lorafa.surgery.mutate",

@@ -536,6 +536,18 @@ class Variant(ABC):
             "weight. Keep the adapter beside it."
         )
 
+    def row_gain(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
+        """g (out,) of a formula whose whole weight is diag(g) (W + s B A); None where it has no such g.
+
+        Args:
+            weight: the base weight (out, in).
+        """
+        return None if self.inner is None else self.inner.row_gain(adapter, weight)
+
+    def extras_of_gain(self, gain: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
+        """The extras with which :meth:`row_gain` of these dense factors is ``gain`` (out,)."""
+        return {} if self.inner is None else self.inner.extras_of_gain(gain, weight, A, B, scaling)
+
     @abstractmethod
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
         """The change of the base output y, given the layer's input x; dropout acts on x here."""

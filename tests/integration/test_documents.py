@@ -32,6 +32,10 @@ from lorafa.cli.train import longer_of
 from lorafa.conf.compose import compose, options
 from lorafa.data.nbest import read_nbest
 from lorafa.data.unanswered import prompts_of
+from lorafa.inspection.updates import updates_of
+from lorafa.io.adapter_files import read_adapter
+from lorafa.models.load import resolve_model
+from lorafa.runs.adapters import adapter_in
 from lorafa.runs.comparison import Plan
 from lorafa.runs.record import RunDirectory
 from lorafa.runs.subjects import find
@@ -124,6 +128,7 @@ def _batches() -> list[dict[str, Any]]:
 
 NAMES: dict[str, dict[str, Callable[[], Any]]] = {
     "docs/combining.md": {"base": _base},
+    "docs/inspecting.md": {"model": _adapted},
     "docs/optimizers.md": {"model": _adapted, "rows": _rows},
     "docs/peft.md": {
         "model": _adapted,
@@ -138,6 +143,7 @@ FILES = {
     "path/to/model": "a model folder: the reader's own",
     "path/to/t5": "another one: an encoder with a decoder",
     "mine.jsonl": "records of the reader's own",
+    "mine.txt": "a text of the reader's own",
     "reviews.jsonl": "texts, each with its class",
     "lists.jsonl": "n-best lists",
     "heldout.jsonl": "others of them",
@@ -186,6 +192,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mine.jsonl", "short.jsonl"):
         (made / name).write_text("\n".join(map(json.dumps, rows)))
     write_rows(made / "more.csv", rows)
+    (made / "mine.txt").write_text("Ann has 3 apples.")
     reviews = [{"prompt": f"film {at} is {word}", "completion": word} for at in range(10) for word in ("good", "bad")]
     (made / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
     listed = {"hypotheses": [{"text": text, "score": 1.0} for text in ("a cat", "a hat")], "reference": "a cat"}
@@ -299,6 +306,12 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
     elif words[:2] == ("lorafa", "eval"):
         args = parse(words[1:])
         settings_of([find(word) for word in args.overrides if "=" not in word], [w for w in args.overrides if "=" in w])
+    elif words[:2] == ("lorafa", "inspect"):
+        args = parse(words[1:])
+        for name in (args.adapter, args.other):
+            assert name is None or updates_of(read_adapter(adapter_in(name)))
+        assert args.base is None or resolve_model(args.base)
+        assert args.text is None or Path(args.text).is_file()
     elif words[:2] == ("lorafa", "generate"):
         args = parse(words[1:])
         generate.settings_of(args.overrides)

@@ -79,6 +79,12 @@ class DoRA(Variant):
             return dropped_base_linear(x, *factors, adapter.scaling, dropout=p, **terms)
         return low_rank_linear(x, *factors, adapter.scaling, **terms)
 
+    def row_gain(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
+        return self._gain(adapter, weight).detach()
+
+    def extras_of_gain(self, gain: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
+        return {"magnitude": gain * row_norms(weight, A, B, scaling).to(gain)}
+
     def _gain(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """m / ||W + s B A||, (out,), in float32 or float64, with a gradient for m alone."""
         if not adapter.as_made:
