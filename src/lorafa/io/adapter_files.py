@@ -177,7 +177,7 @@ def save_adapter(
     if not writes:
         return folder
     public = {field: value for field, value in written.to_dict().items() if field not in LORAFA_ONLY}
-    with _staged(make_folder(folder)) as stage:
+    with staged(make_folder(folder)) as stage:
         write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
         write_json(stage / CONFIG_NAME, public)
     return folder
@@ -236,7 +236,7 @@ def _is_spread(layer: LoraLayer) -> bool:
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path) -> Iterator[Path]:
     """A folder to write to, whose files take their places in ``folder`` together, once all of them are written."""
     stage = folder / f".{uuid.uuid4().hex}.tmp"
     try:

@@ -361,6 +361,10 @@ class LoraLayer(Host):
             return []
         return self._active_here()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update of an adapter is a matrix, so that :func:`lorafa.convert_to_lora` makes LoRA of it."""
+        return adapter_name not in self.adapters or self.adapters[adapter_name].variant.uniform
+
     # ---- scale
 
     def set_scale(self, adapter: str, scale: float) -> None:
