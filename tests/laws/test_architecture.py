@@ -50,6 +50,7 @@ LEVELS = (
     ("io",),
     ("peft_model",),
     ("compat", "starts"),
+    ("export",),
     ("train", "costs"),
     ("conf",),
     ("runs",),

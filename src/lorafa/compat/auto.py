@@ -79,14 +79,14 @@ class AutoPeftModel:
             if config is None
             else lora_config(config)
         )
-        base = _base_model(cls._loader(given), given, rest)
-        _resize(base, pretrained_model_name_or_path, place["subfolder"], hub)
+        base = base_model(cls.loader_of(given), given, rest)
+        resize_like(base, pretrained_model_name_or_path, place["subfolder"], hub)
         return PeftModel.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
         )
 
     @classmethod
-    def _loader(cls, config: LoraConfig) -> str:
+    def loader_of(cls, config: LoraConfig) -> str:
         """The name of transformers' class that loads the base."""
         task, made_for = cls.task or config.task_type, config.auto_mapping or {}
         if isinstance(task, TaskType):
@@ -100,7 +100,7 @@ class AutoPeftModel:
         )
 
 
-def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> Any:
+def base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> Any:
     name = config.base_model_name_or_path
     if name is None:
         raise ConfigError(
@@ -128,7 +128,7 @@ def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> A
         ) from error
 
 
-def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> None:
+def resize_like(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> None:
     """Give the base rows for the tokens that a tokenizer beside the adapter knows and the base does not."""
     try:
         found = locate(source, ["tokenizer_config.json"], subfolder=subfolder, **hub)

@@ -23,7 +23,7 @@ from lorafa.numerics.truncation import Truncated
 from lorafa.storage.fingerprint import to_metadata
 from lorafa.storage.tensors import write_tensors
 from lorafa.storage.whole import make_folder, write_json
-from lorafa.surgery.plain import Lost, check_rank, largest_rank, require_plain, truncated
+from lorafa.surgery.plain import Lost, check_rank, largest_rank, require_matrices, require_other_ranks, truncated
 from lorafa.surgery.walk import layers_at, places, user_model
 from lorafa.variants import switches
 from lorafa.version import VERSION
@@ -132,14 +132,15 @@ def convert(
         raise AdapterError(
             f"This {type(model).__name__} carries no adapter of lorafa. Call get_peft_model or inject_adapter_in_model."
         )
-    layers = require_plain(inner, name)
+    layers = require_matrices(inner, name)
+    require_other_ranks(layers)
     for path, layer in layers if isinstance(rank, int) else ():
         if rank > largest_rank(layer):
             raise ConfigError(
                 f"rank {rank} is larger than {largest_rank(layer)}, the smaller side of the weight of {path!r}. Choose "
                 "a lower rank, or a share of the energy such as 0.99, which fits each layer."
             )
-    config, names = configs[name], _pattern_names(inner)
+    config, names = configs[name], pattern_names(inner)
     truncate = truncated if compile_kwargs is None else torch.compile(truncated, **compile_kwargs)
     with _progress(len(layers), progressbar) as step:
         made = {}
@@ -152,10 +153,11 @@ def convert(
         tensors |= _stored(path, layer, name, made[path])
     tensors |= {f"{p}.{key}": tensors[f"{p}.{key}"] / 2 for p, key in _inner_B(dict(layers))}
     ranks = {names[id(layer)]: made[path].rank for path, layer in layers if id(layer) in names}
+    numbers = {found: (one, float(one)) for found, one in ranks.items()}
     lost = Lost({path: (one.lost, one.total) for path, one in made.items()})
     if isinstance(rank, int) and lost.share > _NOTEWORTHY:  # a share is asked for with its loss
         warn(f"Adapter {name!r} as plain LoRA of rank {rank}: {lost.in_words()}")
-    return Converted(_config(config, ranks), tensors | _beside(inner, name, config, layers), lost)
+    return Converted(with_numbers(plain_config(config), numbers), tensors | beside(inner, name, config, layers), lost)
 
 
 def _stored(path: str, layer: LoraLayer, name: str, made: Truncated) -> dict[str, Tensor]:
@@ -195,7 +197,7 @@ def _at_rank(made: Truncated, rank: int) -> Truncated:
     return replace(made, A=A, B=B)
 
 
-def _pattern_names(model: nn.Module) -> dict[int, str]:
+def pattern_names(model: nn.Module) -> dict[int, str]:
     """Layer -> the name by which patterns of a config find it."""
     return {
         id(layer): place.name if layer.parameter_name is None else f"{place.name}.{layer.parameter_name}"
@@ -204,21 +206,30 @@ def _pattern_names(model: nn.Module) -> dict[int, str]:
     }
 
 
-def _config(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """The config of a plain adapter on the same layers, of these ranks and alpha = r.
+def with_numbers(config: LoraConfig, numbers: Mapping[str, tuple[int, float]]) -> LoraConfig:
+    """The config with these ranks and alphas: the usual ones for all layers, patterns for the others.
 
     Args:
-        ranks: by the names that patterns match, of which longer ones come first: a name may be the end of another.
+        numbers: name of a layer, as patterns match it -> (rank, alpha).
     """
-    counts = list(ranks.values())
-    usual = max(set(counts), key=lambda rank: (counts.count(rank), rank))
-    others = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True) if ranks[name] != usual}
-    if others:  # an entry for all that one of them might match by its end
-        ends = tuple(f".{name}" for name in others)
-        others = {
-            name: ranks[name] for name in sorted(ranks, key=len, reverse=True) if name in others or name.endswith(ends)
-        }
-    return replace(plain_config(config), r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others))
+    counts = list(numbers.values())
+    usual = max(set(counts), key=lambda pair: (counts.count(pair), pair))
+    # a pattern matches the end of a name too: longer names come first, and have an entry where a shorter one would do
+    longest = sorted(numbers, key=len, reverse=True)
+    others = [name for name in longest if numbers[name] != usual]
+    ends = tuple(f".{name}" for name in others)
+    named = [name for name in longest if name in others or name.endswith(ends)]
+    return replace(
+        config,
+        r=usual[0],
+        lora_alpha=_shortest(usual[1]),
+        rank_pattern={name: numbers[name][0] for name in named},
+        alpha_pattern={name: _shortest(numbers[name][1]) for name in named},
+    )
+
+
+def _shortest(number: float) -> int | float:
+    return int(number) if number == int(number) else number
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
@@ -229,7 +240,7 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     return replace(config, **(off | {"init_lora_weights": True}))
 
 
-def _beside(
+def beside(
     model: nn.Module, name: str, config: LoraConfig, layers: Iterable[tuple[str, LoraLayer]]
 ) -> dict[str, Tensor]:
     """What a file holds beside the layers: copies of modules, rows of tables, biases, tables."""

@@ -58,33 +58,36 @@ def check_rank(name: str, rank: object) -> None:
     )
 
 
-def require_plain(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
+def require_matrices(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
     """The layers that carry adapter ``name``, where the update of each is one matrix.
 
     Raises:
         AdapterError: there is no such adapter, or it is merged.
-        BackendError: an update changes with the input (aLoRA, Arrow, GOAT); or a convolution of several groups, or a
-            layer of other parts, has no plain factors.
+        BackendError: an update changes with the input (aLoRA, Arrow, GOAT).
     """
     require_adapters(model, [name])
     require_unmerged(model, name, "converting it")
     layers = [(path, layer) for path, layer in lora_layers(model) if name in layer.adapters]
-    changing = [(path, layer.adapters[name].variant.name) for path, layer in layers if not _is_matrix(layer, name)]
+    changing = [(path, layer.adapters[name].variant) for path, layer in layers if not _is_matrix(layer, name)]
     if changing:
         path, variant = changing[0]
         raise BackendError(
-            f"Adapter {name!r} cannot be converted to plain LoRA: its update of {path!r} ({variant}) changes with the "
-            f"input, and so do {len(changing)} of {len(layers)}. There is no matrix that does the same; keep the "
+            f"Adapter {name!r} cannot be converted to plain LoRA: its update of {path!r} ({variant.name}) changes with "
+            f"the input, and so do {len(changing)} of {len(layers)}. There is no matrix that does the same; keep the "
             "adapter as it is."
         )
+    return layers
+
+
+def require_other_ranks(layers: list[tuple[str, LoraLayer]]) -> None:
+    """Raises BackendError for convolutions of several groups, whose B (out, r / groups) is no factor of the update."""
     grouped = [path for path, layer in layers if layer.rank_groups(layer.get_base_layer()) > 1]
     if grouped:
         raise BackendError(
-            f"Adapter {name!r} cannot be converted to another rank: {shorten(map(repr, grouped), 3)} "
-            f"{'is a convolution' if len(grouped) == 1 else 'are convolutions'} of several groups, whose B is divided "
-            "by the groups. Leave out such layers, or keep the adapter as it is."
+            f"An adapter cannot be given another rank on {shorten(map(repr, grouped), 3)}: "
+            f"{'that is a convolution' if len(grouped) == 1 else 'those are convolutions'} of several groups, by which "
+            "B is divided. Keep the adapter as it is."
         )
-    return layers
 
 
 def _is_matrix(layer: LoraLayer, name: str) -> bool:

@@ -56,7 +56,7 @@ def test_unknown_and_merged_adapters_are_refused() -> None:
 
 def test_convolutions_of_several_groups_are_refused() -> None:
     model = get_peft_model(Convolution(2, groups=2), LoraConfig(r=2, target_modules=["conv"]))
-    with refused(model, BackendError, "'conv' is a convolution of several groups"):
+    with refused(model, BackendError, "'conv': that is a convolution of several groups"):
         convert_to_lora(model, 2)
 
 
