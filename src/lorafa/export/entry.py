@@ -58,7 +58,7 @@ def plain_layers_only(adapter: PlainAdapter, words: str, *, tables: bool) -> Ite
     odd = [u for u in adapter.updates if not (u.is_linear or (u.is_table and tables))]
     for what in dict.fromkeys(update.what for update in odd):
         paths = [update.path for update in odd if update.what == what]
-        yield f"{words} reads no adapter of a {what}: {shorten(paths, 3)}"
+        yield f"{words} reads no adapters of {what}: {shorten(paths, 3)}"
     if biased := [update.path for update in adapter.updates if update.bias is not None]:
         yield f"it reads no bias of B (lora_bias): {shorten(biased, 3)}"
     if adapter.config.layer_replication:

@@ -129,12 +129,12 @@ def _of_file(
             "belong together. Nothing was written."
         )
     nested = _INSIDE in path or any(other.startswith(path + _INSIDE) for other in everything)
-    what = "kernel of a convolution" if one.A.dim() > 2 else "part of a module of several weights" if nested else None
+    what = "convolutions" if one.A.dim() > 2 else "modules of several weights" if nested else None
     keys = ("lora_embedding_A", "lora_embedding_B") if one.table else ("lora_A.weight", "lora_B.weight")
     return Update(
         path, one.A, one.B, scaling(rank, alpha, config.use_rslora), rank, keys,
         name=None if _INSIDE in path else path, bias=one.bias, is_linear=what is None and not one.table,
-        is_table=one.table, what=what or ("embedding table" if one.table else "linear layer"),
+        is_table=one.table, what=what or ("embedding tables" if one.table else "linear layers"),
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def _of_layer(
     if bias is not None:
         bias = (layer.adapters[name].scaling * bias if scaled else bias).detach()
     words = (
-        "linear layer" if layer.is_linear else "embedding table" if layer.is_table else f"layer of kind {layer.kind}"
+        "linear layers" if layer.is_linear else "embedding tables" if layer.is_table else f"layers of kind {layer.kind}"
     )
     rank = layer.matrix_A(A).shape[-2]
     return Update(
@@ -237,8 +237,8 @@ def at_rank(adapter: PlainAdapter, rank: int | float) -> PlainAdapter:
     for update in adapter.updates:
         if not update.is_matrix:
             raise ConfigError(
-                f"A {update.what} ({update.path!r}) is given another rank with the base model at hand only. Give it: "
-                "--base <folder or Hub id>."
+                f"{update.path!r} is one of the {update.what}, which are given another rank with the base model at hand "
+                "only. Give it: --base <folder or Hub id>."
             )
         side = min(update.A.shape[1], update.B.shape[0])
         if isinstance(rank, int) and rank > side:

@@ -35,7 +35,7 @@ class Update:
     """Whether the layer computes x W^T + b, so that A and B are matrices of its weight (out, in)."""
     is_table: bool = False
     """Whether it looks up rows, and W is (dim, vocabulary)."""
-    what: str = "linear layer"
+    what: str = "linear layers"
     """Words for the kind of layer, for errors."""
 
     @property
