@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from lorafa.config import LoraConfig, PeftConfig
     from lorafa.errors import LoraError
+    from lorafa.export.job import export_adapter
     from lorafa.io.convert import convert_to_lora, save_as_lora
     from lorafa.io.load import check_if_peft_model, load_peft_weights
     from lorafa.io.state import (
@@ -124,6 +125,7 @@ __all__ = [
     "create_preconditioned_adamw",
     "create_riemannian_optimizer",
     "estimate_gradients",
+    "export_adapter",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -198,6 +200,7 @@ _HOMES = {
     "create_preconditioned_adamw": "lorafa.optimizers",
     "create_riemannian_optimizer": "lorafa.optimizers",
     "estimate_gradients": "lorafa.starts.preprocess",
+    "export_adapter": "lorafa.export.job",
     "get_base_model_state_dict": "lorafa.io.state",
     "get_eva_state_dict": "lorafa.starts.eva",
     "get_layer_status": "lorafa.surgery.status",

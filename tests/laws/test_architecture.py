@@ -271,7 +271,9 @@ def test_the_public_names_load_torch_and_nothing_of_the_training_stack() -> None
     assert loaded & (HEAVY | {"yaml", "rich", "torch._dynamo"}) == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["params", "--help"], ["report", "--help"], ["nope"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["params", "--help"], ["report", "--help"], ["export", "--help"], ["nope"]]
+)
 def test_what_runs_nothing_loads_no_package(arguments: list[str]) -> None:
     assert _loaded_by_command(*arguments) & (HEAVY | {"torch", "numpy", "yaml", "rich"}) == set()
 

@@ -237,8 +237,8 @@ def at_rank(adapter: PlainAdapter, rank: int | float) -> PlainAdapter:
     for update in adapter.updates:
         if not update.is_matrix:
             raise ConfigError(
-                f"{update.path!r} is one of the {update.what}, which are given another rank with the base model at hand "
-                "only. Give it: --base <folder or Hub id>."
+                f"{update.path!r} is one of the {update.what}, which are given another rank with the base model at "
+                "hand only. Give it: --base <folder or Hub id>."
             )
         side = min(update.A.shape[1], update.B.shape[0])
         if isinstance(rank, int) and rank > side:

@@ -95,9 +95,7 @@ def _padded(adapter: PlainAdapter, rank: int) -> list[str]:
     scalings = {update.scaling for update in adapter.updates}
     found = []
     if lower:
-        found.append(
-            f"{lower} of {len(adapter.updates)} layers have a lower rank and are filled up with zeros to {rank}."
-        )
+        found.append(f"{lower} of {len(adapter.updates)} layers have a lower rank: zeros fill them up to {rank}.")
     if len(scalings) > 1:
         found.append(f"Layers are scaled by {len(scalings)} factors; what differs is in B.")
     return found
