@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorafa import PeftModel
 from lorafa.errors import CheckpointError
 from lorafa.export.gguf import ARCHITECTURES
 from lorafa.export.job import export_adapter
+from lorafa.models.load import load_model
 from toys.compare import close
 from toys.exported import on_disk
 from toys.gguf import SOURCES, linears, llama_cpp_logits, needs_llama_cpp, needs_sources, write_base
@@ -60,8 +62,8 @@ def small(architecture: str, **settings: Any) -> Any:
 
 
 @torch.no_grad()
-def own_logits(model: nn.Module) -> Tensor:
-    found: Tensor = model.eval()(input_ids=torch.tensor([IDS])).logits[0]
+def own_logits(model: nn.Module, ids: Sequence[int] = IDS) -> Tensor:
+    found: Tensor = model.eval()(input_ids=torch.tensor([ids])).logits[0]
     return found
 
 
@@ -96,7 +98,7 @@ def test_llama_cpp_computes_the_adapted_model(settings: dict[str, Any], tmp_path
 @needs_llama_cpp
 @pytest.mark.parametrize(
     "architecture",
-    ["MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
+    ["MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM", "Phi3ForCausalLM",
      "GPT2LMHeadModel"],
 )  # fmt: skip
 def test_it_does_so_on_models_of_other_architectures(architecture: str, tmp_path: Path) -> None:
@@ -121,6 +123,41 @@ def test_dora_at_a_rank_is_as_near_in_llama_cpp_as_on_the_base(tmp_path: Path) -
     close(llama_cpp_logits(file, tmp_path / "out" / "adapter.gguf", IDS), own_logits(plain), ROUNDING)
 
 
+@needs_llama_cpp
+def test_on_a_real_model_ours_is_the_adapter_and_one_alpha_for_all_is_not(tmp_path: Path) -> None:
+    """SmolLM2-135M: ranks, alphas and rsLoRA of single layers; llama.cpp's own script writes one alpha for all."""
+    base, tokenizer = load_model("smollm2-135m", "float32")
+    file = base_file("LlamaForCausalLM", base, tmp_path)
+    ids = tokenizer("The capital of France is Paris, and the capital of Italy is")["input_ids"][:12]
+    without = own_logits(base, ids)
+    rounding = float((llama_cpp_logits(file, None, ids) - without).abs().max())
+    model, folder = on_disk(
+        tmp_path, base, size=0.004, r=16, lora_alpha=32, use_rslora=True, rank_pattern={"q_proj": 8},
+        alpha_pattern={"v_proj": 5},
+    )  # fmt: skip
+    wanted = own_logits(model, ids)
+    effect = float((wanted - without).abs().max())
+    export_adapter(folder, "gguf", tmp_path / "out", verify=True)
+    ours = llama_cpp_logits(file, tmp_path / "out" / "adapter.gguf", ids)
+    difference = float((ours - wanted).abs().max())
+    print(f"logits: adapter {effect:.3f}, ours off by {difference:.3f}, llama.cpp without an adapter by {rounding:.3f}")
+    assert difference < 0.02 * effect
+    assert torch.equal(ours.argmax(-1), wanted.argmax(-1))
+    if SOURCES is not None:
+        theirs = tmp_path / "theirs.gguf"
+        convert(folder, tmp_path / "base", theirs)
+        off = float((llama_cpp_logits(file, theirs, ids) - wanted).abs().max())
+        print(f"the file of llama.cpp's script: off by {off:.3f}")
+        assert off > 0.2 * effect
+
+
+def convert(folder: str, base: Path, out: Path) -> None:
+    """What llama.cpp's own script makes of an adapter."""
+    words = [sys.executable, f"{SOURCES}/convert_lora_to_gguf.py", folder, "--base", str(base), "--outfile", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @needs_sources
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_file_is_that_of_llama_cpps_own_script(architecture: str, tmp_path: Path) -> None:
@@ -129,9 +166,7 @@ def test_the_file_is_that_of_llama_cpps_own_script(architecture: str, tmp_path: 
     targets = [f"{name}_proj" for name in "qkvo"] if mixture else linears(base)
     _, folder = on_disk(tmp_path, base, target_modules=targets, r=3, lora_alpha=6)
     export_adapter(folder, "gguf", tmp_path / "out")
-    words = [sys.executable, f"{SOURCES}/convert_lora_to_gguf.py", folder, "--base", str(tmp_path / "base")]
-    done = subprocess.run([*words, "--outfile", str(tmp_path / "theirs.gguf")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    convert(folder, tmp_path / "base", tmp_path / "theirs.gguf")
     ours, theirs = GGUFReader(tmp_path / "out" / "adapter.gguf"), GGUFReader(tmp_path / "theirs.gguf")
     for key in ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha"):
         assert ours.fields[key].contents() == theirs.fields[key].contents()

@@ -58,6 +58,18 @@ def test_at_full_rank_it_is_the_same_function_to_our_loader(variant: str, kind: 
     assert {float(layer.adapters["default"].scaling) for _, layer in lora_layers(loaded)} <= {1.0, 2.0}
 
 
+CODES = [(v, k) for v, k in DEFINED if (v, k) not in DENSE and v in ("lora", "kasa", "dora")]
+
+
+@pytest.mark.parametrize(("variant", "kind"), CODES)
+def test_on_codes_it_is_the_update_of_the_weight_they_stand_for(variant: str, kind: str) -> None:
+    model = adapted(kind, **VARIANT[variant])
+    (whole,) = delta(model)
+    made = convert(model, 8)
+    product = made.tensors["layer.lora_B.weight"].float() @ made.tensors["layer.lora_A.weight"].float()
+    close(product, whole.detach().float(), 1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:Adapter 'default' as plain LoRA")
 @pytest.mark.parametrize("variant", VARIANT)
 @pytest.mark.parametrize("rank", [1, 3])

@@ -14,21 +14,25 @@ from torch import Tensor, nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.surgery.walk import lora_layers
-from toys.adapters import read_by, stats_for, train
+from toys.adapters import initializer_of, stats_for, train
 from toys.language_models import llama
 
 
-def on_disk(folder: Path, base: nn.Module | None = None, **settings: Any) -> tuple[PeftModel, str]:
+def on_disk(
+    folder: Path, base: nn.Module | None = None, *, size: float = 0.1, **settings: Any
+) -> tuple[PeftModel, str]:
     """A trained adapter on all linear layers, and the folder it is saved in, which names that of its base."""
     base = llama() if base is None else base
     base.save_pretrained(folder / "base")  # type: ignore[operator]
     base.name_or_path = str(folder / "base")  # type: ignore[assignment]
     usual = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     config = LoraConfig(**(usual | settings))
-    kinds = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
-    stats = {name: stats_for(module.weight) for name, module in kinds.items() if not name.endswith("lm_head")}
-    model = get_peft_model(base, config, stats=read_by(config.init_lora_weights, stats))
-    train(model, 0.1)
+    stats = None
+    if initializer_of(config.init_lora_weights).needs:
+        kinds = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+        stats = {name: stats_for(module.weight) for name, module in kinds.items() if not name.endswith("lm_head")}
+    model = get_peft_model(base, config, stats=stats)
+    train(model, size)
     model.save_pretrained(folder / "adapter")
     return model.eval(), str(folder / "adapter")
 

@@ -75,6 +75,8 @@ def write_base(model: Any, architecture: str, path: Path, *, permutes: bool) -> 
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    writer.add_rope_freq_base(float(rotary.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
     writer.add_layer_norm_eps(getattr(config, "layer_norm_epsilon", 1e-5))
     writer.add_vocab_size(config.vocab_size)
