@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -83,11 +83,6 @@ def _trained_beside(adapter: PlainAdapter) -> Iterator[str]:
         yield f"it reads no biases of the base (bias={adapter.config.bias!r}): {shorten(biases, 3)}"
     if others:
         yield f"it reads no modules trained as a whole (modules_to_save): {shorten(others, 3)}"
-
-
-def paths_of(updates: Iterable[Update]) -> list[str]:
-    """The layers, by their paths."""
-    return [update.path for update in updates]
 
 
 def in_order(read: Sequence[Update], adapter: PlainAdapter) -> list[Update]:

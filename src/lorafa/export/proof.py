@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lorafa.errors import CheckpointError
 from lorafa.export.base import BaseFacts
 from lorafa.export.entry import Exporter
 from lorafa.export.peft import PEFT
-from lorafa.export.update import PlainAdapter, Update, relative_error
+from lorafa.export.update import PlainAdapter, relative_error
 from lorafa.peft_model import PeftModel
 
 TOLERANCE = 1e-5
@@ -108,8 +107,3 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     out = model(**inputs)
     found: Tensor = out.logits if hasattr(out, "logits") else out[0]
     return found.float()
-
-
-def same_updates(one: Sequence[Update], other: Sequence[Update]) -> bool:
-    """Whether two lists of updates of the same layers are the same up to rounding."""
-    return all(relative_error(a, b) <= TOLERANCE for a, b in zip(one, other, strict=True))

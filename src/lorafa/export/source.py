@@ -44,13 +44,15 @@ def of_files(source: str | Path, rank: int | float | None = None) -> PlainAdapte
 
     Raises:
         ConfigError: the update of its formula or start is made with the base weights, which are not here (DoRA, files
-            of other libraries whose start is still in the base), or changes with the input.
+            of other libraries whose start is still in the base), or changes with the input; or its start has quantized
+            the base (LoftQ).
         CheckpointError: a tensor is missing, has another rank than the config says, or belongs to nothing known.
         As :func:`lorafa.io.adapter_files.read_adapter`.
     """
     stored = read_adapter(source)
     config = LoraConfig.from_pretrained(source)  # as PEFT reads the tensors; what is stored has the adapter's own
     require_matrix_formula(stored.config)
+    require_dense_base(stored.config)
     if reason := _needs_base(config):
         raise ConfigError(
             f"{source}: {reason}, and its weights are not here. Give the base model, so that the update can be "
@@ -70,6 +72,16 @@ def require_matrix_formula(config: LoraConfig) -> None:
                 f"The update of {variant.name} changes with the input, so there is no matrix, and no LoRA of other "
                 "programs, that does the same. Keep the adapter in lorafa."
             )
+
+
+def require_dense_base(config: LoraConfig) -> None:
+    """Raises ConfigError for an adapter on weights that its start has quantized: its updates are of those codes."""
+    if config.start.initializer.quantizer is not None:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} has quantized the base, and the adapter belongs to those "
+            "codes: on the weights they were made from, which other programs load, it would be off by what they lost. "
+            "Write the whole model instead: --merged."
+        )
 
 
 def _needs_base(config: LoraConfig) -> str | None:
@@ -154,9 +166,11 @@ def of_model(
 
     Raises:
         BackendError: the update changes with the input.
-        ConfigError: it is no product of A and B (DoRA) and no rank is given; or the rank is none that the layers have.
+        ConfigError: it is no product of A and B (DoRA) and no rank is given; the rank is none that the layers have; or
+            its start has quantized the base (LoftQ).
     """
     inner, config = model.get_base_model(), model.peft_config[name]
+    require_dense_base(config)
     layers = require_matrices(inner, name)
     names = pattern_names(inner)
     lost, factors = None, {}

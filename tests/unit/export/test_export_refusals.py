@@ -37,7 +37,6 @@ def refused(source: str | Path, target: str, out: Path, kind: type[LoraError], t
     assert sorted(os.listdir(out.parent)) == before
 
 
-@pytest.mark.parametrize("target", SERVERS)
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -57,34 +56,39 @@ def refused(source: str | Path, target: str, out: Path, kind: type[LoraError], t
     ],
     ids=["modules_to_save", "rows", "lora_bias", "replication"],
 )
-def test_what_is_trained_beside_the_factors(target: str, settings: dict[str, Any], text: str, tmp_path: Path) -> None:
+def test_what_is_trained_beside_the_factors(settings: dict[str, Any], text: str, tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path, **settings)
-    refused(folder, target, tmp_path / "out", CheckpointError, text)
+    for target in SERVERS:
+        refused(folder, target, tmp_path / "out", CheckpointError, text)
 
 
-@pytest.mark.parametrize("target", SERVERS)
-def test_biases_of_the_base(target: str, tmp_path: Path) -> None:
+def test_biases_of_the_base(tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path, gpt2(), target_modules=["c_attn"], bias="lora_only")
-    refused(folder, target, tmp_path / "out", CheckpointError, r"no biases of the base \(bias='lora_only'\)")
+    for target in SERVERS:
+        refused(folder, target, tmp_path / "out", CheckpointError, r"no biases of the base \(bias='lora_only'\)")
 
 
-@pytest.mark.parametrize("target", ["peft", *SERVERS])
-@pytest.mark.parametrize("base", [False, True])
-def test_updates_that_change_with_the_input(target: str, base: bool, tmp_path: Path) -> None:
+def test_updates_that_change_with_the_input(tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path, alora_invocation_tokens=[3])
-    options = {"base": tmp_path / "base"} if base else {}
-    refused(folder, target, tmp_path / "out", ConfigError, "The update of alora changes with the input", **options)
+    text = "The update of alora changes with the input"
+    for target in ("peft", *SERVERS):
+        refused(folder, target, tmp_path / "out", ConfigError, text)
+        refused(folder, target, tmp_path / "out", ConfigError, text, base=tmp_path / "base")
 
 
-@pytest.mark.parametrize("target", ["peft", *SERVERS])
-def test_dora_without_its_base_or_a_rank(target: str, tmp_path: Path) -> None:
+def test_dora_without_its_base_or_a_rank(tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path, use_dora=True)
-    refused(folder, target, tmp_path / "out", ConfigError, "the update of dora is made with the base weights")
-    refused(
-        folder, target, tmp_path / "out", ConfigError,
-        "The update of dora is of full rank: that of 'model.layers.0.self_attn.q_proj' is no product.*--rank",
-        base=tmp_path / "base",
-    )  # fmt: skip
+    text = "The update of dora is of full rank: that of 'model.layers.0.self_attn.q_proj' is no product.*--rank"
+    for target in ("peft", *SERVERS):
+        refused(folder, target, tmp_path / "out", ConfigError, "the update of dora is made with the base weights")
+    refused(folder, "vllm", tmp_path / "out", ConfigError, text, base=tmp_path / "base")
+
+
+def test_an_adapter_on_codes_that_its_start_has_made(tmp_path: Path) -> None:
+    _, folder = on_disk(tmp_path, init_lora_weights="loftq", loftq_config={"loftq_iter": 1})
+    text = "has quantized the base, and the adapter belongs to those codes"
+    refused(folder, "vllm", tmp_path / "out", ConfigError, text)
+    refused(folder, "vllm", tmp_path / "out", ConfigError, text, base=tmp_path / "base")
 
 
 def test_what_llama_cpp_has_no_tensor_for_is_named(tmp_path: Path) -> None:

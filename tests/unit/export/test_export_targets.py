@@ -85,27 +85,31 @@ def test_every_reader_finds_the_updates_whatever_ranks_and_scalings_are(
         assert_same(found, in_llama_cpp(wanted))
 
 
-@pytest.mark.parametrize("target", ["peft", "vllm", "sglang"])
-@pytest.mark.parametrize("settings", SCALINGS.values(), ids=SCALINGS)
-def test_our_loader_and_pefts_read_it_too(settings: dict[str, Any], target: str, tmp_path: Path) -> None:
-    model, folder = on_disk(tmp_path, **settings)
+@pytest.mark.parametrize("name", ["plain", "thirds", "both"])
+def test_our_loader_and_pefts_read_it_too(name: str, tmp_path: Path) -> None:
+    model, folder = on_disk(tmp_path, **SCALINGS[name])
     expected = inference(model)
     assert not torch.allclose(expected, inference(llama()), atol=1e-3)
-    export_adapter(folder, target, tmp_path / "out")
-    close(inference(PeftModel.from_pretrained(llama(), tmp_path / "out")), expected, EXACT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "out")
-    close(inference(theirs), expected, EXACT)
+    for target in ("peft", "vllm", "sglang"):
+        export_adapter(folder, target, tmp_path / target)
+        close(inference(PeftModel.from_pretrained(llama(), tmp_path / target)), expected, EXACT)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / target)
+        close(inference(theirs), expected, EXACT)
 
 
-@pytest.mark.parametrize("with_base", [False, True])
-@pytest.mark.parametrize("name", FORMULAS)
+def _quick_first() -> list[Any]:
+    """A formula from its file alone, and those that need the base or are the usual example of it; the rest are slow."""
+    quick = [(name, name in ("bdlora", "kasa")) for name in FORMULAS]
+    others = [(name, not base) for name, base in quick if name != "bdlora"]
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
+
+
+@pytest.mark.parametrize(("name", "with_base"), _quick_first())
 def test_formulas_that_are_plain_lora_in_the_end_are_written_exactly(
     name: str, with_base: bool, tmp_path: Path
 ) -> None:
-    if name == "bdlora" and not with_base:
-        pytest.skip("its file holds blocks, which the model says the places of")
     model, folder = on_disk(tmp_path, **FORMULAS[name])
     base = tmp_path / "base" if with_base else None
     for target in ("vllm", "gguf"):
@@ -263,6 +267,24 @@ def test_a_rank_is_given_without_the_base_too(rank: int, tmp_path: Path) -> None
     for path, update in updates_of(model).items():
         U, S, Vh = torch.linalg.svd(update, full_matrices=False)
         close(by_sglang(tmp_path / "out")[path], U[:, :rank] * S[:rank] @ Vh[:rank], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["kasa", "lora_sb", "velora", "monteclora"])
+def test_for_peft_there_is_nothing_in_the_file_but_factors(name: str, tmp_path: Path) -> None:
+    model, folder = on_disk(tmp_path, **FORMULAS[name])
+    own = load_file(Path(folder) / "adapter_model.safetensors")
+    assert [key for key in own if not key.endswith(("lora_A.weight", "lora_B.weight"))]
+    export_adapter(folder, "peft", tmp_path / "out", verify=True)
+    plain = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert [key for key in plain if not key.endswith(("lora_A.weight", "lora_B.weight"))] == []
+    close(inference(peft.PeftModel.from_pretrained(llama(), tmp_path / "out")), inference(model), EXACT)
+
+
+def test_a_merged_adapter_on_codes_is_the_model_that_was_trained(tmp_path: Path) -> None:
+    model, folder = on_disk(tmp_path, init_lora_weights="loftq", loftq_config={"loftq_iter": 1})
+    export_adapter(folder, "vllm", tmp_path / "out", merged=True)
+    whole_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    close(inference(whole_model), inference(model), 1e-3)
 
 
 def test_vllm_is_started_with_a_rank_of_its_list(tmp_path: Path) -> None:
