@@ -16,7 +16,7 @@ from lorafa.surgery.walk import lora_layers
 from toys.adapters import DEFINED, VARIANT, adapted, initializer_of, only_layer, train
 from toys.compare import assert_unchanged, close, everything
 from toys.layers import Single, base_layer, input_for
-from toys.models import Two
+from toys.models import Tied, Two
 
 DENSE = [(v, k) for v, k in DEFINED if "." not in k or k.startswith(("torch.nn", "transformers"))]
 """On layers that keep their weight as it is: codes and their rounding are another matter."""
@@ -119,6 +119,17 @@ def test_what_is_trained_beside_the_layers_goes_along(settings: dict[str, Any], 
     save_as_lora(tmp_path, model, 10)
     x = torch.randn(4, 12)
     close(PeftModel.from_pretrained(Two(), tmp_path)(x), model.eval()(x), 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default' as plain LoRA")
+def test_adapters_that_are_one_by_a_tie_become_two_of_the_same_update(tmp_path: Path) -> None:
+    model = get_peft_model(Tied(), LoraConfig(r=2, target_modules=["embed", "proj"], ensure_weight_tying=True))
+    train(model)
+    save_as_lora(tmp_path, model, 6)
+    x = torch.randint(10, (4,))
+    with torch.no_grad():
+        expected = model.eval()(x)
+        close(PeftModel.from_pretrained(Tied(), tmp_path)(x), expected, 1e-4)
 
 
 def test_names_that_end_alike_get_their_own_ranks() -> None:

@@ -10,11 +10,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lorafa.adapter import scaling
+from lorafa.config import LoraConfig
+from lorafa.errors import CheckpointError
 from lorafa.export.base import BaseFacts
 from lorafa.export.entry import Exporter, in_order
-from lorafa.export.source import of_files
+from lorafa.export.source import INSIDE, lookup
 from lorafa.export.update import PlainAdapter, Update
 from lorafa.io.convert import with_numbers, write_plain
+from lorafa.io.find import WEIGHTS_NAME
+from lorafa.io.peft_format import without_prefix
+from lorafa.storage.tensors import read_tensors
 
 
 class _PEFT(Exporter):
@@ -29,10 +35,19 @@ class _PEFT(Exporter):
         return []
 
     def read(self, folder: Path, adapter: PlainAdapter, base: BaseFacts | None) -> list[Update]:
-        """The stored factors of each layer, with the scaling that the config gives it."""
-        if adapter.config.target_parameters:
-            return list(adapter.updates)  # which parameters the config means is for the model to say
-        return in_order(of_files(folder).updates, adapter)
+        """The stored factors of each layer, with the rank and the scaling that the config gives it."""
+        config = LoraConfig.from_pretrained(folder)
+        tensors = without_prefix(read_tensors(folder / WEIGHTS_NAME)[0])
+        read = []
+        for update in adapter.updates:
+            name = update.path.partition(INSIDE)[0] if update.name is None else update.name
+            rank = int(lookup(config.rank_pattern, name, config.r))
+            alpha = lookup(config.alpha_pattern, name, config.lora_alpha)
+            if rank != update.rank:
+                raise CheckpointError(f"The config written gives {name!r} rank {rank} in place of {update.rank}.")
+            A, B = (tensors[f"{update.path}.{key}"] for key in update.keys)
+            read.append(update.with_factors(A, B, scaling(rank, alpha, config.use_rslora)))
+        return in_order(read, adapter)
 
 
 def tensors_of(adapter: PlainAdapter) -> dict[str, Tensor]:

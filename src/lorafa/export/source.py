@@ -23,7 +23,8 @@ from lorafa.surgery.plain import Lost, check_rank, exact_factors, require_matric
 from lorafa.variants import VARIANTS, variant_types
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<table>embedding_)?(?P<factor>[AB])(?P<end>\.weight|\.bias|)")
-_INSIDE = ".base_layer."
+INSIDE = ".base_layer."
+"""In the path of a layer that another one is around, as files name it."""
 
 
 @dataclass
@@ -133,24 +134,24 @@ def _of_file(
     path: str, one: _Found, config: LoraConfig, everything: Mapping[str, _Found], source: str | Path
 ) -> Update:
     assert one.A is not None and one.B is not None  # _sorted has checked  # noqa: PT018
-    rank = int(_lookup(config.rank_pattern, path, config.r))
-    alpha = _lookup(config.alpha_pattern, path, config.lora_alpha)
+    rank = int(lookup(config.rank_pattern, path, config.r))
+    alpha = lookup(config.alpha_pattern, path, config.lora_alpha)
     if one.A.shape[0] != rank:
         raise CheckpointError(
             f"{source}: A of {path!r} has rank {one.A.shape[0]}, and the config says {rank}. The two files do not "
             "belong together. Nothing was written."
         )
-    nested = _INSIDE in path or any(other.startswith(path + _INSIDE) for other in everything)
+    nested = INSIDE in path or any(other.startswith(path + INSIDE) for other in everything)
     what = "convolutions" if one.A.dim() > 2 else "modules of several weights" if nested else None
     keys = ("lora_embedding_A", "lora_embedding_B") if one.table else ("lora_A.weight", "lora_B.weight")
     return Update(
         path, one.A, one.B, scaling(rank, alpha, config.use_rslora), rank, keys,
-        name=None if _INSIDE in path else path, bias=one.bias, is_linear=what is None and not one.table,
+        name=None if INSIDE in path else path, bias=one.bias, is_linear=what is None and not one.table,
         is_table=one.table, what=what or ("embedding tables" if one.table else "linear layers"),
     )  # fmt: skip
 
 
-def _lookup(table: Mapping[str, int | float], name: str, usual: int | float) -> int | float:
+def lookup(table: Mapping[str, int | float], name: str, usual: int | float) -> int | float:
     """The value of the first pattern that is the end of a name, or a regular expression for it."""
     return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name)), usual)
 

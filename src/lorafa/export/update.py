@@ -43,9 +43,10 @@ class Update:
         return self.is_linear or self.is_table
 
     def with_factors(self, A: Tensor, B: Tensor, scaling: float) -> Update:
-        """The same layer with other factors, of the rank that A has."""
+        """The same layer with other factors; a linear layer and a table have the rank that A has then."""
+        rank = A.shape[0] if self.is_matrix else self.rank
         return Update(
-            self.path, A, B, scaling, A.shape[0], self.keys, self.name, self.bias, self.is_linear, self.is_table,
+            self.path, A, B, scaling, rank, self.keys, self.name, self.bias, self.is_linear, self.is_table,
             self.what,
         )  # fmt: skip
 

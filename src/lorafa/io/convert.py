@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig
-from lorafa.errors import AdapterError, ConfigError, warn
+from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten, warn
 from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.adapter_files import base_fingerprint, staged
 from lorafa.io.find import WEIGHTS_NAME
@@ -21,7 +21,7 @@ from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.truncation import Truncated
 from lorafa.storage.fingerprint import to_metadata
-from lorafa.storage.tensors import write_tensors
+from lorafa.storage.tensors import is_part, write_tensors
 from lorafa.storage.whole import make_folder, write_json
 from lorafa.surgery.plain import Lost, check_rank, largest_rank, require_matrices, require_other_ranks, truncated
 from lorafa.surgery.walk import layers_at, places, user_model
@@ -70,6 +70,7 @@ def convert_to_lora(
         ConfigError: ``rank`` is neither, or larger than a layer can have.
         AdapterError: the model has no such adapter, or it is merged.
         BackendError: its update changes with the input (aLoRA, Arrow, GOAT), so that no LoRA does the same.
+        CheckpointError: only parts of it are in this process (FSDP, DeepSpeed ZeRO-3).
     """
     made = convert(model, rank, adapter_name, progressbar=progressbar, compile_kwargs=compile_kwargs)
     prefix = "" if user_model(model) is model else PREFIX
@@ -134,6 +135,11 @@ def convert(
         )
     layers = require_matrices(inner, name)
     require_other_ranks(layers)
+    if parts := [path for path, layer in layers if is_part(layer.adapters[name].B, 2)]:
+        raise CheckpointError(
+            f"Adapter {name!r} cannot be converted: only parts of it are in this process (FSDP, DeepSpeed ZeRO-3): "
+            f"{shorten(parts, 3)}. Save it, and convert it on a model that is not sharded."
+        )
     for path, layer in layers if isinstance(rank, int) else ():
         if rank > largest_rank(layer):
             raise ConfigError(

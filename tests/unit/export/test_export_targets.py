@@ -23,7 +23,7 @@ from toys.adapters import STARTS, VARIANT, initializer_of, train
 from toys.compare import close
 from toys.exported import by_llama_cpp, by_sglang, by_vllm, on_disk, updates_of
 from toys.gguf import interleaved
-from toys.language_models import inference, llama
+from toys.language_models import inference, llama, mixtral
 from toys.models import Attention, Convolution, Mixture
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -228,6 +228,19 @@ def test_peft_takes_every_kind_of_layer(kind: str, tmp_path: Path) -> None:
     fresh.load_state_dict(weights)
     with torch.no_grad():
         close(PeftModel.from_pretrained(fresh, tmp_path)(x), model.eval()(x), 1e-4)
+
+
+def test_experts_of_a_model_on_disk_are_read_back_and_proved(tmp_path: Path) -> None:
+    base = mixtral()
+    settings = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+    model, folder = on_disk(tmp_path, base, rank_pattern={"down_proj": 2}, use_rslora=True, **settings)
+    done = export_adapter(folder, "peft", tmp_path / "out", base=tmp_path / "base", verify=True)
+    assert done.proof is not None
+    assert done.proof.logits is not None
+    assert done.proof.logits[0] < EXACT < done.proof.logits[1]
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(again, tmp_path / "out")
+    close(inference(loaded), inference(model), 1e-4)
 
 
 def test_dora_at_a_rank_states_what_each_layer_loses(tmp_path: Path) -> None:

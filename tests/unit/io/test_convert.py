@@ -60,6 +60,13 @@ def test_convolutions_of_several_groups_are_refused() -> None:
         convert_to_lora(model, 2)
 
 
+def test_an_adapter_that_is_spread_over_processes_is_refused() -> None:
+    model = two()
+    model.base_model.model.first.lora_B["default"].weight.ds_numel = 10**6  # as DeepSpeed marks what it shards
+    with refused(model, CheckpointError, "only parts of it are in this process .*: first"):
+        convert_to_lora(model, 2)
+
+
 def test_what_a_rank_loses_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"as plain LoRA of rank 1: \d+\.\d+% of the energy of 2 updates is lost"):
         convert_to_lora(two(), 1)
