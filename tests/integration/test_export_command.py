@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def test_dora_is_written_at_a_rank_with_what_it_loses(tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "At ranks from" in printed
     assert "% of the energy of 14 updates is lost" in printed
+    assert len(re.findall(r"^ +\d\.\d{3}%  model\.layers\.", printed, flags=re.MULTILINE)) == 14
 
 
 def test_what_cannot_be_held_ends_with_1_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

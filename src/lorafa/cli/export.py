@@ -69,6 +69,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )  # fmt: skip
     for note in done.notes:
         say(note)
+    for path, share in done.lost.shares.items() if done.lost is not None else ():
+        say(f"  {share:7.3%}  {path}")
     if done.proof is not None:
         say(done.proof.in_words())
     say(f"Written: {done.folder} ({', '.join(done.files)})")

@@ -18,7 +18,7 @@ from lorafa.export.update import PlainAdapter
 from lorafa.peft_model import PeftModel
 from lorafa.storage.paths import user_path
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
-from lorafa.surgery.plain import check_rank
+from lorafa.surgery.plain import Lost, check_rank
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Exported:
     notes: tuple[str, ...]
     """A sentence each: what was lost, what was made of ranks and scalings, how the program takes it."""
     proof: Proof | None = None
+    lost: Lost | None = None
+    """What another rank has lost of the update of each layer."""
 
 
 def export_adapter(
@@ -85,7 +87,7 @@ def export_adapter(
         notes = [*_lost(adapter), *exporter.write(adapter, stage, facts)]
         proof = prove(exporter, adapter, stage, facts, model) if verify else None
         files = _files(stage)
-    return Exported(folder, files, adapter.rank, tuple(notes), proof)
+    return Exported(folder, files, adapter.rank, tuple(notes), proof, adapter.lost)
 
 
 def adapter_of(source: str | Path) -> str:
@@ -98,16 +100,9 @@ def adapter_of(source: str | Path) -> str:
 def _lost(adapter: PlainAdapter) -> list[str]:
     if adapter.lost is None:
         return []
-    layers = sorted(adapter.lost.layers.items(), key=lambda item: -_share(*item[1]))
-    listed = ", ".join(f"{path} {_share(*energies):.2%}" for path, energies in layers[:8])
-    more = f" ... and {len(layers) - 8} more" if len(layers) > 8 else ""
     ranks = sorted({update.rank for update in adapter.updates})
     given = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks from {ranks[0]} to {ranks[-1]}"
-    return [f"At {given}, {adapter.lost.in_words()} By layer: {listed}{more}."]
-
-
-def _share(lost: float, total: float) -> float:
-    return lost / total if total else 0.0
+    return [f"At {given}, {adapter.lost.in_words()}"]
 
 
 def _merged(

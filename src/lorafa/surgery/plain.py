@@ -31,15 +31,14 @@ class Lost:
         return sum(lost for lost, _ in self.layers.values()) / total if total else 0.0
 
     @property
-    def worst(self) -> tuple[str, float]:
-        """The layer that loses the largest share of its own energy, and that share."""
-        shares = {path: lost / total if total else 0.0 for path, (lost, total) in self.layers.items()}
-        path = max(shares, key=lambda name: shares[name])
-        return path, shares[path]
+    def shares(self) -> dict[str, float]:
+        """Path of a layer -> the share of its own energy that is lost; the largest first."""
+        found = {path: lost / total if total else 0.0 for path, (lost, total) in self.layers.items()}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def in_words(self) -> str:
         """One sentence, with the share of the energy of all updates, and of the layer that loses most."""
-        path, share = self.worst
+        path, share = next(iter(self.shares.items()))
         return (
             f"{self.share:.3%} of the energy of {len(self.layers)} updates is lost (squared Frobenius norm); most in "
             f"{path}: {share:.3%}."

@@ -248,15 +248,14 @@ def test_dora_at_a_rank_states_what_each_layer_loses(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="as plain LoRA of rank 6"):
         done = export_adapter(folder, "vllm", tmp_path / "out", rank=6, base=tmp_path / "base", verify=True)
     assert done.rank == 6
-    text = done.notes[0]
-    assert text.startswith("At rank 6, ")
+    assert done.notes[0].startswith("At rank 6, ")
     for path, update in updates_of(model).items():
         values = torch.linalg.svdvals(update.double()).square()
         share = float(values[6:].sum() / values.sum())
         found = by_vllm(tmp_path / "out")[path]
         assert float((found - update).square().sum() / update.square().sum()) == pytest.approx(share, abs=1e-5)
-        if f"{path} " in text:
-            assert f"{path} {share:.2%}" in text
+        assert done.lost is not None
+        assert done.lost.shares[path] == pytest.approx(share, abs=1e-5)
     assert done.proof is not None
     assert done.proof.logits is not None
     assert 1e-4 < done.proof.logits[0] < done.proof.logits[1]
