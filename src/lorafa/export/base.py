@@ -34,7 +34,7 @@ def facts_of(config: LoraConfig, name: str | None = None) -> BaseFacts:
 
     Args:
         config: the adapter's; it names its base.
-        name: another base in place of that one.
+        name: another base in place of that one, as :func:`lorafa.models.load.resolve_model` takes it.
 
     Raises:
         ConfigError: no base is named.
@@ -64,8 +64,11 @@ def facts_of(config: LoraConfig, name: str | None = None) -> BaseFacts:
 
 
 def _named(config: LoraConfig, name: str | None) -> tuple[str, str | None]:
+    """Where the base is, and its revision: one that is given by its name here, a folder or a Hub id."""
     if name is not None:
-        return name, None
+        from lorafa.models.load import resolve_model  # brings in what trains
+
+        return str(resolve_model(name)), None
     if config.base_model_name_or_path is None:
         raise ConfigError("The adapter does not name its base model. Give it: --base <folder or Hub id>.")
     return config.base_model_name_or_path, config.revision

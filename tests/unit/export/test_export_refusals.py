@@ -157,10 +157,11 @@ def test_all_that_is_in_the_way_is_said_at_once(tmp_path: Path) -> None:
 
 def test_bases_that_are_not_named_or_not_there(tmp_path: Path) -> None:
     model, folder = on_disk(tmp_path)
-    refused(
-        folder, "gguf", tmp_path / "out", SourceError, "config of the base model '.*none' could not be read",
-        base=tmp_path / "none",
-    )  # fmt: skip
+    refused(folder, "gguf", tmp_path / "out", SourceError, "No model '.*none': there is no", base=tmp_path / "none")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("{}")
+    text = "config of the base model '.*bad' could not be read"
+    refused(folder, "gguf", tmp_path / "out", SourceError, text, base=tmp_path / "bad")
     model.peft_config["default"].base_model_name_or_path = None
     model.get_base_model().name_or_path = ""
     model.save_pretrained(tmp_path / "unnamed")
