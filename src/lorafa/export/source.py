@@ -133,7 +133,8 @@ def _sorted(tensors: Mapping[str, Tensor], source: str | Path) -> tuple[dict[str
 def _of_file(
     path: str, one: _Found, config: LoraConfig, everything: Mapping[str, _Found], source: str | Path
 ) -> Update:
-    assert one.A is not None and one.B is not None  # _sorted has checked  # noqa: PT018
+    assert one.A is not None  # _sorted has checked both
+    assert one.B is not None
     rank = int(lookup(config.rank_pattern, path, config.r))
     alpha = lookup(config.alpha_pattern, path, config.lora_alpha)
     if one.A.shape[0] != rank:
