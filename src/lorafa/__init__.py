@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     )
     from lorafa.config import LoraConfig, PeftConfig
     from lorafa.errors import LoraError
+    from lorafa.export.job import export_adapter
+    from lorafa.io.convert import convert_to_lora, save_as_lora
     from lorafa.io.load import check_if_peft_model, load_peft_weights
     from lorafa.io.state import (
         get_base_model_state_dict,
@@ -118,6 +120,7 @@ __all__ = [
     "check_if_peft_model",
     "choose_ranks",
     "collect_statistics",
+    "convert_to_lora",
     "create_arrow_model",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
@@ -125,6 +128,7 @@ __all__ = [
     "create_preconditioned_adamw",
     "create_riemannian_optimizer",
     "estimate_gradients",
+    "export_adapter",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -146,6 +150,7 @@ __all__ = [
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "restore_base",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "start_from",
@@ -192,6 +197,7 @@ _HOMES = {
     "check_if_peft_model": "lorafa.io.load",
     "choose_ranks": "lorafa.starts.ranks",
     "collect_statistics": "lorafa.starts.initialize",
+    "convert_to_lora": "lorafa.io.convert",
     "create_arrow_model": "lorafa.compat.arrow",
     "create_lorafa_optimizer": "lorafa.optimizers",
     "create_loraplus_optimizer": "lorafa.optimizers",
@@ -199,6 +205,7 @@ _HOMES = {
     "create_preconditioned_adamw": "lorafa.optimizers",
     "create_riemannian_optimizer": "lorafa.optimizers",
     "estimate_gradients": "lorafa.starts.preprocess",
+    "export_adapter": "lorafa.export.job",
     "get_base_model_state_dict": "lorafa.io.state",
     "get_eva_state_dict": "lorafa.starts.eva",
     "get_layer_status": "lorafa.surgery.status",
@@ -220,6 +227,7 @@ _HOMES = {
     "replace_lora_weights_loftq": "lorafa.starts.loftq",
     "rescale_adapter_scale": "lorafa.surgery.scale",
     "restore_base": "lorafa.surgery.mutate",
+    "save_as_lora": "lorafa.io.convert",
     "set_base_model_state_dict": "lorafa.io.state",
     "set_peft_model_state_dict": "lorafa.io.state",
     "start_from": "lorafa.starts.initialize",

@@ -287,6 +287,10 @@ class PeftModel(AdaptedModel):
         """As the wrapped model's; see :meth:`LoraModel.resize_token_embeddings` for errors."""
         return self.base_model.resize_token_embeddings(*args, **settings)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether :func:`lorafa.convert_to_lora` can make plain LoRA of an adapter; not of aLoRA, Arrow and GOAT."""
+        return self.base_model.supports_lora_conversion(adapter_name)
+
     def _get_name(self) -> str:  # by which transformers' trainers know whether labels are to be shifted
         return str(self.get_base_model()._get_name())  # type: ignore[no-untyped-call]
 

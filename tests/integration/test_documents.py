@@ -283,7 +283,7 @@ LAUNCHERS: dict[str, Callable[[], Any]] = {"torchrun": get_args_parser, "acceler
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_runs_or_its_settings_are_those_of_the_command(
-    words: tuple[str, ...], there: None, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], there: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     if words[0] == "make":
         for target in words[1:]:
@@ -299,6 +299,9 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
     elif words[:2] in {("lorafa", "params"), ("lorafa", "report"), ("lorafa", "combine")} or words[:3] in PLANNED:
         assert main(list(words[1:])) == 0
+    elif words[:2] == ("lorafa", "export"):
+        at = words.index("--out") + 1
+        assert main([*words[1:at], str(tmp_path / words[at]), *words[at + 1 :]]) == 0
     elif words[:2] == ("python", "recipes/rescoring.py"):
         read = recipe("rescoring").parse(words[2:])
         assert read_nbest(read.train)

@@ -50,6 +50,7 @@ LEVELS = (
     ("io",),
     ("peft_model",),
     ("compat", "starts"),
+    ("export",),
     ("train", "costs", "inspection"),
     ("conf",),
     ("runs",),
@@ -271,7 +272,8 @@ def test_the_public_names_load_torch_and_nothing_of_the_training_stack() -> None
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in ("params", "report", "inspect")), ["nope"]]
+    "arguments",
+    [["--help"], ["--version"], *([name, "--help"] for name in ("params", "report", "inspect", "export")), ["nope"]],
 )
 def test_what_runs_nothing_loads_no_package(arguments: list[str]) -> None:
     assert _loaded_by_command(*arguments) & (HEAVY | {"torch", "numpy", "yaml", "rich"}) == set()

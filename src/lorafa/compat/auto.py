@@ -102,10 +102,11 @@ class AutoPeftModel:
 
 
 def load_base(source: str | Path, base: str | Path | None = None) -> Any:
-    """The base model of an adapter, as it is stored, without the adapter.
+    """The base model of an adapter, as it is stored and in eval mode, without the adapter.
 
     Args:
-        source: folder or Hub repository of the adapter, whose config says what kind of model it is for.
+        source: folder or Hub repository of the adapter, whose config says what kind of model it is for; where it does
+            not, the base's own does.
         base: folder or Hub repository of the base, in place of the one the config names.
 
     Raises:
@@ -114,12 +115,14 @@ def load_base(source: str | Path, base: str | Path | None = None) -> Any:
     config = LoraConfig.from_pretrained(source)
     if base is not None:
         config = replace(config, base_model_name_or_path=str(base), revision=None)
-    model = _base_model(AutoPeftModel._loader(config), config, {"dtype": "auto"})
+    says = config.task_type is not None or config.auto_mapping is not None
+    loader = AutoPeftModel._loader(config) if says else None
+    model = _base_model(loader, config, {"dtype": "auto"}).eval()
     _resize(model, source, None, {})
     return model
 
 
-def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> Any:
+def _base_model(loader: str | None, config: LoraConfig, arguments: dict[str, Any]) -> Any:
     name = config.base_model_name_or_path
     if name is None:
         raise ConfigError(
@@ -132,6 +135,8 @@ def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> A
         raise SourceError(
             "Loading a base model needs a package that is not installed. Run: pip install transformers"
         ) from error
+    if loader is None:
+        loader = _architecture(name, config.revision)
     kind = getattr(transformers, loader, None)
     if kind is None:
         raise ConfigError(
@@ -145,6 +150,19 @@ def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> A
             f"The base model {name!r} that the adapter names could not be loaded: {first_line(error)}. Load it from "
             "where it is and call PeftModel.from_pretrained(base, path)."
         ) from error
+
+
+def _architecture(name: str, revision: str | None) -> str:
+    """The class of transformers that a model's own config names."""
+    import transformers
+
+    try:
+        found = transformers.AutoConfig.from_pretrained(name, revision=revision).architectures
+    except (OSError, ValueError, ConnectionError) as error:
+        raise SourceError(
+            f"The base model {name!r} that the adapter names could not be found: {first_line(error)}. Name another one."
+        ) from error
+    return str(found[0]) if found else "AutoModelForCausalLM"
 
 
 def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> None:

@@ -190,7 +190,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor
         CheckpointError: a file could not be written; what was there before is as it was.
     """
     public = {field: value for field, value in config.to_dict().items() if field not in LORAFA_ONLY}
-    with _staged(make_folder(folder)) as stage:
+    with staged(make_folder(folder)) as stage:
         write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
         write_json(stage / CONFIG_NAME, public)
 
@@ -248,7 +248,7 @@ def _is_spread(layer: LoraLayer) -> bool:
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path) -> Iterator[Path]:
     """A folder to write to, whose files take their places in ``folder`` together, once all of them are written."""
     stage = folder / f".{uuid.uuid4().hex}.tmp"
     try:

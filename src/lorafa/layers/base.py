@@ -364,6 +364,10 @@ class LoraLayer(Host):
             return []
         return [self.adapters[name] for name in self.in_force() if name in self.adapters]
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update of an adapter is a matrix, so that :func:`lorafa.convert_to_lora` makes LoRA of it."""
+        return adapter_name not in self.adapters or self.adapters[adapter_name].variant.uniform
+
     # ---- scale
 
     def set_scale(self, adapter: str, scale: float) -> None:

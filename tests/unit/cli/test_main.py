@@ -111,7 +111,7 @@ def test_only_commands_that_work_are_listed(capsys: pytest.CaptureFixture[str]) 
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
     assert [word for word in ("train", "report", "plan") if f"    {word} " not in text] == []
-    assert [word for word in ("merge", "export", "chat", "doctor") if word in text] == []
+    assert [word for word in ("merge", "chat", "doctor") if word in text] == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["train", "--nope"], ["report"], ["report", "a", "b"]])
