@@ -20,6 +20,7 @@ from lorafa.io.ties import check_ties, tied_tensors
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
+from lorafa.layers.slots import with_free, without_free
 from lorafa.storage.tensors import can_be_gathered, is_part, whole
 from lorafa.surgery.walk import base_parameters, hosts, layers_of, lora_layers, uncompiled_name
 
@@ -50,7 +51,8 @@ def entries(model: nn.Module, name: str, config: LoraConfig, *, tables: Tables =
     """
     found = list(hosts(model))
     for path, host in found:
-        yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
+        if not host.is_empty(name):
+            yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
     if config.bias != "none" or tables != "none":
         pristine = pristine_tensors(found)
         yield from _biases(model, adapted_layers(found, name), config, pristine)
@@ -72,9 +74,7 @@ def pristine_tensors(found: Iterable[tuple[str, Host]]) -> dict[int, Tensor]:
     return {id(merged): kept for _, host in found for merged, kept in host.merged_parameters()}
 
 
-def _biases(
-    model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapping[int, Tensor]
-) -> Iterator[Stored]:
+def _biases(model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapping[int, Tensor]) -> Iterator[Stored]:
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
@@ -87,8 +87,8 @@ def _biases(
 
 
 def adapted_layers(found: Iterable[tuple[str, nn.Module]], name: str) -> Layers:
-    """Those of the hosts of a model that are layers and carry adapter ``name``."""
-    return [(path, layer) for path, layer in layers_of(found) if name in layer.adapters]
+    """Those of the hosts of a model that are layers and carry adapter ``name``, which has something there."""
+    return [(path, layer) for path, layer in layers_of(found) if name in layer.adapters and not layer.is_empty(name)]
 
 
 def has_start(model: nn.Module, name: str) -> bool:
@@ -131,6 +131,7 @@ def _arranged(
 ) -> dict[str, Tensor]:
     """The tensors of a file out of those that are stored, by key; on the meta device it is their shapes alone."""
     layers = adapted_layers(lora_layers(model), name)
+    values |= without_free(layers, name, values)
     for path, layer in _with_other_factors(layers, name) if dense else ():
         stored = {key: values[key] for key in _factor_keys(path, layer)}
         made = _dense(path, layer, name, stored, values)
@@ -329,6 +330,7 @@ def load_tensors(
         starts += zip(start, stored, strict=True)
     if _holds_dense(layers, name, tensors, with_start):
         tensors = _as_stored(layers, name, tensors)
+    tensors |= with_free(layers, name, tensors)
     for live, value in starts:
         live.copy_(value)
     for entry in filled:

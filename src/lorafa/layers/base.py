@@ -252,6 +252,8 @@ class LoraLayer(Host):
         for kept in self._pristine:
             kept._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for adapter in self.adapters.values():
+            adapter.move_held()
         return self
 
     # ---- adapters
@@ -334,6 +336,9 @@ class LoraLayer(Host):
             if extra.saved:
                 tensor = self.extra(extra.holder, name, extra.key)
                 yield Stored(extra.in_files, f"{extra.holder}.{name}.{extra.key}", tensor)
+
+    def is_empty(self, name: str) -> bool:
+        return name in self.adapters and self.adapters[name].is_empty
 
     def tensors_of(self, name: str) -> list[Tensor]:
         """Its parameters; A and B where it is tied and they are another layer's."""

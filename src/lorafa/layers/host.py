@@ -58,6 +58,10 @@ class Host(nn.Module):
         """What an adapter that is held computes with here, whichever host has it in files."""
         return list(self.stored_parameters(name).values())
 
+    def is_empty(self, name: str) -> bool:
+        """Whether an adapter was left without anything here when it was exchanged, so that files pass it over."""
+        return False
+
     def rows_from(self, names: Sequence[str]) -> Hashable | None:
         """What ``unwrapped(names)`` makes a new table from, where it does; hosts that say the same can share theirs."""
         return None
