@@ -437,6 +437,12 @@ class Variant(ABC):
     """Whether a row of A and a column of B that are zero add nothing, and no other tensor has an entry a rank."""
     inner: Variant | None = None
     """The formula inside; None for one of the first stage."""
+    follows: bool = False
+    """Whether :meth:`changed` does anything: set for formulas that have one of their own, and for those over them."""
+
+    def __init_subclass__(cls) -> None:
+        if "changed" in vars(cls):
+            cls.follows = True
 
     def __init__(self, inner: Variant | None = None) -> None:
         if inner is not None:
@@ -451,6 +457,7 @@ class Variant(ABC):
             self.one_product = self.one_product and inner.one_product
             self.takes_empty_ranks = self.takes_empty_ranks and inner.takes_empty_ranks
             self.call_arguments = self.call_arguments | inner.call_arguments
+            self.follows = self.follows or inner.follows
             self.factors_are_stored = inner.factors_are_stored
             self.peft_stores = inner.peft_stores
             self.name = self.name if inner.is_plain_lora else f"{self.name} over {inner.name}"

@@ -48,7 +48,7 @@ def describe(weight: Tensor) -> dict[str, Any]:
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "hash": _hash(values),
-        "sample": [float(value) for value in values[picked]],
+        "sample": values[picked].tolist(),
     }
 
 
