@@ -77,7 +77,7 @@ def hotswap_adapter(
     _exchange(
         inner, configs, adapter_name, stored.config, stored.tensors, with_start=stored.with_start, path=stored.path
     )
-    for path, layer in lora_layers(inner):
+    for path, layer in lora_layers(inner) if stored.fallbacks else ():
         if path in stored.fallbacks and adapter_name in layer.adapters:
             layer.adapters[adapter_name].fallback = stored.fallbacks[path]
 
@@ -133,9 +133,10 @@ def _exchange(
             "they were trained on. load_adapter computes it again; save it from there for hot-swapping. Nothing was "
             "changed."
         )
-    if with_start and not has_start(model, name):
+    has_one = has_start(model, name)
+    if with_start and not has_one:
         config, with_start = _as_whole(model, name, config, path), False
-    elif has_start(model, name) and not with_start:
+    elif has_one and not with_start:
         raise AdapterError(
             f"Adapter {name!r} subtracts a frozen start, and the new one brings none. Call "
             "prepare_model_for_compiled_hotswap(model, target_rank=...) with twice its rank first, which makes plain "

@@ -6,7 +6,7 @@ torch.compile has made of the model goes on as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +168,7 @@ def _wanted(resolved: Resolved, name: str) -> dict[LoraLayer, tuple[int, float]]
         ConfigError: a rank cannot be carried out on its layer, or the formula has other settings there.
     """
     found: dict[LoraLayer, tuple[int, float]] = {}
-    further = []
+    further, types = [], variant_types(resolved.config)
     for target in resolved.targets:
         layer = target.wrapper
         if layer is None or name not in layer.adapters:
@@ -176,7 +176,7 @@ def _wanted(resolved: Resolved, name: str) -> dict[LoraLayer, tuple[int, float]]
             continue
         config = resolved.config
         layer.check(target.full_name, target.base, target.rank, bias=config.lora_bias, dropout=config.lora_dropout)
-        _check_formula(resolved, target.full_name, layer.adapters[name], target.rank)
+        _check_formula(resolved.config, types, target.full_name, layer.adapters[name], target.rank)
         inner = (target.base.get_submodule(child) for child in layer.inner_layers)
         for one in (layer, *inner):
             assert isinstance(one, LoraLayer)
@@ -208,9 +208,10 @@ def _check_rank(path: str, adapter: Adapter, rank: int) -> None:
     )
 
 
-def _check_formula(resolved: Resolved, path: str, adapter: Adapter, rank: int) -> None:
-    spec = _spec(adapter, path, rank, resolved.config.scaling(rank, adapter.alpha))
-    new = formula_of(variant_types(resolved.config), resolved.config, spec)
+def _check_formula(
+    config: LoraConfig, types: Sequence[type[Variant]], path: str, adapter: Adapter, rank: int
+) -> None:
+    new = formula_of(types, config, _spec(adapter, path, rank, config.scaling(rank, adapter.alpha)))
     if _settings(new) != _settings(adapter.variant):
         raise ConfigError(
             f"{path}: {new.name} has other settings in the new adapter than in {adapter.name!r}. Load it with "
