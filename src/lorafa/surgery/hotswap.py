@@ -208,9 +208,7 @@ def _check_rank(path: str, adapter: Adapter, rank: int) -> None:
     )
 
 
-def _check_formula(
-    config: LoraConfig, types: Sequence[type[Variant]], path: str, adapter: Adapter, rank: int
-) -> None:
+def _check_formula(config: LoraConfig, types: Sequence[type[Variant]], path: str, adapter: Adapter, rank: int) -> None:
     new = formula_of(types, config, _spec(adapter, path, rank, config.scaling(rank, adapter.alpha)))
     if _settings(new) != _settings(adapter.variant):
         raise ConfigError(

@@ -148,7 +148,7 @@ def _room(path: str, adapter: Adapter, target_rank: int | None) -> _Room | None:
     if adapter.tied_to is not None:
         return None
     now = slots_of(layer, name)
-    slots = now if target_rank is None else target_rank
+    slots = now if target_rank is None or not adapter.variant.has_own_update else target_rank
     if slots < adapter.rank:
         raise AdapterError(
             f"{path}: adapter {name!r} has rank {adapter.rank}, which target_rank={slots} has no room for. Set "

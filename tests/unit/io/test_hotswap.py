@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import (
+    ArrowConfig,
     LoraConfig,
     PeftModel,
     check_hotswap_configs_compatible,
+    create_arrow_model,
     get_peft_model,
     get_peft_model_state_dict,
     hotswap_adapter,
@@ -27,6 +29,7 @@ from lorafa.errors import AdapterError, CheckpointError, ConfigError, LoraError,
 from lorafa.surgery.walk import lora_layers
 from toys.adapters import train
 from toys.compare import assert_same_tensors, close, everything, refused
+from toys.language_models import llama, logits
 from toys.models import Linears, Lookup, Mixture, Tied
 
 BOTH = {"target_modules": ["first", "second"]}
@@ -53,6 +56,19 @@ def loaded(folder: Path, kind: Callable[[], nn.Module] = Linears) -> PeftModel:
     return PeftModel.from_pretrained(base(kind), folder)
 
 
+def language_model(seed: int, **settings: Any) -> PeftModel:
+    model = get_peft_model(llama(), LoraConfig(**settings))
+    torch.manual_seed(seed)
+    train(model, 0.1)
+    return model.eval()
+
+
+FORMULAS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+    "velora": {"velora_config": {"num_groups": 2, "init_type": "random"}, "use_dora": True},
+}
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -76,7 +92,7 @@ def swap_refused(model: PeftModel, new: Path, kind: type[LoraError], text: str) 
 
 
 def test_layers_that_the_new_adapter_leaves_out_are_the_base_and_in_no_file(tmp_path: Path) -> None:
-    for name, formula in {"lora": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}.items():
+    for name, formula in FORMULAS.items():
         model = adapted(**formula)
         first = adapted(**formula)
         new = saved(tmp_path / name, **(formula | {"target_modules": ["second"], "lora_alpha": 9}))
@@ -138,6 +154,35 @@ def test_a_state_dict_goes_by_the_names_of_a_file_or_of_the_model() -> None:
         prepare_model_for_compiled_hotswap(model, target_rank=4)
         hotswap_adapter_from_state_dict(model, named, "default", config)
         close(model(X), new(X))
+
+
+def test_an_adapter_that_waits_for_its_invocation_is_exchanged(tmp_path: Path) -> None:
+    gate = {"alora_invocation_tokens": [5, 7], "target_modules": "all-linear", "r": 4}
+
+    def gated(seed: int, **settings: Any) -> PeftModel:
+        return language_model(**(gate | settings), seed=seed)
+
+    model = gated(1)
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    gated(2, r=6, lora_alpha=3).save_pretrained(tmp_path / "new")
+    hotswap_adapter(model, tmp_path / "new", "default")
+    close(logits(model), logits(PeftModel.from_pretrained(llama(), tmp_path / "new").eval()), torch.float32)
+    gated(2, alora_invocation_tokens=[5, 8]).save_pretrained(tmp_path / "other")
+    with refused(model, ConfigError, r"alora_invocation_tokens is \[5, 7\] .* and \[5, 8\]"):
+        hotswap_adapter(model, tmp_path / "other", "default")
+
+
+def test_a_router_finds_its_prototypes_anew_when_an_expert_is_exchanged(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    for seed, folder in enumerate(folders):
+        language_model(seed, r=4 + 2 * seed, target_modules=["q_proj", "up_proj"]).save_pretrained(folder)
+    router = ArrowConfig(top_k=1)
+    model = create_arrow_model(llama(), folders[:2], router)
+    before = logits(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    close(logits(model), before, torch.float32)
+    hotswap_adapter(model, folders[2], "task_1")
+    close(logits(model), logits(create_arrow_model(llama(), [folders[0], folders[2]], router)), torch.float32)
 
 
 def test_injected_adapters_are_exchanged_too(tmp_path: Path) -> None:
