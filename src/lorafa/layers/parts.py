@@ -111,4 +111,4 @@ def set_mode(module: nn.Module, training: bool) -> None:
     if module._modules or type(module).train is not nn.Module.train:
         module.train(training)
     elif module.training is not training:
-        module.training = training
+        object.__setattr__(module, "training", training)  # torch's own looks for parameters and modules first
