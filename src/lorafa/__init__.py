@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorafa.errors import LoraError
     from lorafa.export.job import export_adapter
     from lorafa.io.convert import convert_to_lora, save_as_lora
+    from lorafa.io.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
     from lorafa.io.load import check_if_peft_model, load_peft_weights
     from lorafa.io.state import (
         get_base_model_state_dict,
@@ -71,12 +72,14 @@ if TYPE_CHECKING:
     from lorafa.surgery.dequantize import merge_into_dense
     from lorafa.surgery.given import get_peft_config
     from lorafa.surgery.gradients import check_gradients
+    from lorafa.surgery.hotswap import check_hotswap_configs_compatible
     from lorafa.surgery.intruders import reduce_intruder_dimension
     from lorafa.surgery.lora_model import LoraModel, inject_adapter_in_model
     from lorafa.surgery.mutate import mutate_base, restore_base
     from lorafa.surgery.penalty import penalty
     from lorafa.surgery.prepare import prepare_model_for_kbit_training
     from lorafa.surgery.scale import rescale_adapter_scale
+    from lorafa.surgery.slots import prepare_model_for_compiled_hotswap
     from lorafa.surgery.status import get_layer_status, get_model_status
 
 __all__ = [
@@ -117,6 +120,7 @@ __all__ = [
     "VeloraConfig",
     "__version__",
     "check_gradients",
+    "check_hotswap_configs_compatible",
     "check_if_peft_model",
     "choose_ranks",
     "collect_statistics",
@@ -136,6 +140,8 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "initialize",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
@@ -143,6 +149,7 @@ __all__ = [
     "merge_into_dense",
     "mutate_base",
     "penalty",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
@@ -194,6 +201,7 @@ _HOMES = {
     "TaskType": "lorafa.settings.methods",
     "VeloraConfig": "lorafa.settings.methods",
     "check_gradients": "lorafa.surgery.gradients",
+    "check_hotswap_configs_compatible": "lorafa.surgery.hotswap",
     "check_if_peft_model": "lorafa.io.load",
     "choose_ranks": "lorafa.starts.ranks",
     "collect_statistics": "lorafa.starts.initialize",
@@ -213,6 +221,8 @@ _HOMES = {
     "get_peft_config": "lorafa.surgery.given",
     "get_peft_model": "lorafa.peft_model",
     "get_peft_model_state_dict": "lorafa.io.state",
+    "hotswap_adapter": "lorafa.io.hotswap",
+    "hotswap_adapter_from_state_dict": "lorafa.io.hotswap",
     "initialize": "lorafa.starts.initialize",
     "initialize_lora_eva_weights": "lorafa.starts.eva",
     "inject_adapter_in_model": "lorafa.surgery.lora_model",
@@ -220,6 +230,7 @@ _HOMES = {
     "merge_into_dense": "lorafa.surgery.dequantize",
     "mutate_base": "lorafa.surgery.mutate",
     "penalty": "lorafa.surgery.penalty",
+    "prepare_model_for_compiled_hotswap": "lorafa.surgery.slots",
     "prepare_model_for_kbit_training": "lorafa.surgery.prepare",
     "preprocess_corda": "lorafa.starts.preprocess",
     "preprocess_loraga": "lorafa.starts.preprocess",

@@ -26,7 +26,7 @@ from lorafa.surgery.activate import require_adapters, require_nothing_merged, re
 from lorafa.surgery.walk import hosts, uncompiled, uncompiled_name, user_model
 
 
-def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Any], str]:
+def parts_of(model: nn.Module) -> tuple[nn.Module, dict[str, Any], str]:
     """The user's model, its configs, and the prefix its keys have in a file."""
     configs = getattr(model, "peft_config", None)
     if not configs:
@@ -57,7 +57,7 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = uncompiled(model)
-    inner, configs, prefix = _parts(model)
+    inner, configs, prefix = parts_of(model)
     require_adapters(inner, [adapter_name])
     config = configs[adapter_name]
     tables = which_tables(config, inner, save_embedding_layers)
@@ -85,7 +85,7 @@ def set_peft_model_state_dict(
         AdapterError: no such adapter, or it is merged.
         CheckpointError: the tensors do not fit; nothing was changed.
     """
-    inner, configs, _ = _parts(model)
+    inner, configs, _ = parts_of(model)
     require_adapters(inner, [adapter_name])
     require_unmerged(inner, adapter_name, "loading other values into it")
     config, with_start = configs[adapter_name], has_start(inner, adapter_name)

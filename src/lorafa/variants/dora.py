@@ -45,6 +45,7 @@ class DoRA(Variant):
     extras: Mapping[str, Extra] = {"magnitude": Extra("lora_magnitude_vector")}
     hosts = frozenset({"linear", "embedding", "conv"})
     reads_weight = True
+    takes_empty_ranks = True
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         return {"magnitude": row_norms(weight, A, B, spec.scaling)}
