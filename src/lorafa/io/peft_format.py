@@ -14,6 +14,8 @@ from lorafa.adapter import LooseTensors
 from lorafa.backends.offload import rests_elsewhere, value_of
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
+from lorafa.io.key_names import PREFIX as PREFIX  # where others look for it
+from lorafa.io.key_names import plain_names
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
 from lorafa.io.ties import check_ties, tied_tensors
@@ -25,17 +27,19 @@ from lorafa.surgery.walk import base_parameters, hosts, layers_of, lora_layers, 
 
 Layers = list[tuple[str, LoraLayer]]
 """Layers with their paths in the user's model."""
-PREFIX = "base_model.model."
 START_A, START_B = "lora_start.A", "lora_start.B"
 _UNFOLDED = "lora_unfolded"
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by their names in the user's model, as it is when no part of it is compiled.
+    """The tensors of a file by their names in the user's model, whatever wrappers it had (:func:`plain_names`).
 
     Files of PEFT with ``bias="all"`` hold the biases of ``modules_to_save`` twice; one of the two is left out.
+
+    Raises:
+        CheckpointError: as :func:`plain_names`.
     """
-    named = {uncompiled_name(key).removeprefix(PREFIX): value for key, value in tensors.items()}
+    named = plain_names(tensors)
     copies = [key for key in named if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in named]
     return {key: value for key, value in named.items() if key not in copies}
 
@@ -72,9 +76,7 @@ def pristine_tensors(found: Iterable[tuple[str, Host]]) -> dict[int, Tensor]:
     return {id(merged): kept for _, host in found for merged, kept in host.merged_parameters()}
 
 
-def _biases(
-    model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapping[int, Tensor]
-) -> Iterator[Stored]:
+def _biases(model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapping[int, Tensor]) -> Iterator[Stored]:
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
