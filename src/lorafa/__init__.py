@@ -68,9 +68,11 @@ if TYPE_CHECKING:
     from lorafa.surgery.dequantize import merge_into_dense
     from lorafa.surgery.given import get_peft_config
     from lorafa.surgery.gradients import check_gradients
+    from lorafa.surgery.kappa import KappaTuneSelector, find_kappa_target_modules
     from lorafa.surgery.lora_model import LoraModel, inject_adapter_in_model
     from lorafa.surgery.mutate import mutate_base, restore_base
     from lorafa.surgery.penalty import penalty
+    from lorafa.surgery.precision import cast_mixed_precision_params
     from lorafa.surgery.prepare import prepare_model_for_kbit_training
     from lorafa.surgery.scale import rescale_adapter_scale
     from lorafa.surgery.status import get_layer_status, get_model_status
@@ -87,6 +89,7 @@ __all__ = [
     "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
+    "KappaTuneSelector",
     "KasaConfig",
     "LoftQConfig",
     "LoraConfig",
@@ -111,6 +114,7 @@ __all__ = [
     "TaskType",
     "VeloraConfig",
     "__version__",
+    "cast_mixed_precision_params",
     "check_gradients",
     "check_if_peft_model",
     "choose_ranks",
@@ -122,6 +126,7 @@ __all__ = [
     "create_preconditioned_adamw",
     "create_riemannian_optimizer",
     "estimate_gradients",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -160,6 +165,7 @@ _HOMES = {
     "BdLoraConfig": "lorafa.settings.methods",
     "CordaConfig": "lorafa.settings.methods",
     "EvaConfig": "lorafa.settings.methods",
+    "KappaTuneSelector": "lorafa.surgery.kappa",
     "KasaConfig": "lorafa.settings.methods",
     "LoftQConfig": "lorafa.settings.methods",
     "LoraConfig": "lorafa.config",
@@ -183,6 +189,7 @@ _HOMES = {
     "Statistics": "lorafa.starts.statistics",
     "TaskType": "lorafa.settings.methods",
     "VeloraConfig": "lorafa.settings.methods",
+    "cast_mixed_precision_params": "lorafa.surgery.precision",
     "check_gradients": "lorafa.surgery.gradients",
     "check_if_peft_model": "lorafa.io.load",
     "choose_ranks": "lorafa.starts.ranks",
@@ -194,6 +201,7 @@ _HOMES = {
     "create_preconditioned_adamw": "lorafa.optimizers",
     "create_riemannian_optimizer": "lorafa.optimizers",
     "estimate_gradients": "lorafa.starts.preprocess",
+    "find_kappa_target_modules": "lorafa.surgery.kappa",
     "get_base_model_state_dict": "lorafa.io.state",
     "get_eva_state_dict": "lorafa.starts.eva",
     "get_layer_status": "lorafa.surgery.status",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.errors import AdapterError
+from lorafa.errors import AdapterError, CheckpointError
 from lorafa.io.load import fitting, materialize
 from lorafa.io.peft_format import (
     PREFIX,
@@ -126,7 +126,8 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     found = compare(given, own)
     if not strict:
         found = replace(found, missing=[], unexpected=[])
-    found.raise_if_any("The state dict of the base", "the base")
+    if found:
+        raise CheckpointError(f"The state dict does not fit the base.\n{found.describe()}\nNothing was loaded.")
     with torch.no_grad():
         for name, tensor in given.items():
             if name in own:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lorafa.config import LoraConfig
-from lorafa.errors import CheckpointError, shorten
+from lorafa.errors import CheckpointError, shorten, warn
 from lorafa.io.layouts.base import OWN_LAYER, Arrangement, Contents, Layout, Raw
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.layouts.written import written
@@ -30,6 +30,7 @@ LAYOUTS: Registry[type[Layout]] = Registry(
 ARRANGEMENTS: Registry[type[Arrangement]] = Registry(
     "arrangement of layers",
     {
+        "bare": "lorafa.io.layouts.bare:Bare",
         "moved": "lorafa.io.layouts.moved:Moved",
         "experts_stacked": "lorafa.io.layouts.experts_stacked:ExpertsStacked",
         "experts_apart": "lorafa.io.layouts.experts_apart:ExpertsApart",
@@ -46,7 +47,8 @@ def as_peft(raw: Raw, base: BaseNames) -> tuple[LoraConfig, dict[str, Tensor]] |
         CheckpointError, ConfigError: the file is in no known layout, or may be in two; or it cannot be converted.
     """
     layout = layout_of(raw)
-    if layout.native and all(map(base.may_carry, _heads(raw.tensors))):
+    parameters = _parameters(raw)
+    if layout.native and all(base.carries(name, parameters) for name in _heads(raw.tensors)):
         return None
     contents = layout.read(raw, base)
     found = arranged(contents, base)
@@ -87,6 +89,12 @@ def layout_of(raw: Raw) -> Layout:
     )
 
 
+def _parameters(raw: Raw) -> list[str]:
+    """``target_parameters`` of a file of PEFT."""
+    given = raw.values.get("target_parameters") if raw.given is None else raw.given.target_parameters
+    return list(given) if isinstance(given, (list, tuple)) else []
+
+
 def _heads(tensors: Mapping[str, Tensor]) -> list[str]:
     """The modules that tensors of a file of PEFT are of."""
     found = (key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key)
@@ -109,6 +117,13 @@ def arranged(contents: Contents, base: BaseNames) -> Contents:
                     "layer it is by key_mapping. Nothing was loaded."
                 )
             claimed[layer] = name
+    said = []
     for name in dict.fromkeys(claimed.values()):
+        said.append(f"{every[name].what} ({shorten([n for n, by in claimed.items() if by == name], 2)})")
         contents = every[name].convert(contents, base)
+    if said:
+        warn(
+            f"{contents.path} was made for a model with other layers, and was brought to those of this one, which "
+            f"changes nothing it computes: {'; '.join(said)}. save_pretrained writes it as it is now."
+        )
     return contents

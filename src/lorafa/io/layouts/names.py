@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,8 @@ from lorafa.backends import backend_of
 from lorafa.backends.embedding import is_table
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.errors import CheckpointError
-from lorafa.surgery.walk import Place, places, pristine_of, tied_groups
+from lorafa.surgery.stacked import stacked_parameters
+from lorafa.surgery.walk import Place, dotted_ends, places, pristine_of, tied_groups
 
 Shape = tuple[int, ...]
 
@@ -70,14 +71,21 @@ class BaseNames:
         return found
 
     @cached_property
+    def routers(self) -> frozenset[str]:
+        """Modules whose ``weight`` is what a linear layer was in transformers 4: those that choose among experts."""
+        return frozenset(s.place.name for s in stacked_parameters(self._places) if s.parameter == "weight")
+
+    @cached_property
     def tied(self) -> Mapping[str, list[str]]:
         """The first of each group of modules that share a weight -> the others."""
         return {group[0].name: [place.name for place in group[1:]] for group in tied_groups(self._places)}
 
-    def may_carry(self, name: str) -> bool:
-        """Whether the model has a module of that name with tensors of its own, which a list of experts has not."""
+    def carries(self, name: str, parameters: Collection[str]) -> bool:
+        """Whether the model has a layer of that name, or a module with one of the ``parameters`` of a config."""
         module = self.modules.get(name)
-        return module is not None and bool(module._parameters or module._buffers)
+        if module is None or backend_of(module) is not None:
+            return module is not None
+        return any(end in parameters for key in module._parameters for end in dotted_ends(f"{name}.{key}"))
 
     def is_table(self, name: str) -> bool:
         """Whether a module looks up rows."""

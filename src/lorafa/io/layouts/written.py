@@ -34,14 +34,15 @@ def written(contents: Contents, base: BaseNames) -> tuple[LoraConfig, dict[str, 
         )
     stacked = [name for name in contents.factors if name in base.parameters]
     owners = _layers(contents, stacked)
-    targets = [name for name in owners if name in base.layers or f"{name}.weight" not in base.parameters]
-    if config.target_parameters:
-        targets = [name for name in targets if name in base.layers]
-    bare = [f"{name}.weight" for name in owners if name not in targets and f"{name}.weight" in base.parameters]
+    targets = [name for name in owners if name in base.layers]
+    bare = [f"{name}.weight" for name in owners if name in base.routers]
+    if not config.target_parameters:  # nor is it known of what else they are then: loading says so
+        targets += [name for name in owners if name not in base.layers and name not in base.routers]
     given = config.target_parameters or []
     bare = [name for name in [*bare, *stacked] if not any(end in given for end in dotted_ends(name))]
     named = {name: name for name in [*targets, *stacked]} | {name.removesuffix(".weight"): name for name in bare}
-    ranks, alphas = _patterns(contents, named)
+    kept = [name for name in base.parameters if any(end in given for end in dotted_ends(name))]
+    ranks, alphas = _patterns(contents, named, kept)
     changed: dict[str, Any] = {
         "target_modules": _short(targets, base),
         "exclude_modules": None,
@@ -84,14 +85,17 @@ def _meant(ends: Collection[str], base: BaseNames) -> set[str]:
     return {name for name in base.modules if any(end in ends for end in dotted_ends(name))}
 
 
-def _patterns(contents: Contents, named: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int | float]]:
+def _patterns(
+    contents: Contents, named: Mapping[str, str], kept: Collection[str]
+) -> tuple[dict[str, int], dict[str, int | float]]:
     """``rank_pattern`` and ``alpha_pattern``: those of the config that still mean something, others by full names.
 
     Args:
         named: layer or parameter -> the name that patterns are compared with.
+        kept: names of parameters that the config has as targets already.
     """
-    config = contents.config
-    ranks, alphas = _used(config.rank_pattern, named.values()), _used(config.alpha_pattern, named.values())
+    config, names = contents.config, [*named.values(), *kept]
+    ranks, alphas = _used(config.rank_pattern, names), _used(config.alpha_pattern, names)
     own_ranks: dict[str, int] = {}
     own_alphas: dict[str, int | float] = {}
     for name, full in named.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import lorafa
 from lorafa import LoraConfig, PeftModel
-from lorafa.errors import CheckpointError
+from lorafa.errors import CheckpointError, TargetError
 from toys.compare import close, refused
 from toys.language_models import logits, mixtral, qwen2_moe
 from toys.layouts import by_hand, pair, peft_config, peft_file, write
@@ -117,6 +118,45 @@ def test_attention_and_router_go_with_them(tmp_path: Path, kind: str) -> None:
         updates[f"model.layers.{layer}.mlp.gate"] = 3.0 * gate[1] @ gate[0]
     folder = write(tmp_path, peft_file(factors), peft_config("q_proj", "gate", *OLD[kind][1]))
     assert_gives(PeftModel.from_pretrained(base(kind), folder), by_hand(base(kind), updates))
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_a_router_alone_is_a_bare_weight(tmp_path: Path, kind: str) -> None:
+    factors, updates = {}, {}
+    for layer in range(LAYERS):
+        gate = pair(EXPERTS, WIDTH, 2, layer)
+        factors[f"model.layers.{layer}.{OLD[kind][0]}.gate"] = gate
+        updates[f"model.layers.{layer}.mlp.gate"] = 3.0 * gate[1] @ gate[0]
+    folder = write(tmp_path, peft_file(factors), peft_config("gate"))
+    assert_gives(PeftModel.from_pretrained(base(kind), folder), by_hand(base(kind), updates))
+
+
+class OwnLinear(nn.Module):
+    """A layer of someone else, of which nobody knows how it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_bare_weight_of_an_unknown_layer_is_no_router(tmp_path: Path) -> None:
+    folder, model = write(tmp_path, peft_file({"0": pair(4, 4)}), peft_config("0")), nn.Sequential(OwnLinear())
+    with refused(model, TargetError, "'0' is a OwnLinear, which cannot carry an adapter"):
+        PeftModel.from_pretrained(model, folder)
+
+
+def test_what_was_brought_to_other_layers_is_said(tmp_path: Path) -> None:
+    folder = write(tmp_path, peft_file(single_experts("mixtral")), peft_config("w1", "w2", "w3"))
+    text = r"changes nothing it computes: single experts for stacked ones \(model.layers.*\). save_pretrained writes it"
+    with pytest.warns(UserWarning, match=text):
+        model = PeftModel.from_pretrained(base("mixtral"), folder)
+    model.save_pretrained(tmp_path / "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(base("mixtral"), tmp_path / "new")
 
 
 def test_dropout_that_cannot_act_on_stacks_is_said(tmp_path: Path) -> None:

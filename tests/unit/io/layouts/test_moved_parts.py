@@ -159,3 +159,42 @@ def test_a_name_that_may_be_two_layers_is_refused(tmp_path: Path) -> None:
     mapping = {r"^model\.language_model\.": "model."}
     loaded = PeftModel.from_pretrained(base, folder, key_mapping=mapping)
     close(loaded.base_model.model.model(IDS), expected.model(IDS))  # type: ignore[operator]
+
+
+class Stack(nn.Module):
+    """Experts in one parameter (E, out, in), added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.ones(3, 6, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,bi->bo", self.gate_up_proj, x)
+
+
+class OlderMixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model = nn.Module()
+        self.language_model.model = nn.Module()
+        self.language_model.model.experts = Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.language_model.model.experts(x)  # type: ignore[operator, union-attr]
+
+
+def test_ranks_of_bare_parameters_go_with_them(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(3 * 5, 4, generator=generator, dtype=torch.float64)
+    B = torch.randn(6, 5 * 3, generator=generator, dtype=torch.float64)
+    config = peft_config() | {
+        "target_parameters": ["experts.gate_up_proj"],
+        "rank_pattern": {r".*\.gate_up_proj": 5, "nowhere": 3},
+        "alpha_pattern": {"gate_up_proj": 10},
+    }
+    folder = write(tmp_path, peft_file({"model.language_model.experts": (A, B)}), config)
+    update = 2.0 * torch.einsum("ore,eri->eoi", B.view(6, 5, 3), A.view(3, 5, 4))
+    expected = by_hand(OlderMixture(), {"language_model.model.experts.gate_up_proj": update})
+    x = torch.randn(2, 4, dtype=torch.float64)
+    model = assert_loads(OlderMixture(), folder, expected, x)
+    assert model.peft_config["default"].rank_pattern == {r".*\.gate_up_proj": 5}
