@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 _WITH_CONFIG = (WEIGHTS_NAME, PICKLE_NAME, "adapters.safetensors")
-"""Files that have an ``adapter_config.json`` beside them."""
+"""Ends of files that have an ``adapter_config.json`` beside them; MLX puts a step before its own."""
 _ENDS = {True: ".safetensors", False: ".bin"}
 
 
@@ -57,7 +57,7 @@ def find_adapter_files(
     path = user_path(source)
     if path.suffix in (_ENDS[True], *PICKLE_SUFFIXES) and path.is_file() and weight_name is None:
         beside = path.with_name(CONFIG_NAME)
-        return AdapterFiles(beside if path.name in _WITH_CONFIG and beside.is_file() else None, path)
+        return AdapterFiles(beside if path.name.endswith(_WITH_CONFIG) and beside.is_file() else None, path)
     if weight_name is not None:
         config = _config_beside(source, weight_name, subfolder, hub)
         return AdapterFiles(config, locate(source, [weight_name], subfolder=subfolder, **hub))
@@ -76,7 +76,7 @@ def find_adapter_files(
 
 def _config_beside(source: str | Path, weight_name: str, subfolder: str | None, hub: HubOptions) -> Path | None:
     try:
-        return locate(source, [CONFIG_NAME], subfolder=subfolder, **hub) if weight_name in _WITH_CONFIG else None
+        return locate(source, [CONFIG_NAME], subfolder=subfolder, **hub) if weight_name.endswith(_WITH_CONFIG) else None
     except SourceError as error:
         if error.__cause__ is not None:
             raise

@@ -45,6 +45,12 @@ class MlxLayout(Layout):
                 others = base.tied.get(base.home(name) or "", [])
                 factors |= {other: Factors(turned, rank, alpha) for other in others}
                 tied += others
+        lacking = [name for name, parts in layers.items() if "m" not in parts]
+        if raw.values.get("fine_tune_type") == "dora" and lacking:
+            raise CheckpointError(
+                f"{raw.path}: its config says fine_tune_type='dora', and {shorten(lacking, 3)} have no norms m. "
+                "Nothing was loaded."
+            )
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,

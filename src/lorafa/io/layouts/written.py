@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten, warn
 from lorafa.initializers.settings import NO_SETTINGS
-from lorafa.io.layouts.base import OWN_LAYER, Contents
+from lorafa.io.layouts.base import OWN_LAYER, Contents, most_common
 from lorafa.io.layouts.names import BaseNames
 from lorafa.surgery.walk import dotted_ends
 
@@ -42,8 +42,14 @@ def written(contents: Contents, base: BaseNames) -> tuple[LoraConfig, dict[str, 
     bare = [name for name in [*bare, *stacked] if not any(end in given for end in dotted_ends(name))]
     named = {name: name for name in [*targets, *stacked]} | {name.removesuffix(".weight"): name for name in bare}
     kept = [name for name in base.parameters if any(end in given for end in dotted_ends(name))]
+    changed: dict[str, Any] = {}
+    if contents.rearranged and not kept:
+        usual = [contents.factors.get(name) or contents.factors[full] for name, full in named.items()]
+        changed["r"] = most_common([one.rank for one in usual])
+        changed["lora_alpha"] = most_common([one.alpha for one in usual if one.rank == changed["r"]])
+        contents = replace(contents, config=replace(config, **changed))
     ranks, alphas = _patterns(contents, named, kept)
-    changed: dict[str, Any] = {
+    changed |= {
         "target_modules": _short(targets, base),
         "exclude_modules": None,
         "layers_to_transform": None,

@@ -205,6 +205,7 @@ def test_parts_become_the_fused_layer(tmp_path: Path, settings: dict[str, Any]) 
     folder = write(tmp_path, peft_file(factors), peft_config(*TARGETS, **settings))
     model = assert_loads(Model(fused=True), folder, by_hand(Model(fused=True), fused_updates(single)))
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.qkv_proj")
+    assert len(model.peft_config["default"].rank_pattern) <= 4
     assert layer.r["default"] == 4 + ranks.get("k_proj", 2)
 
 
@@ -268,6 +269,16 @@ def test_a_layer_whose_rows_go_head_by_head_takes_no_parts(tmp_path: Path) -> No
     base = Model(fused=True, names=names)
     with refused(base, CheckpointError, "which holds the rows of its parts head by head"):
         PeftModel.from_pretrained(base, folder)
+
+
+def test_what_was_converted_is_trained_on(tmp_path: Path) -> None:
+    factors = pairs()
+    folder = write(tmp_path, peft_file(factors), peft_config(*TARGETS))
+    model = PeftModel.from_pretrained(Model(fused=True), folder, is_trainable=True)
+    model(IDS).pow(2).mean().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert all(bool(grad.abs().sum() > 0) for grad in trained.values())  # type: ignore[union-attr]
 
 
 def test_an_adapter_beside_others_is_converted_too(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lorafa import PeftModel
 from lorafa.errors import CheckpointError, ConfigError, SourceError
-from toys.compare import refused
+from toys.compare import close, refused
 from toys.layouts import Unet, assert_loads, by_hand, image, pair, write
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -97,6 +98,33 @@ def test_a_model_outside_the_pipeline_is_refused(tmp_path: Path) -> None:
     wide = Unet(width=6)
     with refused(wide, CheckpointError, "which is nearest, its layers have other widths here"):
         PeftModel.from_pretrained(wide, folder)
+
+
+@pytest.mark.parametrize("written_by", ["diffusers", "kohya"])
+def test_a_text_encoder_of_transformers(tmp_path: Path, written_by: str) -> None:
+    """transformers 5 has the layers of CLIP's text encoder one level higher than the files say."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=8, eos_token_id=2, bos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.CLIPTextModel(config).double().eval()
+    tensors, updates = {}, {}
+    for i in range(2):
+        A, B = pair(8, 8, 2, i)
+        old = f"text_model.encoder.layers.{i}.self_attn.q_proj"
+        place = next(name for name, _ in base.named_modules() if name.endswith(f"layers.{i}.self_attn.q_proj"))
+        updates[place] = B @ A
+        if written_by == "diffusers":
+            tensors |= {f"text_encoder.{old}.lora_A.weight": A, f"text_encoder.{old}.lora_B.weight": B}
+        else:
+            key = f"lora_te_{old.replace('.', '_')}"
+            tensors |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B, f"{key}.alpha": torch.tensor(2.0)}
+    folder = write(tmp_path, tensors, name=FILE)
+    expected, ids = by_hand(base, updates), torch.tensor([[1, 5, 7, 2]])
+    model = PeftModel.from_pretrained(base, folder)
+    with torch.no_grad():
+        close(model(input_ids=ids).last_hidden_state, expected(input_ids=ids).last_hidden_state, 1e-9)
 
 
 def test_the_oldest_names_of_a_text_encoder_are_read(tmp_path: Path) -> None:

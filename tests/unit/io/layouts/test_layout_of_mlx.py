@@ -53,6 +53,23 @@ def test_dora(tmp_path: Path) -> None:
     assert_loads(Model(), folder, by_hand(base, expected))
 
 
+def test_dora_without_norms_is_refused(tmp_path: Path) -> None:
+    folder, base = write(tmp_path, mlx_file(pairs()), config(fine_tune_type="dora"), FILE), Model()
+    with refused(base, CheckpointError, "says fine_tune_type='dora', and model.layers.0.*, .* no norms m"):
+        PeftModel.from_pretrained(base, folder)
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_file_of_an_earlier_step_is_read_with_the_config_beside_it(tmp_path: Path, by_path: bool) -> None:
+    factors, name = pairs(), f"0000100_{FILE}"
+    folder = write(tmp_path, mlx_file(factors), config(), name)
+    expected = by_hand(Model(), updates(factors, 20.0))
+    if by_path:
+        assert_loads(Model(), folder / name, expected)
+    else:
+        assert_loads(Model(), folder, expected, weight_name=name)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_act_on_a_tied_head_too(tmp_path: Path, tied: bool) -> None:
     """``LoRAEmbedding.as_linear`` of MLX adds the update to the logits of a tied model."""
