@@ -61,7 +61,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[Tensor, Tensor]]
     ),
     "llava": (
         llava,
-        {f"language_model.model.layers.{i}.self_attn.q_proj": pair(WIDTH, WIDTH, seed=i) for i in range(2)},
+        {f"language_model.model.layers.{i}.self_attn.q_proj": pair(WIDTH, WIDTH, seed=i) for i in range(2)}
+        | {"vision_tower.vision_model.encoder.layers.0.self_attn.q_proj": pair(8, 8)},
         ["q_proj"],
     ),
 }

@@ -52,7 +52,7 @@ def as_peft(raw: Raw, base: BaseNames) -> tuple[LoraConfig, dict[str, Tensor]] |
         return None
     contents = layout.read(raw, base)
     found = arranged(contents, base)
-    return None if layout.native and found is contents else written(found, base)
+    return None if layout.native and found is contents else written(found, base, strict=layout.native)
 
 
 _WORDS: Mapping[str, str] = {

@@ -16,6 +16,7 @@ from lorafa.adapter import scaling
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
 from lorafa.io.layouts.names import BaseNames
+from lorafa.surgery.walk import dotted_ends
 
 A, B, BIAS, NORMS = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
@@ -73,10 +74,28 @@ class Contents:
         """The alpha that gives a layer of ``rank`` the scaling ``wanted``."""
         return tidy(wanted / scaling(rank, 1, self.config.use_rslora))
 
+    def require_meant(self, name: str) -> None:
+        """Raises CheckpointError where the config has a layer as a target of which the file holds nothing."""
+        config = self.config
+        if config.layers_to_transform not in (None, []) or name in self.factors:
+            return
+        if means(config.target_modules, name) and not means(config.exclude_modules, name):
+            raise CheckpointError(
+                f"{self.path} has no tensors of {name}, which target_modules of its config names. Fetch the file "
+                "again. Nothing was loaded."
+            )
+
     def replaced(self, gone: Collection[str], made: Mapping[str, Factors]) -> Contents:
         """With layers of another cut in the place of some."""
         kept = {name: factors for name, factors in self.factors.items() if name not in gone}
         return replace(self, factors=kept | dict(made), rearranged=True)
+
+
+def means(wanted: Collection[str] | str | None, name: str) -> bool:
+    """Whether a regular expression, or names and dotted ends, mean a layer."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(end in (wanted or ()) for end in dotted_ends(name))
 
 
 class Layout(ABC):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten, warn
-from lorafa.io.layouts.base import NORMS, Factors, Raw, most_common
+from lorafa.io.layouts.base import NORMS, Factors, Raw, most_common, tidy
 from lorafa.io.layouts.names import BaseNames
 
 Part = dict[str, dict[str, Tensor]]
@@ -64,6 +64,45 @@ def _fits(part: Part, base: BaseNames, first: str) -> bool:
         if A is not None and A.dim() > 1 and A.shape[1] != base.layers[home][1]:
             return False
     return True
+
+
+def rank_of(raw: Raw, name: str, A: Tensor, B: Tensor) -> int:
+    """The rank of a layer's A (r, in) and B (out, r), or kernels of these.
+
+    Raises:
+        CheckpointError: they have no such shapes.
+    """
+    if A.dim() < 2 or B.dim() != A.dim() or A.shape[0] != B.shape[1] or not A.shape[0]:
+        raise CheckpointError(
+            f"{raw.path}: {name} has A {tuple(A.shape)} and B {tuple(B.shape)}, which are no (r, in) and (out, r). "
+            "Nothing was loaded."
+        )
+    return int(A.shape[0])
+
+
+def alpha_of(raw: Raw, name: str, alpha: Tensor | None, rank: int) -> float:
+    """The alpha of a layer; without one, and with 0, it is the rank, so that the update is B A.
+
+    Raises:
+        CheckpointError: it is no number, or less than 0.
+    """
+    if alpha is None:
+        return rank
+    if alpha.numel() != 1 or alpha.double().item() < 0:
+        raise CheckpointError(
+            f"{raw.path}: the alpha of {name} has to be one number, 0 or more, found a tensor {tuple(alpha.shape)}"
+            f"{f' of {alpha.item()}' if alpha.numel() == 1 else ''}. Nothing was loaded."
+        )
+    return tidy(alpha.double().item() or rank)
+
+
+def require_all_or_none(raw: Raw, having: Collection[str], names: Collection[str]) -> None:
+    """Raises CheckpointError where some layers have an alpha and others have none, so that some was lost."""
+    if having and (lacking := [name for name in names if name not in having]):
+        raise CheckpointError(
+            f"{raw.path}: {len(lacking)} of {len(names)} layers have no alpha, and the others have one: "
+            f"{shorten(lacking, 3)}. Fetch the file again. Nothing was loaded."
+        )
 
 
 def plain_config(factors: Mapping[str, Factors]) -> LoraConfig:

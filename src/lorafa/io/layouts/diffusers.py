@@ -13,8 +13,8 @@ from torch import Tensor
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError, shorten
 from lorafa.io.key_names import PREFIX
-from lorafa.io.layouts.base import A, B, Contents, Factors, Layout, Raw, taken_apart, tidy
-from lorafa.io.layouts.components import Part, choose, plain_config
+from lorafa.io.layouts.base import A, B, Contents, Factors, Layout, Raw, taken_apart
+from lorafa.io.layouts.components import Part, alpha_of, choose, plain_config, rank_of, require_all_or_none
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.layouts.written import lookup
 
@@ -74,6 +74,7 @@ class DiffusersLayout(Layout):
                if _component(name, base)[0] == component}  # fmt: skip
         if stray := sorted(own.keys() - chosen.keys()):
             raise CheckpointError(f"{raw.path} has alphas of layers it has no A of: {shorten(stray, 3)}.")
+        require_all_or_none(raw, list(own), list(chosen))
         config = _config(raw, before, chosen)
         factors = {name: _factors(raw, name, tensors, own.get(name), config) for name, tensors in chosen.items()}
         if config is None:
@@ -131,7 +132,7 @@ def _factors(
 ) -> Factors:
     if missing := [key for key in (A, B) if key not in tensors]:
         raise CheckpointError(f"{raw.path}: {name} has no {' and no '.join(missing)}. Nothing was loaded.")
-    rank = int(tensors[A].shape[0])
+    rank = rank_of(raw, name, tensors[A], tensors[B])
     if config is not None:
         return Factors(dict(tensors), rank, lookup(config.alpha_pattern, name, config.lora_alpha))
-    return Factors(dict(tensors), rank, rank if alpha is None else tidy(alpha.double().item()))
+    return Factors(dict(tensors), rank, alpha_of(raw, name, alpha, rank))

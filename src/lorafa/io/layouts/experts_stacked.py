@@ -70,6 +70,10 @@ def _stacked(contents: Contents, parameter: str, group: tuple[str, ...], members
                 f"{parameter} of this model has {experts} experts of {rows} rows and {columns} columns for it. Nothing "
                 "was loaded."
             )
+    owner = next(iter(members.values())).rpartition(".")[0].rpartition(".")[0]
+    for expert in range(experts):
+        for leaf in group:
+            contents.require_meant(f"{owner}.{expert}.{leaf}")
     first = next(iter(factors.values()))
     scaling = contents.scaling(first)
     ranks = dict.fromkeys(group, 0)

@@ -65,6 +65,9 @@ def _fused(
     contents: Contents, whole: str, group: tuple[str, ...], parts: Mapping[str, str], base: BaseNames
 ) -> Factors:
     layers = {leaf: contents.factors[parts[leaf]] for leaf in group if leaf in parts}
+    owner = next(iter(parts.values())).rpartition(".")[0]
+    for leaf in group:
+        contents.require_meant(at(owner, leaf))
     sizes = _sizes(contents, whole, group, layers, base)
     for kind in (NORMS,):
         if any(kind in one.tensors for one in layers.values()) and any(

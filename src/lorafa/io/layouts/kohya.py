@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from lorafa.errors import CheckpointError, shorten
-from lorafa.io.layouts.base import NORMS, A, B, Contents, Factors, Layout, Raw, tidy
-from lorafa.io.layouts.components import Part, choose, plain_config
+from lorafa.io.layouts.base import NORMS, A, B, Contents, Factors, Layout, Raw
+from lorafa.io.layouts.components import Part, alpha_of, choose, plain_config, rank_of, require_all_or_none
 from lorafa.io.layouts.names import BaseNames
 
 _KEY = re.compile(r"^(lora_[a-z]+\d?)_([^.]+)\.(.+)$")
@@ -54,6 +53,7 @@ class KohyaLayout(Layout):
             for component, part in parts.items()
         }
         chosen = choose(raw, named, base, "lora_down.weight")
+        require_all_or_none(raw, [name for name, tensors in chosen.items() if "alpha" in tensors], list(chosen))
         factors = {name: _factors(raw, name, tensors, base) for name, tensors in chosen.items()}
         return Contents(raw.path, plain_config(factors), factors, {})
 
@@ -105,20 +105,21 @@ def _factors(raw: Raw, name: str, tensors: Mapping[str, Tensor], base: BaseNames
         raise CheckpointError(f"{raw.path}: {name} has no {' and no '.join(missing)}. Nothing was loaded.")
     down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
     shape = base.layers.get(name)
-    if shape is not None and len(shape) == 2 and down.shape[2:] == (1, 1):  # a 1x1 convolution that is linear here
+    kernel = down.shape[2:] == up.shape[2:] == (1, 1)
+    if kernel and shape is not None and len(shape) == 2:  # what is linear here was a convolution there
         down, up = down[:, :, 0, 0], up[:, :, 0, 0]
-    rank = int(down.shape[0])
-    alpha = tensors.get("alpha", torch.tensor(0.0)).double().item() or rank
+    rank = rank_of(raw, name, down, up)
+    alpha = alpha_of(raw, name, tensors.get("alpha"), rank)
     found = {A: down, B: up}
     if "dora_scale" in tensors:
         found[NORMS] = _norms(raw, name, tensors["dora_scale"], up, len(down.shape))
-    return Factors(found, rank, tidy(alpha))
+    return Factors(found, rank, alpha)
 
 
 def _norms(raw: Raw, name: str, scale: Tensor, up: Tensor, dims: int) -> Tensor:
     """DoRA's norms of output rows, (out,), or (1, out, 1, 1) of a convolution, as PEFT has them."""
     out = up.shape[0]
-    if scale.shape[0] != out or scale.numel() != out:
+    if not scale.dim() or scale.shape[0] != out or scale.numel() != out:
         raise CheckpointError(
             f"{raw.path}: {name} has a dora_scale {tuple(scale.shape)}, one norm for each input, as LyCORIS makes them "
             f"by default. DoRA of PEFT has one for each of its {out} outputs (wd_on_out=True there), so no adapter has "

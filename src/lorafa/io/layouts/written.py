@@ -18,11 +18,14 @@ from lorafa.io.layouts.names import BaseNames
 from lorafa.surgery.walk import dotted_ends
 
 
-def written(contents: Contents, base: BaseNames) -> tuple[LoraConfig, dict[str, Tensor]]:
+def written(contents: Contents, base: BaseNames, *, strict: bool) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The config and the tensors of the adapter, by PEFT's names without its prefix.
 
+    Args:
+        strict: the config is the file's own, so that each layer it means has to be in the file.
+
     Raises:
-        CheckpointError: its start took something out of layers that the model has not.
+        CheckpointError: the file has lost a layer; or its start took something out of layers that the model has not.
     """
     config = contents.config
     if contents.rearranged and config.start.initializer.moves_base:
@@ -39,6 +42,8 @@ def written(contents: Contents, base: BaseNames) -> tuple[LoraConfig, dict[str, 
     if not config.target_parameters:  # nor is it known of what else they are then: loading says so
         targets += [name for name in owners if name not in base.layers and name not in base.routers]
     given = config.target_parameters or []
+    if strict:
+        _require_all(contents, targets, base)
     bare = [name for name in [*bare, *stacked] if not any(end in given for end in dotted_ends(name))]
     named = {name: name for name in [*targets, *stacked]} | {name.removesuffix(".weight"): name for name in bare}
     kept = [name for name in base.parameters if any(end in given for end in dotted_ends(name))]
@@ -67,6 +72,17 @@ def written(contents: Contents, base: BaseNames) -> tuple[LoraConfig, dict[str, 
         )
         changed["lora_dropout"] = 0.0
     return replace(config, **changed), _tensors(contents, stacked, base) | contents.others
+
+
+def _require_all(contents: Contents, targets: Collection[str], base: BaseNames) -> None:
+    """Raises CheckpointError for a layer of the model that the config means by its end, and the file has not."""
+    config = contents.config
+    if isinstance(config.target_modules, str):  # it is for names that the model may not have
+        return
+    saved = config.modules_to_save or []
+    for name in base.layers:
+        if name not in targets and not any(part in saved for part in name.split(".")):
+            contents.require_meant(name)
 
 
 def _layers(contents: Contents, stacked: Collection[str]) -> list[str]:

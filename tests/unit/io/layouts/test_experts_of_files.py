@@ -19,6 +19,7 @@ from toys.language_models import logits, mixtral, qwen2_moe
 from toys.layouts import by_hand, pair, peft_config, peft_file, write
 
 WIDTH, EXPERTS, LAYERS = 16, 3, 2
+OF_EXPERTS = r".*\.experts\.\d+\.\w+"
 OLD = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), 20),
     "qwen2_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), 12),
@@ -79,7 +80,8 @@ def assert_gives(model: nn.Module, expected: nn.Module) -> None:
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["", "rslora"])
 def test_single_experts_on_stacks(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     factors = single_experts(kind)
-    folder = write(tmp_path, peft_file(factors), peft_config(*OLD[kind][1], **settings))
+    config = peft_config(**settings) | {"target_modules": OF_EXPERTS}
+    folder = write(tmp_path, peft_file(factors), config)
     expected = by_hand(base(kind), stacked_updates(kind, factors, 6 / 2**0.5 if settings else 3.0))
     model = PeftModel.from_pretrained(base(kind), folder)
     assert_gives(model, expected)
@@ -91,7 +93,9 @@ def test_single_experts_on_stacks(tmp_path: Path, kind: str, settings: dict[str,
 @pytest.mark.parametrize("parts", [(0,), (1,), (2,), (0, 2)])
 def test_layers_of_experts_without_an_adapter_have_zeros(tmp_path: Path, kind: str, parts: tuple[int, ...]) -> None:
     factors = single_experts(kind, parts)
-    folder = write(tmp_path, peft_file(factors), peft_config(*(OLD[kind][1][part] for part in parts)))
+    names = "|".join(OLD[kind][1][part] for part in parts)
+    config = peft_config() | {"target_modules": rf".*\.experts\.\d+\.({names})"}
+    folder = write(tmp_path, peft_file(factors), config)
     expected = by_hand(base(kind), stacked_updates(kind, factors, 3.0))
     assert_gives(PeftModel.from_pretrained(base(kind), folder), expected)
 
@@ -99,11 +103,23 @@ def test_layers_of_experts_without_an_adapter_have_zeros(tmp_path: Path, kind: s
 def test_experts_of_other_ranks_and_alphas_and_some_without(tmp_path: Path) -> None:
     factors = single_experts("qwen2_moe", experts=(0,)) | single_experts("qwen2_moe", rank=3, experts=(2,))
     scaling = {name: (6 / 2 if ".experts.0." in name else 5 / 3) for name in factors}
-    config = peft_config("gate_proj", "up_proj", "down_proj", rank_pattern={r"experts\.2\..*": 3})
+    config = peft_config(rank_pattern={r"experts\.2\..*": 3}) | {"target_modules": r".*experts\.(0|2)\..*_proj"}
     config["alpha_pattern"] = {r"experts\.2\..*": 5}
     folder = write(tmp_path, peft_file(factors), config)
     expected = by_hand(base("qwen2_moe"), stacked_updates("qwen2_moe", factors, scaling))
     assert_gives(PeftModel.from_pretrained(base("qwen2_moe"), folder), expected)
+
+
+@pytest.mark.parametrize("targets", [["w1", "w2", "w3"], r".*\.w\d", ["experts.1.w1", "w3", "w2"]])
+def test_experts_that_a_file_has_lost_are_named(tmp_path: Path, targets: list[str] | str) -> None:
+    factors = single_experts("mixtral")
+    del factors["model.layers.1.block_sparse_moe.experts.1.w1"]
+    folder = write(tmp_path, peft_file(factors), peft_config() | {"target_modules": targets})
+    model = base("mixtral")
+    with refused(
+        model, CheckpointError, r"no tensors of model.layers.1.block_sparse_moe.experts.1.w1, which target_mod"
+    ):
+        PeftModel.from_pretrained(model, folder)
 
 
 @pytest.mark.parametrize("kind", OLD)
@@ -116,7 +132,8 @@ def test_attention_and_router_go_with_them(tmp_path: Path, kind: str) -> None:
         factors[f"model.layers.{layer}.{OLD[kind][0]}.gate"] = gate
         updates[f"model.layers.{layer}.self_attn.q_proj"] = 3.0 * q[1] @ q[0]
         updates[f"model.layers.{layer}.mlp.gate"] = 3.0 * gate[1] @ gate[0]
-    folder = write(tmp_path, peft_file(factors), peft_config("q_proj", "gate", *OLD[kind][1]))
+    config = peft_config() | {"target_modules": rf"{OF_EXPERTS}|.*\.(q_proj|gate)"}
+    folder = write(tmp_path, peft_file(factors), config)
     assert_gives(PeftModel.from_pretrained(base(kind), folder), by_hand(base(kind), updates))
 
 

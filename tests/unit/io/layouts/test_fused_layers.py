@@ -219,6 +219,21 @@ def test_parts_without_an_adapter_have_rows_of_zeros(tmp_path: Path, targets: tu
     assert_loads(Model(fused=True), folder, by_hand(Model(fused=True), expected))
 
 
+def test_parts_that_a_file_has_lost_are_named(tmp_path: Path) -> None:
+    factors = pairs()
+    del factors["model.layers.1.self_attn.k_proj"]
+    folder, base = write(tmp_path, peft_file(factors), peft_config(*TARGETS)), Model(fused=True)
+    with refused(base, CheckpointError, "has no tensors of model.layers.1.self_attn.k_proj, which target_modules of"):
+        PeftModel.from_pretrained(base, folder)
+    without = {name: pair for name, pair in pairs().items() if name != "model.layers.0.mlp.down_proj"}
+    folder = write(tmp_path, peft_file(without), peft_config(*TARGETS))
+    with refused(base, CheckpointError, "has no tensors of model.layers.0.mlp.down_proj, which target_modules of"):
+        PeftModel.from_pretrained(base, folder)
+    config = peft_config(*TARGETS, exclude_modules=["1.self_attn.k_proj"])
+    expected = by_hand(Model(fused=True), fused_updates(updates(factors, 3.0)))
+    assert_loads(Model(fused=True), write(tmp_path, peft_file(factors), config), expected)
+
+
 def test_norms_and_biases_of_all_parts_are_joined(tmp_path: Path) -> None:
     factors = pairs({name: shape for name, shape in LAYERS.items() if "self_attn" in name})
     tensors = peft_file(factors)

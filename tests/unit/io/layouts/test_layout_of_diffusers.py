@@ -151,6 +151,8 @@ def test_the_oldest_names_of_a_text_encoder_are_read(tmp_path: Path) -> None:
     [
         ({"unet.conv_in.weight": torch.ones(3)}, "1 tensors that are no A or B and would be ignored: unet.conv_in"),
         ({"unet.down_blocks.9.alpha": torch.ones(())}, "alphas of layers it has no A of: down_blocks.9"),
+        ({"unet.down_blocks.0.attn1.to_q.alpha": torch.ones(())}, "3 of 4 layers have no alpha, and the others have"),
+        ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": torch.ones(())}, r"to_q has A \(\) and B \(4, 2\)"),
         ({"unet.down_blocks.0.conv1.lora_A.weight": torch.ones(2, 4, 3, 3)}, "conv1 has no lora_B.weight"),
     ],
 )

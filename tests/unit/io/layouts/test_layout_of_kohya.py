@@ -152,6 +152,28 @@ def test_what_is_no_adapter_of_kohya_is_refused(tmp_path: Path, key: str, shape:
         PeftModel.from_pretrained(base, folder / FILE)
 
 
+@pytest.mark.parametrize(
+    ("key", "tensor", "text"),
+    [
+        ("lora_down.weight", torch.tensor(1.0), r"has A \(\) and B \(4, 2\), which are no \(r, in\) and \(out, r\)"),
+        ("lora_up.weight", torch.ones(4, 3), r"has A \(2, 4\) and B \(4, 3\), which are no"),
+        ("alpha", torch.ones(3), r"the alpha of down_blocks.0.attn1.to_q has to be one number.* found a tensor \(3,\)"),
+        ("alpha", torch.tensor(-1.0), r"0 or more, found a tensor \(\) of -1.0"),
+        ("alpha", None, "1 of 8 layers have no alpha, and the others have one: down_blocks.0.attn1.to_q"),
+    ],
+)
+def test_damaged_tensors_are_refused(tmp_path: Path, key: str, tensor: Tensor | None, text: str) -> None:
+    tensors = kohya_file(image_factors())
+    name = f"lora_unet_down_blocks_0_attn1_to_q.{key}"
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    folder, base = write(tmp_path, tensors, name=FILE), Unet()
+    with refused(base, CheckpointError, text):
+        PeftModel.from_pretrained(base, folder / FILE)
+
+
 def test_half_a_layer_is_refused(tmp_path: Path) -> None:
     tensors = kohya_file(image_factors())
     del tensors["lora_unet_down_blocks_0_attn1_to_q.lora_up.weight"]

@@ -53,7 +53,7 @@ def test_text_parts_of_models_of_images_and_text(tmp_path: Path, model: type[nn.
     base = model()
     weight = base.get_submodule(new).weight
     factors = {old: pair(weight.shape[0], weight.shape[1])}  # type: ignore[index, union-attr]
-    folder = write(tmp_path, peft_file(factors), peft_config(old.rpartition(".")[2]))
+    folder = write(tmp_path, peft_file(factors), peft_config(old))
     expected = by_hand(base, {new: updates(factors, 3.0)[old]})
     loaded = PeftModel.from_pretrained(model(), folder)
     with torch.no_grad():
@@ -77,6 +77,14 @@ def test_image_parts_are_found(tmp_path: Path, model: type[nn.Module], old: str,
     layer = PeftModel.from_pretrained(base, folder).base_model.model.get_submodule(new)
     A, B = factors[old]
     close(layer.get_delta_weight("default"), 3.0 * B @ A)  # type: ignore[operator]
+
+
+def test_layers_that_a_file_has_lost_are_named(tmp_path: Path) -> None:
+    name = "layers.0.self_attn.q_proj"
+    folder = write(tmp_path, peft_file({f"model.language_model.{name}": pair(8, WIDTH)}), peft_config("q_proj"))
+    base = Older()
+    with refused(base, CheckpointError, "no tensors of language_model.model.layers.1.self_attn.q_proj, which target"):
+        PeftModel.from_pretrained(base, folder)
 
 
 def test_a_regular_expression_of_the_old_names_becomes_the_new_layers(tmp_path: Path) -> None:
@@ -124,7 +132,7 @@ def test_new_names_are_found_in_an_older_model(tmp_path: Path) -> None:
     name = "layers.0.self_attn.q_proj"
     factors = {f"model.language_model.{name}": pair(8, WIDTH)}
     expected = {f"language_model.model.{name}": updates(factors, 3.0)[f"model.language_model.{name}"]}
-    folder = write(tmp_path, peft_file(factors), peft_config("q_proj"))
+    folder = write(tmp_path, peft_file(factors), peft_config("layers.0.self_attn.q_proj"))
     assert_loads(Older(), folder, by_hand(Older(), expected), IDS)
 
 
