@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,26 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[Tensor, Tensor]]
         ["q_proj"],
     ),
 }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_dicts_of_older_versions_are_converted_as_in_peft(tmp_path: Path, name: str) -> None:
+    make, factors, targets = CASES[name]
+    folder = write(tmp_path, peft_file(factors), peft_config(*targets))
+    other = {key: tensor.flip(0) for key, tensor in peft_file(factors).items()}
+    torch.manual_seed(0)
+    base = make().double().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder), autocast_adapter_dtype=False)
+        ours = lorafa.PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        with torch.no_grad():
+            before = logits(ours)
+        peft.set_peft_model_state_dict(theirs, other)
+        lorafa.set_peft_model_state_dict(ours, other)
+    with torch.no_grad():
+        close(logits(ours), logits(theirs), 1e-9)
+        assert not torch.allclose(logits(ours), before)
 
 
 @pytest.mark.parametrize("name", CASES)
