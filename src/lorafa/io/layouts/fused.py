@@ -9,7 +9,7 @@ import torch
 
 from lorafa.errors import CheckpointError
 from lorafa.io.layouts.base import BIAS, NORMS, ROWS, A, Arrangement, B, Contents, Factors, block_diagonal, require_only
-from lorafa.io.layouts.fusions import EQUAL, FUSIONS, INTERLEAVED, at, parent
+from lorafa.io.layouts.fusions import EQUAL, at, fusions_of, parent
 from lorafa.io.layouts.names import BaseNames
 
 Key = tuple[str, tuple[str, ...]]
@@ -45,19 +45,17 @@ def _found(contents: Contents, base: BaseNames) -> dict[Key, dict[str, str]]:
         if place is None or at(*place) in base.modules:
             continue
         owner, leaf = place
-        for table in (FUSIONS, INTERLEAVED):
-            for fused, groups in table.items():
-                group = next((one for one in groups if leaf in one), None)
-                if group is None or at(owner, fused) not in base.layers:
-                    continue
-                if table is INTERLEAVED:
-                    raise CheckpointError(
-                        f"{contents.path}: {name} is a part of {at(owner, fused)} in this model, which holds the rows "
-                        "of its parts head by head, in an order that differs from model to model. Merge the adapter "
-                        "into the model it was made for, convert that, and take the difference (convert_to_lora). "
-                        "Nothing was loaded."
-                    )
-                found[at(owner, fused), group][leaf] = name
+        for fused in (layer for layer in base.layers if layer.rpartition(".")[0] == owner):
+            mixed, groups = fusions_of(owner, fused.rpartition(".")[2])
+            group = next((one for one in groups if leaf in one), None)
+            if group is not None and mixed:
+                raise CheckpointError(
+                    f"{contents.path}: {name} is a part of {fused} in this model, which holds the rows of its parts "
+                    "head by head, in an order that differs from model to model. Merge the adapter into the model it "
+                    "was made for, convert that, and take the difference (convert_to_lora). Nothing was loaded."
+                )
+            if group is not None:
+                found[fused, group][leaf] = name
     return found
 
 

@@ -19,8 +19,9 @@ FUSIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": _GATE_UP,
 }
 """A layer -> names of the layers whose rows it holds one after the other, all of the first before those of the next."""
-INTERLEAVED = {"query_key_value": _QKV, "wqkv": _QKV}
-"""The same of layers whose rows go head by head: which are whose depends on the numbers of heads and the model."""
+INTERLEAVED = {"query_key_value": _QKV, "wqkv": _QKV, "attn.qkv_proj": _QKV}
+"""The same of layers whose rows go head by head, or in groups of heads as CodeGen's ``attn.qkv_proj``: which are whose
+depends on the numbers of heads and on the model. A name of two parts is that of the module and its layer."""
 EQUAL = {"v_proj": "k_proj", "to_v": "to_k", "value": "key", "wv": "wk", "v": "k", "add_v_proj": "add_k_proj"} | {
     "up_proj": "gate_proj",
     "w3": "w1",
@@ -35,6 +36,14 @@ def parent(name: str, base: BaseNames) -> tuple[str, str] | None:
     owner, _, leaf = name.rpartition(".")
     home = base.home(owner) if owner else ""
     return None if home is None else (home, leaf)
+
+
+def fusions_of(owner: str, leaf: str) -> tuple[bool, tuple[tuple[str, ...], ...]]:
+    """(whether rows are interleaved, groups of layers that may be in it) of a layer called ``leaf`` in ``owner``."""
+    for name in (leaf, f"{owner.rpartition('.')[2]}.{leaf}"):
+        if name in INTERLEAVED:
+            return True, INTERLEAVED[name]
+    return False, FUSIONS.get(leaf, ())
 
 
 def at(owner: str, leaf: str) -> str:

@@ -37,6 +37,7 @@ class BaseNames:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._homes: dict[str, str | None] = {}
 
     @cached_property
     def _places(self) -> list[Place]:
@@ -99,6 +100,11 @@ class BaseNames:
         """
         if name in self.modules:
             return name
+        if name not in self._homes:
+            self._homes[name] = self._elsewhere(name)
+        return self._homes[name]
+
+    def _elsewhere(self, name: str) -> str | None:
         found = sorted(other for other in self.former(name) if other in self.modules)
         if len(found) > 1:
             raise CheckpointError(

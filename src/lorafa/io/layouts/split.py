@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorafa.errors import CheckpointError
 from lorafa.io.layouts.base import ROWS, A, Arrangement, B, Contents, Factors, require_only
-from lorafa.io.layouts.fusions import FUSIONS, INTERLEAVED, at, groups_in, parent
+from lorafa.io.layouts.fusions import at, fusions_of, groups_in, parent
 from lorafa.io.layouts.names import BaseNames
 
 
@@ -46,11 +46,12 @@ def _parts(name: str, contents: Contents, base: BaseNames) -> list[str]:
     if found is None or at(*found) in base.modules:
         return []
     owner, leaf = found
-    mixed = next(groups_in(base, owner, INTERLEAVED.get(leaf, ())), None)
-    if mixed is not None:
+    mixed, groups = fusions_of(owner, leaf)
+    group = next(groups_in(base, owner, groups), ())
+    if mixed and group:
         raise CheckpointError(
-            f"{contents.path}: {name} holds the rows of {', '.join(mixed)} head by head, in an order that differs from "
+            f"{contents.path}: {name} holds the rows of {', '.join(group)} head by head, in an order that differs from "
             "model to model, so they cannot be told apart by their names. Merge the adapter into the model it was made "
             "for, convert that, and take the difference (convert_to_lora). Nothing was loaded."
         )
-    return [at(owner, part) for part in next(groups_in(base, owner, FUSIONS.get(leaf, ())), ())]
+    return [at(owner, part) for part in group]

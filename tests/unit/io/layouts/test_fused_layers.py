@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorafa
 from lorafa import LoraConfig, PeftModel
@@ -141,6 +141,21 @@ def test_rows_that_go_head_by_head_are_refused(tmp_path: Path, fused: str) -> No
     folder = write(tmp_path, peft_file({f"model.layers.0.self_attn.{fused}": (A, B)}), peft_config(fused))
     base = Model()
     with refused(base, CheckpointError, f"{fused} holds the rows of q_proj, k_proj, v_proj head by head"):
+        PeftModel.from_pretrained(base, folder)
+
+
+def test_codegens_groups_of_heads_are_refused(tmp_path: Path) -> None:
+    """Its ``attn.qkv_proj`` has queries, values and keys in four groups; elsewhere the name means rows in order."""
+    A, B = next(iter(pairs(WHOLE).values()))
+    base = nn.Sequential()
+    base.add_module("attn", Model().model.layers[0].self_attn)
+    folder = write(tmp_path / "split", peft_file({"attn.qkv_proj": (A, B)}), peft_config("qkv_proj"))
+    with refused(base, CheckpointError, "attn.qkv_proj holds the rows of q_proj, k_proj, v_proj head by head"):
+        PeftModel.from_pretrained(base, folder)
+    base = nn.Sequential()
+    base.add_module("attn", Model(fused=True).model.layers[0].self_attn)
+    folder = write(tmp_path / "fused", peft_file({"attn.q_proj": (A, B[:8])}), peft_config("q_proj"))
+    with refused(base, CheckpointError, "attn.q_proj is a part of attn.qkv_proj in this model, which holds the rows"):
         PeftModel.from_pretrained(base, folder)
 
 
