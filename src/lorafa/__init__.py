@@ -74,9 +74,11 @@ if TYPE_CHECKING:
     from lorafa.surgery.gradients import check_gradients
     from lorafa.surgery.hotswap import check_hotswap_configs_compatible
     from lorafa.surgery.intruders import reduce_intruder_dimension
+    from lorafa.surgery.kappa import KappaTuneSelector, find_kappa_target_modules
     from lorafa.surgery.lora_model import LoraModel, inject_adapter_in_model
     from lorafa.surgery.mutate import mutate_base, restore_base
     from lorafa.surgery.penalty import penalty
+    from lorafa.surgery.precision import cast_mixed_precision_params
     from lorafa.surgery.prepare import prepare_model_for_kbit_training
     from lorafa.surgery.scale import rescale_adapter_scale
     from lorafa.surgery.slots import prepare_model_for_compiled_hotswap
@@ -95,6 +97,7 @@ __all__ = [
     "Combination",
     "CordaConfig",
     "EvaConfig",
+    "KappaTuneSelector",
     "KasaConfig",
     "LoftQConfig",
     "LoraConfig",
@@ -119,6 +122,7 @@ __all__ = [
     "TaskType",
     "VeloraConfig",
     "__version__",
+    "cast_mixed_precision_params",
     "check_gradients",
     "check_hotswap_configs_compatible",
     "check_if_peft_model",
@@ -133,6 +137,7 @@ __all__ = [
     "create_riemannian_optimizer",
     "estimate_gradients",
     "export_adapter",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -177,6 +182,7 @@ _HOMES = {
     "Combination": "lorafa.surgery.combination",
     "CordaConfig": "lorafa.settings.methods",
     "EvaConfig": "lorafa.settings.methods",
+    "KappaTuneSelector": "lorafa.surgery.kappa",
     "KasaConfig": "lorafa.settings.methods",
     "LoftQConfig": "lorafa.settings.methods",
     "LoraConfig": "lorafa.config",
@@ -200,6 +206,7 @@ _HOMES = {
     "Statistics": "lorafa.starts.statistics",
     "TaskType": "lorafa.settings.methods",
     "VeloraConfig": "lorafa.settings.methods",
+    "cast_mixed_precision_params": "lorafa.surgery.precision",
     "check_gradients": "lorafa.surgery.gradients",
     "check_hotswap_configs_compatible": "lorafa.surgery.hotswap",
     "check_if_peft_model": "lorafa.io.load",
@@ -214,6 +221,7 @@ _HOMES = {
     "create_riemannian_optimizer": "lorafa.optimizers",
     "estimate_gradients": "lorafa.starts.preprocess",
     "export_adapter": "lorafa.export.job",
+    "find_kappa_target_modules": "lorafa.surgery.kappa",
     "get_base_model_state_dict": "lorafa.io.state",
     "get_eva_state_dict": "lorafa.starts.eva",
     "get_layer_status": "lorafa.surgery.status",

@@ -47,6 +47,7 @@ from lorafa.scripts.run_exp import parse as parse_script
 from lorafa.train.adapter_config import lora_config
 from toys.kinds import make_t5
 from toys.language_models import SMALL, llama
+from toys.layouts import write
 from toys.places import ROOT
 from toys.recipes import recipe
 from toys.records import write_rows
@@ -129,6 +130,7 @@ def _batches() -> list[dict[str, Any]]:
 NAMES: dict[str, dict[str, Callable[[], Any]]] = {
     "docs/combining.md": {"base": _base},
     "docs/inspecting.md": {"model": _adapted},
+    "docs/loading.md": {"base": _base},
     "docs/optimizers.md": {"model": _adapted, "rows": _rows},
     "docs/peft.md": {
         "model": _adapted,
@@ -153,6 +155,7 @@ FILES = {
     "poems": "another one, of the same base",
     "recipes": "the folder of the repository",
     "runs/20260101-120000-lora-r16": "a run of the reader's own, of which the adapter is there",
+    "adapters": "an adapter as mlx_lm.lora writes it",
     "runs/first": "a finished run, with all that a report reads",
     "runs/second": "another one",
 }
@@ -208,6 +211,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     RunDirectory.create(made / "runs" / "20260101-120000-lora-r16", compose(["model=path/to/model"]))
     for number, name in enumerate(("first", "second")):
         make_run(made / "runs" / name, loss=1.0 + number, rank=8 + number)
+    layers = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    factors = {f"{layer}.lora_a": torch.ones(32, 4) for layer in layers}
+    factors |= {f"{layer}.lora_b": torch.ones(4, 32) for layer in layers}
+    numbers = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}
+    write(made / "adapters", factors, numbers, "adapters.safetensors")
     assert {path.name for path in made.iterdir()} == {name.partition("/")[0] for name in FILES}
     return made
 

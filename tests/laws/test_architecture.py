@@ -155,6 +155,7 @@ ASKED_ELSEWHERE = {
     ("surgery/auxiliary.py", "TrainableTokensWrapper"): "as the line before",
     ("starts/eva.py", "eva"): "EVA's own functions, as PEFT calls them",
     ("starts/preprocess.py", "corda"): "one function is CorDA's own, as PEFT calls it",
+    ("io/layouts/mlx.py", "dora"): "no formula, but MLX's word in its configs",
     ("io/card.py", "lora"): "no formula, but a tag of model cards",
     ("runs/formats.py", "lora_ga"): "what earlier versions have written under that name",
     ("train/trainer.py", "random"): "no start, but transformers' name of an order of rows",

@@ -62,7 +62,8 @@ class AutoPeftModel:
                 and everything else goes to the base model's ``from_pretrained``; those about the Hub to both.
 
         Raises:
-            ConfigError: the config names no base, or neither a task nor a class of transformers.
+            ConfigError: the config names no base, or neither a task nor a class of transformers; or the task that
+                it names is not this class's.
             SourceError: the adapter or the base cannot be found or loaded.
             As :meth:`lorafa.PeftModel.from_pretrained`.
         """
@@ -88,7 +89,18 @@ class AutoPeftModel:
 
     @classmethod
     def _loader(cls, config: LoraConfig) -> str:
-        """The name of transformers' class that loads the base."""
+        """The name of transformers' class that loads the base.
+
+        Raises:
+            ConfigError: the adapter was made for another task, or it is not known what for.
+        """
+        if cls.task is not None and isinstance(config.task_type, TaskType) and config.task_type is not cls.task:
+            right = next(one for one in AutoPeftModel.__subclasses__() if one.task is config.task_type)
+            raise ConfigError(
+                f"The adapter was made for {config.task_type.value}, and {cls.__name__} loads its base for "
+                f"{cls.task.value}, which would give it a head it was not trained with. Use {right.__name__}, or load "
+                "the base and call PeftModel.from_pretrained(base, path)."
+            )
         task, made_for = cls.task or config.task_type, config.auto_mapping or {}
         if isinstance(task, TaskType):
             return _LOADERS[task]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten, warn
 from lorafa.initializers.settings import NO_SETTINGS
-from lorafa.io.adapter_files import base_fingerprint, staged
+from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.find import WEIGHTS_NAME
 from lorafa.io.peft_format import PREFIX, file_tensors
 from lorafa.io.tables import which_tables
@@ -22,7 +22,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.numerics.truncation import Truncated
 from lorafa.storage.fingerprint import to_metadata
 from lorafa.storage.tensors import is_part, write_tensors
-from lorafa.storage.whole import make_folder, write_json
+from lorafa.storage.whole import make_folder, staged, write_json
 from lorafa.surgery.plain import Lost, check_rank, largest_rank, require_matrices, require_other_ranks, truncated
 from lorafa.surgery.walk import layers_at, places, user_model
 from lorafa.variants import switches

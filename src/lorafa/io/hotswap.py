@@ -71,7 +71,9 @@ def hotswap_adapter(
     check_arguments("hotswap_adapter", options, SwapOptions.__optional_keys__)
     inner, configs, _ = parts_of(uncompiled(require_module(model)))
     _require_free(inner, adapter_name)
-    stored = read(model_name_or_path, "hotswap_adapter", is_trainable=False, key_mapping=key_mapping, **options)  # type: ignore[misc]
+    stored = read(
+        model_name_or_path, "hotswap_adapter", inner, is_trainable=False, key_mapping=key_mapping, **options  # type: ignore[misc]
+    )
     if not options.get("ignore_base_mismatch"):
         check_fits_base(inner, list(places(inner)), stored)
     _exchange(

@@ -22,6 +22,8 @@ from lorafa.io.dense_factors import (
     unfolded,
     with_other_factors,
 )
+from lorafa.io.key_names import PREFIX as PREFIX  # where others look for it
+from lorafa.io.key_names import plain_names
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
 from lorafa.io.ties import check_ties, tied_tensors
@@ -34,16 +36,18 @@ from lorafa.surgery.walk import base_parameters, hosts, layers_of, lora_layers, 
 
 Hosts = Sequence[tuple[str, Host]]
 """What stands in the places of modules of a model, with paths."""
-PREFIX = "base_model.model."
 START_A, START_B = "lora_start.A", "lora_start.B"
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by their names in the user's model, as it is when no part of it is compiled.
+    """The tensors of a file by their names in the user's model, whatever wrappers it had (:func:`plain_names`).
 
     Files of PEFT with ``bias="all"`` hold the biases of ``modules_to_save`` twice; one of the two is left out.
+
+    Raises:
+        CheckpointError: as :func:`plain_names`.
     """
-    named = {uncompiled_name(key).removeprefix(PREFIX): value for key, value in tensors.items()}
+    named = plain_names(tensors)
     copies = [key for key in named if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in named]
     return {key: value for key, value in named.items() if key not in copies}
 
