@@ -53,7 +53,7 @@ LEVELS = (
     ("train", "costs"),
     ("conf",),
     ("runs",),
-    ("report",),
+    ("report", "chat"),
     ("cli",),
     ("scripts",),
 )
