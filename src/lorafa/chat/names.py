@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Sequence
 from itertools import count
 
 from lorafa.errors import ConfigError
@@ -46,7 +46,7 @@ def name_of(place: str) -> str:
     return _UNFIT.sub("-", path.name).strip("-") or "model"
 
 
-def distinct(given: Sequence[tuple[str | None, str]], others: Iterable[str] = ()) -> list[str]:
+def distinct(given: Sequence[tuple[str | None, str]], others: Collection[str] = ()) -> list[str]:
     """A name for each of (name or None, place), no two alike: those that are made here get a number where they have to.
 
     Args:
@@ -56,10 +56,10 @@ def distinct(given: Sequence[tuple[str | None, str]], others: Iterable[str] = ()
         ConfigError: a name is given twice.
     """
     said = [name for name, _ in given if name is not None]
-    for name in said:
-        if said.count(name) > 1 or name in others:
-            raise ConfigError(f"The name {name!r} is given twice. Give each adapter a name of its own: name=path.")
     taken = {*said, *others}
+    if len(taken) < len(said) + len({*others}):
+        twice = next(name for name in said if said.count(name) > 1 or name in others)
+        raise ConfigError(f"The name {twice!r} is given twice. Give each adapter a name of its own: name=path.")
     found: list[str] = []
     for name, place in given:
         found.append(_free(name_of(place), taken) if name is None else name)
