@@ -126,7 +126,7 @@ def test_tokens_that_belong_to_another_adapter_are_never_written() -> None:
 
 
 def test_rows_that_would_push_each_other_out_of_the_context_are_written_one_after_the_other() -> None:
-    """A row that has ended goes on with its batch, and a model with a table of positions would be asked for one more."""
+    """A row that has ended goes on with its batch: a table of positions would be asked for more than it has."""
     long = Row(SPEAKERS.find("tiny"), [5 + n % 200 for n in range(500)], 12)
     short = Row(SPEAKERS.find("german"), PROMPTS["german"], 40)
     seen: list[int] = []
