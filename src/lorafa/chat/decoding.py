@@ -16,16 +16,19 @@ from lorafa.models.modes import evaluating, reading_last_positions
 
 Finish = Literal["stop", "length", "cancelled"]
 """Why an answer is over: at its own end or before a stop text; at its longest; because nobody waits for it."""
+Hear = Callable[[str, "Finish | None"], None]
+"""Takes a new piece of a text, and why that is over with it: None where it goes on."""
 
 
 class Answer:
     """An answer as far as it is written. One thread writes it, and any may read or cancel it."""
 
-    def __init__(self, speakers: Speakers, row: Row, hear: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, speakers: Speakers, row: Row, hear: Hear = lambda *_: None) -> None:
         """Begin an empty answer.
 
         Args:
-            hear: is given each new piece of its text, an empty one too, in the thread that writes.
+            hear: is given each new piece of its text, an empty one too, in the thread that writes, and with the last
+                one why the answer is over.
         """
         self.row, self._hear = row, hear
         self._written = Written(lambda ids: speakers.decode(row.speaker, ids), row.stops)
@@ -59,7 +62,7 @@ class Answer:
         elif self.cancelled:
             self.cancel(new)
         else:
-            self._hear(new)
+            self._hear(new, None)
 
     def cancel(self, new: str = "") -> None:
         """End it where it is."""
@@ -68,7 +71,7 @@ class Answer:
     def _end(self, why: Finish, new: str = "") -> None:
         new += self._written.close()
         self.finish = why
-        self._hear(new)
+        self._hear(new, why)
 
 
 def write(model: Any, answers: Iterable[Answer]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
 
-from lorafa.chat.decoding import Answer, write
+from lorafa.chat.decoding import Answer, Finish, write
 from lorafa.chat.speakers import Row, Speakers
 from lorafa.errors import LoraError
 
@@ -27,12 +27,12 @@ class Job:
 
     def __init__(self, speakers: Speakers, rows: Sequence[Row]) -> None:
         self.answers = [Answer(speakers, row, partial(self._hear, place)) for place, row in enumerate(rows)]
-        self._heard: SimpleQueue[tuple[int, str | None] | BaseException] = SimpleQueue()
+        self._heard: SimpleQueue[tuple[int, str, Finish | None] | BaseException] = SimpleQueue()
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        """(number of the answer, new text), as the answers are written, until all have ended.
+    def __iter__(self) -> Iterator[tuple[int, str, Finish | None]]:
+        """(number of the answer, new text, why it is over with that), as the answers are written, until all have ended.
 
-        What is new when an answer ends may be empty; its ``finish`` is set by then.
+        The text may be empty. The answers themselves may be further than what was heard of them.
 
         Raises:
             What went wrong in the thread that runs the model.
@@ -42,11 +42,9 @@ class Job:
             heard = self._heard.get()
             if isinstance(heard, BaseException):
                 raise heard
-            place, text = heard
-            if text is None:
-                ended.add(place)
-            else:
-                yield place, text
+            if heard[2] is not None:
+                ended.add(heard[0])
+            yield heard
 
     def stop(self) -> None:
         """Let the answers end with their next token, or when their turn comes."""
@@ -57,10 +55,8 @@ class Job:
         """Tell who listens that nothing more comes."""
         self._heard.put(error)
 
-    def _hear(self, place: int, text: str) -> None:
-        self._heard.put((place, text))
-        if self.answers[place].finish is not None:
-            self._heard.put((place, None))
+    def _hear(self, place: int, text: str, finish: Finish | None) -> None:
+        self._heard.put((place, text, finish))
 
 
 class Engine:

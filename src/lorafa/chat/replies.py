@@ -40,8 +40,7 @@ class Reply(ABC):
         for place in range(len(self.job.answers)):
             if (begin := self._begins()) is not None:
                 yield self._chunk(place, begin, None)
-        for place, text in self.job:
-            finish = self.job.answers[place].finish
+        for place, text, finish in self.job:
             if text:
                 yield self._chunk(place, self._adds(text), None)
             if finish is not None:

@@ -233,9 +233,8 @@ class Handler(BaseHTTPRequestHandler):
         names = list(asked)
 
         def lines() -> Iterator[str]:
-            for place, text in job:
-                said = {"model": names[place], "text": text, "finish": job.answers[place].finish}
-                yield json.dumps(said) + "\n"
+            for place, text, finish in job:
+                yield json.dumps({"model": names[place], "text": text, "finish": finish}) + "\n"
 
         self._stream(job, lines(), "application/x-ndjson; charset=utf-8", "{}\n")
 

@@ -100,9 +100,9 @@ class Session:
         ]
         job = self.engine.submit(rows)
         with _interrupting(job.stop), drawing(self.console, self.names) as shown:
-            for place, text in job:
+            for place, text, finish in job:
                 shown.add(place, text)
-                if job.answers[place].finish is not None:
+                if finish is not None:
                     shown.end(place)
         answers = dict(zip(self.names, job.answers, strict=True))
         self.conversation.add(question, {name: answer.text for name, answer in answers.items()})

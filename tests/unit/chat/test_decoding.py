@@ -66,7 +66,7 @@ def test_each_row_ends_at_its_own_length_and_at_its_own_ends() -> None:
 
 def test_what_is_heard_is_the_text_and_its_end_is_heard_too() -> None:
     heard: list[tuple[str, str | None]] = []
-    answer = Answer(SPEAKERS, row("german"), lambda text: heard.append((text, answer.finish)))
+    answer = Answer(SPEAKERS, row("german"), lambda text, finish: heard.append((text, finish)))
     write(SPEAKERS.model, [answer])
     assert "".join(text for text, _ in heard) == answer.text
     assert [finish for _, finish in heard] == [None] * 9 + ["length"]
@@ -143,7 +143,7 @@ def test_rows_that_would_push_each_other_out_of_the_context_are_written_one_afte
 
 
 def test_a_cancelled_answer_ends_with_its_next_token_and_leaves_the_others() -> None:
-    def cancel(_: str) -> None:
+    def cancel(*_: object) -> None:
         cancelled.cancelled = cancelled.tokens == 3
 
     cancelled, other = Answer(SPEAKERS, row("german"), cancel), Answer(SPEAKERS, row("french"))

@@ -53,7 +53,7 @@ def engine() -> Iterator[Engine]:
 
 def ended(job: Job) -> list[list[int]]:
     texts = [""] * len(job.answers)
-    for place, text in job:
+    for place, text, _ in job:
         texts[place] += text
     assert texts == [answer.text for answer in job.answers]
     return [answer.ids for answer in job.answers]
@@ -71,6 +71,17 @@ def test_jobs_that_wait_at_the_same_time_share_a_batch_and_get_their_own_answers
     assert [ended(job) for job in jobs] == [[alone(one) for one in each] for each in rows]
     assert ended(first) == [alone(row("tiny"))]
     assert held.batches == [1, 4]
+
+
+def test_who_listens_late_hears_the_end_of_an_answer_with_its_last_piece(engine: Engine) -> None:
+    job = engine.submit([row("german", 6), row("french", 4)])
+    while any(answer.finish is None for answer in job.answers):
+        threading.Event().wait(0.005)
+    heard = list(job)
+    for place, count in enumerate((6, 4)):
+        own = [(text, finish) for at, text, finish in heard if at == place]
+        assert "".join(text for text, _ in own) == job.answers[place].text
+        assert [finish for _, finish in own] == [None] * (count - 1) + ["length"]
 
 
 def test_a_batch_has_a_size_and_jobs_are_not_cut(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
