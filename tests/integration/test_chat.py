@@ -109,6 +109,8 @@ def test_an_adapter_of_a_run_is_called_as_the_run_and_names_are_made_distinct(ta
     found = answers(out)
     assert list(found) == ["model-2", "run", "run-2", "model"]
     assert found["run"] == found["run-2"] != found["model"]
+    _, out, _ = talk("german", "model", typed="Hi\n")  # the file of the adapter has the whole path of its base
+    assert list(answers(out)) == ["model", "german"]
 
 
 def test_system_prompt_template_and_sampling(talk: Any) -> None:

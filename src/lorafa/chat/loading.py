@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lorafa.chat.names import distinct, named
@@ -52,9 +53,9 @@ class Asked:
 
     found: Sequence[Found]
     names: Sequence[str]
-    """Of each of ``found``."""
+    """What each of ``found`` is called."""
     settings: ModelConfig
-    """Of the base."""
+    """How the base is loaded."""
     template: str | None = None
     """A chat template in place of everyone's own."""
 
@@ -156,11 +157,17 @@ def _found(subject: Named) -> Found:
 def _require_one_base(found: Sequence[Found]) -> None:
     first = found[0]
     for other in found[1:]:
-        if resolve_model(first.base) != resolve_model(other.base):
+        if _place(first.base) != _place(other.base):
             raise ConfigError(
                 f"{first.word} and {other.word} have different bases: {first.base} and {other.base}. One chat has one "
                 "base. Leave one out, or, if both names mean the same weights, give adapters and --base <model>."
             )
+
+
+def _place(model: str) -> Path | str:
+    """Where a model is: the same for all names of one."""
+    place = resolve_model(model)
+    return place.resolve() if isinstance(place, Path) else place
 
 
 def _settings(found: Sequence[Found], dtype: str | None) -> ModelConfig:
