@@ -141,13 +141,13 @@ def test_new_tokens_of_a_run_are_its_own(talk: Any, place: Path) -> None:
         (["nothing"], 1, "No model 'nothing'"),
         (["a=german", "a=french"], 2, "The name 'a' is given twice"),
         (["a b=german"], 2, "'a b=german' is to be name=path"),
-        (["model", "x=model"], 2, "model and model are one model, which answers once"),
+        (["model", "x=model"], 2, "'model' and 'model' are one model, which answers once"),
         (["run", "--base", "model"], 2, "--base model is the base model of an adapter, and 'run' is a run"),
         (["german", "--max-new-tokens", "0"], 2, "--max-new-tokens must be an integer >= 1"),
         (["german", "--top-p", "0.5"], 2, "--top-p 0.5 says how tokens are drawn, and with --temperature 0 none are"),
         (["german", "--port", "80"], 2, "--port 80 is that of --serve"),
         (["german", "--serve", "--port", "70000"], 2, "--port 70000 is no port"),
-        (["german", "--template", "nothing"], 2, "neither a template's name nor a file"),
+        (["german", "--template", "nothing"], 2, "--template='nothing' is neither a template's name nor a file"),
     ],
 )
 def test_what_cannot_be_done_is_an_error(words: list[str], status: int, text: str, talk: Any) -> None:
@@ -166,9 +166,20 @@ def test_adapters_of_different_bases_are_refused_with_both_names(talk: Any, plac
     )
     status, out, err = talk("french", "moved")
     assert (status, out) == (2, "")
-    assert f"french and moved have different bases: {place / 'model'} and {place / 'copied'}." in err
+    assert f"'french' and 'moved' have different bases: '{place / 'model'}' and '{place / 'copied'}'." in err
     status, out, _ = talk("french", "moved", "--base", "model", typed="Hi\n")
     assert (status, list(answers(out))) == (0, ["model", "french", "moved"])
+
+
+def test_no_control_character_of_an_adapter_s_file_reaches_the_terminal(talk: Any, place: Path) -> None:
+    shutil.copytree(place / "german", place / "hostile", dirs_exist_ok=True)
+    config = json.loads((place / "hostile" / "adapter_config.json").read_text())
+    for base in ("\x1b[2J\x07", "owner/\x1b[2J\x07"):
+        (place / "hostile" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        for words in (["hostile"], ["french", "hostile"]):
+            status, out, err = talk(*words)
+            assert (status, out) == (1, "")
+            assert not {"\x1b", "\x07"} & {*err}
 
 
 def test_an_adapter_that_was_made_for_other_weights_is_refused(talk: Any, place: Path, tmp_path: Path) -> None:
@@ -189,7 +200,7 @@ def test_runs_with_other_settings_of_their_base_are_refused(talk: Any, place: Pa
     assert RunDirectory.open(place / "half").config().model.dtype == "bfloat16"
     status, _, err = talk("run", "half")
     assert status == 2
-    assert "run and half were trained with different settings of their base: model.dtype=auto and bfloat16" in err
+    assert "'run' and 'half' were trained with different settings of their base: model.dtype=auto and bfloat16" in err
     status, out, _ = talk("run", "half", "--dtype", "float32")
     assert status == 0
     assert answers(out)["run"] == answers(out)["half"]

@@ -77,7 +77,7 @@ class Asked:
         model = base.model
         if TEXT not in (kind := kind_of(model)).offers:
             raise ConfigError(
-                f"{self.settings.name} is {kind.words} (model.kind={kind.name}), which writes no text. Give a model "
+                f"{self.settings.name!r} is {kind.words} (model.kind={kind.name}), which writes no text. Give a model "
                 "that does."
             )
         rows = len(model.get_input_embeddings().weight)
@@ -137,9 +137,8 @@ def ask_for(
     _require_one_base(found)
     models = [one.word for one in found if one.adapter is None]
     if len(models) > 1:
-        raise ConfigError(f"{models[0]} and {models[1]} are one model, which answers once. Leave one out.")
-    settings = _settings(found, dtype)
-    return Asked(found, distinct(given), settings, find_template(template) if template else None)
+        raise ConfigError(f"{models[0]!r} and {models[1]!r} are one model, which answers once. Leave one out.")
+    return Asked(found, distinct(given), _settings(found, dtype), None if template is None else _template(template))
 
 
 def _found(subject: Named) -> Found:
@@ -159,8 +158,8 @@ def _require_one_base(found: Sequence[Found]) -> None:
     for other in found[1:]:
         if _place(first.base) != _place(other.base):
             raise ConfigError(
-                f"{first.word} and {other.word} have different bases: {first.base} and {other.base}. One chat has one "
-                "base. Leave one out, or, if both names mean the same weights, give adapters and --base <model>."
+                f"{first.word!r} and {other.word!r} have different bases: {first.base!r} and {other.base!r}. One chat "
+                "has one base. Leave one out, or, if both names mean the same weights, give adapters and --base."
             )
 
 
@@ -168,6 +167,13 @@ def _place(model: str) -> Path | str:
     """Where a model is: the same for all names of one."""
     place = resolve_model(model)
     return place.resolve() if isinstance(place, Path) else place
+
+
+def _template(name: str) -> str:
+    try:
+        return find_template(name)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.template", "--template")) from error
 
 
 def _settings(found: Sequence[Found], dtype: str | None) -> ModelConfig:
@@ -178,7 +184,7 @@ def _settings(found: Sequence[Found], dtype: str | None) -> ModelConfig:
             one, two = getattr(known[0].settings, name), getattr(other.settings, name)
             if one != two and not (name == "dtype" and dtype is not None):
                 raise ConfigError(
-                    f"{known[0].word} and {other.word} were trained with different settings of their base: "
+                    f"{known[0].word!r} and {other.word!r} were trained with different settings of their base: "
                     f"model.{name}={one} and {two}. One chat has one base. Give their adapters (<run>/adapter), or "
                     "leave one out."
                 )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -51,6 +52,11 @@ class Server(ThreadingHTTPServer):
         self.began = int(time.time())
         self.html = page(engine.speakers, options, system).encode()
         super().__init__((LOOPBACK, port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server what this machine is called, as the library's own would."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = LOOPBACK, self.server_address[1]
 
     @property
     def address(self) -> str:
@@ -117,6 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._require_own()
             path = urlsplit(self.path).path
+            if self.command == "GET" and ("Content-Length" in self.headers or "Transfer-Encoding" in self.headers):
+                self.close_connection = True  # a body that is not read is not the next request
             if path in ways:
                 ways[path]()
             elif other is not None:

@@ -73,8 +73,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    from rich.text import Text
+
     from lorafa.chat.engine import Engine
     from lorafa.chat.loading import ask_for
+    from lorafa.chat.printable import printable
     from lorafa.cli.screen import Screen
     from lorafa.launch import require_alone
     from lorafa.train.memory import keep_freed_memory
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     options = options_of(args)
     notices = Screen(stderr=True, quiet=console.quiet)
     asked = ask_for(args.adapters, args.base, args.dtype, args.template)
-    with notices.status(f"Loading {asked.settings.name}"):
+    with notices.status(Text(f"Loading {printable(asked.settings.name)}")):
         speakers = asked.load()
     with Engine(speakers) as engine:
         if args.serve:

@@ -272,6 +272,16 @@ def test_a_page_of_another_host_gets_nothing_by_get_either(server: Server) -> No
         assert refused(send(server, "GET", path, headers={"Host": "evil.example:80"}))[0] == 403
 
 
+def test_the_body_of_a_get_is_not_taken_for_a_request(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.request("GET", "/v1/models", b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    reply = connection.getresponse()
+    assert (reply.status, json.loads(reply.read())["object"]) == (200, "list")
+    assert connection.sock is not None
+    assert connection.sock.recv(100) == b""  # and the connection is over
+    connection.close()
+
+
 def test_a_client_that_goes_away_ends_its_answer(server: Server) -> None:
     jobs = []
     submit = server.engine.submit

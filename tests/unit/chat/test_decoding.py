@@ -13,6 +13,7 @@ from lorafa.chat.options import Options
 from lorafa.chat.speakers import Row, Speakers
 from lorafa.data.records import Message
 from lorafa.evals.generation import Sampling
+from toys.chats import SHAPES, chat_tokenizer, turns
 from toys.language_models import greedy_by_hand
 from toys.speakers import make_speakers
 
@@ -167,6 +168,17 @@ def test_a_conversation_is_asked_through_the_chat_template_and_fills_the_context
     assert made.max_new_tokens == 512 - len(made.prompt)
     with pytest.raises(ValueError, match=r"has 5\d\d tokens for german, and the model's context of 512 leaves no room"):
         SPEAKERS.row(speaker, (Message("user", "a" * 500),), Options())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_conversation_goes_on_after_an_answer_that_is_empty_or_odd(shape: str) -> None:
+    tokenizer = chat_tokenizer("bytes", SHAPES[shape].template)
+    speaker = replace(SPEAKERS.find("tiny"), tokenizer=tokenizer, vocabulary=10**6)
+    for said in ("", " ", "\n\n", "\ufffd", "user: assistant:", "{{ 1 / 0 }}"):
+        asked = turns(("user", "One?"), ("assistant", said), ("user", "Two?"))
+        text = tokenizer.decode(SPEAKERS.row(speaker, asked, Options()).prompt)
+        assert text.index("One?") < text.index("Two?")
+        assert said in text
 
 
 def test_a_text_is_continued_as_it_stands() -> None:
