@@ -45,6 +45,8 @@ class Server(ThreadingHTTPServer):
     """Serves what an engine answers. Use :func:`serving`."""
 
     daemon_threads = True
+    request_queue_size = 128
+    """Connections that wait to be taken: with the usual five, clients that come together are turned away."""
 
     def __init__(self, engine: Engine, options: Options, port: int, system: str | None) -> None:
         """Begin to listen; raises OSError."""
