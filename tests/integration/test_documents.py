@@ -25,7 +25,8 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import lorafa
-from lorafa.cli import generate
+from lorafa.chat.loading import ask_for
+from lorafa.cli import chat, generate
 from lorafa.cli.eval import settings_of
 from lorafa.cli.main import main, parse
 from lorafa.cli.train import longer_of
@@ -329,6 +330,10 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         generate.answering(args)
         find(args.subject, args.base)
         assert prompts_of(args.file)
+    elif words[:2] == ("lorafa", "chat"):
+        args = parse(words[1:])
+        chat.options_of(args)
+        assert ask_for(args.adapters, args.base, args.dtype, args.template).names
     else:
         known = words[:2] in {("lorafa", "train"), ("lorafa", "compare"), ("lorafa", "plan")} or SCRIPT in words
         assert known, "no way to check this command: add one"

@@ -54,7 +54,7 @@ LEVELS = (
     ("train", "costs", "inspection"),
     ("conf",),
     ("runs",),
-    ("report",),
+    ("report", "chat"),
     ("cli",),
     ("scripts",),
 )
