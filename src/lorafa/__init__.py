@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     )
     from lorafa.config import LoraConfig, PeftConfig
     from lorafa.errors import LoraError
+    from lorafa.export.job import export_adapter
+    from lorafa.io.convert import convert_to_lora, save_as_lora
+    from lorafa.io.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
     from lorafa.io.load import check_if_peft_model, load_peft_weights
     from lorafa.io.state import (
         get_base_model_state_dict,
@@ -69,11 +72,16 @@ if TYPE_CHECKING:
     from lorafa.surgery.dequantize import merge_into_dense
     from lorafa.surgery.given import get_peft_config
     from lorafa.surgery.gradients import check_gradients
+    from lorafa.surgery.hotswap import check_hotswap_configs_compatible
+    from lorafa.surgery.intruders import reduce_intruder_dimension
+    from lorafa.surgery.kappa import KappaTuneSelector, find_kappa_target_modules
     from lorafa.surgery.lora_model import LoraModel, inject_adapter_in_model
     from lorafa.surgery.mutate import mutate_base, restore_base
     from lorafa.surgery.penalty import penalty
+    from lorafa.surgery.precision import cast_mixed_precision_params
     from lorafa.surgery.prepare import prepare_model_for_kbit_training
     from lorafa.surgery.scale import rescale_adapter_scale
+    from lorafa.surgery.slots import prepare_model_for_compiled_hotswap
     from lorafa.surgery.status import get_layer_status, get_model_status
 
 __all__ = [
@@ -89,6 +97,7 @@ __all__ = [
     "Combination",
     "CordaConfig",
     "EvaConfig",
+    "KappaTuneSelector",
     "KasaConfig",
     "LoftQConfig",
     "LoraConfig",
@@ -113,10 +122,13 @@ __all__ = [
     "TaskType",
     "VeloraConfig",
     "__version__",
+    "cast_mixed_precision_params",
     "check_gradients",
+    "check_hotswap_configs_compatible",
     "check_if_peft_model",
     "choose_ranks",
     "collect_statistics",
+    "convert_to_lora",
     "create_arrow_model",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
@@ -124,6 +136,8 @@ __all__ = [
     "create_preconditioned_adamw",
     "create_riemannian_optimizer",
     "estimate_gradients",
+    "export_adapter",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -131,6 +145,8 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "initialize",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
@@ -138,12 +154,15 @@ __all__ = [
     "merge_into_dense",
     "mutate_base",
     "penalty",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "reduce_intruder_dimension",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "restore_base",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "start_from",
@@ -163,6 +182,7 @@ _HOMES = {
     "Combination": "lorafa.surgery.combination",
     "CordaConfig": "lorafa.settings.methods",
     "EvaConfig": "lorafa.settings.methods",
+    "KappaTuneSelector": "lorafa.surgery.kappa",
     "KasaConfig": "lorafa.settings.methods",
     "LoftQConfig": "lorafa.settings.methods",
     "LoraConfig": "lorafa.config",
@@ -186,10 +206,13 @@ _HOMES = {
     "Statistics": "lorafa.starts.statistics",
     "TaskType": "lorafa.settings.methods",
     "VeloraConfig": "lorafa.settings.methods",
+    "cast_mixed_precision_params": "lorafa.surgery.precision",
     "check_gradients": "lorafa.surgery.gradients",
+    "check_hotswap_configs_compatible": "lorafa.surgery.hotswap",
     "check_if_peft_model": "lorafa.io.load",
     "choose_ranks": "lorafa.starts.ranks",
     "collect_statistics": "lorafa.starts.initialize",
+    "convert_to_lora": "lorafa.io.convert",
     "create_arrow_model": "lorafa.compat.arrow",
     "create_lorafa_optimizer": "lorafa.optimizers",
     "create_loraplus_optimizer": "lorafa.optimizers",
@@ -197,6 +220,8 @@ _HOMES = {
     "create_preconditioned_adamw": "lorafa.optimizers",
     "create_riemannian_optimizer": "lorafa.optimizers",
     "estimate_gradients": "lorafa.starts.preprocess",
+    "export_adapter": "lorafa.export.job",
+    "find_kappa_target_modules": "lorafa.surgery.kappa",
     "get_base_model_state_dict": "lorafa.io.state",
     "get_eva_state_dict": "lorafa.starts.eva",
     "get_layer_status": "lorafa.surgery.status",
@@ -204,6 +229,8 @@ _HOMES = {
     "get_peft_config": "lorafa.surgery.given",
     "get_peft_model": "lorafa.peft_model",
     "get_peft_model_state_dict": "lorafa.io.state",
+    "hotswap_adapter": "lorafa.io.hotswap",
+    "hotswap_adapter_from_state_dict": "lorafa.io.hotswap",
     "initialize": "lorafa.starts.initialize",
     "initialize_lora_eva_weights": "lorafa.starts.eva",
     "inject_adapter_in_model": "lorafa.surgery.lora_model",
@@ -211,12 +238,15 @@ _HOMES = {
     "merge_into_dense": "lorafa.surgery.dequantize",
     "mutate_base": "lorafa.surgery.mutate",
     "penalty": "lorafa.surgery.penalty",
+    "prepare_model_for_compiled_hotswap": "lorafa.surgery.slots",
     "prepare_model_for_kbit_training": "lorafa.surgery.prepare",
     "preprocess_corda": "lorafa.starts.preprocess",
     "preprocess_loraga": "lorafa.starts.preprocess",
+    "reduce_intruder_dimension": "lorafa.surgery.intruders",
     "replace_lora_weights_loftq": "lorafa.starts.loftq",
     "rescale_adapter_scale": "lorafa.surgery.scale",
     "restore_base": "lorafa.surgery.mutate",
+    "save_as_lora": "lorafa.io.convert",
     "set_base_model_state_dict": "lorafa.io.state",
     "set_peft_model_state_dict": "lorafa.io.state",
     "start_from": "lorafa.starts.initialize",

@@ -192,7 +192,13 @@ class Adapter:
     """Why the layer starts as by default instead of as the config says."""
     has_bias: bool = False
     """Whether B was made with a bias."""
+    slots: int | None = None
+    """How many ranks A and B have room for, where that was settled for adapters to come: those beyond ``rank`` are
+    zeros, which no file holds."""
+    is_empty: bool = False
+    """Whether it was exchanged for an adapter that has nothing on this layer: it changes nothing, no file holds it."""
     _scaling: float | Tensor = field(init=False)
+    _held: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._scaling = self.initial_scaling
@@ -219,7 +225,24 @@ class Adapter:
                 "The scaling of an adapter gets no gradient, and the tensor requires one. Pass scaling.detach()."
             )
         self.layer.before_rescaling()
-        self._scaling = value
+        if self._held is not None and self._scaling is self._held and not isinstance(value, Tensor):
+            self._held.fill_(value)
+        else:
+            self._scaling = value
+
+    def hold_scaling(self) -> None:
+        """Keep the scaling in a tensor of its own from now on: a number is written into that, and compiled code and
+        captured graphs see it."""
+        A = self.A
+        held = torch.empty((), dtype=working_dtype(A.dtype), device="cpu" if A.is_meta else A.device)
+        self._held = held.copy_(self._scaling) if isinstance(self._scaling, Tensor) else held.fill_(self._scaling)
+        self._scaling = self._held
+
+    def move_held(self) -> None:
+        """Let the tensor of :meth:`hold_scaling` follow A to its device."""
+        if self._held is not None and not self.A.is_meta and self._held.device != self.A.device:
+            moved = self._held.to(self.A.device)
+            self._held, self._scaling = moved, moved if self._scaling is self._held else self._scaling
 
     @property
     def A(self) -> Tensor:
@@ -412,8 +435,16 @@ class Variant(ABC):
     """Whether :meth:`penalty` counts by its mean over layers, as the method has it, and not by the sum."""
     takes_bias: bool = False
     """Whether the formula has a place for a bias of B (``lora_bias``)."""
+    takes_empty_ranks: bool = False
+    """Whether a row of A and a column of B that are zero add nothing, and no other tensor has an entry a rank."""
     inner: Variant | None = None
     """The formula inside; None for one of the first stage."""
+    follows: bool = False
+    """Whether :meth:`changed` does anything: set for formulas that have one of their own, and for those over them."""
+
+    def __init_subclass__(cls) -> None:
+        if "changed" in vars(cls):
+            cls.follows = True
 
     def __init__(self, inner: Variant | None = None) -> None:
         if inner is not None:
@@ -426,7 +457,9 @@ class Variant(ABC):
             self.reads_call = self.reads_call or inner.reads_call
             self.gathers = self.gathers or inner.gathers
             self.one_product = self.one_product and inner.one_product
+            self.takes_empty_ranks = self.takes_empty_ranks and inner.takes_empty_ranks
             self.call_arguments = self.call_arguments | inner.call_arguments
+            self.follows = self.follows or inner.follows
             self.factors_are_stored = inner.factors_are_stored
             self.peft_stores = inner.peft_stores
             self.name = self.name if inner.is_plain_lora else f"{self.name} over {inner.name}"
@@ -535,6 +568,18 @@ class Variant(ABC):
             f"The update of {self.name} changes with the input, so there is no matrix that could be added to the "
             "weight. Keep the adapter beside it."
         )
+
+    def row_gain(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
+        """g (out,) of a formula whose whole weight is diag(g) (W + s B A); None where it has no such g.
+
+        Args:
+            weight: the base weight (out, in).
+        """
+        return None if self.inner is None else self.inner.row_gain(adapter, weight)
+
+    def extras_of_gain(self, gain: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
+        """The extras with which :meth:`row_gain` of these dense factors is ``gain`` (out,)."""
+        return {} if self.inner is None else self.inner.extras_of_gain(gain, weight, A, B, scaling)
 
     @abstractmethod
     def delta_output(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ class PeftModel(AdaptedModel):
             autocast_adapter_dtype: keep the adapter in float32 where the base is float16 or bfloat16.
             ephemeral_gpu_offload: not read, nor is ``torch_device``: an adapter goes to the device of its layer.
             low_cpu_mem_usage: make the factors on the meta device before they are filled.
-            key_mapping: regular expression -> replacement, applied to every key of the file in turn.
+            key_mapping: regular expression -> replacement; in each key of the file, without the prefix
+                ``base_model.model.``, the first that occurs is replaced.
             options: see :class:`lorafa.io.load.LoadOptions`.
 
         Raises:
@@ -103,8 +104,9 @@ class PeftModel(AdaptedModel):
         """
         wrapped = cls(model)
         stored = load.read(
-            model_id, "from_pretrained", is_trainable=is_trainable, config=config, key_mapping=key_mapping, **options
-        )
+            model_id, "from_pretrained", model, is_trainable=is_trainable, config=config, key_mapping=key_mapping,
+            **options,
+        )  # fmt: skip
         load.take_in(
             wrapped.base_model, stored, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), options
         )
@@ -137,7 +139,10 @@ class PeftModel(AdaptedModel):
             SourceError, CheckpointError, ConfigError, TargetError: as :meth:`from_pretrained`; nothing was changed.
             AdapterError: the adapter that is there is merged.
         """
-        stored = load.read(model_id, "load_adapter", is_trainable=is_trainable, key_mapping=key_mapping, **options)
+        stored = load.read(
+            model_id, "load_adapter", self.base_model.model, is_trainable=is_trainable, key_mapping=key_mapping,
+            **options,
+        )  # fmt: skip
         if adapter_name in self.peft_config:
             load.fill(self.base_model, stored, adapter_name, options)
         else:
@@ -286,6 +291,10 @@ class PeftModel(AdaptedModel):
     def resize_token_embeddings(self, *args: Any, **settings: Any) -> Any:
         """As the wrapped model's; see :meth:`LoraModel.resize_token_embeddings` for errors."""
         return self.base_model.resize_token_embeddings(*args, **settings)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether :func:`lorafa.convert_to_lora` can make plain LoRA of an adapter; not of aLoRA, Arrow and GOAT."""
+        return self.base_model.supports_lora_conversion(adapter_name)
 
     def _get_name(self) -> str:  # by which transformers' trainers know whether labels are to be shifted
         return str(self.get_base_model()._get_name())  # type: ignore[no-untyped-call]

@@ -25,13 +25,18 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import lorafa
-from lorafa.cli import generate
+from lorafa.chat.loading import ask_for
+from lorafa.cli import chat, generate
 from lorafa.cli.eval import settings_of
 from lorafa.cli.main import main, parse
 from lorafa.cli.train import longer_of
 from lorafa.conf.compose import compose, options
 from lorafa.data.nbest import read_nbest
 from lorafa.data.unanswered import prompts_of
+from lorafa.inspection.updates import updates_of
+from lorafa.io.adapter_files import read_adapter
+from lorafa.models.load import resolve_model
+from lorafa.runs.adapters import adapter_in
 from lorafa.runs.comparison import Plan
 from lorafa.runs.record import RunDirectory
 from lorafa.runs.subjects import find
@@ -43,6 +48,7 @@ from lorafa.scripts.run_exp import parse as parse_script
 from lorafa.train.adapter_config import lora_config
 from toys.kinds import make_t5
 from toys.language_models import SMALL, llama
+from toys.layouts import write
 from toys.places import ROOT
 from toys.recipes import recipe
 from toys.records import write_rows
@@ -124,6 +130,8 @@ def _batches() -> list[dict[str, Any]]:
 
 NAMES: dict[str, dict[str, Callable[[], Any]]] = {
     "docs/combining.md": {"base": _base},
+    "docs/inspecting.md": {"model": _adapted},
+    "docs/loading.md": {"base": _base},
     "docs/optimizers.md": {"model": _adapted, "rows": _rows},
     "docs/peft.md": {
         "model": _adapted,
@@ -138,6 +146,7 @@ FILES = {
     "path/to/model": "a model folder: the reader's own",
     "path/to/t5": "another one: an encoder with a decoder",
     "mine.jsonl": "records of the reader's own",
+    "mine.txt": "a text of the reader's own",
     "reviews.jsonl": "texts, each with its class",
     "lists.jsonl": "n-best lists",
     "heldout.jsonl": "others of them",
@@ -147,6 +156,7 @@ FILES = {
     "poems": "another one, of the same base",
     "recipes": "the folder of the repository",
     "runs/20260101-120000-lora-r16": "a run of the reader's own, of which the adapter is there",
+    "adapters": "an adapter as mlx_lm.lora writes it",
     "runs/first": "a finished run, with all that a report reads",
     "runs/second": "another one",
 }
@@ -186,6 +196,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mine.jsonl", "short.jsonl"):
         (made / name).write_text("\n".join(map(json.dumps, rows)))
     write_rows(made / "more.csv", rows)
+    (made / "mine.txt").write_text("Ann has 3 apples.")
     reviews = [{"prompt": f"film {at} is {word}", "completion": word} for at in range(10) for word in ("good", "bad")]
     (made / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
     listed = {"hypotheses": [{"text": text, "score": 1.0} for text in ("a cat", "a hat")], "reference": "a cat"}
@@ -201,6 +212,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     RunDirectory.create(made / "runs" / "20260101-120000-lora-r16", compose(["model=path/to/model"]))
     for number, name in enumerate(("first", "second")):
         make_run(made / "runs" / name, loss=1.0 + number, rank=8 + number)
+    layers = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    factors = {f"{layer}.lora_a": torch.ones(32, 4) for layer in layers}
+    factors |= {f"{layer}.lora_b": torch.ones(4, 32) for layer in layers}
+    numbers = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}
+    write(made / "adapters", factors, numbers, "adapters.safetensors")
     assert {path.name for path in made.iterdir()} == {name.partition("/")[0] for name in FILES}
     return made
 
@@ -276,7 +292,7 @@ LAUNCHERS: dict[str, Callable[[], Any]] = {"torchrun": get_args_parser, "acceler
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_runs_or_its_settings_are_those_of_the_command(
-    words: tuple[str, ...], there: None, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], there: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     if words[0] == "make":
         for target in words[1:]:
@@ -292,6 +308,9 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
     elif words[:2] in {("lorafa", "params"), ("lorafa", "report"), ("lorafa", "combine")} or words[:3] in PLANNED:
         assert main(list(words[1:])) == 0
+    elif words[:2] == ("lorafa", "export"):
+        at = words.index("--out") + 1
+        assert main([*words[1:at], str(tmp_path / words[at]), *words[at + 1 :]]) == 0
     elif words[:2] == ("python", "recipes/rescoring.py"):
         read = recipe("rescoring").parse(words[2:])
         assert read_nbest(read.train)
@@ -299,12 +318,22 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
     elif words[:2] == ("lorafa", "eval"):
         args = parse(words[1:])
         settings_of([find(word) for word in args.overrides if "=" not in word], [w for w in args.overrides if "=" in w])
+    elif words[:2] == ("lorafa", "inspect"):
+        args = parse(words[1:])
+        for name in (args.adapter, args.other):
+            assert name is None or updates_of(read_adapter(adapter_in(name)))
+        assert args.base is None or resolve_model(args.base)
+        assert args.text is None or Path(args.text).is_file()
     elif words[:2] == ("lorafa", "generate"):
         args = parse(words[1:])
         generate.settings_of(args.overrides)
         generate.answering(args)
         find(args.subject, args.base)
         assert prompts_of(args.file)
+    elif words[:2] == ("lorafa", "chat"):
+        args = parse(words[1:])
+        chat.options_of(args)
+        assert ask_for(args.adapters, args.base, args.dtype, args.template).names
     else:
         known = words[:2] in {("lorafa", "train"), ("lorafa", "compare"), ("lorafa", "plan")} or SCRIPT in words
         assert known, "no way to check this command: add one"

@@ -51,10 +51,11 @@ LEVELS = (
     ("peft_model",),
     ("alignment",),
     ("compat", "starts"),
-    ("train", "costs"),
+    ("export",),
+    ("train", "costs", "inspection"),
     ("conf",),
     ("runs",),
-    ("report",),
+    ("report", "chat"),
     ("cli",),
     ("scripts",),
 )
@@ -155,6 +156,7 @@ ASKED_ELSEWHERE = {
     ("surgery/auxiliary.py", "TrainableTokensWrapper"): "as the line before",
     ("starts/eva.py", "eva"): "EVA's own functions, as PEFT calls them",
     ("starts/preprocess.py", "corda"): "one function is CorDA's own, as PEFT calls it",
+    ("io/layouts/mlx.py", "dora"): "no formula, but MLX's word in its configs",
     ("io/card.py", "lora"): "no formula, but a tag of model cards",
     ("runs/formats.py", "lora_ga"): "what earlier versions have written under that name",
     ("train/trainer.py", "random"): "no start, but transformers' name of an order of rows",
@@ -271,7 +273,10 @@ def test_the_public_names_load_torch_and_nothing_of_the_training_stack() -> None
     assert loaded & (HEAVY | {"yaml", "rich", "torch._dynamo"}) == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["params", "--help"], ["report", "--help"], ["nope"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], *([name, "--help"] for name in ("params", "report", "inspect", "export")), ["nope"]],
+)
 def test_what_runs_nothing_loads_no_package(arguments: list[str]) -> None:
     assert _loaded_by_command(*arguments) & (HEAVY | {"torch", "numpy", "yaml", "rich"}) == set()
 

@@ -152,7 +152,7 @@ def test_base_weights_are_named_as_in_peft_and_can_be_replaced(merged: bool) -> 
     for key, value in lorafa.get_base_model_state_dict(ours).items():
         assert torch.equal(value, other[key])
         assert torch.equal(peft.get_base_model_state_dict(theirs)[key], other[key])
-    with pytest.raises(lorafa.LoraError, match=r"The state dict of the base does not(.|\n)*missing in the file \(1\)"):
+    with pytest.raises(lorafa.LoraError, match=r"The state dict does not fit the base(.|\n)*missing in the file \(1\)"):
         lorafa.set_base_model_state_dict(ours, {key: other[key] for key in list(other)[1:]})
     some = lorafa.set_base_model_state_dict(ours, {"head.bias": torch.zeros(3), "more": torch.zeros(1)}, strict=False)
     assert len(some.missing_keys) == len(other) - 1

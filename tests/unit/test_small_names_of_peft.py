@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -109,8 +110,13 @@ def test_the_tensors_of_a_file_by_their_names_there(tmp_path: Path) -> None:
     found = lorafa.load_peft_weights(tmp_path, device="cpu")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
-    renamed = lorafa.load_peft_weights(tmp_path, key_mapping={r"base_model\.model\.": "", "first": "one"})
-    assert renamed.keys() == {key.removeprefix("base_model.model.").replace("first", "one") for key in expected}
+    mapping = {"^first": "one", "lora_A": "x", "base_model": "y"}
+    renamed = lorafa.load_peft_weights(tmp_path, key_mapping=mapping)
+    mapped = {key: key.replace(".first", ".one") for key in expected}
+    mapped = {key: new if new != key else key.replace("lora_A", "x") for key, new in mapped.items()}
+    assert renamed.keys() == set(mapped.values()), "the first that occurs, and never in the prefix"
+    theirs = peft.load_peft_weights(str(tmp_path), "cpu", key_mapping=mapping)
+    assert renamed.keys() == theirs.keys()
     assert lorafa.load_peft_weights(tmp_path, "meta")["base_model.model.first.lora_A.weight"].is_meta
     lorafa.set_peft_model_state_dict(get_peft_model(Model(), config()), found)
     torch.save(expected, tmp_path / "adapter_model.bin")

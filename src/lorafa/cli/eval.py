@@ -105,7 +105,9 @@ def _say(
     console: Console,
 ) -> None:
     if as_json:
-        console.print_json(data=_finite(rows))
+        from lorafa.report.values import finite
+
+        console.print_json(data=finite(rows))
         return
     console.print(table(rows), crop=False)
     comparisons = max((row.get("comparisons", 1) for row in rows), default=1)
@@ -291,18 +293,10 @@ def _bounds(bounds: Sequence[float] | None, sign: str = "") -> str:
     return f"{bounds[0]:{sign}.4f} to {bounds[1]:{sign}.4f}"
 
 
-def _finite(value: Any) -> Any:
-    """The same for JSON, which knows no infinite numbers."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _write(
     file: str, subjects: Sequence[Named], found: Mapping[str, Sequence[Scores]], rows: Sequence[Mapping[str, Any]]
 ) -> None:
+    from lorafa.report.values import finite
     from lorafa.storage.paths import user_path
     from lorafa.storage.whole import write_json
 
@@ -317,4 +311,4 @@ def _write(
         for subject, score in zip(subjects, scores, strict=True)
         if score.measured is not None or score.answers
     ]
-    write_json(user_path(file), _finite({"rows": list(rows), "items": of_items}))
+    write_json(user_path(file), finite({"rows": list(rows), "items": of_items}))

@@ -62,7 +62,8 @@ class AutoPeftModel:
                 and everything else goes to the base model's ``from_pretrained``; those about the Hub to both.
 
         Raises:
-            ConfigError: the config names no base, or neither a task nor a class of transformers.
+            ConfigError: the config names no base, or neither a task nor a class of transformers; or the task that
+                it names is not this class's.
             SourceError: the adapter or the base cannot be found or loaded.
             As :meth:`lorafa.PeftModel.from_pretrained`.
         """
@@ -88,7 +89,18 @@ class AutoPeftModel:
 
     @classmethod
     def _loader(cls, config: LoraConfig) -> str:
-        """The name of transformers' class that loads the base."""
+        """The name of transformers' class that loads the base.
+
+        Raises:
+            ConfigError: the adapter was made for another task, or it is not known what for.
+        """
+        if cls.task is not None and isinstance(config.task_type, TaskType) and config.task_type is not cls.task:
+            right = next(one for one in AutoPeftModel.__subclasses__() if one.task is config.task_type)
+            raise ConfigError(
+                f"The adapter was made for {config.task_type.value}, and {cls.__name__} loads its base for "
+                f"{cls.task.value}, which would give it a head it was not trained with. Use {right.__name__}, or load "
+                "the base and call PeftModel.from_pretrained(base, path)."
+            )
         task, made_for = cls.task or config.task_type, config.auto_mapping or {}
         if isinstance(task, TaskType):
             return _LOADERS[task]
@@ -102,10 +114,11 @@ class AutoPeftModel:
 
 
 def load_base(source: str | Path, base: str | Path | None = None) -> Any:
-    """The base model of an adapter, as it is stored, without the adapter.
+    """The base model of an adapter, as it is stored and in eval mode, without the adapter.
 
     Args:
-        source: folder or Hub repository of the adapter, whose config says what kind of model it is for.
+        source: folder or Hub repository of the adapter, whose config says what kind of model it is for; where it does
+            not, the base's own does.
         base: folder or Hub repository of the base, in place of the one the config names.
 
     Raises:
@@ -114,12 +127,14 @@ def load_base(source: str | Path, base: str | Path | None = None) -> Any:
     config = LoraConfig.from_pretrained(source)
     if base is not None:
         config = replace(config, base_model_name_or_path=str(base), revision=None)
-    model = _base_model(AutoPeftModel._loader(config), config, {"dtype": "auto"})
+    says = config.task_type is not None or config.auto_mapping is not None
+    loader = AutoPeftModel._loader(config) if says else None
+    model = _base_model(loader, config, {"dtype": "auto"}).eval()
     _resize(model, source, None, {})
     return model
 
 
-def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> Any:
+def _base_model(loader: str | None, config: LoraConfig, arguments: dict[str, Any]) -> Any:
     name = config.base_model_name_or_path
     if name is None:
         raise ConfigError(
@@ -132,6 +147,8 @@ def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> A
         raise SourceError(
             "Loading a base model needs a package that is not installed. Run: pip install transformers"
         ) from error
+    if loader is None:
+        loader = _architecture(name, config.revision)
     kind = getattr(transformers, loader, None)
     if kind is None:
         raise ConfigError(
@@ -145,6 +162,19 @@ def _base_model(loader: str, config: LoraConfig, arguments: dict[str, Any]) -> A
             f"The base model {name!r} that the adapter names could not be loaded: {first_line(error)}. Load it from "
             "where it is and call PeftModel.from_pretrained(base, path)."
         ) from error
+
+
+def _architecture(name: str, revision: str | None) -> str:
+    """The class of transformers that a model's own config names."""
+    import transformers
+
+    try:
+        found = transformers.AutoConfig.from_pretrained(name, revision=revision).architectures
+    except (OSError, ValueError, ConnectionError) as error:
+        raise SourceError(
+            f"The base model {name!r} that the adapter names could not be found: {first_line(error)}. Name another one."
+        ) from error
+    return str(found[0]) if found else "AutoModelForCausalLM"
 
 
 def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> None:

@@ -107,7 +107,7 @@ def generate_ids(
     from transformers import GenerationConfig
 
     check_prompts(model, prompts, max_new_tokens)
-    stops = _end_ids(model, tokenizer, ends)
+    stops = end_ids(model, tokenizer, ends)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
     how = {"do_sample": False} if sampling is None else {"do_sample": True, "top_k": 0, **sampling.arguments()}
     settings = GenerationConfig(
@@ -115,7 +115,7 @@ def generate_ids(
         max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad,
     )  # fmt: skip
     if encoder := encodes(model):
-        settings.decoder_start_token_id = _decoder_start(model)
+        settings.decoder_start_token_id = decoder_start(model)
     device = device_of(model)
     # Where the model is spread over processes, one that is done goes on with the others.
     spread = {"synced_gpus": True} if any(map(can_be_gathered, model.parameters())) else {}
@@ -127,14 +127,14 @@ def generate_ids(
     def written(rows: list[int]) -> list[list[int]]:
         if sampling is not None:  # a batch is drawn as it would be in one process
             torch.manual_seed(seed_at(sampling.seed, rows[0]))
-        ids, mask = _padded([prompts[i] for i in rows], pad, left=not encoder)
+        ids, mask = padded([prompts[i] for i in rows], pad, left=not encoder)
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, **spread
         )
         return [_until(stops, answer, keep_end) for answer in out[:, begins(ids) :].tolist()]
 
     drawn = nullcontext() if sampling is None else torch.random.fork_rng()
-    with evaluating(model), reading_last_positions(model), _without_own_settings(model), drawn:
+    with evaluating(model), reading_last_positions(model), without_own_settings(model), drawn:
         return by_length(written, [len(prompt) for prompt in prompts], batch_size, progress)
 
 
@@ -225,7 +225,7 @@ def context_of(model: PreTrainedModel) -> int | None:
     return found
 
 
-def _padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, int64 (rows, longest): a decoder goes on at the right edge, an encoder counts its
     positions from the left one."""
     longest = max(map(len, rows))
@@ -237,7 +237,7 @@ def _padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[Tensor, Te
     return torch.tensor([filled(row, pad) for row in rows]), torch.tensor([filled([1] * len(row), 0) for row in rows])
 
 
-def _decoder_start(model: Any) -> int:
+def decoder_start(model: Any) -> int:
     """The token that the decoder is given first, as in training."""
     own = getattr(model, "generation_config", None)
     for said in (model.config, own):
@@ -251,7 +251,7 @@ def _decoder_start(model: Any) -> int:
 
 
 @contextmanager
-def _without_own_settings(model: Any) -> Iterator[None]:
+def without_own_settings(model: Any) -> Iterator[None]:
     """The model's own generation config is blank inside the block: what it says fills whatever ours leaves open.
 
     A list of neutral values would have to know every field that there is, and those still to come.
@@ -271,7 +271,7 @@ def _without_own_settings(model: Any) -> Iterator[None]:
                 del module.generation_config
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: Iterable[int]) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: Iterable[int]) -> list[int]:
     """Every token after which an answer is over."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = own if isinstance(own, list | tuple) else [own]

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +17,8 @@ from lorafa.initializers.settings import START_SETTINGS
 from lorafa.io.card import write_card
 from lorafa.io.file_config import file_config
 from lorafa.io.find import WEIGHTS_NAME, find_adapter_files
+from lorafa.io.key_names import renamed
+from lorafa.io.layouts.base import Raw
 from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, without_prefix
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
@@ -36,7 +33,7 @@ from lorafa.storage.tensors import (
     whole,
     write_tensors,
 )
-from lorafa.storage.whole import make_folder, write_json
+from lorafa.storage.whole import make_folder, read_json, staged, write_json
 from lorafa.surgery.available import require_available
 from lorafa.surgery.walk import Place, lora_layers, places, pristine_of, uncompiled
 from lorafa.variants import switches, variant_types
@@ -45,6 +42,8 @@ from lorafa.version import VERSION
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+Convert = Callable[[Raw], "tuple[LoraConfig, dict[str, Tensor]] | None"]
+"""Makes config and tensors of a file that is in another layout, or for other layers; None: it is as it should be."""
 _CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", *START_SETTINGS)
 
 
@@ -190,7 +189,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor
         CheckpointError: a file could not be written; what was there before is as it was.
     """
     public = {field: value for field, value in config.to_dict().items() if field not in LORAFA_ONLY}
-    with _staged(make_folder(folder)) as stage:
+    with staged(make_folder(folder)) as stage:
         write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, to_metadata(side))
         write_json(stage / CONFIG_NAME, public)
 
@@ -247,21 +246,6 @@ def _is_spread(layer: LoraLayer) -> bool:
     return weight is not None and is_part(weight, 2)
 
 
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder to write to, whose files take their places in ``folder`` together, once all of them are written."""
-    stage = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        make_folder(stage)
-        yield stage
-        for path in stage.iterdir():
-            os.replace(path, folder / path.name)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(stage), str(folder))) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def read_adapter(
     source: str | Path,
     *,
@@ -269,46 +253,71 @@ def read_adapter(
     config: LoraConfig | None = None,
     allow_pickle: bool = False,
     use_safetensors: bool | None = None,
+    weight_name: str | None = None,
+    of_others: Sequence[str] = (),
     key_mapping: Mapping[str, str] | None = None,
     inference_mode: bool = True,
+    convert: Convert | None = None,
     **hub: Unpack[HubOptions],
 ) -> StoredAdapter:
-    """Read an adapter from a folder or the Hub, the config first; nothing of any model is needed or touched.
+    """Read an adapter from a folder or the Hub, the config first; nothing of any model is touched.
 
     Args:
         config: use this config instead of the stored one.
         inference_mode: what the config says of it.
         allow_pickle: also read a ``.bin`` file (with ``weights_only=True``).
         use_safetensors: True reads no ``.bin`` file, False nothing else.
-        key_mapping: regular expression -> replacement, applied to every key in turn.
+        weight_name, of_others: as for :func:`lorafa.io.find.find_adapter_files`.
+        key_mapping: as for :func:`lorafa.io.key_names.renamed`.
+        convert: makes of a file in the layout of another program, or for another version of the model, what PEFT
+            would have for this one; None where there is nothing to do. Without it PEFT's layout alone is read.
 
     Raises:
         SourceError: folder, repository or file missing, or the Hub cannot be reached.
         CheckpointError: the file is damaged, holds inf or nan, or is a pickle and ``allow_pickle`` is False.
         ConfigError, NotAvailableError: the stored config is not one lorafa can carry out.
+        As ``convert``.
     """
-    files = find_adapter_files(source, subfolder=subfolder, use_safetensors=use_safetensors, **hub)
-    side = from_metadata(read_header(files.weights))
-    if config is None:
+    files = find_adapter_files(
+        source, subfolder=subfolder, use_safetensors=use_safetensors, weight_name=weight_name, of_others=of_others,
+        **hub,
+    )  # fmt: skip
+    header = read_header(files.weights)
+    side, given = from_metadata(header), config
+    values = {} if files.config is None else read_json(files.config)
+    if config is not None:
+        config = replace(config, inference_mode=inference_mode)
+    elif files.config is not None and ("peft_type" in values or convert is None):
         original, own = side.get("start", side.get("config", {})), side.get("own", {})
         changed = {key: original[key] for key in _changed() if key in original}
         changed |= {key: own[key] for key in LORAFA_ONLY if key in own}
         config = read_config(files.config, changed | {"inference_mode": inference_mode})
-    else:
-        config = replace(config, inference_mode=inference_mode)
-    require_available(config)
-    tensors = renamed(read_tensors(files.weights, allow_pickle=allow_pickle)[0], key_mapping)
+    if config is not None:
+        require_available(config)
+    tensors = without_prefix(renamed(read_tensors(files.weights, allow_pickle=allow_pickle)[0], key_mapping))
+    found = convert(Raw(files.weights, values, given, tensors, header)) if convert is not None else None
+    if found is not None:
+        return _converted(files.weights, *found, side, inference_mode)
+    if config is None:
+        config = read_config(files.require_config())
     return StoredAdapter(
-        files.weights, config, without_prefix(tensors), side.get("base", {}), side.get("fallbacks", {}),
-        "start" in side, side.get("quantized", {}),
+        files.weights, config, tensors, side.get("base", {}), side.get("fallbacks", {}), "start" in side,
+        side.get("quantized", {}),
     )  # fmt: skip
 
 
-def renamed(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """The tensors with each regular expression of ``key_mapping`` replaced in every key, in turn."""
-    for pattern, replacement in (key_mapping or {}).items():
-        tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
-    return tensors
+def _converted(
+    path: Path, config: LoraConfig, tensors: dict[str, Tensor], side: Mapping[str, Any], inference_mode: bool
+) -> StoredAdapter:
+    """What a file holds for other layers than those it was made for: plain LoRA, of which no base is known."""
+    if side.get("quantized"):
+        raise CheckpointError(
+            f"{path} was made with a start that quantizes the base, on layers that this model does not have. Merge it "
+            "into the model it was made for. Nothing was loaded."
+        )
+    config = replace(config, inference_mode=inference_mode)
+    require_available(config)
+    return StoredAdapter(path, config, tensors, {}, {}, False, {})
 
 
 def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:

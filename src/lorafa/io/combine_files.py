@@ -51,7 +51,7 @@ def why_base(sources: Sequence[str | Path]) -> str | None:
 def require_one_named_base(sources: Sequence[str | Path]) -> None:
     """Raises AdapterError where the configs of adapters name different base models, ConfigError where one is needed and
     none is named."""
-    configs = {str(source): read_config(find_adapter_files(source).config) for source in sources}
+    configs = {str(source): read_config(find_adapter_files(source).require_config()) for source in sources}
     named = {source: c.base_model_name_or_path for source, c in configs.items() if c.base_model_name_or_path}
     if len(set(named.values())) > 1:
         _raise_other_bases(named)

@@ -15,6 +15,7 @@ from lorafa.initializers.base import Initializer
 from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.peft_format import adapted_layers, has_start
 from lorafa.layers.base import LoraLayer
+from lorafa.surgery.doubled import doubled
 from lorafa.surgery.walk import lora_layers
 
 
@@ -41,16 +42,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
         return replace(config, init_lora_weights=True, **NO_SETTINGS)
     if not all(layer.adapters[name].variant.stacks_start for layer in layers):
         return config
-    factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
-    return replace(
-        config,
-        r=config.r * 2,
-        lora_alpha=config.lora_alpha * factor,
-        rank_pattern={key: value * 2 for key, value in config.rank_pattern.items()},
-        alpha_pattern={key: value * factor for key, value in config.alpha_pattern.items()},
-        init_lora_weights=True,
-        **NO_SETTINGS,
-    )
+    return doubled(config)
 
 
 def _for_peft(config: LoraConfig, variants: Sequence[Variant], *, stacked: bool) -> LoraConfig:

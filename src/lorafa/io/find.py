@@ -1,27 +1,48 @@
-"""Where the two files of an adapter are, in a folder or on the Hub."""
+"""Where the files of an adapter are, in a folder or on the Hub, whichever program wrote them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafa.config import CONFIG_NAME
+from lorafa.errors import ConfigError, SourceError, shorten
 from lorafa.storage.hub import HubOptions, locate
+from lorafa.storage.paths import user_path
+from lorafa.storage.tensors import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_WITH_CONFIG = (WEIGHTS_NAME, PICKLE_NAME, "adapters.safetensors")
+"""Ends of files that have an ``adapter_config.json`` beside them; MLX puts a step before its own."""
+_ENDS = {True: ".safetensors", False: ".bin"}
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Where the two files of an adapter are."""
+    """Where the files of an adapter are."""
 
-    config: Path
+    config: Path | None
+    """None where the program that wrote the adapter writes none."""
     weights: Path
+
+    def require_config(self) -> Path:
+        """The file of the config.
+
+        Raises:
+            ConfigError: there is none, so nothing says rank and alpha.
+        """
+        if self.config is None:
+            raise ConfigError(
+                f"{self.weights} has no {CONFIG_NAME} beside it, which says rank and alpha. Pass "
+                "config=LoraConfig(...), or load it on its base and save it."
+            )
+        return self.config
 
 
 def find_adapter_files(
@@ -29,21 +50,69 @@ def find_adapter_files(
     *,
     subfolder: str | None = None,
     use_safetensors: bool | None = None,
+    weight_name: str | None = None,
+    of_others: Sequence[str] = (),
     **hub: Unpack[HubOptions],
 ) -> AdapterFiles:
     """The files of an adapter in a local folder or a Hub repository; safetensors before ``.bin``.
 
     Args:
-        source: folder, or Hub id such as "owner/name".
+        source: folder, Hub id such as "owner/name", or a single file of tensors.
         subfolder: where in it to look; adapters not called "default" are in a subfolder of their name.
         use_safetensors: look for safetensors only (True) or for ``.bin`` only (False).
+        weight_name: what the file of tensors is called, where it is not called as usual.
+        of_others: what programs other than PEFT call it; looked for where PEFT's is not there.
         hub: as :class:`lorafa.storage.hub.HubOptions`.
 
     Raises:
         SourceError: the folder, repository or one of the files does not exist, or the Hub cannot be reached.
     """
-    config = locate(source, [CONFIG_NAME], subfolder=subfolder, **hub)
-    return AdapterFiles(config, find_weights(source, subfolder=subfolder, use_safetensors=use_safetensors, **hub))
+    path = user_path(source)
+    if path.suffix in (_ENDS[True], *PICKLE_SUFFIXES) and path.is_file() and weight_name is None:
+        beside = path.with_name(CONFIG_NAME)
+        return AdapterFiles(beside if path.name.endswith(_WITH_CONFIG) and beside.is_file() else None, path)
+    if weight_name is not None:
+        config = _config_beside(source, weight_name, subfolder, hub)
+        return AdapterFiles(config, locate(source, [weight_name], subfolder=subfolder, **hub))
+    others = [name for name in of_others if use_safetensors is None or name.endswith(_ENDS[use_safetensors])]
+    try:
+        config = locate(source, [CONFIG_NAME], subfolder=subfolder, **hub)
+    except SourceError as error:
+        weights = _of_others(source, others, subfolder, hub, error)
+        return AdapterFiles(None, weights)
+    try:
+        weights = find_weights(source, subfolder=subfolder, use_safetensors=use_safetensors, **hub)
+    except SourceError as error:
+        weights = _of_others(source, others, subfolder, hub, error)
+    return AdapterFiles(config, weights)
+
+
+def _config_beside(source: str | Path, weight_name: str, subfolder: str | None, hub: HubOptions) -> Path | None:
+    try:
+        return locate(source, [CONFIG_NAME], subfolder=subfolder, **hub) if weight_name.endswith(_WITH_CONFIG) else None
+    except SourceError as error:
+        if error.__cause__ is not None:
+            raise
+        return None
+
+
+def _of_others(
+    source: str | Path, names: Sequence[str], subfolder: str | None, hub: HubOptions, error: SourceError
+) -> Path:
+    """The file of another program; raises ``error``, which said that PEFT's is not there, if there is none."""
+    folder = user_path(source) / (subfolder or "")
+    if error.__cause__ is not None or not names or (not folder.is_dir() and user_path(source).exists()):
+        raise error
+    try:
+        return locate(source, names, subfolder=subfolder, **hub)
+    except SourceError:
+        checkpoints = sorted(path.parent.name for path in folder.glob(f"checkpoint-*/{CONFIG_NAME}"))
+        if checkpoints:
+            raise SourceError(
+                f"The folder {str(folder)!r} is no adapter; it holds checkpoints of a training that are: "
+                f"{shorten(checkpoints, 8)}. Name one of them."
+            ) from None
+        raise error from None
 
 
 def find_weights(

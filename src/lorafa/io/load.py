@@ -18,10 +18,12 @@ from lorafa.io.adapter_files import (
     check_fits_base,
     note_history,
     read_adapter,
-    renamed,
     save_adapters,
 )
 from lorafa.io.find import find_weights
+from lorafa.io.key_names import renamed
+from lorafa.io.layouts import LAYOUTS, as_peft
+from lorafa.io.layouts.names import BaseNames
 from lorafa.io.peft_format import load_tensors, misfit, wanted_tensors
 from lorafa.settings.checks import check_arguments, found
 from lorafa.storage.hub import HubOptions, locate
@@ -37,7 +39,7 @@ from lorafa.surgery.walk import lora_layers, places
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_READING = ("subfolder", "allow_pickle", "use_safetensors")
+_READING = ("subfolder", "allow_pickle", "use_safetensors", "weight_name")
 
 
 class LoadOptions(HubOptions, total=False):
@@ -53,6 +55,8 @@ class LoadOptions(HubOptions, total=False):
     """Also read a ``.bin`` file, with torch's restricted unpickler. Default: refuse it."""
     use_safetensors: bool | None
     """True: read safetensors only. False: the pickle, which needs ``allow_pickle=True``. None: what is there."""
+    weight_name: str | None
+    """What the file of tensors is called, where it is not called as the programs that lorafa knows call theirs."""
     ignore_base_mismatch: bool
     """Load even if the base weights are not those the adapter was made for."""
     ignore_mismatched_sizes: bool
@@ -88,6 +92,7 @@ class SaveOptions(TypedDict, total=False):
 def read(
     source: str | Path,
     method: str,
+    model: nn.Module,
     *,
     is_trainable: bool,
     config: LoraConfig | None = None,
@@ -96,9 +101,12 @@ def read(
 ) -> StoredAdapter:
     """Read an adapter for ``method``, which errors name; its config says whether it will be trained.
 
+    One that another program wrote, or that was made for another version of the model, is brought into the form it has
+    in PEFT, for the layers of ``model``, which is not changed.
+
     Raises:
         ConfigError: an option that does not exist, or options that contradict each other.
-        As :func:`lorafa.io.adapter_files.read_adapter`.
+        As :func:`lorafa.io.adapter_files.read_adapter` and :func:`lorafa.io.layouts.as_peft`.
     """
     check_arguments(method, options, LoadOptions.__optional_keys__)
     if options.get("use_safetensors") is False and not options.get("allow_pickle"):
@@ -109,8 +117,16 @@ def read(
     hub: HubOptions = {name: options[name] for name in HubOptions.__optional_keys__ if name in options}  # type: ignore[assignment,literal-required]
     reading: dict[str, Any] = {name: options[name] for name in _READING if name in options}  # type: ignore[literal-required]
     given = None if config is None else lora_config(config)
+    names = BaseNames(model)
     return read_adapter(
-        source, config=given, key_mapping=key_mapping, inference_mode=not is_trainable, **reading, **hub
+        source,
+        config=given,
+        key_mapping=key_mapping,
+        inference_mode=not is_trainable,
+        of_others=[name for layout in LAYOUTS.names() for name in LAYOUTS.get(layout).weights],
+        convert=lambda raw: as_peft(raw, names),
+        **reading,
+        **hub,
     )
 
 
@@ -129,7 +145,7 @@ def load_peft_weights(
     Args:
         model_id: folder or Hub repository.
         device: where to put them; None: the CPU.
-        key_mapping: regular expression -> replacement, applied to every key in turn.
+        key_mapping: as for :func:`lorafa.io.key_names.renamed`.
         subfolder, allow_pickle, use_safetensors, hub: see :class:`LoadOptions`.
 
     Raises:

@@ -92,7 +92,7 @@ def needs_base(source: str | Path) -> str | None:
         CheckpointError: its start has quantized the base.
     """
     files = find_adapter_files(source)
-    config, side = read_config(files.config), from_metadata(read_header(files.weights))
+    config, side = read_config(files.require_config()), from_metadata(read_header(files.weights))
     require_available(config)
     types = variant_types(config)
     if (routed := next((one for one in types if not one.uniform), None)) is not None:
@@ -125,7 +125,7 @@ def read_loose(source: str | Path) -> LooseAdapter:
         ConfigError, NotAvailableError: the config is not one lorafa can carry out.
     """
     files = find_adapter_files(source)
-    config, side = read_config(files.config), from_metadata(read_header(files.weights))
+    config, side = read_config(files.require_config()), from_metadata(read_header(files.weights))
     tensors = without_prefix(read_tensors(files.weights)[0])
     layers = {layer.path: layer for layer in _layers(files.weights, config, tensors, ours=bool(side))}
     if not layers:

@@ -3,54 +3,70 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import LooseTensors
 from lorafa.backends.offload import rests_elsewhere, value_of
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
+from lorafa.io.dense_factors import (
+    Layers,
+    as_stored,
+    dense_factors,
+    factor_keys,
+    holds_dense,
+    unfolded,
+    with_other_factors,
+)
+from lorafa.io.key_names import PREFIX as PREFIX  # where others look for it
+from lorafa.io.key_names import plain_names
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
 from lorafa.io.ties import check_ties, tied_tensors
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
+from lorafa.layers.slots import with_free, without_free
 from lorafa.storage.tensors import can_be_gathered, is_part, whole
 from lorafa.surgery.walk import base_parameters, hosts, layers_of, lora_layers, uncompiled_name
 
-Layers = list[tuple[str, LoraLayer]]
-"""Layers with their paths in the user's model."""
-PREFIX = "base_model.model."
+Hosts = Sequence[tuple[str, Host]]
+"""What stands in the places of modules of a model, with paths."""
 START_A, START_B = "lora_start.A", "lora_start.B"
-_UNFOLDED = "lora_unfolded"
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by their names in the user's model, as it is when no part of it is compiled.
+    """The tensors of a file by their names in the user's model, whatever wrappers it had (:func:`plain_names`).
 
     Files of PEFT with ``bias="all"`` hold the biases of ``modules_to_save`` twice; one of the two is left out.
+
+    Raises:
+        CheckpointError: as :func:`plain_names`.
     """
-    named = {uncompiled_name(key).removeprefix(PREFIX): value for key, value in tensors.items()}
+    named = plain_names(tensors)
     copies = [key for key in named if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in named]
     return {key: value for key, value in named.items() if key not in copies}
 
 
-def entries(model: nn.Module, name: str, config: LoraConfig, *, tables: Tables = "none") -> Iterator[Stored]:
+def entries(
+    model: nn.Module, name: str, config: LoraConfig, *, tables: Tables = "none", found: Hosts | None = None
+) -> Iterator[Stored]:
     """Every tensor of adapter ``name`` as it is stored, by its names from the model, frozen starts apart.
 
     Args:
         model: the user's model, wrapped layers in it.
         config: the adapter's; its ``bias`` says which base biases belong to the adapter.
         tables: which of the base's tables belong with it (:func:`lorafa.io.tables.which_tables`).
+        found: the hosts of the model, where the caller knows them.
     """
-    found = list(hosts(model))
+    found = list(hosts(model)) if found is None else found
     for path, host in found:
-        yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
+        if not host.is_empty(name):
+            yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
     if config.bias != "none" or tables != "none":
         pristine = pristine_tensors(found)
         yield from _biases(model, adapted_layers(found, name), config, pristine)
@@ -59,8 +75,8 @@ def entries(model: nn.Module, name: str, config: LoraConfig, *, tables: Tables =
 
 def _uncompiled(entry: Stored) -> Stored:
     """The entry by the names it has where no part of a module that is saved as a whole is compiled."""
-    live = None if entry.live is None else uncompiled_name(entry.live)
-    return replace(entry, key=uncompiled_name(entry.key), live=live)
+    key, live = uncompiled_name(entry.key), None if entry.live is None else uncompiled_name(entry.live)
+    return entry if key is entry.key and live is entry.live else replace(entry, key=key, live=live)
 
 
 def pristine_tensors(found: Iterable[tuple[str, Host]]) -> dict[int, Tensor]:
@@ -72,9 +88,7 @@ def pristine_tensors(found: Iterable[tuple[str, Host]]) -> dict[int, Tensor]:
     return {id(merged): kept for _, host in found for merged, kept in host.merged_parameters()}
 
 
-def _biases(
-    model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapping[int, Tensor]
-) -> Iterator[Stored]:
+def _biases(model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapping[int, Tensor]) -> Iterator[Stored]:
     if config.bias == "all":
         for key, parameter in base_parameters(model):
             if key.rpartition(".")[2] == "bias":
@@ -87,8 +101,8 @@ def _biases(
 
 
 def adapted_layers(found: Iterable[tuple[str, nn.Module]], name: str) -> Layers:
-    """Those of the hosts of a model that are layers and carry adapter ``name``."""
-    return [(path, layer) for path, layer in layers_of(found) if name in layer.adapters]
+    """Those of the hosts of a model that are layers and carry adapter ``name``, which has something there."""
+    return [(path, layer) for path, layer in layers_of(found) if name in layer.adapters and not layer.is_empty(name)]
 
 
 def has_start(model: nn.Module, name: str) -> bool:
@@ -123,18 +137,19 @@ def file_tensors(
         CheckpointError: ``state_dict`` lacks a tensor of the adapter, or only a part of one is here.
     """
     values = _values(model, list(entries(model, name, config, tables=tables)), state_dict, name)
-    return _arranged(model, name, config, values, with_start=with_start, dense=dense)
+    layers = adapted_layers(lora_layers(model), name)
+    return _arranged(layers, name, config, values, with_start=with_start, dense=dense)
 
 
 def _arranged(
-    model: nn.Module, name: str, config: LoraConfig, values: dict[str, Tensor], *, with_start: bool, dense: bool
+    layers: Layers, name: str, config: LoraConfig, values: dict[str, Tensor], *, with_start: bool, dense: bool
 ) -> dict[str, Tensor]:
     """The tensors of a file out of those that are stored, by key; on the meta device it is their shapes alone."""
-    layers = adapted_layers(lora_layers(model), name)
-    for path, layer in _with_other_factors(layers, name) if dense else ():
-        stored = {key: values[key] for key in _factor_keys(path, layer)}
-        made = _dense(path, layer, name, stored, values)
-        values |= made | {_unfolded(path, key): stored[key] for key in made}
+    values |= without_free(layers, name, values)
+    for path, layer in with_other_factors(layers, name) if dense else ():
+        stored = {key: values[key] for key in factor_keys(path, layer)}
+        made = dense_factors(path, layer, name, stored, values)
+        values |= made | {unfolded(path, key): stored[key] for key in made}
     for path, layer, start in _starts(layers, name) if with_start else ():
         values |= _stacked(path, layer, layer.adapters[name].variant.stacks_start, start, values)
     values |= {key: values[key] / 2 for key in _factors_applied_twice(layers, config)}
@@ -243,68 +258,6 @@ def _starts(layers: Layers, name: str) -> Iterator[tuple[str, LoraLayer, tuple[T
             yield path, layer, (start.A, start.B)
 
 
-def _with_other_factors(layers: Layers, name: str) -> Layers:
-    """The layers whose files hold the dense A and B beside those that the variant stores."""
-    return [(path, layer) for path, layer in layers if layer.adapters[name].variant.has_dense_files]
-
-
-def _factor_keys(path: str, layer: LoraLayer) -> tuple[str, str]:
-    key_A, key_B = layer.factor_names
-    return f"{path}.{key_A}", f"{path}.{key_B}"
-
-
-def _unfolded(path: str, key: str) -> str:
-    """The key of a stored factor whose dense form has its usual key: ``<path>.lora_unfolded.B``."""
-    return f"{path}.{_UNFOLDED}.{key.removesuffix('.weight')[-1]}"  # lora_A, lora_embedding_B
-
-
-def _dense(
-    path: str, layer: LoraLayer, name: str, stored: Mapping[str, Tensor], values: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """By key the dense factors, in the layout of a file, that differ from the ``stored`` ones; extras are in values."""
-    variant, (key_A, key_B) = layer.adapters[name].variant, _factor_keys(path, layer)
-    extras = {kind: values[f"{path}.{extra.in_files}"] for kind, extra in variant.extras.items() if extra.saved}
-    loose = LooseTensors(layer.matrix_A(stored[key_A]), layer.matrix_B(stored[key_B]), extras)
-    A, B = variant.factors(loose)
-    made = {} if A is loose.A else {key_A: layer.stored_A(A)}
-    return made if B is loose.B else made | {key_B: layer.stored_B(B)}
-
-
-def _as_stored(layers: Layers, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file with A and B in the form in which the variant stores them.
-
-    Raises:
-        CheckpointError: some dense factor is not what its stored form gives.
-    """
-    tensors = dict(tensors)
-    for path, layer in _with_other_factors(layers, name):
-        keys = _factor_keys(path, layer)
-        stored = {key: tensors.pop(_unfolded(path, key), tensors[key]) for key in keys}
-        for key, made in _dense(path, layer, name, stored, tensors).items():
-            wanted, found = made.float(), tensors[key].float()
-            if bool((found - wanted).abs().max() > 0.01 * wanted.abs().max()):  # more than rounding in any dtype
-                innermost = layer.adapters[name].variant.chain()[-1]
-                between = " and ".join(e.holder for e in innermost.extras.values())
-                made_of = f"times {between}" if between else f"in the dense form of {innermost.name}"
-                raise CheckpointError(
-                    f"{key} is not {_unfolded(path, key)} {made_of}: one of them was changed since adapter {name!r} "
-                    f"was saved. To go on from {key} as plain LoRA leave the adapter's other keys and the metadata out "
-                    "of the file. Nothing was loaded."
-                )
-        tensors |= stored
-    return tensors
-
-
-def _holds_dense(layers: Layers, name: str, tensors: Mapping[str, Tensor], with_start: bool) -> bool:
-    """Whether a file has dense factors where the variant stores others; PEFT's files of such adapters do not.
-
-    Ours of a start that moves the base hold what was taken from it, PEFT's never do.
-    """
-    if with_start or any(f".{_UNFOLDED}." in key for key in tensors):
-        return True
-    return not all(layer.adapters[name].variant.peft_stores for _, layer in _with_other_factors(layers, name))
-
-
 @torch.no_grad()
 def load_tensors(
     model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
@@ -317,18 +270,21 @@ def load_tensors(
     found = list(hosts(model))
     layers = adapted_layers(found, name)
     check_ties(found, name, tensors)
-    filled = [e for e in entries(model, name, config, tables="all") if e.key in tensors]
-    require_equal_tables(model, tensors)
+    own, tables = _filled(model, name, config, tensors, found)
+    filled = [entry for entry in (*own, *tables) if entry.key in tensors]
+    if tables:
+        require_equal_tables(model, tensors)
     _require_memory(layers, name, filled)
     tensors = dict(tensors)
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(layers, config) if key in tensors}
     starts: list[tuple[Tensor, Tensor]] = []
     for path, layer, start in _starts(layers, name) if with_start else ():
-        own, stored = _split(path, layer, layer.adapters[name].variant.stacks_start, start[0].shape[-2], tensors)
-        tensors |= own
+        factors, stored = _split(path, layer, layer.adapters[name].variant.stacks_start, start[0].shape[-2], tensors)
+        tensors |= factors
         starts += zip(start, stored, strict=True)
-    if _holds_dense(layers, name, tensors, with_start):
-        tensors = _as_stored(layers, name, tensors)
+    if holds_dense(layers, name, tensors, with_start):
+        tensors = as_stored(layers, name, tensors)
+    tensors |= with_free(layers, name, tensors)
     for live, value in starts:
         live.copy_(value)
     for entry in filled:
@@ -366,8 +322,8 @@ def wanted_tensors(
     Raises:
         CheckpointError: the adapter, or what else the file holds, is sharded here, so that nothing can be filled in.
     """
-    tables = [entry for entry in table_entries(model, pristine_tensors(hosts(model))) if entry.key in tensors]
-    own = list(entries(model, name, config))
+    hosts_here = list(hosts(model))
+    own, tables = _filled(model, name, config, tensors, hosts_here)
     filled = [*own, *tables]
     if parts := [entry.key for entry in filled if is_part(entry.tensor, _dims(entry))]:
         raise CheckpointError(
@@ -376,9 +332,20 @@ def wanted_tensors(
         )
     read = _value if values else _shape
     found = {entry.key: read(model, entry) for entry in own}
-    dense = _holds_dense(adapted_layers(lora_layers(model), name), name, tensors, with_start)
-    want = _arranged(model, name, config, found, with_start=with_start, dense=dense)
+    layers = adapted_layers(hosts_here, name)
+    dense = holds_dense(layers, name, tensors, with_start)
+    want = _arranged(layers, name, config, found, with_start=with_start, dense=dense)
     return {entry.key: entry.tensor.detach() for entry in tables} | want
+
+
+def _filled(
+    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], found: Hosts
+) -> tuple[list[Stored], list[Stored]]:
+    """What a file fills of adapter ``name``, and of the base's tables those it holds."""
+    own = list(entries(model, name, config, found=found))
+    if not tensors.keys() - {entry.key for entry in own}:
+        return own, []
+    return own, [entry for entry in table_entries(model, pristine_tensors(found)) if entry.key in tensors]
 
 
 def _shape(model: nn.Module, entry: Stored) -> Tensor:

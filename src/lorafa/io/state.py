@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafa.errors import AdapterError
+from lorafa.errors import AdapterError, CheckpointError
+from lorafa.io.layouts import as_peft
+from lorafa.io.layouts.base import Raw
+from lorafa.io.layouts.names import BaseNames
 from lorafa.io.load import fitting, materialize
 from lorafa.io.peft_format import (
     PREFIX,
@@ -25,8 +29,11 @@ from lorafa.layers.host import Host
 from lorafa.surgery.activate import require_adapters, require_nothing_merged, require_unmerged, without_start
 from lorafa.surgery.walk import hosts, uncompiled, uncompiled_name, user_model
 
+_STATE_DICT = "The state dict"
+"""What errors call tensors that come from no file."""
 
-def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Any], str]:
+
+def parts_of(model: nn.Module) -> tuple[nn.Module, dict[str, Any], str]:
     """The user's model, its configs, and the prefix its keys have in a file."""
     configs = getattr(model, "peft_config", None)
     if not configs:
@@ -57,7 +64,7 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = uncompiled(model)
-    inner, configs, prefix = _parts(model)
+    inner, configs, prefix = parts_of(model)
     require_adapters(inner, [adapter_name])
     config = configs[adapter_name]
     tables = which_tables(config, inner, save_embedding_layers)
@@ -74,6 +81,9 @@ def set_peft_model_state_dict(
 ) -> Any:
     """Fill one adapter from tensors named as :func:`get_peft_model_state_dict` names them.
 
+    Those of another version of the model are brought to the layers of this one, as when a file is loaded. Scalings are
+    not in a state dict: they are taken for those of the adapter that is there.
+
     Args:
         ignore_mismatched_sizes: leave tensors of another shape as they are in the model; a warning lists them.
         low_cpu_mem_usage: PEFT's; an adapter made on the meta device gets its memory here in any case.
@@ -85,13 +95,15 @@ def set_peft_model_state_dict(
         AdapterError: no such adapter, or it is merged.
         CheckpointError: the tensors do not fit; nothing was changed.
     """
-    inner, configs, _ = _parts(model)
+    inner, configs, _ = parts_of(model)
     require_adapters(inner, [adapter_name])
     require_unmerged(inner, adapter_name, "loading other values into it")
     config, with_start = configs[adapter_name], has_start(inner, adapter_name)
+    tensors = without_prefix(peft_model_state_dict)
+    converted = as_peft(Raw(Path(_STATE_DICT), {}, config, tensors, {}), BaseNames(inner))
     fits = fitting(
-        inner, adapter_name, config, without_prefix(peft_model_state_dict),
-        with_start=with_start, path="The state dict", ignore_sizes=ignore_mismatched_sizes,
+        inner, adapter_name, config, tensors if converted is None else converted[1],
+        with_start=with_start, path=_STATE_DICT, ignore_sizes=ignore_mismatched_sizes,
     )  # fmt: skip
     materialize(inner, adapter_name)
     load_tensors(inner, adapter_name, config, fits, with_start=with_start)
@@ -126,7 +138,8 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     found = compare(given, own)
     if not strict:
         found = replace(found, missing=[], unexpected=[])
-    found.raise_if_any("The state dict of the base", "the base")
+    if found:
+        raise CheckpointError(f"The state dict does not fit the base.\n{found.describe()}\nNothing was loaded.")
     with torch.no_grad():
         for name, tensor in given.items():
             if name in own:

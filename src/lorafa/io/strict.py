@@ -27,7 +27,6 @@ _VOCABULARY_KEY = re.compile(
     r"lora_embedding_A|(\w*embed\w*|wte|shared|lm_head)\.((token_adapter\.)?base_layer\.|lora_B\.)?weight$"
 )
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-_ADAPTER_NAME = re.compile(r"\.(lora_[A-Za-z_]+)\.([^.]+)(\.weight|\.bias)?$")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _nearest(key: str, others: list[str]) -> str:
 def likely_causes(misfit: Misfit) -> list[str]:
     """What usually explains such a misfit, as sentences that say what to do; empty when nothing is recognised."""
     found = [
-        _other_adapter_name(misfit) or _other_path(misfit) or _other_depth(misfit) or _nothing_in_common(misfit),
+        _other_path(misfit) or _other_depth(misfit) or _nothing_in_common(misfit),
         *_other_settings(misfit),
         _other_rank(misfit),
         _other_vocabulary(misfit),
@@ -148,17 +147,6 @@ def _agreeing(one: list[str], other: list[str]) -> int:
 def _exchanged(key: list[str], start: int, old: list[str], new: list[str]) -> str:
     fits = key[start : start + len(old)] == old
     return ".".join(key[:start] + new + key[start + len(old) :]) if fits else ""
-
-
-def _other_adapter_name(misfit: Misfit) -> str | None:
-    for key in misfit.unexpected:
-        match = _ADAPTER_NAME.search(key)
-        if match and key[: match.start(2) - 1] + (match[3] or "") in misfit.want:
-            return (
-                f"The file's names carry the adapter name {match[2]!r}, as in a model's own state_dict. Save it with "
-                "save_pretrained, or cut the name out of the keys."
-            )
-    return None
 
 
 def _layer_numbers(keys: Iterable[str]) -> set[int]:

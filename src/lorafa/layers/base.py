@@ -18,7 +18,7 @@ from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers import mixed, own_modules
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
-from lorafa.layers.parts import AdapterParts, Extras, Stored, held_by, linear_holder
+from lorafa.layers.parts import AdapterParts, Extras, Stored, freeze_all_but, held_by, linear_holder, set_mode
 from lorafa.numerics.fused import Codes, Keep
 from lorafa.numerics.linalg import working_dtype
 
@@ -62,6 +62,14 @@ class LoraLayer(Host):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
 
+    lora_dropout: nn.ModuleDict
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+    lora_magnitude_vector: nn.ModuleDict
+    lora_start: nn.ModuleDict
+
     r: Table[int] = number("rank")
     lora_alpha: Table[float] = number("alpha")
     scaling: Table[float | Tensor] = number("scaling")
@@ -73,14 +81,14 @@ class LoraLayer(Host):
         super().__init__(base_layer)
         self.base_layer = base_layer
         self.origin: dict[str, Any] | None = None  # describes the dense weight that a start has quantized
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.lora_start = nn.ModuleDict()
+        for holder in ("lora_dropout", "lora_A", "lora_B"):  # each attribute of a module that is set costs a search
+            self._modules[holder] = nn.ModuleDict()
+        for holder in ("lora_embedding_A", "lora_embedding_B"):
+            self._modules[holder] = nn.ParameterDict()
+        for holder in ("lora_magnitude_vector", "lora_start"):
+            self._modules[holder] = nn.ModuleDict()
         self.adapters: dict[str, Adapter] = {}
+        self._followers: list[str] = []  # adapters of which something follows from others
         self.merged_adapters: list[str] = []
         self._pristine: tuple[nn.Module, ...] = ()  # the base layer while a merged one stands in its place
         self._found: tuple[nn.Module, type, Backend] | None = None  # the back end of a layer with such a weight
@@ -245,12 +253,17 @@ class LoraLayer(Host):
     def train(self, mode: bool = True) -> Self:
         for kept in self._pristine:
             kept.train(mode)
-        return super().train(mode)
+        self.training = mode
+        for child in self._modules.values():
+            set_mode(child, mode)  # type: ignore[arg-type]
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for kept in self._pristine:
             kept._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for adapter in self.adapters.values():
+            adapter.move_held()
         return self
 
     # ---- adapters
@@ -280,16 +293,19 @@ class LoraLayer(Host):
             self, name, variant, parts.rank, parts.alpha, parts.use_rslora, parts.times, parts.trains, parts.fallback,
             bias is not None,
         )  # fmt: skip
+        if variant.follows:
+            self._followers.append(name)
         for holder in self.holders():  # not self.train(): what is inside the base keeps its modes
-            holder.training = self.training
-            if isinstance(holder, nn.ModuleDict) and name in holder:
-                holder[name].train(self.training)
+            if holder.training is not self.training:
+                holder.training = self.training
+            if name in holder._modules:
+                set_mode(holder._modules[name], self.training)  # type: ignore[arg-type]
         self.adapters_changed()
 
     def adapters_changed(self) -> None:
         """Let variants compute again what follows from the adapters of the layer."""
-        for name, adapter in self.adapters.items():
-            adapter.variant.changed(self, name)
+        for name in self._followers:
+            self.adapters[name].variant.changed(self, name)
 
     def holders(self) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
         """What has modules or parameters by the name of their adapter."""
@@ -317,6 +333,8 @@ class LoraLayer(Host):
         for holder in (self.adapters, *self.holders()):
             if name in holder:
                 del holder[name]
+        if name in self._followers:
+            self._followers.remove(name)
         self.adapters_changed()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -326,13 +344,17 @@ class LoraLayer(Host):
     def stored(self, name: str) -> Iterator[Stored]:
         """What a file holds of an adapter; nothing if it is not on this layer, or belongs to another one."""
         for key in self.factor_names:
-            holder = key.partition(".")[0]
-            if name in getattr(self, holder):
-                yield from held_by(holder, name, getattr(self, holder)[name])
+            kind = key.partition(".")[0]
+            holder: Any = self._modules[kind]
+            if name in holder:
+                yield from held_by(kind, name, holder[name])
         for extra in self.adapters[name].variant.extras.values() if name in self.adapters else ():
             if extra.saved:
                 tensor = self.extra(extra.holder, name, extra.key)
                 yield Stored(extra.in_files, f"{extra.holder}.{name}.{extra.key}", tensor)
+
+    def is_empty(self, name: str) -> bool:
+        return name in self.adapters and self.adapters[name].is_empty
 
     def tensors_of(self, name: str) -> list[Tensor]:
         """Its parameters; A and B where it is tied and they are another layer's."""
@@ -349,6 +371,9 @@ class LoraLayer(Host):
                 if key in merged and merged[key] is not parameter:
                     yield merged[key], parameter
 
+    def freeze_all_but(self, names: Collection[str]) -> None:
+        freeze_all_but(self.holders(), names)
+
     def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
         factors = dict(zip(self.factor_names, "AB", strict=True))
         for key, parameter in self.stored_parameters(name).items():
@@ -363,6 +388,10 @@ class LoraLayer(Host):
         if self._disable_adapters or self.merged_adapters:
             return []
         return [self.adapters[name] for name in self.in_force() if name in self.adapters]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update of an adapter is a matrix, so that :func:`lorafa.convert_to_lora` makes LoRA of it."""
+        return adapter_name not in self.adapters or self.adapters[adapter_name].variant.uniform
 
     # ---- scale
 

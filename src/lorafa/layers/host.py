@@ -61,14 +61,25 @@ class Host(nn.Module):
         """What an adapter that is held computes with here, whichever host has it in files."""
         return list(self.stored_parameters(name).values())
 
+    def is_empty(self, name: str) -> bool:
+        """Whether an adapter was left without anything here when it was exchanged, so that files pass it over."""
+        return False
+
     def rows_from(self, names: Sequence[str]) -> Hashable | None:
         """What ``unwrapped(names)`` makes a new table from, where it does; hosts that say the same can share theirs."""
         return None
 
+    def wrapped(self) -> nn.Module:
+        """The module in whose place the host is, as it runs."""
+        module: nn.Module = self
+        for name in self.wrapped_path.split("."):
+            module = module._modules[name]  # type: ignore[assignment]
+        return module
+
     @property
     def pristine(self) -> nn.Module:
         """The module in whose place the host is, with the weight nothing was merged into."""
-        return self.get_submodule(self.wrapped_path)
+        return self.wrapped()
 
     def merged_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Every parameter that holds a merged value now, and the pristine one it stands in for."""
@@ -135,8 +146,10 @@ class Host(nn.Module):
     def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, and train (unless ``inference_mode``)."""
         self.activate([names] if isinstance(names, str) else names)
-        for name in self.held():
-            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+        training = [] if inference_mode else [name for name in self._active_adapter if name in self.held()]
+        self.freeze_all_but(training)
+        for name in training:
+            self.set_requires_grad(name, True)
 
     def activate(self, names: Sequence[str]) -> None:
         """Make exactly these adapters count, whether they train or not."""
@@ -152,6 +165,12 @@ class Host(nn.Module):
     def stored_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their names in a file."""
         return {e.key: e.tensor for e in self.stored(name) if isinstance(e.tensor, nn.Parameter)}
+
+    def freeze_all_but(self, names: Collection[str]) -> None:
+        """Freeze what all other adapters have here."""
+        for name in self.held():
+            if name not in names:
+                self.set_requires_grad(name, False)
 
     def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
         """Let what an adapter trains here train, or freeze it."""

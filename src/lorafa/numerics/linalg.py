@@ -81,36 +81,6 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     return full_svd(matrix).at(slice(0, rank))
 
 
-def nearest_product(A: Tensor, B: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest product of ``rank`` to B A, for A (..., r, n) and B (..., m, r), without forming any (m, n).
-
-    With B = Q R and A^T = P T, the singular values of B A are those of R T^T = u S v^T, which is small, and its right
-    vectors are P v. Costs O((m + n) r^2 + r^3): of Q and P only what is needed is made.
-
-    Args:
-        driver: of cuSOLVER, as for ``torch.linalg.svd``.
-
-    Returns:
-        V^T (..., k, n), U S (..., m, k) for k = min(rank, r, m, n), the largest first and the largest entry of every
-        column of U S positive, and all min(r, m, n) singular values, falling.
-    """
-    B, A = float_matrix(B), float_matrix(A)
-    R = torch.geqrf(B)[0].triu()[..., : min(B.shape[-2:]), :]
-    reflectors, tau = torch.geqrf(A.mT)
-    T = reflectors.triu()[..., : tau.shape[-1], :]
-    S, vh = torch.linalg.svd(R @ T.mT, full_matrices=False, driver=driver)[1:]
-    v = nn.functional.pad(vh[..., :rank, :].mT, (0, 0, 0, A.shape[-1] - vh.shape[-1]))
-    V = torch.ormqr(reflectors, tau, v.contiguous())
-    US, Vh = fix_signs(B @ (A @ V), V.mT)
-    return Vh, US, S
-
-
-def product_energy(A: Tensor, B: Tensor) -> float:
-    """||B A||_F^2 for A (..., r, n) and B (..., m, r), summed over all products: <B^T B, A A^T>, in float64."""
-    left, right = wide(B.detach()), wide(A.detach())
-    return float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0))
-
-
 def leading_svd(
     matrix: Tensor, rank: int, generator: torch.Generator, steps: int = _KRYLOV_STEPS, times: Tensor | None = None
 ) -> SVD:

@@ -48,7 +48,7 @@ def describe(weight: Tensor) -> dict[str, Any]:
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "hash": _hash(values),
-        "sample": [float(value) for value in values[picked]],
+        "sample": values[picked].tolist(),
     }
 
 
@@ -56,7 +56,10 @@ def _some_rows(weight: Tensor) -> Tensor:
     """The first, middle and last row; a weight of one dimension is one row. Picked before anything is copied."""
     table = weight if weight.dim() > 1 else weight.reshape(1, -1)
     last = table.shape[0] - 1
-    return table[sorted({round(i * last / (ROWS - 1)) for i in range(ROWS)})] if last >= 0 else table
+    if last < 0:
+        return table
+    rows = sorted({round(i * last / (ROWS - 1)) for i in range(ROWS)})
+    return torch.stack([table[row] for row in rows])  # one index for all would wake every thread for three rows
 
 
 def _hash(values: Tensor) -> str:

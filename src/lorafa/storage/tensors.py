@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,8 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor  # torch compares no numbers of 8 bits
-    return bool(torch.stack(torch.aminmax(values)).isfinite().all())  # both are NaN if any value is; no mask is made
+    low, high = torch.aminmax(values)  # both are NaN if any value is; no mask is made
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def read_header(path: str | Path) -> dict[str, str]:

@@ -44,6 +44,21 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose files take their places in ``folder`` together, once all of them are written."""
+    stage = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        make_folder(stage)
+        yield stage
+        for path in stage.iterdir():
+            os.replace(path, folder / path.name)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(stage), str(folder))) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 

@@ -20,9 +20,10 @@ def require_adapters(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _require_known(found: Iterable[tuple[str, Host]], names: Sequence[str]) -> None:
-    known = list(dict.fromkeys(name for _, layer in layers_of(found) for name in layer.adapters))
+    layers = layers_of(found)
     for name in names:
-        if name not in known:
+        if not any(name in layer.adapters for _, layer in layers):
+            known = list(dict.fromkeys(name for _, layer in layers for name in layer.adapters))
             raise AdapterError(
                 f"The model has no adapter {name!r}.{did_you_mean(str(name), known)} "
                 f"It has: {', '.join(known) or '(none)'}."

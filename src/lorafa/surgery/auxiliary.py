@@ -150,10 +150,13 @@ def plan_auxiliary(
         TargetError: a name matches nothing, or a module that an adapter is put on.
         ConfigError: a token index outside the table.
     """
+    keep_ties = config.ensure_weight_tying or not lenient
+    if not (config.modules_to_save or config.trainable_token_indices):
+        return AuxiliaryPlan([], [], keep_ties=keep_ties)
     saved = _saved_modules(named, config, Bypassed(model, named), {id(m) for m in adapted}, lenient)
     taken = {id(module): "an adapter" for module in adapted} | {id(module): "modules_to_save" for module in saved}
     rows = _with_followers(_token_rows(model, named, config, taken), tied_groups(named), config, taken)
-    return AuxiliaryPlan(saved, rows, keep_ties=config.ensure_weight_tying or not lenient)
+    return AuxiliaryPlan(saved, rows, keep_ties=keep_ties)
 
 
 def _saved_modules(

@@ -12,6 +12,7 @@ from lorafa.adapter import LooseTensors, Variant, update_factors
 from lorafa.backends import backend_of
 from lorafa.backends.base import Backend
 from lorafa.backends.oddities import described
+from lorafa.config import LoraConfig
 from lorafa.errors import BackendError, CalibrationError, CheckpointError, ConfigError
 from lorafa.initializers import INITIALIZERS, SWITCHES
 from lorafa.initializers.base import DegenerateError, InitResult
@@ -63,7 +64,7 @@ class Builder:
         self._check_given()
         self.repeats = options.from_file and self.initializer.moves_base and not options.file_has_starts
         self.filled_later = options.low_cpu_mem_usage or (options.from_file and not self.repeats)
-        self.trains = "".join(f for f in self.initializer.trains if not (self.config.freeze_A and f == "A"))
+        self.trains = trained_factors(self.config)
 
     def _check_given(self) -> None:
         """Raise for ``stats`` that are not read."""
@@ -261,6 +262,11 @@ class Builder:
             A, B = default.A, default.B
         quantized = None if quantizer is None else quantizer(weight, spec)
         return InitResult(A, B, subtract_from_base=self.options.file_has_starts, quantized=quantized)
+
+
+def trained_factors(config: LoraConfig) -> str:
+    """The factors that an adapter of this config trains: "AB", or one of the two."""
+    return "".join(factor for factor in config.start.initializer.trains if not (config.freeze_A and factor == "A"))
 
 
 def initial_extras(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import unwrap
 from types import CellType, CodeType, FunctionType
 
@@ -91,7 +92,12 @@ class Bypassed:
 
     def __init__(self, model: nn.Module, everything: Sequence[Place]) -> None:
         self._holders = {"": model} | {place.name: pristine_of(place.module) for place in everything}
-        self._shared = {id(place.module): group for group in tied_groups(everything) for place in group}
+        self._everything = everything
+
+    @cached_property
+    def _shared(self) -> dict[int, list[Place]]:
+        """Identity of a module -> the modules that share its weight, it among them."""
+        return {id(place.module): group for group in tied_groups(self._everything) for place in group}
 
     def reads(self, name: str) -> bool:
         """Whether the weight of a module may be multiplied by in training too, so that nothing drops its inputs."""
@@ -132,9 +138,10 @@ class Bypassed:
 
         Encoder-decoders have one that ties are made from (``shared`` in T5 and BART): their two halves call their own.
         """
-        group = self._shared.get(id(place.module), ())
-        others = [p for p in group if p.module is not place.module]
-        if not (is_table(pristine_of(place.module)) and any(is_table(pristine_of(p.module)) for p in others)):
+        if not is_table(pristine_of(place.module)):
+            return []
+        others = [p for p in self._shared.get(id(place.module), ()) if p.module is not place.module]
+        if not any(is_table(pristine_of(p.module)) for p in others):
             return []
         owner, _, name = place.name.rpartition(".")
         classes = [type(self._holders[owner])]

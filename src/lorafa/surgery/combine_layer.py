@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lorafa.adapter import full_precision
 from lorafa.errors import AdapterError, BackendError, ConfigError
-from lorafa.numerics.linalg import full_svd, nearest_product, product_energy, working_dtype
+from lorafa.numerics.linalg import full_svd, working_dtype
+from lorafa.numerics.low_rank import nearest_product, product_energy
 from lorafa.numerics.task_arithmetic import task_arithmetic
 from lorafa.spec import LayerSpec
 from lorafa.surgery.combination import LayerError

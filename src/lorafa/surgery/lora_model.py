@@ -236,6 +236,10 @@ class LoraModel(CombinesAdapters):
         """
         return resize_vocabulary(self.model, new_num_tokens, *args, **settings)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether :func:`lorafa.convert_to_lora` can make LoRA of an adapter: no update changes with the input."""
+        return all(layer.supports_lora_conversion(adapter_name) for _, layer in lora_layers(self.model))
+
     def lora_layers(self) -> list[tuple[str, LoraLayer]]:
         """Every adapted layer with its path in the user's model."""
         return list(lora_layers(self.model))

@@ -46,7 +46,7 @@ def require_replaceable(target: Target, start: str) -> None:
 def require_unshared(everything: Iterable[Place], targets: Sequence[Target], start: str) -> None:
     """Raises BackendError if another module computes with the weight of a target: the two would come apart."""
     mine = {id(target.module) for target in targets}
-    for group in tied_groups(everything):
+    for group in tied_groups(everything) if mine else ():
         names = [place.name for place in group]
         if any(id(place.module) in mine for place in group):
             raise BackendError(

@@ -18,7 +18,7 @@ from lorafa.backends import backend_of
 from lorafa.config import LoraConfig
 from lorafa.errors import BackendError, ConfigError, shorten
 from lorafa.layers.host import Host
-from lorafa.surgery.walk import Place, places
+from lorafa.surgery.walk import Place, places, skeleton
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -157,7 +157,7 @@ def put_back(model: nn.Module) -> None:
 
 
 def _there(model: nn.Module) -> tuple[str, ReplicatedLayers] | None:
-    return next(((name, m) for name, m in model.named_modules() if isinstance(m, ReplicatedLayers)), None)
+    return next(((name, m) for name, m in skeleton(model) if isinstance(m, ReplicatedLayers)), None)
 
 
 def _stack_of(model: nn.Module) -> Place:

@@ -102,7 +102,7 @@ def places(model: nn.Module, overlay: Mapping[str, nn.Module] | None = None) -> 
         if isinstance(inside, Host) and not inside.nests:
             continue
         while isinstance(inside, Host):
-            path, inside = _join(path, inside.wrapped_path), inside.get_submodule(inside.wrapped_path)
+            path, inside = _join(path, inside.wrapped_path), inside.wrapped()
         children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
         stack.extend(reversed(children))
     if waiting:
@@ -168,17 +168,19 @@ def skeleton(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     seen: set[int] = set()
     stack = [("", require_module(model))]
-    while stack:
+    while stack:  # the most frequent of all loops over a model, so without a call a child
         path, module = stack.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
         yield path, module
+        prefix = f"{path}." if path else ""
         if isinstance(module, Host):
-            children = [(module.wrapped_path, module.get_submodule(module.wrapped_path))]
-        else:
-            children = list(_children(module))
-        stack.extend((path if name == _COMPILED else _join(path, name), child) for name, child in reversed(children))
+            stack.append((prefix + module.wrapped_path, module.wrapped()))
+            continue
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                stack.append((path if name == _COMPILED else prefix + name, child))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -76,6 +76,7 @@ class ALoRA(Variant):
     reads_call = True
     call_arguments = frozenset({"alora_offsets"})
     uniform = False
+    takes_empty_ranks = True
 
     def __init__(self, tokens: Sequence[int], inner: Variant | None = None) -> None:
         super().__init__(inner)

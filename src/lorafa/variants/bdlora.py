@@ -32,6 +32,7 @@ class BDLoRA(LoRA):
     switch = "use_bdlora"
     hosts = frozenset({"linear"})
     takes_bias = False
+    takes_empty_ranks = False
     peft_stores = True
     peft_reads = True
 

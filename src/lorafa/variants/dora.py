@@ -45,6 +45,7 @@ class DoRA(Variant):
     extras: Mapping[str, Extra] = {"magnitude": Extra("lora_magnitude_vector")}
     hosts = frozenset({"linear", "embedding", "conv"})
     reads_weight = True
+    takes_empty_ranks = True
 
     def initial_extras(self, weight: Tensor, A: Tensor, B: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         return {"magnitude": row_norms(weight, A, B, spec.scaling)}
@@ -78,6 +79,12 @@ class DoRA(Variant):
         if p:
             return dropped_base_linear(x, *factors, adapter.scaling, dropout=p, **terms)
         return low_rank_linear(x, *factors, adapter.scaling, **terms)
+
+    def row_gain(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
+        return self._gain(adapter, weight).detach()
+
+    def extras_of_gain(self, gain: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> dict[str, Tensor]:
+        return {"magnitude": gain * row_norms(weight, A, B, scaling).to(gain)}
 
     def _gain(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """m / ||W + s B A||, (out,), in float32 or float64, with a gradient for m alone."""

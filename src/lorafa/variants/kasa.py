@@ -26,6 +26,7 @@ class KaSA(LoRA):
     hosts = frozenset({"linear"})
     takes_bias = False
     factors_are_stored = False
+    takes_empty_ranks = False
     peft_stores = True
 
     def __init__(self, settings: KasaConfig) -> None:

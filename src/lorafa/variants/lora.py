@@ -16,6 +16,7 @@ class LoRA(Variant):
     name = "lora"
     plain = True
     takes_bias = True
+    takes_empty_ranks = True
 
     def delta_weight(self, adapter: Adapter, weight: Tensor) -> Tensor:
         return adapter.product()

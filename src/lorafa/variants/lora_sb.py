@@ -25,6 +25,7 @@ class LoRASB(LoRA):
     hosts = frozenset({"linear"})
     takes_bias = False
     factors_are_stored = False
+    takes_empty_ranks = False
 
     def shapes(self, weight: Tensor, spec: LayerSpec) -> dict[str, Shape]:
         return super().shapes(weight, spec) | {"core": (spec.rank, spec.rank)}

@@ -48,6 +48,7 @@ class MonteCLoRA(LoRA):
     }
     hosts = frozenset({"linear"})
     learns_from_A = True
+    takes_empty_ranks = False
     averages_penalty: ClassVar[bool] = True
 
     def __init__(self, settings: MontecloraConfig) -> None:

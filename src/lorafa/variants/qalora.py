@@ -56,6 +56,7 @@ class QALoRA(LoRA):
     hosts = frozenset({"linear"})
     takes_bias = False
     factors_are_stored = False
+    takes_empty_ranks = False
     peft_stores = True
 
     def __init__(self, group_size: int) -> None:

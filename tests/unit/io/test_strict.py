@@ -80,14 +80,6 @@ def test_a_path_that_differs_in_the_middle_is_recognised():
     assert "8 names differ only after 'base_model.model': the file has 'language_model', the model ''." in text
 
 
-def test_keys_that_carry_an_adapter_name_are_recognised():
-    have = {key.replace(".weight", ".mine.weight"): shape for key, shape in adapter().items()}
-    text = refusal(have, adapter())
-    assert (
-        "The file's names carry the adapter name 'mine', as in a model's own state_dict. Save it with save_pre" in text
-    )
-
-
 def test_another_depth_is_recognised():
     assert "The file has layers 0..1, the model 0: the depth or layers_to_transform differs." in refusal(
         adapter(2), adapter(1)

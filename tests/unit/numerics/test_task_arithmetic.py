@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.numerics.linalg import full_svd, nearest_product, product_energy
+from lorafa.numerics.linalg import full_svd
+from lorafa.numerics.low_rank import nearest_product, product_energy
 from lorafa.numerics.task_arithmetic import (
     calculate_majority_sign_mask,
     dare_linear,

@@ -1,0 +1,1 @@
+"""What an adapter is, told by its file alone or together with its base model or another adapter."""
