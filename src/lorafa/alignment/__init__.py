@@ -6,7 +6,21 @@ D is a divergence of distributions over next tokens, one a file of :mod:`lorafa.
 inner states, one a file of :mod:`lorafa.alignment.maps`.
 """
 
-from lorafa.alignment.alignment import Alignment
+from typing import TYPE_CHECKING, Any
+
 from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
 
+if TYPE_CHECKING:
+    from lorafa.alignment.alignment import Alignment
+
 __all__ = ["DIVERGENCES", "MAPS", "TEACHERS", "Alignment"]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Bring in what needs torch when it is first asked for: settings are read without."""
+        if name == "Alignment":
+            from lorafa.alignment.alignment import Alignment
+
+            return Alignment
+        raise AttributeError(f"module 'lorafa.alignment' has no attribute {name!r}")

@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from lorafa.alignment.divergences.base import Divergence
-from lorafa.alignment.maps.base import RepresentationMap
-from lorafa.alignment.teachers.base import Teacher
+from lorafa.alignment.entry import DivergenceEntry, MapEntry, TeacherEntry
 from lorafa.registry import Registry
 
-DIVERGENCES: Registry[type[Divergence]] = Registry(
+DIVERGENCES: Registry[DivergenceEntry] = Registry(
     "divergence",
     {
-        "fkl": "lorafa.alignment.divergences.fkl:ForwardKL",
-        "js": "lorafa.alignment.divergences.js:JensenShannon",
-        "logit_mse": "lorafa.alignment.divergences.logit_mse:LogitMSE",
-        "masked_target": "lorafa.alignment.divergences.masked_target:MaskedTarget",
-        "rkl": "lorafa.alignment.divergences.rkl:ReverseKL",
-        "skew": "lorafa.alignment.divergences.skew:SkewKL",
-        "tv": "lorafa.alignment.divergences.tv:TotalVariation",
+        "fkl": "lorafa.alignment.divergences.fkl:FKL",
+        "js": "lorafa.alignment.divergences.js:JS",
+        "logit_mse": "lorafa.alignment.divergences.logit_mse:LOGIT_MSE",
+        "masked_target": "lorafa.alignment.divergences.masked_target:MASKED_TARGET",
+        "rkl": "lorafa.alignment.divergences.rkl:RKL",
+        "skew": "lorafa.alignment.divergences.skew:SKEW",
+        "tv": "lorafa.alignment.divergences.tv:TV",
     },
 )
 """Name -> how far the student's distribution over the next token is from the teacher's."""
 
-MAPS: Registry[type[RepresentationMap]] = Registry(
+MAPS: Registry[MapEntry] = Registry(
     "representation map",
     {
         "cka": "lorafa.alignment.maps.cka:CKA",
-        "cos": "lorafa.alignment.maps.cos:Cosine",
-        "functional": "lorafa.alignment.maps.functional:Functional",
-        "gram": "lorafa.alignment.maps.gram:Gram",
-        "lens": "lorafa.alignment.maps.lens:Lens",
+        "cos": "lorafa.alignment.maps.cos:COS",
+        "functional": "lorafa.alignment.maps.functional:FUNCTIONAL",
+        "gram": "lorafa.alignment.maps.gram:GRAM",
+        "lens": "lorafa.alignment.maps.lens:LENS",
         "mse": "lorafa.alignment.maps.mse:MSE",
-        "procrustes": "lorafa.alignment.maps.procrustes:Procrustes",
+        "procrustes": "lorafa.alignment.maps.procrustes:PROCRUSTES",
     },
 )
 """Name -> how far the student's inner states are from the teacher's."""
 
-TEACHERS: Registry[Callable[..., Teacher]] = Registry(
+TEACHERS: Registry[TeacherEntry] = Registry(
     "teacher",
     {
-        "anchor": "lorafa.alignment.teachers.anchor:Anchor",
-        "base": "lorafa.alignment.teachers.model_base:Base",
-        "ema": "lorafa.alignment.teachers.ema:EMA",
-        "external": "lorafa.alignment.teachers.external:External",
-        "snapshot": "lorafa.alignment.teachers.snapshot:Snapshot",
+        "anchor": "lorafa.alignment.teachers.anchor:ANCHOR",
+        "base": "lorafa.alignment.teachers.model_base:BASE",
+        "ema": "lorafa.alignment.teachers.ema:EMA_OF_PRODUCTS",
+        "snapshot": "lorafa.alignment.teachers.snapshot:SNAPSHOT",
     },
 )
-"""Name -> what the student is held close to."""
+"""Name -> what the student is held close to, made of the student itself; any other model is one too."""

@@ -58,7 +58,7 @@ def test_a_student_that_stays_is_its_own_teacher_in_any_basis() -> None:
 
 def test_the_average_is_that_of_updates_as_far_as_the_rank_goes() -> None:
     model = student()
-    teacher = EMA(beta=0.25)
+    teacher = EMA(ema_beta=0.25)
     teacher.begin(model)
     before = own_updates(model)
     train(model, 0.3)
@@ -73,7 +73,7 @@ def test_the_average_is_that_of_updates_as_far_as_the_rank_goes() -> None:
 def test_a_slow_student_is_followed_closely() -> None:
     """A student whose update grows by 5 % a step along its own directions is averaged exactly."""
     model = student()
-    teacher = EMA(beta=0.05)
+    teacher = EMA(ema_beta=0.05)
     teacher.begin(model)
     exact = [update.clone() for update in own_updates(model)]
     for _ in range(20):
@@ -106,7 +106,7 @@ def test_an_anchor_stands_between_the_student_and_where_it_began(start: bool | s
 
 def test_a_frozen_A_is_averaged_in_B_alone() -> None:
     model = student(freeze_A=True)
-    teacher = EMA(beta=0.5)
+    teacher = EMA(ema_beta=0.5)
     teacher.begin(model)
     before = own_updates(model)
     train(model, 0.3)
@@ -124,7 +124,7 @@ def test_what_is_no_product_is_refused(teacher: Any) -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match="beta must be a number in"):
-        EMA(beta=0.0)
+    with pytest.raises(ConfigError, match="ema_beta must be a number in"):
+        EMA(ema_beta=0.0)
     with pytest.raises(ConfigError, match="share must be a number in"):
         Anchor(share=1.5)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorafa.alignment.divergences.base import OfDistributions
+from lorafa.alignment.entry import DivergenceEntry
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,6 @@ class ForwardKL(OfDistributions):
         p = log_p.exp()
         value = log_p.sub_(log_q).mul_(p).sum(dim=-1)
         return value, log_q.exp_().sub_(p)
+
+
+FKL = DivergenceEntry(settings=ForwardKL)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafa.alignment.divergences.base import OfDistributions, through_softmax
+from lorafa.alignment.entry import DivergenceEntry
 from lorafa.settings.checks import check_number
 
 
@@ -39,3 +40,6 @@ class JensenShannon(OfDistributions):
 
     def _mixture(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
+
+
+JS = DivergenceEntry(settings=JensenShannon)

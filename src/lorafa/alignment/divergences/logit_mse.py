@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lorafa.alignment.divergences.base import Divergence
+from lorafa.alignment.entry import DivergenceEntry
 from lorafa.errors import ConfigError
 
 
@@ -31,3 +32,6 @@ class LogitMSE(Divergence):
         difference = student.sub_(teacher)
         difference -= difference.mean(dim=-1, keepdim=True)
         return difference.square().mean(dim=-1), difference.mul_(2 / difference.shape[-1])
+
+
+LOGIT_MSE = DivergenceEntry(settings=LogitMSE)

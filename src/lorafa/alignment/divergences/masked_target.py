@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lorafa.alignment.divergences.base import REMOVED
 from lorafa.alignment.divergences.fkl import ForwardKL
+from lorafa.alignment.entry import DivergenceEntry
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,6 @@ class MaskedTarget(ForwardKL):
 
     def prepared(self, logits: Tensor, gold: Tensor) -> Tensor:
         return logits.scatter(-1, gold[:, None], REMOVED)
+
+
+MASKED_TARGET = DivergenceEntry(settings=MaskedTarget)

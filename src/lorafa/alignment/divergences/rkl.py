@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorafa.alignment.divergences.base import OfDistributions, through_softmax
+from lorafa.alignment.entry import DivergenceEntry
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,6 @@ class ReverseKL(OfDistributions):
         ratio = log_q.sub_(log_p)
         value = (q * ratio).sum(dim=-1)
         return value, through_softmax(q, ratio)  # a constant slope adds nothing
+
+
+RKL = DivergenceEntry(settings=ReverseKL)

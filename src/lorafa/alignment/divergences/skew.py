@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafa.alignment.divergences.base import OfDistributions, through_softmax
+from lorafa.alignment.entry import DivergenceEntry
 from lorafa.settings.checks import check_number
 
 
@@ -35,3 +36,6 @@ class SkewKL(OfDistributions):
 
     def _mixture(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return torch.logaddexp(log_q + math.log1p(-self.skew), log_p + math.log(self.skew))
+
+
+SKEW = DivergenceEntry(settings=SkewKL)

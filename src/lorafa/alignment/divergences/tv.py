@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorafa.alignment.divergences.base import OfDistributions, through_softmax
+from lorafa.alignment.entry import DivergenceEntry
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,6 @@ class TotalVariation(OfDistributions):
         difference = q - log_p.exp()
         value = 0.5 * difference.abs().sum(dim=-1)
         return value, through_softmax(q, difference.sign_().mul_(0.5))
+
+
+TV = DivergenceEntry(settings=TotalVariation)

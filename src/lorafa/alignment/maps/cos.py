@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lorafa.alignment.entry import MapEntry
 from lorafa.alignment.maps.base import RepresentationMap, States
 
 
@@ -18,3 +19,6 @@ class Cosine(RepresentationMap):
 
     def between(self, student: States, teacher: States) -> Tensor:
         return 1 - nn.functional.cosine_similarity(student.hidden, teacher.hidden, dim=-1).mean()
+
+
+COS = MapEntry(settings=Cosine)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorafa.alignment.entry import MapEntry
 from lorafa.alignment.maps.base import ROWS, RepresentationMap, States, mean_of_rows
 
 
@@ -32,3 +33,6 @@ class Functional(RepresentationMap):
             return 0.5 * (p * (difference - mean).square()).sum(dim=-1)
 
         return mean_of_rows(of_rows, student.hidden, teacher.hidden, ROWS)
+
+
+FUNCTIONAL = MapEntry(settings=Functional)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorafa.alignment.entry import MapEntry
 from lorafa.alignment.maps.base import RepresentationMap, States, square
 
 
@@ -24,3 +25,6 @@ class Gram(RepresentationMap):
         T = teacher.hidden / square(teacher.hidden).sqrt()
         of_teacher = square(T.mT @ T)
         return (square(S.mT @ S) - 2 * square(S.mT @ T) + of_teacher) / of_teacher
+
+
+GRAM = MapEntry(settings=Gram)

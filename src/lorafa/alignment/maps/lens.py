@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorafa.alignment.entry import MapEntry
 from lorafa.alignment.maps.base import ROWS, RepresentationMap, States, mean_of_rows
 
 
@@ -29,3 +30,6 @@ class Lens(RepresentationMap):
             return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
 
         return mean_of_rows(of_rows, student.hidden, teacher.hidden, ROWS)
+
+
+LENS = MapEntry(settings=Lens)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorafa.alignment.entry import MapEntry
 from lorafa.alignment.maps.base import RepresentationMap, States, square
 
 
 @dataclass(frozen=True)
-class MSE(RepresentationMap):
+class RelativeMSE(RepresentationMap):
     """||H_S - H_T||^2 / ||H_T||^2: 1 for a student whose states are 0."""
 
     name = "mse"
@@ -18,3 +19,6 @@ class MSE(RepresentationMap):
 
     def between(self, student: States, teacher: States) -> Tensor:
         return (student.hidden - teacher.hidden).square().sum() / square(teacher.hidden)
+
+
+MSE = MapEntry(settings=RelativeMSE)

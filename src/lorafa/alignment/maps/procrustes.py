@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorafa.alignment.entry import MapEntry
 from lorafa.alignment.maps.base import RepresentationMap, States, square
 
 
@@ -24,3 +25,6 @@ class Procrustes(RepresentationMap):
             rotation: Tensor = U @ Vh
         shared: Tensor = (cross * rotation).sum()
         return 1 - shared / (square(S) * square(T)).sqrt()
+
+
+PROCRUSTES = MapEntry(settings=Procrustes)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorafa.alignment.entry import TeacherEntry
 from lorafa.alignment.teachers.base import OfTheAdapters, Refreshed, copied
 from lorafa.alignment.teachers.products import Pair, trained_pairs, weighed_sum
 from lorafa.errors import CheckpointError
 from lorafa.settings.checks import check_number
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """What an anchor is made of."""
+
+    share: float = 0.5
+    """What the student counts in it, between 0 and 1; the rest is where the training began."""
 
 
 class Anchor(OfTheAdapters):
@@ -48,3 +58,6 @@ class Anchor(OfTheAdapters):
         if set(state.get("reference", {})) != set(self.reference):
             raise CheckpointError("The checkpoint's teacher 'anchor' has another reference than is trained here.")
         self.reference = {name: value.to(self.reference[name]) for name, value in state["reference"].items()}
+
+
+ANCHOR = TeacherEntry(make=Anchor, settings=AnchorSettings)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lorafa.alignment.entry import TeacherEntry
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.errors import AdapterError
 from lorafa.surgery.activate import disabled
@@ -30,3 +31,6 @@ class Base(Teacher):
     def running(self, model: nn.Module) -> Iterator[nn.Module]:
         with disabled(model):
             yield model
+
+
+BASE = TeacherEntry(make=Base)

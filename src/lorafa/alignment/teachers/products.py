@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
-from lorafa.numerics.linalg import nearest_product, working_dtype
+from lorafa.numerics.linalg import working_dtype
+from lorafa.numerics.low_rank import nearest_product
 from lorafa.surgery.walk import lora_layers
 
 Values = Mapping[str, Tensor]

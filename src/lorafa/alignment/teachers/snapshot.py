@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorafa.alignment.entry import TeacherEntry
 from lorafa.alignment.teachers.base import OfTheAdapters, Refreshed, copied
 
 
@@ -15,3 +16,6 @@ class Snapshot(OfTheAdapters):
     def refresh(self, model: nn.Module) -> Refreshed:
         self.values = copied(model)
         return Refreshed()
+
+
+SNAPSHOT = TeacherEntry(make=Snapshot)
