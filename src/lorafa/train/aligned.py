@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorafa.alignment.alignment import Alignment
 from lorafa.alignment.schedule import Decision
 from lorafa.errors import CheckpointError, ConfigError
-from lorafa.train.trainer import LoraTrainer
+from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
 
 STATE = "alignment.pt"
 """The file of a checkpoint that has the teacher and where the schedule is."""
@@ -134,3 +134,7 @@ class _Phases(transformers.TrainerCallback):  # type: ignore[misc]
 
 class AlignedTrainer(Aligning, LoraTrainer):
     """:class:`LoraTrainer` with a teacher; it takes the arguments of both."""
+
+
+class AlignedSupervisedTrainer(Aligning, SupervisedTrainer):
+    """:class:`SupervisedTrainer`, which may train all weights, with a teacher."""
