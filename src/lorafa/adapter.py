@@ -308,6 +308,13 @@ class Adapter:
         assert self.start is not None
         return self._product(self.start.A, self.start.B)
 
+    def checked_factors(self) -> tuple[Tensor, Tensor]:
+        """:attr:`factors` for who makes a weight of them; as :meth:`delta_weight` it refuses modules that were swapped.
+        """
+        if not self.as_made:
+            self.layer.require_readable(self)
+        return self.factors
+
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
         dtype = working_dtype(A.dtype)
         with full_precision(A):

@@ -98,8 +98,13 @@ def _bar(console: Console) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("merging", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def update(done: int, total: int) -> None:
+            if not progress.task_ids:  # nothing is shown of what is refused before it begins
+                progress.add_task("merging")
+            progress.update(progress.task_ids[0], completed=done, total=total)
+
+        yield update
 
 
 def _adapters(names: list[str], base: str | None) -> tuple[list[str], str | None]:

@@ -68,10 +68,10 @@ def check_merged_folder(
     for name, one in zip(called, stored, strict=True):
         take_in(tuner, one, name, Options(), {"ignore_base_mismatch": ignore_base_mismatch})
     set_adapter(model, called, inference_mode=True)
-    adapted, _, allowed = measured(model, given, None)
+    adapted, in_memory, moved = measured(model, given, None)
     del model, tuner
     merged = outputs_of(_loaded(kind, user_path(folder), dtype), given)
-    return compared(adapted, merged, allowed)
+    return compared(adapted, merged, None if moved is None else moved - in_memory)
 
 
 def _loaded(kind: type[nn.Module], place: Path, dtype: Any, **options: Any) -> Any:
@@ -83,10 +83,15 @@ def _loaded(kind: type[nn.Module], place: Path, dtype: Any, **options: Any) -> A
 @contextmanager
 def _unreported() -> Iterator[None]:
     """Loading without what transformers says of weights that the adapter brings."""
-    log = logging.getLogger("transformers.modeling_utils")
+    from transformers.utils import logging as of_transformers
+
+    log, bars = logging.getLogger("transformers"), of_transformers.is_progress_bar_enabled()
     level = log.level
     log.setLevel(logging.ERROR)
+    of_transformers.disable_progress_bar()
     try:
         yield
     finally:
         log.setLevel(level)
+        if bars:
+            of_transformers.enable_progress_bar()

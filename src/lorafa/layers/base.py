@@ -16,6 +16,7 @@ from lorafa.backends.offload import device_of, in_memory, value_of, weight_of
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers import own_modules
+from lorafa.layers.blocks import sum_in_blocks
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Extras, Stored, held_by, linear_holder
@@ -401,6 +402,9 @@ class LoraLayer(Host):
         """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
         self.require_mergeable()  # before its weight is read: what is drawn anew is another weight each time
         adapters, weight = [self.adapters[name] for name in names], self.base_weight()
+        total = None if self.backend.quantized else sum_in_blocks(weight, adapters)
+        if total is not None:
+            return self._with_total(total, names, self.updated_bias(adapters))
         changes = (adapter.delta_weight(weight) for adapter in adapters)
         return self.with_changes(changes, names, self.updated_bias(adapters))
 
@@ -434,6 +438,9 @@ class LoraLayer(Host):
             else:
                 total += change  # a copy by now; the same sum, without a third matrix of this size
             del change  # before the next one is made
+        return self._with_total(total, names, bias)
+
+    def _with_total(self, total: Tensor, names: Sequence[str], bias: Tensor | None) -> nn.Module:
         changed = self.backend.with_weight(self.pristine, total, bias)
         if self.backend.quantized:  # codes are no numbers, and scales may be in no tensor of the layer's own
             numbers = (self.backend.weight(in_memory(changed)), value_of(changed, self.backend.bias(changed)))

@@ -101,7 +101,8 @@ def in_shards(tensors: Iterable[Planned], most: int, metadata: Mapping[str, str]
 class ModelWriter:
     """Writes planned files into a folder; a with-block, after which all of it is on the disk.
 
-    A file whose last tensor was written is brought to the disk by a second thread while the next ones are made.
+    A tensor is written by a second thread while the next one is made, and a file whose last one was written is brought
+    to the disk by a third. Every place is written to by one thread at a time.
     """
 
     def __init__(self, folder: Path, files: Sequence[PlannedFile], said: Callable[[int], None] = lambda done: None):
@@ -114,10 +115,12 @@ class ModelWriter:
         self._missing: dict[FileIO, set[str]] = {}
         self._stack = ExitStack()
         self._syncing: list[Future[None]] = []
+        self._writing: tuple[Future[None], FileIO, str] | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # what was opened is closed where a later file cannot be
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
+            self._writes = stack.enter_context(ThreadPoolExecutor(1))
             for planned in self.files:
                 file = stack.enter_context(open(self.folder / planned.name, "wb", buffering=0))
                 header = planned.header
@@ -134,8 +137,10 @@ class ModelWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         with self._stack:
             if kind is not None:
+                self._writes.shutdown(wait=True, cancel_futures=True)
                 self._pool.shutdown(wait=True, cancel_futures=True)
                 return
+            self._wait()
             if left := [name for names in self._missing.values() for name in names]:
                 raise RuntimeError(f"{len(left)} planned tensors were not written: {left[:3]}")
             for one in self._syncing:
@@ -149,6 +154,7 @@ class ModelWriter:
         Raises:
             CheckpointError: that file cannot be read, or has become shorter.
         """
+        self._wait()  # which may be for the same file
         file, start, planned = self._places[name]
         source = planned.copied
         assert source is not None, name
@@ -166,11 +172,20 @@ class ModelWriter:
     def put(self, name: str, tensor: Tensor) -> None:
         """Write the values of a tensor, which has the dtype and the shape that were planned."""
         file, start, planned = self._places[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), (name, tensor.dtype, tensor.shape)
-        if tensor.numel():
-            _write(file, octets(tensor.detach().contiguous()), start)
+        if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
+            raise RuntimeError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was made where {planned} was planned")
+        self._wait()
+        data = octets(tensor.detach().contiguous()) if tensor.numel() else memoryview(b"")
+        self._writing = self._writes.submit(_write, file, data, start), file, name
         self._said(planned.nbytes)
-        self._done(file, name)
+
+    def _wait(self) -> None:
+        """For the tensor before: one is written while the next is made, and no more than one waits."""
+        if self._writing is not None:
+            writing, file, name = self._writing
+            self._writing = None
+            writing.result()
+            self._done(file, name)
 
     def _done(self, file: FileIO, name: str) -> None:
         self._missing[file].discard(name)

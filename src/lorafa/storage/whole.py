@@ -128,7 +128,9 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     if not any(path.iterdir()):
         return
     if not overwrite:
-        raise ConfigError(f"{path} exists and is not empty. Choose another place, or replace it: overwrite.")
+        raise ConfigError(
+            f"{path} exists and is not empty. Choose another place, or replace it (--overwrite, overwrite=True)."
+        )
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} is not the folder of a model (no config.json), so it is not replaced.")
 

@@ -32,22 +32,24 @@ class MergeCheck:
     """The mean of the differences, each without its sign."""
     scale: float
     """The root mean square of the adapted model's outputs."""
-    allowed: float
-    """The largest difference that rounding explains; inf where a quantized base is quantized anew, which it does not.
-    """
+    allowed_max: float
+    """The largest difference that rounding explains; inf where a quantized base is quantized anew: of that nothing is
+    said."""
+    allowed_mean: float
+    """The largest mean that rounding explains."""
     same_choice: float
     """The share of positions at which both models have the same highest output."""
 
     @property
     def explained(self) -> bool:
         """Whether rounding explains the error."""
-        return self.max_error <= self.allowed
+        return self.max_error <= self.allowed_max and self.mean_error <= self.allowed_mean
 
     def __str__(self) -> str:
-        known = self.allowed != float("inf")
-        bound = f"rounding explains {self.allowed:.2g}" if known else "a quantized base has no bound"
+        known = self.allowed_max != float("inf")
+        bounds = [f" (rounding explains {one:.2g})" if known else "" for one in (self.allowed_max, self.allowed_mean)]
         return (
-            f"largest error {self.max_error:.2g} ({bound}), mean {self.mean_error:.2g}, outputs of size "
+            f"largest error {self.max_error:.2g}{bounds[0]}, mean {self.mean_error:.2g}{bounds[1]}, outputs of size "
             f"{self.scale:.2g}; the same choice at {100 * self.same_choice:.1f} % of the positions"
         )
 
@@ -74,14 +76,15 @@ def check_merge(
         ConfigError: no inputs are given, and none can be made.
         AdapterError, BackendError: as :func:`lorafa.surgery.merge.merge_adapter`.
     """
-    adapted, merged, allowed = measured(model, inputs, adapter_names)
-    return compared(adapted, merged, allowed)
+    adapted, merged, moved = measured(model, inputs, adapter_names)
+    return compared(adapted, merged, None if moved is None else moved - merged)
 
 
 def measured(
     model: nn.Module, inputs: Inputs | None, adapter_names: Sequence[str] | None
-) -> tuple[Tensor, Tensor, float]:
-    """Outputs of the adapted and of the merged model, and the largest difference that rounding explains."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Outputs of the adapted model, of the merged one, and of that with its weights moved by a unit; None for the last
+    where a quantized base was quantized anew."""
     require_nothing_merged(model)
     given = made_inputs(model) if inputs is None else dict(inputs)
     with evaluating(model), _counting(model, adapter_names):
@@ -90,12 +93,12 @@ def measured(
             merge_adapter(model, adapter_names)
             merged = outputs_of(model, given)
             if any(layer.backend.quantized for _, layer in lora_layers(model) if layer.merged):
-                return adapted, merged, float("inf")
+                return adapted, merged, None
             _nudge(model)
             moved = outputs_of(model, given)
         finally:
             unmerge_adapter(model)
-    return adapted, merged, TIMES * float((moved - merged).abs().max())
+    return adapted, merged, moved
 
 
 @contextmanager
@@ -113,8 +116,11 @@ def _counting(model: nn.Module, names: Sequence[str] | None) -> Iterator[None]:
             host.activate(active)
 
 
-def compared(adapted: Tensor, merged: Tensor, allowed: float) -> MergeCheck:
+def compared(adapted: Tensor, merged: Tensor, noise: Tensor | None) -> MergeCheck:
     """The check for two outputs of one shape.
+
+    Args:
+        noise: what moving weights by a unit does to the outputs; None where that is not known.
 
     Raises:
         AdapterError: they have different shapes, or are not finite.
@@ -123,10 +129,16 @@ def compared(adapted: Tensor, merged: Tensor, allowed: float) -> MergeCheck:
         raise AdapterError(f"The merged model gives {tuple(merged.shape)}, the adapted one {tuple(adapted.shape)}.")
     if not bool(adapted.isfinite().all() & merged.isfinite().all()):
         raise AdapterError("The outputs are not finite, so they cannot be compared. Give other inputs.")
-    errors = (adapted - merged).abs()
-    same = (adapted.argmax(-1) == merged.argmax(-1)).float().mean()
+    errors, unknown = (adapted - merged).abs(), float("inf")
+    scale = float(adapted.square().mean().sqrt())
+    least = TIMES * torch.finfo(torch.float32).eps * scale  # norms of a float64 model may compute in float32
     return MergeCheck(
-        float(errors.max()), float(errors.mean()), float(adapted.square().mean().sqrt()), allowed, float(same)
+        max_error=float(errors.max()),
+        mean_error=float(errors.mean()),
+        scale=scale,
+        allowed_max=unknown if noise is None else max(least, TIMES * float(noise.abs().max())),
+        allowed_mean=unknown if noise is None else max(least, TIMES * float(noise.abs().mean())),
+        same_choice=float((adapted.argmax(-1) == merged.argmax(-1)).float().mean()),
     )
 
 
