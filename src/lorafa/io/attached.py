@@ -25,6 +25,7 @@ from lorafa.numerics.linalg import all_finite
 from lorafa.storage.fingerprint import check_base
 from lorafa.storage.model_files import model_files
 from lorafa.surgery.activate import require_uniform, set_adapter
+from lorafa.surgery.auxiliary import modules_called
 from lorafa.surgery.build import Options
 from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.walk import embedding_of, layers_at, places
@@ -207,15 +208,24 @@ def _tables_in(stored: StoredAdapter) -> Iterator[tuple[str, int]]:
 
 def _base_tensors(skeleton: Skeleton, stored: StoredAdapter) -> list[str]:
     """The tensors of the base itself that an adapter's file holds: resized tables, trained biases."""
-    saved = tuple(f".{name}" for name in stored.config.modules_to_save or ())
+    saved = _copied(skeleton.model, stored)
     found = []
     for key in stored.tensors:
         name = _base_key(key)
-        path = name.rpartition(".")[0]
-        whole = any(f".{path}".endswith(end) or f"{end}." in f".{path}" for end in saved)
-        if name in skeleton.ties and not whole:
+        if name in skeleton.ties and not _is_inside(name.rpartition(".")[0], saved):
             found.append(name)
     return found
+
+
+def _copied(model: nn.Module, stored: StoredAdapter) -> set[str]:
+    """The modules that an adapter has a copy of (``modules_to_save``)."""
+    everything = list(places(model))
+    names = stored.config.modules_to_save or ()
+    return {place.name for name in names for place in modules_called(everything, name)}
+
+
+def _is_inside(path: str, around: Collection[str]) -> bool:
+    return any(path == outer or path.startswith(f"{outer}.") for outer in around)
 
 
 def _bring_in(skeleton: Skeleton, stored: Sequence[StoredAdapter], filled: Sequence[str]) -> None:
@@ -228,21 +238,21 @@ def _bring_in(skeleton: Skeleton, stored: Sequence[StoredAdapter], filled: Seque
         for name in one.config.target_parameters or ():  # a parameter alone is adapted in memory only
             wanted -= {module for module in wanted if f".{module}".endswith(f".{name.rpartition('.')[0]}")}
     for one in stored:
-        ends = [*(one.config.modules_to_save or ()), *_token_tables(skeleton.model, one)]
-        within = tuple(f".{end}" for end in ends)
-        wanted |= {name for name in modules if any(f".{name}".endswith(e) or f"{e}." in f".{name}" for e in within)}
+        around = _copied(skeleton.model, one) | _token_tables(skeleton.model, one)
+        wanted |= {name for name in modules if _is_inside(name, around)}
     skeleton.bring_in([name for name in modules if name in wanted])
     skeleton.fill_rest()
 
 
-def _token_tables(model: nn.Module, stored: StoredAdapter) -> list[str]:
+def _token_tables(model: nn.Module, stored: StoredAdapter) -> set[str]:
+    """The tables of which single rows are trained (``trainable_token_indices``), or may be."""
     tokens = stored.config.trainable_token_indices
     if tokens is None:
-        return []
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = (embedding_of(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
-    tables = [names[id(end)] for end in ends if end is not None and id(end) in names]
-    return [*tables, *(tokens if isinstance(tokens, dict) else ())]
+        return set()
+    ends = {id(embedding_of(model, getter)) for getter in ("get_input_embeddings", "get_output_embeddings")}
+    named = tuple(f".{name}" for name in tokens) if isinstance(tokens, dict) else ()
+    found = ((place.name, place.module) for place in places(model))
+    return {name for name, module in found if id(module) in ends or f".{name}".endswith(named or "\n")}
 
 
 def _require_started(skeleton: Skeleton, adapter: str, readable: Collection[str]) -> None:

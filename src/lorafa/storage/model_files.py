@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -53,14 +52,15 @@ class Stored:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @contextmanager
-    def opened(self) -> Iterator[FileIO]:
-        """The file; what goes wrong with it inside the block is a CheckpointError."""
+    def open(self) -> FileIO:
+        """The file, to read from."""
         try:
-            with open(self.file, "rb", buffering=0) as file:
-                yield file
+            return FileIO(self.file)
         except OSError as error:
-            raise CheckpointError(f"{self.file} could not be read: {error.strerror or error}.") from error
+            raise self.unreadable(error) from error
+
+    def unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.file} could not be read: {error.strerror or error}.")
 
     def read(self) -> Tensor:
         """All of it, on the CPU.
@@ -81,13 +81,16 @@ class Stored:
         if not tensor.numel():
             return tensor
         view = octets(tensor)
-        with self.opened() as file:
-            file.seek(self.start + offset)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise CheckpointError(f"{self.file} was cut off while it was read. Fetch or save it again.")
-                view = view[count:]
+        with self.open() as file:
+            try:
+                file.seek(self.start + offset)
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise CheckpointError(f"{self.file} was cut off while it was read. Fetch or save it again.")
+                    view = view[count:]
+            except OSError as error:
+                raise self.unreadable(error) from error
         return tensor
 
 

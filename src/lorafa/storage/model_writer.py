@@ -158,11 +158,11 @@ class ModelWriter:
         file, start, planned = self._places[name]
         source = planned.copied
         assert source is not None, name
-        with source.opened() as there:
+        with source.open() as there:
             done = 0
             while done < planned.nbytes:
                 most = min(_CHUNK, planned.nbytes - done)
-                count = _copy(there, source.start + done, file, start + done, most)
+                count = _copy(source, there, source.start + done, file, start + done, most)
                 if not count:
                     raise CheckpointError(f"{source.file} was cut off while it was read. Fetch or save it again.")
                 done += count
@@ -227,14 +227,17 @@ def _write(file: FileIO, data: memoryview, start: int) -> None:
         data = data[file.write(data) :]
 
 
-def _copy(source: FileIO, start: int, target: FileIO, place: int, most: int) -> int:
+def _copy(stored: Stored, source: FileIO, start: int, target: FileIO, place: int, most: int) -> int:
     """Copy bytes between files, within the system where it can; how many were, 0 at the end of the source."""
     try:
         return os.copy_file_range(source.fileno(), target.fileno(), most, start, place)
     except (AttributeError, OSError) as error:
         if getattr(error, "errno", None) in _FULL:
             raise
-    source.seek(start)
-    data = source.read(most)
+    try:
+        source.seek(start)
+        data = source.read(most)
+    except OSError as error:
+        raise stored.unreadable(error) from error
     _write(target, memoryview(data), place)
     return len(data)

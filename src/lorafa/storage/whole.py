@@ -72,6 +72,7 @@ def folder_written_whole(path: str | Path, *, overwrite: bool = False) -> Iterat
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
             _sync_folder(temporary)
+            require_free(path, overwrite=overwrite)  # again: others may have come first
             _take_place(temporary, path)
             _sync_folder(parent)
     except LoraError as error:
