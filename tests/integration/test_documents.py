@@ -122,6 +122,7 @@ def _batches() -> list[dict[str, Any]]:
 
 
 NAMES: dict[str, dict[str, Callable[[], Any]]] = {
+    "docs/merging.md": {"model": _adapted},
     "docs/optimizers.md": {"model": _adapted, "rows": _rows},
     "docs/peft.md": {
         "model": _adapted,
@@ -284,7 +285,7 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         started, rest = launched.training_script, launched.training_script_args
         assert (launched.module, started) in ((True, "lorafa.cli.main"), (False, EVALUATION))
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
-    elif words[:2] in {("lorafa", "params"), ("lorafa", "report")} or words[:3] in PLANNED:
+    elif words[:2] in {("lorafa", "params"), ("lorafa", "report"), ("lorafa", "merge")} or words[:3] in PLANNED:
         assert main(list(words[1:])) == 0
     elif words[:2] == ("python", "recipes/rescoring.py"):
         read = recipe("rescoring").parse(words[2:])

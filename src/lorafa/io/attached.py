@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.offload import rests_elsewhere
-from lorafa.data.classes import classes_beside
 from lorafa.errors import BackendError, CheckpointError, SourceError, shorten
 from lorafa.io.adapter_files import StoredAdapter
 from lorafa.io.changes import Change, changes_of
 from lorafa.io.load import take_in
 from lorafa.io.skeleton import Skeleton, empty_model, layers_with_a_weight, require_complete, require_numbers
 from lorafa.models.carried import read_config
-from lorafa.models.kinds import KINDS
 from lorafa.models.sourced import as_source_error
 from lorafa.numerics.linalg import all_finite
 from lorafa.storage.fingerprint import check_base
@@ -144,6 +142,8 @@ def class_of(base: Path, stored: Sequence[StoredAdapter]) -> tuple[type[nn.Modul
 def _classes(config: Any, stored: Sequence[StoredAdapter]) -> Iterator[type[nn.Module]]:
     import transformers
 
+    from lorafa.models.kinds import KINDS
+
     tasks = {KINDS.get(name).task_type: KINDS.get(name).auto_class for name in KINDS.names()} | _TASKS
     for one in stored:
         named = (one.config.auto_mapping or {}).get("base_model_class")
@@ -177,6 +177,8 @@ def _base_key(key: str) -> str:
 
 def _with_adapters_sizes(kind: type[nn.Module], config: Any, stored: Sequence[StoredAdapter]) -> Any:
     """The config with the classes and the vocabulary that the adapters bring the tables for."""
+    from lorafa.data.classes import classes_beside  # which brings rich
+
     config = copy.deepcopy(config)
     for one in stored:
         if (classes := classes_beside(str(one.path.parent))) is not None:

@@ -20,7 +20,6 @@ from lorafa.io.adapter_files import StoredAdapter, read_adapter
 from lorafa.io.attached import Attached, attached
 from lorafa.io.output import Output, output_of
 from lorafa.models.carried import CONFIG, carried, carry, fetched, read_config, with_settings
-from lorafa.models.load import DTYPES, resolve_model
 from lorafa.settings.checks import check_arguments
 from lorafa.storage.hub import HubOptions
 from lorafa.storage.model_writer import ModelWriter
@@ -143,6 +142,8 @@ def _write(
 
 
 def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    from lorafa.models.load import DTYPES  # which brings rich
+
     if given is None or given == "auto":
         return None
     found = DTYPES.get(given.removeprefix("torch.")) if isinstance(given, str) else given
@@ -173,6 +174,8 @@ def _bytes(given: int | str | None) -> int | None:
 
 def base_of(base: str | Path | None, configs: Sequence[LoraConfig], hub: HubOptions) -> tuple[str, Path]:
     """The name of the base model and its folder."""
+    from lorafa.models.load import resolve_model
+
     revision = None
     if base is None:
         found = {(config.base_model_name_or_path, config.revision) for config in configs}
