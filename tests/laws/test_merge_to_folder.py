@@ -13,8 +13,9 @@ import transformers
 from lorafa import merge_to_folder
 from lorafa.variants import VARIANTS
 from toys.adapters import VARIANT
+from toys.architectures import gemma, gpt_oss, images_and_text, phi, sounds, speech, vision
 from toys.language_models import bert, gpt2, llama, mixtral, qwen2_moe, t5
-from toys.merging import TARGETS, Make, assert_same_files, config_in, place
+from toys.merging import TARGETS, Make, assert_same_files, config_in, place, tensors_in
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:After merging"),
@@ -34,6 +35,12 @@ MODELS: dict[str, tuple[Make, dict[str, Any]]] = {
     "qwen2 moe": (qwen2_moe, LINEAR),
     "bert": (bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "bert of masked words": (partial(bert, transformers.BertForMaskedLM), {"target_modules": ["query"]}),
+    "gemma, a scaled embedding": (gemma, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "phi": (phi, LINEAR),
+    "gpt-oss": (gpt_oss, LINEAR),
+    "vision": (vision, {"target_modules": ["q_proj", "projection"], "modules_to_save": ["classifier"]}),
+    "speech": (speech, {"target_modules": ["q_proj", "conv1"]}),
+    "sounds": (sounds, {"target_modules": ["q_proj"]}),
     "t5": (t5, {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}),
 }
 SETTINGS: dict[str, tuple[Make, dict[str, Any]]] = {
@@ -56,6 +63,16 @@ SETTINGS: dict[str, tuple[Make, dict[str, Any]]] = {
     "rows of one table": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3]}}),
     "target parameters of a linear layer": (llama, {"target_parameters": ["q_proj.weight"], "target_modules": []}),
 }
+
+
+def test_so_it_is_of_a_checkpoint_with_other_names_than_the_model(tmp_path: Path) -> None:
+    """The config's parts get a dtype each when transformers saves it."""
+    there = place(tmp_path, images_and_text, target_modules=["q_proj", "lm_head"])
+    merge_to_folder(there.adapter, there.out, base=there.base)
+    found, wanted = tensors_in(there.out), tensors_in(there.merged_in_memory())
+    assert any(name.startswith("language_model.") for name in found)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
 FORMULAS = {name: settings for name, settings in VARIANT.items() if name != "lora"}

@@ -26,8 +26,8 @@ examples:
   lorafa merge owner/adapter --out merged/ --dtype bfloat16 --max-shard-size 5GB
   lorafa merge first/adapter second/adapter --out both/
 
-exit status: 0 done, 1 the work failed or the adapter does not fit (nothing is left), 2 wrong arguments,
-130 interrupted (nothing is left)"""
+exit status: 0 done, 1 the work failed or the adapter does not fit (nothing is left), or --verify finds an error that
+rounding does not explain (the folder is left), 2 wrong arguments, 130 interrupted (nothing is left)"""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

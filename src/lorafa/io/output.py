@@ -154,7 +154,7 @@ class Output:
                 new[stored_name(model, name)] = name
             elif group is not None and group.conversion is None:
                 copies[stored_name(model, name)] = skeleton.files.tensors[group.stored[0]]
-            else:
+            elif group is not None:
                 raise CheckpointError(f"The files of the base have no tensor that {name!r} could be copied from.")
         return new, copies
 

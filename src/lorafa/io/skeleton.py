@@ -8,6 +8,7 @@ a model that is offloaded do. All others have no values, until they are mounted 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -285,7 +286,13 @@ def require_complete(skeleton: Skeleton, given: Iterable[str]) -> None:
     """Raises CheckpointError where a tensor of the model is in no file and is not among ``given``."""
     model, known = skeleton.model, set(given)
     lasting = set(model.state_dict())
-    missing = [name for name in skeleton.ties if name in lasting and name not in known and not skeleton.fits(name)]
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()  # transformers makes these by itself
+    missing = [
+        name
+        for name in skeleton.ties
+        if name in lasting and name not in known and not skeleton.fits(name)
+        if not any(re.search(pattern, name) for pattern in patterns)
+    ]
     if not missing:
         return
     stored = skeleton.files.tensors
