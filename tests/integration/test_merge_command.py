@@ -261,14 +261,19 @@ def test_two_adapters_that_want_one_place_are_refused(there: Place) -> None:
 
 
 @pytest.mark.parametrize("target", ["encoder.embed_tokens", "decoder.embed_tokens", "lm_head"])
-def test_one_of_several_places_of_a_table_is_untied_from_all_others(target: str, tmp_path: Path) -> None:
+def test_weights_that_a_model_always_shares_are_not_torn_apart(target: str, tmp_path: Path) -> None:
+    """T5's config says by tie_word_embeddings=false that outputs are not scaled, and ties the tables all the same."""
     there = place(tmp_path, t5, target_modules=[target])
-    with pytest.warns(UserWarning, match="the output head and the input embedding hold different weights|share no"):
-        merge_to_folder(there.adapter, there.out, base=there.base)
+    refused(there, CheckpointError, "always shares one weight among .*Train the adapter with ensure_weight_tying=True")
+
+
+def test_weights_that_a_model_always_shares_are_merged_as_one(tmp_path: Path) -> None:
+    there = place(tmp_path, t5, target_modules=["shared"], ensure_weight_tying=True)
+    merge_to_folder(there.adapter, there.out, base=there.base)
     found = transformers.AutoModelForSeq2SeqLM.from_pretrained(there.out, dtype="auto").state_dict()
     wanted = PeftModel.from_pretrained(there.loaded(), there.adapter).merge_and_unload().state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
-    assert not found[f"{target}.weight"].equal(found["shared.weight"])
+    assert config_in(there.out) == config_in(there.base)
 
 
 def test_wrong_arguments_are_refused(there: Place) -> None:

@@ -124,7 +124,7 @@ def class_of(base: Path, stored: Sequence[StoredAdapter]) -> tuple[type[nn.Modul
     import transformers
 
     with as_source_error(f"Could not read the config in {str(base)!r}", "give the folder of a model of transformers."):
-        config = transformers.AutoConfig.from_pretrained(base)
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
     kinds = list(dict.fromkeys(_classes(config, stored)))
     if not kinds:
         raise SourceError(f"The config in {str(base)!r} names no model of transformers that is known here.")
@@ -185,17 +185,17 @@ def _with_adapters_sizes(kind: type[nn.Module], config: Any, stored: Sequence[St
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: number for number, name in enumerate(classes)}
     model = empty_model(kind, config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ends = [embedding_of(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
+    modules = dict(model.named_modules())
     for one in stored:
         for path, rows in _tables_in(one):
-            table = embedding_of(model, "get_input_embeddings"), embedding_of(model, "get_output_embeddings")
-            named = dict(model.named_modules())
-            if named.get(path) is None or f"{path}.weight" not in shapes or shapes[f"{path}.weight"][0] == rows:
+            module = modules.get(path)
+            weight = None if module is None else module._parameters.get("weight")
+            if weight is None or weight.shape[0] == rows:
                 continue
-            if any(named[path] is end for end in table):
-                config.get_text_config().vocab_size = rows
-                config.vocab_size = rows
-            elif getattr(config, "num_labels", None) == shapes[f"{path}.weight"][0]:
+            if any(module is end for end in ends):
+                config.get_text_config().vocab_size = config.vocab_size = rows
+            elif getattr(config, "num_labels", None) == weight.shape[0]:
                 config.num_labels = rows
     return config
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from lorafa.errors import AdapterError, CheckpointError, shorten
 from lorafa.io.attached import Attached
 from lorafa.io.changes import Change
 from lorafa.io.skeleton import empty_model, tensors_of
+from lorafa.models.carried import with_settings
 from lorafa.models.checkpoint_names import Group, stored_name
 from lorafa.numerics.linalg import all_finite
 from lorafa.storage.base_weights import WHOLE
@@ -47,12 +47,14 @@ class Output:
         self._skeleton, self._names = on_base.skeleton, on_base.names
         self._dtype = dtype
         self._source_of = _representatives(on_base.changes)
-        settings = _settings_of_sizes(on_base)
-        final, untied = self._settled(on_base)
-        self.untied = untied
-        """Whether head and embedding are tied in the base, and not here."""
-        self.settings: dict[str, Any] = settings | ({"tie_word_embeddings": False} if untied else {})
+        own = self._skeleton.ties
+        self.untied = any(len(names) > 1 and not self._are_equal(names) for names in dict.fromkeys(own.values()))
+        """Whether tensors that are one in the base are several here."""
+        self.settings = _settings_of_sizes(on_base) | ({"tie_word_embeddings": False} if self.untied else {})
         """What the config says otherwise than that of the base."""
+        final: Mapping[str, Hashable] = {name: names[0] for name, names in own.items()}
+        if self.settings:
+            final = self._described(on_base, with_settings(on_base.stored_config, self.settings))
         if dtype is not None:
             key = "torch_dtype" if "torch_dtype" in on_base.stored_config else "dtype"
             self.settings[key] = str(dtype).removeprefix("torch.")
@@ -72,29 +74,30 @@ class Output:
 
     # ---- what is tied to what
 
-    def _settled(self, on_base: Attached) -> tuple[dict[str, Hashable], bool]:
-        """Each tensor of the model as its config will describe it, equal for those that are tied, and whether that
-        unties head and embedding."""
-        own = self._skeleton.ties
-        apart = [names for names in dict.fromkeys(own.values()) if len(names) > 1 and not self._are_equal(names)]
-        if not apart:
-            return {name: names[0] for name, names in own.items()}, False
-        config = copy.deepcopy(on_base.config)
-        for each in (config, config.get_text_config()):
-            each.tie_word_embeddings = False
-        loose = empty_model(on_base.kind, config)  # held, so that no two of its tensors have one id
-        final: dict[str, Hashable] = {name: id(tensor) for name, tensor in tensors_of(loose).items()}
-        aliases: dict[Hashable, list[str]] = {}
-        for name, one in final.items():
-            aliases.setdefault(one, []).append(name)
+    def _described(self, on_base: Attached, written: dict[str, Any]) -> dict[str, Hashable]:
+        """Each tensor of the model that the json of a config describes, equal for those that it ties.
+
+        Raises:
+            CheckpointError: that model would have other shapes, or tie what merging has made different.
+        """
+        model = empty_model(on_base.kind, type(on_base.config).from_dict(written))
+        tensors, like = tensors_of(model), self._skeleton.like
+        if other := [name for name, tensor in tensors.items() if name not in like or like[name].shape != tensor.shape]:
+            raise CheckpointError(
+                f"The config of the base has no way to say what {shorten(other, 3)} would be after merging. Merge in "
+                "memory: load the model, merge_and_unload, save_pretrained. Nothing was written."
+            )
+        aliases: dict[int, list[str]] = {}
+        for name, tensor in tensors.items():
+            aliases.setdefault(id(tensor), []).append(name)
         for names in aliases.values():
             if len(names) > 1 and not self._are_equal(names):
                 raise CheckpointError(
-                    f"A {type(self._skeleton.model).__name__} always shares one weight among {shorten(names, 4)}, and "
-                    "merging would give them different ones, of which all but one would be lost. Train the adapter "
-                    "with ensure_weight_tying=True, or keep it beside the model. Nothing was written."
+                    f"A {type(model).__name__} always shares one weight among {shorten(names, 4)}, and merging would "
+                    "give them different ones, of which all but one would be lost. Train the adapter with "
+                    "ensure_weight_tying=True, or keep it beside the model. Nothing was written."
                 )
-        return final, True
+        return {name: names[0] for names in aliases.values() for name in names}
 
     def _are_equal(self, names: Sequence[str]) -> bool:
         """Whether tensors that are one in the base are one after merging."""

@@ -75,18 +75,24 @@ def carry(paths: Iterator[Path], folder: Path) -> None:
 
 
 def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The json of a config with settings changed; one that stands in the config of its text model alone is changed
-    there, one that stands in both in both."""
+    """The json of a config with settings changed.
+
+    One that stands in the config of its text model alone is changed there, one that stands in both in both; whether
+    weights are tied is said in both, since transformers asks either.
+    """
     new = dict(config)
     texts = ("text_config", "llm_config", "language_config")
     inner = next((key for key in texts if isinstance(config.get(key), dict)), None)
     for key, value in settings.items():
-        inside = inner is not None and key in config[inner]
+        inside = inner is not None and (key in config[inner] or key in _IN_BOTH)
         if inside:
             new[inner] = {**new[inner], key: value}  # type: ignore[index]
-        if not inside or key in config:
+        if not inside or key in config or key in _IN_BOTH:
             new[key] = value
     return new
+
+
+_IN_BOTH = ("tie_word_embeddings",)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lorafa.errors import CheckpointError, SourceError, shorten
 from lorafa.storage.base_weights import INDEX, WHOLE, shards
-from lorafa.storage.tensors import entries_of
+from lorafa.storage.tensors import entries_of, read_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -148,8 +147,7 @@ def model_files(folder: Path) -> ModelFiles:
                     f"{tensor.name!r} is in {tensors[tensor.name].file.name} and in {path.name}. Fetch the model again."
                 )
             tensors[tensor.name] = tensor
-        with safe_open(path, framework="pt") as file:
-            metadata[path.name] = dict(file.metadata() or {})
+        metadata[path.name] = read_header(path)
     if listed is not None:
         held = {name: tensor.file.name for name, tensor in tensors.items()}
         if wrong := sorted(name for name, place in listed.items() if held.get(name) != place):

@@ -90,9 +90,9 @@ def folder_written_whole(path: str | Path, *, overwrite: bool = False) -> Iterat
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Hold a folder for the length of the block, or until the process is killed; whether no other process holds it.
+    """Hold a folder for the length of the block, or until the process is killed; whether it could be held.
 
-    Always True on Windows, which has no such locks.
+    It cannot where another process holds it. On Windows nothing is held and the answer is True.
     """
     if os.name == "nt":
         yield True
@@ -104,7 +104,7 @@ def _held(folder: Path) -> Iterator[bool]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
-        except BlockingIOError:
+        except OSError:  # another process has it, or the file system knows no locks
             free = False
         yield free
     finally:

@@ -34,6 +34,13 @@ def test_a_setting_is_changed_where_it_stands(config: dict[str, Any], wanted: di
     assert repr(config) == before
 
 
+def test_whether_weights_are_tied_is_said_wherever_it_may_be_asked() -> None:
+    for config in ({"text_config": {}}, {"text_config": {"tie_word_embeddings": True}}, {"tie_word_embeddings": True}):
+        new = with_settings(config, {"tie_word_embeddings": False})
+        assert new["tie_word_embeddings"] is False
+        assert new.get("text_config", new)["tie_word_embeddings"] is False
+
+
 def test_code_goes_along_only_with_a_config_that_names_it(tmp_path: Path) -> None:
     for name, text in {"config.json": "{}", "code.py": "x", "LICENSE": "free"}.items():
         (tmp_path / name).write_text(text)
