@@ -124,7 +124,9 @@ def test_so_it_is_of_a_vocabulary_that_was_resized(make: Make, settings: dict[st
     assert law(tmp_path, make, settings, prepare=grown)["vocab_size"] == 40
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize(
+    "formula", [pytest.param(name, marks=pytest.mark.slow) if " over " in name else name for name in FORMULAS]
+)
 def test_so_it_is_for_every_formula_of_one_matrix(formula: str, tmp_path: Path) -> None:
     settings = FORMULAS[formula]
     if "use_bdlora" in settings:  # whose blocks are of layers by name

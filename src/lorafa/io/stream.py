@@ -16,7 +16,7 @@ import torch
 
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, shorten, warn
-from lorafa.io.adapter_files import StoredAdapter, read_adapter
+from lorafa.io.adapter_files import read_adapter
 from lorafa.io.attached import Attached, attached
 from lorafa.io.output import Output, output_of
 from lorafa.models.carried import CONFIG, carried, carry, fetched, read_config, with_settings
@@ -98,17 +98,19 @@ def merge_to_folder(
     require_free(out, overwrite=overwrite)
     stored = [read_adapter(name, **hub) for name in names]
     named, place = base_of(base, [one.config for one in stored], hub)
-    _require_apart(out, place, [one.path.parent for one in stored])
+    folders = [one.path.parent for one in stored]
+    _require_apart(out, place, folders)
     on_base = attached(stored, place, wanted, ignore_base_mismatch=ignore_base_mismatch)
+    del stored  # the tensors of the files: the adapters have their own by now
     output = output_of(on_base, wanted, most)
-    return _write(out, named, place, stored, on_base, output, overwrite=overwrite, progress=progress)
+    return _write(out, named, place, folders, on_base, output, overwrite=overwrite, progress=progress)
 
 
 def _write(
     out: Path,
     named: str,
     place: Path,
-    stored: Sequence[StoredAdapter],
+    adapters: Sequence[Path],
     on_base: Attached,
     output: Output,
     *,
@@ -127,7 +129,7 @@ def _write(
         with ModelWriter(temporary, output.files, said) as writer:
             output.write(writer)
         write_json(temporary / CONFIG, with_settings(read_config(place), output.settings))
-        carry(carried(place, [one.path.parent for one in stored]), temporary)
+        carry(carried(place, adapters), temporary)
     if output.untied:
         warn(
             "After merging, the output head and the input embedding hold different weights, so "
