@@ -19,7 +19,7 @@ from lorafa.errors import ConfigError, shorten, warn
 from lorafa.io.adapter_files import read_adapter
 from lorafa.io.attached import Attached, attached
 from lorafa.io.output import Output, output_of
-from lorafa.models.carried import CONFIG, carried, carry, fetched, read_config, with_settings
+from lorafa.models.carried import CONFIG, carried, carry, fetch_beside, fetched, read_config, with_settings
 from lorafa.settings.checks import check_arguments
 from lorafa.storage.hub import HubOptions
 from lorafa.storage.model_writer import ModelWriter
@@ -97,6 +97,8 @@ def merge_to_folder(
     wanted, most, out = _dtype(dtype), _bytes(max_shard_size), user_path(folder)
     require_free(out, overwrite=overwrite)
     stored = [read_adapter(name, **hub) for name in names]
+    for name in names:
+        fetch_beside(name, hub)
     named, place = base_of(base, [one.config for one in stored], hub)
     folders = [one.path.parent for one in stored]
     _require_apart(out, place, folders)

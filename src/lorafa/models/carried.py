@@ -10,6 +10,7 @@ from typing import Any
 from lorafa.errors import SourceError
 from lorafa.storage.base_weights import INDEX, WHOLE, shards
 from lorafa.storage.hub import HubOptions, locate
+from lorafa.storage.paths import user_path
 from lorafa.storage.whole import read_json
 
 CONFIG = "config.json"
@@ -47,6 +48,22 @@ def fetched(model: str, revision: str | None, hub: HubOptions) -> Path:
         except SourceError:
             continue
     return folder
+
+
+def fetch_beside(adapter: str | Path, hub: HubOptions) -> None:
+    """Fetch what may lie beside an adapter on the Hub: its tokenizer, and the classes of a head it has trained."""
+    if user_path(adapter).is_dir():
+        return
+    from lorafa.data.classes import CLASSES_NAME  # which brings rich
+
+    wanted = [CLASSES_NAME, "tokenizer_config.json"]
+    for name in wanted:
+        try:
+            locate(adapter, [name], **hub)
+        except SourceError:
+            continue
+        if name == "tokenizer_config.json":
+            wanted += [each for each in TOKENIZER if each != name]
 
 
 def carried(base: Path, adapters: Sequence[Path]) -> Iterator[Path]:

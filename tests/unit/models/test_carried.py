@@ -82,6 +82,27 @@ def test_a_base_on_the_hub_is_fetched_file_by_file(tmp_path: Path, monkeypatch: 
         merge_to_folder(there.adapter, tmp_path / "other")
 
 
+def test_a_tokenizer_beside_an_adapter_on_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    there, cache = place(tmp_path, llama, target_modules=["q_proj"]), tmp_path / "cache"
+    for name in ("tokenizer_config.json", "tokenizer.json", "README.md"):
+        (there.adapter / name).write_text('{"of": "the adapter"}')
+
+    def download(repo: str, filename: str, **options: Any) -> str:
+        if repo != "owner/adapter" or not (there.adapter / filename).is_file():
+            raise EntryNotFoundError("404")
+        cache.mkdir(exist_ok=True)
+        (cache / filename).write_bytes((there.adapter / filename).read_bytes())
+        return str(cache / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    merge_to_folder("owner/adapter", there.out, base=there.base)
+    assert not (cache / "README.md").exists()
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        assert (there.out / name).read_text() == '{"of": "the adapter"}'
+
+
 # ---- names of checkpoints
 
 
