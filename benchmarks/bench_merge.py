@@ -169,12 +169,11 @@ def main() -> None:
         cases = {"lorafa": by_us, "peft": by_them, "peft, on the disk": by_them + SYNCED.format(out=str(theirs))}
         idle = measured(NOTHING, args.threads)["peak"]
         runs: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+        order = list(cases)
         for repeat in range(args.repeats):
-            for case, work in cases.items():
-                for out in (ours, theirs) if repeat or case == "peft, on the disk" else ():
-                    if out.name == ("ours" if case == "lorafa" else "theirs"):
-                        shutil.rmtree(out, ignore_errors=True)
-                runs[case].append(measured(work, args.threads))
+            for case in order[repeat % len(order) :] + order[: repeat % len(order)]:  # none always follows the same one
+                shutil.rmtree(ours if case == "lorafa" else theirs, ignore_errors=True)
+                runs[case].append(measured(cases[case], args.threads))
         differs = difference(ours, theirs)
         sizes = [path.stat().st_size for path in base.glob("*.safetensors")]
         shard, size = max(sizes), sum(sizes)
