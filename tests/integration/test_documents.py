@@ -129,6 +129,7 @@ def _batches() -> list[dict[str, Any]]:
 
 
 NAMES: dict[str, dict[str, Callable[[], Any]]] = {
+    "docs/alignment.md": {"model": _adapted, "batches": _batches, "rows": _rows},
     "docs/combining.md": {"base": _base},
     "docs/inspecting.md": {"model": _adapted},
     "docs/loading.md": {"base": _base},

@@ -27,6 +27,7 @@ def drawings(section: Section) -> list[Drawing]:
     over_steps = (
         ("Held-out loss", "nats a token", lambda run: heldout_curve(run.metrics), True),
         ("Training loss, running mean", "nats a token", _smoothed, False),
+        ("Divergence from the teacher", "nats a token", lambda run: curve(run.metrics, "divergence"), False),
         ("Learning rate", "learning rate", lambda run: curve(run.metrics, "lr"), False),
         ("Gradient norm, running mean", "norm", lambda run: _smoothed(run, "grad_norm"), False),
     )

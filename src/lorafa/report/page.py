@@ -10,6 +10,7 @@ import yaml
 from lorafa.report.plots import loss_curve
 from lorafa.report.starts import fact_rows_of_start, rank_rows, spectra_and_ranks
 from lorafa.report.tables import fact_rows, score_rows
+from lorafa.report.teacher import HEADINGS, decision_rows, divergence_curve
 from lorafa.report.templates import write_page
 from lorafa.runs.record import RunDirectory
 
@@ -34,6 +35,9 @@ def write_report(run_dir: str | Path) -> Path:
         ranks=rank_rows(result.get("start") or {}),
         spectra=spectra_and_ranks(result.get("start") or {}),
         curve=loss_curve(metrics),
+        divergence=divergence_curve(metrics, result.get("decisions") or ()),
+        decisions=decision_rows(result),
+        decision_headings=HEADINGS,
         samples=result.get("samples") or [],
         command=shlex.join(environment.get("command", [])),
         environment=yaml.safe_dump(environment, sort_keys=False, allow_unicode=True),

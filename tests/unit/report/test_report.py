@@ -16,6 +16,7 @@ from lorafa.report.page import write_report
 from lorafa.report.plots import loss_curve, running_mean
 from lorafa.report.starts import rank_rows, spectra_and_ranks
 from lorafa.report.tables import duration, fact_rows, result_tables, score_rows
+from lorafa.report.teacher import decision_rows, divergence_curve
 from lorafa.runs.record import RunDirectory
 from toys.pages import axes_of, curves, heights, legend
 
@@ -55,6 +56,35 @@ def test_the_page_shows_scores_curve_answers_and_settings(finished: RunDirectory
     assert "1.50 GiB" in page
     assert "1 min 15 s" in page
     assert "lora_alpha:" in page
+
+
+DECISIONS = [
+    {"step": 20, "kind": "switch", "phase": "teacher", "why": "20 steps are done", "task": 0.5, "divergence": 0.125},
+    {"step": 25, "kind": "refused", "phase": "teacher", "why": "worse", "task": 0.75, "divergence": 0.1},
+    {"step": 30, "kind": "switch", "phase": "task", "why": "5 steps are done", "discarded": 0.25},
+]
+
+
+def test_the_page_shows_what_a_teacher_did(finished: RunDirectory) -> None:
+    assert "The teacher" not in write_report(finished.path).read_text(encoding="utf-8")
+    for step in range(21, 26):
+        finished.add_metrics({"step": step, "loss": 0.1, "lr": 1e-3, "divergence": step / 100})
+    finished.update_result(decisions=DECISIONS)
+    page = write_report(finished.path).read_text(encoding="utf-8")
+    assert "The teacher" in page
+    assert "<td>refused</td><td>teacher</td><td>0.75</td><td>0.1</td><td>worse</td>" in page
+    (axes,) = axes_of(page, 1)
+    names = ["divergence", "a phase of the teacher begins", "a phase of the task begins"]
+    assert list(legend(axes)) == names
+    assert heights(axes)[legend(axes)["divergence"]] == pytest.approx([0.21, 0.22, 0.23, 0.24, 0.25], abs=1e-3)
+
+
+def test_decisions_say_what_a_refreshed_teacher_could_not_hold() -> None:
+    rows = decision_rows({"decisions": DECISIONS})
+    assert rows[0] == ("20", "switch", "teacher", "0.5", "0.125", "20 steps are done")
+    assert rows[2][3:] == ("-", "-", "5 steps are done; the teacher could not hold 25.00% of the update")
+    assert decision_rows({}) == []
+    assert divergence_curve([{"step": 1, "loss": 2.0}]) is None
 
 
 START = {
