@@ -101,6 +101,12 @@ def test_every_module_has_a_level() -> None:
     assert names == LEVEL_OF.keys(), "give the new module its place in LEVELS"
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports files of tests by their bare names, and collects only the first of two."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_files_sort_topologically_imports_for_types_included() -> None:
     graph = {
         name: {
