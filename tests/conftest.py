@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 
 import pytest
 import torch
 
 pytest.register_assert_rewrite("toys")
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases of a test marked ``matrix`` are slow, but for every n-th and one with each word that their ids have.
+
+    So each kind of layer, variant or dtype has a quick case, whatever the matrix is multiplied with, and the choice is
+    the same everywhere.
+    """
+    matrices: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            matrices[item.nodeid.partition("[")[0]].append(item)
+    for cases in matrices.values():
+        (every,) = cases[0].get_closest_marker("matrix").args  # type: ignore[union-attr]
+        known: set[str] = set()
+        for number, item in enumerate(cases):
+            words = set(item.nodeid.partition("[")[2].rstrip("]").split("-"))
+            if number % every and words <= known:
+                item.add_marker(pytest.mark.slow)
+            else:
+                known |= words
 
 
 @pytest.fixture(autouse=True)

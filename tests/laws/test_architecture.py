@@ -123,21 +123,20 @@ def test_files_sort_topologically_imports_for_types_included() -> None:
         pytest.fail("a circle of imports: " + " <- ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down_only(path: Path) -> None:
-    own = LEVEL_OF.get(_name(path), len(LEVELS))  # the package's __init__ stands above all
+def test_imports_go_down_only() -> None:
     upward = [
-        f"line {line}: {module}"
+        f"{path.relative_to(ROOT)}, line {line}: {module}"
+        for path in FILES
         for line, module in _imports(path)
-        if LEVEL_OF.get(_top(module), len(LEVELS) if module == "lorafa" else 0) > own
+        # the package's __init__ stands above all
+        if LEVEL_OF.get(_top(module), len(LEVELS) if module == "lorafa" else 0) > LEVEL_OF.get(_name(path), len(LEVELS))
     ]
     assert upward == []
 
 
-@pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_has_one_subject_or_is_short(path: Path) -> None:
-    long = len(path.read_text(encoding="utf-8").splitlines()) > MAX_LINES
-    assert long == (str(path.relative_to(ROOT)) in LONGER)
+def test_a_file_has_one_subject_or_is_short() -> None:
+    long = [path for path in ALL_FILES if len(path.read_text(encoding="utf-8").splitlines()) > MAX_LINES]
+    assert {str(path.relative_to(ROOT)) for path in long} == set(LONGER)
 
 
 # ---- what others need to know of a case is a fact or a method of its class: nobody asks which case it is
@@ -251,10 +250,14 @@ def _documented(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value.value.strip()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_docstring_begins_with_of_and_leaves_its_noun_to_be_guessed(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert [f"line {line}: {text[:60]}" for line, text in _documented(tree) if text.startswith("Of ")] == []
+def test_no_docstring_begins_with_of_and_leaves_its_noun_to_be_guessed() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}, line {line}: {text[:60]}"
+        for path in FILES
+        for line, text in _documented(ast.parse(path.read_text(encoding="utf-8")))
+        if text.startswith("Of ")
+    ]
+    assert found == []
 
 
 def _loaded_by(statement: str) -> set[str]:
