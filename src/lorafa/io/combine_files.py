@@ -229,14 +229,10 @@ def _error(layer: LooseLayer, error: LayerError) -> LayerError:
 
 def _stored(layer: LooseLayer, combined: Combined, has_bias: bool) -> dict[str, Tensor]:
     """The tensors of a layer as a file has them."""
-    (key_A, key_B), (tail_A, tail_B) = layer.keys, layer.tails
-    A, B = combined.A, combined.B
-    tensors = {
-        f"{layer.path}.{key_A}": A.reshape(A.shape[0], *tail_A),
-        f"{layer.path}.{key_B}": B.reshape(*B.shape, *tail_B),
-    }
+    factors = zip(layer.keys, layer.stored(combined.A, combined.B), strict=True)
+    tensors = {f"{layer.path}.{key}": factor for key, factor in factors}
     if has_bias:
-        zeros = B.new_zeros(B.shape[0])
+        zeros = combined.B.new_zeros(combined.B.shape[0])
         tensors[f"{layer.path}.lora_B.bias"] = zeros if combined.bias is None else combined.bias
     return tensors
 

@@ -15,6 +15,7 @@ from lorafa.errors import CheckpointError, shorten, warn
 from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.layouts.base import OWN_LAYER, Contents, most_common
 from lorafa.io.layouts.names import BaseNames
+from lorafa.surgery.patterns import key_of, lookup
 from lorafa.surgery.walk import dotted_ends
 
 
@@ -133,12 +134,7 @@ def _patterns(
 
 
 def _used(table: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in names)}
-
-
-def lookup(table: Mapping[str, Any], name: str, default: Any) -> Any:
-    """What a pattern of ranks or alphas says of a layer; ``default`` where it says nothing."""
-    return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return {key: value for key, value in table.items() if any(key_of([key], name) for name in names)}
 
 
 def _tensors(contents: Contents, stacked: Collection[str], base: BaseNames) -> dict[str, Tensor]:
