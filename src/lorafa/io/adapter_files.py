@@ -19,10 +19,11 @@ from lorafa.io.file_config import file_config
 from lorafa.io.find import WEIGHTS_NAME, find_adapter_files
 from lorafa.io.key_names import renamed
 from lorafa.io.layouts.base import Raw
+from lorafa.io.own_entry import own_entry
 from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, without_prefix
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
-from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
+from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, to_metadata
 from lorafa.storage.hub import HubOptions
 from lorafa.storage.tensors import (
     can_be_gathered,
@@ -283,7 +284,7 @@ def read_adapter(
         **hub,
     )  # fmt: skip
     header = read_header(files.weights)
-    side, given = from_metadata(header), config
+    side, given = own_entry(files.weights, header), config
     values = {} if files.config is None else read_json(files.config)
     if config is not None:
         config = replace(config, inference_mode=inference_mode)

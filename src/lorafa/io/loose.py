@@ -15,7 +15,7 @@ from lorafa.errors import BackendError, CheckpointError
 from lorafa.io.adapter_files import StoredAdapter, read_adapter
 from lorafa.io.factors import around, file_factors
 from lorafa.io.find import find_adapter_files
-from lorafa.storage.fingerprint import from_metadata
+from lorafa.io.own_entry import own_entry
 from lorafa.storage.tensors import read_header
 from lorafa.surgery.available import require_available
 from lorafa.surgery.patterns import numbers_of
@@ -96,7 +96,7 @@ def needs_base(source: str | Path) -> str | None:
         CheckpointError: its start has quantized the base.
     """
     files = find_adapter_files(source)
-    config, side = read_config(files.require_config()), from_metadata(read_header(files.weights))
+    config, side = read_config(files.require_config()), own_entry(files.weights, read_header(files.weights))
     require_available(config)
     types = variant_types(config)
     if (routed := next((one for one in types if not one.uniform), None)) is not None:
