@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafa.config import CONFIG_NAME, LoraConfig
+from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.export import EXPORTERS
 from lorafa.export.base import BaseFacts, facts_of, load_adapted
@@ -15,7 +15,6 @@ from lorafa.export.proof import Proof, inputs_for, logits_of, prove
 from lorafa.export.source import of_files, of_model, require_matrix_formula
 from lorafa.export.update import PlainAdapter
 from lorafa.peft_model import PeftModel
-from lorafa.storage.paths import user_path
 from lorafa.storage.whole import folder_written_whole, require_free
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
@@ -50,7 +49,7 @@ def export_adapter(
     """Write an adapter in the form another program reads.
 
     Args:
-        source: folder or Hub id of the adapter, or the directory of a run.
+        source: folder or Hub id of the adapter.
         target: "peft", "vllm", "sglang", "gguf" or "ollama".
         out: folder to make.
         rank: give every layer this rank, or the least that keeps this share of the energy of its update. An update
@@ -69,7 +68,7 @@ def export_adapter(
 
     After any of them nothing was written.
     """
-    exporter, folder, place = EXPORTERS.get(target), require_free(out, overwrite=overwrite), adapter_of(source)
+    exporter, folder, place = EXPORTERS.get(target), require_free(out, overwrite=overwrite), str(source)
     if rank is not None:
         check_rank("rank", rank)
         if merged:
@@ -88,13 +87,6 @@ def export_adapter(
         proof = prove(exporter, adapter, stage, facts, model) if verify else None
         files = _files(stage)
     return Exported(folder, files, adapter.rank, tuple(notes), proof, adapter.lost)
-
-
-def adapter_of(source: str | Path) -> str:
-    """The folder or Hub id of an adapter; of the directory of a run the folder its adapter is in."""
-    path = user_path(source)
-    inner = path / "adapter"
-    return str(inner) if not (path / CONFIG_NAME).is_file() and (inner / CONFIG_NAME).is_file() else str(source)
 
 
 def _lost(adapter: PlainAdapter) -> list[str]:

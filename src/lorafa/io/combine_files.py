@@ -17,6 +17,7 @@ from lorafa.io.find import find_adapter_files
 from lorafa.io.load import take_in
 from lorafa.io.loose import LooseAdapter, LooseLayer, belongs_to_saved, needs_base, read_loose
 from lorafa.storage.fingerprint import compare_fingerprints
+from lorafa.storage.whole import require_free
 from lorafa.surgery.build import Options
 from lorafa.surgery.combination import Combination, LayerError
 from lorafa.surgery.combine import add_combination
@@ -28,14 +29,6 @@ from lorafa.version import VERSION
 
 NAME = "default"
 """What the result is called: an adapter in a folder of its own."""
-
-
-def require_new_folder(out: str | Path) -> Path:
-    """Raises ConfigError for a folder that holds something already, or a file of that name."""
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{out} is there already, and nothing is overwritten. Name another folder.")
-    return folder
 
 
 def why_base(sources: Sequence[str | Path]) -> str | None:
@@ -71,7 +64,7 @@ def combine_files(
         CheckpointError: a file is damaged or does not fit the others, or the result could not be written.
         ConfigError: as :meth:`lorafa.PeftModel.add_weighted_adapter`, or ``out`` is not empty. Nothing was written.
     """
-    folder, names = require_new_folder(out), [str(source) for source in sources]
+    folder, names = require_free(out, overwrite=None), [str(source) for source in sources]
     given = dict(zip(names, check_weights(names, weights), strict=True))
     asked.say_what_it_adds(len(given))
     adapters = {name: read_loose(name) for name in given}
@@ -98,7 +91,7 @@ def combine_on_base(
     Raises:
         As :func:`combine_files`; CheckpointError for an adapter that was made for another base.
     """
-    folder, names = require_new_folder(out), [str(source) for source in sources]
+    folder, names = require_free(out, overwrite=None), [str(source) for source in sources]
     given = dict(zip(names, check_weights(names, weights), strict=True))
     tuner, adapters = LoraModel(model), dict[str, float]()
     for source, weight in given.items():

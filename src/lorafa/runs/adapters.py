@@ -10,19 +10,22 @@ from lorafa.runs.record import CONFIG, RunDirectory
 from lorafa.storage.paths import user_path
 
 
+def run_in(name: str) -> RunDirectory | None:
+    """The run whose directory this is; None for anything else: folders of adapters may hold settings of others."""
+    path = user_path(name)
+    is_run = os.path.isfile(path / CONFIG) and not os.path.isfile(path / CONFIG_NAME)
+    return RunDirectory.open(path) if is_run else None
+
+
 def adapter_in(name: str) -> str:
     """The adapter of a run directory; the folder or Hub id of any other adapter itself.
 
     Raises:
         ConfigError: the run has trained none, or none yet; or this is a model.
     """
-    path = user_path(name)
-    if os.path.isfile(path / CONFIG):
-        run = RunDirectory.open(path)
-        if not run.adapter.is_dir():
-            status = run.result().get("status", "not begun")
-            raise ConfigError(f"The run {name!r} has no adapter (status: {status}). Let it finish, or name another.")
-        return str(run.adapter)
+    run, path = run_in(name), user_path(name)
+    if run is not None:
+        return str(run.trained_adapter())
     if os.path.isdir(path) and not os.path.isfile(path / CONFIG_NAME) and os.path.isfile(path / "config.json"):
         raise ConfigError(f"{name!r} is a model and no adapter. Name the folder of an adapter, or a run.")
     return name

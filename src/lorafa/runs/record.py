@@ -258,6 +258,19 @@ class RunDirectory:
         """Add entries to result.json, replacing those of the same name."""
         write_json(self.path / RESULT, {**self.result(), **masked(entries)})
 
+    def trained_adapter(self) -> Path:
+        """The folder of the adapter that the run has trained.
+
+        Raises:
+            ConfigError: it has trained none yet, or the whole model.
+        """
+        if self.adapter.is_dir():
+            return self.adapter
+        if self.model.is_dir():
+            raise ConfigError(f"The run {str(self.path)!r} has no adapter: it has trained the whole model.")
+        status = self.result().get("status", "not begun")
+        raise ConfigError(f"The run {str(self.path)!r} has no adapter yet (status: {status}). Let it finish first.")
+
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
         return last_checkpoint(self.checkpoints)

@@ -311,7 +311,7 @@ def test_loftq(pair: list[Path]) -> None:
 
 def test_a_folder_that_holds_something_is_left_alone(pair: list[Path]) -> None:
     before = sorted(path.name for path in pair[0].iterdir())
-    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(ConfigError, match="exists and is not empty, and nothing is overwritten"):
         combine_files(pair, [1.0, 1.0], pair[0], Combining())
     assert sorted(path.name for path in pair[0].iterdir()) == before
 
