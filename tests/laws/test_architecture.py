@@ -50,11 +50,10 @@ LEVELS = (
     ("io",),
     ("peft_model",),
     ("compat", "starts"),
-    ("export",),
     ("train", "costs", "inspection"),
     ("conf",),
     ("runs",),
-    ("report", "chat"),
+    ("export", "report", "chat"),
     ("cli",),
     ("scripts",),
 )

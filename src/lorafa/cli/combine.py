@@ -51,7 +51,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folder or Hub id of an adapter, or a run directory")
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="folder or Hub id of an adapter, or a run directory"
+    )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the result; what is there must be empty"
     )

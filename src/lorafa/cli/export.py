@@ -57,15 +57,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.cli.screen import Screen
     from lorafa.export.job import export_adapter
-    from lorafa.runs.adapters import adapter_in
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    rank, adapter = None if args.rank is None else rank_of(args.rank), adapter_in(args.adapter)
+    rank = None if args.rank is None else rank_of(args.rank)
     with Screen(stderr=True, quiet=console.quiet).status(f"Exporting {args.adapter}"):
         done = export_adapter(
-            adapter, args.target, args.out, rank=rank, base=args.base, merged=args.merged, verify=args.verify,
+            args.adapter, args.target, args.out, rank=rank, base=args.base, merged=args.merged, verify=args.verify,
             overwrite=args.overwrite,
         )  # fmt: skip
     for note in done.notes:

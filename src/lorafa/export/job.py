@@ -15,6 +15,7 @@ from lorafa.export.proof import Proof, inputs_for, logits_of, prove
 from lorafa.export.source import of_files, of_model, require_matrix_formula
 from lorafa.export.update import PlainAdapter
 from lorafa.peft_model import PeftModel
+from lorafa.runs.adapters import adapter_in
 from lorafa.storage.whole import folder_written_whole, require_free
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
@@ -49,7 +50,7 @@ def export_adapter(
     """Write an adapter in the form another program reads.
 
     Args:
-        source: folder or Hub id of the adapter.
+        source: folder or Hub id of the adapter, or the directory of a run.
         target: "peft", "vllm", "sglang", "gguf" or "ollama".
         out: folder to make.
         rank: give every layer this rank, or the least that keeps this share of the energy of its update. An update
@@ -68,7 +69,7 @@ def export_adapter(
 
     After any of them nothing was written.
     """
-    exporter, folder, place = EXPORTERS.get(target), require_free(out, overwrite=overwrite), str(source)
+    exporter, folder, place = EXPORTERS.get(target), require_free(out, overwrite=overwrite), adapter_in(source)
     if rank is not None:
         check_rank("rank", rank)
         if merged:

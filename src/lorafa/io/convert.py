@@ -193,14 +193,8 @@ def _equal_inside(layers: Mapping[str, LoraLayer], made: Mapping[str, Truncated]
     for path, layer in layers.items():
         group = [path, *(f"{path}.base_layer.{child}" for child in layer.inner_layers)]
         largest = max(made[one].rank for one in group)
-        found |= {one: _at_rank(made[one], largest) for one in group if made[one].rank < largest}
+        found |= {one: made[one].at_least(largest) for one in group if made[one].rank < largest}
     return found
-
-
-def _at_rank(made: Truncated, rank: int) -> Truncated:
-    short = rank - made.rank
-    A, B = nn.functional.pad(made.A, (0, 0, 0, short)), nn.functional.pad(made.B, (0, short))
-    return replace(made, A=A, B=B)
 
 
 def pattern_names(model: nn.Module) -> dict[int, str]:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorafa.config import CONFIG_NAME
 from lorafa.errors import ConfigError
-from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.runs import CONFIG
 from lorafa.storage.paths import user_path
 
+if TYPE_CHECKING:
+    from lorafa.runs.record import RunDirectory
 
-def run_in(name: str) -> RunDirectory | None:
+
+def run_in(name: str | Path) -> RunDirectory | None:
     """The run whose directory this is; None for anything else: folders of adapters may hold settings of others."""
     path = user_path(name)
-    is_run = os.path.isfile(path / CONFIG) and not os.path.isfile(path / CONFIG_NAME)
-    return RunDirectory.open(path) if is_run else None
+    if not os.path.isfile(path / CONFIG) or os.path.isfile(path / CONFIG_NAME):
+        return None
+    from lorafa.runs.record import RunDirectory  # with yaml, which adapters are found without
+
+    return RunDirectory.open(path)
 
 
-def adapter_in(name: str) -> str:
+def adapter_in(name: str | Path) -> str:
     """The adapter of a run directory; the folder or Hub id of any other adapter itself.
 
     Raises:
@@ -27,5 +35,5 @@ def adapter_in(name: str) -> str:
     if run is not None:
         return str(run.trained_adapter())
     if os.path.isdir(path) and not os.path.isfile(path / CONFIG_NAME) and os.path.isfile(path / "config.json"):
-        raise ConfigError(f"{name!r} is a model and no adapter. Name the folder of an adapter, or a run.")
-    return name
+        raise ConfigError(f"{str(name)!r} is a model and no adapter. Name the folder of an adapter, or a run.")
+    return str(name)

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten, warn
+from lorafa.runs import CONFIG
 from lorafa.runs.formats import current
 from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
@@ -33,7 +34,7 @@ from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
 
-CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
+ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
 LOCK = ".lock"
 NUMBERS = 1000
 """Runs that may start within one second under one parent."""

@@ -238,7 +238,7 @@ def test_merged_models_for_what_reads_none(tmp_path: Path) -> None:
 def test_targets_and_folders(tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path)
     refused(folder, "vlm", tmp_path / "out", ConfigError, "Unknown export target 'vlm'. Did you mean 'vllm'")
-    refused(tmp_path / "base", "vllm", tmp_path / "out", SourceError, "has no adapter_config.json")
+    refused(tmp_path / "base", "vllm", tmp_path / "out", ConfigError, "is a model and no adapter")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     refused(folder, "vllm", tmp_path / "out", ConfigError, "exists and is not empty.*--overwrite")
