@@ -13,12 +13,13 @@ from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.export.update import PlainAdapter, Update
 from lorafa.io.adapter_files import base_fingerprint, read_adapter
-from lorafa.io.convert import beside, convert, pattern_names, plain_config
+from lorafa.io.convert import beside, convert, pattern_names
 from lorafa.io.loose import LooseLayer, loose
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.truncation import truncated_product
 from lorafa.peft_model import PeftModel
 from lorafa.surgery.plain import Lost, check_rank, exact_factors, require_matrices
+from lorafa.surgery.plain_config import plain_config
 from lorafa.variants import variant_types
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten, warn
-from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.find import WEIGHTS_NAME
 from lorafa.io.peft_format import PREFIX, file_tensors
@@ -24,8 +23,8 @@ from lorafa.storage.fingerprint import to_metadata
 from lorafa.storage.tensors import is_part, write_tensors
 from lorafa.storage.whole import make_folder, staged, write_json
 from lorafa.surgery.plain import Lost, check_rank, largest_rank, require_matrices, require_other_ranks, truncated
+from lorafa.surgery.plain_config import plain_config
 from lorafa.surgery.walk import layers_at, places, user_model
-from lorafa.variants import switches
 from lorafa.version import VERSION
 
 _NOTEWORTHY = 1e-4
@@ -230,14 +229,6 @@ def with_numbers(config: LoraConfig, numbers: Mapping[str, tuple[int, float]]) -
 
 def _shortest(number: float) -> int | float:
     return int(number) if number == int(number) else number
-
-
-def plain_config(config: LoraConfig) -> LoraConfig:
-    """The config with the same layers and what is trained beside them, for factors without formula, start or noise."""
-    defaults: dict[str, Any] = {field.name: field.default for field in fields(LoraConfig)}
-    names = (*switches(), *LORAFA_ONLY, "lora_dropout", "use_rslora", "ensure_weight_tying")
-    off = {name: defaults[name] for name in names} | dict(NO_SETTINGS)
-    return replace(config, **(off | {"init_lora_weights": True}))
 
 
 def beside(

@@ -1,4 +1,4 @@
-"""Ranks and alphas of layers by patterns of their names: ``rank_pattern`` and ``alpha_pattern``."""
+"""Patterns of names in configs: what ``rank_pattern`` and ``alpha_pattern`` say of a layer, and ones for it alone."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def lookup(table: Mapping[str, Number], name: str, usual: Number) -> Number:
 def numbers_of(config: LoraConfig, name: str) -> tuple[int, float]:
     """Rank and alpha of a layer, or of a parameter, by its full name."""
     return lookup(config.rank_pattern, name, config.r), lookup(config.alpha_pattern, name, config.lora_alpha)
+
+
+def exactly(name: str) -> str:
+    """A key of ``rank_pattern`` or ``alpha_pattern`` that means this full name, and no longer one that ends in it."""
+    return f"^{re.escape(name)}"
+
+
+def any_of(names: Collection[str]) -> str:
+    """``target_modules`` that mean modules of these full names, and none whose name ends in one."""
+    return "|".join(map(re.escape, sorted(names)))
