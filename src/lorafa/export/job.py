@@ -14,6 +14,7 @@ from lorafa.export.entry import Exporter
 from lorafa.export.proof import Proof, inputs_for, logits_of, prove
 from lorafa.export.source import of_files, of_model, require_matrix_formula
 from lorafa.export.update import PlainAdapter
+from lorafa.io.find import find_adapter_files
 from lorafa.peft_model import PeftModel
 from lorafa.runs.adapters import adapter_in
 from lorafa.storage.whole import folder_written_whole, require_free
@@ -74,7 +75,7 @@ def export_adapter(
         check_rank("rank", rank)
         if merged:
             raise ConfigError("A merged model has the whole update in its weights, so a rank changes nothing. Drop it.")
-    config = LoraConfig.from_pretrained(place)
+    config = _config_of(place, base)
     name = None if base is None else str(base)
     if merged:
         return _merged(exporter, place, config, name, folder, verify=verify, overwrite=overwrite)
@@ -88,6 +89,21 @@ def export_adapter(
         proof = prove(exporter, adapter, stage, facts, model) if verify else None
         files = _files(stage)
     return Exported(folder, files, adapter.rank, tuple(notes), proof, adapter.lost)
+
+
+def _config_of(place: str, base: str | Path | None) -> LoraConfig:
+    """The adapter's config; an empty one where another program wrote it in a layout of its own, to be read on the base.
+
+    Raises:
+        ConfigError: that base is not given.
+    """
+    files = find_adapter_files(place)
+    if (config := files.peft_config()) is None and base is None:
+        raise ConfigError(
+            f"{files.weights} is in the layout of another program, which is read with the base model at hand. Give "
+            "that: --base <folder or Hub id>."
+        )
+    return config or LoraConfig()
 
 
 def _lost(adapter: PlainAdapter) -> list[str]:

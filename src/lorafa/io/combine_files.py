@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafa.config import LoraConfig, read_config
+from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten
-from lorafa.io.adapter_files import read_adapter, save_adapter, write_adapter
+from lorafa.io.adapter_files import save_adapter, write_adapter
 from lorafa.io.card import write_card
 from lorafa.io.find import find_adapter_files
-from lorafa.io.load import take_in
+from lorafa.io.load import read, take_in
 from lorafa.io.loose import LooseAdapter, LooseLayer, belongs_to_saved, needs_base, read_loose
 from lorafa.storage.fingerprint import compare_fingerprints
 from lorafa.storage.whole import require_free
@@ -44,8 +44,8 @@ def why_base(sources: Sequence[str | Path]) -> str | None:
 def require_one_named_base(sources: Sequence[str | Path]) -> None:
     """Raises AdapterError where the configs of adapters name different base models, ConfigError where one is needed and
     none is named."""
-    configs = {str(source): read_config(find_adapter_files(source).require_config()) for source in sources}
-    named = {source: c.base_model_name_or_path for source, c in configs.items() if c.base_model_name_or_path}
+    configs = {str(source): find_adapter_files(source).peft_config() for source in sources}
+    named = {name: c.base_model_name_or_path for name, c in configs.items() if c and c.base_model_name_or_path}
     if len(set(named.values())) > 1:
         _raise_other_bases(named)
     if not named:
@@ -96,7 +96,7 @@ def combine_on_base(
     tuner, adapters = LoraModel(model), dict[str, float]()
     for source, weight in given.items():
         name = _adapter_name(source, adapters)
-        take_in(tuner, read_adapter(source), name, Options(), {})
+        take_in(tuner, read(source, "combine_on_base", model, is_trainable=False), name, Options(), {})
         adapters[name] = weight
     made = add_combination(tuner.model, tuner.peft_config, adapters, NAME, asked, tuner.apply_plan)
     config = tuner.peft_config[NAME]

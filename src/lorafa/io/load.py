@@ -22,7 +22,7 @@ from lorafa.io.adapter_files import (
 )
 from lorafa.io.find import find_weights
 from lorafa.io.key_names import renamed
-from lorafa.io.layouts import LAYOUTS, as_peft
+from lorafa.io.layouts import as_peft
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.peft_format import load_tensors, misfit, wanted_tensors
 from lorafa.settings.checks import check_arguments, found
@@ -123,7 +123,6 @@ def read(
         config=given,
         key_mapping=key_mapping,
         inference_mode=not is_trainable,
-        of_others=[name for layout in LAYOUTS.names() for name in LAYOUTS.get(layout).weights],
         convert=lambda raw: as_peft(raw, names),
         **reading,
         **hub,

@@ -96,7 +96,9 @@ def needs_base(source: str | Path) -> str | None:
         CheckpointError: its start has quantized the base.
     """
     files = find_adapter_files(source)
-    config, side = read_config(files.require_config()), own_entry(files.weights, read_header(files.weights))
+    if (config := files.peft_config()) is None:
+        return "it is in the layout of another program, which is read with the names of the base's layers"
+    side = own_entry(files.weights, read_header(files.weights))
     require_available(config)
     types = variant_types(config)
     if (routed := next((one for one in types if not one.uniform), None)) is not None:
