@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import Variant, update_factors
@@ -12,12 +11,12 @@ from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
 from lorafa.io.adapter_files import StoredAdapter
 from lorafa.io.factors import FileFactors, Pair, around, file_factors
-from lorafa.io.layouts.base import OWN_LAYER, taken_apart
+from lorafa.io.layouts.base import OWN_LAYER, block_diagonal, taken_apart
 from lorafa.io.layouts.written import stack_of
 from lorafa.io.peft_format import START_A, START_B
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.patterns import numbers_of
-from lorafa.surgery.walk import lora_layers, uncompiled_name
+from lorafa.surgery.walk import joined, lora_layers, uncompiled_name
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def updates_in(model: nn.Module, name: str) -> list[tuple[LayerUpdate, LoraLayer
             continue
         adapter, place = layer.adapters[name], uncompiled_name(path)
         if layer.parameter_name is not None:
-            place = f"{_module_of(place)}.{layer.parameter_name}".removeprefix(".")
+            place = joined(_module_of(place), layer.parameter_name)
         A, B = _with_zeros(*(factor.detach() for factor in adapter.factors))
         made.append((
             LayerUpdate(
@@ -137,7 +136,7 @@ def _named(path: str, pair: Pair, stored: StoredAdapter) -> tuple[str, int, bool
     parameters = _parameters_of(module, config)
     if not parameters:
         return path, numbers_of(config, path if outside is None else outside)[0], False
-    names = [f"{module}.{parameter}".removeprefix(".") for parameter in parameters]
+    names = [joined(module, parameter) for parameter in parameters]
     ranks = {numbers_of(config, name)[0] for name in names}
     fitting = [rank for rank in ranks if pair.A.shape[0] % rank == 0 and pair.A.shape[0] == pair.B.shape[1]]
     if len(ranks) > 1 and len(fitting) > 1:
@@ -165,7 +164,7 @@ def _with_zeros(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """B (out, r) of a convolution with groups, which stores (out, r / groups): the columns of an output's own group."""
     groups = A.shape[-2] // B.shape[-1]
     if groups > 1 and A.shape[-2] == groups * B.shape[-1]:
-        B = torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
+        B = block_diagonal(B.chunk(groups))
     return A, B
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten, warn
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.find import WEIGHTS_NAME
+from lorafa.io.layouts.base import taken_apart
 from lorafa.io.peft_format import PREFIX, file_tensors
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
@@ -162,7 +163,7 @@ def convert(
     lost = Lost({path: (one.lost, one.total) for path, one in made.items()})
     if isinstance(rank, int) and lost.share > _NOTEWORTHY:  # a share is asked for with its loss
         warn(f"Adapter {name!r} as plain LoRA of rank {rank}: {lost.in_words()}")
-    return Converted(with_numbers(plain_config(config), numbers), tensors | beside(inner, name, config, layers), lost)
+    return Converted(with_numbers(plain_config(config), numbers), tensors | beside(inner, name, config), lost)
 
 
 def _stored(path: str, layer: LoraLayer, name: str, made: Truncated) -> dict[str, Tensor]:
@@ -231,14 +232,11 @@ def _shortest(number: float) -> int | float:
     return int(number) if number == int(number) else number
 
 
-def beside(
-    model: nn.Module, name: str, config: LoraConfig, layers: Iterable[tuple[str, LoraLayer]]
-) -> dict[str, Tensor]:
+def beside(model: nn.Module, name: str, config: LoraConfig) -> dict[str, Tensor]:
     """What a file holds beside the layers: copies of modules, rows of tables, biases, tables."""
     tables = which_tables(config, model, "auto")
     stored = file_tensors(model, name, config, tables=tables, with_start=False, dense=False)
-    own = tuple(f"{path}.lora_" for path, _ in layers)
-    return {key: tensor for key, tensor in stored.items() if not key.startswith(own)}
+    return taken_apart(stored)[1]
 
 
 @contextmanager
