@@ -99,3 +99,8 @@ def shorten(items: Iterable[str], limit: int = 5) -> str:
     listed = list(items)
     more = f" ... and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """ "8x32", or "one number" of a shape without dimensions."""
+    return "x".join(map(str, shape)) or "one number"

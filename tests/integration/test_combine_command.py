@@ -133,7 +133,7 @@ def test_wrong_arguments(place: Path, tmp_path: Path, said: Any, arguments: list
 def test_what_is_there_is_not_overwritten(place: Path, said: Any) -> None:
     before = (place / "b" / "adapter_model.safetensors").read_bytes()
     assert combine(place / "a", place / "b", "--out", place / "b") == 2
-    assert "is there already, and nothing is overwritten" in said()[1]
+    assert "exists and is not empty, and nothing is overwritten" in said()[1]
     assert (place / "b" / "adapter_model.safetensors").read_bytes() == before
 
 

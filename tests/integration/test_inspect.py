@@ -280,7 +280,7 @@ def test_a_damaged_file_is_named(
     [
         (("nowhere/at/all",), 1, "nowhere/at/all"),
         (("model",), 2, "'model' is a model and no adapter"),
-        (("young",), 2, "The run 'young' has no adapter (status: running)"),
+        (("young",), 2, "The run 'young' has no adapter yet (status: running)"),
         (("a", "--text", "mine.txt"), 2, "--text is what the effect on the logits is measured on, which needs --base"),
         (("a", "--base", "model", "--text", "none.txt"), 2, "--text none.txt could not be read: No such file"),
         (("a", "--base", "nothing-here"), 1, "No model 'nothing-here'"),

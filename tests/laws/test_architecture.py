@@ -51,11 +51,10 @@ LEVELS = (
     ("peft_model",),
     ("alignment",),
     ("compat", "starts"),
-    ("export",),
     ("train", "costs", "inspection"),
     ("conf",),
     ("runs",),
-    ("report", "chat"),
+    ("export", "report", "chat"),
     ("cli",),
     ("scripts",),
 )

@@ -23,7 +23,6 @@ from lorafa.models.load import on_accelerator, resolve_model
 from lorafa.models.vocabulary import tokenizer_beside
 from lorafa.peft_model import PeftModel
 from lorafa.runs.subjects import Named, find
-from lorafa.runs.trained import adapter_of
 from lorafa.surgery.mixed import BASE
 from lorafa.train.base_model import load_base, trained_whole, with_kind_of
 from lorafa.train.settings.run import ModelConfig
@@ -150,7 +149,7 @@ def _found(subject: Named) -> Found:
     if subject.run.model.is_dir():  # all of it was trained, so it is a model of its own
         settings = replace(settings, name=str(subject.run.model), revision=None)
         return Found(subject.name, settings.name, None, settings, template)
-    return Found(subject.name, settings.name, str(adapter_of(subject.run)), settings, template)
+    return Found(subject.name, settings.name, str(subject.run.trained_adapter()), settings, template)
 
 
 def _require_one_base(found: Sequence[Found]) -> None:

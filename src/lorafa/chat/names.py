@@ -8,7 +8,7 @@ from collections.abc import Collection, Container, Sequence
 from itertools import count
 
 from lorafa.errors import ConfigError
-from lorafa.runs.record import CONFIG
+from lorafa.runs import CONFIG
 from lorafa.storage.paths import user_path
 
 _NAME = re.compile(r"[\w.:+@-]+")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from lorafa.cli.drawn import add_drawing
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -58,14 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--base", metavar="MODEL", help="base model of the adapters, in place of the one they name")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--template", metavar="NAME", help="chat template (a name, a file) in place of everyone's own")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn (default: another one each time)")
+    add_drawing(parser, "another one each time")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the base (default: its own)")
     parser.add_argument("--serve", action="store_true", help="answer a local page and the OpenAI protocol")
     parser.add_argument("--port", type=int, metavar="N", help=f"port of --serve (default: {PORT}; 0: any free one)")

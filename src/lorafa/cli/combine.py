@@ -35,6 +35,7 @@ EXAMPLES = """\
 examples:
   lorafa combine sql poems --weights 0.7 0.3 --out both
   lorafa combine sql poems --weights 1 -0.5 --type cat --out sql-without-poems
+  lorafa combine runs/a runs/b --out both
   lorafa combine a b c --weights 1 1 1 --type ties_svd --density 0.3 --rank 16 --out merged
   lorafa combine dora-a dora-b --weights 0.5 0.5 --base path/to/model --out merged
 
@@ -50,7 +51,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folder, or Hub repository, of an adapter")
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="folder or Hub id of an adapter, or a run directory"
+    )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the result; what is there must be empty"
     )
@@ -71,7 +74,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from lorafa.io.combine_files import combine_files, require_new_folder, why_base
+    from lorafa.io.combine_files import combine_files, why_base
+    from lorafa.runs.adapters import adapter_in
+    from lorafa.storage.whole import require_free
     from lorafa.surgery.combining import Combining, check_weights
 
     weights = [1.0] * len(args.adapters) if args.weights is None else args.weights
@@ -84,11 +89,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         seed=args.seed,
     )
     check_weights(args.adapters, weights)
-    require_new_folder(args.out)
-    if args.base is None and why_base(args.adapters) is None:
-        made = combine_files(args.adapters, weights, args.out, asked)
+    require_free(args.out, overwrite=None)
+    adapters = [adapter_in(name) for name in args.adapters]
+    if args.base is None and why_base(adapters) is None:
+        made = combine_files(adapters, weights, args.out, asked)
     else:
-        made = _on_base(args.base, args.adapters, weights, args.out, asked)
+        made = _on_base(args.base, adapters, weights, args.out, asked)
     _say(made, args.json, console)
     return 0
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lorafa.cli.drawn import add_drawing
 from lorafa.cli.pipes import OutputClosed, lead_nowhere
 
 if TYPE_CHECKING:
@@ -53,14 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--base", metavar="MODEL", help="base model of the adapter, in place of the one it names")
     parser.add_argument("--out", metavar="FILE", help="write there (default: the standard output)")
     parser.add_argument("--resume", action="store_true", help="continue the file of --out where it ends")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens of this probability"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn (default: 0)")
+    add_drawing(parser, "0")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="answered at a time (default: 16)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="data.template, model settings")
     return parser

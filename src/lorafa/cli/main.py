@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from lorafa.chat.printable import printable
 from lorafa.cli import chat, combine, compare, eval, export, generate, inspect, merge, params, plan, report, train
 from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
@@ -175,7 +176,7 @@ def _report(error: BaseException, text: str, status: int, args: argparse.Namespa
     if is_from_other(error) and not is_main():  # that one says it
         return status
     if args.traceback:
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     errors.print("[bold red]error:[/bold red]", end=" ")
     errors.print(" ".join(text.split()), markup=False, highlight=False, soft_wrap=True)
     return status

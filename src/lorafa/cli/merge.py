@@ -61,8 +61,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.cli.screen import Screen
     from lorafa.io.stream import merge_to_folder
     from lorafa.io.verify_folder import check_merged_folder
+    from lorafa.runs.adapters import adapter_in, run_in
 
-    folders, base = _adapters(args.adapters, args.base)
+    folders = [adapter_in(name) for name in args.adapters]
+    runs = [run for name in args.adapters if (run := run_in(name)) is not None]
+    base = args.base or next((run.config().model.name for run in runs), None)
     shown = Screen(stderr=True, quiet=console.quiet)
     with _bar(shown) as bar:
         merged = merge_to_folder(
@@ -105,28 +108,3 @@ def _bar(console: Console) -> Iterator[Callable[[int, int], None]]:
             progress.update(progress.task_ids[0], completed=done, total=total)
 
         yield update
-
-
-def _adapters(names: list[str], base: str | None) -> tuple[list[str], str | None]:
-    """The folders or Hub ids of adapters, those of run directories among them, and their base model.
-
-    Raises:
-        ConfigError: a run has no adapter.
-    """
-    from lorafa.config import CONFIG_NAME
-    from lorafa.errors import ConfigError
-    from lorafa.storage.paths import user_path
-
-    found = []
-    for name in names:
-        path = user_path(name)
-        if (path / "config.yaml").is_file() and not (path / CONFIG_NAME).is_file():
-            from lorafa.runs.record import RunDirectory  # takes a while to import
-
-            run = RunDirectory.open(path)
-            if not run.adapter.is_dir():
-                raise ConfigError(f"The run {name!r} has no adapter: it is not finished, or trained the whole model.")
-            base = base or run.config().model.name
-            name = str(run.adapter)
-        found.append(name)
-    return found, base

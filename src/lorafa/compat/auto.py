@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, SourceError, first_line
+from lorafa.io.find import AdapterFiles, find_adapter_files
 from lorafa.io.load import LoadOptions
 from lorafa.peft_model import PeftModel
 from lorafa.settings.methods import TaskType
@@ -62,8 +63,8 @@ class AutoPeftModel:
                 and everything else goes to the base model's ``from_pretrained``; those about the Hub to both.
 
         Raises:
-            ConfigError: the config names no base, or neither a task nor a class of transformers; or the task that
-                it names is not this class's.
+            ConfigError: another program wrote the adapter, in a layout of its own; the config names no base, or
+                neither a task nor a class of transformers; or the task that it names is not this class's.
             SourceError: the adapter or the base cannot be found or loaded.
             As :meth:`lorafa.PeftModel.from_pretrained`.
         """
@@ -76,11 +77,11 @@ class AutoPeftModel:
             "revision": revision
         }
         place: dict[str, Any] = {"subfolder": own.get("subfolder")}
-        given = (
-            LoraConfig.from_pretrained(pretrained_model_name_or_path, **place, **hub)
-            if config is None
-            else lora_config(config)
-        )
+        if config is None:
+            place["weight_name"] = own.get("weight_name")
+            given = _require_peft(find_adapter_files(pretrained_model_name_or_path, **place, **hub))
+        else:
+            given = lora_config(config)
         base = _base_model(cls._loader(given), given, rest)
         _resize(base, pretrained_model_name_or_path, place["subfolder"], hub)
         return PeftModel.from_pretrained(
@@ -113,6 +114,15 @@ class AutoPeftModel:
         )
 
 
+def _require_peft(files: AdapterFiles) -> LoraConfig:
+    if (config := files.peft_config()) is None:
+        raise ConfigError(
+            f"{files.weights} is in the layout of another program, which does not say what to load as its base. Load "
+            "the base and call PeftModel.from_pretrained(base, path)."
+        )
+    return config
+
+
 def load_base(source: str | Path, base: str | Path | None = None) -> Any:
     """The base model of an adapter, as it is stored and in eval mode, without the adapter.
 
@@ -124,7 +134,7 @@ def load_base(source: str | Path, base: str | Path | None = None) -> Any:
     Raises:
         As :meth:`AutoPeftModel.from_pretrained`.
     """
-    config = LoraConfig.from_pretrained(source)
+    config = find_adapter_files(source).peft_config() or LoraConfig()
     if base is not None:
         config = replace(config, base_model_name_or_path=str(base), revision=None)
     says = config.task_type is not None or config.auto_mapping is not None

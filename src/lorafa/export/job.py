@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafa.config import CONFIG_NAME, LoraConfig
+from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.export import EXPORTERS
 from lorafa.export.base import BaseFacts, facts_of, load_adapted
@@ -14,8 +14,9 @@ from lorafa.export.entry import Exporter
 from lorafa.export.proof import Proof, inputs_for, logits_of, prove
 from lorafa.export.source import of_files, of_model, require_matrix_formula
 from lorafa.export.update import PlainAdapter
+from lorafa.io.find import find_adapter_files
 from lorafa.peft_model import PeftModel
-from lorafa.storage.paths import user_path
+from lorafa.runs.adapters import adapter_in
 from lorafa.storage.whole import folder_written_whole, require_free
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
@@ -69,12 +70,12 @@ def export_adapter(
 
     After any of them nothing was written.
     """
-    exporter, folder, place = EXPORTERS.get(target), require_free(out, overwrite=overwrite), adapter_of(source)
+    exporter, folder, place = EXPORTERS.get(target), require_free(out, overwrite=overwrite), adapter_in(source)
     if rank is not None:
         check_rank("rank", rank)
         if merged:
             raise ConfigError("A merged model has the whole update in its weights, so a rank changes nothing. Drop it.")
-    config = LoraConfig.from_pretrained(place)
+    config = _config_of(place, base)
     name = None if base is None else str(base)
     if merged:
         return _merged(exporter, place, config, name, folder, verify=verify, overwrite=overwrite)
@@ -90,11 +91,19 @@ def export_adapter(
     return Exported(folder, files, adapter.rank, tuple(notes), proof, adapter.lost)
 
 
-def adapter_of(source: str | Path) -> str:
-    """The folder or Hub id of an adapter; of the directory of a run the folder its adapter is in."""
-    path = user_path(source)
-    inner = path / "adapter"
-    return str(inner) if not (path / CONFIG_NAME).is_file() and (inner / CONFIG_NAME).is_file() else str(source)
+def _config_of(place: str, base: str | Path | None) -> LoraConfig:
+    """The adapter's config; an empty one where another program wrote it in a layout of its own, to be read on the base.
+
+    Raises:
+        ConfigError: that base is not given.
+    """
+    files = find_adapter_files(place)
+    if (config := files.peft_config()) is None and base is None:
+        raise ConfigError(
+            f"{files.weights} is in the layout of another program, which is read with the base model at hand. Give "
+            "that: --base <folder or Hub id>."
+        )
+    return config or LoraConfig()
 
 
 def _lost(adapter: PlainAdapter) -> list[str]:

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorafa.adapter import scaling
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError
 from lorafa.export.base import BaseFacts
 from lorafa.export.entry import Exporter, in_order
-from lorafa.export.source import INSIDE, lookup
 from lorafa.export.update import PlainAdapter, Update
 from lorafa.io.convert import with_numbers, write_plain
+from lorafa.io.factors import around
 from lorafa.io.find import WEIGHTS_NAME
 from lorafa.io.peft_format import without_prefix
 from lorafa.storage.tensors import read_tensors
+from lorafa.surgery.patterns import numbers_of
 
 
 class _PEFT(Exporter):
@@ -40,13 +40,12 @@ class _PEFT(Exporter):
         tensors = without_prefix(read_tensors(folder / WEIGHTS_NAME)[0])
         read = []
         for update in adapter.updates:
-            name = update.path.partition(INSIDE)[0] if update.name is None else update.name
-            rank = int(lookup(config.rank_pattern, name, config.r))
-            alpha = lookup(config.alpha_pattern, name, config.lora_alpha)
+            name = update.name or around(update.path) or update.path
+            rank, alpha = numbers_of(config, name)
             if rank != update.rank:
                 raise CheckpointError(f"The config written gives {name!r} rank {rank} in place of {update.rank}.")
             A, B = (tensors[f"{update.path}.{key}"] for key in update.keys)
-            read.append(update.with_factors(A, B, scaling(rank, alpha, config.use_rslora)))
+            read.append(update.with_factors(A, B, config.scaling(rank, alpha)))
         return in_order(read, adapter)
 
 

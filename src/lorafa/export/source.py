@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import scaling
 from lorafa.config import LoraConfig
-from lorafa.errors import CheckpointError, ConfigError, shorten
+from lorafa.errors import ConfigError
 from lorafa.export.update import PlainAdapter, Update
 from lorafa.io.adapter_files import base_fingerprint, read_adapter
-from lorafa.io.convert import beside, convert, pattern_names, plain_config
+from lorafa.io.convert import beside, convert, pattern_names
+from lorafa.io.loose import LooseLayer, loose
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.truncation import truncated_product
 from lorafa.peft_model import PeftModel
 from lorafa.surgery.plain import Lost, check_rank, exact_factors, require_matrices
-from lorafa.variants import VARIANTS, variant_types
-
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<table>embedding_)?(?P<factor>[AB])(?P<end>\.weight|\.bias|)")
-INSIDE = ".base_layer."
-"""In the path of a layer that another one is around, as files name it."""
-
-
-@dataclass
-class _Found:
-    """The tensors of one layer of a file."""
-
-    table: bool
-    A: Tensor | None = None
-    B: Tensor | None = None
-    bias: Tensor | None = None
+from lorafa.surgery.plain_config import plain_config
+from lorafa.variants import variant_types
 
 
 def of_files(source: str | Path, rank: int | float | None = None) -> PlainAdapter:
@@ -47,8 +33,7 @@ def of_files(source: str | Path, rank: int | float | None = None) -> PlainAdapte
         ConfigError: the update of its formula or start is made with the base weights, which are not here (DoRA, files
             of other libraries whose start is still in the base), or changes with the input; or its start has quantized
             the base (LoftQ).
-        CheckpointError: a tensor is missing, has another rank than the config says, or belongs to nothing known.
-        As :func:`lorafa.io.adapter_files.read_adapter`.
+        As :func:`lorafa.io.loose.loose` and :func:`lorafa.io.adapter_files.read_adapter`.
     """
     stored = read_adapter(source)
     config = LoraConfig.from_pretrained(source)  # as PEFT reads the tensors; what is stored has the adapter's own
@@ -59,9 +44,9 @@ def of_files(source: str | Path, rank: int | float | None = None) -> PlainAdapte
             f"{source}: {reason}, and its weights are not here. Give the base model, so that the update can be "
             "computed: --base <folder or Hub id>."
         )
-    found, others = _sorted(stored.tensors, source)
-    updates = [_of_file(path, one, config, found, source) for path, one in found.items()]
-    adapter = PlainAdapter(str(source), plain_config(config), tuple(updates), others, stored.base)
+    found = loose(stored, config)
+    updates = [_of_file(layer, found.layers) for layer in found.layers.values()]
+    adapter = PlainAdapter(str(source), plain_config(config), tuple(updates), found.rest, found.base)
     return adapter if rank is None else at_rank(adapter, rank)
 
 
@@ -99,62 +84,14 @@ def _needs_base(config: LoraConfig) -> str | None:
     return None
 
 
-def _sorted(tensors: Mapping[str, Tensor], source: str | Path) -> tuple[dict[str, _Found], dict[str, Tensor]]:
-    """The factors by the path of their layer, and what is no layer's; what formulas keep beside factors is dropped."""
-    holders = {extra.holder for name in VARIANTS.names() for extra in VARIANTS.get(name).extras.values()}
-    kept = re.compile(rf".+\.({'|'.join(map(re.escape, sorted({*holders, 'lora_unfolded'})))})(\..+)?")
-    found: dict[str, _Found] = {}
-    others: dict[str, Tensor] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        match = _FACTOR.fullmatch(key)
-        if match is not None and bool(match["table"]) != bool(match["end"]):
-            one = found.setdefault(match["path"], _Found(bool(match["table"])))
-            if match["end"] == ".bias":
-                one.bias = tensor
-            elif match["factor"] == "A":
-                one.A = tensor
-            else:
-                one.B = tensor
-        elif ".lora_" not in key:
-            others[key] = tensor
-        elif not kept.fullmatch(key):
-            unknown.append(key)
-    halves = [path for path, one in found.items() if one.A is None or one.B is None]
-    if unknown or halves or not found:
-        what = (
-            f"tensors that belong to nothing known here: {shorten(unknown, 3)}" if unknown
-            else f"one of A and B only for {shorten(halves, 3)}" if halves else "no factors of any layer"
-        )  # fmt: skip
-        raise CheckpointError(f"{source} holds {what}. Nothing was written.")
-    return found, others
-
-
-def _of_file(
-    path: str, one: _Found, config: LoraConfig, everything: Mapping[str, _Found], source: str | Path
-) -> Update:
-    assert one.A is not None  # _sorted has checked both
-    assert one.B is not None
-    rank = int(lookup(config.rank_pattern, path, config.r))
-    alpha = lookup(config.alpha_pattern, path, config.lora_alpha)
-    if one.A.shape[0] != rank:
-        raise CheckpointError(
-            f"{source}: A of {path!r} has rank {one.A.shape[0]}, and the config says {rank}. The two files do not "
-            "belong together. Nothing was written."
-        )
-    nested = INSIDE in path or any(other.startswith(path + INSIDE) for other in everything)
-    what = "convolutions" if one.A.dim() > 2 else "modules of several weights" if nested else None
-    keys = ("lora_embedding_A", "lora_embedding_B") if one.table else ("lora_A.weight", "lora_B.weight")
+def _of_file(layer: LooseLayer, everything: Mapping[str, LooseLayer]) -> Update:
+    nested = layer.outside is not None or any(other.outside == layer.path for other in everything.values())
+    what = "convolutions" if len(layer.tails[0]) > 1 else "modules of several weights" if nested else None
     return Update(
-        path, one.A, one.B, scaling(rank, alpha, config.use_rslora), rank, keys,
-        name=None if INSIDE in path else path, bias=one.bias, is_linear=what is None and not one.table,
-        is_table=one.table, what=what or ("embedding tables" if one.table else "linear layers"),
+        layer.path, *layer.stored(layer.A, layer.B), layer.scaling, layer.rank, layer.keys, name=layer.target,
+        bias=layer.bias, is_linear=what is None and not layer.is_table, is_table=layer.is_table,
+        what=what or ("embedding tables" if layer.is_table else "linear layers"),
     )  # fmt: skip
-
-
-def lookup(table: Mapping[str, int | float], name: str, usual: int | float) -> int | float:
-    """The value of the first pattern that is the end of a name, or a regular expression for it."""
-    return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name)), usual)
 
 
 def of_model(
@@ -194,7 +131,7 @@ def of_model(
                 around = factors[path][2]
                 factors[f"{path}.base_layer.{child}"] = A, own / (2 * around) * B, around
     updates = tuple(_of_layer(path, layer, name, names, factors[path], rank is not None) for path, layer in layers)
-    rest = _without_copies(inner, beside(inner, name, config, layers), (path for path, _ in layers))
+    rest = _without_copies(inner, beside(inner, name, config), (path for path, _ in layers))
     return PlainAdapter(str(source), plain_config(config), updates, rest, base_fingerprint(inner), lost)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from lorafa.errors import DataError, NotAvailableError
 from lorafa.inspection.measures import Likeness, Measured, cosine_of, likeness, measured, shares
 from lorafa.inspection.updates import LayerUpdate, beside, updates_of
 from lorafa.io.adapter_files import StoredAdapter, read_adapter
+from lorafa.io.layouts import of_others
+from lorafa.io.layouts.names import BaseNames
 
 if TYPE_CHECKING:
     from lorafa.inspection.base import Each, OnBase
@@ -163,17 +166,18 @@ def inspect(
         SourceError: a file is not there.
         CheckpointError: it is damaged, or the two adapters are of different base models.
     """
-    stored = read_adapter(source)
+    load = None if base is None else cache(base)
+    stored = _read(source, load)
     updates = updates_of(stored)
-    compared = None if other is None else _compared(updates, updates_of(read_adapter(other)), other_name or other)
+    compared = None if other is None else _compared(updates, updates_of(_read(other, load)), other_name or other)
     found: OnBase | None = None
     effect: Effect | None = None
     notes: list[str] = []
-    if base is not None:
+    if load is not None:
         from lorafa.inspection.base import on_base  # what runs models, which a file does without
         from lorafa.inspection.effect import TEXT, effect_of
 
-        model, tokenizer = base()
+        model, tokenizer = load()
         found, adapted = on_base(model, source, stored, each)
         if tokenizer is None:
             notes.append(
@@ -194,6 +198,12 @@ def inspect(
         name or source, stored.path, stored.path.stat().st_size, _dtypes(stored), stored.config, layers,
         beside(stored), base_name, found, effect, compared, notes,
     )  # fmt: skip
+
+
+def _read(source: str, load: Load | None) -> StoredAdapter:
+    """The adapter by its file; with a base at hand one in the layout of another program, too."""
+    names = None if load is None else lambda: BaseNames(load()[0])
+    return read_adapter(source, convert=partial(of_others, names=names))
 
 
 def _compared(here: Sequence[LayerUpdate], there: Sequence[LayerUpdate], name: str) -> Comparison:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import LooseTensors, Variant, update_factors
+from lorafa.adapter import Variant, update_factors
 from lorafa.config import LoraConfig
-from lorafa.errors import CheckpointError, first_line, shorten
+from lorafa.errors import CheckpointError, shorten
 from lorafa.io.adapter_files import StoredAdapter
+from lorafa.io.factors import FileFactors, Pair, around, file_factors
+from lorafa.io.layouts.base import OWN_LAYER, block_diagonal, taken_apart
+from lorafa.io.layouts.written import stack_of
 from lorafa.io.peft_format import START_A, START_B
-from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
-from lorafa.spec import LayerSpec
-from lorafa.surgery.targets import key_of
-from lorafa.surgery.walk import lora_layers, uncompiled_name
-from lorafa.variants import formula_of, variant_types
-
-_FACTOR = re.compile(r"(?:(.*)\.)?(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
-_NESTED = ".base_layer"
-_UNFOLDED = ".lora_unfolded."
+from lorafa.surgery.patterns import numbers_of
+from lorafa.surgery.walk import joined, lora_layers, uncompiled_name
 
 
 @dataclass(frozen=True)
@@ -69,30 +62,8 @@ def updates_of(stored: StoredAdapter) -> list[LayerUpdate]:
     Raises:
         CheckpointError: a layer has one factor only, or factors that do not go with each other or with the config.
     """
-    factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in stored.tensors.items():
-        if found := _FACTOR.fullmatch(key):
-            factors.setdefault(found[1] or "", {})[found[2].removesuffix(".weight")[-1]] = tensor
-    if not factors:
-        raise CheckpointError(
-            f"{stored.path} holds no factors of LoRA; its keys are: {shorten(stored.tensors, 3) or '(none)'}. Is it "
-            "an adapter of another method, or written by another library? Name the folder of a LoRA adapter."
-        )
-    halves = sorted(path for path, pair in factors.items() if len(pair) < 2)
-    if halves:
-        raise CheckpointError(
-            f"{stored.path} has A or B alone of {len(halves)} layers: {shorten(halves, 3)}. The file is incomplete: "
-            "fetch or save it again."
-        )
-    odd = sorted(path for path, pair in factors.items() if not all(map(_can_be_factor, pair.values())))
-    if odd:
-        raise CheckpointError(
-            f"{stored.path}: the factors of {len(odd)} layers are no matrices of numbers: {shorten(odd, 3)}. Fetch or "
-            "save the file again."
-        )
-    types = variant_types(stored.config)
-    paths = sorted(factors, key=_in_order)
-    return [_update(path, factors[path]["A"], factors[path]["B"], types, stored) for path in paths]
+    found = file_factors(stored, stored.config)
+    return [_update(path, found, stored) for path in sorted(found.pairs, key=_in_order)]
 
 
 def updates_in(model: nn.Module, name: str) -> list[tuple[LayerUpdate, LoraLayer]]:
@@ -103,7 +74,7 @@ def updates_in(model: nn.Module, name: str) -> list[tuple[LayerUpdate, LoraLayer
             continue
         adapter, place = layer.adapters[name], uncompiled_name(path)
         if layer.parameter_name is not None:
-            place = f"{_module_of(place)}.{layer.parameter_name}".removeprefix(".")
+            place = joined(_module_of(place), layer.parameter_name)
         A, B = _with_zeros(*(factor.detach() for factor in adapter.factors))
         made.append((
             LayerUpdate(
@@ -117,44 +88,32 @@ def updates_in(model: nn.Module, name: str) -> list[tuple[LayerUpdate, LoraLayer
 
 def beside(stored: StoredAdapter) -> dict[str, int]:
     """What else the file holds, by the key of its tensor, with its size: copied modules, rows, tables, biases."""
-    sizes = {key: tensor.numel() for key, tensor in stored.tensors.items()}
-    return {key: size for key, size in sizes.items() if not _FACTOR.fullmatch(key) and "lora_" not in key}
+    return {key: tensor.numel() for key, tensor in taken_apart(stored.tensors)[1].items()}
 
 
-def _update(path: str, A: Tensor, B: Tensor, types: Sequence[type[Variant]], stored: StoredAdapter) -> LayerUpdate:
-    config, tensors = stored.config, stored.tensors
-    name, rank, is_parameter = _named(path, A, B, stored)
-    alpha_key = key_of(config.alpha_pattern, name)
-    alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
-    scaling = _times(path) * config.scaling(rank, alpha)
-    variant = formula_of(types, config, LayerSpec(name=name, kind="", rank=rank, scaling=scaling, seed=config.seed))
+def _update(path: str, found: FileFactors, stored: StoredAdapter) -> LayerUpdate:
+    config, pair, outside = stored.config, found.pairs[path], around(path)
+    name, rank, is_parameter = _named(path, pair, stored)
+    alpha = numbers_of(config, name if outside is None else outside)[1]
+    scaling = (1 if outside is None else 2) * config.scaling(rank, alpha)  # PEFT multiplies an inner layer in twice
+    variant = found.formula(name, rank, scaling)
     in_file = 2 * rank if stored.with_start and variant.stacks_start else rank
 
     def matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return _stack(A, B, in_file) if is_parameter else _flat(A, B)
+        return _stack(A, B, in_file) if is_parameter else (A.flatten(1), B.flatten(1))
 
-    loose = LooseTensors(*matrices(A, B), _extras(path, variant, tensors))
-    dense = variant.has_dense_files and _holds_dense(stored, variant)
-    A, B = (loose.A, loose.B) if dense else _dense(path, variant, loose, stored)
-    if A.dim() != B.dim() or A.shape[-2] != B.shape[-1] or A.shape[-2] != in_file:
-        raise CheckpointError(
-            f"{stored.path}: the factors of {name!r} have ranks {A.shape[-2]} and {B.shape[-1]}, and its config says "
-            f"{in_file}. They do not belong together: fetch or save both files again."
-        )
-    starts = [tensors[key] for key in (_key(path, START_A), _key(path, START_B)) if key in tensors]
-    start = matrices(*starts) if len(starts) == 2 and all(map(_can_be_factor, starts)) else None
-    if starts and (start is None or [(one.shape, one.dtype) for one in start] != [(f.shape, f.dtype) for f in (A, B)]):
+    A, B, _ = found.dense(path, variant, *matrices(pair.A, pair.B), in_file)
+    starts = [pair.tensors[key] for key in (START_A, START_B) if key in pair.tensors]
+    alike = [(s.shape, s.dtype) for s in starts] == [(f.shape, f.dtype) for f in (pair.A, pair.B)]
+    start = matrices(*starts) if alike else None
+    if starts and start is None:
         raise CheckpointError(
             f"{stored.path}: {START_A} and {START_B} of {name!r} are not of the shapes and dtypes of A and B. The file "
             "is damaged: fetch or save it again."
         )
-    A, B = update_factors(A, B, start)
+    A, B = update_factors(*_with_zeros(A, B), None if start is None else _with_zeros(*start))
     product, uniform = _is_product(variant), variant.uniform
     return LayerUpdate(name, A, B, scaling, rank, alpha, variant.name, product, uniform)
-
-
-def _can_be_factor(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dim() >= 2 and 0 not in tensor.shape
 
 
 def _is_product(variant: Variant) -> bool:
@@ -162,35 +121,24 @@ def _is_product(variant: Variant) -> bool:
     return all(one.plain for one in variant.chain() if one.stage != "gate")
 
 
-def _holds_dense(stored: StoredAdapter, variant: Variant) -> bool:
-    """Whether a file has dense factors where the variant stores others."""
-    return stored.with_start or any(_UNFOLDED in key for key in stored.tensors) or not variant.peft_stores
-
-
 def _in_order(path: str) -> list[tuple[int, int, str]]:
     """Numbers in a name by their size, so that layer 10 comes after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
 
 
-def _times(path: str) -> int:
-    """How often the update of a file is applied: PEFT multiplies the inner layer of attention in twice."""
-    inner = {child for kind in LAYERS.names() for child in LAYERS.get(kind).inner_layers}
-    return 2 if path.rpartition(f"{_NESTED}.")[2] in inner and f"{_NESTED}." in path else 1
-
-
-def _named(path: str, A: Tensor, B: Tensor, stored: StoredAdapter) -> tuple[str, int, bool]:
+def _named(path: str, pair: Pair, stored: StoredAdapter) -> tuple[str, int, bool]:
     """The name of the layer or parameter a path is of, the rank the config gives it, and whether it is a parameter.
 
     Raises:
         CheckpointError: parameters of one module have ranks of their own, and the file does not say which it is.
     """
-    config, module = stored.config, _module_of(path)
+    config, module, outside = stored.config, _module_of(path), around(path)
     parameters = _parameters_of(module, config)
     if not parameters:
-        return path, _rank_of(path, config), False
-    names = [f"{module}.{parameter}".removeprefix(".") for parameter in parameters]
-    ranks = {_rank_of(name, config) for name in names}
-    fitting = [rank for rank in ranks if A.shape[0] % rank == 0 and A.shape[0] == B.shape[1]]
+        return path, numbers_of(config, path if outside is None else outside)[0], False
+    names = [joined(module, parameter) for parameter in parameters]
+    ranks = {numbers_of(config, name)[0] for name in names}
+    fitting = [rank for rank in ranks if pair.A.shape[0] % rank == 0 and pair.A.shape[0] == pair.B.shape[1]]
     if len(ranks) > 1 and len(fitting) > 1:
         raise CheckpointError(
             f"{stored.path}: {path!r} has the factors of one of {shorten(parameters, 4)}, whose ranks differ, and a "
@@ -201,8 +149,8 @@ def _named(path: str, A: Tensor, B: Tensor, stored: StoredAdapter) -> tuple[str,
 
 def _module_of(path: str) -> str:
     """The module whose parameters nested layers adapt."""
-    while path.endswith(_NESTED) or path == _NESTED[1:]:
-        path = path.removesuffix(_NESTED[1:]).removesuffix(".")
+    while path.endswith(OWN_LAYER) or path == OWN_LAYER[1:]:
+        path = path.removesuffix(OWN_LAYER[1:]).removesuffix(".")
     return path
 
 
@@ -212,21 +160,11 @@ def _parameters_of(module: str, config: LoraConfig) -> list[str]:
     return sorted({last for inside, _, last in named if not inside or f".{module}".endswith(f".{inside}")})
 
 
-def _rank_of(name: str, config: LoraConfig) -> int:
-    key = key_of(config.rank_pattern, name)
-    return config.r if key is None else config.rank_pattern[key]
-
-
-def _flat(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices, of kernels too."""
-    return (A, B) if A.dim() == 2 else _with_zeros(A.flatten(1), B.flatten(1))
-
-
 def _with_zeros(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """B (out, r) of a convolution with groups, which stores (out, r / groups): the columns of an output's own group."""
     groups = A.shape[-2] // B.shape[-1]
     if groups > 1 and A.shape[-2] == groups * B.shape[-1]:
-        B = torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
+        B = block_diagonal(B.chunk(groups))
     return A, B
 
 
@@ -235,28 +173,4 @@ def _stack(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     experts = A.shape[0] // rank if A.shape[0] == B.shape[1] and A.shape[0] % rank == 0 else 1
     if experts == 1:
         return A, B
-    return A.reshape(experts, rank, -1), B.reshape(B.shape[0], rank, experts).permute(2, 0, 1)
-
-
-def _key(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _extras(path: str, variant: Variant, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    named = {kind: _key(path, extra.in_files) for kind, extra in variant.extras.items()}
-    return {kind: tensors[key] for kind, key in named.items() if key in tensors}
-
-
-def _dense(path: str, variant: Variant, tensors: LooseTensors, stored: StoredAdapter) -> tuple[Tensor, Tensor]:
-    try:
-        return variant.factors(tensors)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{stored.path} lacks the {error.args[0]!r} of {path!r}, which {variant.name} needs. The file is "
-            "incomplete: fetch or save it again."
-        ) from error
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{stored.path}: the tensors of {path!r} are not those of {variant.name}: {first_line(error)}. They do not "
-            "belong together: fetch or save the file again."
-        ) from error
+    return stack_of(A, B, experts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,13 @@ from lorafa.io.card import write_card
 from lorafa.io.file_config import file_config
 from lorafa.io.find import WEIGHTS_NAME, find_adapter_files
 from lorafa.io.key_names import renamed
+from lorafa.io.layouts import of_others
 from lorafa.io.layouts.base import Raw
+from lorafa.io.own_entry import own_entry
 from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, without_prefix
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
-from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
+from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, to_metadata
 from lorafa.storage.hub import HubOptions
 from lorafa.storage.tensors import (
     can_be_gathered,
@@ -254,10 +256,9 @@ def read_adapter(
     allow_pickle: bool = False,
     use_safetensors: bool | None = None,
     weight_name: str | None = None,
-    of_others: Sequence[str] = (),
     key_mapping: Mapping[str, str] | None = None,
     inference_mode: bool = True,
-    convert: Convert | None = None,
+    convert: Convert = of_others,
     **hub: Unpack[HubOptions],
 ) -> StoredAdapter:
     """Read an adapter from a folder or the Hub, the config first; nothing of any model is touched.
@@ -267,10 +268,10 @@ def read_adapter(
         inference_mode: what the config says of it.
         allow_pickle: also read a ``.bin`` file (with ``weights_only=True``).
         use_safetensors: True reads no ``.bin`` file, False nothing else.
-        weight_name, of_others: as for :func:`lorafa.io.find.find_adapter_files`.
+        weight_name: as for :func:`lorafa.io.find.find_adapter_files`.
         key_mapping: as for :func:`lorafa.io.key_names.renamed`.
         convert: makes of a file in the layout of another program, or for another version of the model, what PEFT
-            would have for this one; None where there is nothing to do. Without it PEFT's layout alone is read.
+            would have for this one; None where there is nothing to do. By default PEFT's layout alone is read.
 
     Raises:
         SourceError: folder, repository or file missing, or the Hub cannot be reached.
@@ -279,15 +280,14 @@ def read_adapter(
         As ``convert``.
     """
     files = find_adapter_files(
-        source, subfolder=subfolder, use_safetensors=use_safetensors, weight_name=weight_name, of_others=of_others,
-        **hub,
-    )  # fmt: skip
+        source, subfolder=subfolder, use_safetensors=use_safetensors, weight_name=weight_name, **hub
+    )
     header = read_header(files.weights)
-    side, given = from_metadata(header), config
+    side, given = own_entry(files.weights, header), config
     values = {} if files.config is None else read_json(files.config)
     if config is not None:
         config = replace(config, inference_mode=inference_mode)
-    elif files.config is not None and ("peft_type" in values or convert is None):
+    elif files.config is not None and "peft_type" in values:
         original, own = side.get("start", side.get("config", {})), side.get("own", {})
         changed = {key: original[key] for key in _changed() if key in original}
         changed |= {key: own[key] for key in LORAFA_ONLY if key in own}
@@ -295,7 +295,7 @@ def read_adapter(
     if config is not None:
         require_available(config)
     tensors = without_prefix(renamed(read_tensors(files.weights, allow_pickle=allow_pickle)[0], key_mapping))
-    found = convert(Raw(files.weights, values, given, tensors, header)) if convert is not None else None
+    found = convert(Raw(files.weights, values, given, tensors, header))
     if found is not None:
         return _converted(files.weights, *found, side, inference_mode)
     if config is None:

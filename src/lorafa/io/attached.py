@@ -15,6 +15,7 @@ from lorafa.backends.offload import rests_elsewhere
 from lorafa.errors import BackendError, CheckpointError, SourceError, shorten
 from lorafa.io.adapter_files import StoredAdapter
 from lorafa.io.changes import Change, changes_of
+from lorafa.io.layouts.base import OWN_LAYER, taken_apart
 from lorafa.io.load import take_in
 from lorafa.io.skeleton import Skeleton, empty_model, layers_with_a_weight, require_complete, require_numbers
 from lorafa.models.carried import read_config
@@ -34,7 +35,7 @@ _TASKS = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """Tasks of PEFT beside those that kinds of models have."""
-_OF_HOSTS = (".token_adapter", ".base_layer", ".original_module", ".modules_to_save")
+_OF_HOSTS = (".token_adapter", OWN_LAYER, ".original_module", ".modules_to_save")
 """Parts of a key that are not in the model before adapters are on it."""
 
 
@@ -161,12 +162,8 @@ def _classes(config: Any, stored: Sequence[StoredAdapter]) -> Iterator[type[nn.M
 
 def _paths(tensors: Mapping[str, Tensor]) -> set[str]:
     """The modules of the base that the tensors of an adapter are of."""
-    found = set()
-    for key in tensors:
-        path = _base_key(key)
-        cut = min((path.index(mark) for mark in (".lora_", ".trainable_tokens") if mark in path), default=None)
-        found.add(path.rpartition(".")[0] if cut is None else path[:cut])
-    return found
+    layers, others = taken_apart(tensors)
+    return {_base_key(layer) for layer in layers} | {_base_key(key).rpartition(".")[0] for key in others}
 
 
 def _base_key(key: str) -> str:
@@ -202,9 +199,9 @@ def _with_adapters_sizes(kind: type[nn.Module], config: Any, stored: Sequence[St
 
 def _tables_in(stored: StoredAdapter) -> Iterator[tuple[str, int]]:
     """(module, rows) of each whole matrix that a file holds."""
-    for key, tensor in stored.tensors.items():
+    for key, tensor in taken_apart(stored.tensors)[1].items():
         path, _, leaf = _base_key(key).rpartition(".")
-        if leaf == "weight" and tensor.dim() == 2 and ".lora_" not in path:
+        if leaf == "weight" and tensor.dim() == 2:
             yield path, tensor.shape[0]
 
 

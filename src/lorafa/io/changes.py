@@ -14,7 +14,7 @@ from lorafa.io.skeleton import Skeleton, tensors_of
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
 from lorafa.layers.tied import owner_of
-from lorafa.surgery.walk import hosts, places
+from lorafa.surgery.walk import hosts, joined, places
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,6 @@ class Change:
         if made.keys() != self.keys.keys():
             raise RuntimeError(f"{self.place}: {sorted(made)} were made where {sorted(self.keys)} were planned")
         return {joined(self.place, key): tensor.detach() for key, tensor in made.items()}
-
-
-def joined(path: str, key: str) -> str:
-    return f"{path}.{key}".removeprefix(".")
 
 
 def changes_of(skeleton: Skeleton, names: Sequence[str], filled: Sequence[str]) -> list[Change]:

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafa.config import LoraConfig, read_config
+from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten
-from lorafa.io.adapter_files import read_adapter, save_adapter, write_adapter
+from lorafa.io.adapter_files import save_adapter, write_adapter
 from lorafa.io.card import write_card
 from lorafa.io.find import find_adapter_files
-from lorafa.io.load import take_in
+from lorafa.io.load import read, take_in
 from lorafa.io.loose import LooseAdapter, LooseLayer, belongs_to_saved, needs_base, read_loose
 from lorafa.storage.fingerprint import compare_fingerprints
+from lorafa.storage.whole import require_free
 from lorafa.surgery.build import Options
 from lorafa.surgery.combination import Combination, LayerError
 from lorafa.surgery.combine import add_combination
@@ -28,14 +29,6 @@ from lorafa.version import VERSION
 
 NAME = "default"
 """What the result is called: an adapter in a folder of its own."""
-
-
-def require_new_folder(out: str | Path) -> Path:
-    """Raises ConfigError for a folder that holds something already, or a file of that name."""
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{out} is there already, and nothing is overwritten. Name another folder.")
-    return folder
 
 
 def why_base(sources: Sequence[str | Path]) -> str | None:
@@ -51,8 +44,8 @@ def why_base(sources: Sequence[str | Path]) -> str | None:
 def require_one_named_base(sources: Sequence[str | Path]) -> None:
     """Raises AdapterError where the configs of adapters name different base models, ConfigError where one is needed and
     none is named."""
-    configs = {str(source): read_config(find_adapter_files(source).require_config()) for source in sources}
-    named = {source: c.base_model_name_or_path for source, c in configs.items() if c.base_model_name_or_path}
+    configs = {str(source): find_adapter_files(source).peft_config() for source in sources}
+    named = {name: c.base_model_name_or_path for name, c in configs.items() if c and c.base_model_name_or_path}
     if len(set(named.values())) > 1:
         _raise_other_bases(named)
     if not named:
@@ -71,7 +64,7 @@ def combine_files(
         CheckpointError: a file is damaged or does not fit the others, or the result could not be written.
         ConfigError: as :meth:`lorafa.PeftModel.add_weighted_adapter`, or ``out`` is not empty. Nothing was written.
     """
-    folder, names = require_new_folder(out), [str(source) for source in sources]
+    folder, names = require_free(out, overwrite=None), [str(source) for source in sources]
     given = dict(zip(names, check_weights(names, weights), strict=True))
     asked.say_what_it_adds(len(given))
     adapters = {name: read_loose(name) for name in given}
@@ -98,12 +91,12 @@ def combine_on_base(
     Raises:
         As :func:`combine_files`; CheckpointError for an adapter that was made for another base.
     """
-    folder, names = require_new_folder(out), [str(source) for source in sources]
+    folder, names = require_free(out, overwrite=None), [str(source) for source in sources]
     given = dict(zip(names, check_weights(names, weights), strict=True))
     tuner, adapters = LoraModel(model), dict[str, float]()
     for source, weight in given.items():
         name = _adapter_name(source, adapters)
-        take_in(tuner, read_adapter(source), name, Options(), {})
+        take_in(tuner, read(source, "combine_on_base", model, is_trainable=False), name, Options(), {})
         adapters[name] = weight
     made = add_combination(tuner.model, tuner.peft_config, adapters, NAME, asked, tuner.apply_plan)
     config = tuner.peft_config[NAME]
@@ -229,14 +222,10 @@ def _error(layer: LooseLayer, error: LayerError) -> LayerError:
 
 def _stored(layer: LooseLayer, combined: Combined, has_bias: bool) -> dict[str, Tensor]:
     """The tensors of a layer as a file has them."""
-    (key_A, key_B), (tail_A, tail_B) = layer.keys, layer.tails
-    A, B = combined.A, combined.B
-    tensors = {
-        f"{layer.path}.{key_A}": A.reshape(A.shape[0], *tail_A),
-        f"{layer.path}.{key_B}": B.reshape(*B.shape, *tail_B),
-    }
+    factors = zip(layer.keys, layer.stored(combined.A, combined.B), strict=True)
+    tensors = {f"{layer.path}.{key}": factor for key, factor in factors}
     if has_bias:
-        zeros = B.new_zeros(B.shape[0])
+        zeros = combined.B.new_zeros(combined.B.shape[0])
         tensors[f"{layer.path}.lora_B.bias"] = zeros if combined.bias is None else combined.bias
     return tensors
 

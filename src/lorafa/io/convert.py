@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten, warn
-from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.find import WEIGHTS_NAME
+from lorafa.io.layouts.base import taken_apart
 from lorafa.io.peft_format import PREFIX, file_tensors
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
@@ -24,8 +24,8 @@ from lorafa.storage.fingerprint import to_metadata
 from lorafa.storage.tensors import is_part, write_tensors
 from lorafa.storage.whole import make_folder, staged, write_json
 from lorafa.surgery.plain import Lost, check_rank, largest_rank, require_matrices, require_other_ranks, truncated
+from lorafa.surgery.plain_config import plain_config
 from lorafa.surgery.walk import layers_at, places, user_model
-from lorafa.variants import switches
 from lorafa.version import VERSION
 
 _NOTEWORTHY = 1e-4
@@ -163,7 +163,7 @@ def convert(
     lost = Lost({path: (one.lost, one.total) for path, one in made.items()})
     if isinstance(rank, int) and lost.share > _NOTEWORTHY:  # a share is asked for with its loss
         warn(f"Adapter {name!r} as plain LoRA of rank {rank}: {lost.in_words()}")
-    return Converted(with_numbers(plain_config(config), numbers), tensors | beside(inner, name, config, layers), lost)
+    return Converted(with_numbers(plain_config(config), numbers), tensors | beside(inner, name, config), lost)
 
 
 def _stored(path: str, layer: LoraLayer, name: str, made: Truncated) -> dict[str, Tensor]:
@@ -193,14 +193,8 @@ def _equal_inside(layers: Mapping[str, LoraLayer], made: Mapping[str, Truncated]
     for path, layer in layers.items():
         group = [path, *(f"{path}.base_layer.{child}" for child in layer.inner_layers)]
         largest = max(made[one].rank for one in group)
-        found |= {one: _at_rank(made[one], largest) for one in group if made[one].rank < largest}
+        found |= {one: made[one].at_least(largest) for one in group if made[one].rank < largest}
     return found
-
-
-def _at_rank(made: Truncated, rank: int) -> Truncated:
-    short = rank - made.rank
-    A, B = nn.functional.pad(made.A, (0, 0, 0, short)), nn.functional.pad(made.B, (0, short))
-    return replace(made, A=A, B=B)
 
 
 def pattern_names(model: nn.Module) -> dict[int, str]:
@@ -238,22 +232,11 @@ def _shortest(number: float) -> int | float:
     return int(number) if number == int(number) else number
 
 
-def plain_config(config: LoraConfig) -> LoraConfig:
-    """The config with the same layers and what is trained beside them, for factors without formula, start or noise."""
-    defaults: dict[str, Any] = {field.name: field.default for field in fields(LoraConfig)}
-    names = (*switches(), *LORAFA_ONLY, "lora_dropout", "use_rslora", "ensure_weight_tying")
-    off = {name: defaults[name] for name in names} | dict(NO_SETTINGS)
-    return replace(config, **(off | {"init_lora_weights": True}))
-
-
-def beside(
-    model: nn.Module, name: str, config: LoraConfig, layers: Iterable[tuple[str, LoraLayer]]
-) -> dict[str, Tensor]:
+def beside(model: nn.Module, name: str, config: LoraConfig) -> dict[str, Tensor]:
     """What a file holds beside the layers: copies of modules, rows of tables, biases, tables."""
     tables = which_tables(config, model, "auto")
     stored = file_tensors(model, name, config, tables=tables, with_start=False, dense=False)
-    own = tuple(f"{path}.lora_" for path, _ in layers)
-    return {key: tensor for key, tensor in stored.items() if not key.startswith(own)}
+    return taken_apart(stored)[1]
 
 
 @contextmanager

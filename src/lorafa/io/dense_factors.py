@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from lorafa.layers.base import LoraLayer
 Layers = list[tuple[str, LoraLayer]]
 """Layers with their paths in the user's model."""
 _UNFOLDED = "lora_unfolded"
+STORED_A, STORED_B = f"{_UNFOLDED}.A", f"{_UNFOLDED}.B"
+"""What the stored factors are called below the path of a layer where their dense form has the usual names."""
 
 
 def with_other_factors(layers: Layers, name: str) -> Layers:
@@ -68,10 +70,15 @@ def as_stored(layers: Layers, name: str, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def holds_dense(layers: Layers, name: str, tensors: Mapping[str, Tensor], with_start: bool) -> bool:
-    """Whether a file has dense factors where the variant stores others; PEFT's files of such adapters do not.
+    """Whether a file has dense factors where the variant stores others; PEFT's files of such adapters do not."""
+    if unfolds(tensors, with_start):
+        return True
+    return not all(layer.adapters[name].variant.peft_stores for _, layer in with_other_factors(layers, name))
+
+
+def unfolds(tensors: Iterable[str], with_start: bool) -> bool:
+    """Whether a file says that its factors are the dense ones: it has those that are stored beside them, or a start.
 
     Ours of a start that moves the base hold what was taken from it, PEFT's never do.
     """
-    if with_start or any(f".{_UNFOLDED}." in key for key in tensors):
-        return True
-    return not all(layer.adapters[name].variant.peft_stores for _, layer in with_other_factors(layers, name))
+    return with_start or any(f".{_UNFOLDED}." in key for key in tensors)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
@@ -12,10 +11,10 @@ from lorafa.adapter import Variant
 from lorafa.config import LoraConfig
 from lorafa.initializers import known_start
 from lorafa.initializers.base import Initializer
-from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.peft_format import adapted_layers, has_start
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.doubled import doubled
+from lorafa.surgery.plain_config import NO_START, defaults_of
 from lorafa.surgery.walk import lora_layers
 
 
@@ -39,7 +38,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     if not has_start(model, name):
         if _peft_makes(known_start(config.init_lora_weights).initializer, layers, plain=plain, bias=config.lora_bias):
             return config
-        return replace(config, init_lora_weights=True, **NO_SETTINGS)
+        return replace(config, **NO_START)
     if not all(layer.adapters[name].variant.stacks_start for layer in layers):
         return config
     return doubled(config)
@@ -47,12 +46,8 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
 
 def _for_peft(config: LoraConfig, variants: Sequence[Variant], *, stacked: bool) -> LoraConfig:
     """The config without the switch of the innermost formula, where PEFT would misread the tensors by it."""
-    defaults = {field.name: field.default for field in fields(LoraConfig)}
-    off: dict[str, Any] = {
-        switch: defaults[switch]
-        for variant in variants
-        if (switch := variant.chain()[-1].switch) and (stacked or variant.has_dense_files or variant.inner is not None)
-    }
+    misread = [v for v in variants if stacked or v.has_dense_files or v.inner is not None]
+    off = defaults_of(variant.chain()[-1].switch for variant in misread)
     return replace(config, **off) if off else config
 
 

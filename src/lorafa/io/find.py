@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafa.config import CONFIG_NAME
+from lorafa.config import CONFIG_NAME, LoraConfig, read_config
 from lorafa.errors import ConfigError, SourceError, shorten
+from lorafa.io.layouts import LAYOUTS
 from lorafa.storage.hub import HubOptions, locate
 from lorafa.storage.paths import user_path
 from lorafa.storage.tensors import PICKLE_SUFFIXES
+from lorafa.storage.whole import read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,6 +45,18 @@ class AdapterFiles:
             )
         return self.config
 
+    def peft_config(self) -> LoraConfig | None:
+        """The config; None where another program wrote the adapter in a layout of its own, and PEFT's config is not
+        there.
+
+        Raises:
+            ConfigError: the config is PEFT's and cannot be used.
+            CheckpointError: the file is no json.
+        """
+        if self.config is None or "peft_type" not in read_json(self.config):
+            return None
+        return read_config(self.config)
+
 
 def find_adapter_files(
     source: str | Path,
@@ -51,17 +64,16 @@ def find_adapter_files(
     subfolder: str | None = None,
     use_safetensors: bool | None = None,
     weight_name: str | None = None,
-    of_others: Sequence[str] = (),
     **hub: Unpack[HubOptions],
 ) -> AdapterFiles:
-    """The files of an adapter in a local folder or a Hub repository; safetensors before ``.bin``.
+    """The files of an adapter in a local folder or a Hub repository; safetensors before ``.bin``, PEFT's before those
+    of other programs (``LAYOUTS``).
 
     Args:
         source: folder, Hub id such as "owner/name", or a single file of tensors.
         subfolder: where in it to look; adapters not called "default" are in a subfolder of their name.
         use_safetensors: look for safetensors only (True) or for ``.bin`` only (False).
         weight_name: what the file of tensors is called, where it is not called as usual.
-        of_others: what programs other than PEFT call it; looked for where PEFT's is not there.
         hub: as :class:`lorafa.storage.hub.HubOptions`.
 
     Raises:
@@ -74,16 +86,14 @@ def find_adapter_files(
     if weight_name is not None:
         config = _config_beside(source, weight_name, subfolder, hub)
         return AdapterFiles(config, locate(source, [weight_name], subfolder=subfolder, **hub))
-    others = [name for name in of_others if use_safetensors is None or name.endswith(_ENDS[use_safetensors])]
     try:
         config = locate(source, [CONFIG_NAME], subfolder=subfolder, **hub)
     except SourceError as error:
-        weights = _of_others(source, others, subfolder, hub, error)
-        return AdapterFiles(None, weights)
+        return AdapterFiles(None, _of_others(source, subfolder, use_safetensors, hub, error))
     try:
         weights = find_weights(source, subfolder=subfolder, use_safetensors=use_safetensors, **hub)
     except SourceError as error:
-        weights = _of_others(source, others, subfolder, hub, error)
+        weights = _of_others(source, subfolder, use_safetensors, hub, error)
     return AdapterFiles(config, weights)
 
 
@@ -97,9 +107,11 @@ def _config_beside(source: str | Path, weight_name: str, subfolder: str | None, 
 
 
 def _of_others(
-    source: str | Path, names: Sequence[str], subfolder: str | None, hub: HubOptions, error: SourceError
+    source: str | Path, subfolder: str | None, use_safetensors: bool | None, hub: HubOptions, error: SourceError
 ) -> Path:
     """The file of another program; raises ``error``, which said that PEFT's is not there, if there is none."""
+    every = [name for layout in LAYOUTS.names() for name in LAYOUTS.get(layout).weights]
+    names = [name for name in every if use_safetensors is None or name.endswith(_ENDS[use_safetensors])]
     folder = user_path(source) / (subfolder or "")
     if error.__cause__ is not None or not names or (not folder.is_dir() and user_path(source).exists()):
         raise error

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from lorafa.backends.offload import device_of
 from lorafa.config import CONFIG_NAME, LoraConfig
-from lorafa.errors import AdapterError, CheckpointError, ConfigError, SourceError, did_you_mean, shorten, warn
+from lorafa.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    SourceError,
+    did_you_mean,
+    shape_text,
+    shorten,
+    warn,
+)
 from lorafa.io.adapter_files import (
     StoredAdapter,
     check_fits_base,
@@ -22,7 +31,7 @@ from lorafa.io.adapter_files import (
 )
 from lorafa.io.find import find_weights
 from lorafa.io.key_names import renamed
-from lorafa.io.layouts import LAYOUTS, as_peft
+from lorafa.io.layouts import as_peft
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.peft_format import load_tensors, misfit, wanted_tensors
 from lorafa.settings.checks import check_arguments, found
@@ -123,7 +132,6 @@ def read(
         config=given,
         key_mapping=key_mapping,
         inference_mode=not is_trainable,
-        of_others=[name for layout in LAYOUTS.names() for name in LAYOUTS.get(layout).weights],
         convert=lambda raw: as_peft(raw, names),
         **reading,
         **hub,
@@ -295,17 +303,16 @@ def fitting(
         tensors = {**tensors, **{key: own[key] for key in shapes}}
         found = misfit(model, name, config, tensors, with_start=with_start)
         if not found:
-            listed = (f"{key} ({_text(have)} in the file, {_text(want)} here)" for key, (have, want) in shapes.items())
+            listed = (
+                f"{key} ({shape_text(have)} in the file, {shape_text(want)} here)"
+                for key, (have, want) in shapes.items()
+            )
             warn(
                 f"{path}: {len(shapes)} of {len(tensors)} tensors have another shape in the model and were not loaded "
                 f"(ignore_mismatched_sizes=True): {shorten(listed, 8)}. What stands in the model there is not trained."
             )
     found.raise_if_any(path, name)
     return tensors
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 def materialize(model: nn.Module, name: str) -> None:

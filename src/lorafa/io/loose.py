@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lorafa.adapter import LooseTensors, Variant
 from lorafa.config import LoraConfig, read_config
-from lorafa.errors import BackendError, CheckpointError, shorten
+from lorafa.errors import BackendError, CheckpointError
+from lorafa.io.adapter_files import StoredAdapter, read_adapter
+from lorafa.io.factors import around, file_factors
 from lorafa.io.find import find_adapter_files
-from lorafa.io.peft_format import without_prefix
-from lorafa.spec import LayerSpec
-from lorafa.storage.fingerprint import from_metadata
-from lorafa.storage.tensors import read_header, read_tensors
+from lorafa.io.own_entry import own_entry
+from lorafa.storage.tensors import read_header
 from lorafa.surgery.available import require_available
-from lorafa.surgery.targets import key_of
-from lorafa.variants import VARIANTS, formula_of, variant_types
-
-_A = re.compile(r"(.+)\.(lora_A\.weight|lora_embedding_A)")
-_STORED = "lora_unfolded"
-"""Under which our files hold factors as a formula stores them, beside the dense ones."""
-_INSIDE = ".base_layer."
-"""In the path of a layer that gets its adapters with the one around it: ``out_proj`` of nn.MultiheadAttention."""
+from lorafa.surgery.patterns import numbers_of
+from lorafa.variants import variant_types
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,8 @@ class LooseLayer:
 
     path: str
     """The layer's, as it is in the keys."""
+    outside: str | None
+    """The layer that brings this one along (:func:`lorafa.io.factors.around`)."""
     A: Tensor
     """(r, in); of a convolution the kernels are flattened."""
     B: Tensor
@@ -51,12 +46,12 @@ class LooseLayer:
     @property
     def name(self) -> str:
         """The layer's name in a model that has no adapters yet."""
-        return self.path.replace(_INSIDE, ".")
+        return self.path if self.outside is None else f"{self.outside}.{self.path.rpartition('.')[2]}"
 
     @property
     def target(self) -> str | None:
         """The name a config has for it; None where another layer brings it along."""
-        return None if _INSIDE in self.path else self.path
+        return self.path if self.outside is None else None
 
     @property
     def is_table(self) -> bool:
@@ -66,7 +61,16 @@ class LooseLayer:
     @property
     def times(self) -> int:
         """How often a reader adds the update: PEFT adds that of an inner layer twice."""
-        return 2 if _INSIDE in self.path else 1
+        return 1 if self.outside is None else 2
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def stored(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of this layer, of any rank, in the shapes a file has."""
+        tail_A, tail_B = self.tails
+        return A.reshape(A.shape[0], *tail_A), B.reshape(*B.shape, *tail_B)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,9 @@ def needs_base(source: str | Path) -> str | None:
         CheckpointError: its start has quantized the base.
     """
     files = find_adapter_files(source)
-    config, side = read_config(files.require_config()), from_metadata(read_header(files.weights))
+    if (config := files.peft_config()) is None:
+        return "it is in the layout of another program, which is read with the names of the base's layers"
+    side = own_entry(files.weights, read_header(files.weights))
     require_available(config)
     types = variant_types(config)
     if (routed := next((one for one in types if not one.uniform), None)) is not None:
@@ -119,83 +125,30 @@ def read_loose(source: str | Path) -> LooseAdapter:
     """Read an adapter that needs no base (:func:`needs_base`).
 
     Raises:
-        SourceError: folder, repository or file missing, or the Hub cannot be reached.
-        CheckpointError: the file is damaged, holds values that are not finite, or tensors that its config does not
-            speak of.
-        ConfigError, NotAvailableError: the config is not one lorafa can carry out.
+        As :func:`loose` and :func:`lorafa.io.adapter_files.read_adapter`.
     """
-    files = find_adapter_files(source)
-    config, side = read_config(files.require_config()), from_metadata(read_header(files.weights))
-    tensors = without_prefix(read_tensors(files.weights)[0])
-    layers = {layer.path: layer for layer in _layers(files.weights, config, tensors, ours=bool(side))}
-    if not layers:
-        raise CheckpointError(f"{files.weights} holds no factors of a LoRA adapter. Is it the right file?")
-    unknown = [key for key in tensors if "lora_" in key]
-    if unknown:
-        raise CheckpointError(
-            f"{files.weights} holds {len(unknown)} tensors that its config does not speak of: {shorten(unknown, 3)}. "
-            "Its update is not known. Fetch the adapter again."
-        )
-    return LooseAdapter(files.weights, config, layers, tensors, side.get("base", {}))
+    return loose(read_adapter(source), read_config(find_adapter_files(source).require_config()))
 
 
-def _layers(file: Path, config: LoraConfig, tensors: dict[str, Tensor], *, ours: bool) -> Iterator[LooseLayer]:
-    """The layers of a file; what they hold is taken out of ``tensors``."""
-    types = variant_types(config)
-    for key in [key for key in tensors if _A.fullmatch(key)]:
-        match = _A.fullmatch(key)
-        assert match is not None
-        path, key_A = match[1], match[2]
-        key_B = key_A.replace("_A", "_B")
-        if f"{path}.{key_B}" not in tensors:
-            raise CheckpointError(f"{file} has {key} and no {path}.{key_B}. It is damaged: fetch it again.")
-        A, B = tensors.pop(key), tensors.pop(f"{path}.{key_B}")
-        bias = tensors.pop(f"{path}.lora_B.bias", None)
-        rank, alpha = _numbers(config, path.partition(_INSIDE)[0])
+def loose(stored: StoredAdapter, config: LoraConfig) -> LooseAdapter:
+    """An adapter that needs no base, layer by layer.
+
+    Args:
+        config: the one in the file, which PEFT reads; ``stored`` has that of the adapter.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds tensors that its config does not speak of.
+    """
+    found, layers = file_factors(stored, config), {}
+    for path, pair in found.pairs.items():
+        outside = around(path)
+        rank, alpha = numbers_of(config, path if outside is None else outside)
         scaling = config.scaling(rank, alpha)
-        formula = formula_of(types, config, LayerSpec(path, "linear", rank, scaling, config.seed))
-        extras = _extras(file, path, formula, tensors)
-        tails = (tuple(A.shape[1:]), tuple(B.shape[2:]))
-        dense_A, dense_B = formula.factors(LooseTensors(A.flatten(1), B.flatten(1), extras))
-        groups = rank // dense_B.shape[1]
-        if dense_A.shape[0] != rank or groups * dense_B.shape[1] != rank or (groups > 1 and A.dim() < 3):
-            raise CheckpointError(
-                f"{file}: A and B of {path} are {tuple(A.shape)} and {tuple(B.shape)}, and the config says rank "
-                f"{rank}. Config and tensors are not of one adapter: fetch both again."
-            )
-        if A.dim() == 2:
-            tails = (tuple(dense_A.shape[1:]), ())
-        if ours:
-            _drop_stored_otherwise(path, tensors)
-        yield LooseLayer(path, dense_A, dense_B, bias, alpha, scaling, groups, (key_A, key_B), tails)
-
-
-def _numbers(config: LoraConfig, name: str) -> tuple[int, float]:
-    """Rank and alpha of a layer."""
-    rank, alpha = key_of(config.rank_pattern, name), key_of(config.alpha_pattern, name)
-    return (
-        config.r if rank is None else config.rank_pattern[rank],
-        config.lora_alpha if alpha is None else config.alpha_pattern[alpha],
-    )
-
-
-def _extras(file: Path, path: str, formula: Variant, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a formula beyond A and B."""
-    keys = {kind: f"{path}.{extra.in_files}" for kind, extra in formula.extras.items() if extra.saved}
-    missing = [key for key in keys.values() if key not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"{file} lacks {shorten(missing, 3)}, which {formula.name} computes with. Fetch it again."
-        )
-    return {kind: tensors.pop(key) for kind, key in keys.items()}
-
-
-def _drop_stored_otherwise(path: str, tensors: dict[str, Tensor]) -> None:
-    """Take out what our files hold beside the dense A and B: the form that a formula stores them in."""
-    extras = {extra.in_files for name in VARIANTS.names() for extra in VARIANTS.get(name).extras.values()}
-    beside = [f"{path}.{name}" for name in extras]
-    for key in [key for key in tensors if key in beside or key.startswith(f"{path}.{_STORED}.")]:
-        del tensors[key]
+        formula = found.formula(path, rank, scaling)
+        A, B, groups = found.dense(path, formula, pair.A.flatten(1), pair.B.flatten(1), rank)
+        tails = ((A.shape[1],), ()) if pair.A.dim() == 2 else (tuple(pair.A.shape[1:]), tuple(pair.B.shape[2:]))
+        layers[path] = LooseLayer(path, outside, A, B, pair.bias, alpha, scaling, groups, pair.keys, tails)
+    return LooseAdapter(stored.path, config, layers, found.rest, stored.base)
 
 
 def belongs_to_saved(key: str, config: LoraConfig) -> bool:

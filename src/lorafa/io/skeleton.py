@@ -23,6 +23,7 @@ from lorafa.layers import LAYERS
 from lorafa.models.checkpoint_names import Group, Names, names_of
 from lorafa.storage.fingerprint import describe, described_rows, some_rows
 from lorafa.storage.model_files import ModelFiles
+from lorafa.surgery.walk import joined
 
 
 def empty_model(kind: type[nn.Module], config: Any) -> Any:
@@ -37,7 +38,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     for path, inner in module.named_modules(remove_duplicate=False):
         for key, buffer in inner._buffers.items():
             if buffer is not None and key not in inner._non_persistent_buffers_set:
-                found[f"{path}.{key}".removeprefix(".")] = buffer
+                found[joined(path, key)] = buffer
     return found
 
 
@@ -217,7 +218,7 @@ class Skeleton:
                 if empty:
                     value = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
                 else:
-                    value = self.value(f"{path}.{key}".removeprefix("."))
+                    value = self.value(joined(path, key))
                 made = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
                 tensors[key] = made  # type: ignore[assignment]
         return new
@@ -231,7 +232,7 @@ def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             if tensor is None or key in module._non_persistent_buffers_set or (id(module), key) in seen:
                 continue
             seen.add((id(module), key))
-            yield module, key, f"{path}.{key}".removeprefix(".")
+            yield module, key, joined(path, key)
 
 
 def layers_with_a_weight(model: nn.Module) -> list[str]:
@@ -253,7 +254,7 @@ class _InFiles(Mapping[str, Tensor]):
 
     def __init__(self, skeleton: Skeleton, path: str, keys: Sequence[str]) -> None:
         self._skeleton = skeleton
-        self._names = {key: f"{path}.{key}".removeprefix(".") for key in keys}
+        self._names = {key: joined(path, key) for key in keys}
         self.state_dict: dict[str, Tensor] = {}  # nothing is in memory
         self.index = {
             key: {"safetensors_file": str(skeleton.files.folder), "weight_name": skeleton.ties[name][0]}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorafa.errors import CheckpointError
+from lorafa.errors import CheckpointError, shape_text
 from lorafa.variants import VARIANTS, asking_settings
 
 Shape = tuple[int, ...]
@@ -55,7 +55,10 @@ class Misfit:
             raise CheckpointError(f"{path} does not fit adapter {adapter!r}.\n{self.describe()}\nNothing was loaded.")
 
     def describe(self) -> str:
-        shapes = [f"{k}: the file has {_text(a)}, the model {_text(b)}" for k, (a, b) in self.misshapen.items()]
+        shapes = [
+            f"{key}: the file has {shape_text(have)}, the model {shape_text(want)}"
+            for key, (have, want) in self.misshapen.items()
+        ]
         parts = [
             _listing(
                 "missing in the file",
@@ -87,10 +90,6 @@ def compare(have: Mapping[str, Tensor | Shape], want: Mapping[str, Tensor | Shap
 
 def _shapes(tensors: Mapping[str, Tensor | Shape]) -> dict[str, Shape]:
     return {key: tuple(value.shape) if isinstance(value, Tensor) else tuple(value) for key, value in tensors.items()}
-
-
-def _text(shape: Shape) -> str:
-    return "x".join(map(str, shape)) or "one number"
 
 
 def _listing(title: str, lines: list[str], count: int) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 import torch
 
-from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, shorten, warn
+from lorafa.errors import ConfigError, DataError, SourceError, did_you_mean, shape_text, shorten, warn
 from lorafa.models import MODELS, loadable
 from lorafa.models.attention import use_blocks
 from lorafa.models.kinds import AUTO, KINDS
@@ -226,7 +226,7 @@ def _check_weights(where: str, model: Any, loaded: Mapping[str, Any], kind: Kind
     new = {name for name in (*missing, *(name for name, _, _ in other)) if kind.may_be_new(name, model)}
     missing, other = [name for name in missing if name not in new], [one for one in other if one[0] not in new]
     if missing or other:
-        shapes = [f"{name} ({_shape(has)}, the config says {_shape(wants)})" for name, has, wants in other]
+        shapes = [f"{name} ({shape_text(has)}, the config says {shape_text(wants)})" for name, has, wants in other]
         lacks = [f"lack {len(missing)} that the config asks for: {shorten(missing)}"] if missing else []
         differ = [f"have {len(other)} of another shape: {shorten(shapes)}"] if other else []
         raise SourceError(
@@ -243,10 +243,6 @@ def modules_of(weights: Iterable[str], model: Any) -> tuple[str, ...]:
     body = f"{model.base_model_prefix}."
     names = {name.rpartition(".")[0] if name.startswith(body) else name.partition(".")[0] for name in weights}
     return tuple(sorted(names))
-
-
-def _shape(size: Iterable[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def on_accelerator(model: Any) -> Any:

@@ -213,7 +213,7 @@ def to_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The factors with rows and columns of zeros up to ``rank``; their product stays."""
     more = max(rank - A.shape[-2], 0)
-    return nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more))
+    return nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B, (0, more))
 
 
 def energy(values: Tensor) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lorafa.numerics.linalg import NOISE_STEPS, SVD, fix_signs, float_matrix, full_svd, leading_svd
+from lorafa.numerics.linalg import NOISE_STEPS, SVD, float_matrix, full_svd, leading_svd
+from lorafa.numerics.low_rank import nearest_product, padded
 
 
 @dataclass(frozen=True)
@@ -32,34 +33,24 @@ class Truncated:
         """What is lost of the energy, between 0 and 1; 0 of an update that is zero."""
         return self.lost / self.total if self.total else 0.0
 
-
-def product_svd(A: Tensor, B: Tensor) -> SVD:
-    """All singular triplets of B A for A (..., r, n) and B (..., m, r), without forming the product.
-
-    With B = Q_B R_B and A^T = Q_A R_A the core R_B R_A^T is small, and its triplets give those of B A. Costs
-    O((m + n) r^2). In float32, float64 where a factor is; at most min(m, n, r) triplets.
-    """
-    wide = torch.promote_types(A.dtype, B.dtype)
-    Q_B, R_B = torch.linalg.qr(float_matrix(B.to(wide)))
-    Q_A, R_A = torch.linalg.qr(float_matrix(A.to(wide)).mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    U, Vh = fix_signs(Q_B @ U, Vh @ Q_A.mT)
-    return SVD(U, S, Vh)
+    def at_least(self, rank: int) -> Truncated:
+        """The same product with zeros in its factors up to a rank."""
+        A, B = padded(self.A, self.B, rank)
+        return replace(self, A=A, B=B)
 
 
 def truncated_product(A: Tensor, B: Tensor, rank: int | float) -> Truncated:
-    """B A for A (..., r, n) and B (..., m, r) at another rank.
+    """B A for A (..., r, n) and B (..., m, r) of one dtype at another rank; in float32, or float64 where they are.
 
     Args:
         rank: the rank, from 1 to min(m, n); a float is the share of the energy, in (0, 1], that the smallest rank that
             does is to keep.
     """
-    svd = product_svd(A, B)
-    energies = svd.S.double().square()
-    total = float(energies.sum())
+    Vh, US, S = nearest_product(A, B, rank if isinstance(rank, int) else A.shape[-2])
+    energies = S.double().square()
     wanted = rank if isinstance(rank, int) else rank_for(energies, rank)
-    kept = svd.at(slice(0, wanted))
-    return _balanced(kept, wanted, total, float(energies[..., wanted:].sum()))
+    lost = float(energies[..., wanted:].sum())
+    return _filled_up(Vh[..., :wanted, :], US[..., :wanted], wanted, float(energies.sum()), lost)
 
 
 def truncated_matrix(matrix: Tensor, rank: int | float) -> Truncated:
@@ -72,14 +63,13 @@ def truncated_matrix(matrix: Tensor, rank: int | float) -> Truncated:
     total = float(M.double().square().sum())
     if isinstance(rank, int):
         svd = leading_svd(M, rank, torch.Generator().manual_seed(0), steps=NOISE_STEPS)
-        kept = svd.at(slice(0, rank))
         # a difference of squares would drown what is lost in rounding where next to nothing is
-        lost = float((M - kept.product()).double().square().sum())
-        return _balanced(kept, rank, total, lost)
+        lost = float((M - svd.at(slice(0, rank)).product()).double().square().sum())
+        return _of_svd(svd, rank, total, lost)
     svd = full_svd(M)
     energies = svd.S.double().square()
     wanted = rank_for(energies, rank)
-    return _balanced(svd.at(slice(0, wanted)), wanted, total, float(energies[..., wanted:].sum()))
+    return _of_svd(svd, wanted, total, float(energies[..., wanted:].sum()))
 
 
 def rank_for(energies: Tensor, share: float) -> int:
@@ -94,10 +84,11 @@ def rank_for(energies: Tensor, share: float) -> int:
     return min(int(missing.max()) + 1, energies.shape[-1])
 
 
-def _balanced(svd: SVD, rank: int, total: float, lost: float) -> Truncated:
-    """A of orthonormal rows and B = U S, filled up with zeros to the rank."""
-    short = rank - svd.S.shape[-1]
-    A, B = svd.Vh, svd.U * svd.S[..., None, :]
-    if short > 0:
-        A, B = torch.nn.functional.pad(A, (0, 0, 0, short)), torch.nn.functional.pad(B, (0, short))
-    return Truncated(A, B, total, lost)
+def _of_svd(svd: SVD, rank: int, total: float, lost: float) -> Truncated:
+    """A of orthonormal rows and B = U S."""
+    kept = svd.at(slice(0, rank))
+    return _filled_up(kept.Vh, kept.U * kept.S[..., None, :], rank, total, lost)
+
+
+def _filled_up(A: Tensor, B: Tensor, rank: int, total: float, lost: float) -> Truncated:
+    return Truncated(*padded(A, B, rank), total, lost)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lorafa.errors import ConfigError
-from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.runs import CONFIG
+from lorafa.runs.record import RunDirectory
 from lorafa.storage.paths import user_path
 
 PAGE = "runs.html"

@@ -19,10 +19,11 @@ from lorafa.costs.fits import require_room
 from lorafa.errors import CheckpointError, ConfigError, DataError, LoraError
 from lorafa.launch import ending_together
 from lorafa.processes import from_main, is_main, on_main
+from lorafa.runs import CONFIG
 from lorafa.runs.differences import difference, differing
 from lorafa.runs.environment import environment
 from lorafa.runs.peaks import Peaks
-from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.runs.record import RunDirectory
 from lorafa.runs.secrets import refuse_secrets
 from lorafa.runs.shared import SharedRun
 from lorafa.settings.typed import plain

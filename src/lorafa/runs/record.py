@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten, warn
+from lorafa.runs import CONFIG
 from lorafa.runs.formats import current
 from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
@@ -33,7 +34,7 @@ from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
 
-CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "environment.json", "metrics.jsonl", "result.json"
+ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
 LOCK = ".lock"
 NUMBERS = 1000
 """Runs that may start within one second under one parent."""
@@ -257,6 +258,19 @@ class RunDirectory:
     def update_result(self, **entries: Any) -> None:
         """Add entries to result.json, replacing those of the same name."""
         write_json(self.path / RESULT, {**self.result(), **masked(entries)})
+
+    def trained_adapter(self) -> Path:
+        """The folder of the adapter that the run has trained.
+
+        Raises:
+            ConfigError: it has trained none yet, or the whole model.
+        """
+        if self.adapter.is_dir():
+            return self.adapter
+        if self.model.is_dir():
+            raise ConfigError(f"The run {str(self.path)!r} has no adapter: it has trained the whole model.")
+        status = self.result().get("status", "not begun")
+        raise ConfigError(f"The run {str(self.path)!r} has no adapter yet (status: {status}). Let it finish first.")
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""

@@ -19,7 +19,8 @@ from lorafa.models.kinds.found import kind_of
 from lorafa.models.load import on_accelerator, resolve_model
 from lorafa.models.vocabulary import tokenizer_beside
 from lorafa.peft_model import PeftModel
-from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.runs.adapters import run_in
+from lorafa.runs.record import RunDirectory
 from lorafa.runs.trained import trained_model
 from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
@@ -86,16 +87,16 @@ def find(name: str, base: str | None = None) -> Named:
         SourceError: there is nothing of that name here, and it is no Hub id.
     """
     path = user_path(name)
-    is_run = os.path.isfile(path / CONFIG)
-    if not is_run and "/" in name and os.path.isdir(path.parent) and not os.path.lexists(path):
+    run = run_in(name)
+    if run is None and "/" in name and os.path.isdir(path.parent) and not os.path.lexists(path):
         raise SourceError(
             f"There is no run, adapter or model {name!r}: {path.parent} has nothing of that name. Check the path."
         )
-    if base is not None and (is_run or not _is_adapter(name, path)):
-        what = "a run, which has its own base" if is_run else "no adapter"
+    if base is not None and (run is not None or not _is_adapter(name, path)):
+        what = "a run, which has its own base" if run is not None else "no adapter"
         raise ConfigError(f"--base {base} is the base model of an adapter, and {name!r} is {what}. Leave it out.")
-    if is_run:
-        return Named(name, run=RunDirectory.open(path))
+    if run is not None:
+        return Named(name, run=run)
     if not _is_adapter(name, path):
         resolve_model(name)
         return Named(name)

@@ -31,9 +31,10 @@ from lorafa.conf.compose import OF_HYDRA, quoted
 from lorafa.errors import ConfigError, first_line, shorten
 from lorafa.launch import begin_anew
 from lorafa.processes import from_main, is_main, world_size
+from lorafa.runs import CONFIG
 from lorafa.runs.comparison import LOCKS, WAIT
 from lorafa.runs.experiment import begun, start_run
-from lorafa.runs.record import CONFIG, RunDirectory, TakenError
+from lorafa.runs.record import RunDirectory, TakenError
 from lorafa.runs.secrets import refuse_secrets
 from lorafa.settings.typed import plain
 from lorafa.storage.paths import user_path

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from lorafa.errors import ConfigError
 from lorafa.peft_model import PeftModel
 from lorafa.runs.record import RunDirectory
 from lorafa.train.base_model import fetch_base, load_base, trained_whole
@@ -27,19 +25,7 @@ def trained_model(run: RunDirectory) -> tuple[Any, Any]:
     if run.model.is_dir():  # its tokenizer knows the new tokens
         whole = load_base(replace(settings, name=str(run.model), revision=None, add_tokens=None))
         return whole.model, whole.tokenizer
-    adapter = adapter_of(run)
+    adapter = run.trained_adapter()
     fetch_base(settings)
     base = load_base(settings, seed, classes=classes, whole=trained_whole(adapter))
     return PeftModel.from_pretrained(base.model, adapter), base.tokenizer
-
-
-def adapter_of(run: RunDirectory) -> Path:
-    """The folder of the adapter that a run has trained.
-
-    Raises:
-        ConfigError: it has trained none yet.
-    """
-    if not run.adapter.is_dir():
-        status = run.result().get("status", "not begun")
-        raise ConfigError(f"The run {str(run.path)!r} has no adapter yet (status: {status}). Let it finish first.")
-    return run.adapter

@@ -106,7 +106,8 @@ def named(name: str) -> RunDirectory:
     Raises:
         ConfigError: there is none.
     """
-    from lorafa.runs.record import CONFIG, RunDirectory
+    from lorafa.runs import CONFIG
+    from lorafa.runs.record import RunDirectory
 
     if not name.strip():
         raise ConfigError("--wandb_name= is followed by nothing. Was a variable of the shell not set?")

@@ -124,8 +124,9 @@ def placed(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """
     if config.run_dir is None or any(text.lstrip("+").startswith(("run_dir=", "if_exists=")) for text in words):
         return config
+    from lorafa.runs import CONFIG
     from lorafa.runs.differences import differing
-    from lorafa.runs.record import CONFIG, NUMBERS, RunDirectory
+    from lorafa.runs.record import NUMBERS, RunDirectory
     from lorafa.settings.typed import plain
 
     first = Path(str(config.run_dir))

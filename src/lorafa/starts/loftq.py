@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.adapter import Adapter
-from lorafa.errors import AdapterError, CheckpointError, SourceError, TargetError
+from lorafa.errors import AdapterError, CheckpointError, SourceError, TargetError, shape_text
 from lorafa.initializers.base import check_rank
 from lorafa.initializers.loftq import fit
 from lorafa.layers.base import LoraLayer
@@ -135,8 +135,8 @@ def _fitted(peft_model: PeftModel, name: str, adapter: Adapter, weights: BaseWei
     codes, stored = layer.base_weight(), weights.read(_names(peft_model, name))
     if stored.shape != codes.shape:
         raise CheckpointError(
-            f"{weights.path} has {name}.weight as {'x'.join(map(str, stored.shape))}, the model as "
-            f"{'x'.join(map(str, codes.shape))}. Name the weights of the model that was quantized. Nothing was changed."
+            f"{weights.path} has {name}.weight as {shape_text(stored.shape)}, the model as "
+            f"{shape_text(codes.shape)}. Name the weights of the model that was quantized. Nothing was changed."
         )
     if not bool(stored.isfinite().all()):
         raise CheckpointError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,6 +17,7 @@ from lorafa.initializers.base import Initializer
 from lorafa.initializers.stages import numerical_rank
 from lorafa.settings.checks import check_choice, check_int, found, names
 from lorafa.starts.statistics import Statistics
+from lorafa.surgery.patterns import any_of, exactly
 from lorafa.surgery.resolve import Resolved, met, resolve
 from lorafa.surgery.stats import require_statistics
 from lorafa.surgery.targets import Target
@@ -226,7 +226,7 @@ def ranked(resolved: Resolved, ranks: Mapping[str, int], *, keep_scaling: bool =
     alpha_pattern: dict[str, int | float] = {}
     made: list[Target] = []
     for target in kept:
-        rank, key = ranks[target.full_name], f"^{re.escape(target.full_name)}"
+        rank, key = ranks[target.full_name], exactly(target.full_name)
         alpha = target.alpha * (_rescaling(target.rank, rank, config) if keep_scaling else 1)
         if rank != config.r or target.rank != config.r:  # which something else than r has said
             rank_pattern[key] = rank
@@ -280,7 +280,7 @@ def _only(named: Iterable[Place], kept: list[Target]) -> dict[str, object]:
     parameters = {target.full_name for target in kept if target.parameter is not None}
     wanted: object = sorted(modules)
     if any(_ends_in(place.name, modules) and place.module not in modules.values() for place in named):
-        wanted = "|".join(map(re.escape, sorted(modules)))
+        wanted = any_of(modules)
     changes = {"target_modules": wanted, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     return changes | {"target_parameters": sorted(parameters) or None}
 

@@ -137,8 +137,11 @@ def _remove_left_over(path: Path) -> None:
                     shutil.rmtree(left, ignore_errors=True)
 
 
-def require_free(path: str | Path, *, overwrite: bool) -> Path:
+def require_free(path: str | Path, *, overwrite: bool | None) -> Path:
     """The path of a folder that may be made.
+
+    Args:
+        overwrite: as for :func:`folder_written_whole`; None where nothing is ever replaced.
 
     Raises:
         ConfigError: a file, or a folder that is not to be replaced, is there.
@@ -150,6 +153,8 @@ def require_free(path: str | Path, *, overwrite: bool) -> Path:
         raise ConfigError(f"{path} is no folder. Choose another place.")
     if not any(path.iterdir()):
         return path
+    if overwrite is None:
+        raise ConfigError(f"{path} exists and is not empty, and nothing is overwritten. Choose another place.")
     if not overwrite:
         raise ConfigError(
             f"{path} exists and is not empty. Choose another place, or replace it (--overwrite, overwrite=True)."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError
+from lorafa.surgery.patterns import any_of, exactly
 
 Numbers = Mapping[str, tuple[int, float]]
 """Full name of a layer, or of a parameter -> rank and alpha."""
@@ -41,8 +41,8 @@ def combined_config(
         revision=listed[0].revision,
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={_only(name): r for name, (r, _) in every.items() if r != rank},
-        alpha_pattern={_only(name): a for name, (_, a) in every.items() if a != alpha},
+        rank_pattern={exactly(name): r for name, (r, _) in every.items() if r != rank},
+        alpha_pattern={exactly(name): a for name, (_, a) in every.items() if a != alpha},
         **_targets(listed, modules, parameters, saved),
         fan_in_fan_out=any(config.fan_in_fan_out for config in listed),
         modules_to_save=saved,
@@ -51,11 +51,6 @@ def combined_config(
         lora_bias=lora_bias,
         ensure_weight_tying=all(config.ensure_weight_tying for config in listed),
     )
-
-
-def _only(name: str) -> str:
-    """A key of ``rank_pattern`` that means this name and no longer one that ends in it."""
-    return f"^{re.escape(name)}"
 
 
 def _require_one_base(configs: Mapping[str, LoraConfig]) -> None:
@@ -104,7 +99,7 @@ def _targets(
         where = {field: getattr(configs[0], field) for field in _WHERE}
         return where | {"target_modules": wanted, "target_parameters": list(dict.fromkeys(named)) or None}
     return {
-        "target_modules": "|".join(map(re.escape, sorted(modules))) if modules else [],
+        "target_modules": any_of(modules) if modules else [],
         "target_parameters": sorted(parameters) or None,
     }
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lorafa.config import LoraConfig
-from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.layers.base import LoraLayer
+from lorafa.surgery.plain import stacked
+from lorafa.surgery.plain_config import NO_START
 
 
 def doubled(config: LoraConfig) -> LoraConfig:
@@ -21,8 +21,7 @@ def doubled(config: LoraConfig) -> LoraConfig:
         lora_alpha=config.lora_alpha * factor,
         rank_pattern={key: value * 2 for key, value in config.rank_pattern.items()},
         alpha_pattern={key: value * factor for key, value in config.alpha_pattern.items()},
-        init_lora_weights=True,
-        **NO_SETTINGS,
+        **NO_START,
     )
 
 
@@ -34,6 +33,4 @@ def alpha_factor(use_rslora: bool) -> float:
 def stacked_start(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     """A over A0 and B beside -B0, as (2 r, in) and (out, 2 r); the adapter has a start."""
     adapter = layer.adapters[name]
-    start, A, B = adapter.start, adapter.A.detach(), adapter.B.detach()
-    assert start is not None
-    return torch.cat([A, start.A.to(A)], dim=-2), torch.cat([B, -start.B.to(B)], dim=-1)
+    return stacked((adapter.A.detach(), adapter.B.detach()), adapter.start)

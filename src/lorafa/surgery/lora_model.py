@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ from lorafa.surgery.forward import is_checkpointed
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.mixed import in_pass, rows_of
+from lorafa.surgery.patterns import any_of
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resize import resize_vocabulary
 from lorafa.surgery.resolve import Resolved, resolve
@@ -386,5 +386,5 @@ def _with_targets_of(state_dict: Mapping[str, Tensor], config: LoraConfig, model
             f"{did_you_mean(unknown[0], names)} It was made for another model."
         )
     return replace(
-        config, target_modules="|".join(map(re.escape, sorted(found))), layers_to_transform=None, layers_pattern=None
+        config, target_modules=any_of(found), layers_to_transform=None, layers_pattern=None
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +12,14 @@ from torch import Tensor, nn
 from lorafa.adapter import Adapter, Variant
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, shorten
-from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.parts import AdapterParts
 from lorafa.numerics.low_rank import padded
 from lorafa.surgery.build import Options
+from lorafa.surgery.doubled import doubled
 from lorafa.surgery.lora_model import LoraModel
+from lorafa.surgery.patterns import exactly
+from lorafa.surgery.plain_config import NO_START, defaults_of
 from lorafa.surgery.plan import PlannedLayer
 from lorafa.surgery.resolve import Resolved, resolve
 from lorafa.surgery.targets import Target
@@ -80,20 +80,9 @@ def _plain(config: LoraConfig, adapters: Iterable[Adapter]) -> LoraConfig:
     """The config with plain B A in the place of the innermost formula, without a start, and with its rank where that is
     twice the old one, because a start was subtracted."""
     adapters = list(adapters)
-    defaults = {one.name: one.default for one in fields(LoraConfig)}
-    switches = {_innermost(adapter.variant).switch for adapter in adapters}
-    off: dict[str, Any] = {switch: defaults[switch] for switch in switches if switch is not None}
-    config = replace(config, init_lora_weights=True, **NO_SETTINGS, **off)
-    if all(adapter.start is None for adapter in adapters):
-        return config
-    factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / sqrt(r), or alpha / r
-    return replace(
-        config,
-        r=2 * config.r,
-        lora_alpha=factor * config.lora_alpha,
-        rank_pattern={key: 2 * value for key, value in config.rank_pattern.items()},
-        alpha_pattern={key: factor * value for key, value in config.alpha_pattern.items()},
-    )
+    off = defaults_of(_innermost(adapter.variant).switch for adapter in adapters)
+    config = replace(config, **{**off, **NO_START})
+    return config if all(adapter.start is None for adapter in adapters) else doubled(config)
 
 
 def _require_same_layers(targets: Sequence[Target], old: str, factors: Mapping[LoraLayer, NewFactors]) -> None:
@@ -121,7 +110,7 @@ def _with_ranks(resolved: Resolved, old: str, factors: Mapping[LoraLayer, NewFac
     alphas: dict[str, int | float] = {}
     for target in resolved.targets:
         rank, alpha = _numbers(target, old, factors, config)
-        key = f"^{re.escape(target.full_name)}"
+        key = exactly(target.full_name)
         if rank != target.rank:
             ranks[key] = rank
         if alpha != target.alpha:

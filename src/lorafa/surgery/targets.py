@@ -21,6 +21,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.carriers import can_carry, check_carries, is_linear_of_others, kind_of_layer
+from lorafa.surgery.patterns import key_of
 from lorafa.surgery.stacked import meant, name_stacked, stacked_parameters, warn_of_left_out
 from lorafa.surgery.walk import Place, dotted_ends, embedding_of, places, uncompiled
 
@@ -151,12 +152,6 @@ def _take_stacked(draft: LoraConfig, named: list[Place], patterns: _Patterns) ->
         and not any(patterns.matches("exclude_modules", draft.exclude_modules, n) for n in (s.place.name, s.name))
     ]
     name_stacked(draft, named, kept)
-
-
-def key_of(table: Collection[str], name: str) -> str | None:
-    """The first key of ``rank_pattern`` or ``alpha_pattern`` that is the end of a full name, or a regular expression
-    for it; None where there is none."""
-    return next((key for key in table if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 class _Patterns:

@@ -99,14 +99,14 @@ def places(model: nn.Module, overlay: Mapping[str, nn.Module] | None = None) -> 
         if own and id(place.module) not in own:
             place = replace(place, overlaid=True)
         while _is_compiled(place.module):
-            place = replace(place, path=_join(place.path, _COMPILED), module=place.module._modules[_COMPILED])  # type: ignore[arg-type]
+            place = replace(place, path=joined(place.path, _COMPILED), module=place.module._modules[_COMPILED])  # type: ignore[arg-type]
         yield place
         inside, path = place.module, place.path
         if isinstance(inside, Host) and not inside.nests:
             continue
         while isinstance(inside, Host):
-            path, inside = _join(path, inside.wrapped_path), inside.wrapped()
-        children = [Place(_join(place.name, name), _join(path, name), child) for name, child in _children(inside)]
+            path, inside = joined(path, inside.wrapped_path), inside.wrapped()
+        children = [Place(joined(place.name, name), joined(path, name), child) for name, child in _children(inside)]
         stack.extend(reversed(children))
     if waiting:
         raise TargetError(f"The model has no place called {shorten(map(repr, waiting), 3)} for another module.")
@@ -160,7 +160,8 @@ def dotted_ends(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def _join(prefix: str, name: str) -> str:
+def joined(prefix: str, name: str) -> str:
+    """The name of what is called ``name`` in the module ``prefix``; the model itself has an empty one."""
     return f"{prefix}.{name}" if prefix else name
 
 
@@ -191,7 +192,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for path, module in skeleton(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield _join(path, name), parameter
+                yield joined(path, name), parameter
 
 
 def layers_of(found: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, LoraLayer]]:

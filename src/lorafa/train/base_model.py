@@ -13,6 +13,7 @@ from transformers.utils import logging
 from lorafa.config import LoraConfig
 from lorafa.data.encoding import Encoding
 from lorafa.errors import ConfigError
+from lorafa.io.find import find_adapter_files
 from lorafa.models.kinds import AUTO
 from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.entry import Kind
@@ -49,11 +50,12 @@ def with_kind_of(settings: ModelConfig, adapter: str | None) -> ModelConfig:
     """The settings with the kind of model that an adapter (folder or Hub id) was made for, where they leave it open.
 
     Raises:
-        LoraError: as `LoraConfig.from_pretrained`.
+        LoraError: its config cannot be read.
     """
     if adapter is None or settings.kind != AUTO:
         return settings
-    return replace(settings, kind=kind_for_task(LoraConfig.from_pretrained(adapter).task_type))
+    config = find_adapter_files(adapter).peft_config()
+    return replace(settings, kind=kind_for_task(None if config is None else config.task_type))
 
 
 def fetch_base(settings: ModelConfig) -> None:
@@ -115,7 +117,7 @@ def trained_whole(adapter: str | Path | None) -> list[str]:
     """The modules that an adapter (folder or Hub id) holds whole.
 
     Raises:
-        LoraError: as `LoraConfig.from_pretrained`.
+        LoraError: its config cannot be read.
     """
     return [] if adapter is None else list(LoraConfig.from_pretrained(adapter).modules_to_save or [])
 

@@ -63,6 +63,21 @@ def test_an_error_is_one_line_on_stderr_without_a_traceback(
     assert err == "error: " + "a long text " * 30 + "with [markup] in it\n"
 
 
+@pytest.mark.parametrize("kind", [DataError, OSError])
+@pytest.mark.parametrize("option", [[], ["--traceback"]])
+def test_a_terminal_obeys_nothing_that_an_error_quotes(
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+    kind: type[Exception],
+    option: list[str],
+) -> None:
+    failing(kind("\x1b[2J\x1b]0;mine \x9b31mred"))
+    run(["train", *option])
+    err = capsys.readouterr().err
+    assert "\u241b[2J\u241b]0;mine \ufffd31mred" in err
+    assert not {sign for sign in err if sign < " " or "\x7f" <= sign < "\xa0"} - {"\n"}
+
+
 def test_an_unforeseen_error_names_its_kind_and_the_switch(
     failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

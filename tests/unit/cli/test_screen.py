@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
-from lorafa.cli.screen import writable
+from lorafa.cli.screen import Screen, writable
 from toys.places import ROOT
 
 
@@ -30,3 +31,23 @@ def test_a_report_is_printed_on_a_terminal_of_ascii_alone(tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "5 ? ?" in done.stdout
+
+
+def test_a_terminal_obeys_nothing_that_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("layer\x9b2J")
+    table.add_row("model.\x1b[2Jlayer")
+    for shown in (table, "model.\x1b[2Jlayer\r", "[bold]a \x1b]0;b\x07[/bold]"):
+        Screen().print(shown)
+    with Screen().status("\x1b[2J"):
+        pass
+    out = capsys.readouterr().out
+    assert out.count("\u241b[2Jlay") == 2  # the width of a column is of before
+    assert not {sign for sign in out if sign < " " or "\x7f" <= sign < "\xa0"} - {"\n"}
+
+
+def test_colours_and_the_cursor_are_still_rich_s() -> None:
+    screen = Screen(force_terminal=True, color_system="standard", legacy_windows=False)
+    with screen.capture() as written:
+        screen.print("[bold]a[/bold]")
+        screen.show_cursor(False)
+    assert written.get() == "\x1b[1ma\x1b[0m\n\x1b[?25l"

@@ -25,6 +25,7 @@ from toys.exported import on_disk
 from toys.language_models import bert, gpt2, llama, mixtral, t5
 from toys.models import Convolution
 
+Q = "model.layers.0.self_attn.q_proj"
 SERVERS = ("vllm", "sglang", "gguf", "ollama")
 
 
@@ -181,9 +182,9 @@ def test_a_base_the_adapter_was_not_made_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"), "one of A and B only for"),
-        (lambda t: t.update({"base_model.model.x.lora_C.weight": torch.ones(2)}), "belong to nothing known here: x.lo"),
-        (lambda t: [t.pop(key) for key in [*t]] and t.update(head=torch.ones(2)), "no factors of any layer"),
+        (lambda t: t.pop(f"base_model.model.{Q}.lora_B.weight"), f"has A or B alone of 1 layers: {Q}"),
+        (lambda t: t.update({"base_model.model.x.lora_C.weight": torch.ones(2)}), "config does not speak of: x.lora_C"),
+        (lambda t: [t.pop(key) for key in [*t]] and t.update(head=torch.ones(2)), "no factors of a LoRA adapter"),
     ],
     ids=["half", "unknown", "none"],
 )
@@ -200,7 +201,8 @@ def test_a_config_of_another_rank_than_the_factors(tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path)
     path = Path(folder) / "adapter_config.json"
     path.write_text(path.read_text().replace('"r": 4', '"r": 5'))
-    refused(folder, "vllm", tmp_path / "out", CheckpointError, "has rank 4, and the config says 5")
+    text = r"are \(4, 24\) and \(16, 4\), and the config says rank 5"
+    refused(folder, "vllm", tmp_path / "out", CheckpointError, text)
 
 
 @pytest.mark.parametrize("rank", [0, 1.5, -2, True])
@@ -236,7 +238,7 @@ def test_merged_models_for_what_reads_none(tmp_path: Path) -> None:
 def test_targets_and_folders(tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path)
     refused(folder, "vlm", tmp_path / "out", ConfigError, "Unknown export target 'vlm'. Did you mean 'vllm'")
-    refused(tmp_path / "base", "vllm", tmp_path / "out", SourceError, "has no adapter_config.json")
+    refused(tmp_path / "base", "vllm", tmp_path / "out", ConfigError, "is a model and no adapter")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     refused(folder, "vllm", tmp_path / "out", ConfigError, "exists and is not empty.*--overwrite")

@@ -329,5 +329,6 @@ def test_a_merged_model_is_the_adapted_one(settings: dict[str, Any], tmp_path: P
 
 def test_a_run_directory_stands_for_its_adapter(tmp_path: Path) -> None:
     model, _ = on_disk(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("{}")
     export_adapter(tmp_path / "run", "vllm", tmp_path / "out")
     assert_same(by_vllm(tmp_path / "out"), updates_of(model))

@@ -15,6 +15,7 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import CheckpointError
 from lorafa.inspection.updates import beside, updates_in, updates_of
 from lorafa.io.adapter_files import read_adapter
+from lorafa.io.key_names import PREFIX
 from lorafa.storage.tensors import read_tensors, write_tensors
 from toys.adapters import DEFINED, VARIANT, adapted, starts_of, train
 from toys.compare import close
@@ -132,14 +133,25 @@ def rewritten(folder: Path, change: Any) -> None:
 
 DAMAGE: dict[str, tuple[Any, str]] = {
     "one half": (lambda t: {k: v for k, v in t.items() if "first.lora_A" not in k}, "has A or B alone of 1 layers"),
-    "nothing": (lambda t: {"a.hada_w1": torch.zeros(2)}, "holds no factors of LoRA; its keys are: a.hada_w1"),
+    "nothing": (lambda t: {"a.hada_w1": torch.zeros(2)}, "holds no factors of a LoRA adapter; its keys are: a.hada_w1"),
     "a row": (lambda t: {k: v[0] if "A" in k else v for k, v in t.items()}, "no matrices of numbers: first, second"),
     "numbers": (lambda t: {k: v.int() for k, v in t.items()}, "the factors of 2 layers are no matrices of numbers"),
     "B of a kernel": (
         lambda t: {k: v[..., None, None] if "lora_B" in k else v for k, v in t.items()},
-        "have ranks 4 and",
+        r"first are \(4, \d+\) and \(\d+, 4, 1, 1\), and the config says rank 4",
     ),
-    "ranks": (lambda t: {k: v[:3] if "lora_A" in k else v for k, v in t.items()}, "have ranks 3 and 4, and its config"),
+    "ranks": (
+        lambda t: {k: v[:3] if "lora_A" in k else v for k, v in t.items()},
+        r"first are \(3, \d+\) and \(\d+, 4\), and the config says rank 4",
+    ),
+    "of no formula": (
+        lambda t: t | {f"{PREFIX}first.lora_x.bias": torch.ones(2)},
+        "1 tensors that its config does not speak of: first.lora_x.bias",
+    ),
+    "both kinds": (
+        lambda t: t | {f"{PREFIX}first.lora_embedding_{one}": torch.ones(4, 4) for one in "AB"},
+        "tensors that its config does not speak of: first.lora_",
+    ),
 }
 
 
@@ -154,7 +166,7 @@ def test_a_file_that_is_not_what_its_config_says_is_refused(tmp_path: Path, case
 def test_another_rank_in_the_config_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path) / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
-    with pytest.raises(CheckpointError, match="'first' have ranks 4 and 4, and its config says 8"):
+    with pytest.raises(CheckpointError, match=r"A and B of first are .*, and the config says rank 8"):
         updates_of(read_adapter(tmp_path))
 
 

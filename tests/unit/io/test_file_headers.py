@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa.errors import CheckpointError
+from lorafa.io.loose import needs_base
 from toys.adapters import train
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -91,3 +93,34 @@ def test_a_config_saved_alone_keeps_all_its_fields(tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["body"], freeze_A=True, init_seed=5)
     config.save_pretrained(tmp_path)
     assert LoraConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def with_entry(folder: Path, **changed: Any) -> Path:
+    entry = header(folder) | changed
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"format": "pt", "lorafa": json.dumps(entry)})
+    return folder
+
+
+DAMAGED: list[tuple[str, Any, str]] = [
+    ("start", ["r"], "a mapping"),
+    ("config", 3, "a mapping"),
+    ("own", None, "a mapping"),
+    ("fallbacks", "none", "a mapping"),
+    ("fallbacks", {"body": 3}, "a reason for each layer"),
+    ("base", [], "a mapping"),
+    ("base", {"body": []}, "a fingerprint of each layer"),
+    ("base", {"body": {"shape": [6, 6]}}, "a fingerprint of each layer"),
+    ("quantized", True, "a mapping"),
+    ("quantized", {"body": 1}, "a fingerprint of each layer"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "what"), DAMAGED, ids=[f"{name}-{value}" for name, value, _ in DAMAGED])
+def test_an_entry_that_is_not_what_was_written_is_refused(name: str, value: Any, what: str, tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    with_entry(tmp_path, **{name: value})
+    text = rf"{WEIGHTS}: '{name}' of the entry 'lorafa' in its header is not {what}\. The file is damaged"
+    with pytest.raises(CheckpointError, match=text):
+        PeftModel.from_pretrained(Model(), tmp_path)
+    with pytest.raises(CheckpointError, match=text):
+        needs_base(tmp_path)

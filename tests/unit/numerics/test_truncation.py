@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafa.numerics.truncation import Truncated, product_svd, rank_for, truncated_matrix, truncated_product
+from lorafa.numerics.truncation import Truncated, rank_for, truncated_matrix, truncated_product
 from toys.compare import close
 
 
@@ -80,19 +80,29 @@ def test_more_ranks_than_the_sides_of_the_factors_are_zeros() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_factors_of_lower_precision_are_decomposed_in_float32(dtype: torch.dtype) -> None:
     A, B = (one.to(dtype) for one in factors())
-    svd = product_svd(A, B)
-    assert svd.S.dtype is torch.float32
-    close(svd.product(), B.float() @ A.float(), 1e-5)
+    found = truncated_product(A, B, 4)
+    assert found.A.dtype is found.B.dtype is torch.float32
+    close(found.B @ found.A, B.float() @ A.float(), 1e-5)
 
 
-def test_singular_values_of_a_product_are_exact_however_small() -> None:
+def test_what_is_lost_is_exact_however_small() -> None:
     """Twelve orders of magnitude apart in float64, where the Gram matrix of the product would lose the small ones."""
     generator = torch.Generator().manual_seed(3)
     Q = torch.linalg.qr(torch.randn(40, 3, generator=generator, dtype=torch.float64)).Q
     P = torch.linalg.qr(torch.randn(30, 3, generator=generator, dtype=torch.float64)).Q
     S = torch.tensor([1.0, 1e-6, 1e-12], dtype=torch.float64)
-    svd = product_svd(P.mT, Q * S)
-    torch.testing.assert_close(svd.S, S, rtol=1e-3, atol=0)
+    assert truncated_product(P.mT, Q * S, 1).lost == pytest.approx(1e-12, rel=1e-6)
+    assert truncated_product(P.mT, Q * S, 2).lost == pytest.approx(1e-24, rel=1e-2)
+
+
+@pytest.mark.parametrize("rank", [2, 0.9])
+def test_rows_of_A_are_orthonormal_and_those_filled_up_are_zero(rank: int | float) -> None:
+    A, B = factors()
+    for found in (truncated_product(A, B, rank), truncated_matrix(B @ A, rank)):
+        wider = found.at_least(found.rank + 2)
+        close(found.A @ found.A.mT, torch.eye(found.rank, dtype=torch.float64))
+        assert (wider.rank, wider.lost, wider.total) == (found.rank + 2, found.lost, found.total)
+        close(wider.B @ wider.A, found.B @ found.A)
 
 
 def test_a_large_matrix_of_noise_is_as_near_as_the_exact_decomposition() -> None:

@@ -11,8 +11,9 @@ import yaml
 
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError
+from lorafa.runs import CONFIG
 from lorafa.runs.formats import current
-from lorafa.runs.record import CONFIG, RunDirectory
+from lorafa.runs.record import RunDirectory
 from lorafa.settings.typed import build, plain
 from lorafa.train.settings.run import RunConfig
 from toys.places import ROOT

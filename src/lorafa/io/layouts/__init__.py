@@ -7,7 +7,7 @@ that is cut otherwise. Both are sure or say nothing: a file that two of them cla
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -53,6 +53,30 @@ def as_peft(raw: Raw, base: BaseNames) -> tuple[LoraConfig, dict[str, Tensor]] |
     contents = layout.read(raw, base)
     found = arranged(contents, base)
     return None if layout.native and found is contents else written(found, base, strict=layout.native)
+
+
+def of_others(
+    raw: Raw, names: Callable[[], BaseNames] | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]] | None:
+    """What :func:`as_peft` makes of a file that another program wrote; None for PEFT's own, as it is.
+
+    Args:
+        names: those of the base's layers, asked for only then; None: no base is at hand.
+
+    Raises:
+        CheckpointError: it is another program's, and there is no base.
+        As :func:`as_peft`.
+    """
+    if raw.given is not None or "peft_type" in raw.values:
+        return None
+    layout = layout_of(raw)
+    if names is None:
+        raise CheckpointError(
+            f"{raw.path} is in the layout of {layout.written_by}, which is read with the base model at hand. Bring it "
+            f"into PEFT's: PeftModel.from_pretrained(base, {str(raw.path)!r}).save_pretrained(folder). The commands "
+            "inspect, combine and export take it as it is with --base."
+        )
+    return as_peft(raw, names())
 
 
 _WORDS: Mapping[str, str] = {

@@ -16,7 +16,7 @@ from lorafa.io.key_names import PREFIX
 from lorafa.io.layouts.base import A, B, Contents, Factors, Layout, Raw, taken_apart
 from lorafa.io.layouts.components import Part, alpha_of, choose, plain_config, rank_of, require_all_or_none
 from lorafa.io.layouts.names import BaseNames
-from lorafa.io.layouts.written import lookup
+from lorafa.surgery.patterns import lookup
 
 METADATA = "lora_adapter_metadata"
 """The entry of the header in which diffusers says rank and alpha, each with the model's name before it."""

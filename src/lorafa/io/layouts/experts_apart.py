@@ -8,7 +8,8 @@ from lorafa.errors import CheckpointError
 from lorafa.io.layouts.base import OWN_LAYER, A, Arrangement, B, Contents, Factors, require_only
 from lorafa.io.layouts.experts import EXPERTS, KNOWN, STACKS, experts_at
 from lorafa.io.layouts.names import BaseNames
-from lorafa.io.layouts.written import lookup, stack_of
+from lorafa.io.layouts.written import stack_of
+from lorafa.surgery.patterns import numbers_of
 from lorafa.surgery.walk import dotted_ends
 
 _ORDER = ("gate_up_proj", "down_proj")
@@ -55,7 +56,7 @@ def _apart(contents: Contents, name: str, base: BaseNames) -> dict[str, Factors]
     group = next((one for one in STACKS[parameter] if all(f"{home}.0.{leaf}" in base.layers for leaf in one)), None)
     count = sum(1 for other in base.modules if other.rpartition(".")[0] == home and other.rpartition(".")[2].isdigit())
     full = f"{owner}.{parameter}"
-    rank, alpha = lookup(config.rank_pattern, full, config.r), lookup(config.alpha_pattern, full, config.lora_alpha)
+    rank, alpha = numbers_of(config, full)
     a, b = factors.tensors[A], factors.tensors[B]
     if group is None or a.shape[0] != count * rank or b.shape[1] != count * rank:
         raise CheckpointError(

@@ -6,7 +6,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.io.layouts.base import OWN_LAYER, Contents, Factors, Layout, Raw, taken_apart
 from lorafa.io.layouts.names import BaseNames
-from lorafa.io.layouts.written import lookup
+from lorafa.surgery.patterns import numbers_of
 
 
 class PeftLayout(Layout):
@@ -28,8 +28,5 @@ class PeftLayout(Layout):
         layers, others = taken_apart(raw.tensors)
         factors = {}
         for name, tensors in layers.items():
-            plain = name.partition(OWN_LAYER)[0]
-            rank = lookup(config.rank_pattern, plain, config.r)
-            alpha = lookup(config.alpha_pattern, plain, config.lora_alpha)
-            factors[name] = Factors(tensors, rank, alpha)
+            factors[name] = Factors(tensors, *numbers_of(config, name.partition(OWN_LAYER)[0]))
         return Contents(raw.path, config, factors, others)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten, warn
-from lorafa.initializers.settings import NO_SETTINGS
 from lorafa.io.layouts.base import OWN_LAYER, Contents, most_common
 from lorafa.io.layouts.names import BaseNames
+from lorafa.surgery.patterns import any_of, exactly, key_of, lookup
+from lorafa.surgery.plain_config import NO_START
 from lorafa.surgery.walk import dotted_ends
 
 
@@ -64,7 +64,7 @@ def written(contents: Contents, base: BaseNames, *, strict: bool) -> tuple[LoraC
         "alpha_pattern": alphas,
     }
     if contents.rearranged:
-        changed |= {"init_lora_weights": True, **NO_SETTINGS}
+        changed |= NO_START
     if (stacked or bare) and config.lora_dropout:
         warn(
             f"{contents.path}: lora_dropout={config.lora_dropout} is taken as 0: {shorten([*stacked, *bare], 3)} are "
@@ -100,7 +100,7 @@ def _short(names: Collection[str], base: BaseNames) -> list[str] | str:
             return sorted(ends)
     if _meant(wanted, base) <= wanted:
         return sorted(wanted)
-    return "|".join(map(re.escape, sorted(wanted)))
+    return any_of(wanted)
 
 
 def _meant(ends: Collection[str], base: BaseNames) -> set[str]:
@@ -124,7 +124,7 @@ def _patterns(
         if name not in contents.factors and full not in contents.factors:
             continue
         factors = contents.factors.get(name) or contents.factors[full]
-        exact = f"^{re.escape(full)}"
+        exact = exactly(full)
         if lookup(ranks, full, config.r) != factors.rank:
             own_ranks[exact] = factors.rank
         if lookup(alphas, full, config.lora_alpha) != factors.alpha:
@@ -133,12 +133,7 @@ def _patterns(
 
 
 def _used(table: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in names)}
-
-
-def lookup(table: Mapping[str, Any], name: str, default: Any) -> Any:
-    """What a pattern of ranks or alphas says of a layer; ``default`` where it says nothing."""
-    return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return {key: value for key, value in table.items() if any(key_of([key], name) for name in names)}
 
 
 def _tensors(contents: Contents, stacked: Collection[str], base: BaseNames) -> dict[str, Tensor]:
