@@ -356,6 +356,10 @@ class LoraLayer(Host):
     def is_empty(self, name: str) -> bool:
         return name in self.adapters and self.adapters[name].is_empty
 
+    def has_update(self, name: str) -> bool:
+        """Whether an adapter is on this layer, and was not left without anything here when it was exchanged."""
+        return name in self.adapters and not self.adapters[name].is_empty
+
     def tensors_of(self, name: str) -> list[Tensor]:
         """Its parameters; A and B where it is tied and they are another layer's."""
         return super().tensors_of(name) or [self.adapters[name].A, self.adapters[name].B]

@@ -11,6 +11,7 @@ from torch import nn
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, shorten
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.slots import used_factors
 from lorafa.layers.wrapper import Wrapper
 from lorafa.storage.tensors import is_part
 from lorafa.surgery.activate import require_adapters, require_uniform, set_requires_grad
@@ -112,7 +113,7 @@ def add_combination(
 
 
 def _sites(model: nn.Module, configs: Mapping[str, LoraConfig]) -> list[_Site]:
-    """Every layer that carries one of the adapters, once.
+    """Every layer that one of the adapters changes, once.
 
     Where all adapters share those of modules that share a weight (``ensure_weight_tying``), so does the result, and the
     modules that follow are left out. Else each of them gets its own.
@@ -121,7 +122,7 @@ def _sites(model: nn.Module, configs: Mapping[str, LoraConfig]) -> list[_Site]:
     seen: set[int] = set()
     sites: list[_Site] = []
     for site in _every_site(model):
-        here = [site.layer.adapters[name] for name in configs if name in site.layer.adapters]
+        here = [site.layer.adapters[name] for name in configs if site.layer.has_update(name)]
         follows = tied and any(adapter.tied_to is not None for adapter in here)
         if here and not follows and id(site.layer) not in seen:
             seen.add(id(site.layer))
@@ -175,7 +176,7 @@ def _copy(wrapper: Wrapper, source: str, name: str) -> None:
 @torch.no_grad()
 def _combined(site: _Site, weights: Mapping[str, float], asked: Combining, adapter_name: str) -> Combined:
     layer = site.layer
-    shares = [_share(site, name, weight) for name, weight in weights.items() if name in layer.adapters]
+    shares = [_share(site, name, weight) for name, weight in weights.items() if layer.has_update(name)]
     groups = layer.rank_groups(layer.get_base_layer())
     return combine_layer(asked, site.name, shares, of=len(weights), groups=groups, key=adapter_name)
 
@@ -197,7 +198,7 @@ def _share(site: _Site, name: str, weight: float) -> Share:
         )
     if not adapter.as_made:
         layer.require_readable(adapter)
-    A, B = adapter.factors
+    A, B = used_factors(layer, name)
     if is_part(A, 2) or is_part(B, 2):
         raise AdapterError(
             f"{site.name}: only parts of adapter {name!r} are in this process (FSDP, DeepSpeed ZeRO-3). Combine "
