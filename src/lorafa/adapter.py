@@ -230,6 +230,11 @@ class Adapter:
         else:
             self._scaling = value
 
+    @property
+    def written_scaling(self) -> float | Tensor:
+        """The scaling as it was written: a number, also where that is held in a tensor of the adapter's own."""
+        return float(self._scaling) if self._scaling is self._held else self._scaling
+
     def hold_scaling(self) -> None:
         """Keep the scaling in a tensor of its own from now on: a number is written into that, and compiled code and
         captured graphs see it."""
@@ -263,6 +268,12 @@ class Adapter:
     def bias(self) -> Tensor | None:
         """The bias of B (``lora_bias``), (out,), not yet scaled."""
         return self.layer.factor_bias(self.name)
+
+    @property
+    def scaled_bias(self) -> Tensor | None:
+        """What the bias of B adds to the output, (out,): once, however often s B A is applied, as in PEFT."""
+        bias = self.bias
+        return None if bias is None else self.scaling / self.times * bias
 
     @property
     def start(self) -> Start | None:
@@ -388,7 +399,7 @@ class Adapter:
 
 def bias_change(adapters: Sequence[Adapter]) -> Tensor | None:
     """The sum of the adapters' biases, scaled, (out,); None where none has one."""
-    changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
+    changes = [change for adapter in adapters if (change := adapter.scaled_bias) is not None]
     return torch.stack(changes).sum(0) if changes else None
 
 

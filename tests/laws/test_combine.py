@@ -59,6 +59,42 @@ def test_one_adapter_of_weight_one_is_copied_to_the_bit(start: bool | str, varia
         assert layer.adapters["twin"].variant.is_plain_lora
 
 
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_so_it_is_whatever_the_type_where_all_entries_are_kept(combination: str) -> None:
+    model = two_on(LINEAR, use_rslora=True)
+    model.add_weighted_adapter(["default"], [1.0], "twin", combination, **density_for(combination, 1.0))
+    (twin, delta), *_ = zip(deltas(model, "twin").values(), deltas(model, "default").values(), strict=True)
+    assert_equal_bits(twin, delta)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("rank", [7, 8])
+def test_an_svd_of_as_many_ranks_as_there_are_is_cat(kind: str, rank: int) -> None:
+    model = two_on(kind)  # of ranks 4 and 3
+    model.add_weighted_adapter([*WEIGHTS], [*WEIGHTS.values()], "cat", "cat")
+    report = model.add_weighted_adapter([*WEIGHTS], [*WEIGHTS.values()], "svd", "svd", svd_rank=rank)
+    assert distance(deltas(model, "svd"), deltas(model, "cat")) < tolerance(kind)
+    assert report.lost == 0 or report.relative < 1e-12
+    ranks = {name: {layer.r[name] for _, layer in lora_layers(model.get_base_model())} for name in ("cat", "svd")}
+    assert ranks == {"cat": {7}, "svd": {rank}}
+
+
+@pytest.mark.parametrize("combination", [kind for kind in COMBINATIONS if "ties" in kind])
+@pytest.mark.parametrize("method", ["total", "frequency"])
+def test_ties_of_equal_adapters_is_that_adapter(combination: str, method: str) -> None:
+    torch.manual_seed(0)
+    on = {"target_modules": ["first", "second"], "r": 3, "lora_alpha": 5}
+    model = several(Linears().double(), a=LoraConfig(**on), b=LoraConfig(**on), c=LoraConfig(**on))
+    for _, layer in lora_layers(model.get_base_model()):
+        for name in ("b", "c"):
+            for key, parameter in layer.stored_parameters(name).items():
+                parameter.data.copy_(layer.stored_parameters("a")[key])
+    model.add_weighted_adapter(
+        ["a", "b", "c"], [1.0] * 3, "same", combination, density=1.0, majority_sign_method=method
+    )
+    assert distance(deltas(model, "same"), deltas(model, "a")) < 1e-12
+
+
 @pytest.mark.filterwarnings("ignore:combination_type='linear' sums")
 @pytest.mark.parametrize("combination", COMBINATIONS)
 @pytest.mark.parametrize("kind", DENSE)

@@ -193,7 +193,7 @@ def of_model(
                 A, B, own = factors[f"{path}.base_layer.{child}"]
                 around = factors[path][2]
                 factors[f"{path}.base_layer.{child}"] = A, own / (2 * around) * B, around
-    updates = tuple(_of_layer(path, layer, name, names, factors[path], rank is not None) for path, layer in layers)
+    updates = tuple(_of_layer(path, layer, name, names, factors[path]) for path, layer in layers)
     rest = _without_copies(inner, beside(inner, name, config, layers), (path for path, _ in layers))
     return PlainAdapter(str(source), plain_config(config), updates, rest, base_fingerprint(inner), lost)
 
@@ -216,12 +216,11 @@ def _of_layer(
     name: str,
     names: Mapping[int, str],
     factors: tuple[Tensor, Tensor, float],
-    scaled: bool,
 ) -> Update:
-    A, B, s = factors
-    bias = layer.adapters[name].bias
-    if bias is not None:
-        bias = (layer.adapters[name].scaling * bias if scaled else bias).detach()
+    (A, B, s), adapter = factors, layer.adapters[name]
+    bias, scaled = adapter.bias, adapter.scaled_bias
+    if bias is not None and scaled is not None:  # to the bit where the scaling stays
+        bias = (bias if s == float(adapter.scaling) / adapter.times else scaled / s).detach()
     words = (
         "linear layers" if layer.is_linear else "embedding tables" if layer.is_table else f"layers of kind {layer.kind}"
     )

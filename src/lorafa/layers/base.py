@@ -408,12 +408,12 @@ class LoraLayer(Host):
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
         for adapter in self._active_here():
-            adapter.scaling = adapter.scaling * scale
+            adapter.scaling = adapter.written_scaling * scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by ``scale``, or set it back to its start."""
         for adapter in self._active_here():
-            adapter.scaling = adapter.initial_scaling if scale is None else adapter.scaling / scale
+            adapter.scaling = adapter.initial_scaling if scale is None else adapter.written_scaling / scale
 
     def _active_here(self) -> list[Adapter]:
         return [self.adapters[name] for name in self._active_adapter if name in self.adapters]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,7 +95,7 @@ def add_combination(
     beside = _held_beside(model, weights)
     mine = {name: configs[name] for name in weights}
     sites = _sites(model, mine)
-    found = [(site, _combined(site, weights, asked, adapter_name)) for site in sites]
+    found = _at_one_scaling((site, _combined(site, weights, asked, adapter_name)) for site in sites)
     take_back = put_on(_planned(model, mine, adapter_name, found))
     try:
         for wrapper, source in beside:
@@ -205,13 +205,20 @@ def _share(site: _Site, name: str, weight: float) -> Share:
             "adapters before the model is sharded. Nothing was changed."
         )
     dense = None if adapter.variant.plain else adapter.delta_weight(layer.base_weight())
-    bias = adapter.bias
-    return Share(
-        name, weight, float(adapter.scaling), A.detach(), B.detach(), None if bias is None else bias.detach(), dense
-    )
+    bias = None if adapter.bias is None else adapter.bias.detach() / adapter.times
+    return Share(name, weight, float(adapter.scaling), A.detach(), B.detach(), bias, dense)
 
 
 # ---- what is made
+
+
+def _at_one_scaling(found: Iterable[tuple[_Site, Combined]]) -> list[tuple[_Site, Combined]]:
+    """The combinations with the scaling of a layer for the layers inside it too: a config says one for all of them."""
+    scaling, made = 1.0, []
+    for site, one in found:  # a layer comes before those inside it
+        scaling = scaling if site.inner else one.scaling
+        made.append((site, one.at_scaling(scaling)))
+    return made
 
 
 def _planned(

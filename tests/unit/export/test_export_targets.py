@@ -230,6 +230,26 @@ def test_peft_takes_every_kind_of_layer(kind: str, tmp_path: Path) -> None:
         close(PeftModel.from_pretrained(fresh, tmp_path)(x), model.eval()(x), 1e-4)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("rank", [None, 8])
+def test_biases_of_attention_are_those_of_both_ends(twice: bool, rank: int | None, tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 12)
+    torch.manual_seed(3)
+    base = Attention()
+    weights = {key: value.clone() for key, value in base.state_dict().items()}
+    config = LoraConfig(
+        r=4, lora_alpha=7, target_modules=["attention"], lora_bias=True, attention_out_proj_twice=twice
+    )
+    model = get_peft_model(base, config)
+    train(model)
+    model.get_base_model().attention.base_layer.out_proj.set_scale("default", 3.0)
+    PEFT.write(of_model(model, "toy", rank=rank), tmp_path, None)
+    fresh = Attention()
+    fresh.load_state_dict(weights)
+    with torch.no_grad():
+        close(PeftModel.from_pretrained(fresh, tmp_path)(x), model.eval()(x), 1e-5)
+
+
 def test_experts_of_a_model_on_disk_are_read_back_and_proved(tmp_path: Path) -> None:
     base = mixtral()
     settings = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
