@@ -50,11 +50,16 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 def update_factors(A: Tensor, B: Tensor, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Factors of B A - B0 A0 for a start (A0, B0): those of (B - B0) A + B0 (A - A0), of rank 2 r.
 
-    Exactly zero as long as A and B are at their start, and nothing cancels when they have left it.
+    Exactly zero as long as A and B are at their start, and nothing cancels when they have left it. In float32 at least:
+    the differences of factors in half precision have more digits than these.
     """
     if start is None:
         return A, B
-    A0, B0 = start
+    A, B, A0, B0 = (factor.to(working_dtype(factor.dtype)) for factor in (A, B, *start))
+    return _differences(A, B, A0, B0)
+
+
+def _differences(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
 
 
@@ -317,8 +322,10 @@ class Adapter:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Dense A (r, in) and B (out, r) of the whole update; of rank 2 r where a frozen start is subtracted."""
-        return self._whole(*self.variant.factors(self))
+        """Dense A (r, in) and B (out, r) of the whole update; of rank 2 r, in float32 at least, where a frozen start is
+        subtracted."""
+        start = self.start
+        return update_factors(*self.variant.factors(self), None if start is None else (start.A, start.B))
 
     @property
     def running_start(self) -> Start | None:
@@ -327,13 +334,12 @@ class Adapter:
 
     @property
     def running_factors(self) -> tuple[Tensor, Tensor]:
-        """Like :attr:`factors`, of what a forward pass adds to the base that runs, as it is in training if it is."""
-        factors = self.variant.factors(self, training=self.layer.training)
-        return factors if self.layer.without_start else self._whole(*factors)
+        """Like :attr:`factors`, of what a forward pass adds to the base that runs, as it is in training if it is.
 
-    def _whole(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        start = self.start
-        return update_factors(A, B, None if start is None else (start.A, start.B))
+        In the dtype of A and B.
+        """
+        factors, start = self.variant.factors(self, training=self.layer.training), self.running_start
+        return factors if start is None else _differences(*factors, start.A, start.B)
 
     def product(self) -> Tensor:
         """The low-rank update s (B A - B0 A0), (out, in), in float32 (float64 where the factors are)."""

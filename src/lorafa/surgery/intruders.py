@@ -227,7 +227,7 @@ def _words(done: Repaired) -> str:
 def _repaired(
     path: str, adapter: Adapter, layer: LoraLayer, top_k: int, epsilon: float, lam: float, exact: bool
 ) -> _Repair:
-    """The factors of the repaired update of one layer, in the dtype of the old ones."""
+    """The factors of the repaired update of one layer, in the dtype that those of the whole old one have."""
     if not adapter.as_made:
         layer.require_readable(adapter)
     A, B = used_factors(layer, adapter.name)

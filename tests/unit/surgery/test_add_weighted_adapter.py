@@ -172,13 +172,13 @@ def test_a_copy_on_attention_has_one_scaling_for_both_ends_and_the_update_of_eac
     layers = dict(model.base_model.lora_layers())
     layers["attention"].set_scale("a", outer)
     layers["attention.base_layer.out_proj"].set_scale("a", 3.0)
-    wanted, biases = deltas(model, "a"), {p: one.scaling["a"] * one.adapters["a"].bias for p, one in layers.items()}
+    wanted, biases = deltas(model, "a"), {path: layer.adapters["a"].scaled_bias for path, layer in layers.items()}
     model.add_weighted_adapter(["a"], [1.0], "new")
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     for made in (model, reloaded(pristine, tmp_path / "new")):
         assert distance(deltas(made, "new"), wanted) < 1e-14
         for path, layer in made.base_model.lora_layers():
-            close(layer.scaling["new"] * layer.adapters["new"].bias, biases[path], 1e-14)
+            close(layer.adapters["new"].scaled_bias, biases[path], 1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
