@@ -17,6 +17,7 @@ from lorafa.export.update import PlainAdapter, Update
 from lorafa.io.adapter_files import base_fingerprint, read_adapter
 from lorafa.io.convert import beside, convert, pattern_names, plain_config
 from lorafa.layers.base import LoraLayer
+from lorafa.numerics.linalg import working_dtype
 from lorafa.numerics.truncation import truncated_product
 from lorafa.peft_model import PeftModel
 from lorafa.surgery.plain import Lost, check_rank, exact_factors, require_matrices
@@ -261,7 +262,8 @@ def at_rank(adapter: PlainAdapter, rank: int | float) -> PlainAdapter:
                 f"rank {rank} is larger than {side}, the smaller side of the weight of {update.path!r}. Choose a lower "
                 "one, or a share of the energy such as 0.99."
             )
-        made = truncated_product(update.A.float(), update.scaling * update.B.float(), rank)
+        A, B = (factor.to(working_dtype(factor.dtype)) for factor in (update.A, update.B))
+        made = truncated_product(A, update.scaling * B, rank)
         lost[update.path] = made.lost, made.total
         bias = None if update.bias is None else update.scaling * update.bias
         dtype = update.B.dtype

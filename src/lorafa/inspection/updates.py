@@ -16,6 +16,7 @@ from lorafa.io.adapter_files import StoredAdapter
 from lorafa.io.peft_format import START_A, START_B
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.slots import used_factors
 from lorafa.spec import LayerSpec
 from lorafa.surgery.targets import key_of
 from lorafa.surgery.walk import lora_layers, uncompiled_name
@@ -99,12 +100,12 @@ def updates_in(model: nn.Module, name: str) -> list[tuple[LayerUpdate, LoraLayer
     """The same of adapter ``name`` of a model, each with its layer."""
     made = []
     for path, layer in lora_layers(model):
-        if name not in layer.adapters:
+        if not layer.has_update(name):
             continue
         adapter, place = layer.adapters[name], uncompiled_name(path)
         if layer.parameter_name is not None:
             place = f"{_module_of(place)}.{layer.parameter_name}".removeprefix(".")
-        A, B = _with_zeros(*(factor.detach() for factor in adapter.factors))
+        A, B = _with_zeros(*(factor.detach() for factor in used_factors(layer, name)))
         made.append((
             LayerUpdate(
                 place, A, B, float(adapter.scaling), adapter.rank, adapter.alpha, adapter.variant.name,

@@ -18,13 +18,14 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.export.job import export_adapter
 from lorafa.export.peft import PEFT
-from lorafa.export.source import of_model
+from lorafa.export.source import of_files, of_model
+from lorafa.export.update import relative_error
 from toys.adapters import STARTS, VARIANT, initializer_of, train
 from toys.compare import close
 from toys.exported import by_llama_cpp, by_sglang, by_vllm, on_disk, updates_of
 from toys.gguf import interleaved
 from toys.language_models import inference, llama, mixtral
-from toys.models import Attention, Convolution, Mixture
+from toys.models import Attention, Convolution, Linears, Mixture
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -299,6 +300,17 @@ def test_a_rank_is_given_without_the_base_too(rank: int, tmp_path: Path) -> None
     for path, update in updates_of(model).items():
         U, S, Vh = torch.linalg.svd(update, full_matrices=False)
         close(by_sglang(tmp_path / "out")[path], U[:, :rank] * S[:rank] @ Vh[:rank], 1e-4)
+
+
+def test_factors_in_float64_are_given_another_rank_in_float64(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Linears().double(), LoraConfig(r=4, target_modules=["first", "second"]))
+    model.double()
+    train(model)
+    model.save_pretrained(tmp_path)
+    whole, cut = of_files(tmp_path), of_files(tmp_path, 4)
+    assert all(update.B.dtype is torch.float64 for update in cut.updates)
+    assert max(relative_error(*pair) for pair in zip(whole.updates, cut.updates, strict=True)) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["kasa", "lora_sb", "velora", "monteclora"])

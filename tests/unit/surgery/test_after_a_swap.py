@@ -17,6 +17,7 @@ from lorafa import (
     save_as_lora,
 )
 from lorafa.export.source import of_model
+from lorafa.inspection.updates import updates_in
 from lorafa.surgery.combining import COMBINATIONS
 from lorafa.surgery.walk import lora_layers
 from toys.combined import deltas, density_for, distance
@@ -98,6 +99,15 @@ def test_factors_to_export_have_no_free_slots() -> None:
     assert {update.path: (update.rank, tuple(update.A.shape)) for update in found.updates} == {
         "first": (3, (3, 12)), "second": (3, (3, 20))
     }  # fmt: skip
+
+
+def test_what_is_measured_has_no_free_slots_and_no_layers_that_were_emptied(tmp_path: Path) -> None:
+    model = in_slots()
+    found = {update.name: tuple(update.A.shape) for update, _ in updates_in(model.get_base_model(), "default")}
+    assert found == {"first": (3, 12), "second": (3, 20)}
+    hotswap_adapter(model, saved(tmp_path, r=2, target_modules=["second"]), "default")
+    found = {update.name: tuple(update.A.shape) for update, _ in updates_in(model.get_base_model(), "default")}
+    assert found == {"second": (2, 20)}
 
 
 @pytest.mark.filterwarnings("ignore:combination_type='linear' sums")
