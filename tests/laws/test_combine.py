@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from lorafa import LoraConfig
 from lorafa.surgery.combining import COMBINATIONS
 from lorafa.surgery.walk import lora_layers
-from toys.adapters import DEFINED, VARIANT, adapted, quick_first, with_starts
+from toys.adapters import DEFINED, VARIANT, adapted, only_layer, quick_first, with_starts
 from toys.combined import SVD_TYPES, deltas, density_for, distance, several, two_on, weighted
 from toys.compare import assert_equal_bits, assert_unchanged, close, everything
 from toys.language_models import llama
@@ -218,6 +219,44 @@ def test_biases_of_B_are_summed_by_weight_and_scaling() -> None:
         for _, layer in lora_layers(model.get_base_model()):
             wanted = sum(s * layer.adapters[name].bias for name, s in scaled.items())
             close(layer.adapters[kind].bias, wanted, 1e-12)
+
+
+def trimmed(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    least = tensor.abs().flatten().sort(descending=True).values[int(density * tensor.numel()) - 1]
+    return torch.where(tensor.abs() >= least, tensor, 0)
+
+
+def merged_by_sign(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """TIES: signs are those of the plain sum, and the weighted entries that have them are averaged."""
+    stack = torch.stack(tensors)
+    agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+    weighted = torch.tensor(weights, dtype=stack.dtype)[:, None, None] * stack
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def test_updates_are_scaled_before_they_are_pruned_and_weighted_after_and_factors_both_after() -> None:
+    """With scalings that differ: the entries and signs that are kept of updates depend on them, of factors not."""
+    torch.manual_seed(0)
+    on: dict[str, Any] = {"target_modules": ["first"], "r": 3}
+    model = several(
+        Linears().double(), a=LoraConfig(lora_alpha=7, **on), b=LoraConfig(use_rslora=True, **on), c=LoraConfig(**on)
+    )
+    names, weights, density = ["a", "b", "c"], [0.7, -1.2, 2.0], 0.37
+    adapters = [only_layer(model).adapters[name] for name in names]
+    scaled = [weight * float(one.scaling) for weight, one in zip(weights, adapters, strict=True)]
+    updates = [trimmed(one.product().detach(), density) for one in adapters]
+    roots = [math.copysign(abs(factor) ** 0.5, factor) for factor in scaled]
+    A = merged_by_sign([trimmed(one.A, density) for one in adapters], roots)
+    B = merged_by_sign([trimmed(one.B, density) for one in adapters], list(map(abs, roots)))
+    wanted = {
+        "ties_svd": merged_by_sign(updates, weights),
+        "magnitude_prune_svd": 0.7 * updates[0] - 1.2 * updates[1] + 2.0 * updates[2],
+        "ties": (B @ A).detach(),
+    }
+    for kind, update in wanted.items():
+        rank = {"svd_rank": min(update.shape)} if "svd" in kind else {}
+        model.add_weighted_adapter(names, weights, kind, kind, density=density, **rank)
+        close(deltas(model, kind)["first"], update, 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
