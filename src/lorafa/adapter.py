@@ -50,11 +50,16 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 def update_factors(A: Tensor, B: Tensor, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Factors of B A - B0 A0 for a start (A0, B0): those of (B - B0) A + B0 (A - A0), of rank 2 r.
 
-    Exactly zero as long as A and B are at their start, and nothing cancels when they have left it.
+    Exactly zero as long as A and B are at their start, and nothing cancels when they have left it. In float32 at least:
+    the differences of factors in half precision have more digits than these.
     """
     if start is None:
         return A, B
-    A0, B0 = start
+    A, B, A0, B0 = (factor.to(working_dtype(factor.dtype)) for factor in (A, B, *start))
+    return _differences(A, B, A0, B0)
+
+
+def _differences(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
 
 
@@ -230,6 +235,11 @@ class Adapter:
         else:
             self._scaling = value
 
+    @property
+    def written_scaling(self) -> float | Tensor:
+        """The scaling as it was written: a number, also where that is held in a tensor of the adapter's own."""
+        return float(self._scaling) if self._scaling is self._held else self._scaling
+
     def hold_scaling(self) -> None:
         """Keep the scaling in a tensor of its own from now on: a number is written into that, and compiled code and
         captured graphs see it."""
@@ -263,6 +273,12 @@ class Adapter:
     def bias(self) -> Tensor | None:
         """The bias of B (``lora_bias``), (out,), not yet scaled."""
         return self.layer.factor_bias(self.name)
+
+    @property
+    def scaled_bias(self) -> Tensor | None:
+        """What the bias of B adds to the output, (out,): once, however often s B A is applied, as in PEFT."""
+        bias = self.bias
+        return None if bias is None else self.scaling / self.times * bias
 
     @property
     def start(self) -> Start | None:
@@ -306,8 +322,10 @@ class Adapter:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Dense A (r, in) and B (out, r) of the whole update; of rank 2 r where a frozen start is subtracted."""
-        return self._whole(*self.variant.factors(self))
+        """Dense A (r, in) and B (out, r) of the whole update; of rank 2 r, in float32 at least, where a frozen start is
+        subtracted."""
+        start = self.start
+        return update_factors(*self.variant.factors(self), None if start is None else (start.A, start.B))
 
     @property
     def running_start(self) -> Start | None:
@@ -316,13 +334,12 @@ class Adapter:
 
     @property
     def running_factors(self) -> tuple[Tensor, Tensor]:
-        """Like :attr:`factors`, of what a forward pass adds to the base that runs, as it is in training if it is."""
-        factors = self.variant.factors(self, training=self.layer.training)
-        return factors if self.layer.without_start else self._whole(*factors)
+        """Like :attr:`factors`, of what a forward pass adds to the base that runs, as it is in training if it is.
 
-    def _whole(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        start = self.start
-        return update_factors(A, B, None if start is None else (start.A, start.B))
+        In the dtype of A and B.
+        """
+        factors, start = self.variant.factors(self, training=self.layer.training), self.running_start
+        return factors if start is None else _differences(*factors, start.A, start.B)
 
     def product(self) -> Tensor:
         """The low-rank update s (B A - B0 A0), (out, in), in float32 (float64 where the factors are)."""
@@ -388,7 +405,7 @@ class Adapter:
 
 def bias_change(adapters: Sequence[Adapter]) -> Tensor | None:
     """The sum of the adapters' biases, scaled, (out,); None where none has one."""
-    changes = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
+    changes = [change for adapter in adapters if (change := adapter.scaled_bias) is not None]
     return torch.stack(changes).sum(0) if changes else None
 
 

@@ -107,6 +107,8 @@ def test_scalings_of_a_prepared_model_change_without_compiling_again(tmp_path: P
     for layer in layers:
         layer.scale_layer(0.0)
     close(counted(), base, torch.float32)
+    hotswap_adapter(model, tmp_path / "first", "default")
+    close(counted(), first, torch.float32)
     assert counted.graphs == graphs
 
 

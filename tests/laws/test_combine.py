@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from lorafa import LoraConfig
 from lorafa.surgery.combining import COMBINATIONS
 from lorafa.surgery.walk import lora_layers
-from toys.adapters import DEFINED, VARIANT, adapted, quick_first, with_starts
+from toys.adapters import DEFINED, VARIANT, adapted, only_layer, quick_first, with_starts
 from toys.combined import SVD_TYPES, deltas, density_for, distance, several, two_on, weighted
 from toys.compare import assert_equal_bits, assert_unchanged, close, everything
 from toys.language_models import llama
@@ -57,6 +58,42 @@ def test_one_adapter_of_weight_one_is_copied_to_the_bit(start: bool | str, varia
     for _, layer in lora_layers(model.get_base_model()):
         assert_equal_bits(layer.adapters["twin"].product(), layer.adapters["default"].product())
         assert layer.adapters["twin"].variant.is_plain_lora
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_so_it_is_whatever_the_type_where_all_entries_are_kept(combination: str) -> None:
+    model = two_on(LINEAR, use_rslora=True)
+    model.add_weighted_adapter(["default"], [1.0], "twin", combination, **density_for(combination, 1.0))
+    (twin, delta), *_ = zip(deltas(model, "twin").values(), deltas(model, "default").values(), strict=True)
+    assert_equal_bits(twin, delta)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("rank", [7, 8])
+def test_an_svd_of_as_many_ranks_as_there_are_is_cat(kind: str, rank: int) -> None:
+    model = two_on(kind)  # of ranks 4 and 3
+    model.add_weighted_adapter([*WEIGHTS], [*WEIGHTS.values()], "cat", "cat")
+    report = model.add_weighted_adapter([*WEIGHTS], [*WEIGHTS.values()], "svd", "svd", svd_rank=rank)
+    assert distance(deltas(model, "svd"), deltas(model, "cat")) < tolerance(kind)
+    assert report.lost == 0 or report.relative < 1e-12
+    ranks = {name: {layer.r[name] for _, layer in lora_layers(model.get_base_model())} for name in ("cat", "svd")}
+    assert ranks == {"cat": {7}, "svd": {rank}}
+
+
+@pytest.mark.parametrize("combination", [kind for kind in COMBINATIONS if "ties" in kind])
+@pytest.mark.parametrize("method", ["total", "frequency"])
+def test_ties_of_equal_adapters_is_that_adapter(combination: str, method: str) -> None:
+    torch.manual_seed(0)
+    on = {"target_modules": ["first", "second"], "r": 3, "lora_alpha": 5}
+    model = several(Linears().double(), a=LoraConfig(**on), b=LoraConfig(**on), c=LoraConfig(**on))
+    for _, layer in lora_layers(model.get_base_model()):
+        for name in ("b", "c"):
+            for key, parameter in layer.stored_parameters(name).items():
+                parameter.data.copy_(layer.stored_parameters("a")[key])
+    model.add_weighted_adapter(
+        ["a", "b", "c"], [1.0] * 3, "same", combination, density=1.0, majority_sign_method=method
+    )
+    assert distance(deltas(model, "same"), deltas(model, "a")) < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore:combination_type='linear' sums")
@@ -182,6 +219,44 @@ def test_biases_of_B_are_summed_by_weight_and_scaling() -> None:
         for _, layer in lora_layers(model.get_base_model()):
             wanted = sum(s * layer.adapters[name].bias for name, s in scaled.items())
             close(layer.adapters[kind].bias, wanted, 1e-12)
+
+
+def trimmed(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    least = tensor.abs().flatten().sort(descending=True).values[int(density * tensor.numel()) - 1]
+    return torch.where(tensor.abs() >= least, tensor, 0)
+
+
+def merged_by_sign(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """TIES: signs are those of the plain sum, and the weighted entries that have them are averaged."""
+    stack = torch.stack(tensors)
+    agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+    weighted = torch.tensor(weights, dtype=stack.dtype)[:, None, None] * stack
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def test_updates_are_scaled_before_they_are_pruned_and_weighted_after_and_factors_both_after() -> None:
+    """With scalings that differ: the entries and signs that are kept of updates depend on them, of factors not."""
+    torch.manual_seed(0)
+    on: dict[str, Any] = {"target_modules": ["first"], "r": 3}
+    model = several(
+        Linears().double(), a=LoraConfig(lora_alpha=7, **on), b=LoraConfig(use_rslora=True, **on), c=LoraConfig(**on)
+    )
+    names, weights, density = ["a", "b", "c"], [0.7, -1.2, 2.0], 0.37
+    adapters = [only_layer(model).adapters[name] for name in names]
+    scaled = [weight * float(one.scaling) for weight, one in zip(weights, adapters, strict=True)]
+    updates = [trimmed(one.product().detach(), density) for one in adapters]
+    roots = [math.copysign(abs(factor) ** 0.5, factor) for factor in scaled]
+    A = merged_by_sign([trimmed(one.A, density) for one in adapters], roots)
+    B = merged_by_sign([trimmed(one.B, density) for one in adapters], list(map(abs, roots)))
+    wanted = {
+        "ties_svd": merged_by_sign(updates, weights),
+        "magnitude_prune_svd": 0.7 * updates[0] - 1.2 * updates[1] + 2.0 * updates[2],
+        "ties": (B @ A).detach(),
+    }
+    for kind, update in wanted.items():
+        rank = {"svd_rank": min(update.shape)} if "svd" in kind else {}
+        model.add_weighted_adapter(names, weights, kind, kind, density=density, **rank)
+        close(deltas(model, kind)["first"], update, 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])

@@ -80,6 +80,20 @@ def test_exact_copy_has_the_weight_of_the_formula(variant: str, kind: str, start
     assert done.intruders > 0
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.75])
+@pytest.mark.parametrize("variant", ["lora", "dora", "kasa"])
+def test_of_the_singular_values_those_of_the_intruders_become_lambda_times_theirs(variant: str, lam: float) -> None:
+    model = model_of(variant, "torch.nn.modules.linear.Linear")
+    values = torch.linalg.svdvals(only_layer(model).merged_weight(["default"]))
+    done = reduce_intruder_dimension(model, "default", "mended", 4, 0.9, lam, None, exact=True)
+    (found,) = done.layers.values()
+    for one in found.intruders:
+        assert one.singular_value == pytest.approx(float(values[one.place]), rel=1e-9)
+        values[one.place] *= lam
+    assert done.intruders
+    close(torch.linalg.svdvals(only_layer(model).merged_weight(["mended"])), values.sort(descending=True).values, 1e-7)
+
+
 @pytest.mark.parametrize(("variant", "kind", "start"), MARKED)
 def test_lambda_of_one_and_no_intruder_copy_the_update_bit_for_bit(variant: str, kind: str, start: bool | str) -> None:
     for settings in ({"mitigation_lambda": 1.0, "threshold_epsilon": 1.0}, {"threshold_epsilon": 0.0}):

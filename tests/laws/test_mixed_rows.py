@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafa import LoraConfig, PeftModel, get_peft_model
+from lorafa import LoraConfig, PeftModel, get_peft_model, prepare_model_for_compiled_hotswap
 from lorafa.errors import BackendError
 from toys.adapters import DEFINED, VARIANT, adapted, config_for, read_by, stats_for, train
 from toys.compare import close, refused
@@ -114,6 +114,26 @@ def test_biases_starts_and_scalings_are_those_of_the_row(settings: dict[str, Any
     assert found.keys() == wanted.keys()
     for name in found:
         close(found[name], wanted[name], 1e-9)
+
+
+@pytest.mark.parametrize("places", [1, 12])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}])
+def test_free_slots_of_ranks_change_no_row_and_no_gradient(settings: dict[str, Any], places: int) -> None:
+    """Rows and columns of zeros add nothing, and scalings that are held in tensors are the numbers they were."""
+    kind, names = "torch.nn.modules.linear.Linear", ORDERS["several a row"]
+    plain, prepared = (two_adapters(kind, **settings) for _ in range(2))
+    prepare_model_for_compiled_hotswap(prepared, target_rank=8)
+    x = input_for(kind, torch.float64)[:, :1].repeat(1, places, 1)[: len(names)]
+    with torch.no_grad():
+        close(prepared.eval()(x, adapter_names=names), plain.eval()(x, adapter_names=names), 1e-7)
+    found, wanted = (gradients(one, [one(x, adapter_names=names)]) for one in (prepared, plain))
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        padded = found[name]
+        assert padded.shape == gradient.shape or padded.shape in {(8, gradient.shape[1]), (gradient.shape[0], 8)}
+        own = padded[tuple(slice(side) for side in gradient.shape)]
+        close(own, gradient, 1e-7)
+        assert padded.count_nonzero() == own.count_nonzero()
 
 
 def test_the_order_of_rows_makes_no_difference() -> None:

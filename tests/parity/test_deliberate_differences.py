@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 import lorafa
 from lorafa.errors import AdapterError, BackendError
 from toys.language_models import llama
-from toys.models import Mlp
+from toys.models import Attention, Mlp
 from toys.parity import quiet
 
 LIBRARIES = pytest.mark.parametrize("library", [lorafa, peft], ids=["lorafa", "peft"])
@@ -55,6 +57,26 @@ def test_get_peft_model_a_second_time_is_refused_where_peft_warns() -> None:
         lorafa.get_peft_model(ours.get_base_model(), again)
     other = lorafa.get_peft_model(ours.get_base_model(), again, adapter_name="other")
     assert other.active_adapters == ["other"]
+
+
+def test_a_bias_of_the_input_projection_of_attention_counts_where_peft_leaves_it_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = Attention(), torch.randn(2, 5, 12)
+    config = {"r": 2, "target_modules": ["attention"], "lora_bias": True, "init_lora_weights": False}
+    model = lorafa.get_peft_model(copy.deepcopy(base), lorafa.LoraConfig(**config)).eval()
+    host = model.get_base_model().attention
+    bias = host.lora_B["default"].bias
+    with torch.no_grad():
+        for one in (bias, host.base_layer.out_proj.lora_B["default"].bias):
+            one.normal_()
+    model.save_pretrained(tmp_path)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        found, with_bias = theirs(x), model(x)
+        bias.zero_()
+        torch.testing.assert_close(model(x), found, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(with_bias, found, atol=1e-3)
 
 
 def test_dora_on_a_grouped_convolution_is_refused_and_plain_lora_is_not() -> None:

@@ -16,6 +16,7 @@ from lorafa.io.adapter_files import base_fingerprint, read_adapter
 from lorafa.io.convert import beside, convert, pattern_names
 from lorafa.io.loose import LooseLayer, loose
 from lorafa.layers.base import LoraLayer
+from lorafa.numerics.linalg import working_dtype
 from lorafa.numerics.truncation import truncated_product
 from lorafa.peft_model import PeftModel
 from lorafa.surgery.plain import Lost, check_rank, exact_factors, require_matrices
@@ -130,7 +131,7 @@ def of_model(
                 A, B, own = factors[f"{path}.base_layer.{child}"]
                 around = factors[path][2]
                 factors[f"{path}.base_layer.{child}"] = A, own / (2 * around) * B, around
-    updates = tuple(_of_layer(path, layer, name, names, factors[path], rank is not None) for path, layer in layers)
+    updates = tuple(_of_layer(path, layer, name, names, factors[path]) for path, layer in layers)
     rest = _without_copies(inner, beside(inner, name, config), (path for path, _ in layers))
     return PlainAdapter(str(source), plain_config(config), updates, rest, base_fingerprint(inner), lost)
 
@@ -153,12 +154,11 @@ def _of_layer(
     name: str,
     names: Mapping[int, str],
     factors: tuple[Tensor, Tensor, float],
-    scaled: bool,
 ) -> Update:
-    A, B, s = factors
-    bias = layer.adapters[name].bias
-    if bias is not None:
-        bias = (layer.adapters[name].scaling * bias if scaled else bias).detach()
+    (A, B, s), adapter = factors, layer.adapters[name]
+    bias, scaled = adapter.bias, adapter.scaled_bias
+    if bias is not None and scaled is not None:  # to the bit where the scaling stays
+        bias = (bias if s == float(adapter.scaling) / adapter.times else scaled / s).detach()
     words = (
         "linear layers" if layer.is_linear else "embedding tables" if layer.is_table else f"layers of kind {layer.kind}"
     )
@@ -199,7 +199,8 @@ def at_rank(adapter: PlainAdapter, rank: int | float) -> PlainAdapter:
                 f"rank {rank} is larger than {side}, the smaller side of the weight of {update.path!r}. Choose a lower "
                 "one, or a share of the energy such as 0.99."
             )
-        made = truncated_product(update.A.float(), update.scaling * update.B.float(), rank)
+        A, B = (factor.to(working_dtype(factor.dtype)) for factor in (update.A, update.B))
+        made = truncated_product(A, update.scaling * B, rank)
         lost[update.path] = made.lost, made.total
         bias = None if update.bias is None else update.scaling * update.bias
         dtype = update.B.dtype

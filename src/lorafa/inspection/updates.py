@@ -15,6 +15,7 @@ from lorafa.io.layouts.base import OWN_LAYER, block_diagonal, taken_apart
 from lorafa.io.layouts.written import stack_of
 from lorafa.io.peft_format import START_A, START_B
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.slots import used_factors
 from lorafa.surgery.patterns import numbers_of
 from lorafa.surgery.walk import joined, lora_layers, uncompiled_name
 
@@ -70,12 +71,12 @@ def updates_in(model: nn.Module, name: str) -> list[tuple[LayerUpdate, LoraLayer
     """The same of adapter ``name`` of a model, each with its layer."""
     made = []
     for path, layer in lora_layers(model):
-        if name not in layer.adapters:
+        if not layer.has_update(name):
             continue
         adapter, place = layer.adapters[name], uncompiled_name(path)
         if layer.parameter_name is not None:
             place = joined(_module_of(place), layer.parameter_name)
-        A, B = _with_zeros(*(factor.detach() for factor in adapter.factors))
+        A, B = _with_zeros(*(factor.detach() for factor in used_factors(layer, name)))
         made.append((
             LayerUpdate(
                 place, A, B, float(adapter.scaling), adapter.rank, adapter.alpha, adapter.variant.name,

@@ -175,8 +175,8 @@ def _stored(path: str, layer: LoraLayer, name: str, made: Truncated) -> dict[str
         f"{path}.{key_A}": layer.stored_A(made.A.to(dtype)).contiguous(),
         f"{path}.{key_B}": layer.stored_B(made.B.to(dtype)).contiguous(),
     }
-    if adapter.bias is not None:
-        found[f"{path}.{key_B.removesuffix('.weight')}.bias"] = (adapter.scaling * adapter.bias).to(dtype)
+    if (bias := adapter.scaled_bias) is not None:
+        found[f"{path}.{key_B.removesuffix('.weight')}.bias"] = bias.to(dtype)
     return found
 
 

@@ -102,7 +102,7 @@ def _biases(model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapp
 
 def adapted_layers(found: Iterable[tuple[str, nn.Module]], name: str) -> Layers:
     """Those of the hosts of a model that are layers and carry adapter ``name``, which has something there."""
-    return [(path, layer) for path, layer in layers_of(found) if name in layer.adapters and not layer.is_empty(name)]
+    return [(path, layer) for path, layer in layers_of(found) if layer.has_update(name)]
 
 
 def has_start(model: nn.Module, name: str) -> bool:

@@ -357,6 +357,10 @@ class LoraLayer(Host):
     def is_empty(self, name: str) -> bool:
         return name in self.adapters and self.adapters[name].is_empty
 
+    def has_update(self, name: str) -> bool:
+        """Whether an adapter is on this layer, and was not left without anything here when it was exchanged."""
+        return name in self.adapters and not self.adapters[name].is_empty
+
     def tensors_of(self, name: str) -> list[Tensor]:
         """Its parameters; A and B where it is tied and they are another layer's."""
         return super().tensors_of(name) or [self.adapters[name].A, self.adapters[name].B]
@@ -404,12 +408,12 @@ class LoraLayer(Host):
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
         for adapter in self._active_here():
-            adapter.scaling = adapter.scaling * scale
+            adapter.scaling = adapter.written_scaling * scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by ``scale``, or set it back to its start."""
         for adapter in self._active_here():
-            adapter.scaling = adapter.initial_scaling if scale is None else adapter.scaling / scale
+            adapter.scaling = adapter.initial_scaling if scale is None else adapter.written_scaling / scale
 
     def _active_here(self) -> list[Adapter]:
         return [self.adapters[name] for name in self._active_adapter if name in self.adapters]

@@ -34,11 +34,26 @@ def widened(layer: LoraLayer, A: Tensor, B: Tensor, slots: int) -> tuple[Tensor,
 
 def narrowed(layer: LoraLayer, A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`widened`: the first ``rank`` ranks of factors in the stored layout."""
+    rows, columns = _first(layer, layer.matrix_A(A), layer.matrix_B(B), rank)
+    return layer.stored_A(rows).contiguous(), layer.stored_B(columns).contiguous()
+
+
+def used_factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+    """Dense A (r, in) and B (out, r) of the whole update of an adapter, free slots left out.
+
+    What is made of factors has their rank, and pruning counts their entries, zeros among them.
+    """
+    adapter = layer.adapters[name]
+    A, B = adapter.factors
+    if adapter.start is not None or slots_of(layer, name) == adapter.rank:  # a start has no slots beside its own ranks
+        return A, B
+    return _first(layer, A, B, adapter.rank)
+
+
+def _first(layer: LoraLayer, A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     groups = layer.rank_groups(layer.get_base_layer())
     own = rank // groups
-    rows = _by_group(layer.matrix_A(A), groups)[..., :own, :].flatten(-3, -2)
-    columns = layer.matrix_B(B)[..., :own]
-    return layer.stored_A(rows).contiguous(), layer.stored_B(columns).contiguous()
+    return _by_group(A, groups)[..., :own, :].flatten(-3, -2), B[..., :own]
 
 
 def _by_group(A: Tensor, groups: int) -> Tensor:

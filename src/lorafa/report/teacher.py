@@ -15,7 +15,7 @@ HEADINGS = ("step", "decision", "phase from here on", "task's loss", "divergence
 
 
 def decision_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each decision of the record, as ``HEADINGS`` has it: losses in nats a token on the rows of the probe."""
+    """A row for each decision of the record, as ``HEADINGS`` has it: losses in nats a token on the probe."""
     return [
         (
             f"{row['step']:,}", str(row["kind"]), str(row["phase"]), _number(row.get("task")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, shorten
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.slots import used_factors
 from lorafa.layers.wrapper import Wrapper
 from lorafa.storage.tensors import is_part
 from lorafa.surgery.activate import require_adapters, require_uniform, set_requires_grad
@@ -94,7 +95,7 @@ def add_combination(
     beside = _held_beside(model, weights)
     mine = {name: configs[name] for name in weights}
     sites = _sites(model, mine)
-    found = [(site, _combined(site, weights, asked, adapter_name)) for site in sites]
+    found = _at_one_scaling((site, _combined(site, weights, asked, adapter_name)) for site in sites)
     take_back = put_on(_planned(model, mine, adapter_name, found))
     try:
         for wrapper, source in beside:
@@ -112,7 +113,7 @@ def add_combination(
 
 
 def _sites(model: nn.Module, configs: Mapping[str, LoraConfig]) -> list[_Site]:
-    """Every layer that carries one of the adapters, once.
+    """Every layer that one of the adapters changes, once.
 
     Where all adapters share those of modules that share a weight (``ensure_weight_tying``), so does the result, and the
     modules that follow are left out. Else each of them gets its own.
@@ -121,7 +122,7 @@ def _sites(model: nn.Module, configs: Mapping[str, LoraConfig]) -> list[_Site]:
     seen: set[int] = set()
     sites: list[_Site] = []
     for site in _every_site(model):
-        here = [site.layer.adapters[name] for name in configs if name in site.layer.adapters]
+        here = [site.layer.adapters[name] for name in configs if site.layer.has_update(name)]
         follows = tied and any(adapter.tied_to is not None for adapter in here)
         if here and not follows and id(site.layer) not in seen:
             seen.add(id(site.layer))
@@ -175,7 +176,7 @@ def _copy(wrapper: Wrapper, source: str, name: str) -> None:
 @torch.no_grad()
 def _combined(site: _Site, weights: Mapping[str, float], asked: Combining, adapter_name: str) -> Combined:
     layer = site.layer
-    shares = [_share(site, name, weight) for name, weight in weights.items() if name in layer.adapters]
+    shares = [_share(site, name, weight) for name, weight in weights.items() if layer.has_update(name)]
     groups = layer.rank_groups(layer.get_base_layer())
     return combine_layer(asked, site.name, shares, of=len(weights), groups=groups, key=adapter_name)
 
@@ -197,20 +198,27 @@ def _share(site: _Site, name: str, weight: float) -> Share:
         )
     if not adapter.as_made:
         layer.require_readable(adapter)
-    A, B = adapter.factors
+    A, B = used_factors(layer, name)
     if is_part(A, 2) or is_part(B, 2):
         raise AdapterError(
             f"{site.name}: only parts of adapter {name!r} are in this process (FSDP, DeepSpeed ZeRO-3). Combine "
             "adapters before the model is sharded. Nothing was changed."
         )
     dense = None if adapter.variant.plain else adapter.delta_weight(layer.base_weight())
-    bias = adapter.bias
-    return Share(
-        name, weight, float(adapter.scaling), A.detach(), B.detach(), None if bias is None else bias.detach(), dense
-    )
+    bias = None if adapter.bias is None else adapter.bias.detach() / adapter.times
+    return Share(name, weight, float(adapter.scaling), A.detach(), B.detach(), bias, dense)
 
 
 # ---- what is made
+
+
+def _at_one_scaling(found: Iterable[tuple[_Site, Combined]]) -> list[tuple[_Site, Combined]]:
+    """The combinations with the scaling of a layer for the layers inside it too: a config says one for all of them."""
+    scaling, made = 1.0, []
+    for site, one in found:  # a layer comes before those inside it
+        scaling = scaling if site.inner else one.scaling
+        made.append((site, one.at_scaling(scaling)))
+    return made
 
 
 def _planned(

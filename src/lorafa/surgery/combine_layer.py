@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,10 +65,19 @@ class Combined:
                 return int(alpha) if alpha.is_integer() else alpha
         return near
 
+    def at_scaling(self, scaling: float) -> Combined:
+        """The same update with another scaling, which is not 0; what the two differ by is in B."""
+        if scaling == self.scaling:
+            return self
+        ratio = self.scaling / scaling
+        bias = None if self.bias is None else self.bias * ratio
+        return replace(self, B=self.B * ratio, bias=bias, scaling=scaling)
+
 
 def is_copied(asked: Combining, shares: Sequence[Share], of: int) -> bool:
-    """Whether the only adapter of a combination of ``of`` comes out as it is, with its own scaling."""
-    return of == 1 and asked.keeps_one and shares[0].weight == 1 and shares[0].dense is None
+    """Whether the only adapter of a combination of ``of`` comes out as it is, with its own scaling; not with one of 0,
+    of which no alpha could be made."""
+    return of == 1 and asked.keeps_one and shares[0].weight == 1 and shares[0].dense is None and shares[0].scaling != 0
 
 
 @torch.no_grad()
@@ -303,8 +312,13 @@ def _filled_up(A: Tensor, B: Tensor, rank: int, spec: LayerSpec) -> tuple[Tensor
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """The quantile of the values and their negatives together, for a share of 1/2 or more; however many they are."""
+    """The quantile of the values and their negatives together, for a share of 1/2 or more; however many they are.
+
+    Of the 2 n of them in order the upper n are the sizes, so the place share (2 n - 1) is one among these.
+    """
     sizes = values.abs()
-    place = (2 * share - 1) * (sizes.numel() - 1)
+    place = share * (2 * sizes.numel() - 1) - sizes.numel()
+    if place < 0:  # between the smallest size and its negative
+        return float(sizes.min()) * (1 + 2 * place)
     low, high = (float(sizes.kthvalue(1 + math.floor(p)).values) for p in (place, min(place + 1, sizes.numel() - 1)))
     return low + (place - math.floor(place)) * (high - low)

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorafa.adapter import Adapter
 from lorafa.errors import AdapterError, BackendError
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.slots import used_factors
 from lorafa.numerics.linalg import SVD, float_matrix
 from lorafa.numerics.low_rank import energy, leading_of_sum, left_vectors, padded, product_svd, to_rank
 from lorafa.settings.checks import check_flag, check_int, check_number
@@ -175,7 +176,7 @@ def reduce_intruder_dimension(
             "restore_base(model) first. Nothing was changed."
         )
     require_uniform(model, [old_adapter_name], "Taking the intruder dimensions out of")
-    layers = {path: layer for path, layer in lora_layers(model) if old_adapter_name in layer.adapters}
+    layers = {path: layer for path, layer in lora_layers(model) if layer.has_update(old_adapter_name)}
     owned = {path: layer for path, layer in layers.items() if layer.adapters[old_adapter_name].tied_to is None}
     made = {
         path: _repaired(
@@ -226,10 +227,10 @@ def _words(done: Repaired) -> str:
 def _repaired(
     path: str, adapter: Adapter, layer: LoraLayer, top_k: int, epsilon: float, lam: float, exact: bool
 ) -> _Repair:
-    """The factors of the repaired update of one layer, in the dtype of the old ones."""
+    """The factors of the repaired update of one layer, in the dtype that those of the whole old one have."""
     if not adapter.as_made:
         layer.require_readable(adapter)
-    A, B = adapter.factors
+    A, B = used_factors(layer, adapter.name)
     W = _weight(path, layer)
     if any(is_part(tensor, 2) for tensor in (W, A, B)):
         raise BackendError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorafa.adapter import Start
 from lorafa.errors import BackendError, ConfigError, shorten
 from lorafa.layers.base import LoraLayer
+from lorafa.layers.slots import used_factors
 from lorafa.numerics.linalg import working_dtype
 from lorafa.numerics.truncation import Truncated, truncated_matrix, truncated_product
 from lorafa.settings.checks import found, is_int
@@ -58,7 +59,7 @@ def check_rank(name: str, rank: object) -> None:
 
 
 def require_matrices(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
-    """The layers that carry adapter ``name``, where the update of each is one matrix.
+    """The layers that adapter ``name`` changes, where the update of each is one matrix.
 
     Raises:
         AdapterError: there is no such adapter, or it is merged.
@@ -66,7 +67,7 @@ def require_matrices(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]
     """
     require_adapters(model, [name])
     require_unmerged(model, name, "converting it")
-    layers = [(path, layer) for path, layer in lora_layers(model) if name in layer.adapters]
+    layers = [(path, layer) for path, layer in lora_layers(model) if layer.has_update(name)]
     changing = [(path, layer.adapters[name].variant) for path, layer in layers if not _is_matrix(layer, name)]
     if changing:
         path, variant = changing[0]
@@ -122,6 +123,8 @@ def exact_factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
     adapter = layer.adapters[name]
     if not adapter.variant.plain:
         raise BackendError(f"The update of {adapter.variant.name} is no product of A and B.")
+    if adapter.start is None:
+        return used_factors(layer, name)
     return stacked(adapter.variant.factors(adapter), adapter.start)
 
 

@@ -35,7 +35,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             f"The start of adapter {changed!r} is taken out of the base weights, for the scaling it has. Call "
             "restore_base(model) before it is scaled."
         )
-    before = [(layer, dict(layer.scaling)) for layer in layers]
+    before = [(layer, {name: one.written_scaling for name, one in layer.adapters.items()}) for layer in layers]
     try:
         for layer, scalings in before:
             for name, scaling in scalings.items():

@@ -31,9 +31,8 @@ class LoRA(Variant):
             change = adapter.change(dropped) + cast(Tensor, adapter.start_of(dropped - x))
         else:
             change = adapter.low_rank(x, p)
-        if adapter.bias is None:
-            return change
-        return change + adapter.layer.per_output(adapter.scaling * adapter.bias).to(change.dtype)
+        bias = adapter.scaled_bias
+        return change if bias is None else change + adapter.layer.per_output(bias).to(change.dtype)
 
     def fused(self, adapter: Adapter, x: Tensor) -> Tensor | None:
         dense = adapter.layer.dense_weight(x)
@@ -43,8 +42,8 @@ class LoRA(Variant):
         p = adapter.dropout
         if p and adapter.running_start is not None:
             return None
-        if adapter.bias is not None:
-            change = adapter.scaling * adapter.bias
+        change = adapter.scaled_bias
+        if change is not None:
             bias = change if bias is None else bias + change
         return low_rank_linear(
             x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, dropout=p, keep=adapter.kept(x, p)

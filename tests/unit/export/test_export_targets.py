@@ -18,13 +18,14 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.export.job import export_adapter
 from lorafa.export.peft import PEFT
-from lorafa.export.source import of_model
+from lorafa.export.source import of_files, of_model
+from lorafa.export.update import relative_error
 from toys.adapters import STARTS, VARIANT, initializer_of, train
 from toys.compare import close
 from toys.exported import by_llama_cpp, by_sglang, by_vllm, on_disk, updates_of
 from toys.gguf import interleaved
 from toys.language_models import inference, llama, mixtral
-from toys.models import Attention, Convolution, Mixture
+from toys.models import Attention, Convolution, Linears, Mixture
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -230,6 +231,26 @@ def test_peft_takes_every_kind_of_layer(kind: str, tmp_path: Path) -> None:
         close(PeftModel.from_pretrained(fresh, tmp_path)(x), model.eval()(x), 1e-4)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("rank", [None, 8])
+def test_biases_of_attention_are_those_of_both_ends(twice: bool, rank: int | None, tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 12)
+    torch.manual_seed(3)
+    base = Attention()
+    weights = {key: value.clone() for key, value in base.state_dict().items()}
+    config = LoraConfig(
+        r=4, lora_alpha=7, target_modules=["attention"], lora_bias=True, attention_out_proj_twice=twice
+    )
+    model = get_peft_model(base, config)
+    train(model)
+    model.get_base_model().attention.base_layer.out_proj.set_scale("default", 3.0)
+    PEFT.write(of_model(model, "toy", rank=rank), tmp_path, None)
+    fresh = Attention()
+    fresh.load_state_dict(weights)
+    with torch.no_grad():
+        close(PeftModel.from_pretrained(fresh, tmp_path)(x), model.eval()(x), 1e-5)
+
+
 def test_experts_of_a_model_on_disk_are_read_back_and_proved(tmp_path: Path) -> None:
     base = mixtral()
     settings = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
@@ -279,6 +300,17 @@ def test_a_rank_is_given_without_the_base_too(rank: int, tmp_path: Path) -> None
     for path, update in updates_of(model).items():
         U, S, Vh = torch.linalg.svd(update, full_matrices=False)
         close(by_sglang(tmp_path / "out")[path], U[:, :rank] * S[:rank] @ Vh[:rank], 1e-4)
+
+
+def test_factors_in_float64_are_given_another_rank_in_float64(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Linears().double(), LoraConfig(r=4, target_modules=["first", "second"]))
+    model.double()
+    train(model)
+    model.save_pretrained(tmp_path)
+    whole, cut = of_files(tmp_path), of_files(tmp_path, 4)
+    assert all(update.B.dtype is torch.float64 for update in cut.updates)
+    assert max(relative_error(*pair) for pair in zip(whole.updates, cut.updates, strict=True)) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["kasa", "lora_sb", "velora", "monteclora"])

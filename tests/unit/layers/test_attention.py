@@ -116,6 +116,21 @@ def test_output_projection_is_adapted_once_and_twice_only_on_request() -> None:
     close(model(x, x, x)[0], updated(model, out_factor=2)(x, x, x)[0])
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_bias_of_the_output_projection_is_added_once_also_where_its_product_is_twice(scale: float) -> None:
+    """As in PEFT, whose forward attention_out_proj_twice=True gives."""
+    x = sequence()
+    model = adapted({"attention_out_proj_twice": True, "lora_bias": True}).eval()
+    host = model.get_base_model().attention
+    inner, twin = host.base_layer.out_proj, updated(model, out_factor=2 * scale)
+    inner.set_scale("default", scale)
+    with torch.no_grad():
+        twin.in_proj_bias.add_(1.5 * host.lora_B["default"].bias)
+        twin.out_proj.bias.add_(scale * 1.5 * inner.lora_B["default"].bias)
+        close(model(x, x, x)[0], twin(x, x, x)[0])
+        close(model.merge_and_unload()(x, x, x)[0], twin(x, x, x)[0])
+
+
 @pytest.mark.parametrize("start", [True, "pissa"])
 def test_merge_unload_and_disable(start: bool | str) -> None:
     x = sequence()

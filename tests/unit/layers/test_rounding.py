@@ -11,10 +11,11 @@ from torch import nn
 from lorafa import LoraConfig, get_peft_model
 
 
-def wrapped(dtype: torch.dtype, size: int = 128, **config: object) -> nn.Module:
+def wrapped(dtype: torch.dtype, size: int = 128, autocast: bool = True, **config: object) -> nn.Module:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(size, size)).to(dtype)
-    return get_peft_model(base, LoraConfig(target_modules=["0"], r=8, **config))  # type: ignore[arg-type]
+    settings = LoraConfig(target_modules=["0"], r=8, **config)  # type: ignore[arg-type]
+    return get_peft_model(base, settings, autocast_adapter_dtype=autocast)
 
 
 def layer_of(model: nn.Module) -> nn.Module:
@@ -55,6 +56,27 @@ def test_a_small_move_away_from_a_pissa_start_survives_half_precision(path: str,
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=path == "autocast"):
             found = adapter.delta_output(x, layer.base_layer(x)).double()
     assert (found - expected).norm() < 0.02 * expected.norm() + 2e-3 * exact.base_layer(x.double()).norm() * use_dora
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_made_of_factors_in_half_precision_and_their_start_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """B A - B0 A0 of the rounded factors: their differences have more digits than they have."""
+    model = wrapped(dtype, init_lora_weights="pissa", lora_alpha=8, autocast=False)
+    model.add_adapter("other", LoraConfig(target_modules=["0"], r=2))
+    layer = layer_of(model)
+    adapter = layer.adapters["default"]
+    assert adapter.A.dtype is adapter.start.A.dtype is dtype
+    with torch.no_grad():
+        for factor in (adapter.A, adapter.B):
+            factor.add_(0.3 * factor.abs().mean() * torch.randn_like(factor))
+        A, B, A0, B0 = (factor.double() for factor in (adapter.A, adapter.B, adapter.start.A, adapter.start.B))
+        wanted = adapter.scaling * (B @ A - B0 @ A0)
+        merged = layer.merged_weight(["default"]) - layer.base_weight().double()
+        model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "sum", "cat")
+        found = {"product": adapter.product(), "combined": layer.adapters["sum"].product()}
+    for update in found.values():
+        assert float((update.double() - wanted).norm() / wanted.norm()) < 1e-6
+    assert float((merged - wanted).norm() / layer.base_weight().double().norm()) < 1e-6
 
 
 @pytest.mark.parametrize("init", [True, "pissa"])

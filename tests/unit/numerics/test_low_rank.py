@@ -14,6 +14,7 @@ from lorafa.numerics.low_rank import (
     leading_of_sum,
     left_vectors,
     padded,
+    product_energy,
     product_inner,
     product_svd,
     product_values,
@@ -44,6 +45,14 @@ def test_spectrum_of_a_product_is_that_of_the_dense_matrix(stack: tuple[int, ...
     eye = torch.eye(svd.S.shape[-1], dtype=torch.float64).expand(*stack, -1, -1)
     close(svd.U.mT @ svd.U, eye)
     close(svd.Vh @ svd.Vh.mT, eye)
+
+
+def test_the_core_is_exact_to_the_last_digits() -> None:
+    A, B = factors(m=300, n=200, r=16)
+    dense, svd = B @ A, product_svd(A, B)
+    assert float((svd.product() - dense).norm() / dense.norm()) < 3e-14
+    assert energy(svd.S) == pytest.approx(float(dense.square().sum()), rel=3e-14)
+    assert product_energy(A, B) == pytest.approx(float(dense.square().sum()), rel=3e-14)
 
 
 def test_float32_factors_keep_their_digits() -> None:

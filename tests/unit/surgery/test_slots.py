@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from lorafa import LoraConfig, get_peft_model, prepare_model_for_compiled_hotswap
+from lorafa import (
+    LoraConfig,
+    get_peft_model,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    rescale_adapter_scale,
+)
 from lorafa.errors import AdapterError, ConfigError
 from lorafa.surgery.walk import lora_layers
 from toys.compare import close, refused
@@ -76,3 +82,27 @@ def test_a_file_fills_a_prepared_adapter_as_before(tmp_path: Path) -> None:
     prepare_model_for_compiled_hotswap(model, target_rank=9)
     model.load_adapter(first, "default")
     close(model(X), loaded(first)(X))
+
+
+def test_a_scaling_that_is_multiplied_stays_in_its_tensor(tmp_path: Path) -> None:
+    """Code that torch.compile has made reads that tensor: a number in its place would compile it again."""
+    model = adapted()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    layers = [layer for _, layer in lora_layers(model)]
+    held = [layer.scaling["default"] for layer in layers]
+
+    def scalings() -> list[float]:
+        assert all(layer.scaling["default"] is tensor for layer, tensor in zip(layers, held, strict=True))
+        return [float(tensor) for tensor in held]
+
+    for layer in layers:
+        layer.scale_layer(3.0)
+    assert scalings() == [4.5, 4.5]
+    for layer in layers:
+        layer.unscale_layer(2.0)
+    assert scalings() == [2.25, 2.25]
+    with rescale_adapter_scale(model, -2.0):
+        assert scalings() == [-4.5, -4.5]
+    assert scalings() == [2.25, 2.25]
+    hotswap_adapter(model, saved(tmp_path, r=6, lora_alpha=3), "default")
+    assert scalings() == [0.5, 0.5]
