@@ -17,6 +17,7 @@ from lorafa.context import EMPTY, CurrentCall, ForwardContext
 from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
+from lorafa.numerics.fused import is_traced
 from lorafa.surgery import activate
 from lorafa.surgery.apply import apply
 from lorafa.surgery.build import Options
@@ -261,7 +262,7 @@ class LoraModel(CombinesAdapters):
         named = kwargs.get("adapter_names")
         kwargs = {name: value for name, value in kwargs.items() if name != "adapter_names"}
         if not self._readers and named is None:
-            return function(*args, **kwargs)
+            return self._plain(function, args, kwargs, keeps=keeps)
         arguments = _by_name(self.model.forward, args, kwargs)
         rows = None if named is None else rows_of(self.model, named, self.peft_config, arguments, trains=keeps)
         active = self.active_adapters if rows is None else rows.names
@@ -283,15 +284,31 @@ class LoraModel(CombinesAdapters):
         ):
             return passed(function(*args, **kwargs))
 
+    def _plain(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, keeps: bool) -> Any:
+        """A call of which adapters have nothing to know; neither it nor its backward pass goes by another one.
+
+        What is traced as a whole has no layers that run again from here.
+        """
+        if is_traced() or not (keeps or self.call.opened):
+            return function(*args, **kwargs)
+        with self.call.holding(EMPTY, keeps=keeps, recomputes=lambda: is_checkpointed(self.model)) as passed:
+            return passed(function(*args, **kwargs))
+
     @contextmanager
     def _stepping(self, readers: Mapping[str, Variant], context: ForwardContext) -> Iterator[None]:
         """Let the readers see each forward pass of the model inside before it runs."""
 
+        held = context
+
         def before(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            nonlocal held
+            if self.call.opened is not held:  # another call, inside this one or of another thread
+                return
             arguments = _by_name(self.model.forward, args, kwargs)
             facts = {name: variant.step(context.facts[name], arguments) for name, variant in readers.items()}
             rows = None if context.rows is None else in_pass(context.rows, arguments)
-            self.call.step(ForwardContext(facts, rows))
+            held = ForwardContext(facts, rows)
+            self.call.step(held)
 
         handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
         try:
