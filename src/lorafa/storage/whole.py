@@ -15,7 +15,6 @@ from typing import Any
 
 from lorafa.errors import CheckpointError, ConfigError, LoraError
 
-
 MARKS = ("config.json", "adapter_config.json", "Modelfile", "*.gguf")
 """Files by one of which a folder is known to hold a model or an adapter, which may be replaced on request."""
 
