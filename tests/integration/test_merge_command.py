@@ -22,7 +22,7 @@ from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigErr
 from lorafa.io.changes import Change
 from lorafa.storage import model_writer
 from toys.adapters import train
-from toys.language_models import llama, t5
+from toys.language_models import llama, switch, t5
 from toys.merging import Place, assert_same_files, config_in, place, tensors_in
 from toys.workplace import make_workplace, settings
 
@@ -265,6 +265,11 @@ def test_weights_that_a_model_always_shares_are_not_torn_apart(target: str, tmp_
     """T5's config says by tie_word_embeddings=false that outputs are not scaled, and ties the tables all the same."""
     there = place(tmp_path, t5, target_modules=[target])
     refused(there, CheckpointError, "always shares one weight among .*Train the adapter with ensure_weight_tying=True")
+
+
+def test_a_head_is_not_untied_where_outputs_depend_on_what_the_config_says_of_it(tmp_path: Path) -> None:
+    there = place(tmp_path, switch, target_modules=["lm_head"])
+    refused(there, CheckpointError, "always shares one weight among shared.weight, .*lm_head.weight, and merging")
 
 
 def test_weights_that_a_model_always_shares_are_merged_as_one(tmp_path: Path) -> None:
