@@ -97,6 +97,7 @@ def merge_to_folder(
     wanted, most, out = _dtype(dtype), _bytes(max_shard_size), user_path(folder)
     require_free(out, overwrite=overwrite)
     stored = [read_adapter(name, **hub) for name in names]
+    _require_once([one.path for one in stored])
     for name in names:
         fetch_beside(name, hub)
     named, place = base_of(base, [one.config for one in stored], hub)
@@ -194,6 +195,13 @@ def base_of(base: str | Path | None, configs: Sequence[LoraConfig], hub: HubOpti
         return str(base), place
     options: HubOptions = {key: value for key, value in hub.items() if key != "revision"}  # type: ignore[assignment]
     return str(base), fetched(place, revision, options)
+
+
+def _require_once(files: Sequence[Path]) -> None:
+    """Raises ConfigError where one adapter is given twice: its update would be added twice."""
+    real = [file.resolve() for file in files]
+    if twice := next((file for file, place in zip(files, real, strict=True) if real.count(place) > 1), None):
+        raise ConfigError(f"{twice.parent} is given twice, and its update would count twice. Name it once.")
 
 
 def _require_apart(out: Path, base: Path, adapters: Sequence[Path]) -> None:
