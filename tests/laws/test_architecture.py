@@ -49,6 +49,7 @@ LEVELS = (
     ("surgery",),
     ("io",),
     ("peft_model",),
+    ("alignment",),
     ("compat", "starts"),
     ("export",),
     ("train", "costs", "inspection"),

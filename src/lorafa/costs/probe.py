@@ -63,7 +63,7 @@ def probe(config: RunConfig, console: Console) -> Probe:
     short = replace(config, train=train, optim=replace(config.optim, warmup=0.0 if config.optim.warmup else None))
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        fit(prepared.material(), short, Path(folder), [clock], None)
+        fit(prepared.material(short), short, Path(folder), [clock], None)
     seconds, tokens = clock.steps[-1]
     lengths = lengths_of(prepared.batch_rows)
     each = sum(lengths) / rows * config.train.batch_size * config.train.accumulation

@@ -16,9 +16,9 @@ from lorafa.data.rendering import start_token
 from lorafa.errors import DataError
 from lorafa.evals.by_length import Progress, by_length
 from lorafa.evals.loss import row_losses
-from lorafa.evals.positions import Positions, from_all_logits
 from lorafa.models.head_loss import supervised_nll, supports_chunked_loss
 from lorafa.models.modes import evaluating
+from lorafa.models.positions import Positions, from_all_logits
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from lorafa.evals.drawn import Drawing, Opening, check_drawing, drawn_texts, ope
 from lorafa.evals.entry import Evaluation, Measured, Scores, Source, Subject
 from lorafa.evals.paired import mean_interval
 from lorafa.evals.perplexity import PERPLEXITY, PerplexitySettings, first_window, pieces
-from lorafa.evals.positions import Positions, from_all_logits
 from lorafa.models.head_loss import CHUNK_BYTES, HiddenStates, supervised_nll, supports_chunked_loss
 from lorafa.models.load import load_model, on_accelerator
 from lorafa.models.modes import evaluating
+from lorafa.models.positions import Positions, from_all_logits
 from lorafa.settings.checks import check_int
 
 

@@ -102,13 +102,48 @@ class Objective(Protocol):
         """
 
 
+class Points(Protocol):
+    """A loss of logits at each position, with its gradient."""
+
+    def begin(self, start: int, end: int) -> None:
+        """The next calls are of supervised positions ``start`` to ``end``, as they follow each other in the batch."""
+
+    def __call__(self, logits: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The sum of the loss over positions, and its gradient with respect to the logits.
+
+        Args:
+            logits: (rows, vocabulary), float32 or wider, not to be changed; rows after the last ``gold`` are fillers.
+            gold: the labels, (positions,).
+            first: the supervised position of the first row.
+            wants_gradient: give the gradient too, in a new tensor; that of fillers does not matter.
+        """
+
+
+class LogLikelihood:
+    """The negative log-likelihood of the labels."""
+
+    def begin(self, start: int, end: int) -> None: ...
+
+    def __call__(self, logits: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        log_probs, target = logits.log_softmax(dim=-1), gold.unsqueeze(1)
+        total = -log_probs[: len(target)].gather(1, target).sum()
+        if not wants_gradient:
+            return total, None
+        grad = log_probs.exp_()  # softmax - onehot, in the buffer of the log probabilities
+        grad[: len(target)].scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+        return total, grad
+
+
+LOG_LIKELIHOOD: Points = LogLikelihood()
+
+
 class CrossEntropy:
     """The negative log-likelihood of the labels, in nats."""
 
     layers: tuple[int, ...] = ()
 
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-        return _head_nll(states, targets, chunk_tokens)
+        return head_loss(states, targets, chunk_tokens)
 
 
 CROSS_ENTROPY: Objective = CrossEntropy()
@@ -407,8 +442,14 @@ def _uncompiled(function: Callable[..., tuple[Tensor, int]]) -> Callable[..., tu
 
 
 @_uncompiled
-def _head_nll(states: HiddenStates, next_labels: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-    """Summed loss of the last states against next_labels (batch, tokens), and the number of terms."""
+def head_loss(
+    states: HiddenStates, next_labels: Tensor, chunk_tokens: int | None, points: Points = LOG_LIKELIHOOD
+) -> tuple[Tensor, int]:
+    """Summed loss of the last states against next_labels (batch, tokens), and the number of terms.
+
+    Args:
+        points: what is summed over the supervised positions.
+    """
     hidden = states.last
     flat_labels = next_labels.reshape(-1).to(hidden.device)
     positions = (flat_labels != IGNORE_INDEX).nonzero().squeeze(1)  # waits for the device: the row count is its size
@@ -426,7 +467,7 @@ def _head_nll(states: HiddenStates, next_labels: Tensor, chunk_tokens: int | Non
         chunk_tokens = fitting - fitting % ROW_MULTIPLE if fitting > ROW_MULTIPLE else fitting
     rows = filled_up(rows, min(ROW_MULTIPLE, chunk_tokens))
     total = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        rows, weight, bias, flat_labels[positions], states.transform, chunk_tokens, torch.is_grad_enabled()
+        rows, weight, bias, flat_labels[positions], states.transform, chunk_tokens, torch.is_grad_enabled(), points
     )
     return cast(Tensor, total), len(positions)
 
@@ -437,7 +478,7 @@ def _in_blocks(weight: Tensor, trained: bool) -> bool:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Summed cross entropy of transform(rows @ weight.T + bias); the gradients are taken in the forward pass.
+    """Summed loss of transform(rows @ weight.T + bias); the gradients are taken in the forward pass.
 
     Rows after the last target count for nothing.
 
@@ -455,6 +496,7 @@ class _HeadLoss(torch.autograd.Function):
         transform: LogitTransform,
         chunk_tokens: int,
         grad_enabled: bool,
+        points: Points = LOG_LIKELIHOOD,
     ) -> Tensor:
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -467,17 +509,16 @@ class _HeadLoss(torch.autograd.Function):
             for start in range(0, len(rows), chunk_tokens):
                 end = min(start + chunk_tokens, len(rows))
                 stored = nn.functional.linear(rows[start:end], weight, bias)
+                points.begin(start, end)
                 for first in range(start, end, block):
                     part = stored[first - start : first - start + block]
-                    target = targets[first : min(first + block, end)].unsqueeze(1)
+                    gold = targets[first : min(first + block, end)]
                     logits = transform.apply_(part.to(wide))
-                    log_probs = logits.log_softmax(dim=-1)
-                    total -= log_probs[: len(target)].gather(1, target).sum()
-                    if not any(wanted):
+                    value, grad = points(logits, gold, first, any(wanted))
+                    total += value
+                    if grad is None:
                         continue
-                    grad = log_probs.exp_()  # softmax - onehot, in the buffer of the log probabilities
-                    grad[: len(target)].scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-                    grad[len(target) :] = 0.0
+                    grad[len(gold) :] = 0.0
                     grad = transform.gradient_(grad, logits)
                     if grad_weight is not None:
                         grad_weight.addmm_(grad.T, rows[first : first + block].to(wide))
@@ -494,4 +535,4 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if grad is None else (grad * grad_output).to(ctx.dtype) for grad in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from lorafa.alignment.schedule import Decision
 from lorafa.data.collate import Tokenized
 from lorafa.data.packing import PackCollator
 from lorafa.models.head_loss import Trial
 from lorafa.models.kinds.entry import RowLosses
 from lorafa.processes import world_size
 from lorafa.storage.whole import read_json
+from lorafa.train.aligned import AlignedSupervisedTrainer, AlignedTrainer
 from lorafa.train.checkpoints import STATE_FILE, step_of
 from lorafa.train.full import in_float32, load_weights, precision
 from lorafa.train.settings.optim import check_rise, pair_optimizer, schedule_of_trainer, stock_arguments, warmup_of
 from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.teacher import Teach
 from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
 
 
@@ -38,6 +41,10 @@ class Material:
     trial: Trial | None
     row_losses: RowLosses | None = None
     """The loss of a model that is not causal."""
+    teach: Teach | None = None
+    """How the alignment with a teacher is made; None: there is no teacher."""
+    on_decision: Callable[[Decision], None] | None = None
+    """Is told what the schedule of the teacher decides."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +180,12 @@ def fit(
     """Train, from a checkpoint where there is one; ``arguments`` go to `transformers.TrainingArguments` as they are."""
     if not config.peft.full:
         made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments)
-        return _fit(material, LoraTrainer, config, made, callbacks, checkpoint)
+        kind = LoraTrainer if material.teach is None else AlignedTrainer
+        return _fit(material, kind, config, made, callbacks, checkpoint)
     with in_float32(material.model) as stored:
         made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments, **precision(stored))
-        return _fit(material, SupervisedTrainer, config, made, callbacks, checkpoint)
+        whole = SupervisedTrainer if material.teach is None else AlignedSupervisedTrainer
+        return _fit(material, whole, config, made, callbacks, checkpoint)
 
 
 def _fit(
@@ -193,6 +202,10 @@ def _fit(
         # Its last part was all but done; transformers would take one step more.
         _load(material.model, Path(state["best_model_checkpoint"] or checkpoint), config)
         return Fitted(steps, stopped, _kept(config, state["best_model_checkpoint"]))
+    aligned: dict[str, Any] = {}
+    if material.teach is not None:
+        alignment = material.teach(steps_in_all(config, len(material.train)))
+        aligned = {"alignment": alignment, "on_decision": material.on_decision}
     trainer = trainer_class(
         material.model,
         arguments,
@@ -206,6 +219,7 @@ def _fit(
         data_collator=material.collator,
         callbacks=[*callbacks, *([] if config.train.patience is None else [Patience(config.train.patience)])],
         optimizers=(pair_optimizer(material.model, config.optim), None),
+        **aligned,
     )
     trainer.remove_callback(PrinterCallback)  # the bar and the record say it
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
 
+from lorafa.alignment.schedule import Decision
 from lorafa.data.chat import Sample
 from lorafa.data.classes import classes_beside
 from lorafa.data.collate import Collate, Tokenized
@@ -54,6 +55,7 @@ from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.sharding import require_known, spread_over_processes
 from lorafa.train.start import Started, start_adapter
+from lorafa.train.teacher import Decisions, teacher_of
 from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
 
@@ -82,11 +84,12 @@ class Prepared:
     trial: Trial | None = None
     """What the run's one trial of the chunked loss has shown; None where the model's own is asked for."""
 
-    def material(self) -> Material:
-        """The part that the training itself takes."""
+    def material(self, config: RunConfig, decided: Callable[[Decision], None] | None = None) -> Material:
+        """The part that the training itself takes; what the schedule of a teacher decides is told ``decided``."""
         heldout, collator = self.data.heldout.samples, PackCollator(self.collator)
         decode, losses = self.tokenizer.decode, self.kind.row_losses()
-        return Material(self.model, self.batch_rows, heldout, collator, decode, self.trial, losses)
+        teach = teacher_of(config.align, self.model, self.tokenizer, heldout, collator, config.eval.batch_size)
+        return Material(self.model, self.batch_rows, heldout, collator, decode, self.trial, losses, teach, decided)
 
     def trained(self) -> Trained:
         """The part that is kept."""
@@ -273,9 +276,8 @@ def train(
     ):
         callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
         told = {key: value for tracker in named for key, value in tracker.arguments(reported).items()}
-        fitted = fit(
-            prepared.material(), config, run.checkpoints, callbacks, checkpoint, run_name=run.path.name, **told
-        )
+        material = prepared.material(config, Decisions(run, step_of(checkpoint)))
+        fitted = fit(material, config, run.checkpoints, callbacks, checkpoint, run_name=run.path.name, **told)
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     kept = save(prepared.trained(), config, run)

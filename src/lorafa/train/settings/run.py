@@ -25,6 +25,7 @@ from lorafa.settings.methods import (
     MontecloraConfig,
     VeloraConfig,
 )
+from lorafa.train.settings.align import EXTERNAL, AlignConfig
 from lorafa.train.settings.data import DataConfig
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.optim import OptimConfig, check_rise, entry_of
@@ -306,6 +307,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100))
     eval: EvalConfig = field(default_factory=EvalConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     run_dir: str | None = None
     """Directory to create for the run; null makes runs/<date>-<time>-<adapter>."""
     if_exists: Literal["error", "resume", "new"] = "error"
@@ -341,6 +343,8 @@ class RunConfig:
             )
         if self.peft.full:
             self._check_full()
+        if self.align.teaches and not self.train.chunked_loss:
+            raise ConfigError(f"align={self.align.name} needs train.chunked_loss=true. Drop one of the two.")
         if self.eval.forgetting and self.peft.bias != "none":
             raise ConfigError(
                 f"eval.forgetting=true compares with the model whose adapters are off, and peft.bias={self.peft.bias} "
@@ -363,6 +367,11 @@ class RunConfig:
             raise ConfigError(
                 f"{changed[0]} is a setting of an adapter, and peft.full=true trains the model itself, without one. "
                 "Drop one of the two."
+            )
+        if self.align.teaches and self.align.name != EXTERNAL:
+            raise ConfigError(
+                f"align={self.align.name} is a state of the student's adapters, and with peft.full=true there are "
+                "none. Take align=external."
             )
         if self.train.save_merged:
             raise ConfigError(

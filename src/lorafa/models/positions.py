@@ -8,23 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.data.chat import IGNORE
 from lorafa.models.head_loss import HiddenStates, LogitTransform
+from lorafa.models.rows import IGNORE_INDEX
 
 
 class Positions:
     """An objective of :func:`lorafa.models.head_loss.supervised_nll` that computes no loss: it keeps what the head
-    reads at the positions that count, and the head itself."""
+    reads at the positions that count, and the head itself; of the layers that are named what comes out of them too."""
 
-    layers: tuple[int, ...] = ()
     rows: Tensor
     """(positions, size)."""
     head: nn.Linear
     transform: LogitTransform
+    inner: dict[int, Tensor]
+    """(positions, size) after so many layers."""
+
+    def __init__(self, layers: tuple[int, ...] = ()) -> None:
+        self.layers = layers
 
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
         self.head, self.transform = states.head, states.transform
-        self.rows = states.last[(targets != IGNORE).to(states.last.device)]
+        counted = (targets != IGNORE_INDEX).to(states.last.device)
+        self.rows = states.last[counted]
+        self.inner = {layer: state[counted.to(state.device)] for layer, state in states.inner.items()}
         return states.last.new_zeros(()), len(self.rows)
 
     def logits(self, chunk: slice = slice(None)) -> Tensor:
@@ -38,6 +44,6 @@ def from_all_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The same, (positions, vocabulary) in the model's own number format, of a model that cannot be cut before its
     head."""
     inputs = dict(batch)
-    counted = inputs.pop("labels")[:, 1:] != IGNORE
+    counted = inputs.pop("labels")[:, 1:] != IGNORE_INDEX
     found: Tensor = model(**inputs, use_cache=False).logits[:, :-1][counted]
     return found

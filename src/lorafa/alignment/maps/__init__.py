@@ -1,0 +1,1 @@
+"""Distances between inner states of student and teacher, one a file."""

@@ -1,0 +1,161 @@
+"""The joint loss of task and teacher at the supervised positions of a batch, without ever holding all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.alignment.divergences.base import Divergence
+from lorafa.alignment.maps.base import Look, RepresentationMap, States
+from lorafa.errors import ConfigError, DivergedError
+from lorafa.models.head_loss import LOG_LIKELIHOOD, HiddenStates, head_loss
+from lorafa.models.positions import Positions
+from lorafa.models.rows import IGNORE_INDEX
+
+_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
+"""What models call the norm between their last layer and their head."""
+
+
+@dataclass(frozen=True)
+class MapTerm:
+    """A distance of inner states that is a part of the discrepancy."""
+
+    map: RepresentationMap
+    layers: tuple[int, ...]
+    """After which layers of the student, and of the teacher, states are compared."""
+    weight: float
+    """Its share beside the divergence."""
+
+
+class JointObjective:
+    """``task_weight`` CE + ``weight`` (divergence + map), summed over the supervised positions of one batch.
+
+    It knows what the teacher has said of the batch, :class:`lorafa.models.positions.Positions`, and is made anew for
+    each. ``divergence_sum`` is the sum of the discrepancy once it was called, without its weight.
+    """
+
+    def __init__(
+        self,
+        said: Positions,
+        divergence: Divergence | None,
+        term: MapTerm | None,
+        weight: float,
+        task_weight: float = 1.0,
+        norms: tuple[nn.Module | None, nn.Module | None] = (None, None),
+    ) -> None:
+        self.said, self.divergence, self.term = said, divergence, term
+        self.weight, self.task_weight, self.norms = weight, task_weight, norms
+        self.layers = () if term is None else term.layers
+        self.divergence_sum = 0.0
+        self.task_sum = 0.0
+
+    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+        counted = targets != IGNORE_INDEX
+        count = int(counted.sum())
+        if count != len(self.said.rows):
+            raise ConfigError(
+                f"The teacher has read {len(self.said.rows)} supervised positions, and the student {count} of the same "
+                "batch: one of the two changes the labels."
+            )
+        points = _JointPoints(self.said, self.divergence, self.weight, self.task_weight)
+        total, count = head_loss(states, targets, chunk_tokens, points)
+        self.divergence_sum, self.task_sum = float(points.divergence), float(points.task)
+        if self.term is not None and count:
+            for layer in self.term.layers:
+                distance = self._distance(self.term.map, states, counted, layer)
+                share = self.term.weight / len(self.term.layers)
+                total = total + self.weight * share * count * distance.to(total.device)
+                self.divergence_sum += share * count * float(distance.detach())
+        if not torch.isfinite(torch.tensor(self.divergence_sum)):
+            raise DivergedError(
+                "The divergence from the teacher is not finite. Look at the teacher's outputs for these rows: it gives "
+                "inf or nan, or forbids tokens (a logit of -inf)."
+            )
+        return total, count
+
+    def _distance(self, between: RepresentationMap, states: HiddenStates, counted: Tensor, layer: int) -> Tensor:
+        own = states.inner[layer]
+        hidden, theirs = own[counted.to(own.device)], self.said.inner[layer].to(own.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        looks = (None, None) if not between.reads_lens else (
+            _look(states.head, states.transform.apply_, self.norms[0]),
+            _look(self.said.head, self.said.transform.apply_, self.norms[1]),
+        )  # fmt: skip
+        return between(States(hidden.to(wide), looks[0]), States(theirs.to(wide), looks[1]))
+
+
+class _JointPoints:
+    """The joint loss of logits, position by position."""
+
+    def __init__(self, said: Positions, divergence: Divergence | None, weight: float, task_weight: float) -> None:
+        self.said, self.of, self.weight, self.task_weight = said, divergence, weight, task_weight
+        self.divergence = torch.zeros((), dtype=torch.float64)
+        self.task = torch.zeros((), dtype=torch.float64)
+        self._start, self._logits = 0, torch.empty(0)
+
+    def begin(self, start: int, end: int) -> None:
+        if self.of is not None:
+            rows, head = self.said.rows[start:end], self.said.head
+            self._logits = nn.functional.linear(rows.to(head.weight.dtype), head.weight, head.bias)
+        self._start = start
+
+    def __call__(self, logits: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        task, grad = LOG_LIKELIHOOD(logits, gold, first, wants_gradient)
+        self.task += task.double().cpu()
+        total = task if self.task_weight == 1.0 else task * self.task_weight
+        if grad is not None and self.task_weight != 1.0:
+            grad *= self.task_weight
+        if self.of is None or not len(gold):
+            return total, grad
+        own = logits[: len(gold)]
+        at = first - self._start
+        theirs = self._logits[at : at + len(gold)].to(device=own.device, dtype=own.dtype)
+        theirs = self.said.transform.apply_(theirs)
+        if theirs.shape[-1] != own.shape[-1]:
+            theirs, own = _on_shared(theirs, own)
+        if wants_gradient and grad is not None:
+            value, slope = self.of.with_gradient(own.clone(), theirs, gold)
+            grad[: len(gold), : slope.shape[-1]].add_(slope, alpha=self.weight)
+        else:
+            value = self.of(own, theirs, gold)
+        divergence = value.sum()
+        self.divergence += divergence.double().cpu()
+        return total + self.weight * divergence, grad
+
+
+def _on_shared(theirs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on the tokens that both tables have: heads are often filled up to another multiple."""
+    shared = min(theirs.shape[-1], own.shape[-1])
+    return theirs[:, :shared].contiguous(), own[:, :shared].contiguous()
+
+
+def _look(head: nn.Linear, transform: Callable[[Tensor], Tensor], norm: nn.Module | None) -> Look:
+    def look(hidden: Tensor) -> Tensor:
+        states = hidden if norm is None else norm(hidden.to(head.weight.dtype))
+        logits = nn.functional.linear(states.to(head.weight.dtype), head.weight, head.bias)
+        return transform(logits.to(torch.promote_types(logits.dtype, torch.float32)).clone())
+
+    return look
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm between the last layer and the head, which a logit lens reads through.
+
+    Raises:
+        ConfigError: no module of a known name is there.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = getattr(base, "base_model", base)
+    for holder in (body, getattr(body, "decoder", None)):
+        for name in _NORMS:
+            norm = getattr(holder, name, None)
+            if isinstance(norm, nn.Module):
+                return norm
+    raise ConfigError(
+        f"The norm before the head of {type(base).__name__} is not known ({', '.join(_NORMS)}), so its inner states "
+        "cannot be read through the head. Take another align.map: procrustes, gram, cos or mse."
+    )

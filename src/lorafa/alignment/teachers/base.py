@@ -1,0 +1,131 @@
+"""What every teacher answers to, and the frame of those that are states of the student's own adapters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorafa.errors import AdapterError, CheckpointError
+from lorafa.surgery.walk import lora_layers
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What has become of a teacher that was told to follow the student."""
+
+    discarded: float = 0.0
+    """The share of the squared norm of its update that its rank could not hold."""
+
+
+class Teacher(ABC):
+    """A function of the same inputs, frozen between refreshes, that the student is held close to."""
+
+    name: ClassVar[str]
+    starts_as_student: ClassVar[bool] = True
+    """Whether it is the student's function at the start, so that their divergence is 0 there, and its gradient."""
+    divergence: ClassVar[str] = "fkl"
+    """The one that is taken unless another is asked for."""
+    follows: ClassVar[bool] = False
+    """Whether it changes when it is refreshed."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Take in what the student is at the start of training.
+
+        Raises:
+            AdapterError: the student has no adapters this teacher could be made of.
+        """
+        return None
+
+    @abstractmethod
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The teacher, for the length of a with-block in which no gradient is taken.
+
+        Args:
+            model: the student, of which adapters may be exchanged or switched off inside the block.
+        """
+
+    def after_step(self, model: nn.Module) -> None:
+        """Take in a step of the student's optimizer, where the teacher changes with each."""
+        return None
+
+    def refresh(self, model: nn.Module) -> Refreshed:
+        """Follow the student."""
+        return Refreshed()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be kept for a training to go on."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that was kept.
+
+        Raises:
+            CheckpointError: it is of another teacher or another adapter.
+        """
+        if state:
+            raise CheckpointError(f"A teacher {self.name!r} keeps nothing, and the checkpoint has {', '.join(state)}.")
+
+
+class OfTheAdapters(Teacher):
+    """A teacher that is the student's base with other values of what is trained."""
+
+    follows = True
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def begin(self, model: nn.Module) -> None:
+        trained = _trained(model)
+        if not trained or not any(True for _ in lora_layers(model)):
+            raise AdapterError(
+                f"align={self.name} keeps another state of the student's adapters, and this model trains none. Put an "
+                "adapter on it, or take another teacher."
+            )
+        self.values = {name: p.detach().clone() for name, p in trained.items()}
+
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[nn.Module]:
+        trained = _trained(model)
+        missing = self.values.keys() ^ trained.keys()
+        if missing:
+            raise AdapterError(
+                f"What is trained has changed since the teacher {self.name!r} was made: {sorted(missing)[0]}. Begin "
+                "the alignment after adapters are chosen."
+            )
+        own = {name: p.data for name, p in trained.items()}
+        try:
+            for name, p in trained.items():
+                p.data = self.values[name]
+            yield model
+        finally:
+            for name, p in trained.items():
+                p.data = own[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": {name: value.clone() for name, value in self.values.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        values = state.get("values", {})
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        if shapes != {name: tuple(value.shape) for name, value in self.values.items()}:
+            raise CheckpointError(
+                f"The checkpoint's teacher {self.name!r} has values of other parameters than are trained here."
+            )
+        self.values = {name: value.to(self.values[name]) for name, value in values.items()}
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that is trained, by name."""
+    with torch.no_grad():
+        return {name: p.detach().clone() for name, p in _trained(model).items()}

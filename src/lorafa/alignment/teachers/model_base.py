@@ -1,0 +1,36 @@
+"""The base as the teacher: the same weights without adapters, so that the student forgets less of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lorafa.alignment.entry import TeacherEntry
+from lorafa.alignment.teachers.base import Teacher
+from lorafa.errors import AdapterError
+from lorafa.surgery.activate import disabled
+from lorafa.surgery.walk import lora_layers
+
+
+class Base(Teacher):
+    """The model with its adapters switched off; it costs no memory."""
+
+    name = "base"
+    divergence = "masked_target"
+
+    def begin(self, model: nn.Module) -> None:
+        if not any(True for _ in lora_layers(model)):
+            raise AdapterError(
+                "align=base compares a model with adapters and without, and this one has none. Put an adapter on it, "
+                "or take another teacher."
+            )
+
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[nn.Module]:
+        with disabled(model):
+            yield model
+
+
+BASE = TeacherEntry(make=Base)

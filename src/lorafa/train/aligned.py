@@ -1,0 +1,140 @@
+"""Trainers that hold the student close to a teacher: one base class before any trainer of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lorafa.alignment.alignment import Alignment
+from lorafa.alignment.schedule import Decision
+from lorafa.errors import CheckpointError, ConfigError
+from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
+
+STATE = "alignment.pt"
+"""The file of a checkpoint that has the teacher and where the schedule is."""
+
+
+class AlignedLoss(nn.Module):
+    """The joint loss where gradients are taken, and another loss where they are not: held-out rows have no teacher."""
+
+    def __init__(self, plain: nn.Module, alignment: Alignment) -> None:
+        super().__init__()
+        self.plain, self.alignment = plain, alignment
+
+    def forward(self, batch: Mapping[str, Any], num_items: Tensor | int | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.alignment.loss(self.plain.model, batch, num_items)  # type: ignore[arg-type]
+        loss: Tensor = self.plain(batch, num_items)
+        return loss
+
+
+class Aligning:
+    """Put it before a trainer: ``class MyTrainer(Aligning, transformers.Trainer): ...``.
+
+    The training loss is the joint one of :class:`lorafa.alignment.Alignment`, evaluations are the trainer's own. The
+    mean divergence since the last line stands in each line of the log as ``divergence``. A checkpoint holds the
+    teacher and the state of the schedule, and a training that is resumed goes on in the middle of a phase.
+
+    Args:
+        alignment: of the model that is trained.
+        on_decision: is told what the schedule has decided.
+
+    Raises:
+        ConfigError: the trainer's model has another loss than that of next tokens.
+    """
+
+    model: Any
+    args: Any
+    state: Any
+    _loss: Any
+
+    def __init__(
+        self, *args: Any, alignment: Alignment, on_decision: Callable[[Decision], None] | None = None, **settings: Any
+    ) -> None:
+        super().__init__(*args, **settings)
+        self.alignment = alignment
+        self._divergences: list[float] = []
+        plain = getattr(self, "_loss", None)
+        if isinstance(plain, nn.Module):
+            if getattr(self, "own_loss_reason", None) is not None:
+                raise ConfigError(
+                    "A teacher needs the loss at supervised positions, and this training uses the model's own: "
+                    f"{self.own_loss_reason}. Train without a teacher (align=none)."  # type: ignore[attr-defined]
+                )
+            self._loss = AlignedLoss(plain, alignment)
+        self.add_callback(_Phases(alignment, on_decision))  # type: ignore[attr-defined]
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        returns_outputs = kwargs.get("return_outputs", bool(args) and args[0])
+        if hasattr(self, "_loss") or returns_outputs or not torch.is_grad_enabled():
+            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        else:
+            loss = self.alignment.loss(model, inputs, kwargs.get("num_items_in_batch"))
+        if torch.is_grad_enabled() and self.alignment.last_divergence is not None:
+            self._divergences.append(self.alignment.last_divergence)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._divergences:
+            logs = {**logs, "divergence": sum(self._divergences) / len(self._divergences)}
+            self._divergences = []
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save:
+            torch.save(self.alignment.state_dict(), Path(output_dir) / STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{checkpoint} has no {STATE}: it was made without a teacher, and cannot be continued with one."
+            )
+        self.alignment.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+
+
+class _Phases(transformers.TrainerCallback):  # type: ignore[misc]
+    """Tells an alignment of each optimizer step, and gives the step the rate that the schedule wants."""
+
+    def __init__(self, alignment: Alignment, on_decision: Callable[[Decision], None] | None) -> None:
+        self.alignment, self.on_decision = alignment, on_decision
+        self._rates: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        factor = self.alignment.rate
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        if factor != 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for decision in self.alignment.after_step(model, optimizer):
+            if decision.roll_back:  # the schedule of rates goes on
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+            if self.on_decision is not None:
+                self.on_decision(decision)
+
+
+class AlignedTrainer(Aligning, LoraTrainer):
+    """:class:`LoraTrainer` with a teacher; it takes the arguments of both."""
+
+
+class AlignedSupervisedTrainer(Aligning, SupervisedTrainer):
+    """:class:`SupervisedTrainer`, which may train all weights, with a teacher."""

@@ -1,0 +1,139 @@
+"""A teacher in trainers: the loss of a loop written by hand, phases that resume, and nothing where it has no weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lorafa.alignment import Alignment
+from lorafa.alignment.schedule import CyclicSettings, Decision
+from lorafa.errors import CheckpointError
+from lorafa.train.adapter_checkpoints import AdapterCheckpoints
+from lorafa.train.aligned import AlignedTrainer, Aligning
+from toys.adapters import train
+from toys.data import collate, samples
+from toys.training import Killed, adapted_model, kill_after, log_of, trainer_for
+
+CYCLE = CyclicSettings(task_steps=2, teacher_steps=2, rewarm_steps=2, gate=False)
+STEPS = 8
+
+
+def student() -> Any:
+    model = adapted_model()
+    torch.manual_seed(3)
+    train(model, 0.2)
+    return model
+
+
+def trainer(folder: Path, model: Any, alignment: Alignment, kind: type[Any] = AlignedTrainer, **own: Any) -> Any:
+    settings = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"}
+    arguments = transformers.TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, seed=5, per_device_train_batch_size=2,
+        learning_rate=1e-2, **(settings | own.pop("args", {})),
+    )  # fmt: skip
+    data = {"train_dataset": samples(), "eval_dataset": samples(5, seed=1), "data_collator": collate}
+    return kind(model, arguments, alignment=alignment, **(data | own))
+
+
+def probe() -> list[dict[str, Tensor]]:
+    return [collate(samples(4, seed=2))]
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Plain(Aligning, AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
+    """The trainer of transformers by one subclass."""
+
+
+@pytest.mark.parametrize("kind", [AlignedTrainer, Plain])
+def test_the_divergence_of_each_step_is_logged_and_evaluations_have_no_teacher(tmp_path: Path, kind: Any) -> None:
+    model = student()
+    made = trainer(tmp_path, model, Alignment(model, "base", weight=2.0), kind)
+    before = made.evaluate()["eval_loss"]
+    made.train()
+    rows = [row for row in log_of(made) if "loss" in row]
+    assert len(rows) == STEPS
+    assert all(row["divergence"] > 0 for row in rows)
+    plain = trainer_for(tmp_path, student())
+    assert before == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_a_teacher_pulls_the_student_back(tmp_path: Path) -> None:
+    ends = []
+    for weight in (0.0, 200.0):
+        model = student()
+        alignment = Alignment(model, "base", weight=weight, divergence="fkl")
+        trainer(tmp_path, model, alignment, args={"max_steps": 30}).train()
+        alignment = Alignment(model, "base", divergence="fkl", weight=1.0)
+        ends.append(alignment.loss(model, probe()[0]) and alignment.last_divergence)
+    assert ends[1] < ends[0] / 2
+
+
+def test_weight_zero_trains_to_the_bit_what_no_teacher_does(tmp_path: Path) -> None:
+    plain, aligned = student(), student()
+    settings = {"max_steps": STEPS, "logging_steps": 1, "lr_scheduler_type": "constant"}
+    first = trainer_for(tmp_path / "a", plain, **settings)
+    first.train()
+    second = trainer(tmp_path / "b", aligned, Alignment(aligned, "base", weight=0.0))
+    second.train()
+    assert_equal(values(plain), values(aligned))
+    assert [row["loss"] for row in log_of(first) if "loss" in row] == [
+        row["loss"] for row in log_of(second) if "loss" in row
+    ]
+    assert not any("divergence" in row for row in log_of(second))
+
+
+def test_it_resumes_in_the_middle_of_a_phase_to_the_bit(tmp_path: Path) -> None:
+    def made(folder: Path, **own: Any) -> tuple[Any, Any]:
+        model = student()
+        alignment = Alignment(model, "snapshot", schedule=CYCLE, steps=STEPS, probe=probe())
+        decisions: list[Decision] = []
+        return model, trainer(
+            folder, model, alignment, args={"save_strategy": "steps", "save_steps": 1},
+            on_decision=decisions.append, **own,
+        )  # fmt: skip
+
+    whole, one = made(tmp_path / "whole")
+    one.train()
+    _, cut = made(tmp_path / "cut", callbacks=[kill_after(4)])
+    with pytest.raises(Killed):
+        cut.train()
+    again, resumed = made(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(values(whole), values(again))
+    assert [row for row in log_of(one) if "loss" in row] == [row for row in log_of(resumed) if "loss" in row]
+    assert one.alignment.schedule.state_dict() == resumed.alignment.schedule.state_dict()
+
+
+def test_a_checkpoint_without_a_teacher_is_not_continued_with_one(tmp_path: Path) -> None:
+    trainer_for(tmp_path, student(), save_strategy="steps", save_steps=2, max_steps=2).train()
+    model = student()
+    with pytest.raises(CheckpointError, match=r"has no alignment\.pt: it was made without a teacher"):
+        trainer(tmp_path, model, Alignment(model, "base")).train(resume_from_checkpoint=True)
+
+
+def test_decisions_are_told_and_the_rate_is_warmed_again_after_a_switch(tmp_path: Path) -> None:
+    model, told, rates = student(), list[Decision](), list[float]()
+    alignment = Alignment(model, "snapshot", schedule=CYCLE, steps=STEPS, probe=probe())
+
+    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    made = trainer(tmp_path, model, alignment, on_decision=told.append)
+    made.callback_handler.callbacks.insert(0, Watch())
+    made.train()
+    assert [(d.step, d.kind) for d in told if d.kind != "reweighted"] == [(2, "switch"), (4, "switch"), (6, "ended")]
+    assert [round(rate / 1e-2, 3) for rate in rates] == [1.0, 0.65, 0.3, 0.65, 0.3, 0.65, 0.3, 0.65]
