@@ -1,11 +1,13 @@
 """What holds for one call of the model, where every adapted layer can read it.
 
 It is found at the door (:class:`lorafa.PeftModel`'s ``forward`` and ``generate``) and stays until the next call,
-because activation checkpointing runs layers again in the backward pass, on another thread.
+because activation checkpointing runs layers again in the backward pass, on another thread. While a call is open it
+holds in its own thread alone, so that threads may call one model at the same time.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,6 +118,16 @@ EMPTY = ForwardContext()
 """The context of a call that no formula has to know anything of."""
 
 
+class _Here(threading.local):
+    """What is open in one thread."""
+
+    def __init__(self) -> None:
+        self.context: ForwardContext | None = None  # None: no call is open
+        self.keeps = False
+        self.layers: _Layers = dict
+        self.part: Part | None = None
+
+
 class CurrentCall:
     """The call in force; the adapted layers of a model share one.
 
@@ -124,28 +136,42 @@ class CurrentCall:
     """
 
     def __init__(self) -> None:
-        self._context = EMPTY
-        self._open = 0
-        self._keeps = False
+        self._kept = EMPTY  # of the last call with gradients
         self._waiting: weakref.ref[_Backward] | None = None
-        self._layers: _Layers = dict  # while a call is open
-        self.part: Part | None = None
+        self._here = _Here()
+
+    @property
+    def part(self) -> Part | None:
         """The rows that are looked at, where adapters differ from row to row."""
+        return self._here.part
+
+    @property
+    def opened(self) -> ForwardContext | None:
+        """What holds for the call that is open in this thread; None where none is."""
+        return self._here.context
 
     @property
     def rows(self) -> Rows | None:
         """Which adapters count in which row of the call in force; None: the active ones in all."""
-        rows = self._context.rows
-        return rows if rows is not None and (self._open or _in_backward()) else None
+        context = self._in_force()
+        return None if context is None else context.rows
+
+    def _in_force(self) -> ForwardContext | None:
+        """What holds in this thread: a call that is open, or the one that runs again in its backward pass."""
+        open_here = self._here.context
+        if open_here is not None:
+            return open_here
+        return self._kept if self._kept is not EMPTY and _in_backward() else None
 
     @contextmanager
     def looking_at(self, part: Part) -> Iterator[None]:
         """Let ``part`` be the rows that are looked at."""
-        before, self.part = self.part, part
+        here = self._here
+        before, here.part = here.part, part
         try:
             yield
         finally:
-            self.part = before
+            here.part = before
 
     def fact(self, name: str, narrow: Callable[[Any, Tensor], Any] | None = None) -> Any:
         """What the variant of adapter ``name`` has found for the call in force.
@@ -156,15 +182,16 @@ class CurrentCall:
         Raises:
             BackendError: the model was not called through its PeftModel, so nobody has looked.
         """
-        if name not in self._context.facts or not (self._open or _in_backward()):
+        context = self._in_force()
+        if context is None or name not in context.facts:
             raise BackendError(
                 f"Adapter {name!r} depends on the inputs of the whole model, and this call did not come through its "
                 "PeftModel. Call the PeftModel (or its generate), not the model inside."
             )
-        fact, part = self._context.facts[name], self.part
+        fact, part = context.facts[name], self.part
         if part is None or narrow is None:
             return fact
-        known = self._context.narrowed
+        known = context.narrowed
         if (name, part) not in known:
             known[name, part] = narrow(fact, part.index)
         return known[name, part]
@@ -175,15 +202,17 @@ class CurrentCall:
         None where nothing is to be gathered: the call has no gradients, did not come through the PeftModel, or its
         layers run again in its backward pass, so that they would be counted twice.
         """
-        gathers = self._open and self._keeps and not _in_backward()
-        return self._context.facts.get(name) if gathers else None
+        here = self._here
+        gathers = here.context is not None and here.keeps and not _in_backward()
+        return here.context.facts.get(name) if gathers and here.context is not None else None
 
     def last(self, name: str) -> Any:
         """What the variant of adapter ``name`` has found for the last call with gradients; None if it counted in none.
 
         While a call is open: for that one.
         """
-        return self._context.facts.get(name)
+        here = self._here.context
+        return (self._kept if here is None else here).facts.get(name)
 
     def place_of(self, layer: Any) -> str:
         """The name of a layer in the model that is called, in words for an error: "a layer" where it is not known."""
@@ -192,7 +221,7 @@ class CurrentCall:
 
     def path_of(self, layer: Any) -> str | None:
         """The name of a layer in the model that is called; None where it is not known."""
-        return next((path for path, other in self._layers().items() if other is layer), None)
+        return next((path for path, other in self._here.layers().items() if other is layer), None)
 
     @contextmanager
     def holding(
@@ -209,26 +238,25 @@ class CurrentCall:
             BackendError: they do, an earlier call with another context still waits for its backward pass, and this one
                 would take its context away.
         """
-        before = self._context
-        if keeps and context is not before and self._waits() and recomputes():
+        if keeps and context is not self._kept and self._waits() and recomputes():
             raise BackendError(
                 "Two calls with gradients before one backward pass, of a model that runs its layers again in it "
                 "(gradient checkpointing), and the adapter depends on the inputs of each call. Call backward after "
                 "each, put both into one batch, or turn gradient checkpointing off."
             )
-        kept, self._keeps = self._keeps, keeps
-        known, self._layers = self._layers, layers
-        self._context, self._open = context, self._open + 1
+        here = self._here
+        before = here.context, here.keeps, here.layers
+        here.context, here.keeps, here.layers = context, keeps, layers
+        if keeps:
+            self._kept = context
         try:
-            yield self._watched if keeps and context is not EMPTY else _as_it_is
+            yield self._watched if keeps else _as_it_is
         finally:
-            self._open, self._keeps, self._layers = self._open - 1, kept, known
-            if not keeps:
-                self._context = before
+            here.context, here.keeps, here.layers = before
 
     def step(self, context: ForwardContext) -> None:
         """Let ``context`` hold from now on to the end of the call that is open: it runs the model many times."""
-        self._context = context
+        self._here.context = context
 
     def _waits(self) -> bool:
         backward = None if self._waiting is None else self._waiting()
@@ -252,6 +280,8 @@ class CurrentCall:
 
 class _Backward:
     """A hook on gradients; it lives as long as the graph it is in."""
+
+    __torch_unserializable__ = True  # so that torch.save leaves it out without a warning
 
     def __init__(self) -> None:
         self.begun = False

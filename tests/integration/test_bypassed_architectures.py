@@ -61,6 +61,13 @@ def test_state_space_models_train_and_merge_alike(kind: str, targets: str) -> No
     torch.testing.assert_close(merged, plain, rtol=1e-3, atol=1e-4)
 
 
+def test_positions_that_an_encoder_takes_from_the_table_itself_are_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.DebertaV2Config(vocab_size=40, relative_attention=True, pos_att_type=["p2c", "c2p"], **sizes)
+    with pytest.raises(TargetError, match=r"rel_embeddings' is never called: the encoder takes its rows"):
+        get_peft_model(hf.DebertaV2ForSequenceClassification(config), LoraConfig(target_modules=["rel_embeddings"]))
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_their_convolutions_are_refused(kind: str) -> None:
     with pytest.raises(TargetError, match=r"'backbone\.layers\.0\.mixer\.conv1d' is never called: a kernel takes"):

@@ -22,7 +22,7 @@ from lorafa.errors import AdapterError, BackendError, CheckpointError, ConfigErr
 from lorafa.io.changes import Change
 from lorafa.storage import model_writer
 from toys.adapters import train
-from toys.language_models import llama, t5
+from toys.language_models import llama, switch, t5
 from toys.merging import Place, assert_same_files, config_in, place, tensors_in
 from toys.workplace import make_workplace, settings
 
@@ -158,6 +158,14 @@ def test_the_sum_is_rounded_once_to_a_dtype_that_is_asked_for(tmp_path: Path) ->
     assert config_in(there.out)["dtype"] == "float16"
 
 
+def test_an_adapter_may_be_named_by_its_file(there: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a file looks like the name of a repository, and nothing is asked for there."""
+    monkeypatch.chdir(there.folder)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **settings: pytest.fail("asked the Hub"))
+    merge_to_folder("adapter/adapter_model.safetensors", there.out, base=there.base)
+    assert_same_files(there.out, there.merged_in_memory())
+
+
 def test_updates_of_several_adapters_are_summed(there: Place) -> None:
     second = there.add_adapter("second", seed=2, target_modules=["q_proj", "v_proj"], r=2)
     merge_to_folder([there.adapter, second], there.out, base=there.base)
@@ -267,6 +275,11 @@ def test_weights_that_a_model_always_shares_are_not_torn_apart(target: str, tmp_
     refused(there, CheckpointError, "always shares one weight among .*Train the adapter with ensure_weight_tying=True")
 
 
+def test_a_head_is_not_untied_where_outputs_depend_on_what_the_config_says_of_it(tmp_path: Path) -> None:
+    there = place(tmp_path, switch, target_modules=["lm_head"])
+    refused(there, CheckpointError, "always shares one weight among shared.weight, .*lm_head.weight, and merging")
+
+
 def test_weights_that_a_model_always_shares_are_merged_as_one(tmp_path: Path) -> None:
     there = place(tmp_path, t5, target_modules=["shared"], ensure_weight_tying=True)
     merge_to_folder(there.adapter, there.out, base=there.base)
@@ -283,6 +296,8 @@ def test_wrong_arguments_are_refused(there: Place) -> None:
     )
     refused(there, ConfigError, "max_shard_size", max_shard_size=0)
     refused(there, ConfigError, "no adapter was given", adapter=[])
+    again = there.adapter / ".." / there.adapter.name
+    refused(there, ConfigError, "is given twice, and its update would count twice", adapter=[there.adapter, again])
     refused(there, SourceError, "no adapter_config.json", adapter=there.base)
     refused(there, SourceError, "No model 'gone/away/x'", base="gone/away/x")
     for wrong in (there.base, there.folder):

@@ -213,7 +213,22 @@ class Mixture(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(("model", "targets"), [(Pooled(), ["layer"]), (Mixture(), ["layers.0.1"])])
+class NamedExperts(nn.Module):
+    """Experts that have names, as those of NLLB, and get all tokens in an order of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict({f"expert_{i}": nn.ModuleDict({"fc1": nn.Linear(8, 8)}) for i in range(2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.experts["expert_1"]["fc1"](x[[2, 0, 1]])  # type: ignore[index]
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "targets"),
+    [(Pooled(), ["layer"]), (Mixture(), ["layers.0.1"]), (NamedExperts(), ["experts.expert_1.fc1"])],
+)
 def test_layers_that_do_not_see_the_rows_of_the_batch_are_refused_by_name(model: nn.Module, targets: list[str]) -> None:
     adapted = get_peft_model(model, LoraConfig(target_modules=targets), "a")
     with refused(adapted, BackendError, rf"'{targets[0]}' gets \(.*3 rows.*exclude_modules"):

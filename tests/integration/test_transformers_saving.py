@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ import torch
 
 import lorafa
 from lorafa import PeftModel
-from toys.language_models import IDS, adapted, inference, llama, loss_and_gradients, t5
+from toys.language_models import (
+    IDS,
+    adapted,
+    bart,
+    inference,
+    llama,
+    loss_and_gradients,
+    seq2seq_logits,
+    switch,
+    t5,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,6 +57,27 @@ def test_merging_one_end_of_tied_weights_unties_them_and_keeps_the_outputs(
     merged.save_pretrained(tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(inference(loaded), inference(merged))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["lm_head"]}, {"target_modules": r".*\.q(_proj)?", "modules_to_save": ["lm_head"]}]
+)
+@pytest.mark.parametrize(("make", "says"), [(bart, False), (t5, True), (switch, True)])
+def test_a_head_of_its_own_keeps_the_outputs_of_models_with_two_halves(
+    make: Callable[[], Any], says: bool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """BART's halves share the table that its head is untied from; T5's config cannot say that a head is untied, and
+    Switch Transformers scale their outputs where it says tied."""
+    model = adapted(make(), **settings).eval()
+    expected = seq2seq_logits(model)
+    with pytest.warns(UserWarning, match="hold different weights" + (", and the config.* stays True" if says else "")):
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is says
+    torch.testing.assert_close(seq2seq_logits(merged), expected, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    loaded, told = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    torch.testing.assert_close(seq2seq_logits(loaded.eval()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

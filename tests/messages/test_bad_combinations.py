@@ -43,6 +43,22 @@ BAD_CALLS: dict[str, tuple[Callable[[PeftModel], Any], type[LoraError], str]] = 
     "a text": (call(adapters="a", weights=1.0), AdapterError, "given as lists"),
     "twice": (call(adapters=["a", "a"]), AdapterError, r"'a' is named twice\. Name it once, with the sum"),
     "lengths": (call(weights=[1.0]), AdapterError, r"2 adapters and 1 weights.*Give each adapter one weight"),
+    "nothing": (call(adapters=None, weights=None), AdapterError, "given as lists, found None and None"),
+    "weights beyond the range": (
+        call(weights=[1.7e308, 1.7e308]),
+        AdapterError,
+        "first: with these weights the combination has values that float64 cannot hold. Give smaller weights",
+    ),
+    "the same of matrices": (
+        call(weights=[1.7e308, 1.7e308], combination_type="ties_svd", density=0.5),
+        AdapterError,
+        "values that float64 cannot hold",
+    ),
+    "the same without a decomposition": (
+        call(weights=[1.7e308, 1.7e308], combination_type="cat"),
+        AdapterError,
+        "values that float64 cannot hold",
+    ),
     "infinite weight": (call(weights=[1.0, float("inf")]), ConfigError, r"weight of adapter 'b' must be a number"),
     "weight of nan": (call(weights=[float("nan"), 1.0]), ConfigError, r"weight of adapter 'a'.*finite"),
     "weight as text": (call(weights=["1", 1.0]), ConfigError, r"weight of adapter 'a'.*found '1' \(str\)"),

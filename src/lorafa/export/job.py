@@ -17,7 +17,8 @@ from lorafa.export.update import PlainAdapter
 from lorafa.io.find import find_adapter_files
 from lorafa.peft_model import PeftModel
 from lorafa.runs.adapters import adapter_in
-from lorafa.storage.whole import folder_written_whole, require_free
+from lorafa.storage.paths import user_path
+from lorafa.storage.whole import folder_written_whole, require_apart, require_free
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
 
@@ -77,6 +78,8 @@ def export_adapter(
             raise ConfigError("A merged model has the whole update in its weights, so a rank changes nothing. Drop it.")
     config = _config_of(place, base)
     name = None if base is None else str(base)
+    bases = [user_path(each) for each in (base, config.base_model_name_or_path) if each]
+    require_apart(folder, {"the adapter": [user_path(place)], "its base model": bases})
     if merged:
         return _merged(exporter, place, config, name, folder, verify=verify, overwrite=overwrite)
     require_matrix_formula(config)

@@ -13,7 +13,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten
 from lorafa.io.adapter_files import save_adapter, write_adapter
 from lorafa.io.card import write_card
-from lorafa.io.find import find_adapter_files
+from lorafa.io.find import find_adapter_files, require_once
 from lorafa.io.load import read, take_in
 from lorafa.io.loose import LooseAdapter, LooseLayer, belongs_to_saved, needs_base, read_loose
 from lorafa.storage.fingerprint import compare_fingerprints
@@ -68,6 +68,7 @@ def combine_files(
     given = dict(zip(names, check_weights(names, weights), strict=True))
     asked.say_what_it_adds(len(given))
     adapters = {name: read_loose(name) for name in given}
+    require_once([adapter.path for adapter in adapters.values()])
     _require_one_base(adapters)
     rest = _rest(adapters, given)
     found = {path: _combined(path, adapters, given, asked) for path in _paths(adapters)}
@@ -93,6 +94,7 @@ def combine_on_base(
     """
     folder, names = require_free(out, overwrite=None), [str(source) for source in sources]
     given = dict(zip(names, check_weights(names, weights), strict=True))
+    require_once([find_adapter_files(name).weights for name in names])
     tuner, adapters = LoraModel(model), dict[str, float]()
     for source, weight in given.items():
         name = _adapter_name(source, adapters)

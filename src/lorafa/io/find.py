@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,3 +138,10 @@ def find_weights(
     """The file of an adapter's tensors; arguments and errors are those of :func:`find_adapter_files`."""
     wanted = {None: [WEIGHTS_NAME, PICKLE_NAME], True: [WEIGHTS_NAME], False: [PICKLE_NAME]}[use_safetensors]
     return locate(source, wanted, subfolder=subfolder, **hub)
+
+
+def require_once(weights: Sequence[Path]) -> None:
+    """Raises ConfigError where the files of one adapter are given twice: its update would be added twice."""
+    real = [file.resolve() for file in weights]
+    if twice := next((file for file, place in zip(weights, real, strict=True) if real.count(place) > 1), None):
+        raise ConfigError(f"{twice.parent} is given twice, and its update would count twice. Name it once.")

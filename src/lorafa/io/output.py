@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafa.errors import AdapterError, CheckpointError, shorten
 from lorafa.io.attached import Attached
@@ -19,6 +19,7 @@ from lorafa.numerics.linalg import all_finite
 from lorafa.storage.base_weights import WHOLE
 from lorafa.storage.model_files import Stored
 from lorafa.storage.model_writer import ModelWriter, Planned, PlannedFile, arranged, in_shards
+from lorafa.surgery.untied import can_be_untied
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Output:
         own = self._skeleton.ties
         self.untied = any(len(names) > 1 and not self._are_equal(names) for names in dict.fromkeys(own.values()))
         """Whether tensors that are one in the base are several here."""
+        if self.untied and not can_be_untied(on_base.kind, on_base.config):
+            self._require_equal(own.values(), on_base.kind)
         self.settings = _settings_of_sizes(on_base) | ({"tie_word_embeddings": False} if self.untied else {})
         """What the config says otherwise than that of the base."""
         final: Mapping[str, Hashable] = {name: names[0] for name, names in own.items()}
@@ -90,14 +93,18 @@ class Output:
         aliases: dict[int, list[str]] = {}
         for name, tensor in tensors.items():
             aliases.setdefault(id(tensor), []).append(name)
-        for names in aliases.values():
+        self._require_equal(aliases.values(), on_base.kind)
+        return {name: names[0] for names in aliases.values() for name in names}
+
+    def _require_equal(self, groups: Iterable[Sequence[str]], kind: type[nn.Module]) -> None:
+        """Raises CheckpointError for names of one tensor that merging has made several."""
+        for names in groups:
             if len(names) > 1 and not self._are_equal(names):
                 raise CheckpointError(
-                    f"A {type(model).__name__} always shares one weight among {shorten(names, 4)}, and merging would "
+                    f"A {kind.__name__} always shares one weight among {shorten(names, 4)}, and merging would "
                     "give them different ones, of which all but one would be lost. Train the adapter with "
                     "ensure_weight_tying=True, or keep it beside the model. Nothing was written."
                 )
-        return {name: names[0] for names in aliases.values() for name in names}
 
     def _are_equal(self, names: Sequence[str]) -> bool:
         """Whether tensors that are one in the base are one after merging."""

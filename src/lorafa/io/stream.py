@@ -18,13 +18,14 @@ from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, shorten, warn
 from lorafa.io.adapter_files import read_adapter
 from lorafa.io.attached import Attached, attached
+from lorafa.io.find import require_once
 from lorafa.io.output import Output, output_of
 from lorafa.models.carried import CONFIG, carried, carry, fetch_beside, fetched, read_config, with_settings
 from lorafa.settings.checks import check_arguments
 from lorafa.storage.hub import HubOptions
 from lorafa.storage.model_writer import ModelWriter
 from lorafa.storage.paths import user_path
-from lorafa.storage.whole import folder_written_whole, require_free, write_json
+from lorafa.storage.whole import folder_written_whole, require_apart, require_free, write_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,11 +98,12 @@ def merge_to_folder(
     wanted, most, out = _dtype(dtype), _bytes(max_shard_size), user_path(folder)
     require_free(out, overwrite=overwrite)
     stored = [read_adapter(name, **hub) for name in names]
+    require_once([one.path for one in stored])
     for name in names:
         fetch_beside(name, hub)
     named, place = base_of(base, [one.config for one in stored], hub)
     folders = [one.path.parent for one in stored]
-    _require_apart(out, place, folders)
+    require_apart(out, {"the base model": [place], "an adapter": folders})
     on_base = attached(stored, place, wanted, ignore_base_mismatch=ignore_base_mismatch)
     del stored  # the tensors of the files: the adapters have their own by now
     output = output_of(on_base, wanted, most)
@@ -194,11 +196,3 @@ def base_of(base: str | Path | None, configs: Sequence[LoraConfig], hub: HubOpti
         return str(base), place
     options: HubOptions = {key: value for key, value in hub.items() if key != "revision"}  # type: ignore[assignment]
     return str(base), fetched(place, revision, options)
-
-
-def _require_apart(out: Path, base: Path, adapters: Sequence[Path]) -> None:
-    """Raises ConfigError where the folder to be written is, or holds, what is read."""
-    target = out.resolve()
-    for what, place in (("the base model", base), *(("an adapter", each) for each in adapters)):
-        if place.resolve().is_relative_to(target):
-            raise ConfigError(f"{out} is, or holds, {what} ({place}), which is read. Choose another folder.")

@@ -62,13 +62,13 @@ def check_merged_folder(
     merged_config = read_config(user_path(folder))
     dtype = merged_config.get("dtype", merged_config.get("torch_dtype", "auto"))
     model = _loaded(kind, place, dtype, config=config, ignore_mismatched_sizes=True)
-    given = made_inputs(model) if inputs is None else inputs
     tuner = LoraModel(model)
     called = [f"adapter_{i}" for i in range(1, len(stored) + 1)]
     for name, one in zip(called, stored, strict=True):
         take_in(tuner, one, name, Options(), {"ignore_base_mismatch": ignore_base_mismatch})
     set_adapter(model, called, inference_mode=True)
-    adapted, in_memory, moved = measured(model, given, None)
+    given = made_inputs(model) if inputs is None else inputs
+    adapted, in_memory, moved = measured(model, inputs, None)
     del model, tuner
     merged = outputs_of(_loaded(kind, user_path(folder), dtype), given)
     return compared(adapted, merged, None if moved is None else moved - in_memory)

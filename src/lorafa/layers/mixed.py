@@ -21,8 +21,8 @@ from lorafa.errors import BackendError
 from lorafa.numerics.fused import is_traced
 from lorafa.numerics.rows import MANY, Product, add_low_rank_, added
 
-_ONE_OF_MANY = re.compile(r"\.\d+\.(.*\.)?\d+(\.|$)")
-"""A path inside a list inside a list, as that of one expert of a layer is."""
+_ONE_OF_MANY = re.compile(r"\.\d+\.(.*\.)?\d+(\.|$)|(^|\.)experts?\.?[^.]*\d(\.|$)")
+"""A path inside a list inside a list, or that of one of several experts: ``layers.1.ffn.experts.expert_0.fc1``."""
 
 
 def output(layer: AdaptedLayer, rows: Rows, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

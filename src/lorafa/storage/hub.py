@@ -52,7 +52,7 @@ def locate(
     root = user_path(source)
     if root.is_dir():
         return _in_folder(root / subfolder if subfolder else root, filenames)
-    if not _may_be_hub_id(str(source)):
+    if root.is_file() or not _may_be_hub_id(str(source)):
         hint = " It is a file: name the folder it is in." if root.is_file() else " Check the path."
         raise SourceError(f"There is no folder {str(source)!r}.{hint}")
     return _on_hub(str(source), filenames, subfolder, hub)

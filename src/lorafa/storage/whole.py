@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,19 @@ def _remove_left_over(path: Path) -> None:
             with _held(left) as free:
                 if free:
                     shutil.rmtree(left, ignore_errors=True)
+
+
+def require_apart(out: Path, read: Mapping[str, Sequence[Path]]) -> None:
+    """Raises ConfigError where the folder to be written is, or holds, what is read.
+
+    Args:
+        read: what it is, in words -> folders or files; those that are not there are passed over.
+    """
+    target = out.resolve()
+    for what, places in read.items():
+        for place in places:
+            if place.exists() and place.resolve().is_relative_to(target):
+                raise ConfigError(f"{out} is, or holds, {what} ({place}), which is read. Choose another folder.")
 
 
 def require_free(path: str | Path, *, overwrite: bool | None) -> Path:

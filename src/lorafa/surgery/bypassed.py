@@ -38,6 +38,7 @@ _SCAN = "a kernel takes its weight, one filter a channel, which has no room for 
 _PROJECTIONS = "Target the projections beside it, or leave it out."
 _CONV = Reader(passes_by=("conv1d",), why=_SCAN, instead=_PROJECTIONS)
 _SHORT_CONV = Reader(passes_by=("conv",), why=_SCAN, instead=_PROJECTIONS)
+_POSITIONS = Reader(passes_by=("rel_embeddings",), why="the encoder takes its rows itself", instead="Leave it out.")
 _MAMBA = Reader(("x_proj", "dt_proj", "out_proj"), ("conv1d",), _SCAN, _PROJECTIONS)
 _MAMBA2 = Reader(("out_proj",), ("conv1d",), _SCAN, _PROJECTIONS)
 
@@ -52,6 +53,7 @@ READERS: dict[str, Reader] = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": Reader(("linear1", "linear2"), drops=True),
     "WavLMAttention": Reader(("q_proj", "k_proj", "v_proj", "out_proj")),
     "LongcatFlashTopkRouter": Reader(("classifier",)),
+    **dict.fromkeys(("DebertaEncoder", "DebertaV2Encoder"), _POSITIONS),
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), _MAMBA),
     **dict.fromkeys(("JambaMambaMixer",), Reader(("dt_proj",), ("conv1d",), _SCAN, _PROJECTIONS)),
     **dict.fromkeys(
@@ -164,14 +166,14 @@ def _may_call(classes: Sequence[type], name: str) -> bool:
 
     Yes where that class has no ``forward`` in Python, or one that goes through its children.
     """
-    words = [_words_of(cls) for cls in classes]
+    words = [words_of(cls) for cls in classes]
     forward = words[0].get("forward")
     if forward is None or not name.isidentifier() or _CHILDREN & forward:
         return True
     return any(name in used for by_method in words for used in by_method.values())
 
 
-def _words_of(cls: type) -> dict[str, set[str]]:
+def words_of(cls: type) -> dict[str, set[str]]:
     """Name of a method -> the names and texts in its code, for those that may run a child."""
     found: dict[str, set[str]] = {}
     for base in cls.__mro__:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorafa.adapter import full_precision
 from lorafa.errors import AdapterError, BackendError, ConfigError
-from lorafa.numerics.linalg import full_svd, working_dtype
+from lorafa.numerics.linalg import all_finite, full_svd, working_dtype
 from lorafa.numerics.low_rank import nearest_product, product_energy
 from lorafa.numerics.task_arithmetic import task_arithmetic
 from lorafa.spec import LayerSpec
@@ -121,7 +121,9 @@ def combine_layer(
             A, B = _stacked(shares, groups)
             error = LayerError(_rank(A, groups), product_energy(A, B), 0.0)
             A, B = _ungrouped(A, B, groups)
-    return Combined(A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype), 1.0, error)
+    made = Combined(A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype), 1.0, error)
+    _require_finite(name, dtype, made.A, made.B, *(() if made.bias is None else (made.bias,)))
+    return made
 
 
 def _seed(asked: Combining) -> int:
@@ -148,6 +150,15 @@ def _require_values(name: str, shares: Sequence[Share]) -> None:
                 f"{name}: adapter {share.adapter!r} holds values that are not finite (NaN or infinity). The training "
                 "it comes from diverged: take an earlier checkpoint. Nothing was changed."
             )
+
+
+def _require_finite(name: str, dtype: torch.dtype, *made: Tensor) -> None:
+    """Raises AdapterError where finite values have been made more than a number format holds."""
+    if not all(all_finite(tensor) for tensor in made):
+        raise AdapterError(
+            f"{name}: with these weights the combination has values that {str(dtype).removeprefix('torch.')} cannot "
+            "hold. Give smaller weights, or adapters of a wider dtype. Nothing was changed."
+        )
 
 
 def _require_factors(asked: Combining, name: str, shares: Sequence[Share]) -> None:
@@ -244,6 +255,7 @@ def _by_svd(
     family, matrix = asked.rule.family, None
     if family is None and all(share.dense is None for share in shares):
         A, B = _stacked(shares, groups)
+        _require_finite(name, A.dtype, A, B)
         A_cut, B_cut, S = nearest_product(A, B, rank, asked.svd_driver)
     else:
         weights = torch.tensor([share.weight for share in shares], dtype=torch.float64)
@@ -252,6 +264,7 @@ def _by_svd(
             matrix = task_arithmetic(updates, weights)
         else:
             matrix = family(updates, weights, asked, spec.generator())
+        _require_finite(name, matrix.dtype, matrix)
         svd = full_svd(matrix, asked.svd_driver)
         A_cut, B_cut, S = svd.Vh[..., :rank, :], (svd.U * svd.S[..., None, :])[..., :rank], svd.S
     A_cut, B_cut = _filled_up(A_cut, B_cut, rank, spec)

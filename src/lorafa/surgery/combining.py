@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -163,6 +163,8 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> list[flo
             f"Adapters and weights are given as lists, found {adapters!r} and {weights!r}. Pass [{adapters!r}] and "
             f"[{weights!r}]."
         )
+    if not isinstance(adapters, Iterable) or not isinstance(weights, Iterable):
+        raise AdapterError(f"Adapters and weights are given as lists, found {adapters!r} and {weights!r}.")
     adapters, weights = list(adapters), list(weights)
     if not adapters:
         raise AdapterError("No adapters are named, so there is nothing to combine. Name at least one.")

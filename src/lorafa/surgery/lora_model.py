@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorafa.adapter import Variant
 from lorafa.config import LoraConfig
 from lorafa.context import EMPTY, CurrentCall, ForwardContext
-from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten, warn
+from lorafa.errors import AdapterError, ConfigError, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
+from lorafa.numerics.fused import is_traced
 from lorafa.surgery import activate
 from lorafa.surgery.apply import apply
 from lorafa.surgery.build import Options
@@ -24,15 +24,12 @@ from lorafa.surgery.forward import is_checkpointed
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
 from lorafa.surgery.mixed import in_pass, rows_of
-from lorafa.surgery.patterns import any_of
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resize import resize_vocabulary
 from lorafa.surgery.resolve import Resolved, resolve
 from lorafa.surgery.stats import Stats
 from lorafa.surgery.verify import MergeCheck, verified
-from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name, wrapped_places
-
-_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+from lorafa.surgery.walk import hosts, lora_layers, require_module, wrapped_places
 
 
 class LoraModel(CombinesAdapters):
@@ -276,7 +273,7 @@ class LoraModel(CombinesAdapters):
         named = kwargs.get("adapter_names")
         kwargs = {name: value for name, value in kwargs.items() if name != "adapter_names"}
         if not self._readers and named is None:
-            return function(*args, **kwargs)
+            return self._plain(function, args, kwargs, keeps=keeps)
         arguments = _by_name(self.model.forward, args, kwargs)
         rows = None if named is None else rows_of(self.model, named, self.peft_config, arguments, trains=keeps)
         active = self.active_adapters if rows is None else rows.names
@@ -298,15 +295,31 @@ class LoraModel(CombinesAdapters):
         ):
             return passed(function(*args, **kwargs))
 
+    def _plain(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, keeps: bool) -> Any:
+        """A call of which adapters have nothing to know; neither it nor its backward pass goes by another one.
+
+        What is traced as a whole has no layers that run again from here.
+        """
+        if is_traced() or not (keeps or self.call.opened):
+            return function(*args, **kwargs)
+        with self.call.holding(EMPTY, keeps=keeps, recomputes=lambda: is_checkpointed(self.model)) as passed:
+            return passed(function(*args, **kwargs))
+
     @contextmanager
     def _stepping(self, readers: Mapping[str, Variant], context: ForwardContext) -> Iterator[None]:
         """Let the readers see each forward pass of the model inside before it runs."""
 
+        held = context
+
         def before(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            nonlocal held
+            if self.call.opened is not held:  # another call, inside this one or of another thread
+                return
             arguments = _by_name(self.model.forward, args, kwargs)
             facts = {name: variant.step(context.facts[name], arguments) for name, variant in readers.items()}
             rows = None if context.rows is None else in_pass(context.rows, arguments)
-            self.call.step(ForwardContext(facts, rows))
+            held = ForwardContext(facts, rows)
+            self.call.step(held)
 
         handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
         try:
@@ -336,55 +349,3 @@ def _by_name(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     """The arguments of a call by the names that the model's forward has for them."""
     names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     return dict(zip(names, args, strict=False)) | dict(kwargs)
-
-
-def inject_adapter_in_model(
-    peft_config: LoraConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Put an adapter on ``model`` without wrapping the model itself, and make it count and train.
-
-    The configs are then at ``model.peft_config``.
-
-    Args:
-        state_dict: tensors of an adapter: the layers they are of get one, whatever ``target_modules`` names. No value
-            is read: :func:`lorafa.set_peft_model_state_dict` fills the adapter.
-
-    Raises:
-        TargetError: ``state_dict`` has no factors of a layer, or of one the model does not have.
-        As :func:`lorafa.get_peft_model`; nothing is changed then.
-    """
-    config = lora_config(peft_config)
-    activate.require_nothing_merged(require_module(model))
-    if state_dict is not None:
-        config = _with_targets_of(state_dict, config, model)
-    tuner = LoraModel(model)
-    tuner.peft_config = getattr(model, "peft_config", {})
-    tuner.inject_adapter(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
-    tuner.set_adapter(adapter_name, config.inference_mode)
-    model.peft_config = tuner.peft_config  # type: ignore[assignment]
-    return model
-
-
-def _with_targets_of(state_dict: Mapping[str, Tensor], config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """The config with the layers as targets that the tensors of an adapter belong to, each by its full name."""
-    names = {place.name for place in places(model)}
-    keys = (uncompiled_name(key).removeprefix("base_model.model.") for key in state_dict)
-    found = {key.partition(f".{factor}")[0] for key in keys for factor in _FACTORS if f".{factor}" in key}
-    if not found:
-        raise TargetError(
-            f"state_dict has no factors of a LoRA adapter; its keys are: {shorten(state_dict, 3) or '(none)'}. Pass "
-            "what get_peft_model_state_dict or load_peft_weights returned, or leave it out to go by target_modules."
-        )
-    unknown = sorted(found - names)
-    if unknown:
-        raise TargetError(
-            f"state_dict has factors of {len(unknown)} layers that the model does not have: {shorten(unknown, 3)}."
-            f"{did_you_mean(unknown[0], names)} It was made for another model."
-        )
-    return replace(
-        config, target_modules=any_of(found), layers_to_transform=None, layers_pattern=None
-    )

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lorafa.backends.offload import weight_of
-from lorafa.errors import BackendError, warn
+from lorafa.errors import BackendError
 from lorafa.layers.base import LoraLayer
 from lorafa.surgery.activate import require_adapters, require_uniform
 from lorafa.surgery.replicate import put_back, require_not_replicated
 from lorafa.surgery.ties import SharedRows, share_merged
+from lorafa.surgery.untied import loosen, says_tied
 from lorafa.surgery.walk import Parents, hosts, lora_layers, wrappers
 
 
@@ -72,7 +72,7 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
     """
     if merge:
         merge_adapter(model, adapter_names)
-    ties = _says_tied(model)
+    tied = says_tied(model)
     if not merge:
         unmerge_adapter(model)
     chosen = {id(host): _folded_in(model, host.active_adapters, adapter_names) for _, host in hosts(model)}
@@ -82,8 +82,8 @@ def unload(model: nn.Module, *, merge: bool, adapter_names: Sequence[str] | None
         plain = host.unwrapped(names)
         tables.share(host, plain, names)
         parents.replace(host, plain)
-    if merge:
-        _loosen(model, ties)
+    if merge and tied:
+        loosen(model)
     put_back(model)
     return model
 
@@ -92,26 +92,3 @@ def _folded_in(model: nn.Module, active: Sequence[str], adapter_names: Sequence[
     """The adapters a merge folds in: those that are merged already, and the named ones (default: the active ones)."""
     merged = [name for _, layer in lora_layers(model) for name in layer.merged_adapters]
     return list(dict.fromkeys([*merged, *(active if adapter_names is None else adapter_names)]))
-
-
-def _says_tied(model: nn.Module) -> bool:
-    """Whether the model says that its head shares the weight of its embedding."""
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "tie_word_embeddings", False))
-
-
-def _loosen(model: nn.Module, tied: bool) -> None:
-    """Correct ``config.tie_word_embeddings`` where merging gave head and embedding different weights."""
-    if not tied or not hasattr(model, "get_output_embeddings"):
-        return
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if head is None or head.weight is embedding.weight or head.weight.shape != embedding.weight.shape:
-        return
-    if (weight_of(head) == weight_of(embedding)).all():
-        head.weight = embedding.weight
-        return
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    warn(
-        "After merging, the output head and the input embedding hold different weights, so config.tie_word_embeddings "
-        "was set to False: saved with it set to True, one of the two would be lost."
-    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.errors import AdapterError, ConfigError
+from lorafa.errors import AdapterError, ConfigError, LoraError, first_line
 from lorafa.models.modes import evaluating
 from lorafa.surgery.activate import require_adapters, require_nothing_merged
 from lorafa.surgery.merge import merge_adapter, unmerge_adapter
@@ -88,7 +88,7 @@ def measured(
     require_nothing_merged(model)
     given = made_inputs(model) if inputs is None else dict(inputs)
     with evaluating(model), _counting(model, adapter_names):
-        adapted = outputs_of(model, given)
+        adapted = outputs_of(model, given) if inputs is not None else _first_outputs(model, given)
         try:
             merge_adapter(model, adapter_names)
             merged = outputs_of(model, given)
@@ -103,17 +103,19 @@ def measured(
 
 @contextmanager
 def _counting(model: nn.Module, names: Sequence[str] | None) -> Iterator[None]:
-    """Exactly these adapters count inside the block; None leaves those that do."""
+    """Exactly these adapters count inside the block, disabled ones too; None leaves those that are active."""
     if names is not None:
         require_adapters(model, names)
-    before = [(host, host.active_adapters) for _, host in hosts(model)]
+    before = [(host, host.active_adapters, host.disable_adapters) for _, host in hosts(model)]
     try:
-        for host, active in before:
-            host.activate(active if names is None else names)
+        for host, active, _ in before:
+            host.activate(active if names is None else list(dict.fromkeys(names)))
+            host.enable_adapters(True)
         yield
     finally:
-        for host, active in before:
+        for host, active, disabled in before:
             host.activate(active)
+            host.enable_adapters(not disabled)
 
 
 def compared(adapted: Tensor, merged: Tensor, noise: Tensor | None) -> MergeCheck:
@@ -157,6 +159,7 @@ def made_inputs(model: Any, rows: int = 2, length: int = 32) -> dict[str, Tensor
             "outputs on: verify={...}, the arguments of its forward."
         )
     longest = getattr(text, "max_position_embeddings", None) or length
+    longest = length if longest < 1 else longest  # XLNet says -1
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     ids = torch.randint(vocabulary, (rows, min(length, longest)), generator=generator).to(device)
@@ -164,6 +167,23 @@ def made_inputs(model: Any, rows: int = 2, length: int = 32) -> dict[str, Tensor
     if getattr(config, "is_encoder_decoder", False):
         made["decoder_input_ids"] = ids
     return made
+
+
+def _first_outputs(model: nn.Module, made: Inputs) -> Tensor:
+    """Outputs on inputs that :func:`made_inputs` has made.
+
+    Raises:
+        ConfigError: the model does not take them.
+    """
+    try:
+        return outputs_of(model, made)
+    except LoraError:
+        raise
+    except Exception as error:  # of the model's own code: any kind
+        raise ConfigError(
+            f"The model cannot be asked with token ids alone: {first_line(error)}. Give some inputs to "
+            "compare outputs on: verify={...}, the arguments of its forward."
+        ) from error
 
 
 def verified(model: nn.Module, verify: bool | Inputs, adapter_names: Sequence[str] | None = None) -> MergeCheck | None:

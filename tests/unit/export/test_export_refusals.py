@@ -250,6 +250,11 @@ def test_targets_and_folders(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "mine").exists()
     (tmp_path / "file").write_text("x")
     refused(folder, "vllm", tmp_path / "file", ConfigError, "is no folder. Choose another place")
+    for place, what in ((Path(folder), "the adapter"), (tmp_path / "base", "its base model")):
+        assert any(place.iterdir())
+        text = f"is, or holds, {what} .*which is read. Choose another folder"
+        refused(folder, "vllm", place, ConfigError, text, overwrite=True)
+        assert any(place.iterdir())
 
 
 def test_a_disk_that_fills_up_leaves_the_folder_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,6 +309,14 @@ def test_loftq(pair: list[Path]) -> None:
         why_base(pair)
 
 
+def test_one_adapter_by_two_names(pair: list[Path], tmp_path: Path) -> None:
+    again = pair[0] / ".." / pair[0].name
+    with pytest.raises(ConfigError, match="is given twice, and its update would count twice"):
+        combine_files([pair[0], again], [1.0, 1.0], tmp_path / "out", Combining())
+    with pytest.raises(ConfigError, match="is given twice"):
+        combine_on_base(nn.Linear(2, 2), [pair[0], again], [1.0, 1.0], tmp_path / "out", Combining())
+
+
 def test_a_folder_that_holds_something_is_left_alone(pair: list[Path]) -> None:
     before = sorted(path.name for path in pair[0].iterdir())
     with pytest.raises(ConfigError, match="exists and is not empty, and nothing is overwritten"):

@@ -56,7 +56,7 @@ def test_a_folder_without_an_adapter_says_what_it_holds(tmp_path):
         find_adapter_files(tmp_path)
 
 
-def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path):
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match=r"There is no folder '.*gone'\. Check the path\."):
         find_adapter_files(tmp_path / "gone")
     with pytest.raises(SourceError, match=r"There is no folder '\./gone'\. Check the path"):
@@ -66,6 +66,9 @@ def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SourceError, match=r"There is no folder '.*file'\. It is a file: name the folder it is in"):
         find_adapter_files(tmp_path / "file")
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(SourceError, match=r"It is a file: name the folder it is in"):  # and the Hub is not asked
+        find_adapter_files(f"{tmp_path.name}/file")
 
 
 def test_an_option_the_hub_does_not_have_is_refused_for_folders_too(tmp_path):

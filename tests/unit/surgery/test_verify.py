@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, MergeCheck, check_merge, get_peft_model
@@ -85,6 +86,25 @@ def test_only_the_named_adapters_are_compared() -> None:
     assert_unchanged(before, model)
 
 
+def test_a_name_that_is_given_twice_counts_once_as_in_the_merge() -> None:
+    model = language_model(llama, torch.float32)
+    assert check_merge(model, adapter_names=["default", "default"]).explained
+    model.merge_adapter(["default", "default"], verify=True)
+    assert all(layer.merged_adapters == ["default"] for _, layer in model.base_model.lora_layers())
+
+
+def test_disabled_adapters_count_while_they_are_compared() -> None:
+    """Else a base is compared with itself, and any merge is right."""
+    model = language_model(llama, torch.float32)
+    plain = model(input_ids=IDS).logits
+    with model.disable_adapter():
+        base = model(input_ids=IDS).logits
+        check = check_merge(model)
+        assert 0 < check.max_error < 1e-4
+        assert torch.equal(model(input_ids=IDS).logits, base)
+    assert torch.equal(model(input_ids=IDS).logits, plain)
+
+
 def test_a_model_is_asked_in_evaluation_and_left_in_its_mode() -> None:
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5))
     train(model)
@@ -99,6 +119,26 @@ def test_models_that_read_no_tokens_need_inputs() -> None:
     with pytest.raises(ConfigError, match=r"which takes no token ids. Give some to compare outputs on"):
         check_merge(model)
     assert check_merge(model, {"x": torch.randn(3, 12)}).explained
+
+
+def test_models_that_read_more_than_tokens_need_inputs() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen = sizes | {"image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=sizes | {"vocab_size": 32}, vision_config=seen)
+    model = get_peft_model(transformers.CLIPModel(config), LoraConfig(r=2, target_modules=["q_proj"]))
+    train(model)
+    before = everything(model)
+    with pytest.raises(ConfigError, match=r"The model cannot be asked with token ids alone: .*Give some"):
+        check_merge(model)
+    assert_unchanged(before, model)
+
+
+def test_a_model_without_a_longest_input_is_asked() -> None:
+    config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    assert config.max_position_embeddings == -1
+    model = get_peft_model(transformers.XLNetLMHeadModel(config), LoraConfig(r=2, target_modules=["layer_1"]))
+    train(model)
+    assert check_merge(model).explained
 
 
 def test_a_quantized_base_is_reported_without_a_bound() -> None:
