@@ -34,6 +34,7 @@ from lorafa.storage.tensors import (
     write_tensors,
 )
 from lorafa.storage.whole import make_folder, read_json, staged, write_json
+from lorafa.surgery.alone import layers_alone
 from lorafa.surgery.available import require_available
 from lorafa.surgery.walk import Place, lora_layers, places, pristine_of, uncompiled
 from lorafa.variants import switches, variant_types
@@ -233,7 +234,7 @@ def _side_entry(
         side["start" if moved else "config"] = {field: original[field] for field in _changed() if field in original}
     if own := {field: original[field] for field in LORAFA_ONLY if field in original}:
         side["own"] = own
-    if fallbacks := {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}:
+    if fallbacks := {key: layer.fallbacks[name] for key, layer in layers_alone(model, name) if name in layer.fallbacks}:
         side["fallbacks"] = fallbacks
     if config.start.initializer.quantizer is not None:
         layers = [(path, layer) for path, layer in _fingerprinted(model) if name in layer.adapters and layer.origin]
@@ -325,9 +326,9 @@ def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
 
     That is why layers did not start as the config says, and the dense weight of layers that the start has quantized.
     """
-    for path, layer in lora_layers(model) if stored.fallbacks else ():
-        if path in stored.fallbacks and name in layer.adapters:
-            layer.adapters[name].fallback = stored.fallbacks[path]
+    for key, layer in layers_alone(model, name) if stored.fallbacks else ():
+        if key in stored.fallbacks:
+            layer.adapters[name].fallback = stored.fallbacks[key]
     if not stored.quantized:
         return
     for path, layer in _fingerprinted(model):

@@ -20,8 +20,8 @@ from lorafa.io.peft_format import (
     file_tensors,
     has_start,
     load_tensors,
+    named_as_in_files,
     pristine_tensors,
-    without_prefix,
 )
 from lorafa.io.strict import compare
 from lorafa.io.tables import which_tables
@@ -99,7 +99,7 @@ def set_peft_model_state_dict(
     require_adapters(inner, [adapter_name])
     require_unmerged(inner, adapter_name, "loading other values into it")
     config, with_start = configs[adapter_name], has_start(inner, adapter_name)
-    tensors = without_prefix(peft_model_state_dict)
+    tensors = named_as_in_files(inner, adapter_name, peft_model_state_dict)
     converted = as_peft(Raw(Path(_STATE_DICT), {}, config, tensors, {}), BaseNames(inner))
     fits = fitting(
         inner, adapter_name, config, tensors if converted is None else converted[1],

@@ -88,8 +88,7 @@ def _host_for(
     """
     wrapper = target.wrapper
     if wrapper is None:
-        # The layer of a parameter goes around those of the other parameters of its module.
-        module = target.module if target.parameter is None else model.get_submodule(target.path)
+        module = target.module if target.parameter is None else target.to_wrap(model.get_submodule(target.path))
         wrapper = target.layer_type.around(module if base is None else base, target.parameter)
         wrapper.origin = None if base is None else describe(cast(Tensor, module.weight))
         wrapper.call = call
