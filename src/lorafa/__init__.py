@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         set_base_model_state_dict,
         set_peft_model_state_dict,
     )
+    from lorafa.io.stream import MergedFiles, merge_to_folder
+    from lorafa.io.verify_folder import check_merged_folder
     from lorafa.optimizers import (
         LoraFAOptimizer,
         create_lorafa_optimizer,
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from lorafa.surgery.scale import rescale_adapter_scale
     from lorafa.surgery.slots import prepare_model_for_compiled_hotswap
     from lorafa.surgery.status import get_layer_status, get_model_status
+    from lorafa.surgery.verify import MergeCheck, check_merge
 
 __all__ = [
     "ArrowConfig",
@@ -106,6 +109,8 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MergeCheck",
+    "MergedFiles",
     "MontecloraConfig",
     "PeftConfig",
     "PeftMixedModel",
@@ -126,6 +131,8 @@ __all__ = [
     "check_gradients",
     "check_hotswap_configs_compatible",
     "check_if_peft_model",
+    "check_merge",
+    "check_merged_folder",
     "choose_ranks",
     "collect_statistics",
     "convert_to_lora",
@@ -152,6 +159,7 @@ __all__ = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "merge_into_dense",
+    "merge_to_folder",
     "mutate_base",
     "penalty",
     "prepare_model_for_compiled_hotswap",
@@ -191,6 +199,8 @@ _HOMES = {
     "LoraGAConfig": "lorafa.settings.methods",
     "LoraModel": "lorafa.surgery.lora_model",
     "LoraRuntimeConfig": "lorafa.settings.methods",
+    "MergeCheck": "lorafa.surgery.verify",
+    "MergedFiles": "lorafa.io.stream",
     "MontecloraConfig": "lorafa.settings.methods",
     "PeftConfig": "lorafa.config",
     "PeftMixedModel": "lorafa.peft_model",
@@ -210,6 +220,8 @@ _HOMES = {
     "check_gradients": "lorafa.surgery.gradients",
     "check_hotswap_configs_compatible": "lorafa.surgery.hotswap",
     "check_if_peft_model": "lorafa.io.load",
+    "check_merge": "lorafa.surgery.verify",
+    "check_merged_folder": "lorafa.io.verify_folder",
     "choose_ranks": "lorafa.starts.ranks",
     "collect_statistics": "lorafa.starts.initialize",
     "convert_to_lora": "lorafa.io.convert",
@@ -236,6 +248,7 @@ _HOMES = {
     "inject_adapter_in_model": "lorafa.surgery.lora_model",
     "load_peft_weights": "lorafa.io.load",
     "merge_into_dense": "lorafa.surgery.dequantize",
+    "merge_to_folder": "lorafa.io.stream",
     "mutate_base": "lorafa.surgery.mutate",
     "penalty": "lorafa.surgery.penalty",
     "prepare_model_for_compiled_hotswap": "lorafa.surgery.slots",

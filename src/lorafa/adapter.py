@@ -333,10 +333,20 @@ class Adapter:
         assert self.start is not None
         return self._product(self.start.A, self.start.B)
 
+    def checked_factors(self) -> tuple[Tensor, Tensor]:
+        """:attr:`factors` for who makes a weight of them; as :meth:`delta_weight` it refuses modules that were swapped.
+        """
+        if not self.as_made:
+            self.layer.require_readable(self)
+        return self.factors
+
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
         dtype = working_dtype(A.dtype)
         with full_precision(A):
-            return self.scaling * (B.to(dtype) @ A.to(dtype))
+            product = B.to(dtype) @ A.to(dtype)
+        if torch.is_grad_enabled():
+            return self.scaling * product
+        return product.mul_(self.scaling)  # the same numbers, without a second matrix of this size
 
     def drop(self, x: Tensor) -> Tensor:
         """x with the adapter's dropout; x itself where it drops nothing."""
@@ -367,6 +377,8 @@ class Adapter:
         """The change of the weight, (out, in), given the base weight (out, in); differentiable in A, B and extras."""
         if not self.as_made:
             self.layer.require_readable(self)
+        if self.variant.plain:  # reads no number of the weight, which would be converted for nothing
+            return self.variant.delta_weight(self, weight)
         return self.variant.delta_weight(self, weight.to(working_dtype(weight.dtype)))
 
     def delta_output(self, x: Tensor, y: Tensor) -> Tensor:

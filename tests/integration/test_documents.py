@@ -132,6 +132,7 @@ NAMES: dict[str, dict[str, Callable[[], Any]]] = {
     "docs/combining.md": {"base": _base},
     "docs/inspecting.md": {"model": _adapted},
     "docs/loading.md": {"base": _base},
+    "docs/merging.md": {"model": _adapted},
     "docs/optimizers.md": {"model": _adapted, "rows": _rows},
     "docs/peft.md": {
         "model": _adapted,
@@ -306,7 +307,7 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         started, rest = launched.training_script, launched.training_script_args
         assert (launched.module, started) in ((True, "lorafa.cli.main"), (False, EVALUATION))
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
-    elif words[:2] in {("lorafa", "params"), ("lorafa", "report"), ("lorafa", "combine")} or words[:3] in PLANNED:
+    elif words[:2] in {("lorafa", name) for name in ("params", "report", "combine", "merge")} or words[:3] in PLANNED:
         assert main(list(words[1:])) == 0
     elif words[:2] == ("lorafa", "export"):
         at = words.index("--out") + 1

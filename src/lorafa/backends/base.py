@@ -21,6 +21,7 @@ from lorafa.backends.oddities import (
 )
 from lorafa.backends.offload import hooked_as, in_memory, without_hooks
 from lorafa.numerics.fused import Codes
+from lorafa.numerics.linalg import all_finite
 
 __all__ = ["Backend", "is_finite", "is_hooked", "is_plain", "replaced"]
 
@@ -160,4 +161,4 @@ def is_finite(new: nn.Module, old: nn.Module) -> bool:
     shared = {id(tensor) for tensor in (*old._parameters.values(), *old._buffers.values())}
     here: nn.Module = in_memory(new)
     own = [t for t in (*here.parameters(recurse=False), *here.buffers(recurse=False)) if id(t) not in shared]
-    return all(bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all()) for t in own)
+    return all(map(all_finite, own))

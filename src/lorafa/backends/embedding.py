@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorafa.backends.base import Backend, replaced
 from lorafa.backends.oddities import changing_hooks, fixed, is_plain, own_forward, own_tensor, unsettled
+from lorafa.backends.offload import in_memory, rests_elsewhere
 
 
 def is_table(module: nn.Module) -> bool:
@@ -44,12 +45,17 @@ class EmbeddingBackend(Backend):
 
     def _own_lookup(self, layer: nn.Module) -> str | None:
         """Why rows are not just looked up and scaled; where there is a scale the first and the last row are tried."""
-        odd, table = own_forward(layer, self.formula), own_tensor(layer, self.weight_name)
+        odd = own_forward(layer, self.formula)
+        if odd is not None and rests_elsewhere(layer) and hasattr(layer, "embed_scale"):
+            layer = in_memory(layer)  # without the hooks that bring the table in, and with its values
+        table = own_tensor(layer, self.weight_name)
         if odd is None or "forward" in layer.__dict__ or not hasattr(layer, "embed_scale"):
             return odd
         if table is None or table.is_meta or not is_plain(table):
             return odd if table is None else None
         embedding: Any = layer
+        if isinstance(embedding.embed_scale, Tensor) and embedding.embed_scale.is_meta:  # nor does it have a value here
+            return None
         rows = torch.tensor([[0, len(table) - 1]], device=table.device)
         try:
             with torch.no_grad():

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lorafa.cli import chat, combine, compare, eval, export, generate, inspect, params, plan, report, train
+from lorafa.cli import chat, combine, compare, eval, export, generate, inspect, merge, params, plan, report, train
 from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
 from lorafa.launch import leave
@@ -23,7 +23,7 @@ from lorafa.version import VERSION
 if TYPE_CHECKING:
     from rich.console import Console
 
-COMMANDS = (train, eval, generate, chat, report, compare, combine, export, inspect, params, plan)
+COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export, inspect, params, plan)
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130

@@ -11,12 +11,12 @@ from lorafa.errors import ConfigError
 from lorafa.export import EXPORTERS
 from lorafa.export.base import BaseFacts, facts_of, load_adapted
 from lorafa.export.entry import Exporter
-from lorafa.export.folder import new_folder, require_free
 from lorafa.export.proof import Proof, inputs_for, logits_of, prove
 from lorafa.export.source import of_files, of_model, require_matrix_formula
 from lorafa.export.update import PlainAdapter
 from lorafa.peft_model import PeftModel
 from lorafa.storage.paths import user_path
+from lorafa.storage.whole import folder_written_whole, require_free
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
 
@@ -59,7 +59,7 @@ def export_adapter(
             one the adapter names, of which the config alone is read where that is enough.
         merged: write the whole model, with the updates in its weights, in the form of transformers.
         verify: read back what was written by its reader's rules and compare the updates; with a base the logits, too.
-        overwrite: take the place of a folder that is there.
+        overwrite: take the place of a folder that is there, if it holds a model or an adapter.
 
     Raises:
         ConfigError: an argument is wrong; the update needs a rank or the base; ``out`` is there already.
@@ -83,7 +83,7 @@ def export_adapter(
     model = None if base is None else load_adapted(place, config, name)
     adapter = of_files(place, rank) if model is None else of_model(model, place, rank=rank)
     exporter.check(adapter, facts)
-    with new_folder(folder, overwrite=overwrite) as stage:
+    with folder_written_whole(folder, overwrite=overwrite) as stage:
         notes = [*_lost(adapter), *exporter.write(adapter, stage, facts)]
         proof = prove(exporter, adapter, stage, facts, model) if verify else None
         files = _files(stage)
@@ -121,7 +121,7 @@ def _merged(
     with model.disable_adapter():
         without = logits_of(model, inputs) if verify else None
     whole, notes = _merge(model)
-    with new_folder(folder, overwrite=overwrite) as stage:
+    with folder_written_whole(folder, overwrite=overwrite) as stage:
         whole.save_pretrained(stage)
         notes += [*_tokenizer(place, facts.name, stage), *exporter.beside_merged(stage, facts)]
         proof = None

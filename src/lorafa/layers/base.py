@@ -16,6 +16,7 @@ from lorafa.backends.offload import device_of, in_memory, value_of, weight_of
 from lorafa.context import Rows
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers import mixed, own_modules
+from lorafa.layers.blocks import sum_in_blocks
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Extras, Stored, freeze_all_but, held_by, linear_holder, set_mode
@@ -431,8 +432,11 @@ class LoraLayer(Host):
     @torch.no_grad()
     def merged_base(self, names: Sequence[str]) -> nn.Module:
         """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
-        self._require_mergeable()  # before its weight is read: what is drawn anew is another weight each time
+        self.require_mergeable()  # before its weight is read: what is drawn anew is another weight each time
         adapters, weight = [self.adapters[name] for name in names], self.base_weight()
+        total = None if self.backend.quantized else sum_in_blocks(weight, adapters)
+        if total is not None:
+            return self._with_total(total, names, self.updated_bias(adapters))
         changes = (adapter.delta_weight(weight) for adapter in adapters)
         return self.with_changes(changes, names, self.updated_bias(adapters))
 
@@ -443,7 +447,7 @@ class LoraLayer(Host):
         Raises:
             BackendError: the weight is not the one that the layer computes with.
         """
-        self._require_mergeable()
+        self.require_mergeable()
         weight = self.base_weight()
         total = weight.to(working_dtype(weight.dtype))
         for name in names:
@@ -457,11 +461,18 @@ class LoraLayer(Host):
             AdapterError: it would not be finite; ``names`` are the adapters the changes come from.
             BackendError: the layer cannot hold it.
         """
-        self._require_mergeable()
+        self.require_mergeable()
         weight = self.base_weight()
         total = weight.to(working_dtype(weight.dtype))
         for change in changes:
-            total = total + change
+            if total is weight or change.dtype != total.dtype:
+                total = total + change
+            else:
+                total += change  # a copy by now; the same sum, without a third matrix of this size
+            del change  # before the next one is made
+        return self._with_total(total, names, bias)
+
+    def _with_total(self, total: Tensor, names: Sequence[str], bias: Tensor | None) -> nn.Module:
         changed = self.backend.with_weight(self.pristine, total, bias)
         if self.backend.quantized:  # codes are no numbers, and scales may be in no tensor of the layer's own
             numbers = (self.backend.weight(in_memory(changed)), value_of(changed, self.backend.bias(changed)))
@@ -476,7 +487,8 @@ class LoraLayer(Host):
             )
         return changed
 
-    def _require_mergeable(self) -> None:
+    def require_mergeable(self) -> None:
+        """Raises BackendError where another weight in the base layer would not change its output as an adapter does."""
         odd = self.backend.merges(self.pristine)
         if odd is not None:
             raise BackendError(

@@ -60,6 +60,16 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is inf or nan, found without a mask of the tensor's size; True for whole numbers."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    values = tensor.detach()
+    if values.dtype.itemsize == 1:  # torch compares no numbers of 8 bits
+        values = values.to(torch.bfloat16)
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())  # both are nan if any value is
+
+
 def float_matrix(matrix: Tensor) -> Tensor:
     """Detached, in its :func:`working_dtype`."""
     return matrix.detach().to(working_dtype(matrix.dtype))

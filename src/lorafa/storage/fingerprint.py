@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,17 @@ def fingerprint(module_weights: Iterable[tuple[str, Tensor | None]]) -> Fingerpr
 
 def describe(weight: Tensor) -> dict[str, Any]:
     """Shape and dtype of a weight, a hash of a few of its rows in bfloat16, and some of their values."""
-    rows = _some_rows(weight.detach())
+    return described_rows(_some_rows(weight.detach()), weight.shape, weight.dtype)
+
+
+def described_rows(rows: Tensor, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """The same of a weight of which only the rows ``some_rows`` of two or more dimensions are at hand."""
     rounded = rows.to(torch.float32).to(torch.bfloat16).cpu().contiguous()
     values = rounded.flatten()
     picked = torch.linspace(0, max(values.numel() - 1, 0), min(SAMPLES, values.numel())).long()
     return {
-        "shape": list(weight.shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
         "hash": _hash(values),
         "sample": values[picked].tolist(),
     }
@@ -55,11 +59,15 @@ def describe(weight: Tensor) -> dict[str, Any]:
 def _some_rows(weight: Tensor) -> Tensor:
     """The first, middle and last row; a weight of one dimension is one row. Picked before anything is copied."""
     table = weight if weight.dim() > 1 else weight.reshape(1, -1)
-    last = table.shape[0] - 1
-    if last < 0:
+    if not table.shape[0]:
         return table
-    rows = sorted({round(i * last / (ROWS - 1)) for i in range(ROWS)})
-    return torch.stack([table[row] for row in rows])  # one index for all would wake every thread for three rows
+    # one index for all rows would wake every thread for three of them
+    return torch.stack([table[row] for row in some_rows(table.shape[0])])
+
+
+def some_rows(count: int) -> list[int]:
+    """Which of ``count`` rows, one or more, are looked at."""
+    return sorted({round(i * (count - 1) / (ROWS - 1)) for i in range(ROWS)})
 
 
 def _hash(values: Tensor) -> str:

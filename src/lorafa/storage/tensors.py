@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafa.errors import CheckpointError, first_line, shorten
+from lorafa.numerics.linalg import all_finite
 from lorafa.storage.whole import written_whole
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -104,7 +104,7 @@ def read_tensors(
         tensors = _read_pickle(path, allow_pickle)
     else:
         tensors, metadata = _read_safetensors(path)
-    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    broken = [name for name, tensor in tensors.items() if not all_finite(tensor)]
     if broken and require_finite:
         raise CheckpointError(
             f"{path} holds values that are not finite (NaN or infinity) in {len(broken)} of {len(tensors)} tensors: "
@@ -123,14 +123,6 @@ def is_pickle(path: Path) -> bool:
             return start[8:] != b"{" or int.from_bytes(start[:8], "little") >= path.stat().st_size
     except OSError:
         return True
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor  # torch compares no numbers of 8 bits
-    low, high = torch.aminmax(values)  # both are NaN if any value is; no mask is made
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def read_header(path: str | Path) -> dict[str, str]:
@@ -184,10 +176,9 @@ def entries_of(path: Path) -> dict[str, dict[str, Any]]:
     try:
         entries: dict[str, dict[str, Any]] = json.loads(header)
         entries.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        missing = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0) - size
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header is not readable. Fetch it again.") from error
-    missing = 8 + length + max(ends, default=0) - size
     if missing > 0:
         raise CheckpointError(
             f"{path} was cut off: {missing} of {size + missing} bytes are missing. Fetch or save it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -12,7 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorafa.errors import CheckpointError, LoraError
+from lorafa.errors import CheckpointError, ConfigError, LoraError
+
+
+MARKS = ("config.json", "adapter_config.json", "Modelfile", "*.gguf")
+"""Files by one of which a folder is known to hold a model or an adapter, which may be replaced on request."""
 
 
 @contextmanager
@@ -57,6 +62,121 @@ def staged(folder: Path) -> Iterator[Path]:
         raise CheckpointError(str(error).replace(str(stage), str(folder))) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def folder_written_whole(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Fill the folder this gives; it takes the place of ``path`` only when the block ends without an error.
+
+    After an error, an interrupt among them, it is gone with all that was written, and what was at ``path`` is as it
+    was. The files are to be on the disk (fsync) when the block ends.
+
+    Args:
+        overwrite: take the place of a folder that is there and not empty, if it holds a model or an adapter.
+
+    Raises:
+        ConfigError: something is there that is not to be replaced.
+        CheckpointError: the place cannot be written to, or the disk is full.
+    """
+    path = require_free(Path(path).absolute(), overwrite=overwrite)
+    parent = make_folder(path.parent)
+    temporary = parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        _remove_left_over(path)
+        temporary.mkdir()
+        with _held(temporary):
+            yield temporary
+            for file in (each for each in temporary.rglob("*") if each.is_file()):
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            _sync_folder(temporary)
+            require_free(path, overwrite=overwrite)  # again: others may have come first
+            _take_place(temporary, path)
+            _sync_folder(parent)
+    except LoraError as error:
+        if str(temporary) in str(error):
+            raise type(error)(str(error).replace(str(temporary), str(path))) from error
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written: {error.strerror or error}.{free_space(parent)} Nothing was changed. "
+            "Make room, or choose another place."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for the length of the block, or until the process is killed; whether it could be held.
+
+    It cannot where another process holds it. On Windows nothing is held and the answer is True.
+    """
+    if os.name == "nt":
+        yield True
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:  # another process has it, or the file system knows no locks
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes that were killed while they wrote the folder ``path`` have left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if os.name != "nt" else ():
+        if is_temporary(left) and left.is_dir() and not left.is_symlink():
+            with _held(left) as free:
+                if free:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def require_free(path: str | Path, *, overwrite: bool) -> Path:
+    """The path of a folder that may be made.
+
+    Raises:
+        ConfigError: a file, or a folder that is not to be replaced, is there.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return path
+    if not path.is_dir() or path.is_symlink():
+        raise ConfigError(f"{path} is no folder. Choose another place.")
+    if not any(path.iterdir()):
+        return path
+    if not overwrite:
+        raise ConfigError(
+            f"{path} exists and is not empty. Choose another place, or replace it (--overwrite, overwrite=True)."
+        )
+    if not any(any(path.glob(mark)) for mark in MARKS):
+        raise ConfigError(
+            f"{path} is not the folder of a model or an adapter (none of {', '.join(MARKS)} is in it), so it is not "
+            "replaced. Choose another place."
+        )
+    return path
+
+
+def _take_place(new: Path, path: Path) -> None:
+    if not path.exists() or not any(path.iterdir()):
+        if path.exists():
+            path.rmdir()
+        os.rename(new, path)
+        return
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")  # who is killed before the next line has this left
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from lorafa.surgery.activate import disabled
 from lorafa.surgery.combination import Combination
 from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.status import LayerStatus, ModelStatus, count_parameters, get_layer_status, get_model_status
+from lorafa.surgery.verify import MergeCheck
 
 
 class AdaptedModel(nn.Module):
@@ -155,27 +156,50 @@ class AdaptedModel(nn.Module):
         """Run the base model alone until :meth:`enable_adapter_layers`."""
         self.base_model.disable_adapter_layers()
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        verify: bool | Mapping[str, Any] = False,
+    ) -> MergeCheck | None:
         """Put updates (default: those of the active adapters) into the base weights until :meth:`unmerge_adapter`.
 
+        Args:
+            safe_merge: PEFT's; what is merged is always checked for inf and nan.
+            verify: compare outputs before and after (:func:`lorafa.check_merge`), on made token ids (True) or on these
+                arguments of the model's forward.
+
+        Returns:
+            How far the outputs are apart, with ``verify``; None without.
+
         Raises:
-            AdapterError, BackendError: as :func:`lorafa.surgery.merge.merge_adapter`; nothing was merged.
+            AdapterError, BackendError: as :func:`lorafa.surgery.merge.merge_adapter`, or the outputs are further apart
+                than rounding explains; nothing was merged.
         """
-        self.base_model.merge_adapter(adapter_names, safe_merge)
+        return self.base_model.merge_adapter(adapter_names, safe_merge, verify=verify)
 
     def unmerge_adapter(self) -> None:
         """Bring the pristine base weights back, bit for bit."""
         self.base_model.unmerge_adapter()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        verify: bool | Mapping[str, Any] = False,
     ) -> nn.Module:
         """The user's model with the updates folded in and every wrapper gone; always as safe as ``safe_merge`` asks.
+
+        Args:
+            verify: as for :meth:`merge_adapter`; :func:`lorafa.check_merge` gives the numbers.
 
         Raises:
             AdapterError, BackendError: as :meth:`merge_adapter`; the model is as it was.
         """
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, verify=verify)
 
     def unload(self) -> nn.Module:
         """The user's model as it was before any adapter, bit for bit; layers LoftQ has quantized stay so."""

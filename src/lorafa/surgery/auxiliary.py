@@ -72,11 +72,11 @@ def name_saved(draft: LoraConfig, named: list[Place], *, lenient: bool) -> None:
 
 
 def _saved_of(config: LoraConfig, named: list[Place]) -> set[int]:
-    return {id(p.module) for name in config.modules_to_save or () for p in _called(named, name)}
+    return {id(p.module) for name in config.modules_to_save or () for p in modules_called(named, name)}
 
 
 def _spelled(named: Iterable[Place], name: str) -> list[str]:
-    hits = _called(named, name)
+    hits = modules_called(named, name)
     return [name] if not hits or any(place.name.endswith(name) for place in hits) else [place.name for place in hits]
 
 
@@ -166,7 +166,7 @@ def _saved_modules(
     found: dict[int, nn.Module] = {}
     inside: set[int] = set()
     for name in config.modules_to_save or ():
-        hits = _called(named, name)
+        hits = modules_called(named, name)
         if not hits and name not in _heads(config):  # of the usual names of heads a model has one
             leaves = sorted({p.name.rpartition(".")[2] for p in named})
             message = (
@@ -211,7 +211,7 @@ def _check_can_be_saved(place: Place, name: str, adapted: Container[int]) -> Non
         )
 
 
-def _called(named: Iterable[Place], name: str) -> list[Place]:
+def modules_called(named: Iterable[Place], name: str) -> list[Place]:
     """Places whose name ends in ``name``, at a dot or not, as in PEFT: "norm" means input_layernorm, too.
 
     If there is none, those it is a regular expression for.

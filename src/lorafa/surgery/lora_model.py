@@ -29,6 +29,7 @@ from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resize import resize_vocabulary
 from lorafa.surgery.resolve import Resolved, resolve
 from lorafa.surgery.stats import Stats
+from lorafa.surgery.verify import MergeCheck, verified
 from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name, wrapped_places
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -185,19 +186,33 @@ class LoraModel(CombinesAdapters):
 
     # ---- weights
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        verify: bool | Mapping[str, Any] = False,
+    ) -> MergeCheck | None:
         """Put updates into the base weights until :meth:`unmerge_adapter`; always as safe as ``safe_merge`` asks."""
         self.say_lost()
+        check = verified(self.model, verify, adapter_names)
         merge_adapter(self.model, adapter_names)
+        return check
 
     def unmerge_adapter(self) -> None:
         """Bring the pristine base weights back, bit for bit."""
         unmerge_adapter(self.model)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        verify: bool | Mapping[str, Any] = False,
     ) -> nn.Module:
         """The user's model with the updates folded in and every wrapper gone."""
+        verified(self.model, verify, adapter_names)
         return self._unload(merge=True, adapter_names=adapter_names)
 
     def unload(self) -> nn.Module:

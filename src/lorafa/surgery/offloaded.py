@@ -43,7 +43,8 @@ def require_reachable(
             )
     for place in everything if config.bias != "none" else ():
         trained = config.bias == "all" or id(place.module) in wrapped
-        if trained and rests_elsewhere(place.module) and place.module._parameters.get("bias") is not None:
+        bias = place.module._parameters.get("bias")
+        if trained and rests_elsewhere(place.module) and bias is not None and bias.is_meta:
             raise ConfigError(
                 f"bias={config.bias!r} trains the bias of {place.name!r}, but that rests elsewhere and hooks of "
                 "accelerate bring in a copy for each call, so its gradient would be lost. Set bias='none', or keep the "

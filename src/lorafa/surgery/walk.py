@@ -43,7 +43,10 @@ def uncompiled_name(name: str) -> str:
 def embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
     """What ``get_input_embeddings`` or ``get_output_embeddings`` of a model returns; None where there is no such."""
     ask = getattr(model, getter, None)
-    found = ask() if callable(ask) else None
+    try:
+        found = ask() if callable(ask) else None
+    except NotImplementedError:  # transformers' word for a model that reads no tokens
+        return None
     return uncompiled(found) if isinstance(found, nn.Module) else None
 
 

@@ -241,10 +241,13 @@ def test_targets_and_folders(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").write_text("kept")
     refused(folder, "vllm", tmp_path / "out", ConfigError, "exists and is not empty.*--overwrite")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
+    refused(folder, "vllm", tmp_path / "out", ConfigError, "so it is not replaced", overwrite=True)
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    (tmp_path / "out" / "adapter_config.json").touch()
     export_adapter(folder, "vllm", tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "mine").exists()
     (tmp_path / "file").write_text("x")
-    refused(folder, "vllm", tmp_path / "file", ConfigError, "is a file, and a folder is to be written there")
+    refused(folder, "vllm", tmp_path / "file", ConfigError, "is no folder. Choose another place")
 
 
 def test_a_disk_that_fills_up_leaves_the_folder_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +258,7 @@ def test_a_disk_that_fills_up_leaves_the_folder_that_was_there(tmp_path: Path, m
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(whole.os, "replace", full)
+    monkeypatch.setattr(whole.os, "rename", full)
     refused(folder, "vllm", tmp_path / "out", CheckpointError, r"out.*No space left on device", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
