@@ -24,6 +24,7 @@ from lorafa.io.find import find_weights
 from lorafa.io.key_names import renamed
 from lorafa.io.layouts import LAYOUTS, as_peft
 from lorafa.io.layouts.names import BaseNames
+from lorafa.io.nesting import as_if_alone
 from lorafa.io.peft_format import load_tensors, misfit, wanted_tensors
 from lorafa.settings.checks import check_arguments, found
 from lorafa.storage.hub import HubOptions, locate
@@ -285,6 +286,10 @@ def fitting(
         CheckpointError: they do not fit, or what the adapter has must stay and has no values.
     """
     found = misfit(model, name, config, tensors, with_start=with_start)
+    if found:
+        want = wanted_tensors(model, name, config, tensors, with_start=with_start, values=False)
+        tensors = as_if_alone(model, name, tensors, want, path)
+        found = misfit(model, name, config, tensors, with_start=with_start)
     if ignore_sizes and (shapes := found.misshapen):
         own = wanted_tensors(model, name, config, tensors, with_start=with_start)
         if any(own[key].is_meta for key in shapes):
