@@ -86,13 +86,11 @@ def test_files_of_any_history_load_where_shapes_say_whose_factors_they_are(
     assert depths(again) == set(range(len(own)))
     with quiet():
         close(output(peft.PeftModel.from_pretrained(base(), tmp_path / "again")), output(model))
-    for fill in (
-        lambda: set_peft_model_state_dict(fresh, tensors),
-        lambda: hotswap_adapter_from_state_dict(fresh, tensors, "default", on(*own)),
-    ):
-        fresh = get_peft_model(base(), on(*own)).eval()
-        fill()
-        close(output(fresh), output(model))
+    filled, swapped = (get_peft_model(base(), on(*own)).eval() for _ in range(2))
+    set_peft_model_state_dict(filled, tensors)
+    hotswap_adapter_from_state_dict(swapped, tensors, "default", on(*own))
+    close(output(filled), output(model))
+    close(output(swapped), output(model))
 
 
 def test_peft_itself_cannot_read_some_of_them(tmp_path: Path) -> None:

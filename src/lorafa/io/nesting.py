@@ -112,7 +112,7 @@ def _levels(found: Mapping[str, _Bare]) -> dict[str, dict[int, dict[str, str]]]:
 def _ways(
     there: Levels, here: Levels, tensors: Mapping[str, Tensor], want: Mapping[str, Tensor]
 ) -> list[tuple[int, ...]]:
-    """How the levels of a file can be those of the model, by their shapes: for each, outermost first, its depth here."""
+    """How the levels of a file can be those here, by their shapes: for each, outermost first, its depth here."""
     if len(there) != len(here):
         return []
     given = [_shapes(there[depth], tensors) for depth in sorted(there)]

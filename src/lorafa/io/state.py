@@ -14,12 +14,11 @@ from lorafa.errors import AdapterError, CheckpointError
 from lorafa.io.layouts import as_peft
 from lorafa.io.layouts.base import Raw
 from lorafa.io.layouts.names import BaseNames
-from lorafa.io.load import fitting, materialize
+from lorafa.io.load import fitting, put_in
 from lorafa.io.peft_format import (
     PREFIX,
     file_tensors,
     has_start,
-    load_tensors,
     named_as_in_files,
     pristine_tensors,
 )
@@ -105,8 +104,7 @@ def set_peft_model_state_dict(
         inner, adapter_name, config, tensors if converted is None else converted[1],
         with_start=with_start, path=_STATE_DICT, ignore_sizes=ignore_mismatched_sizes,
     )  # fmt: skip
-    materialize(inner, adapter_name)
-    load_tensors(inner, adapter_name, config, fits, with_start=with_start)
+    put_in(inner, adapter_name, config, fits, with_start=with_start)
     return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
