@@ -75,9 +75,10 @@ if TYPE_CHECKING:
     from lorafa.surgery.given import get_peft_config
     from lorafa.surgery.gradients import check_gradients
     from lorafa.surgery.hotswap import check_hotswap_configs_compatible
+    from lorafa.surgery.inject import inject_adapter_in_model
     from lorafa.surgery.intruders import reduce_intruder_dimension
     from lorafa.surgery.kappa import KappaTuneSelector, find_kappa_target_modules
-    from lorafa.surgery.lora_model import LoraModel, inject_adapter_in_model
+    from lorafa.surgery.lora_model import LoraModel
     from lorafa.surgery.mutate import mutate_base, restore_base
     from lorafa.surgery.penalty import penalty
     from lorafa.surgery.precision import cast_mixed_precision_params
@@ -245,7 +246,7 @@ _HOMES = {
     "hotswap_adapter_from_state_dict": "lorafa.io.hotswap",
     "initialize": "lorafa.starts.initialize",
     "initialize_lora_eva_weights": "lorafa.starts.eva",
-    "inject_adapter_in_model": "lorafa.surgery.lora_model",
+    "inject_adapter_in_model": "lorafa.surgery.inject",
     "load_peft_weights": "lorafa.io.load",
     "merge_into_dense": "lorafa.surgery.dequantize",
     "merge_to_folder": "lorafa.io.stream",

@@ -1,4 +1,4 @@
-"""Files of PEFT loaded under a name that is there: what PEFT gets right stays, what it gets wrong in silence does not."""
+"""Files of PEFT under a name that is there: what PEFT gets right stays, what it gets wrong in silence does not."""
 
 from __future__ import annotations
 

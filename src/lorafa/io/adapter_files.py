@@ -19,7 +19,7 @@ from lorafa.io.file_config import file_config
 from lorafa.io.find import WEIGHTS_NAME, find_adapter_files
 from lorafa.io.key_names import renamed
 from lorafa.io.layouts.base import Raw
-from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, without_prefix
+from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, pristine_tensors, without_prefix
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, from_metadata, to_metadata
@@ -36,7 +36,7 @@ from lorafa.storage.tensors import (
 from lorafa.storage.whole import make_folder, read_json, staged, write_json
 from lorafa.surgery.alone import layers_alone
 from lorafa.surgery.available import require_available
-from lorafa.surgery.walk import Place, lora_layers, places, pristine_of, uncompiled
+from lorafa.surgery.walk import Place, hosts, lora_layers, places, pristine_of, uncompiled
 from lorafa.variants import switches, variant_types
 from lorafa.version import VERSION
 
@@ -78,17 +78,19 @@ def base_fingerprint(
     names: Iterable[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     everything: Iterable[Place] | None = None,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
-    """Fingerprint of the pristine weights of the adapted layers, or of the layers called ``names``.
+    """Fingerprint of the pristine weights of the layers that carry ``adapter``, or of the layers called ``names``.
 
-    ``everything`` is every place of the model, where the caller knows them.
+    Where neither is given it is that of all adapted layers. ``everything`` is every place of the model, where the
+    caller knows them.
 
     A weight of which only a part is here is gathered by all processes, or taken from ``state_dict`` where that is
     given. Where neither gives all of it, it is recorded as not readable: a part is no description of the whole.
     """
     modules: Mapping[str, nn.Module]
     if names is None:
-        modules = dict(_fingerprinted(model))
+        modules = dict(_fingerprinted(model, adapter))
     else:
         wanted = set(names)
         everything = places(model) if everything is None else everything
@@ -105,17 +107,22 @@ def base_fingerprint(
     return fingerprint(weights.items()) | origins
 
 
-def _fingerprinted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    by_module = {id(place.module): place.name for place in reversed(list(places(model)))}
-    return [(by_module[id(layer)], layer) for _, layer in lora_layers(model) if id(layer) in by_module]
+def _fingerprinted(model: nn.Module, adapter: str | None = None) -> list[tuple[str, LoraLayer]]:
+    """The layers that carry an adapter, by the names of their modules; of several on one module the last."""
+    layers = lora_layers(model) if adapter is None else layers_alone(model, adapter)
+    by_module = {id(pristine_of(place.module)): place.name for place in reversed(list(places(model)))}
+    named = {by_module[id(layer.pristine)]: layer for _, layer in layers if id(layer.pristine) in by_module}
+    return list(named.items())
 
 
 def _readable(module: nn.Module) -> Tensor | None:
     """The dense weight of a layer as it is stored, wherever it rests, or None."""
-    base = in_memory(module.pristine if isinstance(module, LoraLayer) else module)
+    base = in_memory(pristine_of(module))
     backend, weight = backend_of(base), getattr(base, "weight", None)
     if backend is not None and backend.quantized:  # its codes may be stored as if they were numbers
         return None
+    if isinstance(module, LoraLayer) and module.nests:  # a merged parameter is in the module itself
+        weight = pristine_tensors(hosts(module)).get(id(weight), weight)
     return weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
 
 
@@ -221,8 +228,9 @@ def _side_entry(
 
     "start" and "config" hold the fields that the file's config has changed; "start" says that the tensors hold one.
     """
-    side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model, state_dict=state_dict)}
-    if unread := [path for path, layer in _fingerprinted(model) if side["base"][path] is None and _is_spread(layer)]:
+    side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model, None, state_dict, adapter=name)}
+    adapted = _fingerprinted(model, name)
+    if unread := [path for path, layer in adapted if side["base"][path] is None and _is_spread(layer)]:
         warn(
             f"The file of adapter {name!r} does not say which base weights {len(unread)} of its layers belong to: only "
             f"parts of them are in this process, and state_dict has not the rest: {shorten(unread, 3)}. Gather frozen "
@@ -237,8 +245,7 @@ def _side_entry(
     if fallbacks := {key: layer.fallbacks[name] for key, layer in layers_alone(model, name) if name in layer.fallbacks}:
         side["fallbacks"] = fallbacks
     if config.start.initializer.quantizer is not None:
-        layers = [(path, layer) for path, layer in _fingerprinted(model) if name in layer.adapters and layer.origin]
-        side["quantized"] = fingerprint((path, layer.base_weight()) for path, layer in layers)
+        side["quantized"] = fingerprint((path, layer.base_weight()) for path, layer in adapted if layer.origin)
     return side
 
 

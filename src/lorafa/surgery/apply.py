@@ -16,7 +16,7 @@ from lorafa.surgery.bypassed import weight_is_read
 from lorafa.surgery.plan import Plan
 from lorafa.surgery.replicate import Replication
 from lorafa.surgery.targets import Target
-from lorafa.surgery.walk import Parents, base_parameters, hosts, lora_layers, wrappers
+from lorafa.surgery.walk import Parents, base_parameters, hosts, wrappers
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,6 @@ def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> U
         planned.auxiliary.apply(planned.name, parents)
         for _, host in wrappers(model):
             host.call = call
-        if planned.config.bias != "none":
-            _train_biases(model, planned.config.bias)
     except BaseException:
         undo()
         raise
@@ -95,16 +93,3 @@ def _host_for(
         wrapper.weight_is_read = weight_is_read(module, parents)
         parents.replace(module, wrapper)
     return wrapper
-
-
-def _train_biases(model: nn.Module, which: str) -> None:
-    if which == "all":
-        wrapped = {id(p) for _, host in hosts(model) if not isinstance(host, LoraLayer) for p in host.parameters()}
-        for name, parameter in base_parameters(model):
-            if name.rpartition(".")[2] == "bias" and id(parameter) not in wrapped:
-                parameter.requires_grad_(True)
-        return
-    for _, layer in lora_layers(model):
-        bias = layer.bias
-        if isinstance(bias, nn.Parameter):
-            bias.requires_grad_(True)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorafa.adapter import Variant
 from lorafa.config import LoraConfig
 from lorafa.context import EMPTY, CurrentCall, ForwardContext
-from lorafa.errors import AdapterError, ConfigError, TargetError, did_you_mean, shorten, warn
+from lorafa.errors import AdapterError, ConfigError, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
 from lorafa.surgery import activate
 from lorafa.surgery.apply import apply
+from lorafa.surgery.biases import BaseBiases
 from lorafa.surgery.build import Options
 from lorafa.surgery.combine import CombinesAdapters
 from lorafa.surgery.forward import is_checkpointed
@@ -30,9 +29,7 @@ from lorafa.surgery.resize import resize_vocabulary
 from lorafa.surgery.resolve import Resolved, resolve
 from lorafa.surgery.stats import Stats
 from lorafa.surgery.verify import MergeCheck, verified
-from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled_name, wrapped_places
-
-_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+from lorafa.surgery.walk import hosts, lora_layers, require_module, wrapped_places
 
 
 class LoraModel(CombinesAdapters):
@@ -66,6 +63,7 @@ class LoraModel(CombinesAdapters):
             if _reads(adapter.variant)
         }
         self._wrapped: list[str] = []  # the places wrappers were put on
+        self._biases = BaseBiases()
         self.training = model.training
         if peft_config is not None:
             activate.require_nothing_merged(model)
@@ -82,6 +80,7 @@ class LoraModel(CombinesAdapters):
 
         Raises:
             ConfigError: another adapter trains the base's biases, and so would this one.
+            AdapterError: it would train those of a base that an update is merged into.
             As :func:`lorafa.surgery.plan.plan`.
         """
         config = resolved.config
@@ -91,6 +90,8 @@ class LoraModel(CombinesAdapters):
                 f"bias={config.bias!r}: adapter {others[0]!r} trains base biases already, and there is only one set of "
                 "them. Use bias='none' for all adapters but one."
             )
+        if config.bias != "none":
+            activate.require_nothing_merged(self.model)
         return plan(resolved, adapter_name, options, stats)
 
     def apply_plan(self, planned: Plan) -> Callable[[], None]:
@@ -105,6 +106,7 @@ class LoraModel(CombinesAdapters):
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *modules]))
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *parameters]))
         self.peft_config[planned.name], self._wrapped = planned.config, wrapped_places(self.model)
+        self._biases.take(planned.name, self.model, planned.config.bias)
         readers = [layer.parts.variant for layer in planned.layers if _reads(layer.parts.variant)]
         if readers:  # of one config, so any of them finds the same
             self._readers[planned.name] = readers[0]
@@ -119,6 +121,7 @@ class LoraModel(CombinesAdapters):
             self.targeted_module_names, self.targeted_parameter_names, self._wrapped = named
             del self.peft_config[planned.name]
             self._readers.pop(planned.name, None)
+            self._biases.forget(planned.name)
 
         return take_back
 
@@ -160,21 +163,29 @@ class LoraModel(CombinesAdapters):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, together, and train unless ``inference_mode``."""
         activate.set_adapter(self.model, adapter_name, inference_mode)
+        self._biases.let_train([] if inference_mode else _listed(adapter_name))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
         activate.set_requires_grad(self.model, adapter_names, requires_grad)
+        for name in _listed(adapter_names):
+            self._biases.set_requires_grad(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, another (if any) becomes active.
 
+        Biases of the base that it has trained are the base's own again.
+
         Raises:
-            AdapterError: an unknown name, the adapter is merged, or one is merged and another would become active;
-                nothing was changed.
+            AdapterError: an unknown name, the adapter is merged, or one is merged and another would become active, or
+                biases would change; nothing was changed.
         """
         rest = [name for name in self.peft_config if name != adapter_name]
         successor = rest[0] if rest and set(self.active_adapters) <= {adapter_name} else None
+        if adapter_name in self._biases:
+            activate.require_nothing_merged(self.model)
         activate.delete_adapter(self.model, adapter_name, successor)
+        self._biases.give_back(adapter_name)
         del self.peft_config[adapter_name]
         self._readers.pop(adapter_name, None)
 
@@ -226,7 +237,11 @@ class LoraModel(CombinesAdapters):
             )
         if merge:
             self.say_lost()
+        folded = [*(self.active_adapters if adapter_names is None else adapter_names)] if merge else []
+        folded += [name for layer in lora_layers(self.model) for name in layer[1].merged_adapters] if merge else []
         model = unload(self.model, merge=merge, adapter_names=adapter_names)
+        for name in self.peft_config:
+            self._biases.forget(name) if name in folded else self._biases.give_back(name)
         self.peft_config, self._readers, self._wrapped = {}, {}, []
         return model
 
@@ -328,6 +343,10 @@ def _reads(variant: Variant) -> bool:
     return variant.reads_call or variant.gathers
 
 
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _active(found: Iterable[Host]) -> list[str]:
     return list(dict.fromkeys(name for host in found for name in host.active_adapters))
 
@@ -336,55 +355,3 @@ def _by_name(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     """The arguments of a call by the names that the model's forward has for them."""
     names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     return dict(zip(names, args, strict=False)) | dict(kwargs)
-
-
-def inject_adapter_in_model(
-    peft_config: LoraConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Put an adapter on ``model`` without wrapping the model itself, and make it count and train.
-
-    The configs are then at ``model.peft_config``.
-
-    Args:
-        state_dict: tensors of an adapter: the layers they are of get one, whatever ``target_modules`` names. No value
-            is read: :func:`lorafa.set_peft_model_state_dict` fills the adapter.
-
-    Raises:
-        TargetError: ``state_dict`` has no factors of a layer, or of one the model does not have.
-        As :func:`lorafa.get_peft_model`; nothing is changed then.
-    """
-    config = lora_config(peft_config)
-    activate.require_nothing_merged(require_module(model))
-    if state_dict is not None:
-        config = _with_targets_of(state_dict, config, model)
-    tuner = LoraModel(model)
-    tuner.peft_config = getattr(model, "peft_config", {})
-    tuner.inject_adapter(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
-    tuner.set_adapter(adapter_name, config.inference_mode)
-    model.peft_config = tuner.peft_config  # type: ignore[assignment]
-    return model
-
-
-def _with_targets_of(state_dict: Mapping[str, Tensor], config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """The config with the layers as targets that the tensors of an adapter belong to, each by its full name."""
-    names = {place.name for place in places(model)}
-    keys = (uncompiled_name(key).removeprefix("base_model.model.") for key in state_dict)
-    found = {key.partition(f".{factor}")[0] for key in keys for factor in _FACTORS if f".{factor}" in key}
-    if not found:
-        raise TargetError(
-            f"state_dict has no factors of a LoRA adapter; its keys are: {shorten(state_dict, 3) or '(none)'}. Pass "
-            "what get_peft_model_state_dict or load_peft_weights returned, or leave it out to go by target_modules."
-        )
-    unknown = sorted(found - names)
-    if unknown:
-        raise TargetError(
-            f"state_dict has factors of {len(unknown)} layers that the model does not have: {shorten(unknown, 3)}."
-            f"{did_you_mean(unknown[0], names)} It was made for another model."
-        )
-    return replace(
-        config, target_modules="|".join(map(re.escape, sorted(found))), layers_to_transform=None, layers_pattern=None
-    )

@@ -73,9 +73,9 @@ def plan_numbers(
         )
     targets = [target.module for target in resolved.targets]
     if (rows := other_rows(model, resolved.config, resolved.named, targets, name)) is not None:
-        there, here = (shorten(map(str, indices), 8) or "no token" for indices in rows)
+        new, own = (shorten(map(str, indices), 8) or "no token" for indices in rows)
         raise ConfigError(
-            f"trainable_token_indices: the file has the rows of {there}, and adapter {name!r} those of {here}. "
+            f"trainable_token_indices: the file has the rows of {new}, and adapter {name!r} those of {own}. "
             f"{_OTHER_NAME}"
         )
     other = [(path, layer.adapters[name].rank, found[layer][0]) for path, layer in carriers]
@@ -94,8 +94,8 @@ def plan_numbers(
             f"The file has other ranks than adapter {name!r} on {len(other)} layers, which keep what they have "
             f"(ignore_mismatched_sizes=True), and other scalings on {len(changes)} of the rest. {_OTHER_NAME}"
         )
-    own = _with_numbers(current, resolved.config) if changes else current
-    return Numbers(name, own, layers, config.use_rslora)
+    numbers = _with_numbers(current, resolved.config) if changes else current
+    return Numbers(name, numbers, layers, config.use_rslora)
 
 
 def _counts_by(adapter: Adapter) -> tuple[float, bool]:
