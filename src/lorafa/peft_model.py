@@ -13,6 +13,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, NotAvailableError, warn
 from lorafa.io import load
 from lorafa.io.card import update_card
+from lorafa.io.fill import fill
 from lorafa.settings.checks import check_arguments, check_text
 from lorafa.storage.hub import UploadOptions, uploaded
 from lorafa.surgery.activate import require_nothing_merged
@@ -129,8 +130,9 @@ class PeftModel(AdaptedModel):
     ) -> Any:
         """Load a saved adapter beside the others; it does not count until :meth:`set_adapter`.
 
-        An adapter of that name that is already there is filled from the file, as resuming a run needs it; the file's
-        rank and layers must then be those it has. The arguments are those of :meth:`from_pretrained`.
+        An adapter of that name that is already there becomes the one in the file, as resuming a run needs it: its
+        values and its scalings, whatever they were. Ranks, layers, formula and start must be those it has; what is
+        trained of it, its dropout and whether it counts stay. The arguments are those of :meth:`from_pretrained`.
 
         Returns:
             ``missing_keys`` and ``unexpected_keys``, both empty: a file that does not fit is refused.
@@ -144,7 +146,7 @@ class PeftModel(AdaptedModel):
             **options,
         )  # fmt: skip
         if adapter_name in self.peft_config:
-            load.fill(self.base_model, stored, adapter_name, options)
+            fill(self.base_model, stored, adapter_name, options)
         else:
             making = Options(autocast_adapter_dtype, low_cpu_mem_usage)
             load.take_in(self.base_model, stored, adapter_name, making, options)

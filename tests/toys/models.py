@@ -163,3 +163,29 @@ class Pair(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.v_proj(self.q_proj(x))
         return y
+
+
+class Alike(nn.Module):
+    """Three stacks of experts of equal shapes, and a layer inside of the same module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid, self.down = (nn.Parameter(torch.randn(3, 12, 12) / 6) for _ in range(3))
+        self.gate = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gate(x)
+        for stack in (self.up, self.mid, self.down):
+            x = torch.einsum("bi,eoi->bo", x, stack).tanh()
+        return x
+
+
+class AlikeMixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Alike()
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.experts(x))
+        return y

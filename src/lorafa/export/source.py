@@ -133,7 +133,7 @@ def of_model(
                 factors[f"{path}.base_layer.{child}"] = A, own / (2 * around) * B, around
     updates = tuple(_of_layer(path, layer, name, names, factors[path]) for path, layer in layers)
     rest = _without_copies(inner, beside(inner, name, config), (path for path, _ in layers))
-    return PlainAdapter(str(source), plain_config(config), updates, rest, base_fingerprint(inner), lost)
+    return PlainAdapter(str(source), plain_config(config), updates, rest, base_fingerprint(inner, adapter=name), lost)
 
 
 def require_product(layers: Iterable[tuple[str, LoraLayer]], name: str) -> None:

@@ -21,7 +21,7 @@ from lorafa.io.key_names import renamed
 from lorafa.io.layouts import of_others
 from lorafa.io.layouts.base import Raw
 from lorafa.io.own_entry import own_entry
-from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, without_prefix
+from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, pristine_tensors, without_prefix
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, to_metadata
@@ -36,8 +36,9 @@ from lorafa.storage.tensors import (
     write_tensors,
 )
 from lorafa.storage.whole import make_folder, read_json, staged, write_json
+from lorafa.surgery.alone import layers_alone
 from lorafa.surgery.available import require_available
-from lorafa.surgery.walk import Place, lora_layers, places, pristine_of, uncompiled
+from lorafa.surgery.walk import Place, hosts, lora_layers, places, pristine_of, uncompiled
 from lorafa.variants import switches, variant_types
 from lorafa.version import VERSION
 
@@ -79,17 +80,19 @@ def base_fingerprint(
     names: Iterable[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     everything: Iterable[Place] | None = None,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
-    """Fingerprint of the pristine weights of the adapted layers, or of the layers called ``names``.
+    """Fingerprint of the pristine weights of the layers that carry ``adapter``, or of the layers called ``names``.
 
-    ``everything`` is every place of the model, where the caller knows them.
+    Where neither is given it is that of all adapted layers. ``everything`` is every place of the model, where the
+    caller knows them.
 
     A weight of which only a part is here is gathered by all processes, or taken from ``state_dict`` where that is
     given. Where neither gives all of it, it is recorded as not readable: a part is no description of the whole.
     """
     modules: Mapping[str, nn.Module]
     if names is None:
-        modules = dict(_fingerprinted(model))
+        modules = dict(_fingerprinted(model, adapter))
     else:
         wanted = set(names)
         everything = places(model) if everything is None else everything
@@ -106,17 +109,22 @@ def base_fingerprint(
     return fingerprint(weights.items()) | origins
 
 
-def _fingerprinted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    by_module = {id(place.module): place.name for place in reversed(list(places(model)))}
-    return [(by_module[id(layer)], layer) for _, layer in lora_layers(model) if id(layer) in by_module]
+def _fingerprinted(model: nn.Module, adapter: str | None = None) -> list[tuple[str, LoraLayer]]:
+    """The layers that carry an adapter, by the names of their modules; of several on one module the last."""
+    layers = lora_layers(model) if adapter is None else layers_alone(model, adapter)
+    by_module = {id(pristine_of(place.module)): place.name for place in reversed(list(places(model)))}
+    named = {by_module[id(layer.pristine)]: layer for _, layer in layers if id(layer.pristine) in by_module}
+    return list(named.items())
 
 
 def _readable(module: nn.Module) -> Tensor | None:
     """The dense weight of a layer as it is stored, wherever it rests, or None."""
-    base = in_memory(module.pristine if isinstance(module, LoraLayer) else module)
+    base = in_memory(pristine_of(module))
     backend, weight = backend_of(base), getattr(base, "weight", None)
     if backend is not None and backend.quantized:  # its codes may be stored as if they were numbers
         return None
+    if isinstance(module, LoraLayer) and module.nests:  # a merged parameter is in the module itself
+        weight = pristine_tensors(hosts(module)).get(id(weight), weight)
     return weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
 
 
@@ -222,8 +230,9 @@ def _side_entry(
 
     "start" and "config" hold the fields that the file's config has changed; "start" says that the tensors hold one.
     """
-    side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model, state_dict=state_dict)}
-    if unread := [path for path, layer in _fingerprinted(model) if side["base"][path] is None and _is_spread(layer)]:
+    side: dict[str, Any] = {"version": VERSION, "base": base_fingerprint(model, None, state_dict, adapter=name)}
+    adapted = _fingerprinted(model, name)
+    if unread := [path for path, layer in adapted if side["base"][path] is None and _is_spread(layer)]:
         warn(
             f"The file of adapter {name!r} does not say which base weights {len(unread)} of its layers belong to: only "
             f"parts of them are in this process, and state_dict has not the rest: {shorten(unread, 3)}. Gather frozen "
@@ -235,11 +244,10 @@ def _side_entry(
         side["start" if moved else "config"] = {field: original[field] for field in _changed() if field in original}
     if own := {field: original[field] for field in LORAFA_ONLY if field in original}:
         side["own"] = own
-    if fallbacks := {path: layer.fallbacks[name] for path, layer in lora_layers(model) if name in layer.fallbacks}:
+    if fallbacks := {key: layer.fallbacks[name] for key, layer in layers_alone(model, name) if name in layer.fallbacks}:
         side["fallbacks"] = fallbacks
     if config.start.initializer.quantizer is not None:
-        layers = [(path, layer) for path, layer in _fingerprinted(model) if name in layer.adapters and layer.origin]
-        side["quantized"] = fingerprint((path, layer.base_weight()) for path, layer in layers)
+        side["quantized"] = fingerprint((path, layer.base_weight()) for path, layer in adapted if layer.origin)
     return side
 
 
@@ -325,9 +333,9 @@ def note_history(model: nn.Module, name: str, stored: StoredAdapter) -> None:
 
     That is why layers did not start as the config says, and the dense weight of layers that the start has quantized.
     """
-    for path, layer in lora_layers(model) if stored.fallbacks else ():
-        if path in stored.fallbacks and name in layer.adapters:
-            layer.adapters[name].fallback = stored.fallbacks[path]
+    for key, layer in layers_alone(model, name) if stored.fallbacks else ():
+        if key in stored.fallbacks:
+            layer.adapters[name].fallback = stored.fallbacks[key]
     if not stored.quantized:
         return
     for path, layer in _fingerprinted(model):

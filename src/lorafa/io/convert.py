@@ -92,7 +92,7 @@ def save_as_lora(
         As :func:`convert_to_lora`.
     """
     made = convert(model, rank, adapter_name, progressbar=progressbar, compile_kwargs=compile_kwargs)
-    write_plain(path, made.config, made.tensors, base_fingerprint(user_model(model)))
+    write_plain(path, made.config, made.tensors, base_fingerprint(user_model(model), adapter=adapter_name))
 
 
 def write_plain(path: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> None:

@@ -11,11 +11,11 @@ from lorafa.adapter import Variant
 from lorafa.config import LoraConfig
 from lorafa.initializers import known_start
 from lorafa.initializers.base import Initializer
-from lorafa.io.peft_format import adapted_layers, has_start
+from lorafa.io.peft_format import has_start
 from lorafa.layers.base import LoraLayer
+from lorafa.surgery.alone import layers_alone
 from lorafa.surgery.doubled import doubled
 from lorafa.surgery.plain_config import NO_START, defaults_of
-from lorafa.surgery.walk import lora_layers
 
 
 def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
@@ -32,7 +32,7 @@ def file_config(model: nn.Module, name: str, config: LoraConfig) -> LoraConfig:
     * The start moved the base under a variant such as DoRA, where it cannot be stacked: it is written as it is, and
       PEFT makes it again or refuses.
     """
-    layers = [layer for _, layer in adapted_layers(lora_layers(model), name)]
+    layers = [layer for _, layer in layers_alone(model, name)]
     plain = all(layer.adapters[name].variant.plain for layer in layers)
     config = _for_peft(config, [layer.adapters[name].variant for layer in layers], stacked=has_start(model, name))
     if not has_start(model, name):

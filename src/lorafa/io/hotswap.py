@@ -14,15 +14,16 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError
 from lorafa.io.adapter_files import check_fits_base
 from lorafa.io.load import fitting, read
-from lorafa.io.peft_format import has_start, load_tensors, without_prefix
+from lorafa.io.peft_format import has_start, load_tensors, named_as_in_files
 from lorafa.io.state import parts_of
 from lorafa.settings.checks import check_arguments
 from lorafa.storage.hub import HubOptions
 from lorafa.surgery.activate import require_adapters, require_unmerged
+from lorafa.surgery.alone import layers_alone
 from lorafa.surgery.doubled import doubled
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.hotswap import plan_swap
-from lorafa.surgery.walk import hosts, lora_layers, places, require_module, uncompiled
+from lorafa.surgery.walk import lora_layers, places, require_module, uncompiled
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,9 +80,9 @@ def hotswap_adapter(
     _exchange(
         inner, configs, adapter_name, stored.config, stored.tensors, with_start=stored.with_start, path=stored.path
     )
-    for path, layer in lora_layers(inner) if stored.fallbacks else ():
-        if path in stored.fallbacks and adapter_name in layer.adapters:
-            layer.adapters[adapter_name].fallback = stored.fallbacks[path]
+    for key, layer in layers_alone(inner, adapter_name) if stored.fallbacks else ():
+        if key in stored.fallbacks:
+            layer.adapters[adapter_name].fallback = stored.fallbacks[key]
 
 
 def hotswap_adapter_from_state_dict(
@@ -106,9 +107,7 @@ def hotswap_adapter_from_state_dict(
         raise ConfigError(f"parameter_prefix is 'lora_' for adapters of LoRA, found {parameter_prefix!r}. Drop it.")
     inner, configs, _ = parts_of(uncompiled(require_module(model)))
     _require_free(inner, adapter_name)
-    own = [entry.at(path) for path, host in hosts(inner) for entry in host.stored(adapter_name)]
-    keys = {entry.live: entry.key for entry in own}
-    named = {keys.get(key, key): value for key, value in without_prefix(state_dict).items()}
+    named = named_as_in_files(inner, adapter_name, state_dict)
     config = lora_config(config)
     starts = config.start.initializer.moves_base  # a state dict of ours has what was taken from the base
     _exchange(inner, configs, adapter_name, config, named, with_start=starts, path="The state dict")

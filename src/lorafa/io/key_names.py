@@ -34,7 +34,7 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the names are those of several adapters, or two tensors get one name.
     """
-    renamed = {key: _unwrapped(key).removeprefix(_IN_PARALLEL).removeprefix(PREFIX) for key in tensors}
+    renamed = {key: bare(key) for key in tensors}
     adapters = {found for name in renamed.values() if (found := _adapter_in(name)) is not None}
     if len(adapters) > 1:
         raise CheckpointError(
@@ -55,6 +55,11 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 )
             taken[name] = key
     return {renamed[key]: tensor for key, tensor in tensors.items()}
+
+
+def bare(key: str) -> str:
+    """The name of a tensor in the user's model, the adapter's name in it, whatever is wrapped around the model."""
+    return _unwrapped(key).removeprefix(_IN_PARALLEL).removeprefix(PREFIX)
 
 
 def _of_copied(name: str) -> str:

@@ -33,17 +33,18 @@ from lorafa.io.find import find_weights
 from lorafa.io.key_names import renamed
 from lorafa.io.layouts import as_peft
 from lorafa.io.layouts.names import BaseNames
+from lorafa.io.nesting import as_if_alone
 from lorafa.io.peft_format import load_tensors, misfit, wanted_tensors
 from lorafa.settings.checks import check_arguments, found
 from lorafa.storage.hub import HubOptions, locate
 from lorafa.storage.tensors import read_tensors
-from lorafa.surgery.activate import require_adapters, require_unmerged
+from lorafa.surgery.activate import require_adapters
 from lorafa.surgery.build import Options
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.replicate import planned_places, replication_of
 from lorafa.surgery.resolve import resolve
-from lorafa.surgery.walk import lora_layers, places
+from lorafa.surgery.walk import lora_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -244,34 +245,12 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
         raise
 
 
-def fill(tuner: LoraModel, stored: StoredAdapter, name: str, given: LoadOptions) -> None:
-    """Give an adapter that is there the values of one that was read.
-
-    Raises:
-        AdapterError: it is merged.
-        ConfigError: a dtype is asked for that it does not have.
-        CheckpointError: its tensors do not fit; nothing was changed.
-    """
-    require_unmerged(tuner.model, name, "loading other values into it")
-    dtype, ignore_sizes = adapter_dtype(given), given.get("ignore_mismatched_sizes", False)
-    has = next((layer.adapters[name].A.dtype for _, layer in lora_layers(tuner.model) if name in layer.adapters), dtype)
-    if dtype not in (None, has):
-        raise ConfigError(
-            f"The model has an adapter {name!r} already, in {has}, and it keeps its dtype: {dtype} was asked for. "
-            f"Drop the dtype, or delete_adapter({name!r}) first."
-        )
-    if not given.get("ignore_base_mismatch"):
-        check_fits_base(tuner.model, list(places(tuner.model)), stored, ignore_sizes=ignore_sizes)
-    _fill(tuner, stored, name, ignore_sizes)
-
-
 def _fill(tuner: LoraModel, stored: StoredAdapter, name: str, ignore_sizes: bool) -> None:
     model, config = tuner.model, tuner.peft_config[name]
     tensors = fitting(
         model, name, config, stored.tensors, with_start=stored.with_start, path=stored.path, ignore_sizes=ignore_sizes
     )
-    materialize(model, name)
-    load_tensors(model, name, config, tensors, with_start=stored.with_start)
+    put_in(model, name, config, tensors, with_start=stored.with_start)
 
 
 def fitting(
@@ -293,6 +272,10 @@ def fitting(
         CheckpointError: they do not fit, or what the adapter has must stay and has no values.
     """
     found = misfit(model, name, config, tensors, with_start=with_start)
+    if found:
+        want = wanted_tensors(model, name, config, tensors, with_start=with_start, values=False)
+        tensors = as_if_alone(model, name, tensors, want, path)
+        found = misfit(model, name, config, tensors, with_start=with_start)
     if ignore_sizes and (shapes := found.misshapen):
         own = wanted_tensors(model, name, config, tensors, with_start=with_start)
         if any(own[key].is_meta for key in shapes):
@@ -313,6 +296,14 @@ def fitting(
             )
     found.raise_if_any(path, name)
     return tensors
+
+
+def put_in(
+    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], *, with_start: bool
+) -> None:
+    """Fill an adapter from tensors that fit (:func:`fitting`); one on the meta device gets its memory first."""
+    materialize(model, name)
+    load_tensors(model, name, config, tensors, with_start=with_start)
 
 
 def materialize(model: nn.Module, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -23,7 +23,7 @@ from lorafa.io.dense_factors import (
     with_other_factors,
 )
 from lorafa.io.key_names import PREFIX as PREFIX  # where others look for it
-from lorafa.io.key_names import plain_names
+from lorafa.io.key_names import bare, plain_names
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
 from lorafa.io.ties import check_ties, tied_tensors
@@ -32,10 +32,9 @@ from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
 from lorafa.layers.slots import with_free, without_free
 from lorafa.storage.tensors import can_be_gathered, is_part, whole
-from lorafa.surgery.walk import base_parameters, hosts, layers_of, lora_layers, uncompiled_name
+from lorafa.surgery.alone import Named, layers_alone, modules_alone
+from lorafa.surgery.walk import hosts, joined, lora_layers, uncompiled_name
 
-Hosts = Sequence[tuple[str, Host]]
-"""What stands in the places of modules of a model, with paths."""
 START_A, START_B = "lora_start.A", "lora_start.B"
 
 
@@ -52,25 +51,41 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if key not in copies}
 
 
-def entries(
-    model: nn.Module, name: str, config: LoraConfig, *, tables: Tables = "none", found: Hosts | None = None
-) -> Iterator[Stored]:
+def named_as_in_files(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of adapter ``name``, named as in a file or as on this very model, by their names in a file.
+
+    On the model they have the adapter's name in them, and what other adapters have put around their modules.
+    """
+    own = {str(entry.live): entry.key for entry in _of_adapter(modules_alone(model, name), name)}
+    live = {key: bare(key) for key in tensors}
+    if own.keys() == {found for found in live.values() if name in found.split(".")}:
+        tensors = {own.get(live[key], key): tensor for key, tensor in tensors.items()}
+    return without_prefix(tensors)
+
+
+def entries(model: nn.Module, name: str, config: LoraConfig, *, tables: Tables = "none") -> Iterator[Stored]:
     """Every tensor of adapter ``name`` as it is stored, by its names from the model, frozen starts apart.
+
+    In a file these are the names it has in a model without other adapters (:mod:`lorafa.surgery.alone`).
 
     Args:
         model: the user's model, wrapped layers in it.
         config: the adapter's; its ``bias`` says which base biases belong to the adapter.
         tables: which of the base's tables belong with it (:func:`lorafa.io.tables.which_tables`).
-        found: the hosts of the model, where the caller knows them.
     """
-    found = list(hosts(model)) if found is None else found
-    for path, host in found:
-        if not host.is_empty(name):
-            yield from (_uncompiled(entry.at(path)) for entry in host.stored(name))
+    named = list(modules_alone(model, name))
+    yield from _of_adapter(named, name)
     if config.bias != "none" or tables != "none":
-        pristine = pristine_tensors(found)
-        yield from _biases(model, adapted_layers(found, name), config, pristine)
-        yield from table_entries(model, pristine, tables)
+        pristine = pristine_tensors(hosts(model))
+        yield from _biases(named, config, pristine)
+        yield from table_entries(model, name, pristine, tables)
+
+
+def _of_adapter(named: Iterable[Named], name: str) -> Iterator[Stored]:
+    """What the hosts of a model hold of an adapter."""
+    for key, path, host in named:
+        if isinstance(host, Host):
+            yield from (_uncompiled(entry.at(key, path)) for entry in host.stored(name))
 
 
 def _uncompiled(entry: Stored) -> Stored:
@@ -88,23 +103,12 @@ def pristine_tensors(found: Iterable[tuple[str, Host]]) -> dict[int, Tensor]:
     return {id(merged): kept for _, host in found for merged, kept in host.merged_parameters()}
 
 
-def _biases(model: nn.Module, layers: Layers, config: LoraConfig, pristine: Mapping[int, Tensor]) -> Iterator[Stored]:
-    if config.bias == "all":
-        for key, parameter in base_parameters(model):
-            if key.rpartition(".")[2] == "bias":
-                yield base_entry(key, parameter, pristine)
-    elif config.bias == "lora_only":
-        for path, layer in layers:
-            bias = layer.base_layer._parameters.get("bias")
-            if bias is not None:
-                yield base_entry(f"{path}.base_layer.bias", bias, pristine)
-
-
-def adapted_layers(found: Iterable[tuple[str, nn.Module]], name: str) -> Layers:
-    """Those of the hosts of a model that are layers and carry adapter ``name``, which has something there."""
-    return [(path, layer) for path, layer in layers_of(found) if layer.has_update(name)]
-
-
+def _biases(named: Iterable[Named], config: LoraConfig, pristine: Mapping[int, Tensor]) -> Iterator[Stored]:
+    adapted = {id(one.module.get_base_layer()) for one in named if isinstance(one.module, LoraLayer)}
+    for key, path, module in named if config.bias != "none" else ():
+        bias = None if isinstance(module, Host) else module._parameters.get("bias")
+        if bias is not None and (config.bias == "all" or id(module) in adapted):
+            yield base_entry(joined(key, "bias"), joined(path, "bias"), bias, pristine)
 def has_start(model: nn.Module, name: str) -> bool:
     """Whether adapter ``name`` subtracts a frozen start from its update."""
     return any(name in layer.lora_start for _, layer in lora_layers(model))
@@ -137,7 +141,7 @@ def file_tensors(
         CheckpointError: ``state_dict`` lacks a tensor of the adapter, or only a part of one is here.
     """
     values = _values(model, list(entries(model, name, config, tables=tables)), state_dict, name)
-    layers = adapted_layers(lora_layers(model), name)
+    layers = layers_alone(model, name)
     return _arranged(layers, name, config, values, with_start=with_start, dense=dense)
 
 
@@ -267,13 +271,12 @@ def load_tensors(
     Raises:
         CheckpointError: they differ for what is one parameter here, or one rests elsewhere; nothing was changed.
     """
-    found = list(hosts(model))
-    layers = adapted_layers(found, name)
-    check_ties(found, name, tensors)
-    own, tables = _filled(model, name, config, tensors, found)
+    layers = layers_alone(model, name)
+    check_ties(model, name, tensors)
+    own, tables = _filled(model, name, config, tensors)
     filled = [entry for entry in (*own, *tables) if entry.key in tensors]
     if tables:
-        require_equal_tables(model, tensors)
+        require_equal_tables(model, name, tensors)
     _require_memory(layers, name, filled)
     tensors = dict(tensors)
     tensors |= {key: 2 * tensors[key] for key in _factors_applied_twice(layers, config) if key in tensors}
@@ -322,8 +325,7 @@ def wanted_tensors(
     Raises:
         CheckpointError: the adapter, or what else the file holds, is sharded here, so that nothing can be filled in.
     """
-    hosts_here = list(hosts(model))
-    own, tables = _filled(model, name, config, tensors, hosts_here)
+    own, tables = _filled(model, name, config, tensors)
     filled = [*own, *tables]
     if parts := [entry.key for entry in filled if is_part(entry.tensor, _dims(entry))]:
         raise CheckpointError(
@@ -332,20 +334,21 @@ def wanted_tensors(
         )
     read = _value if values else _shape
     found = {entry.key: read(model, entry) for entry in own}
-    layers = adapted_layers(hosts_here, name)
+    layers = layers_alone(model, name)
     dense = holds_dense(layers, name, tensors, with_start)
     want = _arranged(layers, name, config, found, with_start=with_start, dense=dense)
     return {entry.key: entry.tensor.detach() for entry in tables} | want
 
 
 def _filled(
-    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], found: Hosts
+    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[list[Stored], list[Stored]]:
     """What a file fills of adapter ``name``, and of the base's tables those it holds."""
-    own = list(entries(model, name, config, found=found))
+    own = list(entries(model, name, config))
     if not tensors.keys() - {entry.key for entry in own}:
         return own, []
-    return own, [entry for entry in table_entries(model, pristine_tensors(found)) if entry.key in tensors]
+    pristine = pristine_tensors(hosts(model))
+    return own, [entry for entry in table_entries(model, name, pristine) if entry.key in tensors]
 
 
 def _shape(model: nn.Module, entry: Stored) -> Tensor:

@@ -14,14 +14,13 @@ from lorafa.errors import AdapterError, CheckpointError
 from lorafa.io.layouts import as_peft
 from lorafa.io.layouts.base import Raw
 from lorafa.io.layouts.names import BaseNames
-from lorafa.io.load import fitting, materialize
+from lorafa.io.load import fitting, put_in
 from lorafa.io.peft_format import (
     PREFIX,
     file_tensors,
     has_start,
-    load_tensors,
+    named_as_in_files,
     pristine_tensors,
-    without_prefix,
 )
 from lorafa.io.strict import compare
 from lorafa.io.tables import which_tables
@@ -99,14 +98,13 @@ def set_peft_model_state_dict(
     require_adapters(inner, [adapter_name])
     require_unmerged(inner, adapter_name, "loading other values into it")
     config, with_start = configs[adapter_name], has_start(inner, adapter_name)
-    tensors = without_prefix(peft_model_state_dict)
+    tensors = named_as_in_files(inner, adapter_name, peft_model_state_dict)
     converted = as_peft(Raw(Path(_STATE_DICT), {}, config, tensors, {}), BaseNames(inner))
     fits = fitting(
         inner, adapter_name, config, tensors if converted is None else converted[1],
         with_start=with_start, path=_STATE_DICT, ignore_sizes=ignore_mismatched_sizes,
     )  # fmt: skip
-    materialize(inner, adapter_name)
-    load_tensors(inner, adapter_name, config, fits, with_start=with_start)
+    put_in(inner, adapter_name, config, fits, with_start=with_start)
     return torch.nn.modules.module._IncompatibleKeys([], [])
 
 

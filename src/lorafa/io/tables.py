@@ -16,7 +16,8 @@ from lorafa.layers.parts import Stored
 from lorafa.settings.checks import is_int
 from lorafa.storage.hub import locate
 from lorafa.storage.whole import read_json
-from lorafa.surgery.walk import name_of, places, skeleton, tables
+from lorafa.surgery.alone import modules_alone
+from lorafa.surgery.walk import name_of, places, tables, uncompiled
 
 Tables = Literal["none", "adapted", "all"]
 """Which of the base's tables a file holds: none, those that carry an adapter, or both."""
@@ -54,30 +55,40 @@ def _targets_one(config: LoraConfig, model: nn.Module) -> bool:
     return any(name in targets for name in _USUAL_NAMES)
 
 
-def table_entries(model: nn.Module, pristine: Mapping[int, Tensor], which: Tables = "all") -> Iterator[Stored]:
-    """The base's tables, each with its bias; copies of whole modules (``modules_to_save``) are in a file anyway.
+def table_entries(
+    model: nn.Module, name: str, pristine: Mapping[int, Tensor], which: Tables = "all"
+) -> Iterator[Stored]:
+    """The base's tables, each with its bias, by their names in a file of adapter ``name``.
+
+    Those that the adapter has a copy of as a whole (``modules_to_save``) are in a file anyway.
 
     Args:
         pristine: identity of a merged tensor -> the one it stands in for.
     """
     if which == "none":
         return
-    ends = tables(model)
-    for path, module in skeleton(model):
-        if not any(module is end for end in ends) or (isinstance(module, Host) and module.trains_whole):
+    ends = {id(inner): held for inner, held in (_taken_apart(table, name) for table in tables(model))}
+    for key, path, module in modules_alone(model, name):
+        held = ends.get(id(module))
+        if held is None or any(host.trains_whole for host in held) or not (held or which == "all"):
             continue
-        inner = module
-        while isinstance(inner, Host):
-            path, inner = f"{path}.{inner.wrapped_path}", inner.get_submodule(inner.wrapped_path)
-        if inner is not module or which == "all":
-            for key, parameter in inner._parameters.items():
-                if parameter is not None:
-                    yield base_entry(f"{path}.{key}", parameter, pristine)
+        for end, parameter in module._parameters.items():
+            if parameter is not None:
+                yield base_entry(f"{key}.{end}", f"{path}.{end}", parameter, pristine)
 
 
-def base_entry(key: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Stored:
+def _taken_apart(table: nn.Module, name: str) -> tuple[nn.Module, list[Host]]:
+    """A table itself, and what stands around it for adapter ``name``."""
+    around = []
+    while isinstance(table, Host):
+        around.append(table)
+        table = uncompiled(table.wrapped())
+    return table, [host for host in around if name in host.held() and not host.is_empty(name)]
+
+
+def base_entry(key: str, live: str, tensor: Tensor, pristine: Mapping[int, Tensor]) -> Stored:
     """A tensor of the base as a file holds it: where an update is merged into it, the one it stands in for."""
-    return Stored(key, None, pristine[id(tensor)]) if id(tensor) in pristine else Stored(key, key, tensor)
+    return Stored(key, None, pristine[id(tensor)]) if id(tensor) in pristine else Stored(key, live, tensor)
 
 
 # ---- was the vocabulary resized?
@@ -135,10 +146,10 @@ def _made_with(model: nn.Module) -> int | None:
     return next((size for parent in parents if is_int(size := getattr(parent, "vocab_size", None))), None)
 
 
-def require_equal_tables(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def require_equal_tables(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if a file has different tables for what is one table here."""
     first: dict[int, str] = {}
-    for entry in table_entries(model, {}):
+    for entry in table_entries(model, name, {}):
         if entry.key not in tensors:
             continue
         source = first.setdefault(id(entry.tensor), entry.key)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafa.errors import CheckpointError
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
-from lorafa.surgery.walk import layers_of
+from lorafa.surgery.alone import hosts_alone, layers_alone
 
 
 def tied_tensors(
@@ -23,14 +23,10 @@ def tied_tensors(
     }
 
 
-def check_ties(found: Sequence[tuple[str, Host]], name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if a file has different values for what is one parameter of adapter ``name`` here.
-
-    Args:
-        found: the hosts of the model.
-    """
-    layers = layers_of(found)
-    for key, source, transposed in (*_tied_factors(layers, name), *_shared(found, name)):
+def check_ties(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a file has different values for what is one parameter of adapter ``name`` here."""
+    found = [(key, host) for key, _, host in hosts_alone(model, name)]
+    for key, source, transposed in (*_tied_factors(layers_alone(model, name), name), *_shared(found, name)):
         if key in tensors and source in tensors:
             one, other = tensors[key], _turned(tensors[source], transposed)
             if one.shape == other.shape and not torch.equal(one, other):

@@ -37,6 +37,7 @@ class LoraExperts(LoraLayer):
     def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
         self.parameter_name = parameter_name
         super().__init__(base_layer)
+        self.position = list(self.get_base_layer()._parameters).index(parameter_name)
         self._kept: tuple[nn.Parameter, ...] = ()  # the pristine parameter while a merged one stands in its place
         if self._parameter().dim() == 3:  # of a matrix the module may have its own word, as a router has
             self.num_experts = self._parameter().shape[0]

@@ -24,6 +24,8 @@ class Host(nn.Module):
     nests: ClassVar[bool] = False
     """Whether it adapts one parameter of a module that stays the model's: the module's children are still found as the
     model's own, and the hosts of its other parameters are around this one or inside it."""
+    position: int = 0
+    """Where it ``nests``, the place of its parameter among those of the module. In files the first is innermost."""
     trains_whole: ClassVar[bool] = False
     """Whether it trains a copy of the whole module, which files hold in place of the module's own tensors."""
 

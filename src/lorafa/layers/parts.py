@@ -51,9 +51,14 @@ class Stored:
     dict has the merged one."""
     tensor: Tensor
 
-    def at(self, path: str) -> Stored:
-        """The same, named from further out."""
-        return Stored(f"{path}.{self.key}", None if self.live is None else f"{path}.{self.live}", self.tensor)
+    def at(self, key: str, path: str) -> Stored:
+        """The same, named from further out.
+
+        Args:
+            key: the layer's path in files.
+            path: its path in the model.
+        """
+        return Stored(f"{key}.{self.key}", None if self.live is None else f"{path}.{self.live}", self.tensor)
 
 
 def held_by(holder: str, name: str, held: nn.Module | nn.Parameter) -> Iterator[Stored]:

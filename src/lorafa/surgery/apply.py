@@ -16,7 +16,7 @@ from lorafa.surgery.bypassed import weight_is_read
 from lorafa.surgery.plan import Plan
 from lorafa.surgery.replicate import Replication
 from lorafa.surgery.targets import Target
-from lorafa.surgery.walk import Parents, base_parameters, hosts, lora_layers, wrappers
+from lorafa.surgery.walk import Parents, base_parameters, hosts, wrappers
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,6 @@ def apply(model: nn.Module, planned: Plan, call: CurrentCall | None = None) -> U
         planned.auxiliary.apply(planned.name, parents)
         for _, host in wrappers(model):
             host.call = call
-        if planned.config.bias != "none":
-            _train_biases(model, planned.config.bias)
     except BaseException:
         undo()
         raise
@@ -88,24 +86,10 @@ def _host_for(
     """
     wrapper = target.wrapper
     if wrapper is None:
-        # The layer of a parameter goes around those of the other parameters of its module.
-        module = target.module if target.parameter is None else model.get_submodule(target.path)
+        module = target.module if target.parameter is None else target.to_wrap(model.get_submodule(target.path))
         wrapper = target.layer_type.around(module if base is None else base, target.parameter)
         wrapper.origin = None if base is None else describe(cast(Tensor, module.weight))
         wrapper.call = call
         wrapper.weight_is_read = weight_is_read(module, parents)
         parents.replace(module, wrapper)
     return wrapper
-
-
-def _train_biases(model: nn.Module, which: str) -> None:
-    if which == "all":
-        wrapped = {id(p) for _, host in hosts(model) if not isinstance(host, LoraLayer) for p in host.parameters()}
-        for name, parameter in base_parameters(model):
-            if name.rpartition(".")[2] == "bias" and id(parameter) not in wrapped:
-                parameter.requires_grad_(True)
-        return
-    for _, layer in lora_layers(model):
-        bias = layer.bias
-        if isinstance(bias, nn.Parameter):
-            bias.requires_grad_(True)

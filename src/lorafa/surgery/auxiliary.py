@@ -159,6 +159,19 @@ def plan_auxiliary(
     return AuxiliaryPlan(saved, rows, keep_ties=keep_ties)
 
 
+def other_rows(
+    model: nn.Module, config: LoraConfig, named: list[Place], adapted: list[nn.Module], name: str
+) -> tuple[list[int], list[int]] | None:
+    """The rows a config means of a table, and those that adapter ``name`` has of it, where they are not the same."""
+    if not config.trainable_token_indices:
+        return None
+    for module, indices, _ in plan_auxiliary(model, config, named, adapted, lenient=True).tokens:
+        here = module.token_adapter.token_indices.get(name, []) if isinstance(module, TrainableTokensWrapper) else []
+        if here != indices:
+            return indices, here
+    return None
+
+
 def _saved_modules(
     named: list[Place], config: LoraConfig, bypassed: Bypassed, adapted: Container[int], lenient: bool
 ) -> list[nn.Module]:

@@ -165,7 +165,24 @@ def _wanted(resolved: Resolved, name: str) -> dict[LoraLayer, tuple[int, float]]
 
     Raises:
         TargetError: some of them do not carry adapter ``name``.
-        ConfigError: a rank cannot be carried out on its layer, or the formula has other settings there.
+        As :func:`numbers_here`.
+    """
+    found, further = numbers_here(resolved, name)
+    if further:
+        raise TargetError(
+            f"The new adapter is also on {len(further)} layers that adapter {name!r} is not on: "
+            f"{shorten(further, 3)}. Hot-swapping exchanges values and wraps no layer: begin with the adapter that is "
+            "on the most layers, or load this one with load_adapter under a name of its own. Nothing was changed."
+        )
+    return found
+
+
+def numbers_here(resolved: Resolved, name: str) -> tuple[dict[LoraLayer, tuple[int, float]], list[str]]:
+    """(rank, alpha) that a config gives the layers that carry adapter ``name``, and its layers that do not.
+
+    Raises:
+        ConfigError: a rank cannot be carried out on its layer, or the formula is another one there or has other
+            settings.
     """
     found: dict[LoraLayer, tuple[int, float]] = {}
     further, types = [], variant_types(resolved.config)
@@ -181,13 +198,7 @@ def _wanted(resolved: Resolved, name: str) -> dict[LoraLayer, tuple[int, float]]
         for one in (layer, *inner):
             assert isinstance(one, LoraLayer)
             found[one] = target.rank, target.alpha
-    if further:
-        raise TargetError(
-            f"The new adapter is also on {len(further)} layers that adapter {name!r} is not on: "
-            f"{shorten(further, 3)}. Hot-swapping exchanges values and wraps no layer: begin with the adapter that is "
-            "on the most layers, or load this one with load_adapter under a name of its own. Nothing was changed."
-        )
-    return found
+    return found, further
 
 
 def _check_rank(path: str, adapter: Adapter, rank: int) -> None:
@@ -211,9 +222,13 @@ def _check_rank(path: str, adapter: Adapter, rank: int) -> None:
 def _check_formula(config: LoraConfig, types: Sequence[type[Variant]], path: str, adapter: Adapter, rank: int) -> None:
     new = formula_of(types, config, _spec(adapter, path, rank, config.scaling(rank, adapter.alpha)))
     if _settings(new) != _settings(adapter.variant):
+        same = new.name == adapter.variant.name
         raise ConfigError(
             f"{path}: {new.name} has other settings in the new adapter than in {adapter.name!r}. Load it with "
             "load_adapter under a name of its own. Nothing was changed."
+            if same
+            else f"{path}: the new adapter computes {new.name}, and {adapter.name!r} {adapter.variant.name}. Load it "
+            "with load_adapter under a name of its own. Nothing was changed."
         )
 
 

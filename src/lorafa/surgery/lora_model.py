@@ -18,6 +18,7 @@ from lorafa.layers.host import Host
 from lorafa.numerics.fused import is_traced
 from lorafa.surgery import activate
 from lorafa.surgery.apply import apply
+from lorafa.surgery.biases import BaseBiases
 from lorafa.surgery.build import Options
 from lorafa.surgery.combine import CombinesAdapters
 from lorafa.surgery.forward import is_checkpointed
@@ -63,6 +64,7 @@ class LoraModel(CombinesAdapters):
             if _reads(adapter.variant)
         }
         self._wrapped: list[str] = []  # the places wrappers were put on
+        self._biases = BaseBiases()
         self.training = model.training
         if peft_config is not None:
             activate.require_nothing_merged(model)
@@ -79,6 +81,7 @@ class LoraModel(CombinesAdapters):
 
         Raises:
             ConfigError: another adapter trains the base's biases, and so would this one.
+            AdapterError: it would train those of a base that an update is merged into.
             As :func:`lorafa.surgery.plan.plan`.
         """
         config = resolved.config
@@ -88,6 +91,8 @@ class LoraModel(CombinesAdapters):
                 f"bias={config.bias!r}: adapter {others[0]!r} trains base biases already, and there is only one set of "
                 "them. Use bias='none' for all adapters but one."
             )
+        if config.bias != "none":
+            activate.require_nothing_merged(self.model)
         return plan(resolved, adapter_name, options, stats)
 
     def apply_plan(self, planned: Plan) -> Callable[[], None]:
@@ -102,6 +107,7 @@ class LoraModel(CombinesAdapters):
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *modules]))
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *parameters]))
         self.peft_config[planned.name], self._wrapped = planned.config, wrapped_places(self.model)
+        self._biases.take(planned.name, self.model, planned.config.bias)
         readers = [layer.parts.variant for layer in planned.layers if _reads(layer.parts.variant)]
         if readers:  # of one config, so any of them finds the same
             self._readers[planned.name] = readers[0]
@@ -116,6 +122,7 @@ class LoraModel(CombinesAdapters):
             self.targeted_module_names, self.targeted_parameter_names, self._wrapped = named
             del self.peft_config[planned.name]
             self._readers.pop(planned.name, None)
+            self._biases.forget(planned.name)
 
         return take_back
 
@@ -157,21 +164,29 @@ class LoraModel(CombinesAdapters):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, together, and train unless ``inference_mode``."""
         activate.set_adapter(self.model, adapter_name, inference_mode)
+        self._biases.let_train([] if inference_mode else _listed(adapter_name))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
         activate.set_requires_grad(self.model, adapter_names, requires_grad)
+        for name in _listed(adapter_names):
+            self._biases.set_requires_grad(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, another (if any) becomes active.
 
+        Biases of the base that it has trained are the base's own again.
+
         Raises:
-            AdapterError: an unknown name, the adapter is merged, or one is merged and another would become active;
-                nothing was changed.
+            AdapterError: an unknown name, the adapter is merged, or one is merged and another would become active, or
+                biases would change; nothing was changed.
         """
         rest = [name for name in self.peft_config if name != adapter_name]
         successor = rest[0] if rest and set(self.active_adapters) <= {adapter_name} else None
+        if adapter_name in self._biases:
+            activate.require_nothing_merged(self.model)
         activate.delete_adapter(self.model, adapter_name, successor)
+        self._biases.give_back(adapter_name)
         del self.peft_config[adapter_name]
         self._readers.pop(adapter_name, None)
 
@@ -223,7 +238,11 @@ class LoraModel(CombinesAdapters):
             )
         if merge:
             self.say_lost()
+        folded = [*(self.active_adapters if adapter_names is None else adapter_names)] if merge else []
+        folded += [name for layer in lora_layers(self.model) for name in layer[1].merged_adapters] if merge else []
         model = unload(self.model, merge=merge, adapter_names=adapter_names)
+        for name in self.peft_config:
+            self._biases.forget(name) if name in folded else self._biases.give_back(name)
         self.peft_config, self._readers, self._wrapped = {}, {}, []
         return model
 
@@ -339,6 +358,10 @@ class LoraModel(CombinesAdapters):
 def _reads(variant: Variant) -> bool:
     """Whether it has to know, or gathers, something of each call of the model."""
     return variant.reads_call or variant.gathers
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _active(found: Iterable[Host]) -> list[str]:

@@ -15,7 +15,7 @@ from lorafa.numerics.linalg import working_dtype
 from lorafa.numerics.truncation import Truncated, truncated_matrix, truncated_product
 from lorafa.settings.checks import found, is_int
 from lorafa.surgery.activate import require_adapters, require_unmerged
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.alone import layers_alone
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_rank(name: str, rank: object) -> None:
 
 
 def require_matrices(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
-    """The layers that adapter ``name`` changes, where the update of each is one matrix.
+    """The layers that adapter ``name`` changes, by their paths in its file, where the update of each is one matrix.
 
     Raises:
         AdapterError: there is no such adapter, or it is merged.
@@ -67,7 +67,7 @@ def require_matrices(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]
     """
     require_adapters(model, [name])
     require_unmerged(model, name, "converting it")
-    layers = [(path, layer) for path, layer in lora_layers(model) if layer.has_update(name)]
+    layers = layers_alone(model, name)
     changing = [(path, layer.adapters[name].variant) for path, layer in layers if not _is_matrix(layer, name)]
     if changing:
         path, variant = changing[0]

@@ -72,6 +72,17 @@ class Target:
             layer = layer.base_layer
         return layer if isinstance(layer, LoraLayer) else None
 
+    def to_wrap(self, outermost: nn.Module) -> nn.Module:
+        """What a new layer of a parameter goes around, where ``outermost`` stands in the place of the module now.
+
+        Layers of several parameters of one module are nested as files have them, whichever was added first: those of
+        parameters before this one are inside.
+        """
+        position, layer = list(self.base._parameters).index(str(self.parameter)), outermost
+        while isinstance(layer, LoraLayer) and layer.nests and layer.position > position:
+            layer = layer.base_layer
+        return layer
+
     def weight(self) -> Tensor:
         """The pristine weight, (out, in) or (E, out, in)."""
         return self.backend.weight(in_memory(self.base)) if self.wrapper is None else self.wrapper.base_weight()
