@@ -150,6 +150,11 @@ def _layers(file: Path, config: LoraConfig, tensors: dict[str, Tensor], *, ours:
         if f"{path}.{key_B}" not in tensors:
             raise CheckpointError(f"{file} has {key} and no {path}.{key_B}. It is damaged: fetch it again.")
         A, B = tensors.pop(key), tensors.pop(f"{path}.{key_B}")
+        if min(A.dim(), B.dim()) < 2 or A.dim() != B.dim():
+            raise CheckpointError(
+                f"{file}: A and B of {path} are {tuple(A.shape)} and {tuple(B.shape)}, which are no two matrices or "
+                "kernels. It is damaged: fetch it again."
+            )
         bias = tensors.pop(f"{path}.lora_B.bias", None)
         rank, alpha = _numbers(config, path.partition(_INSIDE)[0])
         scaling = config.scaling(rank, alpha)

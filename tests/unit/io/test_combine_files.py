@@ -275,6 +275,17 @@ def test_a_config_of_another_rank(pair: list[Path]) -> None:
     refuses(pair, CheckpointError, r"A and B of first are \(3, 12\) and \(20, 3\), and the config says rank 4")
 
 
+@pytest.mark.parametrize("shape", [(-1,), (1, 1, -1)])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_factors_that_are_no_matrices(factor: str, shape: tuple[int, ...], pair: list[Path], tmp_path: Path) -> None:
+    place = pair[1] / "adapter_model.safetensors"
+    tensors = load_file(place)
+    key = next(key for key in tensors if factor in key)
+    save_file(tensors | {key: tensors[key].reshape(shape).clone()}, place)
+    with pytest.raises(CheckpointError, match=r"A and B of .* are \(.*which are no two matrices or kernels"):
+        combine_files(pair, [1.0, 1.0], tmp_path / "out", Combining("cat"))
+
+
 def test_half_a_pair(pair: list[Path]) -> None:
     edit_tensors(pair[1], lambda tensors: tensors.pop("base_model.model.first.lora_B.weight"))
     refuses(pair, CheckpointError, r"has first\.lora_A\.weight and no first\.lora_B\.weight")
