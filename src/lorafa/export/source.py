@@ -137,7 +137,8 @@ def _of_file(
     assert one.B is not None
     rank = int(lookup(config.rank_pattern, path, config.r))
     alpha = lookup(config.alpha_pattern, path, config.lora_alpha)
-    if min(one.A.dim(), one.B.dim()) < 2 or one.A.dim() != one.B.dim() or (one.B.dim() == 2 and one.B.shape[1] != rank):
+    matrices = min(one.A.dim(), one.B.dim()) >= 2 and one.A.dim() == one.B.dim()
+    if not matrices or (one.A.dim() == 2 and one.A.shape[0] == rank != one.B.shape[1]):
         raise CheckpointError(
             f"{source}: A and B of {path!r} are {tuple(one.A.shape)} and {tuple(one.B.shape)}, which are no factors of "
             f"rank {rank}. The file is damaged, or not of this config. Nothing was written."
