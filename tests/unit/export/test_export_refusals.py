@@ -235,6 +235,18 @@ def test_merged_models_for_what_reads_none(tmp_path: Path) -> None:
     refused(other, "ollama", tmp_path / "out", CheckpointError, text, merged=True)
 
 
+@pytest.mark.parametrize("shape", [(-1,), (1, 1, -1), (-1, 1)])
+def test_factors_that_are_no_matrices_of_the_rank(shape: tuple[int, ...], tmp_path: Path) -> None:
+    _, folder = on_disk(tmp_path)
+    place = Path(folder) / "adapter_model.safetensors"
+    tensors = load_file(place)
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file(tensors | {key: tensors[key].reshape(shape).clone()}, place)
+    for target in ("peft", "vllm"):
+        text = "are no matrices of numbers|says rank 4. Config and tensors are not of one adapter"
+        refused(folder, target, tmp_path / "out", CheckpointError, text)
+
+
 def test_targets_and_folders(tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path)
     refused(folder, "vlm", tmp_path / "out", ConfigError, "Unknown export target 'vlm'. Did you mean 'vllm'")

@@ -275,6 +275,18 @@ def test_a_config_of_another_rank(pair: list[Path]) -> None:
     refuses(pair, CheckpointError, r"A and B of first are \(3, 12\) and \(20, 3\), and the config says rank 4")
 
 
+@pytest.mark.parametrize("shape", [(-1,), (1, 1, -1)])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_factors_that_are_no_matrices(factor: str, shape: tuple[int, ...], pair: list[Path], tmp_path: Path) -> None:
+    place = pair[1] / "adapter_model.safetensors"
+    tensors = load_file(place)
+    key = next(key for key in tensors if factor in key)
+    save_file(tensors | {key: tensors[key].reshape(shape).clone()}, place)
+    text = "are no matrices of numbers|says rank .* Config and tensors are not of one adapter"
+    with pytest.raises(CheckpointError, match=text):
+        combine_files(pair, [1.0, 1.0], tmp_path / "out", Combining("cat"))
+
+
 def test_half_a_pair(pair: list[Path]) -> None:
     edit_tensors(pair[1], lambda tensors: tensors.pop("base_model.model.first.lora_B.weight"))
     refuses(pair, CheckpointError, "has A or B alone of 1 layers: first")
