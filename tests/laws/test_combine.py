@@ -36,6 +36,7 @@ def settings(variant: str, start: bool | str) -> dict[str, Any]:
     return VARIANT[variant] | {"init_lora_weights": start}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("start", "variant", "kind"), quick_first(STARTED))
 def test_cat_or_a_full_svd_is_the_weighted_sum(start: bool | str, variant: str, kind: str) -> None:
     model = two_on(kind, **settings(variant, start))

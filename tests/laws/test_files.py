@@ -64,6 +64,7 @@ def assert_same_adapter(one: PeftModel, other: PeftModel, name: str = "default",
         assert torch.equal(first[key], second[key]), key
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("start", "variant", "kind"), quick_first(STARTED))
 def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path, start: bool | str, variant: str, kind: str) -> None:
     settings = VARIANT[variant] | {"init_lora_weights": start}
@@ -111,6 +112,7 @@ def test_outputs_come_back_bit_for_bit_at_a_size_where_strides_choose_the_kernel
     assert torch.equal(PeftModel.from_pretrained(base(), tmp_path)(x), model(x))
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 @pytest.mark.parametrize(("variant", "kind", "start"), with_starts(DEFINED, True, "pissa"))
 def test_adapter_loads_beside_another_one_under_another_name(
@@ -128,6 +130,7 @@ def test_adapter_loads_beside_another_one_under_another_name(
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind", "start"), with_starts(DEFINED, True, "pissa"))
 def test_state_dict_of_an_adapter_fills_another_model(variant: str, kind: str, start: bool | str) -> None:
     settings = VARIANT[variant] | {"init_lora_weights": start}
@@ -138,6 +141,7 @@ def test_state_dict_of_an_adapter_fills_another_model(variant: str, kind: str, s
     assert_same_adapter(model, other)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind"), [case for case in DEFINED if not own_start_reads_weight(case[0])])
 def test_adapter_made_without_memory_is_filled_from_a_state_dict(variant: str, kind: str) -> None:
     model = with_adapter(same_base(kind), kind, **VARIANT[variant])

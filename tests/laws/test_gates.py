@@ -58,6 +58,7 @@ def gated(kind: str, dtype: torch.dtype, **settings: Any) -> tuple[PeftModel, Pe
     return models[0], models[1]
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("inside", "kind"), sorted({(inside, kind) for inside, kind, _ in GATED}))
 def test_the_output_is_that_of_the_formula_inside_where_it_counts_and_of_the_base_elsewhere(
@@ -73,6 +74,7 @@ def test_the_output_is_that_of_the_formula_inside_where_it_counts_and_of_the_bas
     assert (everywhere[COUNTS] - base[COUNTS]).abs().max() > 0.05
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("inside", "kind", "dropout"), GATED)
 def test_gradients_are_those_of_the_places_where_it_counts(inside: str, kind: str, dropout: float) -> None:
     model, always = gated(kind, torch.float64, lora_dropout=dropout, **VARIANT[inside])
@@ -91,6 +93,7 @@ def test_gradients_are_those_of_the_places_where_it_counts(inside: str, kind: st
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("inside", "kind", "dropout"), GATED)
 def test_where_it_counts_nowhere_gradients_are_zero_and_not_missing(inside: str, kind: str, dropout: float) -> None:
     model, _ = gated(kind, torch.float64, lora_dropout=dropout, **VARIANT[inside])
@@ -163,6 +166,7 @@ def test_a_kind_of_layer_without_places_is_refused(kind: str) -> None:
         get_peft_model(Tokens(base_layer(kind), torch.float32), config_for(kind, alora_invocation_tokens=INVOCATION))
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("rows", [ROWS[:0], ROWS[:, :0]], ids=["no rows", "no tokens"])
 @pytest.mark.parametrize(("inside", "kind"), sorted({(inside, kind) for inside, kind, _ in GATED}))
 def test_no_rows_are_answered_by_none(inside: str, kind: str, rows: Tensor, recwarn: pytest.WarningsRecorder) -> None:

@@ -36,6 +36,7 @@ def test_merged_model_gives_the_outputs_of_the_adapted_model(variant: str, kind:
     assert not list(lora_layers(merged))
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("variant", "kind", "start"), with_starts(EXACT, True, "pissa"))
 def test_merged_weight_is_the_exact_sum_rounded_once(
@@ -54,6 +55,7 @@ def test_merged_weight_is_the_exact_sum_rounded_once(
     torch.testing.assert_close(merged, wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind", "start"), with_starts(DEFINED, True, "pissa"))
 def test_unmerging_restores_every_bit_and_every_object(variant: str, kind: str, start: bool | str) -> None:
     model = adapted(kind, dtype=torch.bfloat16, **VARIANT[variant] | {"init_lora_weights": start}).eval()
@@ -71,6 +73,7 @@ def weight_key(state: dict[str, dict[str, Tensor]]) -> str:
     return next(key for key in state["values"] if key.endswith(ends))
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("merged_before", [False, True], ids=["", "while merged"])
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
 def test_unload_gives_back_the_model_that_was_handed_in(variant: str, kind: str, merged_before: bool) -> None:
@@ -85,6 +88,7 @@ def test_unload_gives_back_the_model_that_was_handed_in(variant: str, kind: str,
     assert_unchanged(before, user_model)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
 def test_merging_twice_is_merging_once(variant: str, kind: str) -> None:
     model = adapted(kind, dtype=torch.bfloat16, **VARIANT[variant])
@@ -94,6 +98,7 @@ def test_merging_twice_is_merging_once(variant: str, kind: str) -> None:
     assert_unchanged(once, model)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("merged", [False, True], ids=["", "while merged"])
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
 def test_disabled_model_is_the_base_model_bit_for_bit(variant: str, kind: str, merged: bool) -> None:
@@ -127,6 +132,7 @@ def test_disabling_ends_with_its_block_whatever_happens_in_it_and_nests() -> Non
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
 def test_delta_weight_has_layout_and_dtype_of_the_stored_weight_and_is_what_merging_adds(
     variant: str, kind: str

@@ -81,6 +81,7 @@ def gradients_alone(model: PeftModel, x: Tensor, names: Names, call: Callable[[T
     return total
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     ("order", "variant", "kind"),
     # how rows are told apart is the same for all formulas

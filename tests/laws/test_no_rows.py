@@ -21,6 +21,7 @@ def no_rows(kind: str) -> Tensor:
     return x[:, :0] if backend_for(kind).host == "experts" and x.dim() == 3 else x[:0]
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
 def test_no_rows_are_answered_by_none(variant: str, kind: str, settings: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from toys.layers import input_for
 LINEAR = "torch.nn.modules.linear.Linear"
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("value", [0.0, 3.0, torch.tensor(3.0, dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize(("variant", "kind"), [(v, k) for v, k in DEFINED if "dora" not in v])
 def test_a_written_scaling_is_the_factor_of_the_update(variant: str, kind: str, value: float | Tensor) -> None:

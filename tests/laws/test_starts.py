@@ -38,6 +38,7 @@ def fresh(kind: str, dtype: torch.dtype, **settings: object) -> tuple[nn.Module,
     return Single(layer), with_adapter(Single(layer), kind, **settings)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("start", "variant", "kind"), quick_first(STARTED_AT_BASE))
 def test_model_computes_the_same_function_at_step_zero(start: bool | str, variant: str, kind: str) -> None:
     base, model = fresh(kind, torch.float64, **VARIANT[variant] | {"init_lora_weights": start})
@@ -90,6 +91,7 @@ def test_a_warning_says_where_dropout_takes_away_of_the_base(start: bool | str) 
     assert told == (not kept)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("start", [True, "gaussian"])
@@ -132,6 +134,7 @@ def test_random_start_does_change_the_function(kind: str) -> None:
     assert not torch.allclose(model(x), base(x), atol=1e-3)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("start", "variant", "kind"), quick_first(STARTED))
 def test_training_leaves_the_base_and_what_was_taken_of_it_alone(start: bool | str, variant: str, kind: str) -> None:
     layer = base_layer(kind)

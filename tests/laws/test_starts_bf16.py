@@ -117,6 +117,7 @@ def dtypes(model: PeftModel) -> set[torch.dtype]:
     return {tensor.dtype for name, tensor in tensors if "lora_" in name}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("toy", "narrow"), [("mlp", False), ("llama", False), ("mlp", True)])
 @pytest.mark.parametrize(("start", "variant"), [(s, v) for v in VARIANT for s in starts_of(v, *STARTS)])
 def test_outputs_are_the_bits_of_the_base_where_the_start_promises_it(

@@ -51,6 +51,7 @@ REFUSED = [case for case in CASES if refusal(case[0], COMBINED[case[1]], case[2]
 MADE = [case for case in CASES if case not in REFUSED]
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("start", "name", "kind"), REFUSED)
 def test_what_does_not_go_together_is_refused_with_the_reason(start: bool | str, name: str, kind: str) -> None:
     error, text = refusal(start, COMBINED[name], kind)  # type: ignore[misc]
@@ -58,6 +59,7 @@ def test_what_does_not_go_together_is_refused_with_the_reason(start: bool | str,
         adapted(kind, init_lora_weights=start, **COMBINED[name])
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.filterwarnings("ignore:layer. lora_dropout does not act on embedding layers")
 @pytest.mark.parametrize(("start", "name", "kind"), MADE)
 def test_step_zero_is_that_of_the_start_alone(start: bool | str, name: str, kind: str) -> None:
@@ -88,6 +90,7 @@ def with_gradient(model: PeftModel, x: Tensor, target: Tensor) -> set[str]:
     return set(found)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.filterwarnings("ignore:layer. lora_dropout does not act on embedding layers")
 @pytest.mark.parametrize(("start", "name", "kind"), MADE)
 def test_gradients_reach_what_is_trained_and_nothing_else(start: bool | str, name: str, kind: str) -> None:

@@ -98,6 +98,7 @@ def with_a_gradient(model: PeftModel, now: dict[str, Tensor]) -> set[str]:
     return found
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("start", "optimizer"), MADE)
 def test_a_step_moves_what_is_trained_and_nothing_else(start: bool | str, optimizer: str) -> None:
     model, x, target = fresh(start), torch.randn(9, 12), torch.randn(9, 14)

@@ -62,6 +62,7 @@ def addresses(model: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in state.items() if ".lora_" in name}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
 def test_the_adapter_is_the_new_one_in_the_same_tensors(variant: str, kind: str, tmp_path: Path) -> None:
     base, x, settings = in_float64(kind), input_for(kind, torch.float64), VARIANT[variant]
@@ -80,6 +81,7 @@ def test_the_adapter_is_the_new_one_in_the_same_tensors(variant: str, kind: str,
         )  # fmt: skip
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
 def test_room_for_ranks_changes_no_output_and_no_file_or_is_refused(variant: str, kind: str) -> None:
     x = input_for(kind, torch.float64)
@@ -103,6 +105,7 @@ def test_room_for_ranks_changes_no_output_and_no_file_or_is_refused(variant: str
     assert state["trains"] == everything(model)["trains"]
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind"), [(v, k) for v, k in DEFINED if v in SLOTS])
 @pytest.mark.parametrize(("rank", "rslora"), [(2, False), (6, True), (12, False)])
 def test_adapters_of_other_ranks_take_the_slots(

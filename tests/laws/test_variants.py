@@ -44,6 +44,7 @@ def test_every_variant_is_under_the_laws() -> None:
     assert under == {name for name in VARIANTS.names() if VARIANTS.get(name).stage != "gate"}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("variant", "kind"), DEFINED)
@@ -83,6 +84,7 @@ def test_variant_law_holds_over_a_frozen_start(variant: str, kind: str, start: b
         close(model(x), expected, torch.float32 if backend_for(kind).quantized else torch.float64)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("variant", "kind"), [case for case in DEFINED if backend_for(case[1]).host == "linear"])
 def test_an_input_without_rows_gives_no_rows_and_gradients_of_zero(variant: str, kind: str, dropout: float) -> None:

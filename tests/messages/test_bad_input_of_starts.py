@@ -28,6 +28,7 @@ FROM_GRADIENTS = [
 ]
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("start", "kind"), [(start, kind) for start, variant, kind in STARTED if variant == "lora"])
 def test_a_rank_beyond_the_layer_is_refused_or_started_from_in_full(start: bool | str, kind: str) -> None:
     model, rank = Single(base_layer(kind)), 3 * IN + 2

@@ -135,6 +135,7 @@ NO_CONFIGS: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", [*TAKES, *READS])
 @pytest.mark.parametrize("value", NO_CONFIGS)
 def test_what_is_no_config_is_refused_with_its_type_and_what_to_write(value: str, name: str, tmp_path: Path) -> None:

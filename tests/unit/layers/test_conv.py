@@ -40,6 +40,7 @@ def picture(dims: int, channels: int = 4) -> torch.Tensor:
     return torch.randn(2, channels, *(7, 6, 5)[:dims], dtype=torch.float64)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("conv", SETTINGS)

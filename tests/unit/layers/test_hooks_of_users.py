@@ -83,6 +83,7 @@ def plus_one(module: nn.Module, args: Any, output: Any) -> Any:
     return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,6 +114,7 @@ def _again(model: PeftModel) -> PeftModel:
     return model.train()
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind"), [case for case in DEFINED if case[0] != "lora"], ids=str)
 def test_hooks_on_the_base_of_every_variant_run(variant: str, kind: str) -> None:
     model, x, calls = adapted(kind, **VARIANT[variant]), input_for(kind), []

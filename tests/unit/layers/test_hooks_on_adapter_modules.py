@@ -54,6 +54,7 @@ def is_exact(kind: str) -> bool:
     return not backend_for(kind).quantized
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind", "start"), WITH_STARTS, ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["lora_A", "lora_B", "lora_dropout"])
 def test_a_hook_that_only_looks_changes_neither_output_nor_gradients(

@@ -117,6 +117,7 @@ def test_embeddings_saved_with_an_adapter_are_those_that_are_brought_in(offload:
 # ---- an adapted model that is offloaded
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind", "start"), WITH_STARTS, ids=str)
 def test_an_adapted_model_can_be_offloaded(variant: str, kind: str, start: bool | str, offload: Offload) -> None:
     (model, _), x = pair(kind, in_memory, **settings_for(variant, start)), input_for(kind)

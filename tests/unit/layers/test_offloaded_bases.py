@@ -45,6 +45,7 @@ def offload(request: pytest.FixtureRequest, tmp_path: Path) -> Offload:
     return offloading(request.param, tmp_path)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind", "start"), WITH_STARTS, ids=str)
 def test_outputs_and_gradients_are_those_of_the_base_in_memory(
     variant: str, kind: str, start: bool | str, offload: Offload
@@ -59,6 +60,7 @@ def test_outputs_and_gradients_are_those_of_the_base_in_memory(
         close(others[name], grads[name], torch.float32)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("variant", "kind"), CALLED, ids=str)
 def test_merged_unmerged_and_disabled_it_computes_as_in_memory(variant: str, kind: str, offload: Offload) -> None:
     (here, away), x = pair(kind, offload, **settings_for(variant, starts_of(variant, False)[0])), input_for(kind)

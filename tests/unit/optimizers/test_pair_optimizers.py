@@ -130,6 +130,7 @@ def test_resuming_is_bit_equal(name: str) -> None:
         assert torch.equal(value, whole.state_dict()[key]), key
 
 
+@pytest.mark.matrix(4)
 @EVERY
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layer_can_be_stepped_on(name: str, kind: str) -> None:
