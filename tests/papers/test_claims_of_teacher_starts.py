@@ -71,7 +71,7 @@ def test_kappa_is_the_part_of_the_change_that_is_taken() -> None:
 
 
 def test_the_left_half_keeps_the_function_and_spans_the_same_outputs() -> None:
-    full, own = start("from_teacher", of_change(D)), FromTeacherConfig(mode="left")
+    full, own = start("from_teacher", of_change(D)), FromTeacherConfig(part="left")
     left = start("from_teacher", of_change(D), own)
     triplets = full_svd(D @ metric_root(C))
     assert not left.A.any()
@@ -93,8 +93,8 @@ def test_a_teacher_of_the_same_weight_or_one_that_is_not_finite_is_nothing_to_st
     few = {key: value[:2] if key.endswith("S") else value for key, value in few.items()}
     with pytest.raises(CalibrationError, match="hold 2 directions of the teacher's change, and r = 3"):
         start("from_teacher", few)
-    with pytest.raises(ConfigError, match=r"mode has no value 'right'\. Pass one of: 'full', 'left'"):
-        FromTeacherConfig(mode="right")
+    with pytest.raises(ConfigError, match=r"part has no value 'right'\. Pass one of: 'full', 'left'"):
+        FromTeacherConfig(part="right")
     with pytest.raises(ConfigError, match="kappa must be a number > 0"):
         FromTeacherConfig(kappa=0.0)
 

@@ -29,14 +29,14 @@ class FromTeacherConfig:
 
     teacher: str | None = None
     """The folder or Hub id of a model whose layers have the shapes of this one's, or of an adapter on the same base."""
-    mode: str = "full"
+    part: str = "full"
     """"full": s B A is the best copy of what the teacher changes; "left": B is its left half and A zero, so that the
     model starts as it is."""
     kappa: float = 1.0
     """What part of the change "full" begins with."""
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, ("full", "left"))
+        check_choice("part", self.part, ("full", "left"))
         check_number("kappa", self.kappa, "a number > 0", 0)
 
 
@@ -46,11 +46,11 @@ class FromTeacherConfig:
     keeps_function=False,
     stages=Stages(
         objective="product", target="W_T - W", metric="C^1/2 on the right", selection="leading r",
-        split="sqrt, sqrt; B alone with mode=left", scale="kappa / s", base="kept",
+        split="sqrt, sqrt; B alone with part=left", scale="kappa / s", base="kept",
     ),
 )  # fmt: skip
 def from_teacher(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
-    """s B A = kappa [D M^1/2]_r M^-1/2; with mode="left" A = 0 and B = U sqrt(S) of the same triplets.
+    """s B A = kappa [D M^1/2]_r M^-1/2; with part="left" A = 0 and B = U sqrt(S) of the same triplets.
 
     Where the teacher changes fewer than r directions, the rows of A that are left over are random and the columns of B
     zero: both zero would never train.
@@ -75,7 +75,7 @@ def from_teacher(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -
         raise DegenerateError("its teacher has the same weight")
     nothing = top.S[0] * torch.finfo(top.S.dtype).eps * max(weight.shape[-2:]) >= top.S
     random = kaiming(weight, {}, spec).A.to(top.S)
-    if settings.mode == "left":
+    if settings.part == "left":
         zero = torch.zeros_like(random)
         left = halves(top)[1]
         return InitResult(torch.where(nothing[:, None], random, zero), torch.where(nothing, 0.0, left))
