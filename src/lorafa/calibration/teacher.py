@@ -13,6 +13,15 @@ from lorafa.errors import CalibrationError, ConfigError
 from lorafa.numerics.linalg import float_matrix, leading_svd
 
 
+def require_named(teacher: object) -> None:
+    """Raises ConfigError where a start from a teacher has none."""
+    if teacher is None:
+        raise ConfigError(
+            "A start from a teacher needs one. Pass init_config={'teacher': ...}, the folder or Hub id of a model of "
+            "the same shapes, or of an adapter on the same base (init.teacher= for a run)."
+        )
+
+
 class Known(Statistic):
     """A statistic whose value is there already, for those that are made after it; it sees no data."""
 
@@ -42,11 +51,7 @@ class TeacherChange(Statistic):
 
     def __init__(self, layer: Measured) -> None:
         super().__init__(layer)
-        if layer.change is None:
-            raise ConfigError(
-                "A start from a teacher needs one. Pass init_config={'teacher': ...}, the folder or Hub id of a model "
-                "of the same shapes, or of an adapter on the same base (init.teacher= for a run)."
-            )
+        require_named(layer.change)
         self.moment: Tensor | None = None
 
     def start_pass(self, number: int, done: Mapping[str, Statistic]) -> None:

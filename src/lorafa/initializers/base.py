@@ -88,6 +88,9 @@ class Initializer:
     LoraConfig has for them, which is found without if it is called after the start ("eva_config")."""
     check_rank: Callable[[int, str], None] | None = None
     """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
+    complete: Callable[[Any], None] | None = None
+    """Raises ConfigError for settings by which nothing could be collected; an adapter may be made with them, of
+    statistics that are there."""
     own_ranks: Callable[[Any, int], Mapping[str, Any] | None] | None = None
     """(settings, r of the config) -> the fields of a :class:`lorafa.RankRule` that shares its ranks out where the
     caller names none; None where the settings leave ranks as they are, or the start has no rule of its own."""

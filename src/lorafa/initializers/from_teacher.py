@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_triplets, whitening
+from lorafa.calibration.teacher import require_named
 from lorafa.errors import CalibrationError
 from lorafa.initializers.base import DegenerateError, InitResult, Stages, check_rank, initializer
 from lorafa.initializers.kaiming import kaiming
@@ -40,9 +41,15 @@ class FromTeacherConfig:
         check_number("kappa", self.kappa, "a number > 0", 0)
 
 
+def complete(settings: FromTeacherConfig) -> None:
+    """Raises ConfigError where no teacher is named."""
+    require_named(settings.teacher)
+
+
 @initializer(
     needs=("second_moment", "teacher_change"),
     settings=FromTeacherConfig,
+    complete=complete,
     keeps_function=False,
     stages=Stages(
         objective="product", target="W_T - W", metric="C^1/2 on the right", selection="leading r",

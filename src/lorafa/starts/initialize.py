@@ -19,7 +19,7 @@ from lorafa.errors import AdapterError, ConfigError, warn
 from lorafa.peft_model import PeftModel, adapted, check_can_wrap
 from lorafa.settings.checks import check_choice, names
 from lorafa.starts.gamma import best_gamma
-from lorafa.starts.joint import JointStart, JointStatistics, joint_loss, joint_statistics_of
+from lorafa.starts.joint import JointStart, JointStatistics, joint_loss_of, joint_statistics_of
 from lorafa.starts.ranks import RankRule, check_readable, ranked, require_rule, shared_out
 from lorafa.starts.statistics import Statistics, require_gradients, statistics_of
 from lorafa.surgery.build import Options
@@ -228,7 +228,7 @@ def _joint(
     joint = stats.about["joint"]
     if "why" in joint:
         warn(f"The start is the task's alone: {joint['why']}.")
-    return stats, joint_loss(asked, joint["weight"], loss) if joint["weight"] else loss
+    return stats, joint_loss_of(asked, stats, loss)
 
 
 def _require_room(resolved: Resolved, adapter_name: str) -> None:

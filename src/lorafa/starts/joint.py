@@ -251,9 +251,16 @@ def _discrepancy(alignment: Alignment) -> Loss:
     return loss
 
 
-def joint_loss(asked: JointStart, weight: float, task: Loss | None) -> Loss:
-    """task + weight teacher, of a model with its adapter on: what held-out rows are compared by."""
+def joint_loss_of(asked: JointStart, stats: Statistics, task: Loss | None = None) -> Loss | None:
+    """task + weight teacher, of a model with its adapter on: what held-out rows are compared by.
 
+    Args:
+        stats: what :meth:`JointStatistics.at` has returned, which say the weight.
+        task: the task's loss; None is the model's own, and so is what is returned where the teacher has no weight.
+    """
+    weight = stats.about["joint"]["weight"]
+    if not weight:
+        return task
     made: list[Loss] = []
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
