@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lorafa.calibration.base import Measured, Statistic
-from lorafa.errors import CalibrationError
 from lorafa.numerics.linalg import float_matrix
 
 
@@ -15,7 +14,8 @@ class OutputMoment(Statistic):
 
     g is in the units in which the gradient G of the weight is the mean over tokens of g x^T: the gradient d that
     arrives, times the number of tokens, over the sum of the batches' weights. A token counts where d is not zero: not
-    padding, nor what no label depends on. ``tokens`` is their number, ``rows`` that of the rows of all batches.
+    padding, nor what no label depends on. ``tokens`` is their number, ``rows`` that of the rows of all batches. Where
+    no gradient arrives all of it is zero.
     """
 
     reads_gradient = True
@@ -56,9 +56,5 @@ class OutputMoment(Statistic):
 
     def result(self) -> dict[str, Tensor]:
         tokens, rows = self.counts
-        if self.sum is None or not int(tokens):
-            raise CalibrationError(
-                f"No gradient reached {self.layer.name!r} in calibration, so nothing is known of the size of one. Use "
-                "batches whose loss depends on this layer, or leave the layer out with exclude_modules."
-            )
-        return {"Y": self.sum * (tokens.to(self.sum) / self.weight**2), "tokens": tokens, "rows": rows}
+        total = torch.zeros(self.layer.out) if self.sum is None else self.sum
+        return {"Y": total * (tokens.to(total) / self.weight**2), "tokens": tokens, "rows": rows}

@@ -32,7 +32,7 @@ class LoraDAConfig:
     """What the step itself counts in the choice of directions."""
     beta: float = 0.03
     """What its noise counts against it; 0 takes the leading directions of the step."""
-    samples: int | str = SAMPLE
+    samples: int | str = "sample"
     """N, by which noise is divided: "sample", the rows the gradient was read of; "train", the rows that are trained on,
     as in the authors' code, with which the noise counts for next to nothing (a run knows it, elsewhere pass the
     number)."""

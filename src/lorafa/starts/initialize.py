@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorafa.alignment.alignment import Alignment
 from lorafa.calibration.base import CalibrationOptions
 from lorafa.calibration.batches import Batches, digest_of, of_data, of_function, require_batches, shown
 from lorafa.calibration.loss import Loss
@@ -27,6 +26,9 @@ from lorafa.surgery.given import lora_config
 from lorafa.surgery.plan import plan
 from lorafa.surgery.resolve import Resolved, met, resolve
 from lorafa.surgery.walk import require_module
+
+if TYPE_CHECKING:
+    from lorafa.alignment.alignment import Alignment
 
 Data = Iterable[Any] | Callable[[], Any]
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lorafa.alignment.alignment import Alignment
 from lorafa.alignment.balance import balanced_weight
-from lorafa.alignment.divergences.base import Divergence
-from lorafa.alignment.maps.base import RepresentationMap
 from lorafa.alignment.registries import TEACHERS
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.alignment.teachers.external import External
@@ -31,6 +28,11 @@ from lorafa.processes import gathered
 from lorafa.settings.checks import check_number
 from lorafa.starts.statistics import Statistics, statistics_of
 from lorafa.surgery.resolve import Resolved
+
+if TYPE_CHECKING:
+    from lorafa.alignment.alignment import Alignment
+    from lorafa.alignment.divergences.base import Divergence
+    from lorafa.alignment.maps.base import RepresentationMap
 
 SAME = "the teacher {name!r} is the model itself where it starts, so its gradient is zero there"
 QUIET = "the gradient of the teacher {name!r} is less than a thousandth of the task's"
@@ -69,6 +71,8 @@ class JointStart:
         Raises:
             ConfigError: it is neither.
         """
+        from lorafa.alignment.alignment import Alignment  # brings torch's compiler
+
         if isinstance(given, Alignment):
             divergence = "none" if given.divergence is None else given.divergence
             term = given.term
@@ -98,6 +102,8 @@ class JointStart:
         Raises:
             ConfigError, BackendError: as :class:`lorafa.alignment.Alignment`; or the teacher has layers of the model.
         """
+        from lorafa.alignment.alignment import Alignment
+
         teacher = TEACHERS.get(self.teacher)() if isinstance(self.teacher, str) and self.teacher != External.name else (
             self.teacher
         )  # fmt: skip

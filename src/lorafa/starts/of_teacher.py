@@ -19,7 +19,6 @@ from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.loose import LooseAdapter, needs_base, read_loose
 from lorafa.io.skeleton import Skeleton, empty_model, require_numbers
 from lorafa.models.carried import fetched, read_config
-from lorafa.models.load import resolve_model
 from lorafa.numerics.linalg import float_matrix, working_dtype
 from lorafa.storage.fingerprint import compare_fingerprints
 from lorafa.storage.hub import locate
@@ -77,6 +76,8 @@ class _Model(TeacherOfShapes):
                 f"A start from the teacher {source!r} reads its files as a model of transformers has them, and this is "
                 f"{type(inner).__name__}. Collect the change yourself: stats= takes 'teacher_change.U', '.S' and '.Vh'."
             )
+        from lorafa.models.load import resolve_model  # brings rich
+
         place = resolve_model(source)
         folder = place if isinstance(place, Path) else fetched(place, None, {})
         files = model_files(folder)

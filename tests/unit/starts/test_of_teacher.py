@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, PeftModel, collect_statistics, get_peft_model, initialize
+from lorafa.backends.int8 import Int8Linear
 from lorafa.calibration.gradient import metric_root
 from lorafa.errors import BackendError, CheckpointError, ConfigError, SourceError
 from lorafa.storage import model_files
@@ -111,6 +112,18 @@ def test_weights_that_are_kept_the_other_way_round_are_copied_too(tmp_path: Path
         else:  # the teacher's is the model's own
             assert layers[path].fallbacks["default"] == "its teacher has the same weight"
             assert not delta.any()
+
+
+def test_of_a_quantized_base_the_change_is_that_of_the_weight_it_stands_for(tmp_path: Path) -> None:
+    model = llama()
+    folder, codes = saved(tuned(model), tmp_path / "teacher"), {}
+    for number, block in enumerate(model.model.layers):
+        block.self_attn.q_proj = Int8Linear(block.self_attn.q_proj.weight.detach())
+        codes[f"model.layers.{number}.self_attn.q_proj"] = block.self_attn.q_proj.dequantize()
+    theirs = dict(tuned(llama()).named_parameters())
+    started = initialize(model, config(folder, ["q_proj"], r=16), BATCHES)
+    for path, delta in deltas(started).items():
+        close(codes[path] + delta, theirs[f"{path}.weight"], 1e-4)
 
 
 def test_one_weight_of_the_teacher_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
