@@ -6,6 +6,7 @@ start gains over this one, at the same gamma, is its directions' own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -54,12 +55,14 @@ def loram(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitR
             "stable_gamma='auto' is found by the loss on held-out rows. Call lorafa.initialize(model, config, data, "
             "heldout=rows), or set a number: 128 is LoRA-One's."
         )
+    gamma = float(settings.stable_gamma)
     (*experts, _, in_), (*_, out, _) = spec.stored_shapes(weight)
     generator = spec.generator()
 
     def drawn(size: int) -> Tensor:
         gaussian = torch.empty(*experts, size, spec.rank, dtype=torch.float64).normal_(generator=generator)
-        return torch.linalg.qr(gaussian).Q * float(settings.stable_gamma) ** -0.5
+        Q: Tensor = torch.linalg.qr(gaussian).Q
+        return Q / math.sqrt(gamma)
 
     A, B = drawn(in_).mT, drawn(out)
     signs = torch.empty(*experts, 1, spec.rank, dtype=torch.float64).bernoulli_(0.5, generator=generator) * 2 - 1

@@ -7,6 +7,7 @@ makes the teacher's gradient half as large as the task's (:func:`lorafa.alignmen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -144,8 +145,8 @@ class JointStatistics:
         """
         if self.align is None:
             return None
-        norms = [[_norm(one[layer]) for layer in self.task] for one in (self.task, self.align)]
-        return balanced_weight(*norms, rho=self.asked.rho)
+        task, align = ([_norm(one[layer]) for layer in self.task] for one in (self.task, self.align))
+        return balanced_weight(task, align, rho=self.asked.rho)
 
     def at(self, weight: float | None = None) -> Statistics:
         """The statistics of the objective task + weight teacher, as if its gradient had been collected.
@@ -197,7 +198,7 @@ def _of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def _norm(tensors: Mapping[str, Tensor]) -> float:
     """||G|| of a layer, in the metric its start decomposes it in."""
     name = next(name for name in ("gradient", "whitened_gradient") if f"{name}.norm2" in tensors)
-    return float(tensors[f"{name}.norm2"].clamp(min=0)) ** 0.5
+    return math.sqrt(max(float(tensors[f"{name}.norm2"]), 0.0))
 
 
 def joint_statistics_of(
@@ -274,7 +275,8 @@ def joint_loss_of(asked: JointStart, stats: Statistics, task: Loss | None = None
             alignment = asked.alignment(model)
             assert alignment is not None  # there is a weight
             made.extend([task or default_loss(model), _discrepancy(alignment)])
-        return made[0](model, batch) + weight * made[1](model, batch)
+        own, theirs = made[0](model, batch), made[1](model, batch)
+        return own + float(weight) * theirs
 
     return loss
 

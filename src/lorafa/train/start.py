@@ -120,8 +120,8 @@ def start_adapter(
         "spectra": _spectra(stats, max(SHOWN, *ranks.values())),
     }
     record |= {} if asked is None else {"joint": stats.about["joint"]}
-    if (samples := getattr(adapter.init_config, "samples", None)) is not None:
-        record["samples"] = samples if isinstance(samples, int) else count
+    if (divisor := getattr(adapter.init_config, "samples", None)) is not None:
+        record["samples"] = divisor if isinstance(divisor, int) else count
     gamma = getattr(adapted.peft_config["default"].init_config, "stable_gamma", None)
     teacher = None if asked is None or isinstance(asked.teacher, str) else asked.teacher
     return Started(adapted, record | ({} if gamma is None else {"stable_gamma": gamma}), teacher)
