@@ -65,7 +65,8 @@ if TYPE_CHECKING:
         VeloraConfig,
     )
     from lorafa.starts.eva import get_eva_state_dict, initialize_lora_eva_weights
-    from lorafa.starts.initialize import collect_statistics, initialize, start_from
+    from lorafa.starts.initialize import collect_joint_statistics, collect_statistics, initialize, start_from
+    from lorafa.starts.joint import JointStart, JointStatistics
     from lorafa.starts.loftq import replace_lora_weights_loftq
     from lorafa.starts.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
     from lorafa.starts.ranks import RankRule, choose_ranks, with_ranks
@@ -101,6 +102,8 @@ __all__ = [
     "Combination",
     "CordaConfig",
     "EvaConfig",
+    "JointStart",
+    "JointStatistics",
     "KappaTuneSelector",
     "KasaConfig",
     "LoftQConfig",
@@ -135,6 +138,7 @@ __all__ = [
     "check_merge",
     "check_merged_folder",
     "choose_ranks",
+    "collect_joint_statistics",
     "collect_statistics",
     "convert_to_lora",
     "create_arrow_model",
@@ -191,6 +195,8 @@ _HOMES = {
     "Combination": "lorafa.surgery.combination",
     "CordaConfig": "lorafa.settings.methods",
     "EvaConfig": "lorafa.settings.methods",
+    "JointStart": "lorafa.starts.joint",
+    "JointStatistics": "lorafa.starts.joint",
     "KappaTuneSelector": "lorafa.surgery.kappa",
     "KasaConfig": "lorafa.settings.methods",
     "LoftQConfig": "lorafa.settings.methods",
@@ -224,6 +230,7 @@ _HOMES = {
     "check_merge": "lorafa.surgery.verify",
     "check_merged_folder": "lorafa.io.verify_folder",
     "choose_ranks": "lorafa.starts.ranks",
+    "collect_joint_statistics": "lorafa.starts.initialize",
     "collect_statistics": "lorafa.starts.initialize",
     "convert_to_lora": "lorafa.io.convert",
     "create_arrow_model": "lorafa.compat.arrow",

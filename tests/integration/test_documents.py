@@ -114,6 +114,14 @@ def _base() -> Any:
     return llama(hidden_size=32, intermediate_size=48)
 
 
+def _teacher() -> Any:
+    model = _base()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    return model
+
+
 def _adapted() -> Any:
     return lorafa.get_peft_model(_base(), lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
@@ -140,7 +148,7 @@ NAMES: dict[str, dict[str, Callable[[], Any]]] = {
         "batches": _batches,
         "optimizer": lambda: _Later(lambda names: torch.optim.AdamW(names["model"].parameters())),
     },
-    "docs/starts.md": {"base": _base, "batches": _batches},
+    "docs/starts.md": {"base": _base, "batches": _batches, "teacher": _teacher},
 }
 """Page -> the names its code begins with: a base model, a model with an adapter, rows, batches and an optimizer, small
 enough for a test. A page that shows how they are made is not in the table."""

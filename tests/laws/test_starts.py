@@ -47,9 +47,9 @@ def test_model_computes_the_same_function_at_step_zero(start: bool | str, varian
     torch.testing.assert_close(model(x), base(x), rtol=tolerance, atol=tolerance)
 
 
-IN_UNITS_OF_S = (False, "lora_one", "functional")
+IN_UNITS_OF_S = (False, "lora_one", "functional", "lora_da", "loram")
 """Starts whose s B A is as large as s is: a random one, and steps of size s / gamma."""
-TAKEN_IN_UNITS_OF_S = ("olora", "both_random", "lora_ga", "lora_ga_clipped", "lora_ga_peft")
+TAKEN_IN_UNITS_OF_S = ("olora", "both_random", "lora_ga", "lora_ga_clipped", "lora_ga_peft", "loram_subtracted")
 """Starts that take s B A out of the base for A and B in which there is no s; of the others B A has 1 / s."""
 
 

@@ -84,6 +84,10 @@ def started(start: bool | str, toy: str, *, narrow: bool = False, **settings: An
     base = make().bfloat16().eval()
     config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_seed=0, **settings_of(start), **settings)
     model = copy.deepcopy(base)
+    if initializer_of(start).complete:  # reads a teacher's files, too
+        named = [(name, each) for name, each in model.named_modules() if name.rpartition(".")[2] in targets]
+        stats = {name: stats_for(each.weight) for name, each in named}  # type: ignore[arg-type]
+        return base, get_peft_model(model, config, stats=stats, autocast_adapter_dtype=not narrow).eval()
     if initializer_of(start).needs:
         data = [labelled(rows(2, 12)) for _ in range(4)]
         return base, initialize(model, config, data, loss=loss, autocast_adapter_dtype=not narrow).eval()

@@ -105,7 +105,7 @@ def test_peft_reads_it_on_tables_and_convolutions_too(start: bool | str, kind: s
     torch.testing.assert_close(to_peft(Single(fresh), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-WITHOUT_SPECTRUM = ("kasa", "both_random")
+WITHOUT_SPECTRUM = ("kasa", "both_random", "loram_subtracted")
 """Starts that take something out of the base and need no singular value of it: KaSA drops those of zero as well."""
 
 

@@ -22,7 +22,11 @@ from toys.layers import IN, Single, base_layer
 
 DRAWN = "both_random"
 """A start that reads of the weight how large it is, and no direction."""
-FROM_DATA = [start for start in STARTS if initializer_of(start).needs]
+ORTHONORMAL = ("loram", "loram_subtracted")
+"""Starts that draw directions at right angles, of which a layer has so many."""
+OF_TEACHERS = [start for start in STARTS if initializer_of(start).complete]
+"""Starts that read a teacher's files as well (tests/unit/starts/test_of_teacher.py)."""
+FROM_DATA = [start for start in STARTS if initializer_of(start).needs and start not in OF_TEACHERS]
 FROM_GRADIENTS = [
     start for start in FROM_DATA if any("gradient" in statistic for statistic in initializer_of(start).needs)
 ]
@@ -33,7 +37,8 @@ FROM_GRADIENTS = [
 def test_a_rank_beyond_the_layer_is_refused_or_started_from_in_full(start: bool | str, kind: str) -> None:
     model, rank = Single(base_layer(kind)), 3 * IN + 2
     made = initializer_of(start)
-    if made.needs or (made.reads_weight and start != DRAWN):  # it has no more directions than the layer
+    limited = made.needs or (made.reads_weight and start != DRAWN)  # it has no more directions than the layer
+    if limited or start in ORTHONORMAL:
         text = rf"layer.*: .*\b({rank}|{2 * rank})\b.*Lower the rank.*exclude_modules"
         with refused(model, ConfigError, text):
             with_adapter(model, kind, init_lora_weights=start, r=rank)
@@ -129,7 +134,7 @@ class Quantized(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Int8Linear, NF4Linear])
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", [start for start in STARTS if start not in OF_TEACHERS])
 def test_a_quantized_base_is_read_as_the_weight_it_stands_for_or_refused(
     start: bool | str, kind: type[QuantizedLinear]
 ) -> None:

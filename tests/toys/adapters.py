@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
-from lorafa.calibration.gradient import whitening
+from lorafa.calibration.gradient import metric_root, whitening
 from lorafa.initializers import INITIALIZERS, find_start
 from lorafa.initializers.base import Initializer
 from lorafa.layers.base import LoraLayer
@@ -127,10 +127,13 @@ def stats_for(weight: Tensor) -> dict[str, Tensor]:
     x = torch.randn(50, in_, generator=generator, dtype=torch.float64)
     G = torch.randn(out, in_, generator=generator, dtype=torch.float64)
     C = x.mT @ x / len(x)
+    D = torch.randn(out, in_, generator=generator, dtype=torch.float64)  # of a teacher
     found = {"gradient": full_svd(G), "whitened_gradient": full_svd(G @ whitening(C))}
+    found["teacher_change"] = full_svd(D @ metric_root(C))
     tensors = {f"{name}.{key}": value for name, svd in found.items() for key, value in svd._asdict().items()}
     _, S, Vh = full_svd(x - x.mean(0))
     tensors |= {"principal.components": Vh, "principal.singular_values": S}
+    tensors |= {"output_moment.Y": G.square().mean(1), "output_moment.rows": torch.tensor(5)}
     return tensors | {"gradient.dense": G, **{f"{name}_moment.C": C for name in ("second", "exact", "corda")}}
 
 

@@ -128,6 +128,14 @@ class Alignment:
         self.last_divergence = joint.divergence_sum / max(len(said.rows), 1)
         return loss
 
+    def discrepancy(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The discrepancy of a batch alone, without its weight: the mean over its supervised positions, differentiable.
+
+        Raises:
+            As :meth:`loss`.
+        """
+        return supervised_loss(model, batch, objective=self._joint(self.said(model, batch), 1.0, 0.0))
+
     def _joint(self, said: Positions, weight: float, task_weight: float) -> JointObjective:
         return JointObjective(said, self.divergence, self.term, weight, task_weight, self._norms)
 

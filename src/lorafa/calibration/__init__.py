@@ -20,6 +20,8 @@ STATISTICS: Registry[type[Statistic]] = Registry(
         "moment_sketch": "lorafa.calibration.moments:MomentSketch",
         "corda_moment": "lorafa.calibration.moments:CordaMoment",
         "principal": "lorafa.calibration.principal:IncrementalPCA",
+        "output_moment": "lorafa.calibration.outputs:OutputMoment",
+        "teacher_change": "lorafa.calibration.teacher:TeacherChange",
     },
 )
 

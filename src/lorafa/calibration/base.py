@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -32,13 +32,21 @@ class CalibrationOptions:
     halves: bool = False
     """Keep a gradient's two half samples apart, for ranks from data. With more than one pass the first half is followed
     by itself beside the whole sample, which doubles the products of all passes but the first."""
+    keep_sums: bool = False
+    """Keep beside the result what is linear in the gradient, so that gradients of several losses can be added up."""
 
     def __post_init__(self) -> None:
         check_int("seed", self.seed, at_least=0)
         check_int("passes", self.passes, at_least=1)
         check_flag("halves", self.halves)
+        check_flag("keep_sums", self.keep_sums)
         if self.dense is not None:
             check_flag("dense", self.dense)
+        if self.keep_sums and self.passes > 1:
+            raise ConfigError(
+                f"passes={self.passes} follows the range of one gradient, so what is kept of two losses could not be "
+                "added up. Keep passes=1."
+            )
         if self.passes > 1 and self.passes % 2:
             raise ConfigError(
                 f"passes must be 1 or an even number, found {self.passes}: after the first, passes come in pairs, one "
@@ -61,6 +69,8 @@ class Measured:
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     projections: Projections = field(default_factory=lambda: Projections(0))
     """Shared by all layers."""
+    change: Callable[[], Tensor] | None = None
+    """Reads what a teacher changes of the layer's weight, (out, in); None where no teacher is named."""
 
 
 class Statistic(ABC):
@@ -71,6 +81,10 @@ class Statistic(ABC):
 
     reads_gradient: ClassVar[bool] = False
     """Whether :meth:`update` needs the output's gradient; otherwise a forward pass is enough."""
+    reads_data: ClassVar[bool] = True
+    """Whether it sees any rows; one that does not has its value as soon as those in ``after`` are complete."""
+    linear: ClassVar[bool] = False
+    """Whether it is that of a gradient, and keeps the sums it is made of where the options say so."""
     depends_on_rank: ClassVar[bool] = True
     """Whether its value changes with the layer's rank, or with how the projections were drawn. One that does not serves
     any rank: a file of it is used again as long as the settings in ``settings_read`` are the same."""
@@ -102,6 +116,9 @@ class Statistic(ABC):
 
     def start_batch(self, half: int) -> None:  # noqa: B027
         """Called before each batch of a pass: to which of the two half samples it belongs, 0 or 1."""
+
+    def start_call(self, rows: int) -> None:  # noqa: B027
+        """Called before :meth:`update` where gradients are read: how many rows of the batch this call holds."""
 
     @abstractmethod
     def update(self, x: Tensor, d: Tensor | None) -> None:

@@ -195,6 +195,15 @@ def shown(batches: Batches, show: bool) -> Iterator[Batches]:
         yield replace(batches, run=run)
 
 
+def contents(batch: Any) -> Iterator[Tensor | str | int | float]:
+    """What tells batches apart. Other objects are made anew in every pass, and need not be equal then."""
+    if isinstance(batch, (str, int, float)) or (isinstance(batch, Tensor) and batch.layout is torch.strided):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from contents(part)
+
+
 def digest_of(*parts: Any) -> str:
     """A hash of data and of functions, for a cache.
 

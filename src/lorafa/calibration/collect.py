@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.calibration.base import Statistic
-from lorafa.calibration.batches import Asked, Batches, digest_of
+from lorafa.calibration.batches import Asked, Batches, contents, digest_of
 from lorafa.calibration.masks import counted
 from lorafa.calibration.processes import of_first
 from lorafa.calibration.sharing import Entry, Sharing, agree
@@ -84,7 +84,7 @@ class _Pass:
     def note(self, batch: Any) -> None:
         """Keep in mind which batch comes next."""
         if self.order is not None:
-            self.order.append(digest_of(list(_contents(batch))))
+            self.order.append(digest_of(list(contents(batch))))
 
     def start_batch(self) -> None:
         for entry in self.entries:
@@ -93,15 +93,6 @@ class _Pass:
     def end_batch(self, weight: float) -> None:
         self.weights[self.half] += weight
         self.count += 1
-
-
-def _contents(batch: Any) -> Iterator[Tensor | str | int | float]:
-    """What tells batches apart. Other objects are made anew in every pass, and need not be equal then."""
-    if isinstance(batch, (str, int, float)) or (isinstance(batch, Tensor) and batch.layout is torch.strided):
-        yield batch
-    elif isinstance(batch, (Mapping, list, tuple)):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _contents(part)
 
 
 def collect(
@@ -134,7 +125,10 @@ def collect(
     order: list[str] | None = None
     with calibrating(model) as set_modes:
         while active := [entry for entry in entries if not entry.done and _ready(entry, entries)]:
-            order = _run(model, layers, active, entries, batches, set_modes, order)
+            if idle := [entry for entry in active if not entry.statistic.reads_data]:
+                _without_data(idle, entries)
+            else:
+                order = _run(model, layers, active, entries, batches, set_modes, order)
     values: dict[str, dict[str, Tensor]] = {layer: {} for layer in statistics}
     results: dict[int, dict[str, Tensor]] = {}
     for entry in entries:
@@ -146,6 +140,18 @@ def collect(
 
 def _ready(entry: Entry, entries: list[Entry]) -> bool:
     return all(other.done for other in entries if other.layer == entry.layer and other.name in entry.statistic.after)
+
+
+def _start_passes(active: list[Entry], entries: list[Entry]) -> None:
+    for entry in active:
+        others = {e.name: e.value for e in entries if e.layer == entry.layer and e.name in entry.statistic.after}
+        entry.statistic.start_pass(entry.passes, others)
+
+
+def _without_data(active: list[Entry], entries: list[Entry]) -> None:
+    _start_passes(active, entries)
+    for entry in active:
+        entry.passes, entry.done = entry.passes + 1, True
 
 
 def _run(
@@ -165,9 +171,7 @@ def _run(
     Returns:
         The order for the next pass to compare with.
     """
-    for entry in active:
-        others = {e.name: e.value for e in entries if e.layer == entry.layer and e.name in entry.statistic.after}
-        entry.statistic.start_pass(entry.passes, others)
+    _start_passes(active, entries)
     current, gradients = _Pass(active, batches, set_modes), any(entry.statistic.reads_gradient for entry in active)
     current.headless = not gradients and not batches.reads_output and _can_spare_logits(model, layers)
     inputs = any(not entry.statistic.reads_gradient for entry in active)
@@ -349,9 +353,11 @@ class _Watch:
 
     def _feed(self, x: Tensor, d: Tensor) -> None:
         self.current.arrived = True
+        rows = len(x) if x.dim() > 1 else 1
         x, d = filled_up(x.reshape(-1, x.shape[-1])), filled_up(d.reshape(-1, d.shape[-1]))
         for entry in self.backward:
             entry.dtype = x.dtype
+            entry.statistic.start_call(rows)
             entry.statistic.update(x, d.to(x.dtype))
 
 

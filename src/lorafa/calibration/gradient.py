@@ -12,7 +12,7 @@ beside the whole sample, in further columns and rows of the same sketches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,10 @@ def sketch_sizes(rank: int, passes: int) -> tuple[int, int]:
     (docs/LOG.md). With more passes k = 2 r + 8, and there is no co-range sketch.
     """
     return (4 * rank, 8 * rank + 1) if passes == 1 else (2 * rank + 8, 0)
+
+
+SUMS = "sums."
+"""What the names of tensors begin with that are kept to be added up, and are no part of the result."""
 
 
 @dataclass
@@ -88,10 +92,12 @@ class _Found:
 class GradientSketch(Statistic):
     """Result: U (out, k), S (k,), Vh (k, in), ``norm2`` = ||G||^2 and ``error2`` = ||G - U S Vh||^2 (estimates where G
     was not formed); ``dense``, G itself (out, in), where it was; with ``halves`` also ``cross`` (k,), see
-    :func:`cross_validated`, and ``S_half`` (k,), of the first half. :meth:`finish` adds ``largest`` ().
+    :func:`cross_validated`, and ``S_half`` (k,), of the first half. :meth:`finish` adds ``largest`` (). With
+    ``keep_sums`` also what :meth:`combined` adds up, under names that begin with :data:`SUMS`.
     """
 
     reads_gradient = True
+    linear = True
 
     def __init__(self, layer: Measured) -> None:
         super().__init__(layer)
@@ -200,8 +206,9 @@ class GradientSketch(Statistic):
 
     def result(self) -> dict[str, Tensor]:
         total = self._total()
+        kept = self._sums_kept() if self.layer.options.keep_sums else {}
         if not all(bool(tensor.isfinite().all()) for tensor in total.tensors()):
-            return self._nothing(total.tensors()[0])
+            return self._nothing(total.tensors()[0]) | kept
         triplets = self._within(total, self.whole)[0]
         found = {"U": triplets.U, "S": triplets.S, "Vh": triplets.Vh} | self._norms(total, triplets)
         if total.G is not None:
@@ -209,7 +216,35 @@ class GradientSketch(Statistic):
         if len(self.found.means) == 2:
             found |= self._confirmed(*self.found.means)
         self.found = _Found()  # the sketches have served
-        return found
+        return found | kept
+
+    def _sums_kept(self) -> dict[str, Tensor]:
+        means = {f"{SUMS}{i}.{side}": t for i, mean in enumerate(self.found.means) for side, t in vars(mean).items()}
+        kept = {name: tensor for name, tensor in means.items() if tensor is not None}
+        like = next(iter(kept.values()))
+        kept |= {} if self.dense else {f"{SUMS}left": self._bases_used().left}  # type: ignore[dict-item]
+        return kept | {f"{SUMS}share": like.new_tensor(self.found.share, dtype=torch.float64)}
+
+    @classmethod
+    def combined(cls, layer: Measured, parts: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        """The result for a weighted sum of gradients, of which the data is not needed again: sketches are linear.
+
+        Args:
+            parts: the weight of each, and its result with ``keep_sums``; all collected by one seed over the same data.
+        """
+        made, (_, first) = cls(layer), parts[0]
+        halves = 2 if f"{SUMS}1.Z" in first or f"{SUMS}1.G" in first else 1
+        made.dense = f"{SUMS}0.G" in first
+        made.found.share = float(first[f"{SUMS}share"])
+        for half in range(halves):
+            mean = _Sums()
+            for side in vars(mean):
+                name = f"{SUMS}{half}.{side}"
+                if name in first:
+                    setattr(mean, side, torch.stack([weight * part[name] for weight, part in parts]).sum(0))
+            made.found.means.append(mean)
+        made.bases = None if made.dense else _Bases(left=first[f"{SUMS}left"])
+        return made.result()
 
     def _nothing(self, like: Tensor) -> dict[str, Tensor]:
         """Triplets of a gradient with inf or nan."""
@@ -308,12 +343,26 @@ def whitening(C: Tensor) -> Tensor:
     Sketch and start both call this, so that the step is undone in the metric it was found in. nan where C is not
     finite.
     """
+    return _power_of_metric(C, -0.5)
+
+
+def metric_root(C: Tensor) -> Tensor:
+    """M^1/2, the inverse of :func:`whitening`."""
+    return _power_of_metric(C, 0.5)
+
+
+def metric_inverse(C: Tensor) -> Tensor:
+    """M^-1, the square of :func:`whitening`."""
+    return _power_of_metric(C, -1.0)
+
+
+def _power_of_metric(C: Tensor, power: float) -> Tensor:
     if not bool(torch.isfinite(C).all()):
         return torch.full_like(C, torch.nan)
     values, vectors = spd_eigh(C)
     values = values + WHITENING * values.mean()
     values = values.maximum(values[-1] / WHITENED_CONDITION)
-    return (vectors * values.rsqrt() @ vectors.mT).to(C.dtype)
+    return (vectors * values.pow(power) @ vectors.mT).to(C.dtype)
 
 
 def cross_validated(first: SVD, second: Tensor) -> Tensor:

@@ -39,6 +39,29 @@ class InitResult:
     """Start values of the variant's extras, by its names for them, where they are not the variant's own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What a start does, stage by stage, in the words of one pipeline: a row of the table in docs/unification.md.
+
+    A target T is decomposed in a metric, a part of it is selected and split over A and B, and scaled.
+    """
+
+    objective: Literal["product", "first update", "zero product"]
+    """What is matched: the product B A, the first step that training takes, or none: only directions are chosen."""
+    target: str
+    """The matrix that is decomposed, G being the gradient of the objective, and C the second moment of the inputs."""
+    metric: str
+    """In which the target is decomposed."""
+    selection: str
+    """Which directions of it are taken."""
+    split: str
+    """How their singular values are shared out: what A and B carry."""
+    scale: str
+    """What the product is multiplied with."""
+    base: str
+    """What becomes of the base weight."""
+
+
 Function = Callable[[Tensor, Mapping[str, Tensor], LayerSpec], InitResult]
 """(weight, stats, spec) -> A and B."""
 Declarations = ParamSpec("Declarations")
@@ -65,6 +88,9 @@ class Initializer:
     LoraConfig has for them, which is found without if it is called after the start ("eva_config")."""
     check_rank: Callable[[int, str], None] | None = None
     """Raises ConfigError for a rank it cannot start from, given (rank, how it was set: "r=3")."""
+    complete: Callable[[Any], None] | None = None
+    """Raises ConfigError for settings by which nothing could be collected; an adapter may be made with them, of
+    statistics that are there."""
     own_ranks: Callable[[Any, int], Mapping[str, Any] | None] | None = None
     """(settings, r of the config) -> the fields of a :class:`lorafa.RankRule` that shares its ranks out where the
     caller names none; None where the settings leave ranks as they are, or the start has no rule of its own."""
@@ -101,6 +127,8 @@ class Initializer:
     """What PEFT makes it together with: another formula than s B A, a bias of B."""
     otherwise: Callable[[Tensor, LayerSpec], InitResult] | None = None
     """Starts a layer on which it raises DegenerateError, computing what the base does; None: as by default."""
+    stages: Stages | None = None
+    """What it does, for the table of all starts; every one of our own says it."""
 
     def __post_init__(self) -> None:
         """Go by the function's own name and docstring."""

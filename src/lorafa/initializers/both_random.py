@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.initializers.stages import clipped
 from lorafa.settings.checks import check_choice, check_flag, check_number
 from lorafa.spec import LayerSpec, Shape
@@ -94,7 +94,15 @@ class BothRandomConfig:
             raise ConfigError("lora_A and lora_B are both zeros, so neither would get a gradient. Draw one of them.")
 
 
-@initializer(reads_weight=True, settings=BothRandomConfig, moves_base=True)
+@initializer(
+    reads_weight=True,
+    settings=BothRandomConfig,
+    moves_base=True,
+    stages=Stages(
+        objective="product", target="random", metric="-", selection="-",
+        split="both random", scale="by its samplers", base="without s B A",
+    ),
+)  # fmt: skip
 def both_random(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A and B each by its sampler; the base is left without s B A, so that the model starts unchanged."""
     settings: BothRandomConfig = spec.settings or BothRandomConfig()

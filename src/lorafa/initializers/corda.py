@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import DegenerateError, InitResult, check_rank, initializer
+from lorafa.initializers.base import DegenerateError, InitResult, Stages, check_rank, initializer
 from lorafa.initializers.stages import leading, require_moment, taken_from_base, trailing
 from lorafa.numerics.linalg import damped_until_invertible, float_matrix
 from lorafa.settings.methods import CordaConfig
@@ -20,7 +20,16 @@ STEPS = 3
 """Steps of the block Krylov method; few are enough, since W C decays much faster than W."""
 
 
-@initializer(needs=("corda_moment",), reads_weight=True, settings="corda_config", moves_base=True)
+@initializer(
+    needs=("corda_moment",),
+    reads_weight=True,
+    settings="corda_config",
+    moves_base=True,
+    stages=Stages(
+        objective="product", target="W", metric="C on the right", selection="leading r, or trailing r (kpm)",
+        split="sqrt, sqrt", scale="1/s", base="without s B A",
+    ),
+)  # fmt: skip
 def corda(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B = U sqrt(S / s), A = sqrt(S / s) V^T C^-1 with triplets of W C, for C the damped second moment of the inputs.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.initializers.stages import require_triplets
 from lorafa.numerics.linalg import SVD, float_matrix
 from lorafa.settings.methods import EvaConfig
@@ -26,7 +26,11 @@ def own_ranks(settings: EvaConfig, r: int) -> dict[str, Any] | None:
     own_ranks=own_ranks,
     waits=True,
     peft_makes_on=frozenset({"linear", "embedding"}),
-)
+    stages=Stages(
+        objective="zero product", target="inputs X, centred", metric="identity", selection="leading r on the right",
+        split="A = V^T, B = 0", scale="1", base="kept",
+    ),
+)  # fmt: skip
 def eva(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A = V_r^T, orthonormal rows, and B = 0; with ``whiten`` row i is divided by sqrt(sigma_i), as in PEFT.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.initializers.stages import halves, require_directions, require_finite
 from lorafa.numerics.linalg import full_svd
 from lorafa.settings.checks import check_choice, check_flag, check_int, check_number
@@ -56,7 +56,17 @@ class GoatConfig:
         check_flag("last", self.last)
 
 
-@initializer(reads_weight=True, settings=GoatConfig, moves_base=True, keeps_function=False, variant="goat")
+@initializer(
+    reads_weight=True,
+    settings=GoatConfig,
+    moves_base=True,
+    keeps_function=False,
+    variant="goat",
+    stages=Stages(
+        objective="product", target="W", metric="identity", selection="r/E of each of E segments of the spectrum",
+        split="sqrt, sqrt", scale="1/(s rho)", base="without the mean of the experts",
+    ),
+)  # fmt: skip
 def goat(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B_i = U_i sqrt(S_i / (s rho)) and A_i = sqrt(S_i / (s rho)) V_i^T, stacked expert after expert.
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import DegenerateError, InitResult, initializer, lower_the_rank
+from lorafa.initializers.base import DegenerateError, InitResult, Stages, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import whole_gradient
 from lorafa.numerics.linalg import gram_cholesky, spd_inverse
@@ -44,7 +44,11 @@ def own_ranks(settings: GoraConfig, r: int) -> dict[str, Any] | None:
     own_scaling=True,
     keeps_function=False,
     whole_gradients=True,
-)
+    stages=Stages(
+        objective="product", target="-G", metric="identity", selection="rows of a random A",
+        split="A random, B = least squares", scale="step sqrt(in/r) / s", base="kept",
+    ),
+)  # fmt: skip
 def gora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A as by default, B = -(step / s) sqrt(in / r) G A^+, so that s B A = -step sqrt(in / r) G P_A.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, initializer, lower_the_rank
+from lorafa.initializers.base import InitResult, Stages, initializer, lower_the_rank
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
 from lorafa.numerics.linalg import full_svd
@@ -23,7 +23,12 @@ from lorafa.spec import LayerSpec
     variant="kasa",
     settings="kasa_config",
     asked_by_settings=True,
-)
+    stages=Stages(
+        objective="zero product", target="random A", metric="-", selection="-",
+        split="A random, B = 0, a random diagonal between them", scale="as kaiming",
+        base="loses its r smallest triplets",
+    ),
+)  # fmt: skip
 def kasa(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A and B = 0 as by default, d ~ N(0, 1); the base counts as [W]_{k - r} with k = min(out, in).
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorafa.backends.int8 import Int8Linear
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.backends.quantized import QuantizedLinear
-from lorafa.initializers.base import InitResult, check_rank, initializer
+from lorafa.initializers.base import InitResult, Stages, check_rank, initializer
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
 from lorafa.numerics.linalg import NOISE_STEPS, float_matrix, leading_svd
@@ -59,7 +59,11 @@ def fit(lost: Tensor, size: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
     quantizer=quantize,
     needs_settings=True,
     peft_makes_on=frozenset({"linear", "embedding"}),
-)
+    stages=Stages(
+        objective="product", target="W - q(W), iterated", metric="identity", selection="leading r",
+        split="sqrt, sqrt", scale="1/s", base="replaced by q(W)",
+    ),
+)  # fmt: skip
 def loftq(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """The base becomes Q_T, and s B A = [W - Q_T]_r: the nearest to W that A and B can bring it.
 

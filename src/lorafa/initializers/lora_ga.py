@@ -13,14 +13,25 @@ from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_triplets
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, initializer, lower_the_rank
+from lorafa.initializers.base import InitResult, Stages, initializer, lower_the_rank
 from lorafa.initializers.stages import mean_root_of_weight, require_triplets
 from lorafa.numerics.linalg import SVD, leading_svd
 from lorafa.settings.methods import LoraGAConfig
 from lorafa.spec import LayerSpec
 
 
-@initializer(needs=("gradient",), reads_weight=True, settings="lora_ga_config", moves_base=True, per_rank=2)
+@initializer(
+    needs=("gradient",),
+    reads_weight=True,
+    settings="lora_ga_config",
+    moves_base=True,
+    per_rank=2,
+    stages=Stages(
+        objective="first update", target="G", metric="identity",
+        selection="r of the leading 2r for A, the other r for B",
+        split="unit vectors", scale="out^(1/2) / gamma", base="without s B A",
+    ),
+)  # fmt: skip
 def lora_ga(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A has the right and B the left singular vectors of two disjoint halves of the first 2 r triplets.
 
@@ -40,7 +51,18 @@ def lora_ga(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
     return InitResult(factor * A, factor * B, subtract_from_base=True)
 
 
-@initializer(needs=("gradient",), reads_weight=True, settings="lora_ga_config", moves_base=True, per_rank=2)
+@initializer(
+    needs=("gradient",),
+    reads_weight=True,
+    settings="lora_ga_config",
+    moves_base=True,
+    per_rank=2,
+    stages=Stages(
+        objective="first update", target="G", metric="identity",
+        selection="r of the leading 2r for A, the other r for B",
+        split="A unit vectors, B carries S", scale="out^(1/4) / sqrt(gamma)", base="without s B A",
+    ),
+)  # fmt: skip
 def lora_ga_peft(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """LoRA-GA as PEFT 0.21 has it, for numbers to compare with: B carries the singular values and the whole scale.
 

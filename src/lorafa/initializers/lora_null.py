@@ -9,13 +9,22 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, check_rank, initializer
+from lorafa.initializers.base import InitResult, Stages, check_rank, initializer
 from lorafa.initializers.stages import leading, require_moment, taken_from_base
 from lorafa.numerics.linalg import float_matrix, spd_eigh
 from lorafa.spec import LayerSpec
 
 
-@initializer(needs=("exact_moment",), reads_weight=True, moves_base=True)
+@initializer(
+    needs=("exact_moment",),
+    reads_weight=True,
+    moves_base=True,
+    stages=Stages(
+        objective="product", target="W Q Q^T, Q the directions the inputs use least", metric="identity",
+        selection="leading r",
+        split="sqrt, sqrt", scale="1/s", base="without s B A",
+    ),
+)  # fmt: skip
 def lora_null(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """s B A = W Q Q^T, shared evenly, with Q (in, r) the eigenvectors of C = X^T X / T of the r smallest eigenvalues.
 

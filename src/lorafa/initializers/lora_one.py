@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafa.calibration.gradient import gradient_triplets, whitening
 from lorafa.errors import CalibrationError, ConfigError
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.initializers.stages import halves, mean_root_of_weight, require_triplets
 from lorafa.settings.checks import check_choice, check_number
 from lorafa.spec import LayerSpec
@@ -46,7 +46,16 @@ class LoraOneConfig:
             )
 
 
-@initializer(needs=("gradient",), reads_weight=True, settings=LoraOneConfig, keeps_function=False)
+@initializer(
+    needs=("gradient",),
+    reads_weight=True,
+    settings=LoraOneConfig,
+    keeps_function=False,
+    stages=Stages(
+        objective="product", target="-G", metric="identity", selection="leading r",
+        split="sqrt, sqrt", scale="1/(gamma S_1)", base="kept",
+    ),
+)  # fmt: skip
 def lora_one(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B A = -c [G]_r, shared evenly: B^T B = A A^T. The base stays, so that step 0 is the model after this step.
 
@@ -62,8 +71,15 @@ def lora_one(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> In
 
 
 @initializer(
-    needs=("second_moment", "whitened_gradient"), reads_weight=True, settings=LoraOneConfig, keeps_function=False
-)
+    needs=("second_moment", "whitened_gradient"),
+    reads_weight=True,
+    settings=LoraOneConfig,
+    keeps_function=False,
+    stages=Stages(
+        objective="product", target="-G C^-1", metric="C^1/2 on the right", selection="leading r",
+        split="sqrt, sqrt", scale="1/(gamma S_1)", base="kept",
+    ),
+)  # fmt: skip
 def functional(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B A = -c [G C^-1/2]_r C^-1/2: the rank-r step that lowers the loss most for its change of the layer's outputs.
 

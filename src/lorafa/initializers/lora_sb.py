@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, check_rank, initializer
+from lorafa.initializers.base import InitResult, Stages, check_rank, initializer
 from lorafa.initializers.stages import leading, whole_gradient
 from lorafa.numerics.linalg import NOISE_STEPS
 from lorafa.settings.checks import check_number
@@ -52,7 +52,11 @@ def without_step(weight: Tensor, spec: LayerSpec) -> InitResult:
     whole_gradients=True,
     variant="lora_sb",
     otherwise=without_step,
-)
+    stages=Stages(
+        objective="product", target="-eta sign(G)", metric="identity", selection="leading r",
+        split="orthonormal, with S in a core between them", scale="1/s", base="kept",
+    ),
+)  # fmt: skip
 def lora_sb(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """s B R A = [-eta sign(G)]_r: Adam's first step, with B and A^T orthonormal and R = S / s (equations 9, 10).
 

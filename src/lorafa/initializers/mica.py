@@ -7,13 +7,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, check_rank, initializer
+from lorafa.initializers.base import InitResult, Stages, check_rank, initializer
 from lorafa.initializers.stages import require_finite
 from lorafa.numerics.linalg import full_svd
 from lorafa.spec import LayerSpec
 
 
-@initializer(reads_weight=True, trains="A", peft_makes_on=frozenset({"linear", "embedding"}))
+@initializer(
+    reads_weight=True,
+    trains="A",
+    peft_makes_on=frozenset({"linear", "embedding"}),
+    stages=Stages(
+        objective="zero product", target="W", metric="identity", selection="trailing r on the left",
+        split="B = U, A = 0", scale="1", base="kept",
+    ),
+)  # fmt: skip
 def mica(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B is the last r left singular vectors of W and stays as it is; A = 0 is trained.
 

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.initializers.stages import taken_from_base, trailing
 from lorafa.spec import LayerSpec
 
 
-@initializer(reads_weight=True, moves_base=True)
+@initializer(
+    reads_weight=True,
+    moves_base=True,
+    stages=Stages(
+        objective="product", target="W", metric="identity", selection="trailing r",
+        split="sqrt, sqrt", scale="1/s", base="without s B A",
+    ),
+)  # fmt: skip
 def milora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B = U_-r sqrt(S_-r / s), A = sqrt(S_-r / s) V_-r^T: W - s B A is the best approximation of W of rank min - r.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorafa.initializers.base import DegenerateError, InitResult, check_rank, initializer
+from lorafa.initializers.base import DegenerateError, InitResult, Stages, check_rank, initializer
 from lorafa.initializers.stages import numerical_rank, require_finite
 from lorafa.numerics.linalg import leading_qr
 from lorafa.settings.checks import check_flag
@@ -25,7 +25,15 @@ class OloraConfig:
         check_flag("pivoted", self.pivoted)
 
 
-@initializer(reads_weight=True, settings=OloraConfig, moves_base=True)
+@initializer(
+    reads_weight=True,
+    settings=OloraConfig,
+    moves_base=True,
+    stages=Stages(
+        objective="product", target="W", metric="identity", selection="first r columns of a QR decomposition",
+        split="A = R, B = Q", scale="1", base="without s B A",
+    ),
+)  # fmt: skip
 def olora(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B = Q_r (orthonormal columns), A = R_r, and W - s B A stays in the base.
 

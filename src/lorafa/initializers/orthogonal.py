@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.spec import LayerSpec
 
 
@@ -25,7 +25,15 @@ def check_even(rank: int, found: str) -> None:
         )
 
 
-@initializer(check_rank=check_even, peft_makes_on=frozenset({"linear", "embedding"}))
+@initializer(
+    check_rank=check_even,
+    peft_makes_on=frozenset({"linear", "embedding"}),
+    stages=Stages(
+        objective="zero product", target="rows of a random orthogonal matrix", metric="-",
+        selection="odd rows for A, even rows for B",
+        split="A, B non-zero, B A = 0", scale="1/100", base="kept",
+    ),
+)  # fmt: skip
 def orthogonal(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """Raises ConfigError for an odd rank, and for a grouped convolution, whose B would be cut apart."""
     check_even(spec.rank, f"r={spec.rank} of {spec.name}")

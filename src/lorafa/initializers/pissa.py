@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.initializers.stages import leading, taken_from_base
 from lorafa.settings.checks import check_flag
 from lorafa.spec import LayerSpec
@@ -25,7 +25,16 @@ class PissaConfig:
         check_flag("exact", self.exact)
 
 
-@initializer(reads_weight=True, also=("pissa_niter_N",), settings=PissaConfig, moves_base=True)
+@initializer(
+    reads_weight=True,
+    also=("pissa_niter_N",),
+    settings=PissaConfig,
+    moves_base=True,
+    stages=Stages(
+        objective="product", target="W", metric="identity", selection="leading r",
+        split="sqrt, sqrt", scale="1/s", base="without s B A",
+    ),
+)  # fmt: skip
 def pissa(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r^T, so that W - s B A is W without its r leading triplets.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.spec import LayerSpec
 
 
@@ -16,7 +16,11 @@ from lorafa.spec import LayerSpec
     any_shape=True,
     peft_makes_on=None,
     peft_makes_with=frozenset({"formula", "lora_bias"}),
-)
+    stages=Stages(
+        objective="product", target="random", metric="-", selection="-",
+        split="both random", scale="uniform within 1/sqrt(in), 1/sqrt(r)", base="kept, so that the function changes",
+    ),
+)  # fmt: skip
 def random(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B ~ U(-1/sqrt(r), 1/sqrt(r)); embeddings: both N(0, 1)."""
     A_shape, B_shape = spec.stored_shapes(weight)

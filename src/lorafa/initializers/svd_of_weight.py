@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.base import InitResult, Stages, initializer
 from lorafa.initializers.stages import clipped, halves, leading
 from lorafa.numerics.linalg import SVD
 from lorafa.settings.checks import check_choice, check_flag, check_number
@@ -35,7 +35,15 @@ class SvdOfWeightConfig:
         check_flag("norm_clip", self.norm_clip)
 
 
-@initializer(reads_weight=True, settings=SvdOfWeightConfig, moves_base=True)
+@initializer(
+    reads_weight=True,
+    settings=SvdOfWeightConfig,
+    moves_base=True,
+    stages=Stages(
+        objective="product", target="W", metric="identity", selection="leading r",
+        split="sqrt, sqrt, or unit vectors", scale="1/s, or one of three", base="without s B A",
+    ),
+)  # fmt: skip
 def svd_of_weight(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A along the right and B along the left singular vectors; the base is left without s B A.
 

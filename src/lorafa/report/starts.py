@@ -46,9 +46,19 @@ def fact_rows_of_start(start: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if "stable_gamma" in start:
         rows.append(("stable_gamma", f"{start['stable_gamma']:g}"))
+    if "samples" in start:
+        rows.append(("rows that its noise is divided by", f"{start['samples']:,}"))
+    if joint := start.get("joint"):
+        rows.append(("teacher's weight in the start", _weight_in_words(joint)))
     if start.get("fallbacks"):
         rows.append(("layers that started as by default", str(len(start["fallbacks"]))))
     return rows
+
+
+def _weight_in_words(joint: Mapping[str, Any]) -> str:
+    if joint["weight"] is None:
+        return f"none: {joint['why']}"
+    return f"{joint['weight']:.3g}{', which balances the gradients' if joint['balanced'] else ''}"
 
 
 def spectra_and_ranks(start: Mapping[str, Any]) -> str | None:

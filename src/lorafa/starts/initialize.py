@@ -6,18 +6,19 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lorafa.calibration.base import CalibrationOptions
-from lorafa.calibration.batches import digest_of, of_data, of_function, require_batches, shown
+from lorafa.calibration.batches import Batches, digest_of, of_data, of_function, require_batches, shown
 from lorafa.calibration.loss import Loss
 from lorafa.config import LoraConfig
-from lorafa.errors import AdapterError, ConfigError
+from lorafa.errors import AdapterError, ConfigError, warn
 from lorafa.peft_model import PeftModel, adapted, check_can_wrap
 from lorafa.settings.checks import check_choice, names
 from lorafa.starts.gamma import best_gamma
+from lorafa.starts.joint import JointStart, JointStatistics, joint_loss_of, joint_statistics_of
 from lorafa.starts.ranks import RankRule, check_readable, ranked, require_rule, shared_out
 from lorafa.starts.statistics import Statistics, require_gradients, statistics_of
 from lorafa.surgery.build import Options
@@ -25,6 +26,9 @@ from lorafa.surgery.given import lora_config
 from lorafa.surgery.plan import plan
 from lorafa.surgery.resolve import Resolved, met, resolve
 from lorafa.surgery.walk import require_module
+
+if TYPE_CHECKING:
+    from lorafa.alignment.alignment import Alignment
 
 Data = Iterable[Any] | Callable[[], Any]
 
@@ -110,6 +114,57 @@ def collect_statistics(
         return statistics_of(resolved, counted, options=options, also=also, cache=cache)
 
 
+def collect_joint_statistics(
+    model: nn.Module,
+    config: LoraConfig | Resolved,
+    data: Iterable[Any],
+    align: JointStart | Alignment,
+    *,
+    loss: Loss | None = None,
+    weighting: str = "batches",
+    passes: int = 1,
+    dense: bool | None = None,
+    halves: bool = False,
+    also: Sequence[str] = (),
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> JointStatistics:
+    """What the start of ``config`` reads, of the task's loss and of the discrepancy to a teacher, in one pass each.
+
+    The result forms the gradient of task + lambda teacher for any lambda without the data:
+    ``start_from(model, config, joint.at(2.0))``; ``joint.at()`` balances the two.
+
+    Args:
+        align: the teacher and the divergence from it, or an :class:`lorafa.alignment.Alignment` of the model.
+        data: batches as mappings with labels, which come in the same order in both passes.
+        loss: the task's, as for :func:`collect_statistics`, as are the others.
+
+    Raises:
+        ConfigError: neither start nor rule reads a gradient; ``passes`` above 1, a function as ``data``, or ``cache``,
+            which do not go with two losses; or the teacher does not go with the model.
+        DivergedError: the teacher gives inf or nan.
+        As :func:`collect_statistics`.
+    """
+    check_choice("weighting", weighting, ("batches", "tokens"))
+    if callable(data):
+        raise ConfigError(
+            "A function as data runs over the task's loss by itself, and the teacher's would not be read. Pass the "
+            "batches, or drop align=."
+        )
+    if cache is not None:
+        raise ConfigError(
+            "cache= keeps the statistics of one loss, and align= collects those of two. Drop cache=; what "
+            "collect_joint_statistics returns keeps both, and each can be saved."
+        )
+    asked, resolved = JointStart.of(align), met(model, config)
+    options = CalibrationOptions(passes=passes, dense=dense, halves=halves)
+
+    def over(own: Loss | None) -> Batches:
+        return of_data(resolved.model, data, loss=loss if own is None else own, weighting=weighting)
+
+    return joint_statistics_of(resolved, over, asked, options=options, also=names("also", also), progress=progress)
+
+
 def file_named_by(config: LoraConfig) -> str | None:
     """Where the config says its statistics are kept: ``covariance_file`` or else ``cache_file`` of CorDA's."""
     settings = config.start_settings()
@@ -126,6 +181,7 @@ def initialize(
     heldout: Sequence[Any] | None = None,
     loss: Loss | None = None,
     autocast_adapter_dtype: bool = True,
+    align: JointStart | Alignment | None = None,
     **collecting: Any,
 ) -> PeftModel:
     """``get_peft_model`` with a start from data: collect the statistics, then put the adapter on.
@@ -137,11 +193,14 @@ def initialize(
             which have rules of their own.
         heldout: batches for ``stable_gamma="auto"``, two to eight rows, as a list; not those of ``data``. In several
             processes each has its own share.
+        align: start from the gradient of the joint objective of task and teacher, as for
+            :func:`collect_joint_statistics`; held-out rows are compared by that objective, too. A warning says where
+            the start is the task's alone.
         collecting: as for :func:`collect_statistics`.
 
     Raises:
-        As :func:`collect_statistics`, :func:`lorafa.choose_ranks` and :func:`lorafa.get_peft_model`; the model is
-        unchanged then.
+        As :func:`collect_statistics`, :func:`collect_joint_statistics`, :func:`lorafa.choose_ranks` and
+        :func:`lorafa.get_peft_model`; the model is unchanged then.
     """
     if isinstance(model, PeftModel):
         raise AdapterError(
@@ -153,11 +212,25 @@ def initialize(
     if ranks is not None:
         collecting = _united(resolved.config, ranks, collecting)
     _require_room(resolved, adapter_name)
-    stats = collect_statistics(model, resolved, data, loss=loss, **collecting)
+    if align is None:
+        stats = collect_statistics(model, resolved, data, loss=loss, **collecting)
+    else:
+        stats, loss = _joint(model, resolved, data, JointStart.of(align), loss, collecting)
     options = Options(autocast_adapter_dtype)
     return _started(
         resolved, stats, adapter_name, options, ranks=ranks, heldout=heldout, loss=None if heldout is None else loss
     )
+
+
+def _joint(
+    model: nn.Module, resolved: Resolved, data: Any, asked: JointStart, loss: Loss | None, collecting: dict[str, Any]
+) -> tuple[Statistics, Loss | None]:
+    """The statistics of the joint objective, and that as a loss of held-out rows."""
+    stats = collect_joint_statistics(model, resolved, data, asked, loss=loss, **collecting).at()
+    joint = stats.about["joint"]
+    if "why" in joint:
+        warn(f"The start is the task's alone: {joint['why']}.")
+    return stats, joint_loss_of(asked, stats, loss)
 
 
 def _require_room(resolved: Resolved, adapter_name: str) -> None:

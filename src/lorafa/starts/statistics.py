@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from lorafa.calibration.batches import Batches, digest_of
 from lorafa.calibration.collect import collect
 from lorafa.calibration.processes import together
 from lorafa.calibration.projections import Projections
+from lorafa.calibration.teacher import Known
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.processes import gathered, rank
 from lorafa.settings.checks import names
+from lorafa.starts.of_teacher import stamp_of, teacher_of_shapes
 from lorafa.storage.fingerprint import compare_fingerprints, digest_of_all, from_metadata, to_metadata
 from lorafa.storage.tensors import is_pickle, read_tensors, write_tensors
 from lorafa.surgery.activate import disabled
@@ -140,6 +143,7 @@ def statistics_of(
     options: CalibrationOptions | None = None,
     also: Sequence[str] = (),
     cache: str | Path | None = None,
+    beside: Statistics | None = None,
 ) -> Statistics:
     """Collect what the start of a config reads of its targets, over passes of ``batches``.
 
@@ -148,6 +152,8 @@ def statistics_of(
         options: their seed is the config's.
         also: more statistics, by name.
         cache: file to take them from if it holds those of this model, config and data, and to write otherwise.
+        beside: what was collected by the task's loss, where ``batches`` run over the same data by another: then only
+            gradients are, and what these are made after is taken from there.
 
     Raises:
         CalibrationError: nothing to collect, or collecting failed; see :func:`lorafa.calibration.collect.collect`.
@@ -165,7 +171,10 @@ def statistics_of(
             _finish(wanted, stored.values_by_layer)
             return stored
     layers = {target.full_name: target.base for target in targets}
-    statistics = _statistics(config, targets, wanted, options)
+    statistics = _statistics(model, config, targets, wanted, options)
+    if beside is not None:
+        statistics = {layer: _of_gradients(named, beside[layer]) for layer, named in statistics.items()}
+        wanted = [name for name in wanted if STATISTICS.get(name).linear]
     replication = resolved.replication
     with (
         disabled(model) if adapter_names(model) else nullcontext(),
@@ -265,14 +274,30 @@ def _as_read(config: LoraConfig, wanted: Sequence[str], options: CalibrationOpti
 
 
 def _statistics(
-    config: LoraConfig, targets: Sequence[Target], wanted: Sequence[str], options: CalibrationOptions
+    model: nn.Module, config: LoraConfig, targets: Sequence[Target], wanted: Sequence[str], options: CalibrationOptions
 ) -> dict[str, dict[str, Statistic]]:
     settings, projections, made = config.start_settings(), Projections(options.seed), {}
+    named = getattr(settings, "teacher", None)
+    teacher = None if named is None else teacher_of_shapes(named, model, targets)
     for target in targets:
         shape = _linear_shape(target, config)
-        measured = Measured(target.full_name, *shape, target.rank, settings, options, projections)
+        change = None if teacher is None else partial(teacher.change, target)
+        measured = Measured(target.full_name, *shape, target.rank, settings, options, projections, change)
         made[target.full_name] = {name: STATISTICS.get(name)(measured) for name in wanted}
     return made
+
+
+def _of_gradients(named: Mapping[str, Statistic], known: Mapping[str, Tensor]) -> dict[str, Statistic]:
+    """The statistics of a layer that are linear in its gradient, and what they are made after as it is known."""
+    found: dict[str, Statistic] = {}
+    for name, statistic in named.items():
+        if not statistic.linear:
+            continue
+        for before in statistic.after:
+            value = {key.removeprefix(f"{before}."): of for key, of in known.items() if key.startswith(f"{before}.")}
+            found[before] = Known(statistic.layer, value)
+        found[name] = statistic
+    return found
 
 
 def _linear_shape(target: Target, config: LoraConfig) -> tuple[int, int]:
@@ -319,6 +344,8 @@ def _about(
         "options": asdict(options),
         "base": base_fingerprint(model, [target.name for target in targets]),
     }
+    if (teacher := getattr(settings, "teacher", None)) is not None:
+        about["teacher"] = stamp_of(teacher)
     kinds, decides = [STATISTICS.get(name) for name in wanted], about
     if not any(kind.depends_on_rank for kind in kinds):  # such as the covariances CorDA keeps, which serve any rank
         read = {name: getattr(settings, name, usual) for kind in kinds for name, usual in kind.settings_read.items()}

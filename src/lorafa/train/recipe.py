@@ -34,7 +34,6 @@ from lorafa.models.kinds.entry import Kind
 from lorafa.models.load import check_samples, on_accelerator
 from lorafa.models.packed import mixes_samples
 from lorafa.models.quantize import Quantized
-from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
 from lorafa.storage.paths import user_path
@@ -45,7 +44,6 @@ from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
 from lorafa.train.fit import Material, check_length, fit
-from lorafa.train.full import train_all
 from lorafa.train.keeping import Recorder, Trained, save, save_merged
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.reach import check_reach
@@ -54,7 +52,7 @@ from lorafa.train.sampling import lengths_of
 from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.sharding import require_known, spread_over_processes
-from lorafa.train.start import Started, start_adapter
+from lorafa.train.start import begin
 from lorafa.train.teacher import Decisions, teacher_of
 from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
@@ -81,6 +79,8 @@ class Prepared:
     """Which modules are adapted, one entry a kind of them."""
     start: dict[str, Any] = field(default_factory=dict)
     """What a start from data has read and chosen; empty for the others."""
+    teacher: Any = None
+    """The teacher that the start has read; None where it has read none."""
     trial: Trial | None = None
     """What the run's one trial of the chunked loss has shown; None where the model's own is asked for."""
 
@@ -88,7 +88,8 @@ class Prepared:
         """The part that the training itself takes; what the schedule of a teacher decides is told ``decided``."""
         heldout, collator = self.data.heldout.samples, PackCollator(self.collator)
         decode, losses = self.tokenizer.decode, self.kind.row_losses()
-        teach = teacher_of(config.align, self.model, self.tokenizer, heldout, collator, config.eval.batch_size)
+        batch_size, teacher = config.eval.batch_size, self.teacher
+        teach = teacher_of(config.align, self.model, self.tokenizer, heldout, collator, batch_size, teacher)
         return Material(self.model, self.batch_rows, heldout, collator, decode, self.trial, losses, teach, decided)
 
     def trained(self) -> Trained:
@@ -149,7 +150,7 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     set_seed(config.train.seed)
     collator = kind.collator(tokenizer.pad_token_id or 0)  # masked by position: without one any other will do
     with console.status("Starting the adapter"):
-        begun = _begun(base, samples, collator, config)
+        begun = begin(base, samples, collator, config)
     covered = coverage(begun.model)
     console.print(coverage_table(covered))
     show_samples(samples, tokenizer, console, encoding)
@@ -167,7 +168,7 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     kinds = [asdict(row) for row in covered]
     return Prepared(
         begun.model, tokenizer, samples, rows, collator, seconds, evaluation, kind, base.quantized, kinds,
-        begun.record, trial,
+        begun.record, begun.teacher, trial,
     )  # fmt: skip
 
 
@@ -199,19 +200,6 @@ def _check_samples(samples: SampleSet, rows: int, base: BaseModel, evaluation: C
     evaluation.entry.check(Subject(base.model, base.tokenizer), asked, evaluation.own)
     if config.eval.forgetting:
         check_forgetting(base.model, base.tokenizer)
-
-
-def _begun(base: BaseModel, samples: SampleSet, collator: Collate, config: RunConfig) -> Started:
-    """The model as its training begins: all of it trained, with the adapter of a file, or with a new one."""
-    model = base.model
-    if config.peft.full:
-        train_all(model)
-        return Started(model)
-    if config.peft.adapter is not None:
-        return Started(PeftModel.from_pretrained(model, user_path(config.peft.adapter), is_trainable=True))
-    new_rows = rows_to_train(model, base.new_tokens) if base.new_tokens else None
-    adapter = lora_config(config, model, new_rows, base.kind, base.new_modules)
-    return start_adapter(model, adapter, config.init, samples.train.samples, collator)
 
 
 def batch_rows(samples: Sequence[Sample], config: RunConfig) -> Sequence[Tokenized]:

@@ -12,6 +12,7 @@ from lorafa.alignment.schedule import CyclicSettings, Decision
 from lorafa.backends.offload import device_of
 from lorafa.errors import ConfigError, DataError
 from lorafa.models.load import load_model
+from lorafa.starts.joint import JointStart
 from lorafa.train.keeping import Recorder
 from lorafa.train.settings.align import CYCLIC_FIELDS, EXTERNAL, AlignConfig
 
@@ -26,6 +27,7 @@ def teacher_of(
     heldout: Sequence[Any],
     collate: Callable[[Any], dict[str, Any]],
     batch_size: int,
+    loaded: Any = None,
 ) -> Teach | None:
     """How the alignment of a training is made; None where it has no teacher that counts.
 
@@ -33,6 +35,7 @@ def teacher_of(
         heldout: rows that are not trained on, of which the first are the probe of a cyclic schedule.
         collate: makes a batch of rows.
         batch_size: rows of a batch of the probe.
+        loaded: the teacher, where the start has read it already.
 
     Raises:
         ConfigError: the teacher has another vocabulary.
@@ -42,10 +45,8 @@ def teacher_of(
     if not align.teaches:
         return None
     probe = _probe(align, heldout, collate, batch_size, device_of(model))
-    teacher = _teacher(align, model, tokenizer)
-    own = {} if align.own_of_divergence is None else asdict(align.own_of_divergence)
-    named = align.divergence
-    divergence = named if named in (None, "none") else DIVERGENCES.get(named)(**own)
+    teacher = _teacher(align, model, tokenizer) if loaded is None else loaded
+    divergence = _divergence(align)
     cyclic = {name: getattr(align, name) for name in CYCLIC_FIELDS if name != "probe_rows"}
 
     def make(steps: int) -> Alignment:
@@ -68,6 +69,29 @@ def _teacher(align: AlignConfig, model: Any, tokenizer: Any) -> Any:
             "tokens cannot be compared. Take a teacher of the same family."
         )
     return teacher.to(device_of(model))
+
+
+def _divergence(align: AlignConfig) -> Any:
+    own = {} if align.own_of_divergence is None else asdict(align.own_of_divergence)
+    named = align.divergence
+    return named if named in (None, "none") else DIVERGENCES.get(named)(**own)
+
+
+def joint_start(align: AlignConfig, model: Any, tokenizer: Any) -> JointStart | None:
+    """The teacher of a run as that of its start; None where the start is left to the task.
+
+    Raises:
+        ConfigError: the teacher has another vocabulary.
+        SourceError: the teacher cannot be found or loaded.
+    """
+    if not (align.teaches and align.start):
+        return None
+    return JointStart(
+        teacher=_teacher(align, model, tokenizer) if align.name == EXTERNAL else align.name,
+        divergence=_divergence(align), map=align.map,
+        map_layers=None if align.map_layers is None else tuple(align.map_layers), map_weight=align.map_weight,
+        weight=align.start_weight,
+    )  # fmt: skip
 
 
 def _probe(

@@ -19,6 +19,7 @@ from lorafa.initializers.settings import START_SETTINGS
 from lorafa.settings.methods import BdLoraConfig, LoraRuntimeConfig, VeloraConfig
 from lorafa.settings.typed import build, expected, field_docs, keys, plain
 from lorafa.train.recipe import lora_config
+from lorafa.train.settings.align import CYCLIC_FIELDS
 from lorafa.train.settings.run import RunConfig
 
 SOURCE = Path(schema.__file__).parents[2]
@@ -135,8 +136,8 @@ def test_own_data_are_not_cut_to_the_size_of_the_default_task() -> None:
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in groups().items() for o in options])
 def test_every_option_of_every_group_makes_a_config(group: str, option: str) -> None:
-    name = [f"{group}.name=x"] if option == CUSTOM else []
-    assert isinstance(compose([f"{group}={option}", *name]), RunConfig)
+    named = {"external": ["align.teacher=x"], "from_teacher": ["init.teacher=x"], CUSTOM: [f"{group}.name=x"]}
+    assert isinstance(compose([f"{group}={option}", *named.get(option, [])]), RunConfig)
 
 
 def test_names_of_other_documents_are_understood() -> None:
@@ -342,5 +343,6 @@ def test_every_setting_is_read_by_something() -> None:
     adapter = {field.name for field in fields(LoraConfig)}
     read |= {("PeftConfig", field.name) for field in fields(schema.PeftConfig) if field.name in adapter}  # all of them
     read |= {("ModelConfig", "own")}  # holds nothing
+    read |= {("AlignConfig", name) for name in CYCLIC_FIELDS}  # one after another
     declared = {(name, field.name) for name, cls in SCHEMA.items() for field in fields(cls)}
     assert declared - read == set()

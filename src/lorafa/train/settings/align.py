@@ -67,6 +67,11 @@ class AlignConfig(OpenGroup):
     """cyclic: give the teacher the last steps, which are the task's otherwise."""
     probe_rows: int = 32
     """cyclic: rows of the probe, the first of the held-out ones."""
+    start: bool = True
+    """Let an init= that reads gradients read that of task and teacher together, where the teacher is another function
+    than the model as it starts (external); false leaves the start to the task."""
+    start_weight: float | None = None
+    """What the teacher counts in that start; null makes its gradient half as large as the task's."""
     own: Any = None
     """The teacher's own settings."""
     own_of_divergence: Any = None
@@ -103,7 +108,9 @@ class AlignConfig(OpenGroup):
         for name in ("task_weight", "tolerance"):
             check_number(f"align.{name}", getattr(self, name), "a number >= 0", 0.0, closed="[")
         check_number("align.drift", self.drift, "a number above 0", 0.0)
-        for name in ("gate", "end_on_teacher"):
+        if self.start_weight is not None:
+            check_number("align.start_weight", self.start_weight, "a number >= 0", 0.0, closed="[")
+        for name in ("gate", "end_on_teacher", "start"):
             check_flag(f"align.{name}", getattr(self, name))
         self._refuse_ignored()
 
@@ -128,6 +135,7 @@ class AlignConfig(OpenGroup):
             )
         ignored = [name for name in CYCLIC_FIELDS if name in changed and self.schedule == "constant"]
         ignored += [name for name in ("map_layers", "map_weight") if name in changed and self.map is None]
+        ignored += ["start_weight"] if "start_weight" in changed and not (self.start and self.teaches) else []
         ignored += ["drift"] if "drift" in changed and self.trigger != "drift" else []
         ignored += ["tolerance"] if "tolerance" in changed and not self.gate else []
         if ignored:

@@ -148,6 +148,9 @@ def start_fields(init: InitConfig) -> dict[str, Any]:
 def _refuse_ignored(init: InitConfig) -> None:
     """Raises ConfigError for what was set and would change nothing."""
     start_fields(init)
+    complete = start_of(init).initializer.complete
+    if complete is not None:
+        complete(init.own)
     ignored = _ignored_by_ranks(init) | _ignored_in_reading(init)
     if ignored:
         name, reason = next(iter(ignored.items()))
