@@ -97,8 +97,10 @@ def test_distances_of_states_are_added_for_each_layer(name: str) -> None:
         theirs, said = counted_logits(other), states(other)
     own, gold = counted_logits(model), LABELS[:, 1:][COUNTED]
     between = MAPS.get(name)()
+    assert alignment.term is not None
     distances = [
-        between(States(H, look(model)), States(T, look(other))) for H, T in zip(states(model), said, strict=True)
+        between(States(H, look(model), alignment.term.projections.get(layer)), States(T, look(other)))
+        for layer, H, T in zip((1, 2), states(model), said, strict=True)
     ]
     divergence = DIVERGENCES.get("fkl")()(own, theirs, gold).mean()
     wanted = nn.functional.cross_entropy(own, gold) + 0.5 * (divergence + 0.3 * sum(distances) / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,17 @@ class External(Teacher):
         self.model = model
         model.requires_grad_(False)
 
+    def vocabulary(self) -> int | None:
+        return vocabulary_of(self.model)
+
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[nn.Module]:
         with evaluating(self.model):
             yield self.model
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Rows of a model's output head; None where it has none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return None if head is None else int(head.weight.shape[0])
