@@ -24,8 +24,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(workplace: Path, run: Path, *more: str) -> list[str]:
     given = {text.partition("=")[0] for text in more} | {"train.steps", "train.checkpoint_every"}
-    dropped = "peft." if "peft=full_ft" in more else "-"
-    own = [text for text in settings(workplace, run) if text.partition("=")[0] not in given and dropped not in text]
+    if "peft=full_ft" in more:
+        given |= {text.partition("=")[0] for text in settings(workplace, run) if text.startswith("peft.")}
+    own = [text for text in settings(workplace, run) if text.partition("=")[0] not in given]
     return ["train", *own, "train.steps=4", "train.checkpoint_every=1", "optim.schedule=constant", *more]
 
 

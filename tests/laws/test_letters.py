@@ -57,7 +57,8 @@ def test_it_is_zero_for_the_teacher_itself_whose_gradient_is_none(name: str, set
     told = kept(divergence, teacher, gold, 4)
     value, grad = divergence.of_letters_with_gradient(teacher.clone(), told, gold)
     close(value, torch.zeros_like(value), torch.float64)
-    close(grad, torch.zeros_like(grad), torch.float64)
+    if name != "tv":  # which has a kink there
+        close(grad, torch.zeros_like(grad), torch.float64)
     assert bool((divergence.of_letters(student, told, gold) > 0).all())
 
 

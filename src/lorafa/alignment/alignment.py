@@ -85,7 +85,8 @@ class Alignment:
         first = FIRST if isinstance(weight, str) else float(weight)
         self.teacher = chosen_teacher(teacher)
         self.divergence = chosen_divergence(divergence, self.teacher)
-        self.term = None if map is None else MapTerm(chosen_map(map), map_layers or half_and_last(model), float(map_weight))
+        layers = map_layers or half_and_last(model)
+        self.term = None if map is None else MapTerm(chosen_map(map), layers, float(map_weight))
         self.schedule = chosen_schedule(schedule, first, steps, probe)
         self.weighing = Weighing(weight == BALANCED, self.teacher.starts_as_student)
         self.probe_batches = list(probe)
@@ -141,6 +142,14 @@ class Alignment:
         """
         for one in () if self.term is None else self.term.projections.values():
             yield from one.parameters()
+
+    def tell(self, kind: str, why: str) -> None:
+        """Let the record have a line more, with what the next step decides."""
+        self._pending.append(Decision(self.steps, kind, self._phase, why))
+
+    @property
+    def _phase(self) -> Phase:
+        return "teacher" if self.schedule.share().teacher else "task"
 
     # ---- a step
 
@@ -267,8 +276,7 @@ class Alignment:
         if why is None or self.weighing.weight is None:
             return []
         self.schedule.reweigh(self.weighing.weight)
-        phase: Phase = "teacher" if self.schedule.share().teacher else "task"
-        return [Decision(self.steps, "balanced", phase, why)]
+        return [Decision(self.steps, "balanced", self._phase, why)]
 
     def _gradients(
         self, model: nn.Module, batches: Sequence[Mapping[str, Any]], told: Sequence[Said], *share: float

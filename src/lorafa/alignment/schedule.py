@@ -38,7 +38,9 @@ class Decision:
     step: int
     """Optimizer steps that are done."""
     kind: str
-    """"switch", "refused", "rolled back", "reweighted", "ended", "balanced", "reoriented" or "compressed"."""
+    """"switch", "refused", "rolled back", "reweighted", "ended"; "balanced" where the weight was read of gradients,
+    "reoriented" and "compressed" where a phase has begun in new directions and ended, "cached" of a teacher that was
+    kept."""
     phase: Phase
     """The phase that holds from here on."""
     why: str

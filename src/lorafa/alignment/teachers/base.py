@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.said import Told
-from lorafa.errors import AdapterError, CheckpointError
+from lorafa.errors import AdapterError, CheckpointError, ConfigError
 from lorafa.surgery.walk import lora_layers
 
 
@@ -65,6 +65,17 @@ class Teacher(ABC):
     def vocabulary(self) -> int | None:
         """How many tokens it tells apart; None: as many as the student."""
         return None
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Tells it from other teachers, by all its weights.
+
+        Raises:
+            ConfigError: it changes while the student is trained.
+        """
+        raise ConfigError(
+            f"A cache keeps what a teacher says of a row once and for all, and {self.name!r} changes while the student "
+            "is trained. Take the base or an external model, or no cache (align.cache=false)."
+        )
 
     def told(self, model: nn.Module, batch: Mapping[str, Any]) -> Told | None:
         """What was kept of it for these rows; None for a teacher that is to run."""

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.models.modes import evaluating
+from lorafa.storage.fingerprint import digest_of_all
 
 
 class External(Teacher):
@@ -24,6 +25,10 @@ class External(Teacher):
 
     def vocabulary(self) -> int | None:
         return vocabulary_of(self.model)
+
+    def fingerprint(self, model: nn.Module) -> str:
+        values = self.model.state_dict().items()
+        return digest_of_all((name, value) for name, value in values if isinstance(value, Tensor))
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[nn.Module]:
