@@ -171,7 +171,7 @@ def test_nan_of_a_teacher_has_no_weight() -> None:
     alignment = Alignment(model, other, weight="balanced")
     with torch.no_grad():
         other.lm_head.weight[3] = float("nan")
-    with pytest.raises(DivergedError, match="The divergence from the teacher is not finite. Look at the teacher's out"):
+    with pytest.raises(DivergedError, match=r"The divergence from the teacher is not finite\. Look at the"):
         alignment.loss(model, BATCH)
 
 
