@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafa.cli.main import main
 from lorafa.train import teacher as teaching
-from toys.workplace import make_workplace, read, settings
+from toys.workplace import make_teacher, make_workplace, read, settings
 
 CYCLE = [
     *("align=snapshot", "align.schedule=cyclic", "align.task_steps=2", "align.teacher_steps=1", "align.gate=false"),
@@ -36,16 +35,7 @@ def command(workplace: Path, run: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def teacher(workplace: Path) -> Path:
-    """A model that says something else than the student's base."""
-    model = AutoModelForCausalLM.from_pretrained(workplace / "model")
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    folder = workplace / "teacher"
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(workplace / "model").save_pretrained(folder)
-    return folder
+    return make_teacher(workplace)
 
 
 def losses_of(run: Path) -> list[tuple[float, float]]:

@@ -195,7 +195,8 @@ def _directions(found: Mapping[str, Tensor] | None, A: Tensor) -> Tensor | None:
     size = torch.linalg.matrix_norm(A.to(rows))
     if not float(size) > 0:
         return None
-    return (rows * (size / torch.linalg.matrix_norm(rows))).to(A)
+    scaled: Tensor = rows * (size / torch.linalg.matrix_norm(rows))
+    return scaled.to(A)
 
 
 def _require_all(model: nn.Module, pairs: list[Pair]) -> None:

@@ -120,7 +120,7 @@ class Aligning:
             raise CheckpointError(
                 f"{checkpoint} has no {STATE}: it was made without a teacher, and cannot be continued with one."
             )
-        self.alignment.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+        self.alignment.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def carry_as_in(folder: Path, alignment: Alignment) -> None:

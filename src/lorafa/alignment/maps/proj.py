@@ -34,7 +34,7 @@ class Projected(RepresentationMap):
 
 def projection(student: int, teacher: int, dtype: torch.dtype, seed: int = 0) -> nn.Linear:
     """P as it begins, between states of these sizes; the same each time."""
-    made: nn.Linear = skip_init(nn.Linear, student, teacher, bias=False, dtype=dtype)  # draws no random numbers
+    made: nn.Linear = skip_init(nn.Linear, student, teacher, bias=False, dtype=dtype)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         if student == teacher:
             made.weight.copy_(torch.eye(student))
