@@ -16,6 +16,7 @@ from lorafa.alignment import Alignment
 from lorafa.alignment.schedule import CyclicSettings, Decision
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.optimizers import OPTIMIZERS
+from lorafa.peft_model import PeftModel
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.aligned import AlignedTrainer, Aligning
 from toys.adapters import train
@@ -136,6 +137,24 @@ def test_it_resumes_in_the_middle_of_a_phase_to_the_bit(tmp_path: Path, kind: st
     assert one.alignment.weighing.state_dict() == resumed.alignment.weighing.state_dict()
     for found, wanted in zip(resumed.alignment.parameters(), one.alignment.parameters(), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_the_best_checkpoint_may_be_of_the_middle_of_a_phase(tmp_path: Path) -> None:
+    model = student()
+    schedule = replace(CYCLE, reorient=True)
+    alignment = Alignment(model, "base", schedule=schedule, steps=STEPS, probe=probe())
+    made = trainer(tmp_path, model, alignment, args={"save_strategy": "steps", "save_steps": 1})
+    made.train()
+    assert alignment.carry is not None
+    for step, carries in ((3, True), (6, False)):
+        made.state.best_model_checkpoint = str(tmp_path / f"checkpoint-{step}")
+        made._load_best_model()
+        assert alignment.carry.on is carries
+        base = adapted_model().unload()
+        again = PeftModel.from_pretrained(base, tmp_path / f"checkpoint-{step}").eval()
+        with torch.no_grad():
+            batch = probe()[0]
+            torch.testing.assert_close(model.eval()(**batch).loss, again(**batch).loss, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [AlignedTrainer, Plain])

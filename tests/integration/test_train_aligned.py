@@ -84,6 +84,21 @@ def test_a_cyclic_run_goes_on_in_the_middle_of_a_phase(workplace: Path, tmp_path
     assert read(run / "result.json")["after"] == result["after"]
 
 
+REORIENTED = [*CYCLE[1:3], "align.teacher_steps=3", *CYCLE[4:], "align.reorient=true", "train.steps=9"]
+REORIENTED += ["train.keep_checkpoints=9"]
+
+
+def test_a_run_in_new_directions_ends_with_an_adapter_of_its_rank(workplace: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(command(workplace, run, "align=snapshot", *REORIENTED)) == 0
+    assert [row["kind"] for row in read(run / "result.json")["decisions"]][:2] == ["switch", "reoriented"]
+    (line,) = decisions_of(run, "compressed")
+    assert 0 < line["discarded"] < 0.5
+    assert read(run / "adapter" / "adapter_config.json")["r"] == 4
+    carried = read(run / "checkpoints" / "checkpoint-4" / "adapter_config.json")
+    assert carried["r"] == 8  # in the middle of the phase: the update so far, and what is learnt beside it
+
+
 def test_another_model_teaches(workplace: Path, tmp_path: Path) -> None:
     model = next(text for text in settings(workplace, tmp_path / "x") if text.startswith("model=")).partition("=")[2]
     run = tmp_path / "run"

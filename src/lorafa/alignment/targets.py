@@ -35,7 +35,7 @@ _PARTS = ("ids", "likely", "gold", "rest")
 
 @dataclass(frozen=True)
 class About:
-    """Of whom targets are, and how they were taken."""
+    """Whose targets a folder has, and how they were taken."""
 
     teacher: str
     """A fingerprint of its weights."""

@@ -198,16 +198,17 @@ def _fit(
 ) -> Fitted:
     state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
     steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
-    alignment = None if material.teach is None else material.teach(steps_in_all(config, len(material.train)))
-    if checkpoint and (stopped or steps >= steps_in_all(config, len(material.train))):
+    in_all = steps_in_all(config, len(material.train))
+    if checkpoint and (stopped or steps >= in_all):
         # Its last part was all but done; transformers would take one step more.
         chosen = Path(state["best_model_checkpoint"] or checkpoint)
-        if alignment is not None:
-            carry_as_in(chosen, alignment)
+        if material.teach is not None and config.align.reorient:  # the best may be of the middle of a phase
+            carry_as_in(chosen, material.teach(in_all))
         _load(material.model, chosen, config)
         return Fitted(steps, stopped, _kept(config, state["best_model_checkpoint"]))
     aligned: dict[str, Any] = {}
-    if alignment is not None:
+    if material.teach is not None:
+        alignment = material.teach(in_all)
         aligned = {"alignment": alignment, "on_decision": material.on_decision}
     trainer = trainer_class(
         material.model,

@@ -26,9 +26,9 @@ class Pair:
     A: str
     B: str
     path: str = ""
-    """Of the layer."""
+    """Where the layer is in the model."""
     name: str = ""
-    """Of the adapter."""
+    """What the adapter is called."""
 
     def factors(self, values: Values) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r) in float32 or wider."""
