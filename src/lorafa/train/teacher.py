@@ -17,7 +17,7 @@ from lorafa.data.packing import as_read
 from lorafa.errors import ConfigError, DataError
 from lorafa.models.load import load_model, load_tokenizer
 from lorafa.train.keeping import Recorder
-from lorafa.train.settings.align import CYCLIC_FIELDS, EXTERNAL, AlignConfig
+from lorafa.train.settings.align import EXTERNAL, AlignConfig
 from lorafa.train.targets import Batches, with_targets
 
 Teach = Callable[[int], Alignment]
@@ -52,7 +52,7 @@ def teacher_of(
     own = {} if align.own_of_divergence is None else asdict(align.own_of_divergence)
     named = align.divergence
     divergence = named if named in (None, "none") else DIVERGENCES.get(named)(**own)
-    cyclic = {name: getattr(align, name) for name in CYCLIC_FIELDS if name != "probe_rows"}
+    schedule = "constant" if align.schedule == "constant" else _cyclic(align)
 
     def load() -> Any:
         return _loaded(align, model, tokenizer)
@@ -61,7 +61,7 @@ def teacher_of(
         return Alignment(
             model, teacher, weight=align.weight, divergence=divergence, map=align.map,
             map_layers=None if align.map_layers is None else tuple(align.map_layers), map_weight=align.map_weight,
-            schedule="constant" if align.schedule == "constant" else CyclicSettings(**cyclic), steps=steps, probe=probe,
+            schedule=schedule, steps=steps, probe=probe,
         )  # fmt: skip
 
     if align.cache:
@@ -74,6 +74,14 @@ def teacher_of(
         )  # fmt: skip
     teacher = load() if align.name == EXTERNAL else TEACHERS.get(align.name)(**_own(align))
     return lambda steps: made(teacher, steps)
+
+
+def _cyclic(align: AlignConfig) -> CyclicSettings:
+    return CyclicSettings(
+        task_steps=align.task_steps, teacher_steps=align.teacher_steps, task_weight=align.task_weight,
+        trigger=align.trigger, gate=align.gate, tolerance=align.tolerance, drift=align.drift,
+        rewarm_steps=align.rewarm_steps, end_on_teacher=align.end_on_teacher, reorient=align.reorient,
+    )  # fmt: skip
 
 
 def _own(align: AlignConfig) -> dict[str, Any]:

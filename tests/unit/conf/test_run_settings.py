@@ -135,7 +135,8 @@ def test_own_data_are_not_cut_to_the_size_of_the_default_task() -> None:
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in groups().items() for o in options])
 def test_every_option_of_every_group_makes_a_config(group: str, option: str) -> None:
-    name = [f"{group}.name=x"] if option == CUSTOM else []
+    needed = {"align=external": ["align.teacher=x"]}.get(f"{group}={option}", [])
+    name = [f"{group}.name=x"] if option == CUSTOM else needed
     assert isinstance(compose([f"{group}={option}", *name]), RunConfig)
 
 
