@@ -112,7 +112,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "reoriented"]
+
+
+@pytest.mark.parametrize("kind", ["reoriented", *SLOW])
 def test_it_resumes_in_the_middle_of_a_phase_to_the_bit(tmp_path: Path, kind: str) -> None:
     def made(folder: Path, **own: Any) -> tuple[Any, Any]:
         model, settings = student(), dict(KINDS[kind])
@@ -139,6 +142,7 @@ def test_it_resumes_in_the_middle_of_a_phase_to_the_bit(tmp_path: Path, kind: st
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_may_be_of_the_middle_of_a_phase(tmp_path: Path) -> None:
     model = student()
     schedule = replace(CYCLE, reorient=True)
@@ -173,6 +177,7 @@ def test_a_map_is_trained_with_the_student_and_is_in_no_file(tmp_path: Path, kin
     assert rows[-1] < rows[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS.names() if OPTIMIZERS.get(name).make is not None])
 def test_optimizers_of_pairs_train_the_map_too(tmp_path: Path, name: str) -> None:
     model = student()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from lorafa.cli.main import main
 from lorafa.train import teacher as teaching
@@ -88,6 +90,7 @@ REORIENTED = [*CYCLE[1:3], "align.teacher_steps=3", *CYCLE[4:], "align.reorient=
 REORIENTED += ["train.keep_checkpoints=9"]
 
 
+@pytest.mark.slow
 def test_a_run_in_new_directions_ends_with_an_adapter_of_its_rank(workplace: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(command(workplace, run, "align=snapshot", *REORIENTED)) == 0
@@ -125,6 +128,7 @@ def test_a_teacher_that_was_kept_is_not_loaded_again(
     assert all(divergence > 0 for _, divergence in losses_of(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_the_base_is_kept_in_the_users_cache(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +144,7 @@ def test_the_base_is_kept_in_the_users_cache(
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
     workplace: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +158,20 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
     assert f"the targets of another teacher, align.teacher={teacher}, whose weights are not" in said(capsys)
 
 
+@pytest.mark.parametrize("cache", ["align.cache=false", "align.cache=true"])
+def test_a_teacher_of_another_vocabulary_is_refused(
+    workplace: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: str
+) -> None:
+    shutil.copytree(teacher, tmp_path / "other")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(teacher)
+    tokenizer.add_tokens(["zz"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    external = ["align=external", f"align.teacher={tmp_path / 'other'}", cache]
+    assert main(command(workplace, tmp_path / "run", *external)) == 2
+    assert "has another vocabulary than the model, so their distributions over next tokens" in said(capsys)
+
+
+@pytest.mark.slow
 def test_a_balanced_weight_is_read_once_and_recorded(workplace: Path, teacher: Path, tmp_path: Path) -> None:
     external = ["align=external", f"align.teacher={teacher}", "align.weight=balanced"]
     assert main(command(workplace, tmp_path / "one", *external)) == 0
@@ -165,6 +184,7 @@ def test_a_balanced_weight_is_read_once_and_recorded(workplace: Path, teacher: P
     assert line["step"] >= 1  # at its start the base is the student
 
 
+@pytest.mark.slow
 def test_a_map_that_is_trained_is_in_no_file_of_the_adapter(workplace: Path, teacher: Path, tmp_path: Path) -> None:
     more = ["align=external", f"align.teacher={teacher}", "align.map=proj", "align.map_weight=3", "train.steps=6"]
     assert main(command(workplace, tmp_path / "whole", *more)) == 0
