@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorafa.alignment import Alignment
 from lorafa.alignment.schedule import CyclicSettings, Decision
-from lorafa.errors import CheckpointError
+from lorafa.errors import CheckpointError, ConfigError
+from lorafa.optimizers import OPTIMIZERS
+from lorafa.peft_model import PeftModel
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
 from lorafa.train.aligned import AlignedTrainer, Aligning
 from toys.adapters import train
@@ -95,10 +99,28 @@ def test_weight_zero_trains_to_the_bit_what_no_teacher_does(tmp_path: Path) -> N
     assert not any("divergence" in row for row in log_of(second))
 
 
-def test_it_resumes_in_the_middle_of_a_phase_to_the_bit(tmp_path: Path) -> None:
+def wider() -> Any:
+    """A model with wider states, which only a map between sizes can be compared with."""
+    return adapted_model(base={"hidden_size": 12}).eval()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "snapshot": {"teacher": lambda: "snapshot", "schedule": CYCLE},
+    "reoriented": {"teacher": lambda: "snapshot", "schedule": replace(CYCLE, reorient=True), "weight": "balanced"},
+    "projected": {"teacher": wider, "schedule": CYCLE, "map": "proj", "map_weight": 5.0, "weight": "balanced"},
+    "without phases": {"teacher": lambda: "base", "schedule": "constant", "weight": "balanced", "divergence": "fkl"},
+}
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "reoriented"]
+
+
+@pytest.mark.parametrize("kind", ["reoriented", *SLOW])
+def test_it_resumes_in_the_middle_of_a_phase_to_the_bit(tmp_path: Path, kind: str) -> None:
     def made(folder: Path, **own: Any) -> tuple[Any, Any]:
-        model = student()
-        alignment = Alignment(model, "snapshot", schedule=CYCLE, steps=STEPS, probe=probe())
+        model, settings = student(), dict(KINDS[kind])
+        teacher, cyclic = settings.pop("teacher")(), settings["schedule"] is not KINDS["without phases"]["schedule"]
+        alignment = Alignment(model, teacher, steps=STEPS, probe=probe() if cyclic else (), **settings)
         decisions: list[Decision] = []
         return model, trainer(
             folder, model, alignment, args={"save_strategy": "steps", "save_steps": 1},
@@ -107,7 +129,7 @@ def test_it_resumes_in_the_middle_of_a_phase_to_the_bit(tmp_path: Path) -> None:
 
     whole, one = made(tmp_path / "whole")
     one.train()
-    _, cut = made(tmp_path / "cut", callbacks=[kill_after(4)])
+    _, cut = made(tmp_path / "cut", callbacks=[kill_after(4)])  # the checkpoint is that of step 3
     with pytest.raises(Killed):
         cut.train()
     again, resumed = made(tmp_path / "cut")
@@ -115,6 +137,75 @@ def test_it_resumes_in_the_middle_of_a_phase_to_the_bit(tmp_path: Path) -> None:
     assert_equal(values(whole), values(again))
     assert [row for row in log_of(one) if "loss" in row] == [row for row in log_of(resumed) if "loss" in row]
     assert one.alignment.schedule.state_dict() == resumed.alignment.schedule.state_dict()
+    assert one.alignment.weighing.state_dict() == resumed.alignment.weighing.state_dict()
+    for found, wanted in zip(resumed.alignment.parameters(), one.alignment.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_may_be_of_the_middle_of_a_phase(tmp_path: Path) -> None:
+    model = student()
+    schedule = replace(CYCLE, reorient=True)
+    alignment = Alignment(model, "base", schedule=schedule, steps=STEPS, probe=probe())
+    made = trainer(tmp_path, model, alignment, args={"save_strategy": "steps", "save_steps": 1})
+    made.train()
+    assert alignment.carry is not None
+    for step, carries in ((3, True), (6, False)):
+        made.state.best_model_checkpoint = str(tmp_path / f"checkpoint-{step}")
+        made._load_best_model()
+        assert alignment.carry.on is carries
+        base = adapted_model().unload()
+        again = PeftModel.from_pretrained(base, tmp_path / f"checkpoint-{step}").eval()
+        with torch.no_grad():
+            batch = probe()[0]
+            torch.testing.assert_close(model.eval()(**batch).loss, again(**batch).loss, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AlignedTrainer, Plain])
+def test_a_map_is_trained_with_the_student_and_is_in_no_file(tmp_path: Path, kind: Any) -> None:
+    model = student()
+    alignment = Alignment(model, wider(), map="proj", map_weight=5.0)
+    before = [p.detach().clone() for p in alignment.parameters()]
+    assert [tuple(p.shape) for p in before] == [(12, 8), (12, 8)]
+    made = trainer(tmp_path, model, alignment, kind, args={"save_strategy": "steps", "save_steps": STEPS})
+    made.train()
+    assert all(not torch.equal(p, old) for p, old in zip(alignment.parameters(), before, strict=True))
+    assert all(p.grad is None for p in alignment.parameters())
+    kept = load_file(tmp_path / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    assert len(kept) == len(values(model))
+    rows = [row["divergence"] for row in log_of(made) if "loss" in row]
+    assert rows[-1] < rows[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS.names() if OPTIMIZERS.get(name).make is not None])
+def test_optimizers_of_pairs_train_the_map_too(tmp_path: Path, name: str) -> None:
+    model = student()
+    alignment = Alignment(model, wider(), map="proj", map_weight=5.0)
+    before = [p.detach().clone() for p in alignment.parameters()]
+    entry = OPTIMIZERS.get(name)
+    own = None if entry.settings is None else entry.settings()
+    optimizer = entry.make(model, own, lr=entry.lr, weight_decay=0.0)  # type: ignore[misc]
+    made = trainer(tmp_path, model, alignment, optimizers=(optimizer, None), args={"max_steps": 2})
+    made.train()
+    assert all(not torch.equal(p, old) for p, old in zip(alignment.parameters(), before, strict=True))
+
+
+def test_an_optimizer_of_a_loop_that_lacks_the_map_is_told() -> None:
+    model = student()
+    alignment = Alignment(model, wider(), map="proj")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    alignment.loss(model, probe()[0]).backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(ConfigError, match=r"of the student's parameters and of alignment\.parameters"):
+        alignment.after_step(model, torch.optim.AdamW(trained))
+    alignment.after_step(model, torch.optim.AdamW([*trained, *alignment.parameters()]))
+
+
+def test_a_checkpoint_of_other_maps_is_refused() -> None:
+    model = student()
+    state = Alignment(model, wider(), map="proj").state_dict()
+    with pytest.raises(CheckpointError, match="has 2 linear maps between inner states, of other sizes or layers"):
+        Alignment(model, wider(), map="proj", map_layers=(2,)).load_state_dict(state)
 
 
 def test_a_checkpoint_without_a_teacher_is_not_continued_with_one(tmp_path: Path) -> None:

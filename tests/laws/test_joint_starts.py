@@ -170,7 +170,7 @@ def test_gamma_is_chosen_by_the_joint_objective() -> None:
     assert gammas[0] == gammas[1]
 
 
-@pytest.mark.parametrize("teacher", ["base", "ema", "anchor", Snapshot()], ids=str)
+@pytest.mark.parametrize("teacher", ["base", "ema", "anchor", Snapshot()], ids=["base", "ema", "anchor", "made"])
 def test_a_teacher_that_is_the_start_leaves_the_task_alone_and_says_so(teacher: Any) -> None:
     model = student()
     plain = collect_statistics(model, config(), batches())

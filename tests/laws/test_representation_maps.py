@@ -8,13 +8,14 @@ from torch import Tensor
 
 from lorafa.alignment import MAPS
 from lorafa.alignment.maps.base import States
+from lorafa.alignment.maps.proj import projection
 from lorafa.errors import ConfigError
 from toys.compare import close
 
 N, D, V = 30, 6, 11
 ROTATION_DOES_NOT_MATTER = {"cka", "gram", "procrustes"}
 SCALE_DOES_NOT_MATTER = {"cka", "gram", "procrustes", "cos"}
-ANY_WIDTH = {"cka", "gram", "procrustes", "lens"}
+ANY_WIDTH = {"cka", "gram", "procrustes", "lens", "proj"}
 
 
 def states(seed: int, width: int = D) -> Tensor:
@@ -27,9 +28,9 @@ def lens(width: int = D) -> Tensor:
 
 def distance(name: str, H: Tensor, T: Tensor) -> Tensor:
     heads = {width: lens(width) for width in (H.shape[1], T.shape[1])}
-    return MAPS.get(name)()(
-        States(H, lambda h: h @ heads[h.shape[1]]), States(T, lambda h: h @ heads[h.shape[1]])
-    )
+    between = MAPS.get(name)()
+    P = projection(H.shape[1], T.shape[1], torch.float64).requires_grad_(False) if between.projects else None
+    return between(States(H, lambda h: h @ heads[h.shape[1]], P), States(T, lambda h: h @ heads[h.shape[1]]))
 
 
 def rotation() -> Tensor:
@@ -114,3 +115,43 @@ def test_what_the_head_does_not_read_makes_no_difference_to_it() -> None:
     H = T + states(2, 4) @ unread.T
     for name in ("functional", "lens"):
         assert float(distance(name, H, T)) < 1e-20
+
+
+def test_proj_is_zero_for_the_map_that_makes_the_states_the_teachers() -> None:
+    H = states(0)
+    wanted = torch.randn(D + 3, D, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    made = projection(D, D + 3, torch.float64)
+    begun = distance("proj", H, H @ wanted.T)
+    with torch.no_grad():
+        made.weight.copy_(wanted)
+    end = MAPS.get("proj")()(States(H, projection=made), States(H @ wanted.T))
+    assert float(end.detach()) < 1e-25 < float(begun.detach())
+
+
+def test_the_gradient_of_the_projection_is_that_of_finite_differences() -> None:
+    H, T, made, between = states(0), states(1, D + 3), projection(D, D + 3, torch.float64), MAPS.get("proj")()
+    between(States(H, projection=made), States(T)).backward()  # type: ignore[no-untyped-call]
+    assert made.weight.grad is not None
+    for row, column in ((0, 0), (5, 2), (8, 5)):
+        ends = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                made.weight[row, column] += step
+                ends.append(between(States(H, projection=made), States(T)))
+                made.weight[row, column] -= step
+        close((ends[0] - ends[1]) / 2e-6, made.weight.grad[row, column], 1e-6)
+
+
+def test_a_projection_begins_as_the_identity_or_with_orthonormal_rows_and_draws_from_nobody() -> None:
+    before = torch.get_rng_state()
+    for student, teacher in ((D, D), (D, D + 3), (D + 3, D)):
+        P = projection(student, teacher, torch.float64).weight.detach()
+        assert P.shape == (teacher, student)
+        gram = P @ P.T if teacher <= student else P.T @ P
+        close(gram, torch.eye(min(student, teacher), dtype=torch.float64), 1e-12)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_states_without_a_projection_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"align\.map=proj is trained, and these states come without its projection"):
+        MAPS.get("proj")()(States(states(0)), States(states(1)))

@@ -48,6 +48,18 @@ def make_workplace(folder: Path, **sizes: int) -> Path:
     return folder
 
 
+def make_teacher(workplace: Path) -> Path:
+    """Put ``teacher/``, a model that says something else than ``model/``, beside it."""
+    model = LlamaForCausalLM.from_pretrained(workplace / "model")
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    model.save_pretrained(workplace / "teacher")
+    PreTrainedTokenizerFast.from_pretrained(workplace / "model").save_pretrained(workplace / "teacher")
+    return workplace / "teacher"
+
+
 def settings(workplace: Path, run_dir: Path) -> list[str]:
     return [
         f"model={workplace / 'model'}", f"data={workplace / 'rows.jsonl'}", f"run_dir={run_dir}", "data.eval_size=4",

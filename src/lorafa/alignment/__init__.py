@@ -12,8 +12,9 @@ from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
 
 if TYPE_CHECKING:
     from lorafa.alignment.alignment import Alignment
+    from lorafa.alignment.teachers.cached import Cached
 
-__all__ = ["DIVERGENCES", "MAPS", "TEACHERS", "Alignment"]
+__all__ = ["DIVERGENCES", "MAPS", "TEACHERS", "Alignment", "Cached"]
 
 if not TYPE_CHECKING:
 
@@ -23,4 +24,8 @@ if not TYPE_CHECKING:
             from lorafa.alignment.alignment import Alignment
 
             return Alignment
+        if name == "Cached":
+            from lorafa.alignment.teachers.cached import Cached
+
+            return Cached
         raise AttributeError(f"module 'lorafa.alignment' has no attribute {name!r}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.maps.base import Look, RepresentationMap, States
+from lorafa.alignment.said import Said, look
 from lorafa.errors import ConfigError, DivergedError
 from lorafa.models.head_loss import LOG_LIKELIHOOD, HiddenStates, head_loss
-from lorafa.models.positions import Positions
 from lorafa.models.rows import IGNORE_INDEX
 
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
@@ -29,18 +29,20 @@ class MapTerm:
     """After which layers of the student, and of the teacher, states are compared."""
     weight: float
     """Its share beside the divergence."""
+    projections: Mapping[int, nn.Linear] = field(default_factory=dict)
+    """After each of the layers what is trained with the map, where something is."""
 
 
 class JointObjective:
     """``task_weight`` CE + ``weight`` (divergence + map), summed over the supervised positions of one batch.
 
-    It knows what the teacher has said of the batch, :class:`lorafa.models.positions.Positions`, and is made anew for
-    each. ``divergence_sum`` is the sum of the discrepancy once it was called, without its weight.
+    It knows what the teacher has said of the batch, :class:`lorafa.alignment.said.Said`, and is made anew for each.
+    ``divergence_sum`` is the sum of the discrepancy once it was called, without its weight.
     """
 
     def __init__(
         self,
-        said: Positions,
+        said: Said,
         divergence: Divergence | None,
         term: MapTerm | None,
         weight: float,
@@ -56,9 +58,9 @@ class JointObjective:
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
         counted = targets != IGNORE_INDEX
         count = int(counted.sum())
-        if count != len(self.said.rows):
+        if count != len(self.said):
             raise ConfigError(
-                f"The teacher has read {len(self.said.rows)} supervised positions, and the student {count} of the same "
+                f"The teacher has read {len(self.said)} supervised positions, and the student {count} of the same "
                 "batch: one of the two changes the labels."
             )
         points = _JointPoints(self.said, self.divergence, self.weight, self.task_weight)
@@ -81,27 +83,24 @@ class JointObjective:
         own = states.inner[layer]
         hidden, theirs = own[counted.to(own.device)], self.said.inner[layer].to(own.device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        looks = (None, None) if not between.reads_lens else (
-            _look(states.head, states.transform.apply_, self.norms[0]),
-            _look(self.said.head, self.said.transform.apply_, self.norms[1]),
-        )  # fmt: skip
-        return between(States(hidden.to(wide), looks[0]), States(theirs.to(wide), looks[1]))
+        looks: tuple[Look | None, Look | None] = (None, None)
+        if between.reads_lens:
+            looks = look(states.head, states.transform, self.norms[0]), self.said.look(self.norms[1])
+        projection = self.term.projections.get(layer) if self.term is not None else None
+        return between(States(hidden.to(wide), looks[0], projection), States(theirs.to(wide), looks[1]))
 
 
 class _JointPoints:
     """The joint loss of logits, position by position."""
 
-    def __init__(self, said: Positions, divergence: Divergence | None, weight: float, task_weight: float) -> None:
+    def __init__(self, said: Said, divergence: Divergence | None, weight: float, task_weight: float) -> None:
         self.said, self.of, self.weight, self.task_weight = said, divergence, weight, task_weight
         self.divergence = torch.zeros((), dtype=torch.float64)
         self.task = torch.zeros((), dtype=torch.float64)
-        self._start, self._logits = 0, torch.empty(0)
 
     def begin(self, start: int, end: int) -> None:
         if self.of is not None:
-            rows, head = self.said.rows[start:end], self.said.head
-            self._logits = nn.functional.linear(rows.to(head.weight.dtype), head.weight, head.bias)
-        self._start = start
+            self.said.begin(start, end)
 
     def __call__(self, logits: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         task, grad = LOG_LIKELIHOOD(logits, gold, first, wants_gradient)
@@ -111,35 +110,12 @@ class _JointPoints:
             grad *= self.task_weight
         if self.of is None or not len(gold):
             return total, grad
-        own = logits[: len(gold)]
-        at = first - self._start
-        theirs = self._logits[at : at + len(gold)].to(device=own.device, dtype=own.dtype)
-        theirs = self.said.transform.apply_(theirs)
-        if theirs.shape[-1] != own.shape[-1]:
-            theirs, own = _on_shared(theirs, own)
-        if wants_gradient and grad is not None:
-            value, slope = self.of.with_gradient(own.clone(), theirs, gold)
+        value, slope = self.said.compared(self.of, logits[: len(gold)], gold, first, wants_gradient)
+        if slope is not None and grad is not None:
             grad[: len(gold), : slope.shape[-1]].add_(slope, alpha=self.weight)
-        else:
-            value = self.of(own, theirs, gold)
         divergence = value.sum()
         self.divergence += divergence.double().cpu()
         return total + self.weight * divergence, grad
-
-
-def _on_shared(theirs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the tokens that both tables have: heads are often filled up to another multiple."""
-    shared = min(theirs.shape[-1], own.shape[-1])
-    return theirs[:, :shared].contiguous(), own[:, :shared].contiguous()
-
-
-def _look(head: nn.Linear, transform: Callable[[Tensor], Tensor], norm: nn.Module | None) -> Look:
-    def look(hidden: Tensor) -> Tensor:
-        states = hidden if norm is None else norm(hidden.to(head.weight.dtype))
-        logits = nn.functional.linear(states.to(head.weight.dtype), head.weight, head.bias)
-        return transform(logits.to(torch.promote_types(logits.dtype, torch.float32)).clone())
-
-    return look
 
 
 def final_norm(model: Any) -> nn.Module:

@@ -29,6 +29,7 @@ MAPS: Registry[MapEntry] = Registry(
         "lens": "lorafa.alignment.maps.lens:LENS",
         "mse": "lorafa.alignment.maps.mse:MSE",
         "procrustes": "lorafa.alignment.maps.procrustes:PROCRUSTES",
+        "proj": "lorafa.alignment.maps.proj:PROJ",
     },
 )
 """Name -> how far the student's inner states are from the teacher's."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lorafa.errors import CheckpointError
 from lorafa.settings.checks import check_choice, check_flag, check_int, check_number
@@ -38,7 +38,9 @@ class Decision:
     step: int
     """Optimizer steps that are done."""
     kind: str
-    """"switch", "refused", "rolled back", "reweighted" or "ended"."""
+    """"switch", "refused", "rolled back", "reweighted", "ended"; "balanced" where the weight was read of gradients,
+    "reoriented" and "compressed" where a phase has begun in new directions and ended, "cached" of a teacher that was
+    kept."""
     phase: Phase
     """The phase that holds from here on."""
     why: str
@@ -49,8 +51,11 @@ class Decision:
     """Keep the student as it is, to come back to."""
     roll_back: bool = False
     """Bring the student back to what was last kept."""
+    begins: bool = False
+    """A phase of the teacher begins."""
     discarded: float = 0.0
-    """Share of the student's update that a refreshed teacher could not hold."""
+    """Share of the squared norm of the student's update that a refreshed teacher, or the student's own rank after a
+    reoriented phase, could not hold."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,9 @@ class CyclicSettings:
     """After so many the cycles end, and the task alone is trained on."""
     end_on_teacher: bool = False
     """Let the last phase be the teacher's; otherwise the task has the last steps."""
+    reorient: bool = False
+    """Begin each phase of the teacher with new A along the gradient of the joint loss, and B = 0, beside the update so
+    far, which is frozen; at its end both are cut to the rank together."""
 
     def __post_init__(self) -> None:
         for name in ("task_steps", "teacher_steps", "rewarm_steps", "most_rollbacks"):
@@ -98,10 +106,14 @@ class CyclicSettings:
         check_choice("align.trigger", self.trigger, TRIGGERS)
         check_flag("align.gate", self.gate)
         check_flag("align.end_on_teacher", self.end_on_teacher)
+        check_flag("align.reorient", self.reorient)
 
 
 class Schedule(ABC):
     """Says what counts in each step."""
+
+    probes: ClassVar[bool] = False
+    """Whether it measures the student on a probe."""
 
     @abstractmethod
     def share(self) -> Share:
@@ -114,6 +126,15 @@ class Schedule(ABC):
     def after_step(self, probe: Callable[[], Probe]) -> list[Decision]:
         """Take in that a step was done; ``probe`` measures the student as it is now."""
         return []
+
+    @abstractmethod
+    def reweigh(self, weight: float) -> None:
+        """Go on with another weight of the teacher, as if it had been the first."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left that it knows of."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept for a training to go on, in json's types."""
@@ -132,6 +153,9 @@ class Constant(Schedule):
 
     def share(self) -> Share:
         return Share(1.0, self.weight, 1.0)
+
+    def reweigh(self, weight: float) -> None:
+        self.weight = weight
 
 
 @dataclass(frozen=True)
@@ -171,6 +195,7 @@ class Cyclic(Schedule):
     eighth and eight times of what it was at first.
     """
 
+    probes = True
     settings: CyclicSettings
     total: int
     """Optimizer steps of the whole training."""
@@ -179,6 +204,13 @@ class Cyclic(Schedule):
     def begin(self, weight: float, probe: Callable[[], Probe]) -> None:
         found = probe()
         self.state = CyclicState(weight=weight, first_weight=weight, accepted=found.task)
+
+    def reweigh(self, weight: float) -> None:
+        self.state = replace(self.state, weight=weight, first_weight=weight)
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.total
 
     def share(self) -> Share:
         own, rewarm = self.state, self.settings.rewarm_steps
@@ -220,7 +252,8 @@ class Cyclic(Schedule):
             before=found.divergence if following == "teacher" else None,
             before_task=found.task if following == "teacher" else None, rate=1.0,
         )  # fmt: skip
-        done = Decision(own.step, "switch", following, why, found, refresh=following == "task", accept=True)
+        begins = following == "teacher"
+        done = Decision(own.step, "switch", following, why, found, refresh=not begins, accept=True, begins=begins)
         return [*decisions, done]
 
     def _refused(self, found: Probe, why: str) -> list[Decision]:

@@ -33,6 +33,9 @@ class Positions:
         self.inner = {layer: state[counted.to(state.device)] for layer, state in states.inner.items()}
         return states.last.new_zeros(()), len(self.rows)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def logits(self, chunk: slice = slice(None)) -> Tensor:
         """(positions of the chunk, vocabulary), in float32 at least."""
         weight, bias = self.head.weight, self.head.bias

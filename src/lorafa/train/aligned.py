@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lorafa.alignment.alignment import Alignment
 from lorafa.alignment.schedule import Decision
 from lorafa.errors import CheckpointError, ConfigError
+from lorafa.processes import distributed, gathered
+from lorafa.train.sharding import average_gradients
 from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
 
 STATE = "alignment.pt"
@@ -58,7 +60,8 @@ class Aligning:
     ) -> None:
         super().__init__(*args, **settings)
         self.alignment = alignment
-        self._divergences: list[float] = []
+        self._divergences: list[tuple[float, int]] = []
+        """Sum and number of positions of each batch since the last line of the log."""
         plain = getattr(self, "_loss", None)
         if isinstance(plain, nn.Module):
             if getattr(self, "own_loss_reason", None) is not None:
@@ -75,20 +78,38 @@ class Aligning:
             loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         else:
             loss = self.alignment.loss(model, inputs, kwargs.get("num_items_in_batch"))
-        if torch.is_grad_enabled() and self.alignment.last_divergence is not None:
-            self._divergences.append(self.alignment.last_divergence)
+        own = self.alignment
+        if torch.is_grad_enabled() and own.last_divergence is not None:
+            self._divergences.append((own.last_divergence * own.last_positions, own.last_positions))
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._divergences:
-            logs = {**logs, "divergence": sum(self._divergences) / len(self._divergences)}
-            self._divergences = []
+        if "loss" in logs:
+            sums, self._divergences = gathered(self._divergences), []
+            total, positions = (sum(pair[at] for own in sums for pair in own) for at in (0, 1))
+            if positions:
+                logs = {**logs, "divergence": total / positions}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the trainer, which moves what is trained beside the student too, without weight decay."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        own, moved = list(self.alignment.parameters()), {id(p) for g in optimizer.param_groups for p in g["params"]}
+        if own and id(own[0]) not in moved:
+            same = {key: value for key, value in optimizer.param_groups[0].items() if key == "algorithm"}
+            optimizer.add_param_group({"params": own, "weight_decay": 0.0, **same})
+        return optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        state = self.alignment.state_dict()  # in all processes: each may have something to write
         if self.args.should_save:
-            torch.save(self.alignment.state_dict(), Path(output_dir) / STATE)
+            torch.save(state, Path(output_dir) / STATE)
+
+    def _load_adapters(self, folder: Path) -> None:
+        """As the trainer's, for layers that carry what they did then."""
+        carry_as_in(folder, self.alignment)
+        super()._load_adapters(folder)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -99,7 +120,14 @@ class Aligning:
             raise CheckpointError(
                 f"{checkpoint} has no {STATE}: it was made without a teacher, and cannot be continued with one."
             )
-        self.alignment.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+        self.alignment.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def carry_as_in(folder: Path, alignment: Alignment) -> None:
+    """Let layers carry what they did when a checkpoint was written, so that its adapter fits them."""
+    path = folder / STATE
+    if path.is_file():
+        alignment.carry_as(torch.load(path, map_location="cpu", weights_only=True))
 
 
 class _Phases(transformers.TrainerCallback):  # type: ignore[misc]
@@ -110,6 +138,8 @@ class _Phases(transformers.TrainerCallback):  # type: ignore[misc]
         self._rates: list[float] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if distributed():
+            average_gradients(list(self.alignment.parameters()))
         factor = self.alignment.rate
         self._rates = [group["lr"] for group in optimizer.param_groups]
         if factor != 1.0:
@@ -123,6 +153,8 @@ class _Phases(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
+        for parameter in self.alignment.parameters():
+            parameter.grad = None  # the trainer does so with those of the model
         rates = [group["lr"] for group in optimizer.param_groups]
         for decision in self.alignment.after_step(model, optimizer):
             if decision.roll_back:  # the schedule of rates goes on

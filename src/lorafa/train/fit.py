@@ -18,7 +18,7 @@ from lorafa.models.head_loss import Trial
 from lorafa.models.kinds.entry import RowLosses
 from lorafa.processes import world_size
 from lorafa.storage.whole import read_json
-from lorafa.train.aligned import AlignedSupervisedTrainer, AlignedTrainer
+from lorafa.train.aligned import AlignedSupervisedTrainer, AlignedTrainer, carry_as_in
 from lorafa.train.checkpoints import STATE_FILE, step_of
 from lorafa.train.full import in_float32, load_weights, precision
 from lorafa.train.settings.optim import check_rise, pair_optimizer, schedule_of_trainer, stock_arguments, warmup_of
@@ -198,13 +198,17 @@ def _fit(
 ) -> Fitted:
     state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
     steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
-    if checkpoint and (stopped or steps >= steps_in_all(config, len(material.train))):
+    in_all = steps_in_all(config, len(material.train))
+    if checkpoint and (stopped or steps >= in_all):
         # Its last part was all but done; transformers would take one step more.
-        _load(material.model, Path(state["best_model_checkpoint"] or checkpoint), config)
+        chosen = Path(state["best_model_checkpoint"] or checkpoint)
+        if material.teach is not None and config.align.reorient:  # the best may be of the middle of a phase
+            carry_as_in(chosen, material.teach(in_all))
+        _load(material.model, chosen, config)
         return Fitted(steps, stopped, _kept(config, state["best_model_checkpoint"]))
     aligned: dict[str, Any] = {}
     if material.teach is not None:
-        alignment = material.teach(steps_in_all(config, len(material.train)))
+        alignment = material.teach(in_all)
         aligned = {"alignment": alignment, "on_decision": material.on_decision}
     trainer = trainer_class(
         material.model,

@@ -88,9 +88,9 @@ class Prepared:
         """The part that the training itself takes; what the schedule of a teacher decides is told ``decided``."""
         heldout, collator = self.data.heldout.samples, PackCollator(self.collator)
         decode, losses = self.tokenizer.decode, self.kind.row_losses()
-        batch_size, teacher = config.eval.batch_size, self.teacher
-        teach = teacher_of(config.align, self.model, self.tokenizer, heldout, collator, batch_size, teacher)
-        return Material(self.model, self.batch_rows, heldout, collator, decode, self.trial, losses, teach, decided)
+        rows, size = self.batch_rows, config.eval.batch_size
+        teach = teacher_of(config.align, self.model, self.tokenizer, rows, heldout, collator, size, self.teacher)
+        return Material(self.model, rows, heldout, collator, decode, self.trial, losses, teach, decided)
 
     def trained(self) -> Trained:
         """The part that is kept."""

@@ -7,14 +7,19 @@ from dataclasses import asdict
 from typing import Any
 
 from lorafa.alignment.alignment import Alignment
+from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.registries import DIVERGENCES, TEACHERS
 from lorafa.alignment.schedule import CyclicSettings, Decision
+from lorafa.alignment.teachers.external import External
+from lorafa.alignment.teachers.model_base import Base
 from lorafa.backends.offload import device_of
+from lorafa.data.packing import as_read
 from lorafa.errors import ConfigError, DataError
-from lorafa.models.load import load_model
+from lorafa.models.load import load_model, load_tokenizer
 from lorafa.starts.joint import JointStart
 from lorafa.train.keeping import Recorder
-from lorafa.train.settings.align import CYCLIC_FIELDS, EXTERNAL, AlignConfig
+from lorafa.train.settings.align import EXTERNAL, AlignConfig
+from lorafa.train.targets import Batches, with_targets
 
 Teach = Callable[[int], Alignment]
 """Optimizer steps of the whole training -> the alignment of its model."""
@@ -24,6 +29,7 @@ def teacher_of(
     align: AlignConfig,
     model: Any,
     tokenizer: Any,
+    rows: Sequence[Any],
     heldout: Sequence[Any],
     collate: Callable[[Any], dict[str, Any]],
     batch_size: int,
@@ -32,9 +38,10 @@ def teacher_of(
     """How the alignment of a training is made; None where it has no teacher that counts.
 
     Args:
+        rows: what is trained on, of which a teacher that is kept is asked.
         heldout: rows that are not trained on, of which the first are the probe of a cyclic schedule.
         collate: makes a batch of rows.
-        batch_size: rows of a batch of the probe.
+        batch_size: rows of a batch of the probe, and of one that a teacher is asked.
         loaded: the teacher, where the start has read it already.
 
     Raises:
@@ -45,30 +52,61 @@ def teacher_of(
     if not align.teaches:
         return None
     probe = _probe(align, heldout, collate, batch_size, device_of(model))
-    teacher = _teacher(align, model, tokenizer) if loaded is None else loaded
     divergence = _divergence(align)
-    cyclic = {name: getattr(align, name) for name in CYCLIC_FIELDS if name != "probe_rows"}
+    schedule = "constant" if align.schedule == "constant" else _cyclic(align)
 
-    def make(steps: int) -> Alignment:
+    def load() -> Any:
+        return _loaded(align, model, tokenizer) if loaded is None else loaded
+
+    def made(teacher: Any, steps: int) -> Alignment:
         return Alignment(
             model, teacher, weight=align.weight, divergence=divergence, map=align.map,
             map_layers=None if align.map_layers is None else tuple(align.map_layers), map_weight=align.map_weight,
-            schedule="constant" if align.schedule == "constant" else CyclicSettings(**cyclic), steps=steps, probe=probe,
+            schedule=schedule, steps=steps, probe=probe,
         )  # fmt: skip
 
-    return make
+    if align.cache:
+        if align.name == EXTERNAL:
+            _require_vocabulary(align, load_tokenizer(str(align.teacher)), tokenizer)
+        batches = Batches(rows, lambda some: as_read(collate(some)), batch_size, probe)
+        own_divergence = divergence if isinstance(divergence, Divergence) else DIVERGENCES.get(_usual(align))()
+        return lambda steps: with_targets(
+            align, model, own_divergence, load, batches, lambda teacher: made(teacher, steps)
+        )  # fmt: skip
+    teacher = load() if align.name == EXTERNAL else TEACHERS.get(align.name)(**_own(align))
+    return lambda steps: made(teacher, steps)
 
 
-def _teacher(align: AlignConfig, model: Any, tokenizer: Any) -> Any:
-    if align.name != EXTERNAL:
-        return TEACHERS.get(align.name)(**({} if align.own is None else asdict(align.own)))
+def _cyclic(align: AlignConfig) -> CyclicSettings:
+    return CyclicSettings(
+        task_steps=align.task_steps, teacher_steps=align.teacher_steps, task_weight=align.task_weight,
+        trigger=align.trigger, gate=align.gate, tolerance=align.tolerance, drift=align.drift,
+        rewarm_steps=align.rewarm_steps, end_on_teacher=align.end_on_teacher, reorient=align.reorient,
+    )  # fmt: skip
+
+
+def _own(align: AlignConfig) -> dict[str, Any]:
+    return {} if align.own is None else asdict(align.own)
+
+
+def _usual(align: AlignConfig) -> str:
+    """The divergence where none is named."""
+    return External.divergence if align.name == EXTERNAL else Base.divergence
+
+
+def _loaded(align: AlignConfig, model: Any, tokenizer: Any) -> Any:
     teacher, its = load_model(str(align.teacher), "auto")
+    _require_vocabulary(align, its, tokenizer)
+    return teacher.to(device_of(model))
+
+
+def _require_vocabulary(align: AlignConfig, its: Any, tokenizer: Any) -> None:
     if its.get_vocab() != tokenizer.get_vocab() and align.divergence != "none":
         raise ConfigError(
             f"align.teacher={align.teacher} has another vocabulary than the model, so their distributions over next "
-            "tokens cannot be compared. Take a teacher of the same family."
+            "tokens cannot be compared. Take a teacher of the same family, or compare inner states alone: "
+            "align.divergence=none align.map=procrustes."
         )
-    return teacher.to(device_of(model))
 
 
 def _divergence(align: AlignConfig) -> Any:
@@ -87,7 +125,7 @@ def joint_start(align: AlignConfig, model: Any, tokenizer: Any) -> JointStart | 
     if not (align.teaches and align.start):
         return None
     return JointStart(
-        teacher=_teacher(align, model, tokenizer) if align.name == EXTERNAL else align.name,
+        teacher=_loaded(align, model, tokenizer) if align.name == EXTERNAL else align.name,
         divergence=_divergence(align), map=align.map,
         map_layers=None if align.map_layers is None else tuple(align.map_layers), map_weight=align.map_weight,
         weight=align.start_weight,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafa.alignment import DIVERGENCES, MAPS, Alignment
+from lorafa.alignment import DIVERGENCES, MAPS, Alignment, Cached
 from lorafa.alignment.maps.base import States
 from lorafa.alignment.schedule import CyclicSettings
+from lorafa.alignment.teachers.external import External
 from lorafa.errors import AdapterError, BackendError, ConfigError, DivergedError
 from lorafa.models.head_loss import supervised_loss
 from toys.adapters import train
@@ -97,8 +101,10 @@ def test_distances_of_states_are_added_for_each_layer(name: str) -> None:
         theirs, said = counted_logits(other), states(other)
     own, gold = counted_logits(model), LABELS[:, 1:][COUNTED]
     between = MAPS.get(name)()
+    assert alignment.term is not None
     distances = [
-        between(States(H, look(model)), States(T, look(other))) for H, T in zip(states(model), said, strict=True)
+        between(States(H, look(model), alignment.term.projections.get(layer)), States(T, look(other)))
+        for layer, H, T in zip((1, 2), states(model), said, strict=True)
     ]
     divergence = DIVERGENCES.get("fkl")()(own, theirs, gold).mean()
     wanted = nn.functional.cross_entropy(own, gold) + 0.5 * (divergence + 0.3 * sum(distances) / 2)
@@ -207,6 +213,30 @@ def test_a_teacher_that_gives_nan_is_named() -> None:
         other.lm_head.weight[3] = float("nan")  # type: ignore[union-attr,index]
     with pytest.raises(DivergedError, match="The divergence from the teacher is not finite"):
         alignment.loss(model, BATCH)
+
+
+class Fewer(External):
+    """A teacher that leaves out the last row of each batch."""
+
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[nn.Module]:
+        def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return args, {name: value[:-1] for name, value in kwargs.items()}
+
+        hook = self.model.register_forward_pre_hook(cut, with_kwargs=True)
+        try:
+            with super().running(model) as teaching:
+                yield teaching
+        finally:
+            hook.remove()
+
+
+def test_a_teacher_on_fewer_rows_than_the_batch_is_refused(tmp_path: Path) -> None:
+    model = student()
+    with pytest.raises(ConfigError, match="has read 7 supervised positions, and the student 10 of the same"):
+        Alignment(model, Fewer(other_model())).loss(model, BATCH)
+    with pytest.raises(ConfigError, match="The teacher has read 7 supervised positions, and the batch has 10"):
+        Alignment(model, Cached(tmp_path / "t", Fewer(other_model()))).loss(model, BATCH)
 
 
 # ---- phases

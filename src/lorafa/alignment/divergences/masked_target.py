@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from lorafa.alignment.divergences.base import REMOVED
 from lorafa.alignment.divergences.fkl import ForwardKL
 from lorafa.alignment.entry import DivergenceEntry
 
@@ -20,9 +17,7 @@ class MaskedTarget(ForwardKL):
     """
 
     name = "masked_target"
-
-    def prepared(self, logits: Tensor, gold: Tensor) -> Tensor:
-        return logits.scatter(-1, gold[:, None], REMOVED)
+    without_gold = True
 
 
 MASKED_TARGET = DivergenceEntry(settings=MaskedTarget)

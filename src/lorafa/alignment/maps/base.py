@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorafa.errors import ConfigError
@@ -28,6 +28,8 @@ class States:
     """(n, size), float32 or wider."""
     lens: Look | None = None
     """The model's own head, with the norm before it; None where the map reads none."""
+    projection: nn.Linear | None = None
+    """What is trained to bring the student's states to the size of the teacher's; None where the map has none."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class RepresentationMap(ABC):
     """Whether it looks at states through the heads of the two models."""
     any_width: ClassVar[bool] = True
     """Whether the two models may have states of different sizes."""
+    projects: ClassVar[bool] = False
+    """Whether a linear map is trained with it, which :attr:`States.projection` is."""
 
     def __call__(self, student: States, teacher: States) -> Tensor:
         """The distance, a scalar that autograd differentiates with respect to the student's states.
@@ -50,7 +54,7 @@ class RepresentationMap(ABC):
         if not self.any_width and H.shape[-1] != T.shape[-1]:
             raise ConfigError(
                 f"align.map={self.name} compares states number by number, and student and teacher have states of "
-                f"{H.shape[-1]} and {T.shape[-1]} numbers. Take gram, procrustes or lens."
+                f"{H.shape[-1]} and {T.shape[-1]} numbers. Take proj, gram, procrustes or lens."
             )
         return self.between(student, teacher)
 

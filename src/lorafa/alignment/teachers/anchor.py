@@ -42,7 +42,7 @@ class Anchor(OfTheAdapters):
 
     def begin(self, model: nn.Module) -> None:
         super().begin(model)
-        self._pairs = trained_pairs(model, self.name)
+        self._pairs = trained_pairs(model, f"align={self.name} averages")
         self.reference = dict(self.values)
 
     @torch.no_grad()

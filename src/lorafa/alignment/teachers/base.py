@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafa.errors import AdapterError, CheckpointError
+from lorafa.alignment.divergences.base import Divergence
+from lorafa.alignment.said import Told
+from lorafa.errors import AdapterError, CheckpointError, ConfigError
 from lorafa.surgery.walk import lora_layers
 
 
@@ -33,6 +35,13 @@ class Teacher(ABC):
     """The one that is taken unless another is asked for."""
     follows: ClassVar[bool] = False
     """Whether it changes when it is refreshed."""
+    each_step: ClassVar[bool] = False
+    """Whether it changes with each step of the student."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a model that can be run, and not only what was kept of one."""
+        return True
 
     def begin(self, model: nn.Module) -> None:
         """Take in what the student is at the start of training.
@@ -40,6 +49,36 @@ class Teacher(ABC):
         Raises:
             AdapterError: the student has no adapters this teacher could be made of.
         """
+        return None
+
+    def settle(self, model: nn.Module, divergence: Divergence | None, reads_states: bool) -> None:
+        """Take in how it will be compared with the student.
+
+        Args:
+            reads_states: whether inner states are compared.
+
+        Raises:
+            ConfigError: this teacher cannot be compared so.
+        """
+        return None
+
+    def vocabulary(self) -> int | None:
+        """How many tokens it tells apart; None: as many as the student."""
+        return None
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Tells it from other teachers, by all its weights.
+
+        Raises:
+            ConfigError: it changes while the student is trained.
+        """
+        raise ConfigError(
+            f"A cache keeps what a teacher says of a row once and for all, and {self.name!r} changes while the student "
+            "is trained. Take the base or an external model, or no cache (align.cache=false)."
+        )
+
+    def told(self, model: nn.Module, batch: Mapping[str, Any]) -> Told | None:
+        """What was kept of it for these rows; None for a teacher that is to run."""
         return None
 
     @abstractmethod

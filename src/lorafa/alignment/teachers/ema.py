@@ -30,6 +30,7 @@ class EMA(OfTheAdapters):
 
     name = "ema"
     follows = False
+    each_step = True
 
     def __init__(self, ema_beta: float = 0.05) -> None:
         """``ema_beta`` is the share of the student in each step, above 0 and at most 1."""
@@ -42,7 +43,7 @@ class EMA(OfTheAdapters):
 
     def begin(self, model: nn.Module) -> None:
         super().begin(model)
-        self._pairs = trained_pairs(model, self.name)
+        self._pairs = trained_pairs(model, f"align={self.name} averages")
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.models.modes import evaluating
+from lorafa.storage.fingerprint import digest_of_all
 
 
 class External(Teacher):
@@ -21,7 +23,21 @@ class External(Teacher):
         self.model = model
         model.requires_grad_(False)
 
+    def vocabulary(self) -> int | None:
+        return vocabulary_of(self.model)
+
+    def fingerprint(self, model: nn.Module) -> str:
+        values = self.model.state_dict().items()
+        return digest_of_all((name, value) for name, value in values if isinstance(value, Tensor))
+
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[nn.Module]:
         with evaluating(self.model):
             yield self.model
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Rows of a model's output head; None where it has none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return None if head is None else int(head.weight.shape[0])

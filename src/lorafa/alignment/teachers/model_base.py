@@ -10,6 +10,8 @@ from torch import nn
 from lorafa.alignment.entry import TeacherEntry
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.errors import AdapterError
+from lorafa.io.state import get_base_model_state_dict
+from lorafa.storage.fingerprint import digest_of_all
 from lorafa.surgery.activate import disabled
 from lorafa.surgery.walk import lora_layers
 
@@ -26,6 +28,9 @@ class Base(Teacher):
                 "align=base compares a model with adapters and without, and this one has none. Put an adapter on it, "
                 "or take another teacher."
             )
+
+    def fingerprint(self, model: nn.Module) -> str:
+        return digest_of_all(get_base_model_state_dict(model).items())
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -25,6 +25,10 @@ class Pair:
     layer: LoraLayer
     A: str
     B: str
+    path: str = ""
+    """Where the layer is in the model."""
+    name: str = ""
+    """What the adapter is called."""
 
     def factors(self, values: Values) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r) in float32 or wider."""
@@ -32,8 +36,11 @@ class Pair:
         return A.to(working_dtype(A.dtype)), B.to(working_dtype(B.dtype))
 
 
-def trained_pairs(model: nn.Module, teacher: str) -> list[Pair]:
+def trained_pairs(model: nn.Module, what: str, instead: str = "Take align=snapshot") -> list[Pair]:
     """The updates of which both factors are trained.
+
+    Args:
+        what: is done to their products, and ``instead``, what to do, for errors.
 
     Raises:
         AdapterError: an update that is trained is not s B A with the A and B that are stored, so that it cannot be
@@ -49,12 +56,12 @@ def trained_pairs(model: nn.Module, teacher: str) -> list[Pair]:
                 continue
             if not adapter.variant.is_plain_lora or layer.rank_groups(layer.get_base_layer()) != 1:
                 raise AdapterError(
-                    f"align={teacher} averages the product of A and B, and the update of {path!r} "
-                    f"({adapter.variant.name}) is more than one product. Take align=snapshot, or train plain LoRA."
+                    f"{what} the product of A and B, and the update of {path!r} ({adapter.variant.name}) is more than "
+                    f"one product. {instead}, or train plain LoRA."
                 )
             key_A, key_B = layer.factor_names
             if key_A in trained and key_B in trained:
-                pairs.append(Pair(layer, names[id(parameters[key_A])], names[id(parameters[key_B])]))
+                pairs.append(Pair(layer, names[id(parameters[key_A])], names[id(parameters[key_B])], path, name))
     return pairs
 
 

@@ -7,16 +7,17 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
+from lorafa.alignment.weighing import check_weight
 from lorafa.errors import ConfigError
 from lorafa.registry import Registry
 from lorafa.settings.checks import check_choice, check_flag, check_int, check_number
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key
 
-NONE, EXTERNAL = "none", "external"
+NONE, EXTERNAL, BASE = "none", "external", "base"
 CYCLIC_FIELDS = (
     *("task_steps", "teacher_steps", "task_weight", "trigger", "gate", "tolerance", "drift", "rewarm_steps"),
-    *("end_on_teacher", "probe_rows"),
+    *("end_on_teacher", "reorient", "probe_rows"),
 )
 """Settings that only phases in turn have."""
 
@@ -34,13 +35,15 @@ class AlignConfig(OpenGroup):
     ema (an average of it), anchor (halfway to where it began), external (another model); none for a plain training."""
     teacher: str | None = None
     """The other model of external: one known by name, a folder, or a Hub id. It needs the student's vocabulary."""
-    weight: float = 0.5
-    """What the discrepancy counts beside the task's loss; 0 is a plain training."""
+    weight: float | str = 0.5
+    """What the discrepancy counts beside the task's loss; 0 is a plain training. balanced reads it once of the sizes of
+    both gradients, and is 0.5 as long as the teacher has none."""
     divergence: str | None = None
     """How far the distributions over next tokens are apart: one of those that follow, or none to compare inner states
     alone; null is masked_target for base, and fkl for the others."""
     map: str | None = None
-    """How far inner states are apart, beside that: mse, cos, procrustes, gram, lens, functional, cka; null for none."""
+    """How far inner states are apart, beside that: mse, cos, procrustes, gram, lens, functional, cka, proj
+    (after a linear map that is trained, and dropped at the end); null for none."""
     map_layers: list[int] | None = None
     """After which layers; null is half of them and the last."""
     map_weight: float = 0.1
@@ -72,6 +75,14 @@ class AlignConfig(OpenGroup):
     than the model as it starts (external); false leaves the start to the task."""
     start_weight: float | None = None
     """What the teacher counts in that start; null makes its gradient half as large as the task's."""
+    reorient: bool = False
+    """cyclic: give A new directions along the gradient of the joint loss where a phase of the teacher begins; the
+    update so far is frozen beside it, and both are cut to the rank at the end."""
+    cache: bool | str = False
+    """Ask the teacher (base or external) of each row once, before the training, and keep what it says: in the folder
+    named, or with true in one of the user's cache. A training that finds all there does not load the teacher."""
+    top_k: int = 64
+    """cache: likeliest tokens that are kept at each position, the others as one."""
     own: Any = None
     """The teacher's own settings."""
     own_of_divergence: Any = None
@@ -96,7 +107,7 @@ class AlignConfig(OpenGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("align.weight", self.weight, "a number >= 0", 0.0, closed="[")
+        check_weight("align.weight", self.weight)
         check_number("align.map_weight", self.map_weight, "a number >= 0", 0.0, closed="[")
         if self.map is not None:
             check_choice("align.map", self.map, MAPS.names())
@@ -110,14 +121,15 @@ class AlignConfig(OpenGroup):
         check_number("align.drift", self.drift, "a number above 0", 0.0)
         if self.start_weight is not None:
             check_number("align.start_weight", self.start_weight, "a number >= 0", 0.0, closed="[")
-        for name in ("gate", "end_on_teacher", "start"):
+        check_int("align.top_k", self.top_k, at_least=1)
+        for name in ("gate", "end_on_teacher", "reorient", "start"):
             check_flag(f"align.{name}", getattr(self, name))
         self._refuse_ignored()
 
     @property
     def teaches(self) -> bool:
         """Whether there is a teacher that counts."""
-        return self.name != NONE and self.weight > 0
+        return self.name != NONE and self.weight != 0
 
     def _refuse_ignored(self) -> None:
         """Raises ConfigError for what was set and would change nothing, and for a teacher that is not named."""
@@ -136,9 +148,17 @@ class AlignConfig(OpenGroup):
         ignored = [name for name in CYCLIC_FIELDS if name in changed and self.schedule == "constant"]
         ignored += [name for name in ("map_layers", "map_weight") if name in changed and self.map is None]
         ignored += ["start_weight"] if "start_weight" in changed and not (self.start and self.teaches) else []
+        ignored += ["top_k"] if "top_k" in changed and not self.cache else []
         ignored += ["drift"] if "drift" in changed and self.trigger != "drift" else []
         ignored += ["tolerance"] if "tolerance" in changed and not self.gate else []
         if ignored:
             raise ConfigError(f"align.{ignored[0]}={changed[ignored[0]]} would change nothing here. Drop it.")
+        if self.cache and self.name not in (BASE, EXTERNAL, NONE):
+            raise ConfigError(
+                f"align.cache keeps what a teacher says once and for all, and align={self.name} changes while the "
+                "student is trained. Take base or external, or leave it out."
+            )
+        if self.cache and self.map is not None:
+            raise ConfigError("align.cache keeps distributions, and align.map compares inner states. Drop one of them.")
         if self.divergence == NONE and self.map is None:
             raise ConfigError("align.divergence=none compares inner states alone, and align.map is null. Name one.")
