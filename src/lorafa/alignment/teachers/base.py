@@ -6,15 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.alignment.divergences.base import Divergence
-from lorafa.alignment.said import Told
 from lorafa.errors import AdapterError, CheckpointError, ConfigError
 from lorafa.surgery.walk import lora_layers
+
+if TYPE_CHECKING:
+    from lorafa.alignment.said import Told
 
 
 @dataclass(frozen=True)
