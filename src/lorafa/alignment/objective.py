@@ -13,8 +13,7 @@ from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.maps.base import Look, RepresentationMap, States
 from lorafa.errors import ConfigError, DivergedError
 from lorafa.models.head_loss import LOG_LIKELIHOOD, HiddenStates, head_loss
-from lorafa.models.positions import Positions
-from lorafa.models.rows import IGNORE_INDEX
+from lorafa.models.positions import Positions, at, supervised
 
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
 """What models call the norm between their last layer and their head."""
@@ -54,12 +53,11 @@ class JointObjective:
         self.task_sum = 0.0
 
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-        counted = targets != IGNORE_INDEX
-        count = int(counted.sum())
-        if count != len(self.said.rows):
+        counted = supervised(targets)
+        if len(counted) != len(self.said.rows):
             raise ConfigError(
-                f"The teacher has read {len(self.said.rows)} supervised positions, and the student {count} of the same "
-                "batch: one of the two changes the labels."
+                f"The teacher has read {len(self.said.rows)} supervised positions, and the student {len(counted)} of "
+                "the same batch: one of the two changes the labels."
             )
         points = _JointPoints(self.said, self.divergence, self.weight, self.task_weight)
         total, count = head_loss(states, targets, chunk_tokens, points)
@@ -78,8 +76,8 @@ class JointObjective:
         return total, count
 
     def _distance(self, between: RepresentationMap, states: HiddenStates, counted: Tensor, layer: int) -> Tensor:
-        own = states.inner[layer]
-        hidden, theirs = own[counted.to(own.device)], self.said.inner[layer].to(own.device)
+        hidden = at(states.inner[layer], counted)
+        theirs = self.said.inner[layer].to(hidden.device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         looks = (None, None) if not between.reads_lens else (
             _look(states.head, states.transform.apply_, self.norms[0]),
@@ -93,8 +91,9 @@ class _JointPoints:
 
     def __init__(self, said: Positions, divergence: Divergence | None, weight: float, task_weight: float) -> None:
         self.said, self.of, self.weight, self.task_weight = said, divergence, weight, task_weight
-        self.divergence = torch.zeros((), dtype=torch.float64)
-        self.task = torch.zeros((), dtype=torch.float64)
+        self.divergence: Tensor | float = 0.0
+        self.task: Tensor | float = 0.0
+        """Sums where the logits are: reading a number of each chunk would wait for the device."""
         self._start, self._logits = 0, torch.empty(0)
 
     def begin(self, start: int, end: int) -> None:
@@ -105,15 +104,15 @@ class _JointPoints:
 
     def __call__(self, logits: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         task, grad = LOG_LIKELIHOOD(logits, gold, first, wants_gradient)
-        self.task += task.double().cpu()
+        self.task = self.task + task
         total = task if self.task_weight == 1.0 else task * self.task_weight
         if grad is not None and self.task_weight != 1.0:
             grad *= self.task_weight
         if self.of is None or not len(gold):
             return total, grad
         own = logits[: len(gold)]
-        at = first - self._start
-        theirs = self._logits[at : at + len(gold)].to(device=own.device, dtype=own.dtype)
+        begins = first - self._start
+        theirs = self._logits[begins : begins + len(gold)].to(device=own.device, dtype=own.dtype)
         theirs = self.said.transform.apply_(theirs)
         if theirs.shape[-1] != own.shape[-1]:
             theirs, own = _on_shared(theirs, own)
@@ -123,7 +122,7 @@ class _JointPoints:
         else:
             value = self.of(own, theirs, gold)
         divergence = value.sum()
-        self.divergence += divergence.double().cpu()
+        self.divergence = self.divergence + divergence
         return total + self.weight * divergence, grad
 
 
