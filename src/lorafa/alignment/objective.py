@@ -13,7 +13,7 @@ from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.maps.base import Look, RepresentationMap, States
 from lorafa.errors import ConfigError, DivergedError
 from lorafa.models.head_loss import LOG_LIKELIHOOD, HiddenStates, head_loss
-from lorafa.models.positions import Positions, at, supervised
+from lorafa.models.positions import Positions, states_at, supervised
 
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
 """What models call the norm between their last layer and their head."""
@@ -54,10 +54,11 @@ class JointObjective:
 
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
         counted = supervised(targets)
-        if len(counted) != len(self.said.rows):
+        count = len(counted)
+        if count != len(self.said.rows):
             raise ConfigError(
-                f"The teacher has read {len(self.said.rows)} supervised positions, and the student {len(counted)} of "
-                "the same batch: one of the two changes the labels."
+                f"The teacher has read {len(self.said.rows)} supervised positions, and the student {count} of the same "
+                "batch: one of the two changes the labels."
             )
         points = _JointPoints(self.said, self.divergence, self.weight, self.task_weight)
         total, count = head_loss(states, targets, chunk_tokens, points)
@@ -76,8 +77,8 @@ class JointObjective:
         return total, count
 
     def _distance(self, between: RepresentationMap, states: HiddenStates, counted: Tensor, layer: int) -> Tensor:
-        hidden = at(states.inner[layer], counted)
-        theirs = self.said.inner[layer].to(hidden.device)
+        own = states.inner[layer]
+        hidden, theirs = states_at(own, counted), self.said.inner[layer].to(own.device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         looks = (None, None) if not between.reads_lens else (
             _look(states.head, states.transform.apply_, self.norms[0]),
@@ -111,8 +112,8 @@ class _JointPoints:
         if self.of is None or not len(gold):
             return total, grad
         own = logits[: len(gold)]
-        begins = first - self._start
-        theirs = self._logits[begins : begins + len(gold)].to(device=own.device, dtype=own.dtype)
+        at = first - self._start
+        theirs = self._logits[at : at + len(gold)].to(device=own.device, dtype=own.dtype)
         theirs = self.said.transform.apply_(theirs)
         if theirs.shape[-1] != own.shape[-1]:
             theirs, own = _on_shared(theirs, own)

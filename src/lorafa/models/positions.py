@@ -17,7 +17,7 @@ def supervised(targets: Tensor) -> Tensor:
     return (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
 
 
-def at(states: Tensor, positions: Tensor) -> Tensor:
+def states_at(states: Tensor, positions: Tensor) -> Tensor:
     """(positions, size) of the states (batch, tokens, size)."""
     return states.reshape(-1, states.shape[-1]).index_select(0, positions.to(states.device))
 
@@ -39,8 +39,8 @@ class Positions:
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
         self.head, self.transform = states.head, states.transform
         counted = supervised(targets)
-        self.rows = at(states.last, counted)
-        self.inner = {layer: at(state, counted) for layer, state in states.inner.items()}
+        self.rows = states_at(states.last, counted)
+        self.inner = {layer: states_at(state, counted) for layer, state in states.inner.items()}
         return states.last.new_zeros(()), len(self.rows)
 
     def logits(self, chunk: slice = slice(None)) -> Tensor:

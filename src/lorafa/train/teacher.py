@@ -12,6 +12,7 @@ from lorafa.alignment.schedule import CyclicSettings, Decision
 from lorafa.backends.offload import device_of
 from lorafa.errors import ConfigError, DataError
 from lorafa.models.load import load_model
+from lorafa.models.quantize import quantize_linears
 from lorafa.train.keeping import Recorder
 from lorafa.train.settings.align import CYCLIC_FIELDS, EXTERNAL, AlignConfig
 
@@ -61,12 +62,14 @@ def teacher_of(
 def _teacher(align: AlignConfig, model: Any, tokenizer: Any) -> Any:
     if align.name != EXTERNAL:
         return TEACHERS.get(align.name)(**({} if align.own is None else asdict(align.own)))
-    teacher, its = load_model(str(align.teacher), "auto")
+    teacher, its = load_model(str(align.teacher), align.dtype)
     if its.get_vocab() != tokenizer.get_vocab() and align.divergence != "none":
         raise ConfigError(
             f"align.teacher={align.teacher} has another vocabulary than the model, so their distributions over next "
             "tokens cannot be compared. Take a teacher of the same family."
         )
+    if align.quantize is not None:
+        quantize_linears(teacher, align.quantize, setting="align.quantize")
     return teacher.to(device_of(model))
 
 

@@ -62,25 +62,27 @@ class OfDistributions(Divergence):
 
     @abstractmethod
     def slope(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`of`, and its gradient with respect to logits of q (n, letters); may overwrite both."""
+        """:meth:`of`, and its gradient with respect to logits of q (n, letters); may overwrite ``log_q``."""
 
     def __call__(self, student: Tensor, teacher: Tensor, gold: Tensor) -> Tensor:
-        student, teacher = (self.prepare_(logits / self.temperature, gold) for logits in (student, teacher))
-        return self.of(teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)) * self.temperature**self.power
+        student, teacher = self.prepared(student, gold), self.prepared(teacher, gold)
+        log_q = (student / self.temperature).log_softmax(dim=-1)
+        log_p = (teacher / self.temperature).log_softmax(dim=-1)
+        return self.of(log_p, log_q) * self.temperature**self.power
 
     @torch.no_grad()
     def with_gradient(self, student: Tensor, teacher: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+        student, teacher = self.prepared(student, gold), self.prepared(teacher, gold)
         if self.temperature != 1.0:
-            student, teacher = student.div_(self.temperature), teacher.div_(self.temperature)
-        log_q = self.prepare_(student, gold).log_softmax(dim=-1)
-        value, grad = self.slope(self.prepare_(teacher, gold).log_softmax(dim=-1), log_q)
+            student, teacher = student / self.temperature, teacher / self.temperature
+        value, grad = self.slope(teacher.log_softmax(dim=-1), student.log_softmax(dim=-1))
         if self.temperature != 1.0:
             value = value * self.temperature**self.power
             grad = grad.mul_(self.temperature ** (self.power - 1))
         return value, grad
 
-    def prepare_(self, logits: Tensor, gold: Tensor) -> Tensor:
-        """Change logits, divided by the temperature, in place into those that the distribution is made of."""
+    def prepared(self, logits: Tensor, gold: Tensor) -> Tensor:
+        """The logits that the distributions are made of."""
         return logits
 
 

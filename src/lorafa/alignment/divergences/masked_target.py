@@ -21,8 +21,8 @@ class MaskedTarget(ForwardKL):
 
     name = "masked_target"
 
-    def prepare_(self, logits: Tensor, gold: Tensor) -> Tensor:
-        return logits.scatter_(-1, gold[:, None], REMOVED)
+    def prepared(self, logits: Tensor, gold: Tensor) -> Tensor:
+        return logits.scatter(-1, gold[:, None], REMOVED)
 
 
 MASKED_TARGET = DivergenceEntry(settings=MaskedTarget)

@@ -33,6 +33,8 @@ class Teacher(ABC):
     """The one that is taken unless another is asked for."""
     follows: ClassVar[bool] = False
     """Whether it changes when it is refreshed."""
+    copies: ClassVar[int] = 0
+    """How many states of all that is trained it keeps at most."""
 
     def begin(self, model: nn.Module) -> None:
         """Take in what the student is at the start of training.
@@ -77,6 +79,7 @@ class OfTheAdapters(Teacher):
     """A teacher that is the student's base with other values of what is trained."""
 
     follows = True
+    copies = 1
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
