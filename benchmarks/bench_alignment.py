@@ -36,7 +36,7 @@ PEAK = 1.15
 class Training:
     """One model, one batch, one teacher."""
 
-    def __init__(self, teacher: str, data: str, clock: str) -> None:
+    def __init__(self, teacher: str, data: str, clock: str, layers: int | None) -> None:
         import lorafa
         from lorafa.alignment import Alignment
         from lorafa.alignment.schedule import CyclicSettings
@@ -44,6 +44,7 @@ class Training:
 
         torch.manual_seed(0)
         base, tokenizer = load_model("smollm2-135m", dtype=torch.bfloat16)
+        _cut(base, layers)
         self.clock = CLOCKS[clock]
         self.batch = batch(data, tokenizer)
         settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
@@ -57,6 +58,7 @@ class Training:
         given: Any = {"plain": "base", "cyclic": "snapshot"}.get(teacher, teacher)
         if teacher == "external":
             given = load_model("smollm2-135m", dtype="auto")[0]
+            _cut(given, layers)
         self.lengths = CyclicSettings()
         if teacher == "cyclic":
             phases = CyclicSettings(task_steps=1, teacher_steps=1, gate=False)
@@ -105,29 +107,35 @@ class Training:
             return self.clock() - begun
 
 
-def steps(data: str, turns: int, threads: int, clock: str) -> None:
+def _cut(model: Any, layers: int | None) -> None:
+    """Keep the first layers of a model alone."""
+    if layers is not None:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+
+
+def steps(turns: int, threads: int, **settings: Any) -> None:
     """Every teacher against the plain step, one pair at a time: all of them together do not fit into memory."""
     for name, target in STEPS.items():
         if target is None:
             continue
-        pair = [Contender(one, Training, threads=threads, teacher=one, data=data, clock=clock)
-                for one in ("plain", name)]  # fmt: skip
+        pair = [Contender(one, Training, threads=threads, teacher=one, **settings) for one in ("plain", name)]
         method = "cycle" if name == "cyclic" else "step"  # of the plain one a mean over equal steps
         taken = interleave(pair, method, turns)
         seconds = {one: median(values) for one, values in taken.items()}
         peaks = {one.name: round(one.peak_mib()) for one in pair}
-        more = {"seconds": {one: round(value, 3) for one, value in seconds.items()}, "peak_mib": peaks, "clock": clock}
-        verdict(NAME, f"time, {name} / plain", seconds[name] / seconds["plain"], target, **more,
-                divergence=pair[1]("divergence"), all_seconds=taken)  # fmt: skip
+        each = {one: [round(value, 3) for value in values] for one, values in taken.items()}
+        verdict(NAME, f"time, {name} / plain", seconds[name] / seconds["plain"], target, seconds=each, peak_mib=peaks,
+                divergence=pair[1]("divergence"), threads=threads, **_shown(settings))  # fmt: skip
         if name == "base":
             verdict(NAME, "peak, base / plain", peaks["base"] / peaks["plain"], PEAK)
         for one in pair:
             one.close()
 
 
-def one_forward(data: str, turns: int, threads: int, clock: str) -> None:
+def one_forward(turns: int, threads: int, **settings: Any) -> None:
     """The most that one forward pass for student and teacher could save."""
-    both = Contender("plain", Training, threads=threads, teacher="plain", data=data, clock=clock)
+    both = Contender("plain", Training, threads=threads, teacher="plain", **settings)
     for method in ("once", "joined", "step"):
         both(method)
     taken: dict[str, list[float]] = {"once": [], "joined": [], "step": []}
@@ -137,10 +145,14 @@ def one_forward(data: str, turns: int, threads: int, clock: str) -> None:
     taken["step"].append(both("step"))
     apart, joined, step = (median(taken[method]) for method in ("once", "joined", "step"))
     emit(benchmark=NAME, figure="one forward over 2 B rows / two over B rows", value=round(joined / apart, 3),
-         apart=round(apart, 3), joined=round(joined, 3), clock=clock, threads=threads,
+         apart=round(apart, 3), joined=round(joined, 3), threads=threads, **_shown(settings),
          each=[round(one / other, 3) for one, other in zip(taken["joined"], taken["once"], strict=True)],
          most_saved_of_a_plain_step=round((apart - joined) / step, 3))  # fmt: skip
     both.close()
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in ("clock", "layers") if settings[name] is not None}
 
 
 PARTS = {"steps": steps, "one_forward": one_forward}
@@ -152,11 +164,12 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=5, help="turns of each contender")
     parser.add_argument("--threads", type=positive, default=THREADS)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--layers", type=positive, help="keep so many of the 30 layers, for a quick look")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     arguments = parser.parse_args()
     data = str(Path(arguments.data).resolve()) if Path(arguments.data).exists() else arguments.data
     for part in arguments.only:
-        PARTS[part](data, arguments.steps, arguments.threads, arguments.clock)
+        PARTS[part](arguments.steps, arguments.threads, data=data, clock=arguments.clock, layers=arguments.layers)
 
 
 if __name__ == "__main__":

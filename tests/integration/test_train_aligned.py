@@ -24,8 +24,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(workplace: Path, run: Path, *more: str) -> list[str]:
     given = {text.partition("=")[0] for text in more} | {"train.steps", "train.checkpoint_every"}
-    dropped = "peft." if "peft=full_ft" in more else "-"
-    own = [text for text in settings(workplace, run) if text.partition("=")[0] not in given and dropped not in text]
+    if "peft=full_ft" in more:
+        given |= {text.partition("=")[0] for text in settings(workplace, run) if text.startswith("peft.")}
+    own = [text for text in settings(workplace, run) if text.partition("=")[0] not in given]
     return ["train", *own, "train.steps=4", "train.checkpoint_every=1", "optim.schedule=constant", *more]
 
 
@@ -74,6 +75,26 @@ def test_another_model_teaches(workplace: Path, tmp_path: Path) -> None:
     assert all(row["divergence"] >= 0 for row in rows_of(run / "metrics.jsonl") if "loss" in row)
 
 
+def first_divergence(workplace: Path, run: Path, *more: str) -> float:
+    """That of the student, as it starts, from its own base as a model of its own."""
+    model = next(text for text in settings(workplace, run) if text.startswith("model=")).partition("=")[2]
+    given = ("align=external", f"align.teacher={model}", "align.divergence=logit_mse", "train.steps=1", *more)
+    assert main(command(workplace, run, *given)) == 0
+    return float(next(row["divergence"] for row in rows_of(run / "metrics.jsonl") if "divergence" in row))
+
+
+def test_another_model_is_loaded_in_its_own_format_another_one_or_quantized(workplace: Path, tmp_path: Path) -> None:
+    found = {
+        name: first_divergence(workplace, tmp_path / name, *more)
+        for name, more in {
+            "own": [], "float16": ["align.dtype=float16"], "int8": ["align.quantize=int8"],
+            "nf4": ["align.quantize=nf4"],
+        }.items()
+    }  # fmt: skip
+    assert found["own"] == 0
+    assert 0 < found["float16"] < found["int8"] < found["nf4"]
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -81,6 +102,9 @@ def test_another_model_teaches(workplace: Path, tmp_path: Path) -> None:
         (["align.weight=2"], "align.weight=2.0 would change nothing: there is no teacher"),
         (["align=external"], "align=external needs align.teacher=<model>"),
         (["align=base", "align.teacher=x"], "which no other teacher reads"),
+        (["align=base", "align.quantize=nf4"], "align.quantize=nf4 would change nothing here"),
+        (["align=snapshot", "align.dtype=float32"], "align.dtype=float32 would change nothing here"),
+        (["align=external", "align.teacher=x", "align.quantize=nf5"], "align.quantize has no value 'nf5'. Did you mean 'nf4'"),
         (["align=base", "align.task_steps=3"], "align.task_steps=3 would change nothing here"),
         (["align=base", "align.divergence=none"], "compares inner states alone, and align.map is null"),
         (["align=base", "align.temperature=2"], "There is no setting 'align.temperature'"),
