@@ -1,4 +1,4 @@
-"""Is the memory that `lorafa plan` says what `lorafa train` then takes: three models, five settings.
+"""Is the memory that `lorafa plan` says what `lorafa train` then takes: three models, seven settings.
 
     python benchmarks/bench_plan.py [--data gsm8k_train.jsonl] [--steps 2] [--only smollm2-135m] [--settings default]
 
@@ -29,6 +29,8 @@ SETTINGS = {
     "checkpointing": ["train.gradient_checkpointing=true"],
     "lora_fa": ["optim=lora_fa"],
     "batch 2": ["train.batch_size=2"],
+    "align=base": ["align=base"],
+    "align=external": ["align=external", "align.teacher=smollm2-135m"],
 }
 
 

@@ -153,6 +153,8 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
     assert main(command(workplace, tmp_path / "one", *external)) == 0
     assert main(command(workplace, tmp_path / "two", *external, "data.eval_size=5")) == 1
     assert f"{tmp_path / 'kept'} holds what align.teacher={teacher} says of other rows" in said(capsys)
+    assert main(command(workplace, tmp_path / "four", *external, "align.quantize=nf4")) == 1
+    assert f"the targets of another teacher, align.teacher={teacher}, whose weights are not" in said(capsys)
     other = workplace / "model"
     assert main(command(workplace, tmp_path / "three", "align=external", f"align.teacher={other}", *cache)) == 1
     assert f"the targets of another teacher, align.teacher={teacher}, whose weights are not" in said(capsys)
@@ -195,6 +197,26 @@ def test_a_map_that_is_trained_is_in_no_file_of_the_adapter(workplace: Path, tea
     assert not torch.equal(state["map"][0], torch.eye(32))
 
 
+def first_divergence(workplace: Path, run: Path, *more: str) -> float:
+    """That of the student, as it starts, from its own base as a model of its own."""
+    model = next(text for text in settings(workplace, run) if text.startswith("model=")).partition("=")[2]
+    given = ("align=external", f"align.teacher={model}", "align.divergence=logit_mse", "train.steps=1", *more)
+    assert main(command(workplace, run, *given)) == 0
+    return float(next(row["divergence"] for row in rows_of(run / "metrics.jsonl") if "divergence" in row))
+
+
+def test_another_model_is_loaded_in_its_own_format_another_one_or_quantized(workplace: Path, tmp_path: Path) -> None:
+    found = {
+        name: first_divergence(workplace, tmp_path / name, *more)
+        for name, more in {
+            "own": [], "float16": ["align.dtype=float16"], "int8": ["align.quantize=int8"],
+            "nf4": ["align.quantize=nf4"],
+        }.items()
+    }  # fmt: skip
+    assert found["own"] == 0
+    assert 0 < found["float16"] < found["int8"] < found["nf4"]
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -202,6 +224,9 @@ def test_a_map_that_is_trained_is_in_no_file_of_the_adapter(workplace: Path, tea
         (["align.weight=2"], "align.weight=2.0 would change nothing: there is no teacher"),
         (["align=external"], "align=external needs align.teacher=<model>"),
         (["align=base", "align.teacher=x"], "which no other teacher reads"),
+        (["align=base", "align.quantize=nf4"], "align.quantize=nf4 would change nothing here"),
+        (["align=snapshot", "align.dtype=float32"], "align.dtype=float32 would change nothing here"),
+        (["align=external", "align.teacher=x", "align.quantize=nf5"], "align.quantize has no value 'nf5'"),
         (["align=base", "align.task_steps=3"], "align.task_steps=3 would change nothing here"),
         (["align=base", "align.divergence=none"], "compares inner states alone, and align.map is null"),
         (["align=base", "align.temperature=2"], "There is no setting 'align.temperature'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -26,6 +27,35 @@ class Allocated(TorchDispatchMode):
                 self.nbytes += tensor.nbytes
                 self.largest = max(self.largest, tensor.numel())
         return result
+
+
+class Alive(TorchDispatchMode):
+    """The memory of tensors that operations made, as long as it is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        """Bytes."""
+        self.peak = 0
+        """The most there were at a time."""
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in known | self._seen:
+                    self._seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, storage: int, size: int) -> None:
+        self._seen.discard(storage)
+        self.now -= size
 
 
 class Kept:

@@ -14,7 +14,7 @@ from lorafa.alignment.maps.base import Look, RepresentationMap, States
 from lorafa.alignment.said import Said, look
 from lorafa.errors import ConfigError, DivergedError
 from lorafa.models.head_loss import LOG_LIKELIHOOD, HiddenStates, head_loss
-from lorafa.models.rows import IGNORE_INDEX
+from lorafa.models.positions import states_at, supervised
 
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
 """What models call the norm between their last layer and their head."""
@@ -56,8 +56,8 @@ class JointObjective:
         self.task_sum = 0.0
 
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-        counted = targets != IGNORE_INDEX
-        count = int(counted.sum())
+        counted = supervised(targets)
+        count = len(counted)
         if count != len(self.said):
             raise ConfigError(
                 f"The teacher has read {len(self.said)} supervised positions, and the student {count} of the same "
@@ -81,7 +81,7 @@ class JointObjective:
 
     def _distance(self, between: RepresentationMap, states: HiddenStates, counted: Tensor, layer: int) -> Tensor:
         own = states.inner[layer]
-        hidden, theirs = own[counted.to(own.device)], self.said.inner[layer].to(own.device)
+        hidden, theirs = states_at(own, counted), self.said.inner[layer].to(own.device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         looks: tuple[Look | None, Look | None] = (None, None)
         if between.reads_lens:
@@ -95,8 +95,9 @@ class _JointPoints:
 
     def __init__(self, said: Said, divergence: Divergence | None, weight: float, task_weight: float) -> None:
         self.said, self.of, self.weight, self.task_weight = said, divergence, weight, task_weight
-        self.divergence = torch.zeros((), dtype=torch.float64)
-        self.task = torch.zeros((), dtype=torch.float64)
+        self.divergence: Tensor | float = 0.0
+        self.task: Tensor | float = 0.0
+        """Sums where the logits are: reading a number of each chunk would wait for the device."""
 
     def begin(self, start: int, end: int) -> None:
         if self.of is not None:
@@ -104,7 +105,7 @@ class _JointPoints:
 
     def __call__(self, logits: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         task, grad = LOG_LIKELIHOOD(logits, gold, first, wants_gradient)
-        self.task += task.double().cpu()
+        self.task = self.task + task
         total = task if self.task_weight == 1.0 else task * self.task_weight
         if grad is not None and self.task_weight != 1.0:
             grad *= self.task_weight
@@ -114,7 +115,7 @@ class _JointPoints:
         if slope is not None and grad is not None:
             grad[: len(gold), : slope.shape[-1]].add_(slope, alpha=self.weight)
         divergence = value.sum()
-        self.divergence += divergence.double().cpu()
+        self.divergence = self.divergence + divergence
         return total + self.weight * divergence, grad
 
 

@@ -257,6 +257,8 @@ def notes(planned: Planned) -> list[str]:
         )
     if (way := planned.config.model.quantize) is not None:
         found.append(f"model.quantize={way} is not counted: the base is counted as if it were dense.")
+    if (way := planned.config.align.quantize) is not None:
+        found.append(f"align.quantize={way} is not counted: the teacher is counted as if it were dense.")
     if counted.uncounted is not None:
         found.append(f"Activations are not counted: {counted.uncounted}. --probe measures them.")
     found += planned.shape.outline.remarks()

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafa.alignment.alignment import Alignment
 from lorafa.costs.batches import Asked, Batch, Batches
+from lorafa.costs.teaching import alignment_of
 from lorafa.costs.untouched import Block, Untouched, most_alive, without_numbers
 from lorafa.data.packing import as_read
 from lorafa.evals.generation import encodes
@@ -92,6 +94,7 @@ def course_of(
     batches: Batches,
     kind: Kind = CAUSAL,
     done: Callable[[int, int], None] = lambda *_: None,
+    teacher: nn.Module | None = None,
 ) -> Course:
     """Let a model on the meta device, with its adapter on, evaluate, train and evaluate a batch each without numbers.
 
@@ -99,6 +102,7 @@ def course_of(
 
     Args:
         done: told how many of the ``PARTS`` are done, and how many there are.
+        teacher: another model that the run holds this one close to, on the meta device too.
 
     Raises:
         Exception: whatever the model's code raises where it cannot run so; that is no error of the user.
@@ -106,12 +110,13 @@ def course_of(
     whole: Any = PeftModel(model) if any(True for _ in lora_layers(model)) else model  # what adapters read of a call
     dtype = whole.dtype
     own: str | None = None if config.train.chunked_loss or kind.row_losses() else "train.chunked_loss=false"
-    with without_numbers(model):
+    with without_numbers(model), nullcontext() if teacher is None else without_numbers(teacher):
+        alignment = alignment_of(config.align, whole, teacher)
         state = Untouched()
         with state:
             if kind.row_losses() is None:
                 own = own or supports_chunked_loss(model)
-            losses = _Losses(whole, state, kind, own)
+            losses = _Losses(whole, state, kind, own, alignment)
             done(0, PARTS)
             if config.eval.before:
                 _evaluate(whole, batches, losses)
@@ -152,9 +157,13 @@ class _Losses:
     kind: Kind
     own: str | None
     """Why a causal model's own loss is used, which holds all logits; None where it is not."""
+    alignment: Alignment | None = None
+    """The joint loss of a training with a teacher."""
 
     def trained(self, batch: Batch) -> Tensor:
         inputs = self._inputs(batch)
+        if self.alignment is not None:
+            return self.alignment.loss(self.model, inputs, 1)
         if (of_kind := self.kind.row_losses()) is not None:
             loss: Tensor = BatchLoss(self.model, of_kind)(inputs, 1)
         elif self.own is None:

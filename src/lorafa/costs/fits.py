@@ -7,11 +7,12 @@ import torch
 from lorafa.costs.memory import FORMATS, Memory, count, shape_of
 from lorafa.costs.room import available_bytes, resident_bytes
 from lorafa.costs.sizes import size
+from lorafa.costs.teaching import model_of
 from lorafa.errors import SourceError
 from lorafa.models.load import DTYPES, resolve_model
 from lorafa.storage.headers import StoredWeights, stored_weights
 from lorafa.train.base_model import cache_of
-from lorafa.train.settings.run import RunConfig
+from lorafa.train.settings.run import ModelConfig, RunConfig
 
 ASK_FROM = 0.5
 """A run whose weights are a smaller share of the memory there is goes on without anything being counted."""
@@ -23,6 +24,7 @@ NAMES = {
     "activations": "activations",
     "gradients": "gradients",
     "workspace": "workspace",
+    "teacher": "teacher",
     "evaluation": "evaluation",
     "gaps": "gaps between freed blocks",
     "loading": "loading",
@@ -38,9 +40,8 @@ def require_room(config: RunConfig) -> None:
     """
     if not config.model.check_memory or (available := available_bytes()) is None:
         return
-    place = resolve_model(config.model.name, cache_dir=cache_of(config.model), revision=config.model.revision)
-    stored = stored_weights(place)
-    if stored is None or _roughly(stored, config) < ASK_FROM * available:
+    stored = _stored(config.model)
+    if stored is None or _roughly(stored, config) + _roughly_of_teacher(config) < ASK_FROM * available:
         return
     least = count(shape_of(config.model, config.peft.adapter), config, None).memory
     if least.total - least.process > available:
@@ -51,10 +52,24 @@ def require_room(config: RunConfig) -> None:
         )
 
 
+def _stored(settings: ModelConfig) -> StoredWeights | None:
+    return stored_weights(resolve_model(settings.name, cache_dir=cache_of(settings), revision=settings.revision))
+
+
+def _roughly_of_teacher(config: RunConfig) -> float:
+    """Bytes of the weights of another model that teaches; 0 where none does, or its files do not say."""
+    settings = model_of(config.align)
+    stored = None if settings is None else _stored(settings)
+    return 0.0 if settings is None or stored is None else _in_format(stored, DTYPES.get(settings.dtype))
+
+
 def _roughly(stored: StoredWeights, config: RunConfig) -> float:
     """Bytes of the weights as they would be loaded, by the headers alone."""
+    return _in_format(stored, torch.float32 if config.peft.full else DTYPES.get(config.model.dtype))
+
+
+def _in_format(stored: StoredWeights, wanted: torch.dtype | None) -> float:
     found = FORMATS.get(stored.main_dtype)
-    wanted = torch.float32 if config.peft.full else DTYPES.get(config.model.dtype)
     return stored.bytes if found is None or wanted is None else stored.bytes * wanted.itemsize / found.itemsize
 
 

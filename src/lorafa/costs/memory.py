@@ -18,6 +18,7 @@ from lorafa.costs.batches import Batches
 from lorafa.costs.course import Course, course_of
 from lorafa.costs.heap import heap_peak
 from lorafa.costs.room import resident_bytes
+from lorafa.costs.teaching import copied_bytes, model_of
 from lorafa.data.classes import classes_beside
 from lorafa.errors import LoraError, first_line
 from lorafa.models import MODELS
@@ -104,6 +105,8 @@ class Memory:
     """Freed memory that the allocator cannot use again; counted for glibc on a CPU."""
     loading: int
     """What loading takes beyond all this."""
+    teacher: int = 0
+    """The weights of another model that teaches, and the states of the student that are kept."""
 
     @property
     def total(self) -> int:
@@ -173,6 +176,16 @@ def shape_of(
     return Shape(found, stored, quantized)
 
 
+def teacher_of(config: RunConfig) -> Shape | None:
+    """The model that teaches in a run; None where the teacher is made of the student, or there is none.
+
+    Raises:
+        LoraError: as :func:`shape_of`.
+    """
+    settings = model_of(config.align)
+    return None if settings is None else shape_of(settings)
+
+
 def adapter_of(shape: Shape, config: RunConfig) -> LoraConfig:
     """The adapter that a run trains: that of its settings, or the one that it goes on with.
 
@@ -200,18 +213,20 @@ def count(
         LoraError: the adapter does not go with the model.
     """
     process = resident_bytes() or 0  # before anything of the plan's own is made
+    teacher = teacher_of(config)
     if config.peft.full:
-        return _counted_in_full(shape, config, batches, process, done)
+        return _counted_in_full(shape, config, batches, process, done, teacher)
     model = shape.model
     base, made = tensor_bytes(model), adapter_of(shape, config)
     with put_on(model, made, config.optim) as counted:
         cost = counted()
-        course, uncounted = _course(shape, config, batches, done)
+        course, uncounted = _course(shape, config, batches, done, teacher)
         adapter = tensor_bytes(model) - base
     if made.start.initializer.moves_base and made.start.initializer.variant is None:
         adapter *= 2  # frozen copies of A and B, to be taken out of the base
     state = cost.state_bytes if batches is None or batches.steps != 1 else 0
-    return Counted(_memory(shape, process, adapter, state, course), cost, course, uncounted)
+    kept = copied_bytes(config.align, cost.gradient_bytes, state)
+    return Counted(_memory(shape, process, adapter, state, course, teacher, kept), cost, course, uncounted)
 
 
 def covered(shape: Shape, config: RunConfig) -> list[CoverageRow]:
@@ -227,7 +242,12 @@ def covered(shape: Shape, config: RunConfig) -> list[CoverageRow]:
 
 
 def _counted_in_full(
-    shape: Shape, config: RunConfig, batches: Batches | None, process: int, done: Callable[[int, int], None]
+    shape: Shape,
+    config: RunConfig,
+    batches: Batches | None,
+    process: int,
+    done: Callable[[int, int], None],
+    teacher: Shape | None,
 ) -> Counted:
     """A training of all weights: they are in float32 then, as their moments are."""
     model = shape.model
@@ -235,39 +255,51 @@ def _counted_in_full(
     wide = sum(4 * p.numel() for p in trained)
     for parameter in trained:
         parameter.requires_grad_(True)
-    course, uncounted = _course(shape, config, batches, done)
+    course, uncounted = _course(shape, config, batches, done, teacher)
     one_step = batches is not None and batches.steps == 1
     as_stored = entry_of(config.optim).state(Sizes(trained), config.optim.own)
     state = 0 if one_step else as_stored * wide // max(1, sum(p.numel() * p.element_size() for p in trained))
     more = max(0, wide - shape.loaded_bytes)
-    return Counted(_memory(shape, process, more, state, course), None, course, uncounted)
+    kept = copied_bytes(config.align, wide, state)
+    return Counted(_memory(shape, process, more, state, course, teacher, kept), None, course, uncounted)
 
 
 def _course(
-    shape: Shape, config: RunConfig, batches: Batches | None, done: Callable[[int, int], None]
+    shape: Shape,
+    config: RunConfig,
+    batches: Batches | None,
+    done: Callable[[int, int], None],
+    teacher: Shape | None,
 ) -> tuple[Course | None, str | None]:
     if batches is None:
         return None, "a lower bound was asked for"
     with torch.random.fork_rng(devices=[]):
         try:
-            return course_of(shape.model, config, batches, shape.kind, done), None
+            teaching = None if teacher is None else teacher.model
+            return course_of(shape.model, config, batches, shape.kind, done, teaching), None
         except LoraError:
             raise
         except Exception as error:  # an architecture may do what cannot be followed without numbers
             return None, f"its code needs numbers ({type(error).__name__}: {first_line(error)})"
 
 
-def _memory(shape: Shape, process: int, adapter: int, state: int, course: Course | None) -> Memory:
+def _memory(
+    shape: Shape, process: int, adapter: int, state: int, course: Course | None, teacher: Shape | None, copied: int
+) -> Memory:
+    """``copied``: bytes of the states of the student that are kept for a teacher and its schedule."""
     weights = shape.loaded_bytes
+    teaching = copied + (0 if teacher is None else teacher.loaded_bytes)
     kept = gradients = workspace = evaluation = gaps = 0
     if course is not None:
         kept, gradients, workspace = course.step()
         step = kept + gradients + workspace
         evaluation = max(0, course.evaluation_peak() - step)
         gaps = max(0, heap_peak(course.blocks) - step - evaluation) if _keeps_gaps() else 0
-    without = adapter + state + kept + gradients + workspace + evaluation + gaps
-    loading = max(0, shape.loading_bytes - weights - without)
-    return Memory(process, weights, adapter, state, kept, gradients, workspace, evaluation, gaps, loading)
+    later = state + kept + gradients + workspace + evaluation + gaps + teaching
+    loading = max(0, shape.loading_bytes - weights - adapter - later)
+    if teacher is not None:  # which is loaded when the adapter is there
+        loading = max(loading, teacher.loading_bytes - later)
+    return Memory(process, weights, adapter, state, kept, gradients, workspace, evaluation, gaps, loading, teaching)
 
 
 def tensor_bytes(model: nn.Module) -> int:

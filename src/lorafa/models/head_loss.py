@@ -25,8 +25,9 @@ from lorafa.storage.tensors import can_be_gathered
 
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk of logits: large enough for an efficient product, small beside any model's activations."""
-CPU_ROWS = 16
-"""Rows of a chunk that are in float32 at a time on a CPU: they stay in the cache."""
+CPU_ROWS = 8
+"""Rows of a chunk that are in float32 at a time on a CPU: they stay in the cache, those of a teacher beside them too.
+"""
 
 # What models do between the head and the loss, by the name of the config field that says how much.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1

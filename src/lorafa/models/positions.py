@@ -12,6 +12,16 @@ from lorafa.models.head_loss import HiddenStates, LogitTransform
 from lorafa.models.rows import IGNORE_INDEX
 
 
+def supervised(targets: Tensor) -> Tensor:
+    """The positions of a batch (batch, tokens) that count, (positions,), as they follow each other in it."""
+    return (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def states_at(states: Tensor, positions: Tensor) -> Tensor:
+    """(positions, size) of the states (batch, tokens, size)."""
+    return states.reshape(-1, states.shape[-1]).index_select(0, positions.to(states.device))
+
+
 class Positions:
     """An objective of :func:`lorafa.models.head_loss.supervised_nll` that computes no loss: it keeps what the head
     reads at the positions that count, and the head itself; of the layers that are named what comes out of them too."""
@@ -28,9 +38,9 @@ class Positions:
 
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
         self.head, self.transform = states.head, states.transform
-        counted = (targets != IGNORE_INDEX).to(states.last.device)
-        self.rows = states.last[counted]
-        self.inner = {layer: state[counted.to(state.device)] for layer, state in states.inner.items()}
+        counted = supervised(targets)
+        self.rows = states_at(states.last, counted)
+        self.inner = {layer: states_at(state, counted) for layer, state in states.inner.items()}
         return states.last.new_zeros(()), len(self.rows)
 
     def __len__(self) -> int:

@@ -40,7 +40,9 @@ class Quantized:
 
 
 @torch.no_grad()
-def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Quantized:
+def quantize_linears(
+    model: nn.Module, way: str, whole: Iterable[str] = (), setting: str = "model.quantize"
+) -> Quantized:
     """Put quantized layers in the place of a model's dense linear ones, one after another, on the devices they are on.
 
     Left as they are: what lies outside of the model's body, such as the head; layers whose weight another module has
@@ -51,6 +53,7 @@ def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Q
         model: a model of transformers, changed in place.
         way: a line of ``QUANTIZERS``.
         whole: names of modules, or the last parts of them, as in ``modules_to_save``.
+        setting: what errors call the way.
 
     Raises:
         ConfigError: the package that the way needs is not installed, there is nothing to quantize, or a weight holds
@@ -60,7 +63,7 @@ def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Q
     everything = sum(p.numel() for p in model.parameters())
     if not layers:
         raise ConfigError(
-            f"model.quantize={way} quantizes linear layers, and this {type(model).__name__} has none of its own that "
+            f"{setting}={way} quantizes linear layers, and this {type(model).__name__} has none of its own that "
             "could be. Leave it out."
         )
     count, lost, size = 0, 0.0, 0.0
@@ -69,7 +72,7 @@ def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Q
         weight, bias = _dense_of(old)
         if not bool(weight.isfinite().all()):
             raise ConfigError(
-                f"model.quantize={way} cannot quantize {path}: its weight holds nan or inf, and codes would spread it "
+                f"{setting}={way} cannot quantize {path}: its weight holds nan or inf, and codes would spread it "
                 "over the block or row. Load weights that are finite."
             )
         try:
@@ -77,13 +80,13 @@ def quantize_linears(model: nn.Module, way: str, whole: Iterable[str] = ()) -> Q
         except ImportError as error:
             package = (error.name or str(error)).partition(".")[0]
             raise ConfigError(
-                f"model.quantize={way} cannot quantize {path}: it needs {package}, which is not installed. Install it "
-                f"(pip install {package}), or set model.quantize=nf4 or int8, which need nothing."
+                f"{setting}={way} cannot quantize {path}: it needs {package}, which is not installed. Install it "
+                f"(pip install {package}), or set {setting}=nf4 or int8, which need nothing."
             ) from error
         backend = backend_of(new)
         if backend is None or not backend.quantized:
             raise ConfigError(
-                f"model.quantize={way} makes a {type(new).__name__} of {path}, which no back end knows as quantized. "
+                f"{setting}={way} makes a {type(new).__name__} of {path}, which no back end knows as quantized. "
                 "Register one for it."
             )
         values = weight.float()

@@ -67,7 +67,7 @@ def with_targets(
         CheckpointError: the folder is of another teacher or other data, or the disk has no room.
         DivergedError: the teacher gives inf or nan.
     """
-    files = from_main(lambda: files_of(str(align.teacher))) if align.name == EXTERNAL else None
+    files = from_main(lambda: _told_apart(align)) if align.name == EXTERNAL else None
     folder = user_path(str(align.cache)) if isinstance(align.cache, str) else None
     if folder is None:
         folder = _folder(Base().fingerprint(model) if files is None else files, divergence, align.top_k, batches)
@@ -87,6 +87,12 @@ def with_targets(
     alignment = made(teacher)
     alignment.tell("cached", f"{teacher.in_words()}; {asked:,} rows were asked now")
     return alignment
+
+
+def _told_apart(align: AlignConfig) -> str:
+    """What tells the teacher from others: its files, and in which number format they are loaded."""
+    form = [name for name in (align.dtype if align.dtype != "auto" else None, align.quantize) if name]
+    return " as ".join([files_of(str(align.teacher)), *form])
 
 
 def files_of(name: str) -> str:

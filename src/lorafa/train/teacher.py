@@ -16,6 +16,7 @@ from lorafa.backends.offload import device_of
 from lorafa.data.packing import as_read
 from lorafa.errors import ConfigError, DataError
 from lorafa.models.load import load_model, load_tokenizer
+from lorafa.models.quantize import quantize_linears
 from lorafa.starts.joint import JointStart
 from lorafa.train.keeping import Recorder
 from lorafa.train.settings.align import EXTERNAL, AlignConfig
@@ -95,8 +96,10 @@ def _usual(align: AlignConfig) -> str:
 
 
 def _loaded(align: AlignConfig, model: Any, tokenizer: Any) -> Any:
-    teacher, its = load_model(str(align.teacher), "auto")
+    teacher, its = load_model(str(align.teacher), align.dtype)
     _require_vocabulary(align, its, tokenizer)
+    if align.quantize is not None:
+        quantize_linears(teacher, align.quantize, setting="align.quantize")
     return teacher.to(device_of(model))
 
 

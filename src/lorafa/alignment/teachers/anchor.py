@@ -31,6 +31,7 @@ class Anchor(OfTheAdapters):
     """
 
     name = "anchor"
+    copies = 2
 
     def __init__(self, share: float = 0.5) -> None:
         """``share`` is w, what the student counts, between 0 and 1."""

@@ -39,6 +39,8 @@ class Teacher(ABC):
     """Whether it changes when it is refreshed."""
     each_step: ClassVar[bool] = False
     """Whether it changes with each step of the student."""
+    copies: ClassVar[int] = 0
+    """How many states of all that is trained it keeps at most."""
 
     @property
     def runs(self) -> bool:
@@ -118,6 +120,7 @@ class OfTheAdapters(Teacher):
     """A teacher that is the student's base with other values of what is trained."""
 
     follows = True
+    copies = 1
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
 from lorafa.alignment.weighing import check_weight
 from lorafa.errors import ConfigError
+from lorafa.models import QUANTIZERS
 from lorafa.registry import Registry
 from lorafa.settings.checks import check_choice, check_flag, check_int, check_number
 from lorafa.settings.groups import OpenGroup
@@ -35,6 +36,11 @@ class AlignConfig(OpenGroup):
     ema (an average of it), anchor (halfway to where it began), external (another model); none for a plain training."""
     teacher: str | None = None
     """The other model of external: one known by name, a folder, or a Hub id. It needs the student's vocabulary."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """external: number format of its weights; auto keeps the stored one."""
+    quantize: str | None = None
+    """external: quantize its linear layers when it is loaded, as model.quantize does the base's; null quantizes
+    nothing."""
     weight: float | str = 0.5
     """What the discrepancy counts beside the task's loss; 0 is a plain training. balanced reads it once of the sizes of
     both gradients, and is 0.5 as long as the teacher has none."""
@@ -111,6 +117,8 @@ class AlignConfig(OpenGroup):
         check_number("align.map_weight", self.map_weight, "a number >= 0", 0.0, closed="[")
         if self.map is not None:
             check_choice("align.map", self.map, MAPS.names())
+        if self.quantize is not None:
+            check_choice("align.quantize", self.quantize, QUANTIZERS.names())
         check_choice("align.schedule", self.schedule, ("constant", "cyclic"))
         check_choice("align.trigger", self.trigger, ("clock", "drift"))
         for name in ("task_steps", "teacher_steps", "probe_rows"):
@@ -149,6 +157,7 @@ class AlignConfig(OpenGroup):
         ignored += [name for name in ("map_layers", "map_weight") if name in changed and self.map is None]
         ignored += ["start_weight"] if "start_weight" in changed and not (self.start and self.teaches) else []
         ignored += ["top_k"] if "top_k" in changed and not self.cache else []
+        ignored += [name for name in ("dtype", "quantize") if name in changed and self.name != EXTERNAL]
         ignored += ["drift"] if "drift" in changed and self.trigger != "drift" else []
         ignored += ["tolerance"] if "tolerance" in changed and not self.gate else []
         if ignored:
