@@ -23,6 +23,7 @@ from lorafa.optimizers.state_bytes import Sizes
 from lorafa.surgery.activate import set_adapter
 from lorafa.surgery.apply import apply
 from lorafa.surgery.available import require_available
+from lorafa.surgery.biases import BaseBiases
 from lorafa.surgery.build import Options
 from lorafa.surgery.plan import Plan, plan
 from lorafa.surgery.resolve import resolve
@@ -172,9 +173,11 @@ def _pairs(layers: Iterable[tuple[str, LoraLayer]]) -> list[Pair]:
 
 @contextmanager
 def _applied(model: nn.Module, planned: Plan) -> Iterator[None]:
-    undo = apply(model, planned)
+    undo, biases = apply(model, planned), BaseBiases()
     try:
+        biases.take(_NAME, model, planned.config.bias)
         set_adapter(model, _NAME)
+        biases.let_train([_NAME])
         yield
     finally:
         undo()
