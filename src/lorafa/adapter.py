@@ -405,7 +405,7 @@ class Adapter:
 
 def bias_change(adapters: Sequence[Adapter]) -> Tensor | None:
     """The sum of the adapters' biases, scaled, (out,); None where none has one."""
-    changes = [change for adapter in adapters if (change := adapter.scaled_bias) is not None]
+    changes = [change for change in [adapter.scaled_bias for adapter in adapters] if change is not None]
     return torch.stack(changes).sum(0) if changes else None
 
 
