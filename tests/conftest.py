@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases of a test marked ``matrix`` are slow, but for every n-th and one with each word that their ids have.
+    """Cases of a test marked ``matrix`` are slow, but for every n-th and (``each_word``) one with each word of the ids.
 
     So each kind of layer, variant or dtype has a quick case, whatever the matrix is multiplied with, and the choice is
     the same everywhere.
@@ -24,11 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("matrix"):
             matrices[item.nodeid.partition("[")[0]].append(item)
     for cases in matrices.values():
-        (every,) = cases[0].get_closest_marker("matrix").args  # type: ignore[union-attr]
+        marker = cases[0].get_closest_marker("matrix")
+        (every,), each_word = marker.args, marker.kwargs.get("each_word", True)  # type: ignore[union-attr]
         known: set[str] = set()
         for number, item in enumerate(cases):
             words = set(item.nodeid.partition("[")[2].rstrip("]").split("-"))
-            if number % every and words <= known:
+            if number % every and not (each_word and words - known):
                 item.add_marker(pytest.mark.slow)
             else:
                 known |= words

@@ -196,7 +196,7 @@ def test_runs_with_other_settings_of_their_base_are_refused(talk: Any, place: Pa
     if not (place / "half").exists():
         shutil.copytree(place / "run", place / "half")
     text = (place / "half" / "config.yaml").read_text()
-    (place / "half" / "config.yaml").write_text(re.sub(r"dtype: \w+", "dtype: bfloat16", text))
+    (place / "half" / "config.yaml").write_text(re.sub(r"dtype: \w+", "dtype: bfloat16", text, count=1))
     assert RunDirectory.open(place / "half").config().model.dtype == "bfloat16"
     status, _, err = talk("run", "half")
     assert status == 2

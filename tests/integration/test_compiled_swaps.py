@@ -62,6 +62,7 @@ def fresh(folder: Path) -> Tensor:
     return logits
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize("formula", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["lora", "dora", "lora_bias"])
 def test_no_exchange_and_no_scaling_compiles_again(formula: dict[str, Any], tmp_path: Path) -> None:
     first = saved(tmp_path / "first", **formula)
@@ -123,6 +124,7 @@ def test_values_are_exchanged_under_code_of_the_compiler_itself(tmp_path: Path) 
         close(model(input_ids=IDS, use_cache=False).logits, fresh(new), torch.float32)
 
 
+@pytest.mark.slow
 def test_without_preparation_another_scaling_is_right_and_compiles_again(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(llama(), saved(tmp_path / "first"))
     counted = Counted(model)

@@ -96,6 +96,7 @@ def test_the_table_names_every_subject(place: Path, capsys: pytest.CaptureFixtur
     assert text.count("nats a token") == 2
 
 
+@pytest.mark.slow
 def test_several_differences_have_wider_intervals_and_it_is_said(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,7 @@ def test_what_cannot_be_done_is_an_error(
     assert not (tmp_path / "a.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_answers_that_nobody_reads_end_quietly(place: Path) -> None:
     command = [sys.executable, "-m", "lorafa.cli.main", "generate", str(place / "run"), str(place / "prompts.txt")]
     process = subprocess.Popen(
@@ -181,6 +182,7 @@ def _begun(place: Path, out: Path, *words: str) -> list[str]:
     return kept
 
 
+@pytest.mark.matrix(4, each_word=False)
 @pytest.mark.parametrize(
     ("words", "text"),
     [

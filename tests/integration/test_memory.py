@@ -39,6 +39,7 @@ def given_up(*, keep: bool, give_back: bool = False) -> tuple[int, int]:
     return int(freed), int(returned)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_is_kept_and_can_be_returned_between_runs() -> None:
     """glibc maps blocks above 32 MiB, and unmaps them when they are freed, unless it is told not to."""

@@ -67,6 +67,7 @@ def shell(command: str, place: Path, **variables: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.matrix(2, each_word=False)
 @pytest.mark.parametrize(("command", "name"), [(ONE, "one"), (TWO, "two")], ids=["python", "accelerate launch"])
 def test_a_documented_command_runs_word_by_word(place: Path, command: str, name: str) -> None:
     done = shell(f"{command} {HERE}", place, runname=name, iters="4")
@@ -94,6 +95,7 @@ def in_two(rank: int, port: int, folder: str, words: list[str]) -> None:
     os._exit(main(words))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_of_the_script_whose_batch_they_share(place: Path) -> None:
     words = ["-m", "++model.name=model", "++dataset_name=rows.jsonl", "+peft=qv", "++peft.lora_r=4"]
     words += ["++model.real_batch_size=4", "++model.epochs=2", "++model.saving=false", "++model.bf16=false"]

@@ -46,6 +46,7 @@ def loss_of(model: Any, run: Path) -> float:
     return recipe.answer_loss(model.eval(), prepared.data.heldout.samples, prepared.collator, 4)
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize("way", QUANTIZERS.names())
 def test_every_way_trains_evaluates_and_merges(way: str, workplace: Path, tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"

@@ -70,6 +70,7 @@ def trained(place: Path) -> tuple[Path, list[dict[str, Any]]]:
     return place / "out", events(done.stdout)
 
 
+@pytest.mark.slow
 def test_lists_that_are_held_out_have_fewer_word_errors_than_by_the_first_pass(trained: Any) -> None:
     rates = [event for event in trained[1] if event["event"] == "wer"]
     assert [rate["step"] for rate in rates] == [0, 40]

@@ -86,6 +86,7 @@ def test_several_folders_of_one_sweep_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize("launcher", ["basic", "joblib", pytest.param("ray", marks=WITH_RAY)])
 def test_a_point_is_the_run_that_its_settings_give_whatever_launches_it(
     workplace: Path, tmp_path: Path, launcher: str
@@ -135,6 +136,7 @@ def test_a_sweep_that_was_killed_goes_on_from_the_checkpoint_of_the_run_it_was_a
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_points_of_a_sweep(workplace: Path, tmp_path: Path) -> None:
     command = own_loss(words(workplace, tmp_path / "s", "train.seed=range(3)", "train.steps=12"))
     both = [started(command) for _ in range(2)]

@@ -112,6 +112,7 @@ KINDS = {
 }
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize("case", KINDS)
 def test_layer_compiles_without_a_graph_break(case: str) -> None:
     kind, settings = KINDS[case]

@@ -24,6 +24,7 @@ def plain_settings(workplace: Path, run: Path) -> list[str]:
     return [text for text in settings(workplace, run) if not text.startswith("peft.")] + SHORT
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize(
     "method",
     [

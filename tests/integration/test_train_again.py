@@ -66,6 +66,7 @@ def test_a_run_takes_the_next_free_name(workplace: Path, tmp_path: Path, capsys:
     assert "exists and is not empty; a run overwrites nothing" in err(capsys)
 
 
+@pytest.mark.matrix(2, each_word=False)
 @pytest.mark.parametrize("length", ["train.steps=12", "train.epochs=3"])  # an epoch has four steps
 @pytest.mark.parametrize("warmup", ["optim.warmup=0.2", "optim.warmup=0"])
 def test_a_finished_run_goes_on_as_one_that_was_longer_from_the_start(

@@ -57,6 +57,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join((out.out + out.err).split())
 
 
+@pytest.mark.matrix(2, each_word=False)
 @pytest.mark.parametrize("teacher", ["base", "snapshot", "ema", "anchor"])
 def test_the_divergence_of_every_step_stands_in_the_metrics(workplace: Path, tmp_path: Path, teacher: str) -> None:
     run = tmp_path / "run"

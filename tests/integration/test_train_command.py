@@ -208,6 +208,7 @@ def test_the_number_of_threads_is_that_of_the_settings_and_is_given_back(workpla
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize(
     "method",
     [

@@ -93,6 +93,7 @@ def test_a_run_that_was_cut_short_goes_on_bit_for_bit(
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_that_one_does(workplace: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     plain = ["optim=sgd", "optim.lr=0.5", "train.steps=6", "train.checkpoint_every=0", "eval.before=false"]

@@ -172,6 +172,7 @@ def numbers(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in metrics(run)]
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize("name", ["two", "spread", "cached"])
 def test_two_processes_measure_and_train_what_one_does(ran: Path, name: str) -> None:
     assert statuses(ran, name) == [0, 0]

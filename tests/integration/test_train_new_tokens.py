@@ -60,6 +60,7 @@ def test_new_tokens_are_trained_kept_and_resumed(
     assert main(["train", f"model={workplace / 'model'}", f"data={workplace / 'rows.jsonl'}", *again]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

@@ -147,6 +147,7 @@ def test_a_run_directory_somebody_is_at_is_refused_before_any_work(
     assert read(run / "result.json")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_somebody_continues_is_not_continued_twice(workplace: Path, tmp_path: Path, start: Start) -> None:
     run = tmp_path / "run"
     killed = start("train", *settings(workplace, run), *STEPS, at="step 3")
@@ -174,6 +175,7 @@ def test_a_run_that_was_killed_before_it_began_leaves_its_directory_to_the_next(
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False])
 def test_one_of_many_that_start_at_the_same_moment_has_the_directory(tmp_path: Path, there: bool) -> None:
     if there:
@@ -225,6 +227,7 @@ def test_two_processes_share_one_comparison(workplace: Path, tmp_path: Path, sta
         assert read(run / "result.json")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_comparison_waits_for_a_run_that_somebody_continues(workplace: Path, tmp_path: Path, start: Start) -> None:
     """An unfinished run is set aside, but one that is being written to is left alone, and counts when it is done."""
     plan = PLAN.replace("seeds: [0, 1]", "seeds: [0]").replace(

@@ -27,6 +27,7 @@ CASES = [
 """Every start with every rule in one pass over the data; in two passes each of them once."""
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("start", "rule", "passes"), CASES)
 def test_every_rule_ends_in_an_adapter(start: str, rule: str, passes: int) -> None:
     """With a layer's rank far below and one's far above those of the others; none starts as by default instead."""

@@ -65,6 +65,7 @@ def reloaded(library: Any, model: nn.Module, folder: Path) -> nn.Module:
         return library.PeftModel.from_pretrained(model, folder).eval()
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize("case", LLAMA)
 def test_tied_adapters_of_either_library_load_in_the_other(tmp_path: Path, case: str) -> None:
     for writer, reader in ((peft, lorafa), (lorafa, peft), (lorafa, lorafa)):

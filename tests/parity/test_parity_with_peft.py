@@ -52,6 +52,7 @@ def test_the_targeted_modules_are_those_of_peft(case: Case) -> None:
     assert sorted(ours.targeted_parameter_names) == sorted(theirs.targeted_parameter_names)
 
 
+@pytest.mark.matrix(4)
 def test_our_file_has_peft_keys_and_gives_equal_outputs_in_peft(case: Case, saved: Saved) -> None:
     ours, our_folder, their_folder = saved
     with quiet():
@@ -65,6 +66,7 @@ def test_peft_says_no_more_of_our_file_than_of_its_own(case: Case, saved: Saved)
     assert ours <= theirs
 
 
+@pytest.mark.matrix(4)
 def test_a_file_of_peft_gives_equal_outputs_here(case: Case, tmp_path) -> None:
     theirs = trained(case.peft())
     with quiet():

@@ -253,6 +253,7 @@ def piece(number: int, rank: int) -> None:
         time.sleep(2.5)  # longer than a process has that is to end for the failure of another
 
 
+@pytest.mark.slow
 def test_what_follows_a_failure_is_not_ended_by_it(tmp_path: Path) -> None:
     run_group(one_after_another, str(tmp_path), free_ports(1)[0])
     for rank in range(2):

@@ -80,6 +80,7 @@ def counted(words: list[str]) -> tuple[RunConfig, Shape, Counted, Any]:
     return config, shape, count(shape, config, batches), batches
 
 
+@pytest.mark.matrix(3, each_word=False)
 def test_what_is_trained_is_what_the_run_trains(
     place: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +128,7 @@ def test_the_bounds_are_those_of_the_kind(place: tuple[Path, list[str]]) -> None
     assert (widest.asked is None) == (batches.asked is None)
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize("longest", [[], ["eval.max_new_tokens=3"]])
 @pytest.mark.parametrize(
     ("make", "more"),

@@ -128,6 +128,7 @@ def test_a_run_on_packed_rows_is_the_run_on_rows_of_their_own(
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_packed_rows_what_one_does(workplace: Path, tmp_path: Path) -> None:
     more = [*PLAIN, "train.packing=true", "data.max_length=48", "train.batch_size=2", "train.checkpoint_every=0"]
     assert main(["train", *settings_of(workplace, tmp_path / "one"), *more, "train.batch_size=4"]) == 0

@@ -142,6 +142,7 @@ def test_loss_equals_the_model_in_bfloat16() -> None:
     assert_same_loss_and_gradients(model, model(**batch).loss, supervised_loss(model, batch), tolerance=3e-2)
 
 
+@pytest.mark.slow
 def test_compiled_loss_equals_the_model() -> None:
     model, batch = causal_lm(), batch_of()
     compiled = torch.compile(SupervisedLoss(model), backend="eager")

@@ -107,6 +107,7 @@ def test_the_documented_block_of_parameters_is_taken_key_by_key() -> None:
 # ---- key by key -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix(4, each_word=False)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -175,6 +176,7 @@ def test_a_key_means_what_it_meant(words: str, expected: dict[str, Any]) -> None
     assert {name: at(config, name) for name in expected} == expected
 
 
+@pytest.mark.matrix(4, each_word=False)
 @pytest.mark.parametrize("key", PUBLISHED_KEYS)
 def test_every_key_can_be_given(key: str) -> None:
     samples = {"init.lora_A": "xavier", "init.lora_B": "unit", "init.direction": "LoRA-One", "init.scale": "stable"}
