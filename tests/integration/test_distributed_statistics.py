@@ -178,7 +178,7 @@ def matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.matrix(4, each_word=False)
+@pytest.mark.matrix(11, each_word=False)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ", ".join(map(str, case)))
 def test_two_processes_find_what_one_does(found: tuple[Found, Found, Found], case: Case) -> None:
     whole, first, second = (one[case] for one in found)

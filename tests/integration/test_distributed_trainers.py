@@ -144,7 +144,7 @@ def of_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     return {case: found_of(case, folder / case) for case in CASES}
 
 
-@pytest.mark.matrix(7, each_word=False)
+@pytest.mark.matrix(14, each_word=False)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one_does(of_one: dict[str, Found], of_two: Path, case: str, way: str) -> None:

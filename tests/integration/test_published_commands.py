@@ -110,6 +110,7 @@ def test_two_processes_are_one_run_of_the_script_whose_batch_they_share(place: P
     assert not (place / "runs" / "together-2").exists()
 
 
+@pytest.mark.slow
 def test_the_documented_evaluation_runs_word_by_word(place: Path) -> None:
     words = ["++model.name=model", "++dataset_name=rows.jsonl", "+peft=qv", "++peft.lora_r=4", "++wandb.name=asked"]
     run = _run(place, *words, "++model.saving=false")

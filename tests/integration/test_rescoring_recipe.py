@@ -83,6 +83,7 @@ def test_lists_that_are_held_out_have_fewer_word_errors_than_by_the_first_pass(t
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_run_of_the_same_seed_prints_the_same_numbers_and_another_seed_others(
     trained: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

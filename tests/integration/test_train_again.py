@@ -35,6 +35,7 @@ def assert_same_training(one: Path, other: Path) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+@pytest.mark.matrix(2, each_word=False)
 @pytest.mark.parametrize("at", [2, 6])  # before and after the first checkpoint
 def test_a_run_is_started_again_with_the_same_command(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int

@@ -307,6 +307,7 @@ def test_a_warm_up_longer_than_the_passes_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.matrix(3, each_word=False)
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy", "warmup_stable_decay"])
 def test_every_kind_of_schedule_trains_and_is_continued(
     workplace: Path, tmp_path: Path, stop_after: Callable[[int], None], schedule: str

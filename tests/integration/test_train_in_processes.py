@@ -280,6 +280,7 @@ KILLED = "The connection to another process is lost, which has ended without a w
 STUCK = "Process 1 has stopped: a row of mine is bad."
 
 
+@pytest.mark.matrix(2, each_word=False)
 @pytest.mark.parametrize(
     ("how", "statuses", "text", "recorded"),
     [

@@ -28,6 +28,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
     return folder
 
 
+@pytest.mark.matrix(2, each_word=False)
 def test_new_tokens_are_trained_kept_and_resumed(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

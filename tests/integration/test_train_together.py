@@ -130,6 +130,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         one.kill()
 
 
+@pytest.mark.matrix(2, each_word=False)
 @pytest.mark.parametrize("at", ["prepare", "step 3"])
 def test_a_run_directory_somebody_is_at_is_refused_before_any_work(
     workplace: Path, tmp_path: Path, start: Start, at: str

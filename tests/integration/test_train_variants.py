@@ -68,6 +68,7 @@ FACTORS = {
 """What asks for each formula of B A."""
 
 
+@pytest.mark.matrix(4, each_word=False)
 @pytest.mark.parametrize("name", FACTORS)
 def test_formulas_of_the_product_train_are_saved_and_go_on_where_they_were(
     workplace: Path, tmp_path: Path, name: str

@@ -224,6 +224,7 @@ def test_mixed_precision_runs_through_the_chunked_loss(tmp_path: Path) -> None:
     assert half.state.log_history[-1]["train_loss"] == pytest.approx(full.state.log_history[-1]["train_loss"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_compiled_training_compiles_the_loss_with_the_model(tmp_path: Path) -> None:
     compiled = trainer_for(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=2)
     compiled.train()

@@ -209,6 +209,7 @@ def walk(rank: int, folder: str) -> None:
     leave_group()
 
 
+@pytest.mark.slow
 def test_processes_of_one_training_walk_the_same_points_in_the_same_order(tmp_path: Path) -> None:
     """Without locks, and whatever the others have finished meanwhile; the first one alone writes the table."""
     run_group(walk, str(tmp_path))
