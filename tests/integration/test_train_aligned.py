@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lorafa.cli.main import main
 from lorafa.train import teacher as teaching
-from toys.workplace import make_teacher, make_workplace, read, settings
+from toys.workplace import at_step, make_teacher, make_workplace, read, settings
 
 CYCLE = [
     *("align=snapshot", "align.schedule=cyclic", "align.task_steps=2", "align.teacher_steps=1", "align.gate=false"),
@@ -75,16 +75,29 @@ def test_weight_zero_is_a_plain_run(workplace: Path, tmp_path: Path) -> None:
     assert read(plain / "result.json")["after"] == read(aligned / "result.json")["after"]
 
 
-def test_a_cyclic_run_goes_on_in_the_middle_of_a_phase(workplace: Path, tmp_path: Path) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    assert main(command(workplace, whole, *CYCLE, "train.steps=8")) == 0
-    assert main(command(workplace, run, *CYCLE, "train.steps=8", "train.seed=0")) == 0
-    for newer in (run / "checkpoints").glob("checkpoint-*"):
-        assert (newer / "alignment.pt").is_file()
-    result = read(whole / "result.json")
+def test_a_cyclic_run_goes_on_in_the_middle_of_a_phase(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cycle = [*(text for text in CYCLE if "teacher_steps" not in text), "align.teacher_steps=2", "train.steps=8"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert main(command(workplace, whole, *cycle)) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 4)  # before its checkpoint: one of two steps of the teacher is done
+        assert main(command(workplace, cut, *cycle)) == 130
+    assert read(cut / "result.json")["status"] != "finished"
+    assert main(["train", f"train.resume={cut}"]) == 0
+    result, found = read(whole / "result.json"), read(cut / "result.json")
     assert [row["kind"] for row in result["decisions"] if row["kind"] != "reweighted"][:2] == ["switch", "switch"]
     assert {"step", "phase", "why", "task", "divergence"} <= result["decisions"][0].keys()
-    assert read(run / "result.json")["after"] == result["after"]
+    assert (found["after"], found["decisions"]) == (result["after"], result["decisions"])
+    steps = [
+        [(row["step"], row["loss"], row.get("divergence")) for row in rows_of(run / "metrics.jsonl") if "loss" in row]
+        for run in (whole, cut)
+    ]
+    assert steps[0] == steps[1]
+    assert [step for step, _, divergence in steps[0] if divergence is not None] == [3, 4]
+    tensors = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, cut)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
 REORIENTED = [*CYCLE[1:3], "align.teacher_steps=3", *CYCLE[4:], "align.reorient=true", "train.steps=9"]
@@ -103,11 +116,10 @@ def test_a_run_in_new_directions_ends_with_an_adapter_of_its_rank(workplace: Pat
     assert carried["r"] == 8  # in the middle of the phase: the update so far, and what is learnt beside it
 
 
-def test_another_model_teaches(workplace: Path, tmp_path: Path) -> None:
-    model = next(text for text in settings(workplace, tmp_path / "x") if text.startswith("model=")).partition("=")[2]
+def test_another_model_teaches(workplace: Path, teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert main(command(workplace, run, "align=external", f"align.teacher={model}", "align.map=procrustes")) == 0
-    assert all(row["divergence"] >= 0 for row in rows_of(run / "metrics.jsonl") if "loss" in row)
+    assert main(command(workplace, run, "align=external", f"align.teacher={teacher}", "align.map=procrustes")) == 0
+    assert min(divergence for _, divergence in losses_of(run)) > 0.01  # it is no other student
 
 
 def test_a_teacher_that_was_kept_is_not_loaded_again(

@@ -7,6 +7,7 @@ B B^T G + G A^T A = [G]_2r where A and B have unit rows and columns.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ from lorafa.numerics.linalg import SVD, leading_svd
 from lorafa.settings.methods import LoraGAConfig
 from lorafa.spec import LayerSpec
 
+STAGES = Stages(
+    objective="first update", target="G", metric="identity", selection="r of the leading 2r for A, the other r for B",
+    split="unit vectors", scale="out^(1/2) / gamma", base="without s B A",
+)  # fmt: skip
+
 
 @initializer(
     needs=("gradient",),
@@ -26,12 +32,8 @@ from lorafa.spec import LayerSpec
     settings="lora_ga_config",
     moves_base=True,
     per_rank=2,
-    stages=Stages(
-        objective="first update", target="G", metric="identity",
-        selection="r of the leading 2r for A, the other r for B",
-        split="unit vectors", scale="out^(1/2) / gamma", base="without s B A",
-    ),
-)  # fmt: skip
+    stages=STAGES,
+)
 def lora_ga(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """A has the right and B the left singular vectors of two disjoint halves of the first 2 r triplets.
 
@@ -57,12 +59,8 @@ def lora_ga(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
     settings="lora_ga_config",
     moves_base=True,
     per_rank=2,
-    stages=Stages(
-        objective="first update", target="G", metric="identity",
-        selection="r of the leading 2r for A, the other r for B",
-        split="A unit vectors, B carries S", scale="out^(1/4) / sqrt(gamma)", base="without s B A",
-    ),
-)  # fmt: skip
+    stages=replace(STAGES, split="A unit vectors, B carries S", scale="out^(1/4) / sqrt(gamma)"),
+)
 def lora_ga_peft(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """LoRA-GA as PEFT 0.21 has it, for numbers to compare with: B carries the singular values and the whole scale.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from lorafa.initializers.base import InitResult, Stages, initializer
-from lorafa.initializers.lora_ga import lora_ga
+from lorafa.initializers.base import InitResult, initializer
+from lorafa.initializers.lora_ga import STAGES, lora_ga
 from lorafa.initializers.stages import clipped
 from lorafa.settings.methods import LoraGAConfig
 from lorafa.spec import LayerSpec
@@ -19,12 +20,8 @@ from lorafa.spec import LayerSpec
     settings=LoraGAConfig,
     moves_base=True,
     per_rank=2,
-    stages=Stages(
-        objective="first update", target="G", metric="identity",
-        selection="r of the leading 2r for A, the other r for B",
-        split="unit vectors", scale="as lora_ga, no entry larger than those of W", base="without s B A",
-    ),
-)  # fmt: skip
+    stages=replace(STAGES, scale="as lora_ga, no entry larger than those of W"),
+)
 def lora_ga_clipped(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitResult:
     """:func:`lora_ga`, shrunk by :func:`~lorafa.initializers.stages.clipped`; raises as it does.
 
