@@ -4,7 +4,8 @@
                                      [--resident 100]
 
 SmolLM2-135M in float32, r = 16 on all linear layers. A batch of prompts is read (prefill), then token after token is
-added to it with the cache (decode). Rows of one adapter lie side by side ("sorted") or every one beside another
+added to it with the cache: each in a call of the model ("decode"), or all in one ``generate``, whose steps may keep
+something for one another ("generate"). Rows of one adapter lie side by side ("sorted") or every one beside another
 ("mixed up"). "base" is the model before anything was put on it. The logits of lorafa and PEFT are compared first. Then
 adapters are added one after another, up to ``--resident``: a new one must not take longer for those that are there.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +24,8 @@ from harness import THREADS, Contender, emit, interleave, median, positive, time
 NAME = "mixed"
 BASE, ONE, SORTED, UNSORTED, PEFT_SORTED = "base", "one adapter", "sorted", "mixed up", "PEFT"
 CASES = (BASE, ONE, SORTED, UNSORTED, PEFT_SORTED)
-WANTED = {("prefill", SORTED): 1.12, ("prefill", UNSORTED): 1.12, ("decode", SORTED): 1.5, ("decode", UNSORTED): 1.5}
+WANTED = {("prefill", SORTED): 1.12, ("prefill", UNSORTED): 1.12, ("decode", SORTED): 1.5, ("decode", UNSORTED): 1.5,
+          ("generate", SORTED): 1.5, ("generate", UNSORTED): 1.5}  # fmt: skip
 """What a case may take of the base's time."""
 GROWTH = 1.2
 """What the last of many adapters may take to be added, of the time of the second: more would be growth."""
@@ -94,6 +97,22 @@ class Served:
         tokens = self.following.shape[1]
         return timed(lambda: [self._add(index, cache) for index in range(tokens)]) / tokens
 
+    @torch.no_grad()
+    def generate(self) -> float:
+        """Seconds that ``generate`` takes for one token more, in the mean over all after the first two."""
+        times: list[float] = []
+
+        def stop(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        count = self.following.shape[1] + 2
+        self.model.generate(
+            input_ids=self.prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0,
+            stopping_criteria=[stop], **self.options,
+        )  # fmt: skip
+        return (times[-1] - times[2]) / (len(times) - 3)
+
     def add(self, count: int) -> list[float]:
         """Seconds to add each of so many adapters, with few ranks for many to have room."""
         import lorafa
@@ -124,7 +143,7 @@ def main(words: Sequence[str] | None = None) -> None:
     emit(benchmark=NAME, check="logits against PEFT", errors=errors)
     if not errors[SORTED] <= 1e-4 or not errors[BASE] >= 1e-3:
         raise SystemExit("Nothing was timed: the two libraries disagree, or the adapters do nothing.")
-    for part in ("prefill", "decode"):
+    for part in ("prefill", "decode", "generate"):
         taken = interleave(list(contenders.values()), part, arguments.repeats)
         seconds = {case: median(values) for case, values in taken.items()}
         for case, values in taken.items():

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,17 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class Groups:
+    """Where the rows of each part of a batch are, all parts as long as the longest one."""
+
+    gather: Tensor | None = None
+    """(parts, most), the rows of the batch in each part, its first one again where it has fewer; None: parts of one
+    size lie one after another."""
+    back: Tensor | None = None
+    """(rows,), the place of each row in ``gather``, one part after another."""
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A batch in parts, of which each can be computed by itself."""
 
@@ -46,6 +58,25 @@ class Layout:
     """The row of the batch that comes to each place, (rows,); None where the rows stay as they lie."""
     back: Tensor | None = None
     """The place that each row of the batch has come to."""
+
+    @cached_property
+    def groups(self) -> Groups | None:
+        """Each choice of adapters with all its rows; None where this would leave half of the places empty.
+
+        Where the rows stay as they lie, parts of one choice are groups of their own.
+        """
+        sizes = [len(part.index) for part in self.parts]
+        most, rows = max(sizes, default=0), sum(sizes)
+        if most * len(sizes) >= 2 * rows:
+            return None
+        if self.order is None and min(sizes) == most:
+            return Groups()
+        indices = [part.index for part in self.parts]
+        gather = torch.stack([torch.cat([index, index[:1].expand(most - len(index))]) for index in indices])
+        back = torch.empty_like(torch.cat(indices))
+        for group, index in enumerate(indices):
+            back[index] = torch.arange(len(index), device=index.device) + group * most
+        return Groups(gather, back)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +89,10 @@ class Rows:
     """Places a row has in the pass that runs."""
     copies: int = 1
     """How often ``generate`` has put each row beside itself, for beams or several answers."""
+    steps: bool = False
+    """Whether the pass is one of many over the same rows, as in ``generate``."""
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What layers keep for the passes that follow."""
     _layouts: dict[Any, Layout] = field(default_factory=dict, repr=False)
 
     @property
@@ -67,7 +102,7 @@ class Rows:
 
     def in_pass(self, rows: int, tokens: int) -> Self:
         """The same for a pass over so many rows, copies among them, and tokens."""
-        return replace(self, tokens=tokens, copies=max(rows // max(len(self.choices), 1), 1))
+        return replace(self, tokens=tokens, copies=max(rows // max(len(self.choices), 1), 1), steps=True)
 
     def fits(self, leading: int) -> bool:
         """Whether a tensor with so many entries along its first dimension may have all rows there, or all tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import AdapterError, BackendError
+from lorafa.layers.base import LoraLayer
 from toys.adapters import train
 from toys.compare import close, refused
 from toys.language_models import bert, gpt2, llama, mixtral, qwen2_moe, t5
@@ -233,3 +236,74 @@ def test_layers_that_do_not_see_the_rows_of_the_batch_are_refused_by_name(model:
     adapted = get_peft_model(model, LoraConfig(target_modules=targets), "a")
     with refused(adapted, BackendError, rf"'{targets[0]}' gets \(.*3 rows.*exclude_modules"):
         adapted(torch.randn(3, 8), adapter_names=["a", "__base__", "a"])
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that PyTorch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._overloadpacket in {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm")}
+        return func(*args, **kwargs or {})
+
+
+STEPS = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "output_logits": True}
+
+
+def stepped(model: PeftModel, ids: Tensor, **options: Any) -> Tensor:
+    """The logits of each step of ``generate``, (rows, steps, vocabulary)."""
+    out = model.generate(input_ids=ids, return_dict_in_generate=True, **STEPS, **options)
+    return torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "opt", "mixtral, experts"])
+def test_every_step_of_a_long_answer_is_that_of_each_row_alone(case: str) -> None:
+    model = two(case)
+    mixed = stepped(model, IDS, adapter_names=NAMES)
+    close(mixed, each(model, lambda ids: stepped(model, ids)), 1e-9)
+
+
+def test_later_steps_take_one_product_for_the_adapters_of_all_rows() -> None:
+    model = two("llama")
+    linears = sum(isinstance(module, LoraLayer) for module in model.modules())
+    counts: list[int] = []
+
+    def started(module: nn.Module, args: Any, kwargs: Any) -> None:
+        counts.append(counter.count)
+
+    handle = model.get_base_model().register_forward_pre_hook(started, with_kwargs=True)
+    with Products() as counter:
+        model.generate(input_ids=IDS, adapter_names=NAMES, **STEPS)
+    handle.remove()
+    taken = [after - before for before, after in itertools.pairwise([*counts, counter.count])]
+    assert taken[0] - taken[-1] == 2 * linears, "A and B of two adapters in the first pass, of both at once later"
+
+
+@pytest.mark.parametrize("change", ["values", "scaling", "tensor"])
+def test_what_changes_while_an_answer_is_written_counts_from_the_next_step_on(change: str) -> None:
+    model, other = two("llama"), two("llama")
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    steps = 0
+
+    def changed(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            for layer in layers:
+                one = layer.adapters["a"]
+                if change == "values":
+                    one.B.mul_(-1)
+                elif change == "tensor":
+                    one.B.data = -one.B.data
+                else:
+                    one.scaling = -one.scaling
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    found = stepped(model, IDS, adapter_names=NAMES, stopping_criteria=[changed])
+    before = stepped(other, IDS, adapter_names=NAMES)
+    close(found[:, :4], before[:, :4], 1e-9)
+    assert not torch.allclose(found[0, 4], before[0, 4])
+    torch.testing.assert_close(found[2], before[2])

@@ -19,8 +19,10 @@ from lorafa.adapter import AdaptedLayer, Adapter
 from lorafa.context import CurrentCall, Layout, Part, Rows
 from lorafa.errors import BackendError
 from lorafa.numerics.fused import is_traced
-from lorafa.numerics.rows import MANY, Product, add_low_rank_, added
+from lorafa.numerics.rows import MANY, Product, Stack, add_low_rank_, add_stacked_, added, stacked
 
+FEW = 3
+"""From so many parts on, one product over all of them costs less than one for each."""
 _ONE_OF_MANY = re.compile(r"\.\d+\.(.*\.)?\d+(\.|$)|(^|\.)experts?\.?[^.]*\d(\.|$)")
 """A path inside a list inside a list, or that of one of several experts: ``layers.1.ffn.experts.expert_0.fc1``."""
 
@@ -44,9 +46,12 @@ def output(layer: AdaptedLayer, rows: Rows, x: Tensor, args: Sequence[Any], kwar
         return y
     if isinstance(y, Tensor):
         x = x.to(y.device)  # where a hook of the base layer may have brought it
-    layout = rows.layout(shape[0], x.device, sort=x.numel() < MANY * shape[-1] * len(rows.choices))
+    few = x.numel() < MANY * shape[-1] * len(rows.choices)
+    layout = rows.layout(shape[0], x.device, sort=few)
     if owned and not torch.is_grad_enabled() and all(map(_is_one_product, here.values())):
-        return _in_place(y, x, layout, {name: (one.A, one.B, one.scaling) for name, one in here.items()})
+        products = [[_product(here[name]) for name in part.adapters if name in here] for part in layout.parts]
+        stack = _kept_stack(layer, rows, layout, products) if few and rows.steps else None
+        return _in_place(y, x, layout, products, stack)
     return _by_formula(layer, y, x, layout, here, owned=owned and layout.order is None)
 
 
@@ -64,8 +69,17 @@ def _is_one_product(adapter: Adapter) -> bool:
     return plain and adapter.running_start is None and not adapter.dropout
 
 
-def _in_place(y: Tensor, x: Tensor, layout: Layout, here: Mapping[str, Product]) -> Tensor:
-    """The changes added to y (rows, ..., out), with one product of A and one of B for each part and adapter."""
+def _product(adapter: Adapter) -> Product:
+    return adapter.A, adapter.B, adapter.scaling
+
+
+def _in_place(
+    y: Tensor, x: Tensor, layout: Layout, products: Sequence[Sequence[Product]], stack: Stack | None
+) -> Tensor:
+    """The changes added to y (rows, ..., out): all parts at once where their factors are stacked, or one by one."""
+    if stack is not None and layout.groups is not None:
+        add_stacked_(y, x, stack, layout.groups.gather, layout.groups.back)
+        return y
     shape = y.shape
     x = x.to(y.dtype)
     if layout.order is not None:
@@ -75,9 +89,43 @@ def _in_place(y: Tensor, x: Tensor, layout: Layout, here: Mapping[str, Product])
         y.view(-1, shape[-1]),
         x.reshape(-1, x.shape[-1]),
         [(part.rows.stop - part.rows.start) * places for part in layout.parts],
-        [[here[name] for name in part.adapters if name in here] for part in layout.parts],
+        products,
     )
     return y if layout.back is None else y.index_select(0, layout.back)
+
+
+class _Asked:
+    """The factors that a layer was asked for in the pass before, and their stack once they were asked for twice."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.products: Any = None  # held, so that no other tensor can take their ids
+        self.stack: Stack | None = None
+
+
+def _kept_stack(
+    layer: AdaptedLayer, rows: Rows, layout: Layout, products: Sequence[Sequence[Product]]
+) -> Stack | None:
+    """The stacked factors of all parts, made in the second pass with the same ones and kept for those that follow.
+
+    None before that, and where there is little to gain: few parts, or parts of very different sizes.
+    """
+    if len(layout.parts) < FEW or layout.groups is None:
+        return None
+    asked: _Asked = rows.kept.setdefault(layer, _Asked())
+    key = id(layout), [[(_state(A), _state(B), _state(s)) for A, B, s in part] for part in products]
+    if key != asked.key:
+        asked.key, asked.products, asked.stack = key, (layout, products), None
+    elif asked.stack is None:
+        asked.stack = stacked(products)
+    return asked.stack
+
+
+def _state(value: float | Tensor) -> Any:
+    """What differs after a number, or one in a tensor, was exchanged or changed in place."""
+    if not isinstance(value, Tensor):
+        return value
+    return id(value), value.data_ptr(), 0 if value.is_inference() else value._version
 
 
 def _by_formula(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,55 @@ def add_low_rank_(y: Tensor, x: Tensor, sizes: Sequence[int], products: Sequence
                 own_y.addmm_(z.mul_(scaling), B.t())
             else:
                 own_y.addmm_(z, B.t(), alpha=scaling)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The factors of several groups of rows, one group behind the other, for one product over all groups."""
+
+    A: Tensor
+    """(groups, in, ranks); the ranks that a group lacks are zeros."""
+    B: Tensor
+    """(groups, ranks, out), scaled."""
+
+
+def stacked(groups: Sequence[Sequence[Product]]) -> Stack:
+    """Copies of the factors of each group's changes, one change beside the other; a group may have none.
+
+    At least one group has a change.
+    """
+    first, second, _ = next(product for products in groups for product in products)
+    ranks = max(sum(A.shape[0] for A, _, _ in products) for products in groups)
+    all_A = first.new_zeros(len(groups), first.shape[1], ranks)
+    all_B = second.new_zeros(len(groups), ranks, second.shape[0])
+    for own_A, own_B, products in zip(all_A, all_B, groups, strict=True):
+        begin = 0
+        for A, B, scaling in products:
+            end = begin + A.shape[0]
+            own_A[:, begin:end] = A.t()
+            own_B[begin:end] = B.t() * scaling
+            begin = end
+    return Stack(all_A, all_B)
+
+
+def add_stacked_(y: Tensor, x: Tensor, stack: Stack, gather: Tensor | None = None, back: Tensor | None = None) -> None:
+    """Add to the rows of y the changes of their groups, in place, without gradients and in the factors' dtype.
+
+    Args:
+        y: (rows, ..., out).
+        x: (rows, ..., in).
+        gather: (groups, most), the rows of each group, filled up with any others; None where the rows lie in groups of
+            one size, in order.
+        back: (rows,), the place of each row in ``gather`` with its groups one after another.
+    """
+    groups, inputs, _ = stack.A.shape
+    x = x.to(stack.A.dtype)
+    if gather is None or back is None:
+        change = x.reshape(groups, -1, inputs).bmm(stack.A).bmm(stack.B)
+        y.add_(change.view(y.shape))
+        return
+    found = x.index_select(0, gather.flatten()).reshape(groups, -1, inputs).bmm(stack.A).bmm(stack.B)
+    y.add_(found.view(-1, *y.shape[1:]).index_select(0, back))
 
 
 class _Added(torch.autograd.Function):
