@@ -70,6 +70,20 @@ def test_the_average_is_that_of_updates_as_far_as_the_rank_goes() -> None:
     assert 0 < teacher.discarded < 0.5
 
 
+def test_what_is_lost_is_a_share_of_the_updates_with_their_scalings() -> None:
+    model = student(alpha_pattern={"first": 40.0, "second": 2.0})
+    teacher = EMA(ema_beta=0.25)
+    teacher.begin(model)
+    before = own_updates(model)
+    train(model, 0.3)
+    teacher.after_step(model)
+    lost = whole = 0.0
+    for found, one, two in zip(updates(model, teacher), before, own_updates(model), strict=True):
+        wanted = 0.75 * one + 0.25 * two
+        lost, whole = lost + float((wanted - found).square().sum()), whole + float(wanted.square().sum())
+    assert teacher.discarded == pytest.approx(lost / whole, rel=1e-9)
+
+
 def test_a_slow_student_is_followed_closely() -> None:
     """A student whose update grows by 5 % a step along its own directions is averaged exactly."""
     model = student()
