@@ -227,4 +227,4 @@ def test_decisions_are_told_and_the_rate_is_warmed_again_after_a_switch(tmp_path
     made.callback_handler.callbacks.insert(0, Watch())
     made.train()
     assert [(d.step, d.kind) for d in told if d.kind != "reweighted"] == [(2, "switch"), (4, "switch"), (6, "ended")]
-    assert [round(rate / 1e-2, 3) for rate in rates] == [1.0, 0.65, 0.3, 0.65, 0.3, 0.65, 0.3, 0.65]
+    assert [round(rate / 1e-2, 3) for rate in rates] == [1.0, 1.0, 0.3, 0.65, 0.3, 0.65, 1.0, 1.0]

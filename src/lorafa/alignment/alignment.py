@@ -246,9 +246,13 @@ class Alignment:
             done.append(self._compressed(decision.phase, optimizer))
         if decision.accept:
             self._kept = self._student(model, optimizer)
-        lost = self.teacher.refresh(model).discarded if decision.refresh and self.teacher.follows else 0.0
+        lost = 0.0
+        if decision.refresh and self.teacher.follows:
+            lost = self.teacher.refresh(model).discarded
+            self.schedule.followed()
         done.insert(0, replace(decision, discarded=lost))
         if decision.begins and self.carry is not None:
+            done += self._balanced(model, self.probe_batches)  # the joint loss of the phase that begins
             done.append(self._reoriented(self.carry, model, optimizer))
         return done
 

@@ -290,6 +290,18 @@ def test_a_training_goes_on_in_the_middle_of_a_phase_to_the_bit() -> None:
     assert loop(second, resumed, again, 5) == losses[7:]
 
 
+@pytest.mark.parametrize(("teacher", "forgotten"), [("snapshot", True), ("anchor", True), ("base", False)])
+def test_a_refreshed_teacher_is_measured_anew(teacher: str, forgotten: bool) -> None:
+    """The least divergence that drift is measured by is that from the teacher as it is, not from the one before."""
+    model = student()
+    settings = CyclicSettings(task_steps=2, teacher_steps=1, gate=False, trigger="drift")
+    alignment = Alignment(model, teacher, schedule=settings, steps=20, probe=PROBE)
+    loop(model, alignment, adam(model), 3)
+    state = alignment.schedule.state_dict()
+    assert (state["phase"], state["in_phase"]) == ("task", 0)
+    assert (state["least"] == float("inf")) is forgotten
+
+
 def test_a_refusal_twice_brings_the_student_and_its_optimizer_back() -> None:
     model = student()
     with torch.no_grad():
