@@ -40,8 +40,8 @@ class Said(Protocol):
             gold: the tokens that come next, (n,).
         """
 
-    def look(self, norm: nn.Module | None) -> Look:
-        """What the teacher would say from inner states, which its head reads through a norm."""
+    def look(self, layer: int, norm: nn.Module | None) -> Look:
+        """What the teacher would say from its states after a layer, which its head reads through a norm."""
 
 
 class Spoken(Positions):
@@ -65,8 +65,8 @@ class Spoken(Positions):
             return of.with_gradient(own.clone(), theirs, gold)
         return of(own, theirs, gold), None
 
-    def look(self, norm: nn.Module | None) -> Look:
-        return look(self.head, self.transform, norm)
+    def look(self, layer: int, norm: nn.Module | None) -> Look:
+        return look(self.head, self.transform, None if layer == self.depth else norm)
 
 
 class Told:
@@ -88,12 +88,12 @@ class Told:
             return of.of_letters_with_gradient(own, theirs, gold)
         return of.of_letters(own, theirs, gold), None
 
-    def look(self, norm: nn.Module | None) -> Look:
+    def look(self, layer: int, norm: nn.Module | None) -> Look:
         raise ConfigError("A cache keeps no inner states of the teacher. Take align.map=null, or no cache.")
 
 
 def look(head: nn.Linear, transform: LogitTransform, norm: nn.Module | None) -> Look:
-    """The logits that a head makes of inner states."""
+    """The logits that a head makes of inner states; those after the last layer have come through the norm already."""
 
     def looked(hidden: Tensor) -> Tensor:
         states = hidden if norm is None else norm(hidden.to(head.weight.dtype))

@@ -93,9 +93,9 @@ def test_distances_of_states_are_added_for_each_layer(name: str) -> None:
         layers = one(input_ids=IDS, output_hidden_states=True).hidden_states
         return [layers[layer][:, :-1][COUNTED] for layer in (1, 2)]
 
-    def look(one: Any) -> Any:
+    def look(one: Any, layer: int) -> Any:
         base = one.get_base_model() if hasattr(one, "get_base_model") else one
-        return lambda h: base.lm_head(base.model.norm(h))
+        return base.lm_head if layer == 2 else lambda h: base.lm_head(base.model.norm(h))
 
     with torch.no_grad():
         theirs, said = counted_logits(other), states(other)
@@ -103,13 +103,33 @@ def test_distances_of_states_are_added_for_each_layer(name: str) -> None:
     between = MAPS.get(name)()
     assert alignment.term is not None
     distances = [
-        between(States(H, look(model), alignment.term.projections.get(layer)), States(T, look(other)))
+        between(States(H, look(model, layer), alignment.term.projections.get(layer)), States(T, look(other, layer)))
         for layer, H, T in zip((1, 2), states(model), said, strict=True)
     ]
     divergence = DIVERGENCES.get("fkl")()(own, theirs, gold).mean()
     wanted = nn.functional.cross_entropy(own, gold) + 0.5 * (divergence + 0.3 * sum(distances) / 2)
     close(loss.detach(), wanted.detach(), 1e-9)
     assert_same(found, gradients(wanted, model), 1e-4)  # the model's norms take their gradients in float32
+
+
+def test_the_lens_after_the_last_layer_is_what_the_models_say() -> None:
+    """Symmetric KL of the two distributions, and 1/2 Var_p of the difference of logits: no norm comes twice."""
+    model, other = student(), other_model()
+    for one in (model.get_base_model(), other):
+        with torch.no_grad():
+            one.model.norm.weight.copy_(torch.linspace(0.3, 3, one.config.hidden_size))
+    own, theirs = counted_logits(model), counted_logits(other)
+    log_q, log_p = own.log_softmax(-1), theirs.log_softmax(-1)
+    lens = 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+    found = Alignment(model, other, divergence="none", map="lens", map_layers=(2,), map_weight=1.0)
+    close(found.discrepancy(model, BATCH).detach(), lens.detach(), 1e-9)
+    head = copy.deepcopy(other.lm_head)  # one head, which functional reads both states through
+    model.get_base_model().lm_head.load_state_dict(head.state_dict())  # type: ignore[union-attr]
+    difference = counted_logits(model) - theirs
+    p = log_p.exp()
+    variance = (p * difference.square()).sum(-1) - (p * difference).sum(-1).square()
+    found = Alignment(model, other, divergence="none", map="functional", map_layers=(2,), map_weight=1.0)
+    close(found.discrepancy(model, BATCH).detach(), variance.mean().detach() / 2, 1e-9)
 
 
 @pytest.mark.parametrize("teacher", ["base", "snapshot"])
