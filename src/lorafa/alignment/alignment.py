@@ -119,7 +119,8 @@ class Alignment:
 
     def _check(self, model: nn.Module) -> None:
         sizes = [vocabulary_of(model), self.teacher.vocabulary()]
-        if self.divergence is not None and sizes[0] and sizes[1] and abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):  # type: ignore[type-var,operator]
+        compares = self.divergence is not None or (self.term is not None and self.term.map.one_vocabulary)
+        if compares and sizes[0] and sizes[1] and abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):  # type: ignore[type-var,operator]
             raise ConfigError(
                 f"The teacher has {sizes[1]:,} tokens and the student {sizes[0]:,}: their distributions over next "
                 "tokens cannot be compared. Take a teacher of the same vocabulary, or compare inner states alone: "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.divergences.letters import Letters
-from lorafa.alignment.maps.base import Look
+from lorafa.alignment.maps.base import Look, on_shared
 from lorafa.errors import ConfigError
 from lorafa.models.head_loss import LogitTransform
 from lorafa.models.positions import Positions
@@ -60,7 +60,7 @@ class Spoken(Positions):
         theirs = self._logits[at : at + len(gold)].to(device=own.device, dtype=own.dtype)
         theirs = self.transform.apply_(theirs)
         if theirs.shape[-1] != own.shape[-1]:
-            theirs, own = _on_shared(theirs, own)
+            theirs, own = on_shared(theirs, own)
         if wants_gradient:
             return of.with_gradient(own.clone(), theirs, gold)
         return of(own, theirs, gold), None
@@ -74,8 +74,9 @@ class Told:
 
     inner: Mapping[int, Tensor] = {}
 
-    def __init__(self, letters: Letters) -> None:
-        self.letters = letters
+    def __init__(self, letters: Letters, vocabulary: int | None = None) -> None:
+        """``vocabulary`` is the number of tokens that the letters are of; None: of as many as the student has."""
+        self.letters, self.vocabulary = letters, vocabulary
 
     def __len__(self) -> int:
         return len(self.letters)
@@ -84,6 +85,7 @@ class Told:
 
     def compared(self, of: Divergence, own: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> Found:
         theirs = self.letters[first : first + len(gold)].to(own.device, own.dtype)
+        own = own[:, : self.vocabulary]
         if wants_gradient:
             return of.of_letters_with_gradient(own, theirs, gold)
         return of.of_letters(own, theirs, gold), None
@@ -105,9 +107,3 @@ def look(head: nn.Linear, transform: LogitTransform, norm: nn.Module | None) -> 
 
 def _of(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
-
-
-def _on_shared(theirs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the tokens that both tables have: heads are often filled up to another multiple."""
-    shared = min(theirs.shape[-1], own.shape[-1])
-    return theirs[:, :shared].contiguous(), own[:, :shared].contiguous()

@@ -132,6 +132,14 @@ def test_the_lens_after_the_last_layer_is_what_the_models_say() -> None:
     close(found.discrepancy(model, BATCH).detach(), variance.mean().detach() / 2, 1e-9)
 
 
+def test_a_lens_of_tables_that_are_filled_up_is_on_the_tokens_both_have() -> None:
+    model, other = adapted(llama(vocab_size=200).double()).eval(), llama(vocab_size=202).double().eval()
+    alignment = Alignment(model, other, divergence="none", map="lens", map_layers=(2,), map_weight=1.0)
+    log_q, log_p = counted_logits(model).log_softmax(-1), counted_logits(other)[:, :200].log_softmax(-1)
+    wanted = 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+    close(alignment.discrepancy(model, BATCH).detach(), wanted.detach(), 1e-9)
+
+
 @pytest.mark.parametrize("teacher", ["base", "snapshot"])
 def test_a_teacher_that_is_the_student_has_no_divergence_and_no_gradient(teacher: str) -> None:
     model = adapted(llama().double()).eval() if teacher == "snapshot" else _fresh()
@@ -204,6 +212,8 @@ def test_what_cannot_be_compared_is_refused() -> None:
     model = student()
     with pytest.raises(ConfigError, match=r"The teacher has 48 tokens and the student 32.*divergence='none' and a map"):
         Alignment(model, llama(vocab_size=48))
+    with pytest.raises(ConfigError, match="The teacher has 48 tokens and the student 32"):
+        Alignment(model, llama(vocab_size=48), divergence="none", map="lens")
     with pytest.raises(ConfigError, match=r"Unknown teacher 'bse'\. Did you mean 'base'"):
         Alignment(model, "bse")
     with pytest.raises(ConfigError, match="Unknown divergence 'kl'"):
