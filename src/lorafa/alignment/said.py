@@ -12,7 +12,7 @@ from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.divergences.letters import Letters
 from lorafa.alignment.maps.base import Look, on_shared
 from lorafa.errors import ConfigError
-from lorafa.models.head_loss import LogitTransform
+from lorafa.models.head_loss import HiddenStates, LogitTransform
 from lorafa.models.positions import Positions
 
 Found = tuple[Tensor, Tensor | None]
@@ -50,9 +50,19 @@ class Spoken(Positions):
     def __init__(self, layers: tuple[int, ...] = ()) -> None:
         super().__init__(layers)
         self._start, self._logits = 0, torch.empty(0)
+        self._cast: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+        found, device = super().__call__(states, targets, chunk_tokens), self.rows.device.type
+        if torch.is_autocast_enabled(device):  # logits are rounded as the student's: equal states have no divergence
+            dtype = torch.get_autocast_dtype(device)
+            weight, bias = _of(self.head)
+            self._cast = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return found
 
     def begin(self, start: int, end: int) -> None:
-        self._logits = nn.functional.linear(self.rows[start:end].to(self.head.weight.dtype), *_of(self.head))
+        weight, bias = self._cast or _of(self.head)
+        self._logits = nn.functional.linear(self.rows[start:end].to(weight.dtype), weight, bias)
         self._start = start
 
     def compared(self, of: Divergence, own: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> Found:
