@@ -247,7 +247,7 @@ class Alignment:
             done.append(self._compressed(decision.phase, optimizer))
         if decision.accept:
             self._kept = self._student(model, optimizer)
-        lost = 0.0
+        lost = self.teacher.discarded if decision.refresh or decision.begins else 0.0
         if decision.refresh and self.teacher.follows:
             lost = self.teacher.refresh(model).discarded
             self.schedule.followed()

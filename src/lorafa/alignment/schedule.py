@@ -54,8 +54,8 @@ class Decision:
     begins: bool = False
     """A phase of the teacher begins."""
     discarded: float = 0.0
-    """Share of the squared norm of the student's update that a refreshed teacher, or the student's own rank after a
-    reoriented phase, could not hold."""
+    """Share of the squared norm of the student's update that a teacher that was refreshed, or that follows each step,
+    or the student's own rank after a reoriented phase, could not hold."""
 
 
 @dataclass(frozen=True)

@@ -301,6 +301,20 @@ def test_the_teacher_runs_in_its_phases_alone() -> None:
     assert alignment.teacher_passes == 4  # two phases of two steps; the last cycle has no room
 
 
+@pytest.mark.parametrize("kind", ["ema", "anchor", "snapshot"])
+def test_what_the_rank_of_an_average_could_not_hold_is_in_the_record(kind: str) -> None:
+    model = student()
+    alignment, optimizer, found = Alignment(model, kind, schedule=SMALL, steps=12, probe=PROBE), adam(model), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        alignment.loss(model, BATCH).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        found += [one.discarded for one in alignment.after_step(model, optimizer) if one.kind == "switch"]
+    assert len(found) == 2
+    wanted = {"ema": (True, True), "anchor": (False, True), "snapshot": (False, False)}[kind]
+    assert tuple(0 < one < 0.5 for one in found) == wanted
+
+
 def test_a_training_goes_on_in_the_middle_of_a_phase_to_the_bit() -> None:
     whole = student()
     alignment = Alignment(whole, "snapshot", schedule=SMALL, steps=12, probe=PROBE)
