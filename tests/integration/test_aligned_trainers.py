@@ -35,10 +35,13 @@ def student() -> Any:
 
 
 def trainer(folder: Path, model: Any, alignment: Alignment, kind: type[Any] = AlignedTrainer, **own: Any) -> Any:
-    settings = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"}
+    settings = {
+        "max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 2,
+    }  # fmt: skip
     arguments = transformers.TrainingArguments(
-        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, seed=5, per_device_train_batch_size=2,
-        learning_rate=1e-2, **(settings | own.pop("args", {})),
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, seed=5, learning_rate=1e-2,
+        **(settings | own.pop("args", {})),
     )  # fmt: skip
     data = {"train_dataset": samples(), "eval_dataset": samples(5, seed=1), "data_collator": collate}
     return kind(model, arguments, alignment=alignment, **(data | own))
@@ -72,6 +75,47 @@ def test_the_divergence_of_each_step_is_logged_and_evaluations_have_no_teacher(t
     assert all(row["divergence"] > 0 for row in rows)
     plain = trainer_for(tmp_path, student())
     assert before == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_a_trainer_that_wraps_the_model_itself_is_refused_on_several_devices(tmp_path: Path) -> None:
+    class OnTwo(transformers.TrainingArguments):  # type: ignore[misc]
+        @property
+        def n_gpu(self) -> int:
+            return 2
+
+    model, own = student(), {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2}
+    with pytest.raises(ConfigError, match=r"on several devices needs a trainer whose.*Take lorafa\.train\.aligned"):
+        Plain(model, OnTwo(str(tmp_path), **own), alignment=Alignment(model, "base"), train_dataset=samples())
+
+
+def test_batches_of_unequal_counts_are_one_step_of_all_their_tokens(tmp_path: Path) -> None:
+    """Four batches of a row each, with 1, 2, 3 and 4 tokens that count, are the step of one batch with all."""
+    rows = samples(4)
+    for number, row in enumerate(rows):
+        labels = list(row["input_ids"])
+        row["labels"] = [-100] * (len(labels) - number - 1) + labels[len(labels) - number - 1 :]
+    found = []
+    for kind in (AlignedTrainer, Plain):
+        for size, steps in ((1, 4), (4, 1)):
+            model = student()
+            args = {"max_steps": 1, "per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+            alignment = Alignment(model, "base", weight=2.0, divergence="fkl")
+            made = trainer(tmp_path, model, alignment, kind, args=args, train_dataset=rows)
+            gradients: dict[str, Tensor] = {}
+
+            class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+                def on_pre_optimizer_step(self, *_: Any, model: Any = None, into: Any = gradients, **__: Any) -> None:
+                    into.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+            made.add_callback(Watch())
+            made.train()
+            (line,) = [row for row in log_of(made) if "loss" in row]
+            found.append((line["loss"], line["divergence"], gradients))
+    for loss, divergence, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert divergence == pytest.approx(found[0][1], rel=1e-4)  # of float32
+        for name, grad in found[0][2].items():
+            torch.testing.assert_close(gradients[name], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_teacher_pulls_the_student_back(tmp_path: Path) -> None:
@@ -227,4 +271,4 @@ def test_decisions_are_told_and_the_rate_is_warmed_again_after_a_switch(tmp_path
     made.callback_handler.callbacks.insert(0, Watch())
     made.train()
     assert [(d.step, d.kind) for d in told if d.kind != "reweighted"] == [(2, "switch"), (4, "switch"), (6, "ended")]
-    assert [round(rate / 1e-2, 3) for rate in rates] == [1.0, 0.65, 0.3, 0.65, 0.3, 0.65, 0.3, 0.65]
+    assert [round(rate / 1e-2, 3) for rate in rates] == [1.0, 1.0, 0.3, 0.65, 0.3, 0.65, 1.0, 1.0]

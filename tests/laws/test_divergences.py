@@ -95,6 +95,67 @@ def test_jensen_shannon_is_symmetric_and_bounded() -> None:
         assert float(made(other, {})(student, teacher, gold).max()) <= bound + 1e-12
 
 
+@pytest.mark.parametrize("tau", [0.6, 1.0, 3.0])
+def test_each_is_its_formula_written_out(tau: float) -> None:
+    """From the distributions themselves, with the power of the temperature that each has."""
+    student, teacher, gold = logits()
+    p, q, b, a = (teacher / tau).softmax(-1), (student / tau).softmax(-1), 0.3, 0.2
+    m = b * p + (1 - b) * q
+    wanted = {
+        "fkl": tau**2 * kl(p, q), "rkl": tau**2 * kl(q, p), "js": tau**2 * (b * kl(p, m) + (1 - b) * kl(q, m)),
+        "skew": tau**2 * kl(p, (1 - a) * q + a * p), "tv": (p - q).abs().sum(-1) / 2,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {"js": {"beta": b}, "skew": {"skew": a}}
+    for name, value in wanted.items():
+        close(made(name, {"temperature": tau} | own.get(name, {}))(student, teacher, gold), value, 1e-12)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_jensen_shannon_goes_over_into_both_kls_and_skewed_kl_into_the_forward_one(tau: float) -> None:
+    """js / beta -> fkl for beta -> 0, js / (1 - beta) -> rkl for beta -> 1; their gradients too, which the bounded ones
+    stay below."""
+    student, teacher, gold = logits(scale=0.8)
+
+    def both(name: str, **own: Any) -> tuple[Tensor, Tensor]:
+        return made(name, {"temperature": tau} | own).with_gradient(student.clone(), teacher.clone(), gold)
+
+    small = 1e-7
+    for found, limit, share in (
+        (both("js", beta=small), both("fkl"), small),
+        (both("js", beta=1 - small), both("rkl"), small),
+        (both("skew", skew=small), both("fkl"), 1.0),
+    ):
+        for part, wanted in zip(found, limit, strict=True):
+            close(part / share, wanted, 1e-5)
+    close(both("skew", skew=1 - small)[0], torch.zeros(len(gold), dtype=torch.float64), torch.float64)
+    one = made("skew", {"skew": 1 - 1e-3})(student, teacher, gold)  # -> (1 - a)^2 / 2 chi^2(q | p)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    close(one / 1e-6, ((q - p).square() / p).sum(-1) / 2, 2e-2)
+
+
+@pytest.mark.parametrize("tau", [0.5, 3.0])
+def test_bounds_are_multiplied_by_the_square_of_the_temperature(tau: float) -> None:
+    student, teacher, gold = logits(rows=300, scale=20.0 * tau)
+    for name, bound in (("js", tau**2 * math.log(2)), ("skew", -(tau**2) * math.log(0.1)), ("tv", 1.0)):
+        value = made(name, {"temperature": tau})(student, teacher, gold)
+        assert 0.9 * bound < float(value.max()) <= bound * (1 + 1e-12)
+
+
+def test_gradients_keep_their_size_when_the_temperature_rises() -> None:
+    """tau^2 for KLs: at high temperatures neither value nor gradient depends on it; without it they would vanish."""
+    student, teacher, gold = logits()
+    for name in ("fkl", "rkl", "js", "skew", "masked_target"):
+        found = [
+            made(name, {"temperature": tau}).with_gradient(student.clone(), teacher.clone(), gold) for tau in (1e3, 4e3)
+        ]
+        for one, other in zip(*found, strict=True):
+            close(one, other, 1e-2)
+
+
 def test_forward_kl_becomes_the_error_of_logits_at_high_temperatures() -> None:
     """tau^2 KL -> 1 / (2 V) ||z_S - z_T||^2 of centred logits (arXiv:1503.02531, section 2.1)."""
     student, teacher, gold = logits()

@@ -108,6 +108,18 @@ def test_two_sketches_added_up_are_the_sketch_of_the_joint_loss(start: str, how:
     assert_same(joint.at(weight), wanted)
 
 
+def test_lora_da_takes_the_joint_gradient_in_the_metrics_of_the_task() -> None:
+    """Its second moment of output gradients is no sum of two: it stays that of the task's loss."""
+    model, teacher = student(), other_model()
+    joint = collect_joint_statistics(model, config("lora_da"), batches(), JointStart(teacher=teacher, divergence="fkl"))
+    task = collect_statistics(model, config("lora_da"), batches())
+    whole = collect_statistics(model, config("lora_da"), batches(), loss=joint_by_hand(teacher, 3.0))
+    for layer, found in joint.at(3.0).items():
+        close(found["gradient.dense"], whole[layer]["gradient.dense"], 1e-9)
+        close(found["output_moment.Y"], task[layer]["output_moment.Y"], 1e-12)
+        close(found["second_moment.C"], whole[layer]["second_moment.C"], 1e-12)
+
+
 def test_the_data_is_gone_over_once_for_each_loss_whatever_the_weights_are() -> None:
     model, seen = student(), []
 

@@ -50,6 +50,25 @@ def test_it_is_never_above_that_of_all_tokens_and_rises_to_it(name: str, setting
     close(before, whole, 1e-10)
 
 
+@pytest.mark.parametrize("top_k", [1, 3, V - 1])
+def test_it_is_the_kl_of_both_distributions_put_together_to_the_letters(top_k: int) -> None:
+    """Written out: the k likeliest of the teacher as they are, and all others as one, of p and of q alike."""
+    student, teacher, gold = logits()
+    tau = 2.0
+
+    def put_together(z: Tensor, ids: Tensor, dropped: Tensor | None) -> Tensor:
+        z = z if dropped is None else z.scatter(1, dropped[:, None], -torch.inf)
+        p = (z / tau).softmax(-1)
+        return torch.cat([p.gather(1, ids), p.scatter(1, ids, 0.0).sum(-1, keepdim=True)], dim=-1)
+
+    for name, dropped in (("fkl", None), ("masked_target", gold)):
+        divergence = made(name, {"temperature": tau})
+        told = kept(divergence, teacher, gold, top_k)
+        p, q = (put_together(z, told.ids, dropped) for z in (teacher, student))
+        wanted = tau**2 * (torch.xlogy(p, p) - torch.xlogy(p, q.clamp_min(1e-300))).sum(-1)
+        close(divergence.of_letters(student, told, gold), wanted, 1e-10)
+
+
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_it_is_zero_for_the_teacher_itself_whose_gradient_is_none(name: str, settings: dict[str, Any]) -> None:
     divergence = made(name, settings)

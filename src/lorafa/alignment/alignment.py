@@ -119,7 +119,8 @@ class Alignment:
 
     def _check(self, model: nn.Module) -> None:
         sizes = [vocabulary_of(model), self.teacher.vocabulary()]
-        if self.divergence is not None and sizes[0] and sizes[1] and abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):  # type: ignore[type-var,operator]
+        compares = self.divergence is not None or (self.term is not None and self.term.map.one_vocabulary)
+        if compares and sizes[0] and sizes[1] and abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):  # type: ignore[type-var,operator]
             raise ConfigError(
                 f"The teacher has {sizes[1]:,} tokens and the student {sizes[0]:,}: their distributions over next "
                 "tokens cannot be compared. Take a teacher of the same vocabulary, or compare inner states alone: "
@@ -246,9 +247,13 @@ class Alignment:
             done.append(self._compressed(decision.phase, optimizer))
         if decision.accept:
             self._kept = self._student(model, optimizer)
-        lost = self.teacher.refresh(model).discarded if decision.refresh and self.teacher.follows else 0.0
+        lost = self.teacher.discarded if decision.refresh or decision.begins else 0.0
+        if decision.refresh and self.teacher.follows:
+            lost = self.teacher.refresh(model).discarded
+            self.schedule.followed()
         done.insert(0, replace(decision, discarded=lost))
         if decision.begins and self.carry is not None:
+            done += self._balanced(model, self.probe_batches)  # the joint loss of the phase that begins
             done.append(self._reoriented(self.carry, model, optimizer))
         return done
 

@@ -85,7 +85,8 @@ class JointObjective:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         looks: tuple[Look | None, Look | None] = (None, None)
         if between.reads_lens:
-            looks = look(states.head, states.transform, self.norms[0]), self.said.look(self.norms[1])
+            norm = None if layer == states.depth else self.norms[0]
+            looks = look(states.head, states.transform, norm), self.said.look(layer, self.norms[1])
         projection = self.term.projections.get(layer) if self.term is not None else None
         return between(States(hidden.to(wide), looks[0], projection), States(theirs.to(wide), looks[1]))
 

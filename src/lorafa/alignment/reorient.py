@@ -149,7 +149,7 @@ class Carry:
         return pair.layer.matrix_A(p_A.detach()).clone(), pair.layer.matrix_B(p_B.detach()).clone()
 
     def _folded(self, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-        """A and B of the whole update, cut to the rank, and all its squared singular values in float64.
+        """A and B of the whole update, cut to the rank, and all squared singular values of s B A in float64.
 
         The rows of A are orthogonal and as large together as those that were carried: what B learns by a step does not
         depend on how large the update has become.
@@ -161,7 +161,7 @@ class Carry:
         V, US, S = nearest_product(stacked_A, stacked_B, rank)
         size = torch.linalg.matrix_norm(start.A.to(V))[..., None, None] / rank**0.5
         size = torch.where(size > 0, size, torch.ones_like(size))
-        return V * size, US / size, S.double().square()
+        return V * size, US / size, S.double().square() * pair.square_of_scaling
 
     def _forget(self, optimizer: Optimizer | None) -> None:
         for pair in self.pairs if optimizer is not None else ():

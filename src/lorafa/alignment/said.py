@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.divergences.letters import Letters
-from lorafa.alignment.maps.base import Look
+from lorafa.alignment.maps.base import Look, on_shared
 from lorafa.errors import ConfigError
-from lorafa.models.head_loss import LogitTransform
+from lorafa.models.head_loss import HiddenStates, LogitTransform
 from lorafa.models.positions import Positions
 
 Found = tuple[Tensor, Tensor | None]
@@ -40,8 +40,8 @@ class Said(Protocol):
             gold: the tokens that come next, (n,).
         """
 
-    def look(self, norm: nn.Module | None) -> Look:
-        """What the teacher would say from inner states, which its head reads through a norm."""
+    def look(self, layer: int, norm: nn.Module | None) -> Look:
+        """What the teacher would say from its states after a layer, which its head reads through a norm."""
 
 
 class Spoken(Positions):
@@ -50,9 +50,19 @@ class Spoken(Positions):
     def __init__(self, layers: tuple[int, ...] = ()) -> None:
         super().__init__(layers)
         self._start, self._logits = 0, torch.empty(0)
+        self._cast: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
+        found, device = super().__call__(states, targets, chunk_tokens), self.rows.device.type
+        if torch.is_autocast_enabled(device):  # logits are rounded as the student's: equal states have no divergence
+            dtype = torch.get_autocast_dtype(device)
+            weight, bias = _of(self.head)
+            self._cast = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return found
 
     def begin(self, start: int, end: int) -> None:
-        self._logits = nn.functional.linear(self.rows[start:end].to(self.head.weight.dtype), *_of(self.head))
+        weight, bias = self._cast or _of(self.head)
+        self._logits = nn.functional.linear(self.rows[start:end].to(weight.dtype), weight, bias)
         self._start = start
 
     def compared(self, of: Divergence, own: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> Found:
@@ -60,13 +70,13 @@ class Spoken(Positions):
         theirs = self._logits[at : at + len(gold)].to(device=own.device, dtype=own.dtype)
         theirs = self.transform.apply_(theirs)
         if theirs.shape[-1] != own.shape[-1]:
-            theirs, own = _on_shared(theirs, own)
+            theirs, own = on_shared(theirs, own)
         if wants_gradient:
             return of.with_gradient(own.clone(), theirs, gold)
         return of(own, theirs, gold), None
 
-    def look(self, norm: nn.Module | None) -> Look:
-        return look(self.head, self.transform, norm)
+    def look(self, layer: int, norm: nn.Module | None) -> Look:
+        return look(self.head, self.transform, None if layer == self.depth else norm)
 
 
 class Told:
@@ -74,8 +84,9 @@ class Told:
 
     inner: Mapping[int, Tensor] = {}
 
-    def __init__(self, letters: Letters) -> None:
-        self.letters = letters
+    def __init__(self, letters: Letters, vocabulary: int | None = None) -> None:
+        """``vocabulary`` is the number of tokens that the letters are of; None: of as many as the student has."""
+        self.letters, self.vocabulary = letters, vocabulary
 
     def __len__(self) -> int:
         return len(self.letters)
@@ -84,16 +95,17 @@ class Told:
 
     def compared(self, of: Divergence, own: Tensor, gold: Tensor, first: int, wants_gradient: bool) -> Found:
         theirs = self.letters[first : first + len(gold)].to(own.device, own.dtype)
+        own = own[:, : self.vocabulary]
         if wants_gradient:
             return of.of_letters_with_gradient(own, theirs, gold)
         return of.of_letters(own, theirs, gold), None
 
-    def look(self, norm: nn.Module | None) -> Look:
+    def look(self, layer: int, norm: nn.Module | None) -> Look:
         raise ConfigError("A cache keeps no inner states of the teacher. Take align.map=null, or no cache.")
 
 
 def look(head: nn.Linear, transform: LogitTransform, norm: nn.Module | None) -> Look:
-    """The logits that a head makes of inner states."""
+    """The logits that a head makes of inner states; those after the last layer have come through the norm already."""
 
     def looked(hidden: Tensor) -> Tensor:
         states = hidden if norm is None else norm(hidden.to(head.weight.dtype))
@@ -105,9 +117,3 @@ def look(head: nn.Linear, transform: LogitTransform, norm: nn.Module | None) -> 
 
 def _of(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
-
-
-def _on_shared(theirs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the tokens that both tables have: heads are often filled up to another multiple."""
-    shared = min(theirs.shape[-1], own.shape[-1])
-    return theirs[:, :shared].contiguous(), own[:, :shared].contiguous()

@@ -54,8 +54,8 @@ class Decision:
     begins: bool = False
     """A phase of the teacher begins."""
     discarded: float = 0.0
-    """Share of the squared norm of the student's update that a refreshed teacher, or the student's own rank after a
-    reoriented phase, could not hold."""
+    """Share of the squared norm of the student's update that a teacher that was refreshed, or that follows each step,
+    or the student's own rank after a reoriented phase, could not hold."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,21 @@ class CyclicSettings:
     """What the task counts beside the teacher, mu."""
     trigger: str = "clock"
     """What proposes a phase of the teacher: "clock" after ``task_steps``, "drift" also as soon as the divergence has
-    grown by ``drift``."""
+    grown by ``drift``, which is looked at after each quarter of ``task_steps``."""
     gate: bool = True
     """Whether a proposal is taken back where the task's loss on the probe is worse than ``tolerance`` allows."""
     tolerance: float = 0.01
     """By how much, as a share, the task's loss may be above that of the last state that was accepted."""
     drift: float = 0.2
-    """By how much, as a share, the divergence may be above its least value since the teacher counted last."""
+    """By how much, as a share, the divergence may be above its least value since the teacher counted last, or became
+    another one."""
     rewarm_steps: int = 10
     """After a switch the rate rises from 0.3 of itself over so many steps."""
     most_rollbacks: int = 3
     """After so many the cycles end, and the task alone is trained on."""
     end_on_teacher: bool = False
-    """Let the last phase be the teacher's; otherwise the task has the last steps."""
+    """Let the teacher have the last ``teacher_steps``, for which the task's phase before them may be longer; otherwise
+    the task has the last steps."""
     reorient: bool = False
     """Begin each phase of the teacher with new A along the gradient of the joint loss, and B = 0, beside the update so
     far, which is frozen; at its end both are cut to the rank together."""
@@ -130,6 +132,10 @@ class Schedule(ABC):
     @abstractmethod
     def reweigh(self, weight: float) -> None:
         """Go on with another weight of the teacher, as if it had been the first."""
+
+    def followed(self) -> None:
+        """Take in that the teacher is another one from here on: what was measured of the last says nothing of it."""
+        return None
 
     @property
     def finished(self) -> bool:
@@ -171,7 +177,7 @@ class CyclicState:
     accepted: float = float("inf")
     """The task's loss on the probe when the student was last accepted."""
     least: float = float("inf")
-    """The least divergence since the teacher counted last."""
+    """The least divergence from the present teacher since it counted last."""
     before: float | None = None
     """The divergence with which the phase of the teacher began."""
     before_task: float | None = None
@@ -208,13 +214,17 @@ class Cyclic(Schedule):
     def reweigh(self, weight: float) -> None:
         self.state = replace(self.state, weight=weight, first_weight=weight)
 
+    def followed(self) -> None:
+        self.state = replace(self.state, least=float("inf"))
+
     @property
     def finished(self) -> bool:
         return self.state.step >= self.total
 
     def share(self) -> Share:
         own, rewarm = self.state, self.settings.rewarm_steps
-        risen = min(own.in_phase / rewarm, 1.0) if rewarm and own.step > 0 else 1.0
+        switched = own.in_phase < own.step  # the first phase has begun by no switch
+        risen = min(own.in_phase / rewarm, 1.0) if rewarm and switched else 1.0
         rate = own.rate * (0.3 + 0.7 * risen)
         if own.phase == "task" or own.ended:
             return Share(1.0, 0.0, rate)
@@ -224,13 +234,19 @@ class Cyclic(Schedule):
         own = self.state = replace(self.state, step=self.state.step + 1, in_phase=self.state.in_phase + 1)
         if own.ended or own.step >= self.total:
             return []
-        length = self.settings.task_steps if own.phase == "task" else self.settings.teacher_steps
+        settings, left = self.settings, self.total - own.step
+        length = settings.task_steps if own.phase == "task" else settings.teacher_steps
+        if settings.end_on_teacher and own.phase == "task" and left < length + 2 * settings.teacher_steps:
+            if left > settings.teacher_steps:
+                return []  # no other cycle fits in: the last phase of the teacher is to end with the training
+            if left == settings.teacher_steps:
+                return self._propose(probe(), f"{left} steps are left")
         if own.in_phase % length == 0:
             return self._propose(probe(), f"{own.in_phase} steps of the phase are done")
-        quarter = max(self.settings.task_steps // 4, 1)
-        if self.settings.trigger == "drift" and own.phase == "task" and own.in_phase % quarter == 0:
+        quarter = -(-settings.task_steps // 4)
+        if settings.trigger == "drift" and own.phase == "task" and own.in_phase % quarter == 0:
             found = probe()
-            if found.divergence > (1 + self.settings.drift) * own.least:
+            if found.divergence > (1 + settings.drift) * own.least:
                 return self._propose(found, f"the divergence {found.divergence:.4g} has left {own.least:.4g}")
             self.state = replace(own, least=min(own.least, found.divergence))
         return []
@@ -245,7 +261,7 @@ class Cyclic(Schedule):
         left = settings.task_steps + settings.teacher_steps
         no_room = self.total - own.step < (settings.teacher_steps if settings.end_on_teacher else left)
         if following == "teacher" and no_room:
-            self.state = replace(self.state, ended=True, in_phase=0)
+            self.state = replace(self.state, ended=True)
             return [*decisions, Decision(own.step, "ended", "task", "the steps left are the task's", found)]
         self.state = replace(
             self.state, phase=following, in_phase=0, refusals=0, accepted=found.task, least=found.divergence,

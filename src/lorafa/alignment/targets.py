@@ -44,6 +44,7 @@ class About:
     temperature: float
     top_k: int
     vocabulary: int
+    """Tokens that the distributions are of: those that teacher and student both have."""
     rows: str | None = None
     """A hash of all the rows it was made for; None where rows are added as they come."""
     files: str | None = None

@@ -84,7 +84,10 @@ class HiddenStates:
     transform: LogitTransform
     """What becomes of the head's output."""
     inner: Mapping[int, Tensor] = field(default_factory=dict)
-    """(batch, tokens, size) after so many layers, those that :attr:`Objective.layers` names; 0 is the embedding."""
+    """(batch, tokens, size) after so many layers, those that :attr:`Objective.layers` names; 0 is the embedding, and
+    after all layers it is :attr:`last`, which the norm before the head has made."""
+    depth: int | None = None
+    """The number of all layers, where inner states were asked for."""
 
 
 class Objective(Protocol):
@@ -292,14 +295,15 @@ def _hidden_states(
     if not layers:
         return HiddenStates(parts.body(**inputs)[0], parts.head, parts.transform)
     output = parts.body(**inputs, output_hidden_states=True, return_dict=True)
-    known = output.hidden_states
-    missing = [layer for layer in layers if not 0 <= layer < len(known)]
+    known, depth = output.hidden_states, len(output.hidden_states) - 1
+    missing = [layer for layer in layers if not 0 <= layer <= depth]
     if missing:
         raise BackendError(
-            f"The objective reads the states after layer {missing[0]}, and the model has {len(known) - 1} layers. Name "
-            f"layers from 0, the embedding, to {len(known) - 1}."
+            f"The objective reads the states after layer {missing[0]}, and the model has {depth} layers. Name layers "
+            f"from 0, the embedding, to {depth}."
         )
-    return HiddenStates(output[0], parts.head, parts.transform, {layer: known[layer] for layer in layers})
+    inner = {layer: output[0] if layer == depth else known[layer] for layer in layers}
+    return HiddenStates(output[0], parts.head, parts.transform, inner, depth)
 
 
 def _require_some(count: int, batch: Mapping[str, Any]) -> None:

@@ -32,12 +32,14 @@ class Positions:
     transform: LogitTransform
     inner: dict[int, Tensor]
     """(positions, size) after so many layers."""
+    depth: int | None
+    """The number of all layers, where some are named."""
 
     def __init__(self, layers: tuple[int, ...] = ()) -> None:
         self.layers = layers
 
     def __call__(self, states: HiddenStates, targets: Tensor, chunk_tokens: int | None) -> tuple[Tensor, int]:
-        self.head, self.transform = states.head, states.transform
+        self.head, self.transform, self.depth = states.head, states.transform, states.depth
         counted = supervised(targets)
         self.rows = states_at(states.last, counted)
         self.inner = {layer: states_at(state, counted) for layer, state in states.inner.items()}

@@ -36,7 +36,8 @@ class AlignedLoss(nn.Module):
 
 
 class Aligning:
-    """Put it before a trainer: ``class MyTrainer(Aligning, transformers.Trainer): ...``.
+    """Put it before a trainer: ``class MyTrainer(Aligning, transformers.Trainer): ...``, which runs on one device;
+    before a trainer of this package it runs in several processes.
 
     The training loss is the joint one of :class:`lorafa.alignment.Alignment`, evaluations are the trainer's own. The
     mean divergence since the last line stands in each line of the log as ``divergence``. A checkpoint holds the
@@ -47,12 +48,14 @@ class Aligning:
         on_decision: is told what the schedule has decided.
 
     Raises:
-        ConfigError: the trainer's model has another loss than that of next tokens.
+        ConfigError: the trainer's model has another loss than that of next tokens, or there are several devices and
+            the trainer is none of this package.
     """
 
     model: Any
     args: Any
     state: Any
+    accelerator: Any
     _loss: Any
 
     def __init__(
@@ -70,6 +73,12 @@ class Aligning:
                     f"{self.own_loss_reason}. Train without a teacher (align=none)."  # type: ignore[attr-defined]
                 )
             self._loss = AlignedLoss(plain, alignment)
+        elif self.args.n_gpu > 1 or self.accelerator.num_processes > 1:
+            raise ConfigError(
+                "A teacher on several devices needs a trainer whose loss is what they share, and that of transformers "
+                "wraps the model itself. Take lorafa.train.aligned.AlignedTrainer, or put Aligning before a subclass "
+                "of LoraTrainer or SupervisedTrainer."
+            )
         self.add_callback(_Phases(alignment, on_decision))  # type: ignore[attr-defined]
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:

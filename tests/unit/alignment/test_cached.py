@@ -246,6 +246,42 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_and_without_its_model(t
         Alignment(student(), Cached(tmp_path / "v", top_k=5))
 
 
+@pytest.mark.parametrize("name", [n for n in DIVERGENCES.names() if n != "logit_mse"])
+@pytest.mark.parametrize("sizes", [(200, 202), (202, 200)])
+def test_tables_that_are_filled_up_are_compared_on_the_tokens_both_have(
+    tmp_path: Path, sizes: tuple[int, int], name: str
+) -> None:
+    """With all tokens for letters it is what the teacher itself gives, and its gradient."""
+    of_student, of_teacher = sizes
+    model = adapted(llama(vocab_size=of_student).double()).eval()
+    torch.manual_seed(1)
+    train(model, 0.2)
+    teacher = llama(vocab_size=of_teacher).double().eval()
+    torch.manual_seed(2)
+    train(teacher, 0.2)
+    with torch.no_grad():  # what nothing was trained on may be likely
+        for head in (teacher.lm_head, model.get_base_model().lm_head):  # type: ignore[union-attr]
+            head.weight[200:] *= 20
+    found = []
+    for asked in (teacher, Cached(tmp_path / "t", teacher, top_k=200)):
+        alignment = Alignment(model, asked, divergence=name)
+        model.zero_grad(set_to_none=True)
+        alignment.loss(model, BATCH).backward()  # type: ignore[no-untyped-call]
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        found.append((alignment.last_divergence, gradients))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)  # logarithms are kept in float32
+    for key, grad in found[0][1].items():
+        close(found[1][1][key], grad, 1e-4)
+
+
+def test_a_folder_of_more_tokens_than_the_student_has_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path / "t", adapted(llama(vocab_size=202)), llama(vocab_size=202))
+    smaller = adapted(llama(vocab_size=200))
+    alignment = Alignment(smaller, Cached(tmp_path / "t", top_k=5), divergence="fkl")
+    with pytest.raises(CheckpointError, match=r"says of 202 tokens, and the student has 200\. Name another"):
+        alignment.loss(smaller, BATCH)
+
+
 def test_nan_of_a_teacher_is_named_and_not_kept(tmp_path: Path) -> None:
     model, other = student(), other_model()
     with torch.no_grad():

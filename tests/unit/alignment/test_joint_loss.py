@@ -93,9 +93,9 @@ def test_distances_of_states_are_added_for_each_layer(name: str) -> None:
         layers = one(input_ids=IDS, output_hidden_states=True).hidden_states
         return [layers[layer][:, :-1][COUNTED] for layer in (1, 2)]
 
-    def look(one: Any) -> Any:
+    def look(one: Any, layer: int) -> Any:
         base = one.get_base_model() if hasattr(one, "get_base_model") else one
-        return lambda h: base.lm_head(base.model.norm(h))
+        return base.lm_head if layer == 2 else lambda h: base.lm_head(base.model.norm(h))
 
     with torch.no_grad():
         theirs, said = counted_logits(other), states(other)
@@ -103,13 +103,41 @@ def test_distances_of_states_are_added_for_each_layer(name: str) -> None:
     between = MAPS.get(name)()
     assert alignment.term is not None
     distances = [
-        between(States(H, look(model), alignment.term.projections.get(layer)), States(T, look(other)))
+        between(States(H, look(model, layer), alignment.term.projections.get(layer)), States(T, look(other, layer)))
         for layer, H, T in zip((1, 2), states(model), said, strict=True)
     ]
     divergence = DIVERGENCES.get("fkl")()(own, theirs, gold).mean()
     wanted = nn.functional.cross_entropy(own, gold) + 0.5 * (divergence + 0.3 * sum(distances) / 2)
     close(loss.detach(), wanted.detach(), 1e-9)
     assert_same(found, gradients(wanted, model), 1e-4)  # the model's norms take their gradients in float32
+
+
+def test_the_lens_after_the_last_layer_is_what_the_models_say() -> None:
+    """Symmetric KL of the two distributions, and 1/2 Var_p of the difference of logits: no norm comes twice."""
+    model, other = student(), other_model()
+    for one in (model.get_base_model(), other):
+        with torch.no_grad():
+            one.model.norm.weight.copy_(torch.linspace(0.3, 3, one.config.hidden_size))
+    own, theirs = counted_logits(model), counted_logits(other)
+    log_q, log_p = own.log_softmax(-1), theirs.log_softmax(-1)
+    lens = 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+    found = Alignment(model, other, divergence="none", map="lens", map_layers=(2,), map_weight=1.0)
+    close(found.discrepancy(model, BATCH).detach(), lens.detach(), 1e-9)
+    head = copy.deepcopy(other.lm_head)  # one head, which functional reads both states through
+    model.get_base_model().lm_head.load_state_dict(head.state_dict())  # type: ignore[union-attr]
+    difference = counted_logits(model) - theirs
+    p = log_p.exp()
+    variance = (p * difference.square()).sum(-1) - (p * difference).sum(-1).square()
+    found = Alignment(model, other, divergence="none", map="functional", map_layers=(2,), map_weight=1.0)
+    close(found.discrepancy(model, BATCH).detach(), variance.mean().detach() / 2, 1e-9)
+
+
+def test_a_lens_of_tables_that_are_filled_up_is_on_the_tokens_both_have() -> None:
+    model, other = adapted(llama(vocab_size=200).double()).eval(), llama(vocab_size=202).double().eval()
+    alignment = Alignment(model, other, divergence="none", map="lens", map_layers=(2,), map_weight=1.0)
+    log_q, log_p = counted_logits(model).log_softmax(-1), counted_logits(other)[:, :200].log_softmax(-1)
+    wanted = 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+    close(alignment.discrepancy(model, BATCH).detach(), wanted.detach(), 1e-9)
 
 
 @pytest.mark.parametrize("teacher", ["base", "snapshot"])
@@ -184,6 +212,8 @@ def test_what_cannot_be_compared_is_refused() -> None:
     model = student()
     with pytest.raises(ConfigError, match=r"The teacher has 48 tokens and the student 32.*divergence='none' and a map"):
         Alignment(model, llama(vocab_size=48))
+    with pytest.raises(ConfigError, match="The teacher has 48 tokens and the student 32"):
+        Alignment(model, llama(vocab_size=48), divergence="none", map="lens")
     with pytest.raises(ConfigError, match=r"Unknown teacher 'bse'\. Did you mean 'base'"):
         Alignment(model, "bse")
     with pytest.raises(ConfigError, match="Unknown divergence 'kl'"):
@@ -271,6 +301,20 @@ def test_the_teacher_runs_in_its_phases_alone() -> None:
     assert alignment.teacher_passes == 4  # two phases of two steps; the last cycle has no room
 
 
+@pytest.mark.parametrize("kind", ["ema", "anchor", "snapshot"])
+def test_what_the_rank_of_an_average_could_not_hold_is_in_the_record(kind: str) -> None:
+    model = student()
+    alignment, optimizer, found = Alignment(model, kind, schedule=SMALL, steps=12, probe=PROBE), adam(model), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        alignment.loss(model, BATCH).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        found += [one.discarded for one in alignment.after_step(model, optimizer) if one.kind == "switch"]
+    assert len(found) == 2
+    wanted = {"ema": (True, True), "anchor": (False, True), "snapshot": (False, False)}[kind]
+    assert tuple(0 < one < 0.5 for one in found) == wanted
+
+
 def test_a_training_goes_on_in_the_middle_of_a_phase_to_the_bit() -> None:
     whole = student()
     alignment = Alignment(whole, "snapshot", schedule=SMALL, steps=12, probe=PROBE)
@@ -288,6 +332,18 @@ def test_a_training_goes_on_in_the_middle_of_a_phase_to_the_bit() -> None:
     again.load_state_dict(kept[1])
     resumed.load_state_dict(kept[2])
     assert loop(second, resumed, again, 5) == losses[7:]
+
+
+@pytest.mark.parametrize(("teacher", "forgotten"), [("snapshot", True), ("anchor", True), ("base", False)])
+def test_a_refreshed_teacher_is_measured_anew(teacher: str, forgotten: bool) -> None:
+    """The least divergence that drift is measured by is that from the teacher as it is, not from the one before."""
+    model = student()
+    settings = CyclicSettings(task_steps=2, teacher_steps=1, gate=False, trigger="drift")
+    alignment = Alignment(model, teacher, schedule=settings, steps=20, probe=PROBE)
+    loop(model, alignment, adam(model), 3)
+    state = alignment.schedule.state_dict()
+    assert (state["phase"], state["in_phase"]) == ("task", 0)
+    assert (state["least"] == float("inf")) is forgotten
 
 
 def test_a_refusal_twice_brings_the_student_and_its_optimizer_back() -> None:

@@ -48,6 +48,18 @@ def test_the_teacher_may_have_the_last_steps() -> None:
     assert "".join(phases) == "SSSSTTSSSSTTSSSSTT"
 
 
+@pytest.mark.parametrize("total", [*range(18, 27), 40])
+@pytest.mark.parametrize("trigger", ["clock", "drift"])
+def test_the_last_phase_of_the_teacher_ends_with_the_training(total: int, trigger: str) -> None:
+    settings = CyclicSettings(**SMALL, end_on_teacher=True, trigger=trigger)
+    phases, decisions = run(Cyclic(settings, total=total), steady(), total)
+    found = "".join(phases)
+    assert found.endswith("STT")
+    assert {len(phase) for phase in found.split("S") if phase} == {2}
+    assert max(len(phase) for phase in found.split("T")) < 4 + 6
+    assert len([d for d in decisions if d.begins]) == total // 6  # as many as there are whole cycles
+
+
 def test_what_counts_in_a_phase() -> None:
     schedule = Cyclic(CyclicSettings(task_steps=2, teacher_steps=2, rewarm_steps=2), total=9)
     measured = iter(steady())
@@ -57,7 +69,26 @@ def test_what_counts_in_a_phase() -> None:
         shares.append(schedule.share())
         schedule.after_step(lambda: next(measured))
     assert [(s.task, s.teacher) for s in shares] == [(1, 0), (1, 0), (0.5, 0.8), (0.5, 0.8), (1, 0), (1, 0)]
-    assert [round(s.rate, 3) for s in shares] == [1.0, 0.65, 0.3, 0.65, 0.3, 0.65]
+    assert [round(s.rate, 3) for s in shares] == [1.0, 1.0, 0.3, 0.65, 0.3, 0.65]
+
+
+def rates_of(schedule: Cyclic, probes: Iterable[Probe], steps: int) -> list[float]:
+    """The factor on the rate of each step."""
+    measured, found = iter(probes), []
+    schedule.begin(0.8, lambda: next(measured))
+    for _ in range(steps):
+        found.append(round(schedule.share().rate, 3))
+        schedule.after_step(lambda: next(measured))
+    return found
+
+
+def test_the_rate_rises_after_switches_alone() -> None:
+    """The first phase has begun by none, and where no cycle fits in any more the task goes on."""
+    settings = CyclicSettings(task_steps=5, teacher_steps=1, rewarm_steps=4)
+    risen = [0.3, 0.475, 0.65, 0.825, 1.0]
+    assert rates_of(Cyclic(settings, total=20), steady(), 20) == [1.0] * 5 + [0.3] + risen + [0.3] + risen + [1.0] * 3
+    refused = [Probe(1.0, 0.5), Probe(2.0, 0.5), *[Probe(1.0, 0.5)] * 20]
+    assert rates_of(Cyclic(settings, total=60), refused, 10) == [1.0] * 10
 
 
 def test_the_gate_refuses_what_made_the_task_worse_and_rolls_back_after_two() -> None:
@@ -130,6 +161,31 @@ def test_drift_starts_the_teachers_phase_early_but_not_at_once() -> None:
     phases, decisions = run(Cyclic(settings, total=60), [*calm, Probe(1.0, 0.1)], 8)
     assert "".join(phases) == "SSSSSSTT"  # 0.49 > 1.2 * 0.4, at the third quarter
     assert "has left 0.4" in decisions[0].why
+
+
+@pytest.mark.parametrize("task_steps", [1, 2, 3, 5, 6, 7, 8])
+def test_drift_starts_no_phase_before_a_quarter_of_the_tasks_is_done(task_steps: int) -> None:
+    settings = CyclicSettings(task_steps=task_steps, teacher_steps=1, rewarm_steps=0, trigger="drift")
+    growing = (Probe(1.0, 0.1 * 2.0**i) for i in range(100))
+    phases, _ = run(Cyclic(settings, total=80), growing, 40)
+    lengths = [len(phase) for phase in "".join(phases).split("T")[:-1]]
+    assert min(lengths) >= task_steps / 4
+
+
+def test_what_was_measured_of_the_last_teacher_says_nothing_of_the_next() -> None:
+    settings = CyclicSettings(task_steps=8, teacher_steps=2, rewarm_steps=0, trigger="drift")
+    probes = [Probe(1.0, 0.5), Probe(1.0, 0.5), Probe(1.0, 0.5), Probe(1.0, 0.5), Probe(1.0, 0.5)]
+    for follows, wanted in ((False, "SSSSSSSSTTSST"), (True, "SSSSSSSSTTSSS")):
+        schedule = Cyclic(settings, total=60)
+        measured = iter([*probes, Probe(1.0, 0.01), *[Probe(1.0, 0.02)] * 9])
+        schedule.begin(0.8, lambda measured=measured: next(measured))  # type: ignore[misc]
+        phases = []
+        for _ in range(13):
+            phases.append("T" if schedule.share().teacher else "S")
+            for decision in schedule.after_step(lambda measured=measured: next(measured)):  # type: ignore[misc]
+                if decision.refresh and follows:
+                    schedule.followed()
+        assert "".join(phases) == wanted
 
 
 def test_it_goes_on_in_the_middle_of_a_phase() -> None:

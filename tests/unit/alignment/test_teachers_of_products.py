@@ -70,6 +70,20 @@ def test_the_average_is_that_of_updates_as_far_as_the_rank_goes() -> None:
     assert 0 < teacher.discarded < 0.5
 
 
+def test_what_is_lost_is_a_share_of_the_updates_with_their_scalings() -> None:
+    model = student(alpha_pattern={"first": 40.0, "second": 2.0})
+    teacher = EMA(ema_beta=0.25)
+    teacher.begin(model)
+    before = own_updates(model)
+    train(model, 0.3)
+    teacher.after_step(model)
+    lost = whole = 0.0
+    for found, one, two in zip(updates(model, teacher), before, own_updates(model), strict=True):
+        wanted = 0.75 * one + 0.25 * two
+        lost, whole = lost + float((wanted - found).square().sum()), whole + float(wanted.square().sum())
+    assert teacher.discarded == pytest.approx(lost / whole, rel=1e-9)
+
+
 def test_a_slow_student_is_followed_closely() -> None:
     """A student whose update grows by 5 % a step along its own directions is averaged exactly."""
     model = student()
@@ -84,6 +98,24 @@ def test_a_slow_student_is_followed_closely() -> None:
         exact = [0.95 * old + 0.05 * new for old, new in zip(exact, own_updates(model), strict=True)]
     for found, wanted in zip(updates(model, teacher), exact, strict=True):
         close(found, wanted, 1e-10)
+
+
+def test_a_student_that_turns_by_a_twentieth_a_step_is_averaged_to_half_a_hundredth() -> None:
+    """What the rank cannot hold of each average does not add up: 0.6 % of the exact one after twenty steps."""
+    model, generator = student(), torch.Generator().manual_seed(1)
+    teacher = EMA(ema_beta=0.05)
+    teacher.begin(model)
+    exact = [update.clone() for update in own_updates(model)]
+    for _ in range(20):
+        with torch.no_grad():
+            for _, layer in model.base_model.lora_layers():
+                for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                    moved = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
+                    factor.add_(0.05 / 2**0.5 * moved * factor.norm() / moved.norm())
+        teacher.after_step(model)
+        exact = [0.95 * old + 0.05 * new for old, new in zip(exact, own_updates(model), strict=True)]
+    for found, wanted in zip(updates(model, teacher), exact, strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 0.006
 
 
 @pytest.mark.parametrize("start", [True, "pissa"])

@@ -41,6 +41,8 @@ class RepresentationMap(ABC):
     """Whether it looks at states through the heads of the two models."""
     any_width: ClassVar[bool] = True
     """Whether the two models may have states of different sizes."""
+    one_vocabulary: ClassVar[bool] = False
+    """Whether it compares what the two models would say, token by token."""
     projects: ClassVar[bool] = False
     """Whether a linear map is trained with it, which :attr:`States.projection` is."""
 
@@ -61,6 +63,12 @@ class RepresentationMap(ABC):
     @abstractmethod
     def between(self, student: States, teacher: States) -> Tensor:
         """The same for states that fit."""
+
+
+def on_shared(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n, ...) on the tokens that both tables have: heads are often filled up to another multiple."""
+    shared = min(one.shape[-1], other.shape[-1])
+    return one[:, :shared].contiguous(), other[:, :shared].contiguous()
 
 
 def square(states: Tensor) -> Tensor:

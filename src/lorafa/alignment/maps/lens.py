@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorafa.alignment.entry import MapEntry
-from lorafa.alignment.maps.base import ROWS, RepresentationMap, States, mean_of_rows
+from lorafa.alignment.maps.base import ROWS, RepresentationMap, States, mean_of_rows, on_shared
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Lens(RepresentationMap):
 
     name = "lens"
     reads_lens = True
+    one_vocabulary = True
 
     def between(self, student: States, teacher: States) -> Tensor:
         look, other = student.lens, teacher.lens
@@ -26,7 +27,8 @@ class Lens(RepresentationMap):
         assert other is not None
 
         def of_rows(H: Tensor, T: Tensor) -> Tensor:
-            log_q, log_p = look(H).log_softmax(dim=-1), other(T).log_softmax(dim=-1)
+            own, theirs = on_shared(look(H), other(T))
+            log_q, log_p = own.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
             return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
 
         return mean_of_rows(of_rows, student.hidden, teacher.hidden, ROWS)

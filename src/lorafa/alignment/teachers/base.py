@@ -42,6 +42,10 @@ class Teacher(ABC):
     copies: ClassVar[int] = 0
     """How many states of all that is trained it keeps at most."""
 
+    discarded: float = 0.0
+    """Of one that changes with each step: the share of the squared norm of the updates that the last step could not
+    hold."""
+
     @property
     def runs(self) -> bool:
         """Whether there is a model that can be run, and not only what was kept of one."""

@@ -120,9 +120,9 @@ class Cached(Teacher):
                 )
             own = replace(known, temperature=divergence.temperature, top_k=self.top_k)
         else:
-            told = self.source.vocabulary() or vocabulary_of(model) or 0
-            digest = self.source.fingerprint(model)
-            own = About(digest, self.called, divergence.temperature, self.top_k, told, files=self.files)
+            sizes = [size for size in (self.source.vocabulary(), vocabulary_of(model)) if size]
+            shared, digest = min(sizes, default=0), self.source.fingerprint(model)
+            own = About(digest, self.called, divergence.temperature, self.top_k, shared, files=self.files)
             if known is None:
                 if is_main():
                     self.targets.claim(own)
@@ -144,6 +144,15 @@ class Cached(Teacher):
                     f"{where} was made with {name}={then:g}, and {name}={now:g} is asked for. Set it as it was, or "
                     "name another folder."
                 )
+
+    def _require_tokens(self, model: nn.Module) -> None:
+        """Raises CheckpointError where the letters are of tokens that the student has not."""
+        size = vocabulary_of(model)
+        if size and self._known.vocabulary > size:
+            raise CheckpointError(
+                f"{self.targets.folder} holds what {self._known.called} says of {self._known.vocabulary:,} tokens, and "
+                f"the student has {size:,}. Name another folder, or delete it."
+            )
 
     def vocabulary(self) -> int | None:
         if self.source is not None:
@@ -178,6 +187,7 @@ class Cached(Teacher):
             DivergedError: the teacher gives inf or nan.
         """
         about = self._known
+        self._require_tokens(model)
         found = [row_keys(batch) for batch in batches]
         data = digest_of_keys(key for keys, counts in found for key, n in zip(keys, counts, strict=True) if n)
         if about.rows not in (None, data):
@@ -226,6 +236,7 @@ class Cached(Teacher):
             CheckpointError: a row is not there, and there is no teacher to ask.
             DivergedError: the teacher that was asked gives inf or nan.
         """
+        self._require_tokens(model)
         keys, counts = row_keys(batch)
         if self._lacks(keys, counts):
             self.targets.refresh()  # another process may have asked
@@ -235,7 +246,7 @@ class Cached(Teacher):
                 raise CheckpointError(self._absent(len(absent)))
             self._ask(model, batch, keys, counts)
         rows = [self.targets.get(key) for key, count in zip(keys, counts, strict=True) if count]
-        return Told(Letters.joined(rows) if rows else _none(self.top_k))
+        return Told(Letters.joined(rows) if rows else _none(self.top_k), self._known.vocabulary or None)
 
     def _lacks(self, keys: Sequence[bytes], counts: Sequence[int]) -> bool:
         return any(count and key not in self.targets for key, count in zip(keys, counts, strict=True))
@@ -262,7 +273,8 @@ class Cached(Teacher):
         found = []
         for start in range(0, len(kept), AT_ONCE):
             places = slice(start, start + AT_ONCE)
-            letters = Letters.of(kept.logits(places), gold[places], self.top_k, self._known.temperature)
+            logits = kept.logits(places)[:, : self._known.vocabulary or None]
+            letters = Letters.of(logits, gold[places], self.top_k, self._known.temperature)
             if not bool(letters.likely.isfinite().all() & letters.rest.isfinite().all()):
                 raise DivergedError(
                     f"The teacher {self.called} gives inf or nan for rows of this data, which are not kept. Look at "

@@ -37,8 +37,6 @@ class EMA(OfTheAdapters):
         super().__init__()
         check_number("ema_beta", ema_beta, "a number in (0, 1]", 0.0, 1.0, closed="]")
         self.beta = ema_beta
-        self.discarded = 0.0
-        """Share of the squared norm of the updates that the last step could not hold."""
         self._pairs: list[Pair] = []
 
     def begin(self, model: nn.Module) -> None:

@@ -30,6 +30,11 @@ class Pair:
     name: str = ""
     """What the adapter is called."""
 
+    @property
+    def square_of_scaling(self) -> float:
+        """s^2, by which squares of B A are those of the update."""
+        return float(self.layer.scaling[self.name]) ** 2
+
     def factors(self, values: Values) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r) in float32 or wider."""
         A, B = self.layer.matrix_A(values[self.A]), self.layer.matrix_B(values[self.B])
@@ -82,7 +87,7 @@ def weighed_sum(pairs: list[Pair], one: Values, other: Values, share: float) -> 
         stacked_A = torch.cat([roots[0] * A1, roots[1] * A2], dim=-2)
         stacked_B = torch.cat([roots[0] * B1, roots[1] * B2], dim=-1)
         A, B, S = nearest_product(stacked_A, stacked_B, A1.shape[-2])
-        squares = S.double().square()
+        squares = S.double().square() * pair.square_of_scaling
         kept, lost = kept + float(squares.sum()), lost + float(squares[..., A1.shape[-2] :].sum())
         values[pair.A] = pair.layer.stored_A(A).to(one[pair.A]).contiguous()
         values[pair.B] = pair.layer.stored_B(B).to(one[pair.B]).contiguous()

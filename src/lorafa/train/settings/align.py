@@ -73,7 +73,7 @@ class AlignConfig(OpenGroup):
     rewarm_steps: int = 10
     """cyclic: steps in which the rate rises again after a switch."""
     end_on_teacher: bool = False
-    """cyclic: give the teacher the last steps, which are the task's otherwise."""
+    """cyclic: give the teacher the last teacher_steps, which are the task's otherwise."""
     probe_rows: int = 32
     """cyclic: rows of the probe, the first of the held-out ones."""
     start: bool = True
