@@ -21,7 +21,7 @@ from lorafa.alignment.projections import frozen, load_values, projections, requi
 from lorafa.alignment.reorient import Carry
 from lorafa.alignment.said import Said, Spoken
 from lorafa.alignment.schedule import Cyclic, CyclicSettings, Decision, Phase, Probe
-from lorafa.alignment.teachers.base import Teacher, copied
+from lorafa.alignment.teachers.base import Teacher, copied, require_trained_as, trained
 from lorafa.alignment.teachers.external import vocabulary_of
 from lorafa.alignment.weighing import BALANCED, FIRST, Norms, Weighing, check_weight
 from lorafa.errors import BackendError, CheckpointError, ConfigError
@@ -358,10 +358,10 @@ class Alignment:
 
     def _bring_back(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         kept = self._kept
+        require_trained_as(model, kept["values"], "the student was last accepted")
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name in kept["values"]:
-                    p.copy_(kept["values"][name])
+            for name, p in trained(model).items():
+                p.copy_(kept["values"][name])
         load_values(self.parameters(), kept["map"])
         if optimizer is not None and kept["optimizer"] is not None:
             optimizer.load_state_dict(copy.deepcopy(kept["optimizer"]))

@@ -20,7 +20,7 @@ from lorafa.adapter import Start
 from lorafa.alignment.teachers.products import Pair, trained_pairs
 from lorafa.errors import AdapterError
 from lorafa.numerics.low_rank import nearest_product
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.walk import lora_layers, uncompiled_name
 
 Stats = Mapping[str, Mapping[str, Tensor]]
 """Layer -> tensors of the sketch of its gradient; see :func:`lorafa.alignment.gradients.sketched`."""
@@ -37,7 +37,7 @@ class Carry:
         """
         self.pairs = trained_pairs(model, "align.reorient=true cuts", "Leave it off")
         _require_all(model, self.pairs)
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {uncompiled_name(name): p for name, p in model.named_parameters()}
         self.on = False
         """Whether a phase goes on."""
 

@@ -48,6 +48,7 @@ class Anchor(OfTheAdapters):
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> Refreshed:
+        self.require_same(model)
         self.values, discarded = weighed_sum(self._pairs, self.reference, copied(model), self.share)
         return Refreshed(discarded)
 

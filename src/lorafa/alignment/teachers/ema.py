@@ -47,6 +47,7 @@ class EMA(OfTheAdapters):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
+        self.require_same(model)
         self.values, self.discarded = weighed_sum(self._pairs, self.values, copied(model), self.beta)
 
 

@@ -12,7 +12,7 @@ from lorafa.errors import AdapterError
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.linalg import working_dtype
 from lorafa.numerics.low_rank import nearest_product
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.walk import lora_layers, uncompiled_name
 
 Values = Mapping[str, Tensor]
 """Parameter -> its value."""
@@ -46,7 +46,7 @@ def trained_pairs(model: nn.Module, what: str, instead: str = "Take align=snapsh
         AdapterError: an update that is trained is not s B A with the A and B that are stored, so that it cannot be
             averaged as a product.
     """
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    names = {id(p): uncompiled_name(name) for name, p in model.named_parameters() if p.requires_grad}
     pairs = []
     for path, layer in lora_layers(model):
         for name, adapter in layer.adapters.items():
