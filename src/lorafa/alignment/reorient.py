@@ -166,14 +166,14 @@ class Carry:
     def _forget(self, optimizer: Optimizer | None) -> None:
         for pair in self.pairs if optimizer is not None else ():
             for parameter in self._of(pair):
-                _zero(optimizer.state.get(parameter, {}))  # type: ignore[union-attr]
+                begin_anew(optimizer.state.get(parameter, {}))  # type: ignore[union-attr]
 
 
 def _start(pair: Pair) -> Start:
     return cast(Start, pair.layer.lora_start[pair.name])
 
 
-def _zero(state: dict[str, Any]) -> None:
+def begin_anew(state: dict[str, Any]) -> None:
     """Let an optimizer begin anew with a parameter: moments, and the steps they are corrected by."""
     for key, value in state.items():
         if isinstance(value, Tensor):

@@ -132,6 +132,11 @@ class Schedule(ABC):
         """Go on with another weight of the teacher, as if it had been the first."""
 
     @property
+    def steps(self) -> int | None:
+        """The steps of the whole training that it was told of; None where it needs to know of none."""
+        return None
+
+    @property
     def finished(self) -> bool:
         """Whether no step is left that it knows of."""
         return False
@@ -141,8 +146,16 @@ class Schedule(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that was kept."""
-        return None
+        """Go on from a state that was kept.
+
+        Raises:
+            CheckpointError: it is of another schedule.
+        """
+        if state:
+            raise CheckpointError(
+                "The checkpoint's teacher came in phases, and here it counts in every step. Set align.schedule as it "
+                "was."
+            )
 
 
 class Constant(Schedule):
@@ -207,6 +220,10 @@ class Cyclic(Schedule):
 
     def reweigh(self, weight: float) -> None:
         self.state = replace(self.state, weight=weight, first_weight=weight)
+
+    @property
+    def steps(self) -> int | None:
+        return self.total
 
     @property
     def finished(self) -> bool:
@@ -294,5 +311,10 @@ class Cyclic(Schedule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if set(state) != set(CyclicState.__dataclass_fields__):
-            raise CheckpointError("The checkpoint's cyclic schedule is of another version: it has other numbers.")
+            raise CheckpointError(
+                "The checkpoint's cyclic schedule is of another version: it has other numbers."
+                if state
+                else "The checkpoint's teacher counted in every step, and here it comes in phases. Set align.schedule "
+                "as it was."
+            )
         self.state = CyclicState(**state)

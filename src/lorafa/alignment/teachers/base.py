@@ -192,6 +192,18 @@ def require_trained_as(model: nn.Module, values: Mapping[str, Tensor], since: st
         )
 
 
+def require_state(state: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError unless this is the state of an alignment with the teacher of that name."""
+    absent = {"name", "teacher", "schedule", "kept", "weighing", "map", "carry", "steps", "teacher_passes"} - set(state)
+    if absent:
+        raise CheckpointError(f"The state of an alignment has no {min(absent)!r}: it is damaged, or another version's.")
+    if state["name"] != name:
+        raise CheckpointError(
+            f"The checkpoint is of a training with the teacher {state['name']!r}, and here it is {name!r}. Set it as "
+            "it was."
+        )
+
+
 def _require_counting(model: nn.Module, name: str) -> None:
     """Raises AdapterError where other values of adapters would change nothing."""
     off = any(host.disable_adapters for _, host in hosts(model))

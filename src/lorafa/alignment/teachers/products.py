@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorafa.errors import AdapterError
+from lorafa.errors import AdapterError, DivergedError
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.linalg import working_dtype
 from lorafa.numerics.low_rank import nearest_product
@@ -81,6 +81,11 @@ def weighed_sum(pairs: list[Pair], one: Values, other: Values, share: float) -> 
         (A1, B1), (A2, B2) = pair.factors(one), pair.factors(other)
         stacked_A = torch.cat([roots[0] * A1, roots[1] * A2], dim=-2)
         stacked_B = torch.cat([roots[0] * B1, roots[1] * B2], dim=-1)
+        if not bool(stacked_A.isfinite().all() & stacked_B.isfinite().all()):
+            raise DivergedError(
+                f"The adapter of {pair.path or pair.A!r} has inf or nan, which no teacher can be made of. Lower the "
+                "learning rate, or go back to a checkpoint."
+            )
         A, B, S = nearest_product(stacked_A, stacked_B, A1.shape[-2])
         squares = S.double().square()
         kept, lost = kept + float(squares.sum()), lost + float(squares[..., A1.shape[-2] :].sum())
