@@ -74,7 +74,7 @@ class Registry(Generic[T]):
         return entry
 
     def _require(self, name: str) -> None:
-        if name not in self._table:
+        if not isinstance(name, str) or name not in self._table:
             raise ConfigError(
                 f"Unknown {self.kind} {name!r}.{did_you_mean(str(name), self._table)} Known: {', '.join(self.names())}."
             )

@@ -272,3 +272,42 @@ def test_decisions_are_told_and_the_rate_is_warmed_again_after_a_switch(tmp_path
     made.train()
     assert [(d.step, d.kind) for d in told if d.kind != "reweighted"] == [(2, "switch"), (4, "switch"), (6, "ended")]
     assert [round(rate / 1e-2, 3) for rate in rates] == [1.0, 1.0, 0.3, 0.65, 0.3, 0.65, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", [AlignedTrainer, Plain])
+@pytest.mark.parametrize("settings", [{"args": {"label_smoothing_factor": 0.1}}, {"compute_loss_func": print}])
+def test_another_loss_is_refused(tmp_path: Path, kind: Any, settings: dict[str, Any]) -> None:
+    model = student()
+    with pytest.raises(ConfigError, match="define another loss"):
+        trainer(tmp_path, model, Alignment(model, "base"), kind, **settings)
+
+
+def test_what_is_no_alignment_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"alignment is the lorafa\.alignment\.Alignment of the model, found str"):
+        trainer(tmp_path, student(), "base")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [STEPS - 1, STEPS + 1])
+def test_a_schedule_of_another_training_is_refused(tmp_path: Path, steps: int) -> None:
+    model = student()
+    alignment = Alignment(model, "snapshot", schedule=CYCLE, steps=steps, probe=probe())
+    with pytest.raises(ConfigError, match=rf"was told of steps={steps}, and the training has {STEPS}\. Make the Align"):
+        trainer(tmp_path, model, alignment).train()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(b"", "alignment.pt is damaged"), (b"PK\x03\x04 cut", "alignment.pt is damaged"), (None, "holds no state of an")],
+)
+def test_a_damaged_state_is_named(tmp_path: Path, content: bytes | None, text: str) -> None:
+    model = student()
+    one = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(tmp_path, model, Alignment(model, "base"), args=one).train()
+    path = tmp_path / "checkpoint-1" / "alignment.pt"
+    if content is None:
+        torch.save([1], path)
+    else:
+        path.write_bytes(content)
+    model = student()
+    with pytest.raises(CheckpointError, match=text):
+        trainer(tmp_path, model, Alignment(model, "base")).train(resume_from_checkpoint=str(path.parent))

@@ -186,6 +186,29 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     assert "has another vocabulary than the model, so their distributions over next tokens" in said(capsys)
 
 
+def test_a_teacher_that_reads_other_tokens_by_the_same_ids_is_refused_for_inner_states_too(
+    workplace: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(teacher, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    content = read(file)
+    vocabulary = content["model"]["vocab"]
+    first, second = [token for token in vocabulary if not token.startswith("<|")][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))
+    external = ["align=external", f"align.teacher={tmp_path / 'other'}", "align.divergence=none", "align.map=gram"]
+    assert main(command(workplace, tmp_path / "run", *external)) == 2
+    assert "reads the same token ids as the model, and in its vocabulary 2 of " in said(capsys)
+
+
+def test_a_schedule_without_held_out_rows_is_refused_before_anything_runs(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(workplace, tmp_path / "run", *CYCLE, "data.eval_size=0")) == 1
+    assert "align.schedule=cyclic goes by held-out rows, and none of" in said(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_balanced_weight_is_read_once_and_recorded(workplace: Path, teacher: Path, tmp_path: Path) -> None:
     external = ["align=external", f"align.teacher={teacher}", "align.weight=balanced"]
@@ -251,6 +274,11 @@ def test_another_model_is_loaded_in_its_own_format_another_one_or_quantized(work
         (["align=base", "align.weight=blanced"], "align.weight must be a number >= 0 or 'balanced', found 'blanced'"),
         (["align=base", "align.reorient=true"], "align.reorient=True would change nothing here"),
         (["align=base", "align.divergence=fkl", "align.temperature=0"], "temperature must be a number above 0"),
+        (["align=ema", "align.ema_beta=0"], "align.ema_beta must be a number in (0, 1], found 0"),
+        (["align=anchor", "align.share=2"], "align.share must be a number in [0, 1], found 2"),
+        (["align=base", "align.map=mse", "align.map_layers=[-1]"], "align.map_layers must hold integers >= 0 only"),
+        (["align=base", "align.map=mse", "align.map_layers=[]"], "align.map_layers names no layer"),
+        (["align=base", "align.schedule=cyclic"], "needs 300: the teacher would count in none. Lower both"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

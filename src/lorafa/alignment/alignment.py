@@ -12,16 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafa.alignment.chosen import chosen_divergence, chosen_map, chosen_schedule, chosen_teacher, half_and_last
+from lorafa.alignment.chosen import (
+    chosen_divergence,
+    chosen_layers,
+    chosen_map,
+    chosen_probe,
+    chosen_schedule,
+    chosen_teacher,
+    require_depth,
+)
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.gradients import norms, sketched, trained_linear
 from lorafa.alignment.maps.base import RepresentationMap
 from lorafa.alignment.objective import JointObjective, MapTerm, final_norm
 from lorafa.alignment.projections import frozen, load_values, projections, require_trained
-from lorafa.alignment.reorient import Carry
+from lorafa.alignment.reorient import Carry, begin_anew
 from lorafa.alignment.said import Said, Spoken
 from lorafa.alignment.schedule import Cyclic, CyclicSettings, Decision, Phase, Probe
-from lorafa.alignment.teachers.base import Teacher, copied
+from lorafa.alignment.teachers.base import Teacher, copied, require_state, require_trained_as, trained
 from lorafa.alignment.teachers.external import vocabulary_of
 from lorafa.alignment.weighing import BALANCED, FIRST, Norms, Weighing, check_weight
 from lorafa.errors import BackendError, CheckpointError, ConfigError
@@ -85,11 +93,17 @@ class Alignment:
         first = FIRST if isinstance(weight, str) else float(weight)
         self.teacher = chosen_teacher(teacher)
         self.divergence = chosen_divergence(divergence, self.teacher)
-        layers = map_layers or half_and_last(model)
-        self.term = None if map is None else MapTerm(chosen_map(map), layers, float(map_weight))
-        self.schedule = chosen_schedule(schedule, first, steps, probe)
+        self.term = None
+        if map is not None:
+            self.term = MapTerm(chosen_map(map), chosen_layers(map_layers, model), float(map_weight))
+        elif self.divergence is None or map_layers is not None:
+            raise ConfigError(
+                "divergence='none' compares inner states alone, and map_layers says after which layers: both need a "
+                "map. Name one, map='procrustes' for example."
+            )
+        self.probe_batches = chosen_probe(probe)
+        self.schedule = chosen_schedule(schedule, first, steps, self.probe_batches)
         self.weighing = Weighing(weight == BALANCED, self.teacher.starts_as_student)
-        self.probe_batches = list(probe)
         self.last_divergence: float | None = None
         """The discrepancy of the last batch in the mean over its positions, without its weight; None where there was
         no teacher in it."""
@@ -109,7 +123,7 @@ class Alignment:
         if first:
             self.teacher.begin(model)
             self.teacher.settle(model, self.divergence, self.term is not None)
-            self._check(model)
+            self._check(model, named=map_layers is not None)
         self.schedule.begin(first, lambda: self.probe(model))
         if first and isinstance(self.schedule, Cyclic):
             self.carry = Carry(model) if self.schedule.settings.reorient else None
@@ -117,7 +131,7 @@ class Alignment:
             if not self.teacher.starts_as_student:
                 self._pending += self._balanced(model, self.probe_batches)
 
-    def _check(self, model: nn.Module) -> None:
+    def _check(self, model: nn.Module, *, named: bool) -> None:
         sizes = [vocabulary_of(model), self.teacher.vocabulary()]
         compares = self.divergence is not None or (self.term is not None and self.term.map.one_vocabulary)
         if compares and sizes[0] and sizes[1] and abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):  # type: ignore[type-var,operator]
@@ -131,6 +145,8 @@ class Alignment:
             return
         with self.teacher.running(model) as teaching:
             _require_cut("teacher", teaching)
+            if self.term is not None:
+                require_depth(self.term.layers, model, teaching, named=named)
             if self.term is not None and self.term.map.reads_lens:
                 self._norms = final_norm(model), final_norm(teaching)
         if self.term is not None and self.term.map.projects:
@@ -321,8 +337,9 @@ class Alignment:
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept for a training to go on; tensors among it. In several processes all call it."""
         return {
-            "teacher": self.teacher.state_dict(), "schedule": self.schedule.state_dict(), "kept": self._kept,
-            "teacher_passes": self.teacher_passes, "steps": self.steps, "weighing": self.weighing.state_dict(),
+            "name": self.teacher.name, "teacher": self.teacher.state_dict(), "kept": self._kept,
+            "schedule": self.schedule.state_dict(), "weighing": self.weighing.state_dict(),
+            "teacher_passes": self.teacher_passes, "steps": self.steps,
             "map": [p.detach().clone() for p in self.parameters()],
             "carry": {} if self.carry is None else self.carry.state_dict(),
         }  # fmt: skip
@@ -349,6 +366,7 @@ class Alignment:
         Raises:
             CheckpointError: it carries something, and ``reorient`` is off here.
         """
+        require_state(state, self.teacher.name)
         if self.carry is not None:
             self.carry.load_state_dict(state["carry"])
         elif state["carry"]:
@@ -363,12 +381,15 @@ class Alignment:
 
     def _bring_back(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         kept = self._kept
+        require_trained_as(model, kept["values"], "the student was last accepted")
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name in kept["values"]:
-                    p.copy_(kept["values"][name])
+            for name, p in trained(model).items():
+                p.copy_(kept["values"][name])
         load_values(self.parameters(), kept["map"])
-        if optimizer is not None and kept["optimizer"] is not None:
+        if optimizer is not None and kept["optimizer"] is None:  # as it was before its first step
+            for state in optimizer.state.values():
+                begin_anew(state)
+        elif optimizer is not None:
             optimizer.load_state_dict(copy.deepcopy(kept["optimizer"]))
 
 

@@ -20,7 +20,7 @@ from lorafa.adapter import Start
 from lorafa.alignment.teachers.products import Pair, trained_pairs
 from lorafa.errors import AdapterError
 from lorafa.numerics.low_rank import nearest_product
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.walk import lora_layers, uncompiled_name
 
 Stats = Mapping[str, Mapping[str, Tensor]]
 """Layer -> tensors of the sketch of its gradient; see :func:`lorafa.alignment.gradients.sketched`."""
@@ -37,7 +37,7 @@ class Carry:
         """
         self.pairs = trained_pairs(model, "align.reorient=true cuts", "Leave it off")
         _require_all(model, self.pairs)
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {uncompiled_name(name): p for name, p in model.named_parameters()}
         self.on = False
         """Whether a phase goes on."""
 
@@ -166,14 +166,14 @@ class Carry:
     def _forget(self, optimizer: Optimizer | None) -> None:
         for pair in self.pairs if optimizer is not None else ():
             for parameter in self._of(pair):
-                _zero(optimizer.state.get(parameter, {}))  # type: ignore[union-attr]
+                begin_anew(optimizer.state.get(parameter, {}))  # type: ignore[union-attr]
 
 
 def _start(pair: Pair) -> Start:
     return cast(Start, pair.layer.lora_start[pair.name])
 
 
-def _zero(state: dict[str, Any]) -> None:
+def begin_anew(state: dict[str, Any]) -> None:
     """Let an optimizer begin anew with a parameter: moments, and the steps they are corrected by."""
     for key, value in state.items():
         if isinstance(value, Tensor):

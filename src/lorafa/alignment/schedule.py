@@ -138,6 +138,11 @@ class Schedule(ABC):
         return None
 
     @property
+    def steps(self) -> int | None:
+        """The steps of the whole training that it was told of; None where it needs to know of none."""
+        return None
+
+    @property
     def finished(self) -> bool:
         """Whether no step is left that it knows of."""
         return False
@@ -147,8 +152,16 @@ class Schedule(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that was kept."""
-        return None
+        """Go on from a state that was kept.
+
+        Raises:
+            CheckpointError: it is of another schedule.
+        """
+        if state:
+            raise CheckpointError(
+                "The checkpoint's teacher came in phases, and here it counts in every step. Set align.schedule as it "
+                "was."
+            )
 
 
 class Constant(Schedule):
@@ -198,7 +211,8 @@ class Cyclic(Schedule):
     that was accepted; else the phase goes on for as long again and the refusal is recorded. Two refusals in a row
     bring the last accepted state back, with half the rate. At the end of a teacher's phase its weight is adapted: by
     1.5 if the divergence fell by less than 5 % in it, by 0.7 if the task's loss rose by more than 10 %, within an
-    eighth and eight times of what it was at first.
+    eighth and eight times of what it was at first. The last phase is the task's, as long as the teacher's before it or
+    longer; with ``end_on_teacher`` it is the teacher's.
     """
 
     probes = True
@@ -216,6 +230,10 @@ class Cyclic(Schedule):
 
     def followed(self) -> None:
         self.state = replace(self.state, least=float("inf"))
+
+    @property
+    def steps(self) -> int | None:
+        return self.total
 
     @property
     def finished(self) -> bool:
@@ -258,8 +276,7 @@ class Cyclic(Schedule):
             return self._refused(found, why)
         decisions = self._reweighted(found) if own.phase == "teacher" else []
         following: Phase = "teacher" if own.phase == "task" else "task"
-        left = settings.task_steps + settings.teacher_steps
-        no_room = self.total - own.step < (settings.teacher_steps if settings.end_on_teacher else left)
+        no_room = self.total - own.step < settings.teacher_steps * (1 if settings.end_on_teacher else 2)
         if following == "teacher" and no_room:
             self.state = replace(self.state, ended=True)
             return [*decisions, Decision(own.step, "ended", "task", "the steps left are the task's", found)]
@@ -310,5 +327,10 @@ class Cyclic(Schedule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if set(state) != set(CyclicState.__dataclass_fields__):
-            raise CheckpointError("The checkpoint's cyclic schedule is of another version: it has other numbers.")
+            raise CheckpointError(
+                "The checkpoint's cyclic schedule is of another version: it has other numbers."
+                if state
+                else "The checkpoint's teacher counted in every step, and here it comes in phases. Set align.schedule "
+                "as it was."
+            )
         self.state = CyclicState(**state)

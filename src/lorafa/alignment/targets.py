@@ -56,17 +56,25 @@ def bytes_a_position(top_k: int) -> int:
     return 8 * top_k + 8
 
 
-def row_keys(batch: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
+def row_keys(batch: Mapping[str, Any], places: bool = False) -> tuple[list[bytes], list[int]]:
     """A hash of each row of a batch, and how many supervised positions it has.
 
+    Args:
+        places: tell rows apart by the padding before them too, which moves them where positions are counted.
+
     Raises:
-        ConfigError: the batch has inputs that are not one number a token.
+        ConfigError: the batch has inputs that are not one number a token, or none.
     """
+    if batch.get("input_ids") is None or (batch.get("labels") is None and batch.get("shift_labels") is None):
+        raise ConfigError(
+            f"A cache knows rows by their input_ids and labels, found only: {', '.join(sorted(batch))}. Train without "
+            "one (align.cache=false)."
+        )
     shifted = batch.get("shift_labels")
     targets = batch["labels"][:, 1:] if shifted is None else shifted
     shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
     names = sorted(batch.keys() - {"labels", "shift_labels", "attention_mask"})
-    for name in names:
+    for name in names if mask is None else ["attention_mask", *names]:
         if not isinstance(batch[name], Tensor) or batch[name].shape != shape:
             raise ConfigError(
                 f"The batch has {name!r}, which is not one number a token, so its rows cannot be told apart and the "
@@ -80,6 +88,8 @@ def row_keys(batch: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
         end = int(own.nonzero().max()) + 1 if bool(own.any()) else 0
         attended = torch.ones(end, dtype=torch.bool) if mask is None else mask[row, :end].cpu().bool()
         digest = hashlib.blake2b(digest_size=16)
+        if places and len(attended) and (before := int(attended.long().argmax())):
+            digest.update(f"after {before} ".encode())
         for name, values in zip(names, inputs, strict=True):
             digest.update(f"{name} {int(attended.sum())} ".encode() + values[row, :end][attended].numpy().tobytes())
         digest.update(targets[row, :end].cpu().to(torch.int64)[attended].numpy().tobytes())

@@ -20,7 +20,7 @@ from lorafa.errors import CalibrationError
 from lorafa.initializers.base import DegenerateError, InitResult, Stages, check_rank, initializer
 from lorafa.initializers.kaiming import kaiming
 from lorafa.initializers.stages import halves, require_finite
-from lorafa.settings.checks import check_choice, check_number
+from lorafa.settings.checks import check_choice, check_number, check_text
 from lorafa.spec import LayerSpec
 
 
@@ -37,6 +37,7 @@ class FromTeacherConfig:
     """What part of the change "full" begins with."""
 
     def __post_init__(self) -> None:
+        check_text("teacher", self.teacher)
         check_choice("part", self.part, ("full", "left"))
         check_number("kappa", self.kappa, "a number > 0", 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafa.alignment.alignment import Alignment
 from lorafa.alignment.schedule import Decision
-from lorafa.errors import CheckpointError, ConfigError
+from lorafa.errors import CheckpointError, ConfigError, first_line
 from lorafa.processes import distributed, gathered
 from lorafa.train.sharding import average_gradients
 from lorafa.train.trainer import LoraTrainer, SupervisedTrainer
@@ -48,8 +49,8 @@ class Aligning:
         on_decision: is told what the schedule has decided.
 
     Raises:
-        ConfigError: the trainer's model has another loss than that of next tokens, or there are several devices and
-            the trainer is none of this package.
+        ConfigError: the trainer's model has another loss than that of next tokens, a loss of its own is asked for, or
+            there are several devices and the trainer is none of this package.
     """
 
     model: Any
@@ -61,6 +62,10 @@ class Aligning:
     def __init__(
         self, *args: Any, alignment: Alignment, on_decision: Callable[[Decision], None] | None = None, **settings: Any
     ) -> None:
+        if not isinstance(alignment, Alignment):
+            raise ConfigError(
+                f"alignment is the lorafa.alignment.Alignment of the model, found {type(alignment).__name__}. Make one."
+            )
         super().__init__(*args, **settings)
         self.alignment = alignment
         self._divergences: list[tuple[float, int]] = []
@@ -73,6 +78,11 @@ class Aligning:
                     f"{self.own_loss_reason}. Train without a teacher (align=none)."  # type: ignore[attr-defined]
                 )
             self._loss = AlignedLoss(plain, alignment)
+        elif getattr(self, "label_smoother", None) is not None or getattr(self, "compute_loss_func", None) is not None:
+            raise ConfigError(
+                "label_smoothing_factor and compute_loss_func define another loss than the one a teacher is beside, "
+                "and would not count. Leave them out, or train without a teacher."
+            )
         elif self.args.n_gpu > 1 or self.accelerator.num_processes > 1:
             raise ConfigError(
                 "A teacher on several devices needs a trainer whose loss is what they share, and that of transformers "
@@ -129,14 +139,29 @@ class Aligning:
             raise CheckpointError(
                 f"{checkpoint} has no {STATE}: it was made without a teacher, and cannot be continued with one."
             )
-        self.alignment.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.alignment.load_state_dict(_kept_in(path))
 
 
 def carry_as_in(folder: Path, alignment: Alignment) -> None:
     """Let layers carry what they did when a checkpoint was written, so that its adapter fits them."""
     path = folder / STATE
     if path.is_file():
-        alignment.carry_as(torch.load(path, map_location="cpu", weights_only=True))
+        alignment.carry_as(_kept_in(path))
+
+
+def _kept_in(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint holds of an alignment.
+
+    Raises:
+        CheckpointError: the file is damaged, or is none of an alignment.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}. Resume from another checkpoint.") from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds no state of an alignment. Resume from another checkpoint.")
+    return state
 
 
 class _Phases(transformers.TrainerCallback):  # type: ignore[misc]
@@ -145,6 +170,14 @@ class _Phases(transformers.TrainerCallback):  # type: ignore[misc]
     def __init__(self, alignment: Alignment, on_decision: Callable[[Decision], None] | None) -> None:
         self.alignment, self.on_decision = alignment, on_decision
         self._rates: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        known = self.alignment.schedule.steps
+        if known is not None and known != state.max_steps:
+            raise ConfigError(
+                f"The schedule of the teacher was told of steps={known}, and the training has {state.max_steps}. Make "
+                f"the Alignment with steps={state.max_steps}."
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if distributed():

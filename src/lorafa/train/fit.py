@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from lorafa.alignment.chosen import require_room
 from lorafa.alignment.schedule import Decision
 from lorafa.data.collate import Tokenized
 from lorafa.data.packing import PackCollator
@@ -96,10 +97,12 @@ def steps_in_all(config: RunConfig, rows: int) -> int:
 
 
 def check_length(config: RunConfig, rows: int) -> None:
-    """Raises ConfigError where the warm-up is as long as the passes over that many rows.
+    """Raises ConfigError where the warm-up is as long as the passes over that many rows, or a teacher never counts.
 
-    A run that was begun when this was no error is continued all the same.
+    A run that was begun when the first was no error is continued all the same.
     """
+    if config.align.teaches and config.align.schedule == "cyclic":
+        require_room(config.align.phases, steps_in_all(config, rows))
     if config.train.rules > 1:
         steps = steps_in_all(config, rows)
         check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")

@@ -355,6 +355,7 @@ def _wants_heldout(config: RunConfig) -> str | None:
         "train.eval_every": train.eval_every,
         "train.eval_epochs": train.eval_epochs,
         f"optim.schedule={schedule}": SCHEDULES.get(schedule).measured,
+        "align.schedule=cyclic": config.align.teaches and config.align.schedule == "cyclic",
     }
     return next((name for name, wanted in wants.items() if wanted), None)
 

@@ -9,7 +9,7 @@ from typing import Any
 from lorafa.alignment.alignment import Alignment
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.registries import DIVERGENCES, TEACHERS
-from lorafa.alignment.schedule import CyclicSettings, Decision
+from lorafa.alignment.schedule import Decision
 from lorafa.alignment.teachers.external import External
 from lorafa.alignment.teachers.model_base import Base
 from lorafa.backends.offload import device_of
@@ -54,7 +54,7 @@ def teacher_of(
         return None
     probe = _probe(align, heldout, collate, batch_size, device_of(model))
     divergence = _divergence(align)
-    schedule = "constant" if align.schedule == "constant" else _cyclic(align)
+    schedule = "constant" if align.schedule == "constant" else align.phases
 
     def load() -> Any:
         return _loaded(align, model, tokenizer) if loaded is None else loaded
@@ -78,14 +78,6 @@ def teacher_of(
     return lambda steps: made(teacher, steps)
 
 
-def _cyclic(align: AlignConfig) -> CyclicSettings:
-    return CyclicSettings(
-        task_steps=align.task_steps, teacher_steps=align.teacher_steps, task_weight=align.task_weight,
-        trigger=align.trigger, gate=align.gate, tolerance=align.tolerance, drift=align.drift,
-        rewarm_steps=align.rewarm_steps, end_on_teacher=align.end_on_teacher, reorient=align.reorient,
-    )  # fmt: skip
-
-
 def _own(align: AlignConfig) -> dict[str, Any]:
     return {} if align.own is None else asdict(align.own)
 
@@ -104,11 +96,20 @@ def _loaded(align: AlignConfig, model: Any, tokenizer: Any) -> Any:
 
 
 def _require_vocabulary(align: AlignConfig, its: Any, tokenizer: Any) -> None:
-    if its.get_vocab() != tokenizer.get_vocab() and align.divergence != "none":
+    own, theirs = tokenizer.get_vocab(), its.get_vocab()
+    if align.divergence == "none":
+        if own.items() <= theirs.items():
+            return
+        raise ConfigError(
+            f"align.teacher={align.teacher} reads the same token ids as the model, and in its vocabulary "
+            f"{len(own.items() - theirs.items()):,} of {len(own):,} of them are other tokens: it would read other "
+            "texts. Take a teacher of the same family."
+        )
+    if own != theirs:
         raise ConfigError(
             f"align.teacher={align.teacher} has another vocabulary than the model, so their distributions over next "
-            "tokens cannot be compared. Take a teacher of the same family, or compare inner states alone: "
-            "align.divergence=none align.map=procrustes."
+            "tokens cannot be compared. Take a teacher of the same family, or, where it has more tokens only, compare "
+            "inner states alone: align.divergence=none align.map=procrustes."
         )
 
 

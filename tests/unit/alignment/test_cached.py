@@ -17,7 +17,7 @@ from lorafa.alignment.teachers.snapshot import Snapshot
 from lorafa.errors import CheckpointError, ConfigError, DivergedError
 from toys.adapters import train
 from toys.compare import assert_equal_bits, close
-from toys.language_models import adapted, llama
+from toys.language_models import adapted, gpt2, llama
 
 IDS = torch.tensor([[4, 7, 1, 9, 3, 2], [2, 8, 8, 5, 1, 6], [9, 1, 4, 4, 6, 6]])
 LABELS = torch.tensor([[-100, -100, 1, 9, 3, 2], [-100, 8, 8, 5, -100, -100], [-100, -100, -100, 4, 6, 6]])
@@ -116,6 +116,21 @@ def test_rows_are_found_in_any_batch_order_and_padding(tmp_path: Path) -> None:
     assert_equal_bits(cached.told(model, turned).letters.likely, torch.cat(parts[::-1]))
 
 
+def test_padding_before_a_row_is_a_part_of_it_where_positions_are_learnt(tmp_path: Path) -> None:
+    model, other = adapted(gpt2().double()).eval(), gpt2().double().eval()
+    cached = Alignment(model, Cached(tmp_path / "t", other, top_k=32), divergence="fkl")
+    asked = Alignment(model, other, divergence="fkl")
+    for before in (0, 2, 5):
+        pad = (before, 0)
+        batch = {
+            "input_ids": nn.functional.pad(IDS, pad), "labels": nn.functional.pad(LABELS, pad, value=-100),
+            "attention_mask": nn.functional.pad(torch.ones_like(IDS), pad),
+        }  # fmt: skip
+        cached.loss(model, batch)
+        asked.loss(model, batch)
+        assert cached.last_divergence == pytest.approx(asked.last_divergence, rel=1e-5)
+
+
 def test_rows_differ_by_their_labels_and_by_what_the_model_reads_beside_tokens() -> None:
     keys = row_keys(BATCH)[0]
     assert len(set(keys)) == 3
@@ -128,6 +143,11 @@ def test_rows_differ_by_their_labels_and_by_what_the_model_reads_beside_tokens()
     assert row_keys(BATCH | {"input_ids": after})[0] == keys
     with pytest.raises(ConfigError, match="'pixels', which is not one number a token"):
         row_keys(BATCH | {"pixels": torch.zeros(3, 4, 4)})
+    with pytest.raises(ConfigError, match="'attention_mask', which is not one number a token"):
+        row_keys(BATCH | {"attention_mask": torch.zeros(3, 1, 6, 6)})
+    for without in ({"labels": LABELS}, {"input_ids": IDS}):
+        with pytest.raises(ConfigError, match=r"by their input_ids and labels, found only: (labels|input_ids)"):
+            row_keys(without)
 
 
 def test_a_batch_without_labels_asks_nobody(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -307,9 +308,9 @@ def test_a_phase_that_the_training_ends_in_is_folded_in() -> None:
 
 def test_a_checkpoint_that_carries_something_needs_the_setting() -> None:
     model = student()
-    state = reoriented(model)[0].state_dict()
-    plain = student()
-    off = Alignment(plain, "base", schedule=CyclicSettings(), steps=20, probe=PROBE)
+    begun = reoriented(model)[0]
+    state, plain = begun.state_dict(), student()
+    off = Alignment(plain, begun.teacher.name, schedule=replace(SMALL, reorient=False), steps=20, probe=PROBE)
     with pytest.raises(CheckpointError, match=r"in a phase with align\.reorient=true, and here it is off"):
         off.load_state_dict(state)
 

@@ -33,14 +33,22 @@ def steady(task: float = 1.0, divergence: float = 0.5) -> Iterable[Probe]:
 
 
 def test_phases_take_turns_by_the_clock_and_the_task_has_the_last_steps() -> None:
-    phases, decisions = run(Cyclic(CyclicSettings(**SMALL), total=20), steady(), 20)
-    assert "".join(phases) == "SSSSTTSSSSTTSSSSSSSS"  # after step 16 a cycle with the task at its end has no room
+    phases, decisions = run(Cyclic(CyclicSettings(**SMALL), total=19), steady(), 19)
+    assert "".join(phases) == "SSSSTTSSSSTTSSSSSSS"  # after step 16 there are no two steps each for teacher and task
     assert [(d.step, d.kind, d.phase) for d in decisions] == [
         (4, "switch", "teacher"), (6, "switch", "task"), (10, "switch", "teacher"), (12, "switch", "task"),
         (16, "ended", "task"),
     ]  # fmt: skip
     assert [d.refresh for d in decisions] == [False, True, False, True, False]
     assert sum(phase == "T" for phase in phases) == 4  # the teacher runs in these steps alone
+
+
+@pytest.mark.parametrize("total", range(8, 27))
+def test_the_last_phase_is_the_tasks_and_no_shorter_than_the_teachers(total: int) -> None:
+    phases, _ = run(Cyclic(CyclicSettings(**SMALL), total=total), steady(), total)
+    found = "".join(phases)
+    assert found.endswith("TT" + "S" * (2 + (total - 8) % 6))
+    assert found.count("TT") == 1 + (total - 8) // 6
 
 
 def test_the_teacher_may_have_the_last_steps() -> None:
@@ -86,7 +94,7 @@ def test_the_rate_rises_after_switches_alone() -> None:
     """The first phase has begun by none, and where no cycle fits in any more the task goes on."""
     settings = CyclicSettings(task_steps=5, teacher_steps=1, rewarm_steps=4)
     risen = [0.3, 0.475, 0.65, 0.825, 1.0]
-    assert rates_of(Cyclic(settings, total=20), steady(), 20) == [1.0] * 5 + [0.3] + risen + [0.3] + risen + [1.0] * 3
+    assert rates_of(Cyclic(settings, total=18), steady(), 18) == [1.0] * 5 + [0.3] + risen + [0.3] + risen + [1.0]
     refused = [Probe(1.0, 0.5), Probe(2.0, 0.5), *[Probe(1.0, 0.5)] * 20]
     assert rates_of(Cyclic(settings, total=60), refused, 10) == [1.0] * 10
 

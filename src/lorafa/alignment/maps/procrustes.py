@@ -21,7 +21,8 @@ class Procrustes(RepresentationMap):
         S, T = student.hidden, teacher.hidden
         cross = S.mT @ T
         with torch.no_grad():  # the gradient of the nuclear norm of M = U diag(s) V' is U V'
-            U, _, Vh = torch.linalg.svd(cross, full_matrices=False)
+            usable = bool(cross.isfinite().all())  # a decomposition of inf or nan is an error of its own
+            U, _, Vh = torch.linalg.svd(cross if usable else torch.zeros_like(cross), full_matrices=False)
             rotation: Tensor = U @ Vh
         shared: Tensor = (cross * rotation).sum()
         return 1 - shared / (square(S) * square(T)).sqrt()

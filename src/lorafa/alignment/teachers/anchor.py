@@ -23,6 +23,9 @@ class AnchorSettings:
     share: float = 0.5
     """What the student counts in it, between 0 and 1; the rest is where the training began."""
 
+    def __post_init__(self) -> None:
+        check_number("align.share", self.share, "a number in [0, 1]", 0.0, 1.0, closed="[]")
+
 
 class Anchor(OfTheAdapters):
     """Delta_T = w Delta_S + (1 - w) Delta_0, made anew at each refresh and cut to the student's rank.
@@ -48,6 +51,7 @@ class Anchor(OfTheAdapters):
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> Refreshed:
+        self.require_same(model)
         self.values, discarded = weighed_sum(self._pairs, self.reference, copied(model), self.share)
         return Refreshed(discarded)
 

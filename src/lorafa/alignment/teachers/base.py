@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.errors import AdapterError, CheckpointError, ConfigError
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.walk import hosts, lora_layers, uncompiled_name
 
 if TYPE_CHECKING:
     from lorafa.alignment.said import Told
@@ -43,8 +43,7 @@ class Teacher(ABC):
     """How many states of all that is trained it keeps at most."""
 
     discarded: float = 0.0
-    """Of one that changes with each step: the share of the squared norm of the updates that the last step could not
-    hold."""
+    """The share of the squared norm of the updates that the last step could not hold, where it changes with each."""
 
     @property
     def runs(self) -> bool:
@@ -130,31 +129,24 @@ class OfTheAdapters(Teacher):
         self.values: dict[str, Tensor] = {}
 
     def begin(self, model: nn.Module) -> None:
-        trained = _trained(model)
-        if not trained or not any(True for _ in lora_layers(model)):
+        parameters = trained(model)
+        if not parameters or not any(True for _ in lora_layers(model)):
             raise AdapterError(
                 f"align={self.name} keeps another state of the student's adapters, and this model trains none. Put an "
                 "adapter on it, or take another teacher."
             )
-        self.values = {name: p.detach().clone() for name, p in trained.items()}
+        self.values = copied(model)
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[nn.Module]:
-        trained = _trained(model)
-        missing = self.values.keys() ^ trained.keys()
-        if missing:
-            raise AdapterError(
-                f"What is trained has changed since the teacher {self.name!r} was made: {sorted(missing)[0]}. Begin "
-                "the alignment after adapters are chosen."
-            )
-        own = {name: p.data for name, p in trained.items()}
-        try:
-            for name, p in trained.items():
-                p.data = self.values[name]
+        self.require_same(model)
+        _require_counting(model, self.name)
+        with exchanged(trained(model), self.values):
             yield model
-        finally:
-            for name, p in trained.items():
-                p.data = own[name]
+
+    def require_same(self, model: nn.Module) -> None:
+        """Raises AdapterError where other parameters are trained than the teacher has values of."""
+        require_trained_as(model, self.values, f"the teacher {self.name!r} was made")
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": {name: value.clone() for name, value in self.values.items()}}
@@ -169,11 +161,57 @@ class OfTheAdapters(Teacher):
         self.values = {name: value.to(self.values[name]) for name, value in values.items()}
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All that is trained, by the names it has where nothing is compiled."""
+    return {uncompiled_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all that is trained, by name."""
     with torch.no_grad():
-        return {name: p.detach().clone() for name, p in _trained(model).items()}
+        return {name: p.detach().clone() for name, p in trained(model).items()}
+
+
+@contextmanager
+def exchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters have the values of these names inside the block."""
+    own = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in own.items():
+            parameters[name].data = value
+
+
+def require_trained_as(model: nn.Module, values: Mapping[str, Tensor], since: str) -> None:
+    """Raises AdapterError unless what is trained has the names and shapes of these values, kept when ``since``."""
+    own, kept = ({name: tuple(one.shape) for name, one in each.items()} for each in (trained(model), values))
+    if own != kept:
+        name = min(name for name in own.keys() | kept.keys() if own.get(name) != kept.get(name))
+        raise AdapterError(
+            f"What is trained has changed since {since}: {name}. Begin the alignment after adapters are chosen."
+        )
+
+
+def require_state(state: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError unless this is the state of an alignment with the teacher of that name."""
+    absent = {"name", "teacher", "schedule", "kept", "weighing", "map", "carry", "steps", "teacher_passes"} - set(state)
+    if absent:
+        raise CheckpointError(f"The state of an alignment has no {min(absent)!r}: it is damaged, or another version's.")
+    if state["name"] != name:
+        raise CheckpointError(
+            f"The checkpoint is of a training with the teacher {state['name']!r}, and here it is {name!r}. Set it as "
+            "it was."
+        )
+
+
+def _require_counting(model: nn.Module, name: str) -> None:
+    """Raises AdapterError where other values of adapters would change nothing."""
+    off = any(host.disable_adapters for _, host in hosts(model))
+    if off or any(layer.merged_adapters for _, layer in lora_layers(model)):
+        raise AdapterError(
+            f"The teacher {name!r} is another state of the adapters, and they are "
+            + ("switched off here. Leave disable_adapter() first." if off else "merged here. Call unmerge_adapter().")
+        )

@@ -71,6 +71,8 @@ class Cached(Teacher):
         self.files = files
         self.called = called or ("no name" if self.source is None else self.source.name)
         self.about: About | None = None
+        self._places = False
+        """Whether padding before a row is a part of it."""
 
     @property
     def starts_as_student(self) -> bool:  # type: ignore[override]
@@ -106,6 +108,7 @@ class Cached(Teacher):
                 f"align.divergence={divergence.name} compares all logits, and a cache keeps the {self.top_k} likeliest "
                 "tokens of the teacher. Take another divergence, fkl for example, or no cache (align.cache=false)."
             )
+        self._places = _counts_places(model)
         with main_first():  # which may make the folder
             self.about = self._opened(model, divergence)
             self.targets.refresh()
@@ -188,7 +191,7 @@ class Cached(Teacher):
         """
         about = self._known
         self._require_tokens(model)
-        found = [row_keys(batch) for batch in batches]
+        found = [row_keys(batch, self._places) for batch in batches]
         data = digest_of_keys(key for keys, counts in found for key, n in zip(keys, counts, strict=True) if n)
         if about.rows not in (None, data):
             raise CheckpointError(
@@ -215,7 +218,7 @@ class Cached(Teacher):
     def lacks(self, batches: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a row of these batches is not there."""
         self.targets.refresh()
-        return any(self._lacks(*row_keys(batch)) for batch in batches)
+        return any(self._lacks(*row_keys(batch, self._places)) for batch in batches)
 
     def in_words(self) -> str:
         """How much is kept, and where."""
@@ -237,7 +240,7 @@ class Cached(Teacher):
             DivergedError: the teacher that was asked gives inf or nan.
         """
         self._require_tokens(model)
-        keys, counts = row_keys(batch)
+        keys, counts = row_keys(batch, self._places)
         if self._lacks(keys, counts):
             self.targets.refresh()  # another process may have asked
         if self._lacks(keys, counts):
@@ -306,6 +309,27 @@ def _source(given: nn.Module | Teacher | str | None) -> Teacher | None:
     if given == Base.name:
         return Base()
     raise ConfigError(f"A cache is of a model or of 'base', found teacher={given!r}. Pass the model itself, loaded.")
+
+
+def _counts_places(model: nn.Module) -> bool:
+    """Whether padding before a row changes what a model says of it: positions that are learnt are counted from there.
+
+    Where they turn queries and keys (rotary embeddings) their differences alone matter.
+    """
+    ids = torch.arange(4, device=device_of(model))[None]
+
+    def states(before: int) -> Tensor:
+        kept, pad = Spoken(), (before, 0)
+        labels = nn.functional.pad(ids, pad, value=IGNORE_INDEX)
+        labels[:, before] = IGNORE_INDEX
+        mask = nn.functional.pad(torch.ones_like(ids), pad)
+        batch = {"input_ids": nn.functional.pad(ids, pad), "attention_mask": mask, "labels": labels}
+        with evaluating(model):
+            supervised_loss(model, batch, num_items=1, objective=kept)
+        return kept.rows.float()
+
+    still, moved = states(0), states(3)
+    return bool((moved - still).norm() > 0.02 * still.norm())
 
 
 def _gold(batch: Mapping[str, Any]) -> Tensor:

@@ -20,6 +20,9 @@ class EmaSettings:
     ema_beta: float = 0.05
     """Share of the student in each step, above 0 and at most 1."""
 
+    def __post_init__(self) -> None:
+        check_number("align.ema_beta", self.ema_beta, "a number in (0, 1]", 0.0, 1.0, closed="]")
+
 
 class EMA(OfTheAdapters):
     """Delta_T <- (1 - beta) Delta_T + beta Delta_S after each step, cut to the student's rank.
@@ -45,6 +48,7 @@ class EMA(OfTheAdapters):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
+        self.require_same(model)
         self.values, self.discarded = weighed_sum(self._pairs, self.values, copied(model), self.beta)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafa.alignment.teachers.base import Teacher
+from lorafa.alignment.teachers.base import Teacher, trained
+from lorafa.errors import ConfigError
 from lorafa.models.modes import evaluating
 from lorafa.storage.fingerprint import digest_of_all
 
@@ -20,8 +21,18 @@ class External(Teacher):
     starts_as_student = False
 
     def __init__(self, model: nn.Module) -> None:
+        """``model`` is frozen where an alignment begins."""
         self.model = model
-        model.requires_grad_(False)
+
+    def begin(self, model: nn.Module) -> None:
+        own = {id(p): name for name, p in trained(model).items()}
+        if (name := next((own[id(p)] for p in self.model.parameters() if id(p) in own), None)) is not None:
+            raise ConfigError(
+                f"The teacher is the student, or has layers of it that are trained ({name}): it would be frozen with "
+                "the student in it. Take teacher='base' for the model without its adapters, 'snapshot' for it as it "
+                "is now, or load the other model apart."
+            )
+        self.model.requires_grad_(False)
 
     def vocabulary(self) -> int | None:
         return vocabulary_of(self.model)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorafa.errors import AdapterError
+from lorafa.errors import AdapterError, DivergedError
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.linalg import working_dtype
 from lorafa.numerics.low_rank import nearest_product
-from lorafa.surgery.walk import lora_layers
+from lorafa.surgery.walk import lora_layers, uncompiled_name
 
 Values = Mapping[str, Tensor]
 """Parameter -> its value."""
@@ -51,7 +51,7 @@ def trained_pairs(model: nn.Module, what: str, instead: str = "Take align=snapsh
         AdapterError: an update that is trained is not s B A with the A and B that are stored, so that it cannot be
             averaged as a product.
     """
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    names = {id(p): uncompiled_name(name) for name, p in model.named_parameters() if p.requires_grad}
     pairs = []
     for path, layer in lora_layers(model):
         for name, adapter in layer.adapters.items():
@@ -86,6 +86,11 @@ def weighed_sum(pairs: list[Pair], one: Values, other: Values, share: float) -> 
         (A1, B1), (A2, B2) = pair.factors(one), pair.factors(other)
         stacked_A = torch.cat([roots[0] * A1, roots[1] * A2], dim=-2)
         stacked_B = torch.cat([roots[0] * B1, roots[1] * B2], dim=-1)
+        if not bool(stacked_A.isfinite().all() & stacked_B.isfinite().all()):
+            raise DivergedError(
+                f"The adapter of {pair.path or pair.A!r} has inf or nan, which no teacher can be made of. Lower the "
+                "learning rate, or go back to a checkpoint."
+            )
         A, B, S = nearest_product(stacked_A, stacked_B, A1.shape[-2])
         squares = S.double().square() * pair.square_of_scaling
         kept, lost = kept + float(squares.sum()), lost + float(squares[..., A1.shape[-2] :].sum())

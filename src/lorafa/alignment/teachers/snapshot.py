@@ -14,6 +14,7 @@ class Snapshot(OfTheAdapters):
     name = "snapshot"
 
     def refresh(self, model: nn.Module) -> Refreshed:
+        self.require_same(model)
         self.values = copied(model)
         return Refreshed()
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
+from lorafa.alignment.schedule import CyclicSettings
 from lorafa.alignment.weighing import check_weight
 from lorafa.errors import ConfigError
 from lorafa.models import QUANTIZERS
 from lorafa.registry import Registry
-from lorafa.settings.checks import check_choice, check_flag, check_int, check_number
+from lorafa.settings.checks import check_choice, check_flag, check_int, check_number, indices
 from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key
 
@@ -117,6 +118,8 @@ class AlignConfig(OpenGroup):
         check_number("align.map_weight", self.map_weight, "a number >= 0", 0.0, closed="[")
         if self.map is not None:
             check_choice("align.map", self.map, MAPS.names())
+        if self.map_layers is not None and not indices("align.map_layers", self.map_layers):
+            raise ConfigError("align.map_layers names no layer. Name some, align.map_layers=[1,2], or leave it out.")
         if self.quantize is not None:
             check_choice("align.quantize", self.quantize, QUANTIZERS.names())
         check_choice("align.schedule", self.schedule, ("constant", "cyclic"))
@@ -138,6 +141,15 @@ class AlignConfig(OpenGroup):
     def teaches(self) -> bool:
         """Whether there is a teacher that counts."""
         return self.name != NONE and self.weight != 0
+
+    @property
+    def phases(self) -> CyclicSettings:
+        """The settings of a cyclic schedule."""
+        return CyclicSettings(
+            task_steps=self.task_steps, teacher_steps=self.teacher_steps, task_weight=self.task_weight,
+            trigger=self.trigger, gate=self.gate, tolerance=self.tolerance, drift=self.drift,
+            rewarm_steps=self.rewarm_steps, end_on_teacher=self.end_on_teacher, reorient=self.reorient,
+        )  # fmt: skip
 
     def _refuse_ignored(self) -> None:
         """Raises ConfigError for what was set and would change nothing, and for a teacher that is not named."""
