@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from lorafa.cli import main as cli
 from lorafa.cli import train
 from lorafa.conf.compose import KEYS, compose
 from lorafa.errors import ConfigError, DataError, NotAvailableError, TargetError
+from lorafa.version import VERSION
 
 
 def run(arguments: list[str]) -> int:
@@ -162,3 +165,11 @@ def test_a_continued_run_takes_no_other_settings(capsys: pytest.CaptureFixture[s
 def test_continuing_what_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", f"train.resume={tmp_path / 'none'}"]) == 2
     assert "is not a run directory: it does not exist" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_package_runs_as_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["lorafa", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("lorafa", run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert VERSION in capsys.readouterr().out
