@@ -14,6 +14,7 @@ from lorafa.alignment.schedule import Constant, Cyclic, CyclicSettings, Schedule
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.alignment.teachers.external import External
 from lorafa.errors import ConfigError
+from lorafa.models.wrapped import inner_model
 from lorafa.settings.checks import check_choice
 
 
@@ -77,6 +78,5 @@ def chosen_map(given: str | RepresentationMap) -> RepresentationMap:
 
 def half_and_last(model: Any) -> tuple[int, ...]:
     """After ceil(L / 2) of the L layers, and after all."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = int(base.config.get_text_config().num_hidden_layers)
+    layers = int(inner_model(model).config.get_text_config().num_hidden_layers)
     return tuple(dict.fromkeys((-(-layers // 2), layers)))
