@@ -10,7 +10,7 @@ from torch import nn
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.maps.base import RepresentationMap
 from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
-from lorafa.alignment.schedule import Constant, Cyclic, CyclicSettings, Schedule
+from lorafa.alignment.schedule import SCHEDULES, Constant, Cyclic, CyclicSettings, Schedule
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.alignment.teachers.external import External
 from lorafa.errors import ConfigError
@@ -29,7 +29,7 @@ def chosen_schedule(
     if given == "constant" or not weight:
         return Constant(weight)
     if isinstance(given, str):
-        check_choice("schedule", given, ("constant", "cyclic"))
+        check_choice("schedule", given, SCHEDULES)
         given = CyclicSettings()
     if steps is None or not probe:
         raise ConfigError(

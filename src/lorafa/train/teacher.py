@@ -9,7 +9,7 @@ from typing import Any
 from lorafa.alignment.alignment import Alignment
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.registries import DIVERGENCES, TEACHERS
-from lorafa.alignment.schedule import CyclicSettings, Decision
+from lorafa.alignment.schedule import Decision
 from lorafa.alignment.teachers.external import External
 from lorafa.alignment.teachers.model_base import Base
 from lorafa.backends.offload import device_of
@@ -54,7 +54,7 @@ def teacher_of(
         return None
     probe = _probe(align, heldout, collate, batch_size, device_of(model))
     divergence = _divergence(align)
-    schedule = "constant" if align.schedule == "constant" else _cyclic(align)
+    schedule = "constant" if align.schedule == "constant" else align.phases()
 
     def load() -> Any:
         return _loaded(align, model, tokenizer) if loaded is None else loaded
@@ -76,14 +76,6 @@ def teacher_of(
         )  # fmt: skip
     teacher = load() if align.name == EXTERNAL else TEACHERS.get(align.name)(**_own(align))
     return lambda steps: made(teacher, steps)
-
-
-def _cyclic(align: AlignConfig) -> CyclicSettings:
-    return CyclicSettings(
-        task_steps=align.task_steps, teacher_steps=align.teacher_steps, task_weight=align.task_weight,
-        trigger=align.trigger, gate=align.gate, tolerance=align.tolerance, drift=align.drift,
-        rewarm_steps=align.rewarm_steps, end_on_teacher=align.end_on_teacher, reorient=align.reorient,
-    )  # fmt: skip
 
 
 def _own(align: AlignConfig) -> dict[str, Any]:
