@@ -249,7 +249,7 @@ def _repaired(
     try:
         parts = [
             _corrected(matrix, one_A, one_B, one_gain, scaling, top_k, epsilon, lam)
-            for matrix, one_A, one_B, one_gain in zip(_matrices(W), _matrices(A), _matrices(B), gains, strict=True)
+            for matrix, one_A, one_B, one_gain in zip(matrices(W), matrices(A), matrices(B), gains, strict=True)
         ]
     except ValueError as error:
         raise AdapterError(
@@ -289,8 +289,8 @@ def _weight(path: str, layer: LoraLayer) -> Tensor:
     return weight
 
 
-def _matrices(tensor: Tensor) -> list[Tensor]:
-    """The matrices of a stack, or the one there is."""
+def matrices(tensor: Tensor) -> list[Tensor]:
+    """The matrices of a stack (E, m, n), or the one (m, n) there is, in float32 or float64."""
     return [float_matrix(each) for each in (tensor if tensor.dim() == 3 else tensor[None])]
 
 

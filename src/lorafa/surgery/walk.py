@@ -20,6 +20,8 @@ from lorafa.layers.host import Host
 from lorafa.layers.wrapper import Wrapper
 from lorafa.settings.checks import found
 
+PREFIX = "base_model.model."
+"""What PeftModel and LoraModel put before the names of the user's model."""
 _COMPILED = "_orig_mod"
 """Where torch.compile's wrapper of a module holds it."""
 
@@ -118,6 +120,11 @@ def layers_at(place: Place) -> Iterator[LoraLayer]:
     while isinstance(module, LoraLayer):
         yield module
         module = module.base_layer
+
+
+def full_name(place: Place, layer: LoraLayer) -> str:
+    """The name by which patterns of a config find a layer at a place: of the module, or of the parameter it adapts."""
+    return place.name if layer.parameter_name is None else f"{place.name}.{layer.parameter_name}"
 
 
 def pristine_of(module: nn.Module) -> nn.Module:
