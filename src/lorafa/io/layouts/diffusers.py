@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError, shorten
 from lorafa.io.layouts.base import A, B, Contents, Factors, Layout, Raw, taken_apart
-from lorafa.io.layouts.components import Part, alpha_of, choose, plain_config, rank_of, require_all_or_none
+from lorafa.io.layouts.components import Part, alpha_of, assumed_config, choose, rank_of, require_all_or_none
 from lorafa.io.layouts.names import BaseNames
 from lorafa.surgery.patterns import lookup
 from lorafa.surgery.walk import PREFIX
@@ -78,7 +78,7 @@ class DiffusersLayout(Layout):
         config = _config(raw, before, chosen)
         factors = {name: _factors(raw, name, tensors, own.get(name), config) for name, tensors in chosen.items()}
         if config is None:
-            config = plain_config(factors)
+            config = assumed_config(factors)
         return Contents(raw.path, replace(config, target_modules=sorted(factors)), factors, {})
 
 
