@@ -33,9 +33,9 @@ class Fit:
     recorded: int
     """How many layers the file has a fingerprint of; 0 in files of other libraries."""
     different: list[str] = field(default_factory=list)
-    """Those of them whose weights are others here."""
+    """Layers with a fingerprint whose weights are others here."""
     missing: list[str] = field(default_factory=list)
-    """Those that the model does not have."""
+    """Layers that the model does not have."""
     problem: str = ""
     """Why the adapter cannot be put on the model; empty where it can."""
 
@@ -82,7 +82,7 @@ class OnBase:
     updates: dict[str, LayerUpdate] = field(default_factory=dict)
     """By name, as the model holds them."""
     measures: dict[str, Measured] = field(default_factory=dict)
-    """Those of the whole updates, where a formula makes more of s B A than that."""
+    """Numbers of whole updates, where a formula makes more of s B A than that."""
     weights: dict[str, OnWeight] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     """Layer -> why nothing can be said of its weight."""

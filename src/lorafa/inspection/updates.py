@@ -49,7 +49,7 @@ class LayerUpdate:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the update: (out, in) or (E, out, in)."""
+        """The shape of the update: (out, in) or (E, out, in)."""
         return (*self.B.shape[:-1], self.A.shape[-1])
 
     @property

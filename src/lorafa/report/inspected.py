@@ -92,7 +92,7 @@ def _median(values: Sequence[float | None], form: str = ".4g") -> str:
 
 
 def _further_headings(found: Inspection) -> list[str]:
-    """Those of the columns for a base and for another adapter, where there are such."""
+    """The headings of columns for a base and for another adapter, where there are such."""
     headings = [] if found.base is None or not found.base.weights else ["norm / weight", "intruders"]
     return headings if found.other is None else [*headings, "cosine", "phi of A", "phi of B"]
 

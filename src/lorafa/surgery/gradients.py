@@ -74,7 +74,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tenso
 
 
 def _without(host: nn.Module, tensors: Mapping[str, Tensor], zeros: bool) -> list[str]:
-    """Those of the tensors of one layer that have no gradient."""
+    """The tensors of one layer that have no gradient."""
     if isinstance(host, Host) and not isinstance(host, LoraLayer):
         zeros = True  # rows of tokens that are not in the batch have zeros
     missing = [key for key, tensor in tensors.items() if tensor.grad is None]

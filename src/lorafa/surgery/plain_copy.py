@@ -37,7 +37,7 @@ class NewFactors:
     B: Tensor
     """(out, r) or (E, out, r)."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Those of the formula over B A; others are not read."""
+    """Extra tensors of the formula over B A; others are not read."""
 
     @property
     def rank(self) -> int:

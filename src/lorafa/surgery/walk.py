@@ -203,7 +203,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def layers_of(found: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, LoraLayer]]:
-    """Those of the hosts of a model that are layers with adapters."""
+    """The hosts of a model that are layers with adapters."""
     return [(path, host) for path, host in found if isinstance(host, LoraLayer)]
 
 

@@ -95,7 +95,7 @@ class AlignConfig(OpenGroup):
     own: Any = None
     """The teacher's own settings."""
     own_of_divergence: Any = None
-    """Those of the divergence."""
+    """The divergence's own settings."""
 
     @classmethod
     def entries(cls, field: str) -> list[str]:
