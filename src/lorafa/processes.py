@@ -85,7 +85,7 @@ def gathered(thing: T) -> list[T]:
 
 
 def share(things: Sequence[T]) -> list[T]:
-    """Those of the things that are this process's: they are dealt out by turns."""
+    """The things that are this process's: they are dealt out by turns."""
     return list(things[rank() :: world_size()])
 
 

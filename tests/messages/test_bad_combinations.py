@@ -196,7 +196,7 @@ def test_a_failure_on_the_way_takes_the_new_adapter_back(monkeypatch: pytest.Mon
     def fails(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("lorafa.surgery.combine._copy", fails)
+    monkeypatch.setattr("lorafa.layers.wrapper.Wrapper.copy_values", fails)
     before = list(adapted.state_dict())
     with pytest.raises(MemoryError):
         adapted.add_weighted_adapter(["a", "c"], [1.0, 1.0], "new")

@@ -10,10 +10,11 @@ from torch import nn
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.maps.base import RepresentationMap
 from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
-from lorafa.alignment.schedule import Constant, Cyclic, CyclicSettings, Schedule
+from lorafa.alignment.schedule import SCHEDULES, Constant, Cyclic, CyclicSettings, Schedule
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.alignment.teachers.external import External
 from lorafa.errors import BackendError, ConfigError
+from lorafa.models.wrapped import inner_model
 from lorafa.settings.checks import check_choice, check_int, found, indices
 
 
@@ -29,7 +30,7 @@ def chosen_schedule(
     if given == "constant" or not weight:
         return Constant(weight)
     if not isinstance(given, CyclicSettings):
-        check_choice("schedule", given, ("constant", "cyclic"))
+        check_choice("schedule", given, SCHEDULES)
         given = CyclicSettings()
     if steps is None or not probe:
         raise ConfigError(
@@ -141,7 +142,7 @@ def _depth(model: Any) -> int:
     Raises:
         BackendError: it does not say how many.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     config: Any = getattr(base, "config", None)
     if not hasattr(config, "get_text_config"):
         raise BackendError(

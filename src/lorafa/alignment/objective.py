@@ -16,6 +16,7 @@ from lorafa.alignment.said import Said, look
 from lorafa.errors import ConfigError, DivergedError
 from lorafa.models.head_loss import LOG_LIKELIHOOD, HiddenStates, head_loss
 from lorafa.models.positions import states_at, supervised
+from lorafa.models.wrapped import inner_model
 
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
 """What models call the norm between their last layer and their head."""
@@ -128,7 +129,7 @@ def final_norm(model: Any) -> nn.Module:
     Raises:
         ConfigError: no module of a known name is there.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     body = getattr(base, "base_model", base)
     for holder in (body, getattr(body, "decoder", None)):
         for name in _NORMS:

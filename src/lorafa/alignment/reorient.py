@@ -20,6 +20,7 @@ from lorafa.adapter import Start
 from lorafa.alignment.teachers.products import Pair, trained_pairs
 from lorafa.errors import AdapterError
 from lorafa.numerics.low_rank import nearest_product
+from lorafa.surgery.plain import stacked
 from lorafa.surgery.walk import lora_layers, uncompiled_name
 
 Stats = Mapping[str, Mapping[str, Tensor]]
@@ -155,10 +156,8 @@ class Carry:
         depend on how large the update has become.
         """
         (A, B), start = self._factors(pair), _start(pair)
-        stacked_A = torch.cat([A, start.A.to(A)], dim=-2)
-        stacked_B = torch.cat([B, -start.B.to(B)], dim=-1)
         rank = A.shape[-2]
-        V, US, S = nearest_product(stacked_A, stacked_B, rank)
+        V, US, S = nearest_product(*stacked((A, B), start), rank)
         size = torch.linalg.matrix_norm(start.A.to(V))[..., None, None] / rank**0.5
         size = torch.where(size > 0, size, torch.ones_like(size))
         return V * size, US / size, S.double().square() * pair.square_of_scaling

@@ -18,6 +18,7 @@ from lorafa.errors import CheckpointError
 from lorafa.settings.checks import check_choice, check_flag, check_int, check_number
 
 Phase = Literal["task", "teacher"]
+SCHEDULES = ("constant", "cyclic")
 TRIGGERS = ("clock", "drift")
 
 

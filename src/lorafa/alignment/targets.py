@@ -70,8 +70,7 @@ def row_keys(batch: Mapping[str, Any], places: bool = False) -> tuple[list[bytes
             f"A cache knows rows by their input_ids and labels, found only: {', '.join(sorted(batch))}. Train without "
             "one (align.cache=false)."
         )
-    shifted = batch.get("shift_labels")
-    targets = batch["labels"][:, 1:] if shifted is None else shifted
+    targets = next_labels(batch)
     shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
     names = sorted(batch.keys() - {"labels", "shift_labels", "attention_mask"})
     for name in names if mask is None else ["attention_mask", *names]:
@@ -237,10 +236,21 @@ class _reading:
             ) from error
 
 
-def digest_of_keys(keys: Iterable[bytes]) -> str:
-    """Tells sets of rows apart, whatever their order."""
+def next_labels(batch: Mapping[str, Any]) -> Tensor:
+    """The label that follows each token of a batch, where one does, (rows, tokens - 1), or those given as shifted."""
+    shifted = batch.get("shift_labels")
+    labels: Tensor = batch["labels"][:, 1:] if shifted is None else shifted
+    return labels
+
+
+def digest_of_rows(found: Iterable[tuple[Sequence[bytes], Sequence[int]]]) -> str:
+    """Tells sets of rows apart, whatever their order.
+
+    Args:
+        found: what :func:`row_keys` has found in each batch; rows without a supervised position do not count.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for key in sorted(set(keys)):
+    for key in sorted({key for keys, counts in found for key, count in zip(keys, counts, strict=True) if count}):
         digest.update(key)
     return digest.hexdigest()
 

@@ -82,7 +82,7 @@ class Bnb8Backend(Backend):
         return linear.out_features, linear.in_features
 
     def dtype(self, layer: nn.Module) -> torch.dtype:
-        """That of the bias, which the layer keeps in the dtype of its inputs; else float16, in which it rounds them."""
+        """The dtype of the bias, which the layer keeps in that of its inputs; else float16, in which it rounds them."""
         bias = layer._parameters.get("bias")
         return torch.float16 if bias is None else bias.dtype
 

@@ -24,7 +24,7 @@ from lorafa.processes import distributed, gathered, rank
 
 @dataclass
 class _Masks:
-    """Those a batch came with."""
+    """The masks that a batch came with."""
 
     attended: Tensor | None = None
     """(batch, tokens) bool; None: all are."""
@@ -33,7 +33,7 @@ class _Masks:
 
     @classmethod
     def of(cls, batch: Any) -> _Masks:
-        """Those among a model's keyword arguments."""
+        """Find them among a model's keyword arguments."""
         given = batch if isinstance(batch, Mapping) else {}
         mask, labels = given.get("attention_mask"), given.get("labels")
         return cls(

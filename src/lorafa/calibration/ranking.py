@@ -31,7 +31,7 @@ class Asked:
     """What ranks are chosen by."""
 
     layers: Mapping[str, Layer]
-    """Those whose statistics are finite."""
+    """The layers whose statistics are finite."""
     measured: Mapping[str, Any]
     """What :attr:`Rule.measure` made of each."""
     r_min: int | None

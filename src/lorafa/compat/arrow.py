@@ -128,7 +128,7 @@ def _source(path: str | Path) -> dict[str, Any]:
 
 
 def _router_config(model: PeftModel, sources: dict[str, Any], settings: ArrowConfig) -> LoraConfig:
-    """That of a router on the layers the adapters are on.
+    """The config of a router on the layers the adapters are on.
 
     Raises:
         AdapterError: they are not on the same layers.

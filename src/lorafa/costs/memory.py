@@ -96,7 +96,7 @@ class Memory:
     activations: int
     """Kept by the forward pass for the backward pass."""
     gradients: int
-    """Those there are at the peak."""
+    """Gradients that are there at the peak."""
     workspace: int
     """Gone again soon: inside of the largest layer, or of the output head with its logits."""
     evaluation: int

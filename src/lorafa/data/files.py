@@ -26,7 +26,7 @@ FORMATS: Mapping[str, type[Table]] = {
 }
 """The endings of files that are read, in small or capital letters."""
 PACKED = (".jsonl", ".json", ".csv", ".tsv")
-"""Those that may be followed by .gz."""
+"""Endings that may be followed by .gz."""
 ENDINGS = f"{', '.join(FORMATS)} (and {', '.join(PACKED)} followed by .gz)"
 """Both, in words."""
 

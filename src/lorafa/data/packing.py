@@ -30,7 +30,7 @@ class Pack:
 
     @property
     def labels(self) -> list[int]:
-        """Those of the samples; nothing is asked of the token before a sample's first one, which belongs to another."""
+        """The labels of the samples; none for a sample's first token, as the one before belongs to another."""
         return [label for sample in self.samples for label in (IGNORE, *sample.labels[1:])]
 
     @property

@@ -35,7 +35,7 @@ class Unread:
         return [UNREAD] if found & self._without or (self._unknown is not None and self._unknown in ids) else []
 
     def characters(self) -> str:
-        """Those of all texts so far, in words."""
+        """The unread characters of all texts so far, in words."""
         return shorten(map(repr, sorted(self._without)), 10) or "none by itself"
 
     def _is_read(self, character: str) -> bool:

@@ -96,7 +96,7 @@ def _sample(prompt: list[int], tail: list[int]) -> Sample:
 def _of_single(
     asked: Sequence[Choices], model: Any, pad: int, batch_size: int, progress: Progress | None
 ) -> list[list[float]]:
-    """Those whose tails are single tokens: all from one position."""
+    """The scores of questions whose tails are single tokens: all from one position."""
     if not asked:
         return []
     device, chunked, collator = device_of(model), supports_chunked_loss(model) is None, Collator(pad)

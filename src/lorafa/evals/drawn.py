@@ -18,6 +18,7 @@ from lorafa.errors import CheckpointError, DataError, warn
 from lorafa.evals.by_length import Progress
 from lorafa.evals.generation import Sampling, check_prompts, generate_ids
 from lorafa.layers.host import Host
+from lorafa.models.wrapped import inner_model
 from lorafa.processes import from_main, is_main
 from lorafa.storage.fingerprint import fingerprint
 from lorafa.storage.tensors import whole
@@ -139,8 +140,7 @@ def _place(model: Any, tokenizer: Any, prompts: Sequence[list[int]], how: Drawin
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """The weights of the model without its adapters, under the names they had before any layer was wrapped."""
-    own: Any = getattr(model, "get_base_model", lambda: model)
-    stack: list[tuple[str, nn.Module]] = [("", own())]
+    stack: list[tuple[str, nn.Module]] = [("", inner_model(model))]
     while stack:
         path, module = stack.pop()
         if isinstance(module, Host):

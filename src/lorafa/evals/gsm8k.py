@@ -180,7 +180,7 @@ def _length(subject: Subject, records: Sequence[Record], settings: Gsm8kSettings
 
 
 def _asks(heldout: Sequence[Record], settings: Gsm8kSettings) -> list[Record]:
-    """Those with a gold answer, up to ``size`` of them; where there are none at all, a few to look at."""
+    """The records with a gold answer, up to ``size`` of them; where there are none at all, a few to look at."""
     graded = [record for record in heldout if record.answer is not None]
     if graded and (unread := [record for record in heldout if record.answer is None and _ends_in_figures(record)]):
         places = [record.place for record in unread if record.place]

@@ -41,7 +41,7 @@ def _gold(record: Record) -> str:
 
 
 def _asks(heldout: Sequence[Record], settings: MatchSettings) -> list[Record]:
-    """Those with a question, up to ``size`` of them."""
+    """The records with a question, up to ``size`` of them."""
     return [record for record in heldout if not record.plain and record.question][: settings.size]
 
 

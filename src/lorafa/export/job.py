@@ -11,7 +11,7 @@ from lorafa.errors import ConfigError
 from lorafa.export import EXPORTERS
 from lorafa.export.base import BaseFacts, facts_of, load_adapted
 from lorafa.export.entry import Exporter
-from lorafa.export.proof import Proof, inputs_for, logits_of, prove
+from lorafa.export.proof import Proof, prove
 from lorafa.export.source import of_files, of_model, require_matrix_formula
 from lorafa.export.update import PlainAdapter
 from lorafa.io.find import find_adapter_files
@@ -21,6 +21,7 @@ from lorafa.storage.paths import user_path
 from lorafa.storage.whole import folder_written_whole, require_apart, require_free
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
+from lorafa.surgery.verify import made_inputs, outputs_of
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,10 @@ def _merged(
         )
     facts: BaseFacts = facts_of(config, name)
     model = load_adapted(place, config, name)
-    inputs = inputs_for(model.get_base_model()) if verify else {}
-    wanted = logits_of(model, inputs) if verify else None
+    inputs = made_inputs(model.get_base_model()) if verify else {}
+    wanted = outputs_of(model, inputs) if verify else None
     with model.disable_adapter():
-        without = logits_of(model, inputs) if verify else None
+        without = outputs_of(model, inputs) if verify else None
     whole, notes = _merge(model)
     with folder_written_whole(folder, overwrite=overwrite) as stage:
         whole.save_pretrained(stage)
@@ -139,7 +140,7 @@ def _merged(
         proof = None
         if wanted is not None and without is not None:
             again = type(whole).from_pretrained(stage, dtype="auto").eval()
-            difference = float((logits_of(again, inputs) - wanted).abs().max())
+            difference = float((outputs_of(again, inputs) - wanted).abs().max())
             proof = Proof(0, 0.0, (difference, float((wanted - without).abs().max())))
         files = _files(stage)
     return Exported(folder, files, None, tuple(notes), proof)

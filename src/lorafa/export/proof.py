@@ -5,10 +5,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from lorafa.errors import CheckpointError
 from lorafa.export.base import BaseFacts
@@ -16,11 +12,11 @@ from lorafa.export.entry import Exporter
 from lorafa.export.peft import PEFT
 from lorafa.export.update import PlainAdapter, relative_error
 from lorafa.peft_model import PeftModel
+from lorafa.surgery.verify import made_inputs, outputs_of
 
 TOLERANCE = 1e-5
 """The largest relative difference, ||one - other||_F / ||one||_F, of updates that are called the same: more than
 rounding B to float32 once makes, and far less than a wrong scaling."""
-_ROWS, _TOKENS = 2, 16
 
 
 @dataclass(frozen=True)
@@ -74,36 +70,19 @@ def compared_logits(model: PeftModel, read: PlainAdapter) -> tuple[float, float]
     Args:
         model: the base with the adapter; another is loaded beside it for the length of the call.
     """
-    inputs = inputs_for(model.get_base_model())
+    inputs = made_inputs(model.get_base_model())
     with tempfile.TemporaryDirectory() as place:
         PEFT.write(read, Path(place), None)
-        wanted = logits_of(model, inputs)
+        wanted = outputs_of(model, inputs)
         name = "read back"
         before = model.base_model.active_adapters
         model.load_adapter(place, name)
         try:
             model.base_model.set_adapter(name, inference_mode=True)
-            found = logits_of(model, inputs)
+            found = outputs_of(model, inputs)
         finally:
             model.base_model.set_adapter(before, inference_mode=True)
             model.delete_adapter(name)
     with model.disable_adapter():
-        without = logits_of(model, inputs)
+        without = outputs_of(model, inputs)
     return float((found - wanted).abs().max()), float((wanted - without).abs().max())
-
-
-def inputs_for(model: nn.Module) -> dict[str, Tensor]:
-    """Random tokens in the form a model of transformers takes."""
-    config: Any = model.config
-    vocabulary = int(config.get_text_config().vocab_size)
-    device = next(model.parameters()).device
-    ids = torch.randint(vocabulary, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What the model gives, logits or the last hidden states, in float32."""
-    out = model(**inputs)
-    found: Tensor = out.logits if hasattr(out, "logits") else out[0]
-    return found.float()

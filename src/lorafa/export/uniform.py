@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafa.config import CONFIG_NAME
 from lorafa.export.base import BaseFacts
@@ -19,6 +19,7 @@ from lorafa.export.update import PlainAdapter, Update
 from lorafa.io.convert import write_plain
 from lorafa.io.find import WEIGHTS_NAME
 from lorafa.io.peft_format import without_prefix
+from lorafa.numerics.low_rank import padded
 from lorafa.storage.tensors import read_tensors
 
 
@@ -41,9 +42,7 @@ def rescaled(B: Tensor, factor: float) -> Tensor:
 
 def at_one_scaling(update: Update, rank: int, scaling: float) -> Update:
     """The same update with zeros up to the rank, and what its scaling is more than the common one in B."""
-    short = rank - update.rank
-    A = nn.functional.pad(update.A, (0, 0, 0, short))
-    B = nn.functional.pad(rescaled(update.B, update.scaling / scaling), (0, short))
+    A, B = padded(update.A, rescaled(update.B, update.scaling / scaling), rank)
     return update.with_factors(A, B, scaling)
 
 

@@ -39,6 +39,10 @@ class InitResult:
     """Start values of the variant's extras, by its names for them, where they are not the variant's own."""
 
 
+TRAIN_ROWS = "train"
+"""The value of a start's setting ``samples`` that means the number of rows trained on; a run puts that number in."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stages:
     """What a start does, stage by stage, in the words of one pipeline: a row of the table in docs/unification.md.

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lorafa.calibration.gradient import WHITENING, metric_inverse
 from lorafa.errors import ConfigError
-from lorafa.initializers.base import DegenerateError, InitResult, Stages, check_rank, initializer
-from lorafa.initializers.stages import require_finite, require_moment, whole_gradient
+from lorafa.initializers.base import TRAIN_ROWS, DegenerateError, InitResult, Stages, check_rank, initializer
+from lorafa.initializers.stages import check_gamma, known_gamma, require_finite, require_moment, whole_gradient
 from lorafa.numerics.linalg import wide
 from lorafa.settings.checks import check_int, check_number
 from lorafa.spec import LayerSpec
 
-SAMPLE, TRAIN = "sample", "train"
+SAMPLE = "sample"
 
 
 @dataclass
@@ -43,10 +43,9 @@ class LoraDAConfig:
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, "a number > 0", 0)
         check_number("beta", self.beta, "a number >= 0", 0, closed="[")
-        if self.samples not in (SAMPLE, TRAIN):
+        if self.samples not in (SAMPLE, TRAIN_ROWS):
             check_int("samples", self.samples, at_least=1)
-        if self.stable_gamma != "auto":
-            check_number("stable_gamma", self.stable_gamma, "a number > 0, or 'auto'", 0)
+        check_gamma(self.stable_gamma)
 
 
 @initializer(
@@ -73,7 +72,7 @@ def lora_da(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
     """
     check_rank(spec, weight)
     settings: LoraDAConfig = spec.settings or LoraDAConfig()
-    gamma = _gamma(settings)
+    gamma = known_gamma(settings.stable_gamma, "1024 is the authors'")
     G = wide(whole_gradient(stats, spec, "LoRA-DA decomposes the natural gradient, which takes all entries"))
     C, Y = require_moment(stats, "second_moment", spec), wide(stats["output_moment.Y"])
     require_finite(Y, "the second moment of its output's gradient")
@@ -83,7 +82,7 @@ def lora_da(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
     step = -inverse_Y[:, None] * G @ inverse_C
     largest = torch.linalg.matrix_norm(step, 2)
     step = step / largest
-    noise = inverse_Y.sum() / (_samples(settings, stats, spec) * largest**2)
+    noise = inverse_Y.sum() / (_samples(settings, stats) * largest**2)
     vectors = torch.linalg.eigh(settings.alpha * step.mT @ step - settings.beta * noise * inverse_C).eigenvectors
     A = vectors[:, -spec.rank :].flip(-1).mT
     B = step @ A.mT
@@ -91,17 +90,8 @@ def lora_da(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> Ini
     return InitResult((A * size).to(C), (B * size).to(C))
 
 
-def _gamma(settings: LoraDAConfig) -> float:
-    if settings.stable_gamma == "auto":
-        raise ConfigError(
-            "stable_gamma='auto' is found by the loss on held-out rows. Call lorafa.initialize(model, config, data, "
-            "heldout=rows), or set a number: 1024 is the authors'."
-        )
-    return float(settings.stable_gamma)
-
-
-def _samples(settings: LoraDAConfig, stats: Mapping[str, Tensor], spec: LayerSpec) -> int:
-    if settings.samples == TRAIN:
+def _samples(settings: LoraDAConfig, stats: Mapping[str, Tensor]) -> int:
+    if settings.samples == TRAIN_ROWS:
         raise ConfigError(
             "samples='train' is the number of rows that are trained on, which only a run knows. Pass the number, or "
             "samples='sample' for the rows the gradient was read of."

@@ -15,8 +15,8 @@ from torch import Tensor
 from lorafa.calibration.gradient import gradient_triplets, whitening
 from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers.base import InitResult, Stages, initializer
-from lorafa.initializers.stages import halves, mean_root_of_weight, require_triplets
-from lorafa.settings.checks import check_choice, check_number
+from lorafa.initializers.stages import check_gamma, halves, known_gamma, mean_root_of_weight, require_triplets
+from lorafa.settings.checks import check_choice
 from lorafa.spec import LayerSpec
 
 
@@ -37,8 +37,7 @@ class LoraOneConfig:
     def __post_init__(self) -> None:
         check_choice("scale", self.scale, ("stable", "gd", "unit", "weightS"))
         check_choice("normalize", self.normalize, ("layer", "global", "none"))
-        if self.stable_gamma != "auto":
-            check_number("stable_gamma", self.stable_gamma, "a number > 0, or 'auto'", 0)
+        check_gamma(self.stable_gamma)
         if self.scale != "stable" and self.stable_gamma != type(self).stable_gamma:
             raise ConfigError(
                 f"stable_gamma={self.stable_gamma!r} is the gamma of scale='stable', and scale is {self.scale!r}. Set "
@@ -114,12 +113,7 @@ def _factor(settings: LoraOneConfig, weight: Tensor, spec: LayerSpec) -> float:
         return 1.0
     if settings.scale == "weightS":
         return mean_root_of_weight(weight, spec) ** 2
-    if settings.stable_gamma == "auto":
-        raise ConfigError(
-            "stable_gamma='auto' is found by the loss on held-out rows. Call lorafa.initialize(model, config, data, "
-            "heldout=rows), or set a number: 128 is the authors', for a model of 7 billion parameters."
-        )
-    return 1 / float(settings.stable_gamma)
+    return 1 / known_gamma(settings.stable_gamma, "128 is the authors', for a model of 7 billion parameters")
 
 
 def _normalizer(settings: LoraOneConfig, stats: Mapping[str, Tensor], name: str, spec: LayerSpec) -> Tensor:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorafa.errors import ConfigError
 from lorafa.initializers.base import InitResult, Stages, check_rank, initializer
-from lorafa.settings.checks import check_number
+from lorafa.initializers.stages import check_gamma, known_gamma
 from lorafa.spec import LayerSpec
 
 
@@ -28,8 +27,7 @@ class LoramConfig:
     which :func:`lorafa.initialize` does."""
 
     def __post_init__(self) -> None:
-        if self.stable_gamma != "auto":
-            check_number("stable_gamma", self.stable_gamma, "a number > 0, or 'auto'", 0)
+        check_gamma(self.stable_gamma)
 
 
 _STAGES = Stages(
@@ -50,12 +48,7 @@ def loram(weight: Tensor, stats: Mapping[str, Tensor], spec: LayerSpec) -> InitR
     """
     check_rank(spec, weight)
     settings: LoramConfig = spec.settings or LoramConfig()
-    if settings.stable_gamma == "auto":
-        raise ConfigError(
-            "stable_gamma='auto' is found by the loss on held-out rows. Call lorafa.initialize(model, config, data, "
-            "heldout=rows), or set a number: 128 is LoRA-One's."
-        )
-    gamma = float(settings.stable_gamma)
+    gamma = known_gamma(settings.stable_gamma, "128 is LoRA-One's")
     (*experts, _, in_), (*_, out, _) = spec.stored_shapes(weight)
     generator = spec.generator()
 

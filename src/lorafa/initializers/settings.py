@@ -17,7 +17,7 @@ SETTINGS_OF_PEFT: Mapping[str, type[Any]] = {
 }
 """The nested configs of starts that PEFT has, each called after its start, and their classes."""
 START_SETTINGS = (*SETTINGS_OF_PEFT, "init_config")
-"""Those, and the one for all other starts."""
+"""The nested configs of PEFT, and the one for all other starts."""
 NO_SETTINGS: Mapping[str, Any] = {name: {} if name == "loftq_config" else None for name in START_SETTINGS}
 """The value of each of them that says nothing."""
 

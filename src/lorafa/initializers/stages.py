@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorafa.errors import CalibrationError
+from lorafa.errors import CalibrationError, ConfigError
 from lorafa.initializers.base import DegenerateError, InitResult, check_rank
 from lorafa.numerics.linalg import SVD, full_svd, leading_svd, truncated_svd
+from lorafa.settings.checks import check_number
 from lorafa.spec import LayerSpec
 
 
@@ -36,6 +37,29 @@ def taken_from_base(triplets: SVD, scaling: float) -> InitResult:
     """s B A is the product of the triplets, and the base is left without it: PiSSA and its relatives."""
     A, B = halves(triplets, 1 / scaling)
     return InitResult(A, B, subtract_from_base=True)
+
+
+def check_gamma(gamma: object) -> None:
+    """Raises ConfigError for a ``stable_gamma`` that is neither a number above 0 nor "auto"."""
+    if gamma != "auto":
+        check_number("stable_gamma", gamma, "a number > 0, or 'auto'", 0)
+
+
+def known_gamma(gamma: float | str, usual: str) -> float:
+    """``stable_gamma`` as a number.
+
+    Args:
+        usual: a number to set, and whose it is, for the error: "128 is LoRA-One's".
+
+    Raises:
+        ConfigError: it is still "auto".
+    """
+    if gamma == "auto":
+        raise ConfigError(
+            "stable_gamma='auto' is found by the loss on held-out rows. Call lorafa.initialize(model, config, data, "
+            f"heldout=rows), or set a number: {usual}."
+        )
+    return float(gamma)
 
 
 def clipped(result: InitResult, weight: Tensor, spec: LayerSpec) -> InitResult:

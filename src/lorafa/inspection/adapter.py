@@ -20,6 +20,7 @@ from lorafa.io.layouts.names import BaseNames
 if TYPE_CHECKING:
     from lorafa.inspection.base import Each, OnBase
     from lorafa.inspection.effect import Effect
+    from lorafa.peft_model import PeftModel
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Comparison:
     only_here: list[str]
     only_there: list[str]
     cosine: float | None
-    """That of the updates of all common layers as one vector."""
+    """The cosine between the updates of all common layers, each side as one vector."""
 
 
 @dataclass(frozen=True)
@@ -172,28 +173,19 @@ def inspect(
     compared = None if other is None else _compared(updates, updates_of(_read(other, load)), other_name or other)
     found: OnBase | None = None
     effect: Effect | None = None
-    notes: list[str] = []
+    unmeasured: list[str] = []
     if load is not None:
         from lorafa.inspection.base import on_base  # what runs models, which a file does without
-        from lorafa.inspection.effect import TEXT, effect_of
 
         model, tokenizer = load()
         found, adapted = on_base(model, source, stored, each)
-        if tokenizer is None:
-            notes.append(
-                "The effect on the outputs was not measured: those of the base itself are made by a new, random head."
-            )
-        elif adapted is not None:
-            try:
-                effect = effect_of(adapted, tokenizer, TEXT if text is None else text)
-            except (NotAvailableError, DataError) as error:
-                notes.append(str(error))
+        effect, unmeasured = _effect(adapted, tokenizer, text)
     measures = found.measures if found is not None and found.measures else {}
     if measures and found is not None:  # the model knows the names of parameters, and every whole update
         updates = list(found.updates.values())
     numbers = [measures.get(update.name) or measured(update) for update in updates]
-    layers = [Layer(*each) for each in zip(updates, numbers, shares(numbers), strict=True)]
-    notes = [*_notes(stored, updates, whole=bool(measures), compared=compared), *notes]
+    layers = [Layer(*of_layer) for of_layer in zip(updates, numbers, shares(numbers), strict=True)]
+    notes = [*_notes(stored, updates, whole=bool(measures), compared=compared), *unmeasured]
     return Inspection(
         name or source, stored.path, stored.path.stat().st_size, _dtypes(stored), stored.config, layers,
         beside(stored), base_name, found, effect, compared, notes,
@@ -204,6 +196,22 @@ def _read(source: str, load: Load | None) -> StoredAdapter:
     """The adapter by its file; with a base at hand one in the layout of another program, too."""
     names = None if load is None else lambda: BaseNames(load()[0])
     return read_adapter(source, convert=partial(of_others, names=names))
+
+
+def _effect(adapted: PeftModel | None, tokenizer: Any, text: str | None) -> tuple[Effect | None, list[str]]:
+    """What the adapter does to the logits; where that cannot be measured None, and why."""
+    from lorafa.inspection.effect import TEXT, effect_of  # what runs models, which a file does without
+
+    if tokenizer is None:
+        return None, [
+            "The effect on the outputs was not measured: those of the base itself are made by a new, random head."
+        ]
+    if adapted is None:
+        return None, []
+    try:
+        return effect_of(adapted, tokenizer, TEXT if text is None else text), []
+    except (NotAvailableError, DataError) as error:
+        return None, [str(error)]
 
 
 def _compared(here: Sequence[LayerUpdate], there: Sequence[LayerUpdate], name: str) -> Comparison:

@@ -18,7 +18,7 @@ from lorafa.layers.base import LoraLayer
 from lorafa.numerics.low_rank import matrix_values
 from lorafa.peft_model import PeftModel
 from lorafa.storage.fingerprint import compare_fingerprints
-from lorafa.surgery.intruders import EPSILON, TOP_K, Intruder, intruders_of, numbered
+from lorafa.surgery.intruders import EPSILON, TOP_K, Intruder, intruders_of, matrices, numbered
 from lorafa.surgery.replicate import planned_places, replication_of
 from lorafa.surgery.walk import Place, places
 
@@ -33,9 +33,9 @@ class Fit:
     recorded: int
     """How many layers the file has a fingerprint of; 0 in files of other libraries."""
     different: list[str] = field(default_factory=list)
-    """Those of them whose weights are others here."""
+    """Layers with a fingerprint whose weights are others here."""
     missing: list[str] = field(default_factory=list)
-    """Those that the model does not have."""
+    """Layers that the model does not have."""
     problem: str = ""
     """Why the adapter cannot be put on the model; empty where it can."""
 
@@ -82,7 +82,7 @@ class OnBase:
     updates: dict[str, LayerUpdate] = field(default_factory=dict)
     """By name, as the model holds them."""
     measures: dict[str, Measured] = field(default_factory=dict)
-    """Those of the whole updates, where a formula makes more of s B A than that."""
+    """Numbers of whole updates, where a formula makes more of s B A than that."""
     weights: dict[str, OnWeight] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     """Layer -> why nothing can be said of its weight."""
@@ -159,7 +159,7 @@ def _on_weight(update: LayerUpdate, layer: LoraLayer) -> tuple[Measured, OnWeigh
         gain = adapter.variant.row_gain(adapter, weight)
         parts = [
             intruders_of(W, A, update.scaling * B, TOP_K, EPSILON, gain)
-            for W, A, B in zip(_each(weight), _each(update.A), _each(update.B), strict=True)
+            for W, A, B in zip(matrices(weight), matrices(update.A), matrices(update.B), strict=True)
         ]
         intruders = numbered([some for _, some in parts], stacked=weight.dim() == 3)
         largest = max(float(top.S[0]) if len(top.S) else 0.0 for top, _ in parts)
@@ -170,7 +170,3 @@ def _whole_values(adapter: Adapter, weight: Tensor) -> Tensor:
     """Singular values of the update as a dense matrix; of a gate those where it is open."""
     inside = next(one for one in adapter.variant.chain() if one.uniform)
     return matrix_values(inside.delta_weight(adapter, weight.to(torch.promote_types(weight.dtype, torch.float32))))
-
-
-def _each(tensor: Tensor) -> list[Tensor]:
-    return [*tensor] if tensor.dim() == 3 else [tensor]

@@ -16,6 +16,7 @@ from lorafa.io.layouts.written import stack_of
 from lorafa.io.peft_format import START_A, START_B
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.slots import used_factors
+from lorafa.models.checkpoint_names import natural_order
 from lorafa.surgery.patterns import numbers_of
 from lorafa.surgery.walk import joined, lora_layers, uncompiled_name
 
@@ -48,7 +49,7 @@ class LayerUpdate:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the update: (out, in) or (E, out, in)."""
+        """The shape of the update: (out, in) or (E, out, in)."""
         return (*self.B.shape[:-1], self.A.shape[-1])
 
     @property
@@ -64,7 +65,7 @@ def updates_of(stored: StoredAdapter) -> list[LayerUpdate]:
         CheckpointError: a layer has one factor only, or factors that do not go with each other or with the config.
     """
     found = file_factors(stored, stored.config)
-    return [_update(path, found, stored) for path in sorted(found.pairs, key=_in_order)]
+    return [_update(path, found, stored) for path in sorted(found.pairs, key=natural_order)]
 
 
 def updates_in(model: nn.Module, name: str) -> list[tuple[LayerUpdate, LoraLayer]]:
@@ -84,7 +85,7 @@ def updates_in(model: nn.Module, name: str) -> list[tuple[LayerUpdate, LoraLayer
             ),
             layer,
         ))  # fmt: skip
-    return sorted(made, key=lambda found: _in_order(found[0].name))
+    return sorted(made, key=lambda found: natural_order(found[0].name))
 
 
 def beside(stored: StoredAdapter) -> dict[str, int]:
@@ -120,11 +121,6 @@ def _update(path: str, found: FileFactors, stored: StoredAdapter) -> LayerUpdate
 def _is_product(variant: Variant) -> bool:
     """Whether the update, where it counts, is s B A."""
     return all(one.plain for one in variant.chain() if one.stage != "gate")
-
-
-def _in_order(path: str) -> list[tuple[int, int, str]]:
-    """Numbers in a name by their size, so that layer 10 comes after layer 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
 
 
 def _named(path: str, pair: Pair, stored: StoredAdapter) -> tuple[str, int, bool]:

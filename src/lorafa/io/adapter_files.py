@@ -21,7 +21,7 @@ from lorafa.io.key_names import renamed
 from lorafa.io.layouts import of_others
 from lorafa.io.layouts.base import Raw
 from lorafa.io.own_entry import own_entry
-from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, pristine_tensors, without_prefix
+from lorafa.io.peft_format import file_tensors, has_start, in_state, pristine_tensors, without_prefix
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, to_metadata
@@ -38,7 +38,7 @@ from lorafa.storage.tensors import (
 from lorafa.storage.whole import make_folder, read_json, staged, write_json
 from lorafa.surgery.alone import layers_alone
 from lorafa.surgery.available import require_available
-from lorafa.surgery.walk import Place, hosts, lora_layers, places, pristine_of, uncompiled
+from lorafa.surgery.walk import PREFIX, Place, hosts, lora_layers, places, pristine_of, uncompiled
 from lorafa.variants import switches, variant_types
 from lorafa.version import VERSION
 

@@ -11,21 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig
+from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten, warn
-from lorafa.io.adapter_files import base_fingerprint
-from lorafa.io.find import WEIGHTS_NAME
+from lorafa.io.adapter_files import base_fingerprint, write_adapter
 from lorafa.io.layouts.base import taken_apart
-from lorafa.io.peft_format import PREFIX, file_tensors
+from lorafa.io.peft_format import file_tensors
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.truncation import Truncated
-from lorafa.storage.fingerprint import to_metadata
-from lorafa.storage.tensors import is_part, write_tensors
-from lorafa.storage.whole import make_folder, staged, write_json
+from lorafa.storage.tensors import is_part
 from lorafa.surgery.plain import Lost, check_rank, largest_rank, require_matrices, require_other_ranks, truncated
 from lorafa.surgery.plain_config import plain_config
-from lorafa.surgery.walk import layers_at, places, user_model
+from lorafa.surgery.walk import PREFIX, full_name, layers_at, places, user_model
 from lorafa.version import VERSION
 
 _NOTEWORTHY = 1e-4
@@ -105,11 +102,8 @@ def write_plain(path: str | Path, config: LoraConfig, tensors: Mapping[str, Tens
     Raises:
         CheckpointError: they cannot be written; what was there is as it was.
     """
-    public = replace(config, inference_mode=True).to_dict()
-    with staged(make_folder(path)) as stage:
-        side = to_metadata({"version": VERSION, "base": dict(base)})
-        write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, side)
-        write_json(stage / CONFIG_NAME, {key: value for key, value in public.items() if key not in LORAFA_ONLY})
+    side = {"version": VERSION, "base": dict(base)}
+    write_adapter(Path(path), replace(config, inference_mode=True), tensors, side)
 
 
 @torch.no_grad()
@@ -199,11 +193,7 @@ def _equal_inside(layers: Mapping[str, LoraLayer], made: Mapping[str, Truncated]
 
 def pattern_names(model: nn.Module) -> dict[int, str]:
     """Layer -> the name by which patterns of a config find it."""
-    return {
-        id(layer): place.name if layer.parameter_name is None else f"{place.name}.{layer.parameter_name}"
-        for place in places(model)
-        for layer in layers_at(place)
-    }
+    return {id(layer): full_name(place, layer) for place in places(model) for layer in layers_at(place)}
 
 
 def with_numbers(config: LoraConfig, numbers: Mapping[str, tuple[int, float]]) -> LoraConfig:

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lorafa.errors import CheckpointError
+from lorafa.surgery.walk import PREFIX
 
-PREFIX = "base_model.model."
-"""What PeftModel and LoraModel put before the names of the user's model."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What torch.compile, FSDP1 and its activation checkpointing call the module they wrap."""
 _IN_PARALLEL = f"module.{PREFIX}"

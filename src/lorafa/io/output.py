@@ -40,7 +40,12 @@ class Output:
     """The files that are to be written, and how each tensor in them comes about."""
 
     def __init__(self, on_base: Attached, dtype: torch.dtype | None, most: int | None) -> None:
-        """
+        """Plan the files of a merged model.
+
+        Args:
+            dtype: of floating-point weights; None: each as it is in the base.
+            most: bytes of a file; None: the files of the base.
+
         Raises:
             CheckpointError: no config of the model could say what is tied to what after merging, or a tensor would be
                 lost.
@@ -248,19 +253,6 @@ class Output:
                 "range: bfloat16 or float32."
             )
         return rounded
-
-
-def output_of(on_base: Attached, dtype: torch.dtype | None, most: int | None) -> Output:
-    """Plan the files of a merged model.
-
-    Args:
-        dtype: of floating-point weights; None: each as it is in the base.
-        most: bytes of a file; None: the files of the base.
-
-    Raises:
-        CheckpointError: as :class:`Output`.
-    """
-    return Output(on_base, dtype, most)
 
 
 def _representatives(changes: Iterable[Change]) -> dict[str, tuple[Hashable, Change, str]]:

@@ -22,7 +22,6 @@ from lorafa.io.dense_factors import (
     unfolded,
     with_other_factors,
 )
-from lorafa.io.key_names import PREFIX as PREFIX  # where others look for it
 from lorafa.io.key_names import bare, plain_names
 from lorafa.io.strict import Misfit, compare
 from lorafa.io.tables import Tables, base_entry, require_equal_tables, table_entries
@@ -33,7 +32,7 @@ from lorafa.layers.parts import Stored
 from lorafa.layers.slots import with_free, without_free
 from lorafa.storage.tensors import can_be_gathered, is_part, whole
 from lorafa.surgery.alone import Named, layers_alone, modules_alone
-from lorafa.surgery.walk import hosts, joined, lora_layers, uncompiled_name
+from lorafa.surgery.walk import PREFIX, hosts, joined, lora_layers, uncompiled_name
 
 START_A, START_B = "lora_start.A", "lora_start.B"
 
@@ -109,6 +108,8 @@ def _biases(named: Iterable[Named], config: LoraConfig, pristine: Mapping[int, T
         bias = None if isinstance(module, Host) else module._parameters.get("bias")
         if bias is not None and (config.bias == "all" or id(module) in adapted):
             yield base_entry(joined(key, "bias"), joined(path, "bias"), bias, pristine)
+
+
 def has_start(model: nn.Module, name: str) -> bool:
     """Whether adapter ``name`` subtracts a frozen start from its update."""
     return any(name in layer.lora_start for _, layer in lora_layers(model))

@@ -208,7 +208,7 @@ class Skeleton:
 
         Args:
             path: the module's name in the model before anything was put on it.
-                empty: zeros in the place of the values, which no memory is taken for.
+            empty: zeros in the place of the values, which no memory is taken for.
         """
         new = without_hooks(module)
         for tensors in (new._parameters, new._buffers):

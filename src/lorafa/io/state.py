@@ -16,7 +16,6 @@ from lorafa.io.layouts.base import Raw
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.load import fitting, put_in
 from lorafa.io.peft_format import (
-    PREFIX,
     file_tensors,
     has_start,
     named_as_in_files,
@@ -26,7 +25,7 @@ from lorafa.io.strict import compare
 from lorafa.io.tables import which_tables
 from lorafa.layers.host import Host
 from lorafa.surgery.activate import require_adapters, require_nothing_merged, require_unmerged, without_start
-from lorafa.surgery.walk import hosts, uncompiled, uncompiled_name, user_model
+from lorafa.surgery.walk import PREFIX, hosts, uncompiled, uncompiled_name, user_model
 
 _STATE_DICT = "The state dict"
 """What errors call tensors that come from no file."""

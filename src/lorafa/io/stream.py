@@ -19,7 +19,7 @@ from lorafa.errors import ConfigError, shorten, warn
 from lorafa.io.adapter_files import read_adapter
 from lorafa.io.attached import Attached, attached
 from lorafa.io.find import require_once
-from lorafa.io.output import Output, output_of
+from lorafa.io.output import Output
 from lorafa.models.carried import CONFIG, carried, carry, fetch_beside, fetched, read_config, with_settings
 from lorafa.settings.checks import check_arguments
 from lorafa.storage.hub import HubOptions
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """(bytes written, bytes to be written)."""
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ def merge_to_folder(
         ConfigError: an argument is wrong, or the folder is not to be replaced.
     """
     check_arguments("merge_to_folder", hub, HubOptions.__optional_keys__)
-    names = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
-    if not names:
-        raise ConfigError("merge_to_folder: no adapter was given. Name one or more.")
+    names = one_or_more("merge_to_folder", adapter)
     wanted, most, out = _dtype(dtype), _bytes(max_shard_size), user_path(folder)
     require_free(out, overwrite=overwrite)
     stored = [read_adapter(name, **hub) for name in names]
@@ -106,7 +105,7 @@ def merge_to_folder(
     require_apart(out, {"the base model": [place], "an adapter": folders})
     on_base = attached(stored, place, wanted, ignore_base_mismatch=ignore_base_mismatch)
     del stored  # the tensors of the files: the adapters have their own by now
-    output = output_of(on_base, wanted, most)
+    output = Output(on_base, wanted, most)
     return _write(out, named, place, folders, on_base, output, overwrite=overwrite, progress=progress)
 
 
@@ -158,9 +157,6 @@ def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
 def _bytes(given: int | str | None) -> int | None:
     """Bytes of "5GB" (10^9) or "5GiB" (2^30)."""
     if given is None:
@@ -168,7 +164,7 @@ def _bytes(given: int | str | None) -> int | None:
     number: float | int | str = given
     if isinstance(given, str):
         text = given.strip().upper()
-        unit = next((unit for unit in ("KIB", "MIB", "GIB", "KB", "MB", "GB") if text.endswith(unit)), "")
+        unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
         try:
             number = float(text.removesuffix(unit)) * _UNITS.get(unit, 1)
         except ValueError:
@@ -176,6 +172,14 @@ def _bytes(given: int | str | None) -> int | None:
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 1 <= number < 2**63:
         raise ConfigError(f"max_shard_size is a number of bytes such as '5GB', found {given!r}.")
     return int(number)
+
+
+def one_or_more(method: str, adapter: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """The adapters given to ``method``, one or a list of them; raises ConfigError for an empty list."""
+    names = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    if not names:
+        raise ConfigError(f"{method}: no adapter was given. Name one or more.")
+    return names
 
 
 def base_of(base: str | Path | None, configs: Sequence[LoraConfig], hub: HubOptions) -> tuple[str, Path]:

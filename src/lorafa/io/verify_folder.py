@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorafa.errors import ConfigError
 from lorafa.io.adapter_files import read_adapter
 from lorafa.io.attached import class_of
 from lorafa.io.load import take_in
-from lorafa.io.stream import base_of
+from lorafa.io.stream import base_of, one_or_more
 from lorafa.models.carried import read_config
 from lorafa.models.sourced import as_source_error
 from lorafa.settings.checks import check_arguments
@@ -53,10 +52,7 @@ def check_merged_folder(
         ConfigError: no inputs are given, and none can be made.
     """
     check_arguments("check_merged_folder", hub, HubOptions.__optional_keys__)
-    names = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
-    if not names:
-        raise ConfigError("check_merged_folder: no adapter was given. Name one or more.")
-    stored = [read_adapter(name, **hub) for name in names]
+    stored = [read_adapter(name, **hub) for name in one_or_more("check_merged_folder", adapter)]
     _, place = base_of(base, [one.config for one in stored], hub)
     kind, config = class_of(place, stored)
     merged_config = read_config(user_path(folder))

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorafa.adapter import Adapter, Start, bias_change
+from lorafa.adapter import Adapter, Start
 from lorafa.backends import backend_of
-from lorafa.backends.base import Backend, is_finite
+from lorafa.backends.base import Backend
 from lorafa.backends.oddities import described
 from lorafa.backends.offload import device_of, in_memory, value_of, weight_of
 from lorafa.context import Rows
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
-from lorafa.layers import mixed, own_modules
-from lorafa.layers.blocks import sum_in_blocks
+from lorafa.layers import merging, mixed, own_modules
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Extras, Stored, freeze_all_but, held_by, linear_holder, set_mode
 from lorafa.numerics.fused import Codes, Keep
-from lorafa.numerics.linalg import working_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -433,89 +431,8 @@ class LoraLayer(Host):
         """The change of the weight, in the layout and dtype of the base layer's own weight."""
         return self.backend.to_layout(in_memory(self.pristine), self.adapters[adapter].delta_weight(self.base_weight()))
 
-    @torch.no_grad()
-    def merged_base(self, names: Sequence[str]) -> nn.Module:
-        """A new base layer with the updates of ``names`` in its weight: summed in float32, rounded once."""
-        self.require_mergeable()  # before its weight is read: what is drawn anew is another weight each time
-        adapters, weight = [self.adapters[name] for name in names], self.base_weight()
-        total = None if self.backend.quantized else sum_in_blocks(weight, adapters)
-        if total is not None:
-            return self._with_total(total, names, self.updated_bias(adapters))
-        changes = (adapter.delta_weight(weight) for adapter in adapters)
-        return self.with_changes(changes, names, self.updated_bias(adapters))
-
-    @torch.no_grad()
-    def merged_weight(self, names: Sequence[str]) -> Tensor:
-        """The pristine weight with the updates of ``names``, (out, in), in float32 or wider, not rounded to anything.
-
-        Raises:
-            BackendError: the weight is not the one that the layer computes with.
-        """
-        self.require_mergeable()
-        weight = self.base_weight()
-        total = weight.to(working_dtype(weight.dtype))
-        for name in names:
-            total = total + self.adapters[name].delta_weight(weight)
-        return total
-
-    def with_changes(self, changes: Iterable[Tensor], names: Sequence[str], bias: Tensor | None = None) -> nn.Module:
-        """A new base layer of the pristine weight plus ``changes`` (out, in): summed in float32, rounded once.
-
-        Raises:
-            AdapterError: it would not be finite; ``names`` are the adapters the changes come from.
-            BackendError: the layer cannot hold it.
-        """
-        self.require_mergeable()
-        weight = self.base_weight()
-        total = weight.to(working_dtype(weight.dtype))
-        for change in changes:
-            if total is weight or change.dtype != total.dtype:
-                total = total + change
-            else:
-                total += change  # a copy by now; the same sum, without a third matrix of this size
-            del change  # before the next one is made
-        return self._with_total(total, names, bias)
-
-    def _with_total(self, total: Tensor, names: Sequence[str], bias: Tensor | None) -> nn.Module:
-        changed = self.backend.with_weight(self.pristine, total, bias)
-        if self.backend.quantized:  # codes are no numbers, and scales may be in no tensor of the layer's own
-            numbers = (self.backend.weight(in_memory(changed)), value_of(changed, self.backend.bias(changed)))
-            finite = all(bool(one.isfinite().all()) for one in numbers if one is not None)
-        else:
-            finite = is_finite(changed, self.get_base_layer())
-        if not finite:
-            raise AdapterError(
-                f"Merging {', '.join(map(repr, names))} gives inf or nan in a {type(changed).__name__} once rounded to "
-                "its dtype; nothing was merged. The adapter was probably trained to divergence, or the model needs a "
-                "dtype of wider range: bfloat16 or float32."
-            )
-        return changed
-
-    def require_mergeable(self) -> None:
-        """Raises BackendError where another weight in the base layer would not change its output as an adapter does."""
-        odd = self.backend.merges(self.pristine)
-        if odd is not None:
-            raise BackendError(
-                f"Nothing can be merged into this {described(self.pristine)}: {odd}, so another weight in it would not "
-                "change its output as the adapter does; nothing was changed. Keep the adapter unmerged, or remove what "
-                "is odd (hook, parametrization, replaced forward) first."
-            )
-
-    def updated_bias(self, adapters: Sequence[Adapter]) -> Tensor | None:
-        """The base's bias plus those of the adapters; None where none of these has one.
-
-        Raises:
-            BackendError: the base has no bias that could take theirs.
-        """
-        change, bias = bias_change(adapters), value_of(self.pristine, self.backend.bias(self.pristine))
-        if change is None:
-            return None
-        if bias is None:
-            raise BackendError(
-                f"lora_bias cannot be merged into a {type(self.pristine).__name__} without a bias; nothing was merged. "
-                "Keep the adapter unmerged, or train one with lora_bias=False."
-            )
-        return (bias.to(change.dtype) + change).to(bias.dtype)
+    merged_base, merged_weight, with_changes = merging.merged_base, merging.merged_weight, merging.with_changes
+    require_mergeable, updated_bias = merging.require_mergeable, merging.updated_bias
 
     def put_merged(self, base: nn.Module, names: Sequence[str]) -> None:
         """Let ``base`` stand in for the base layer; the pristine one is kept for :meth:`unmerge`."""

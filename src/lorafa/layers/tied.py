@@ -42,7 +42,7 @@ class TiedAdapter(Adapter):
 
     @property
     def modules(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """Those of the owner; none where its update is turned round, which its modules do not compute."""
+        """The modules of the owner; none where its update is turned round, which its modules do not compute."""
         return (None, None) if self.transposed else self.owner.adapters[self.name].modules
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from lorafa.errors import AdapterError
@@ -36,6 +37,13 @@ class Wrapper(Host):
                     f"Adapters {one!r} and {other!r} cannot count together: both have {what} of {where}, and only one "
                     "can be there. Choose one of the two. Nothing was changed."
                 )
+
+    @torch.no_grad()
+    def copy_values(self, source: str, name: str) -> None:
+        """Give adapter ``name`` the values that adapter ``source`` has here."""
+        values = {entry.key: entry.tensor for entry in self.stored(source)}
+        for entry in self.stored(name):
+            entry.tensor.copy_(values[entry.key])
 
     def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, and train (unless ``inference_mode``).

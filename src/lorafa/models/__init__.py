@@ -41,5 +41,5 @@ QUANTIZERS: Registry[Callable[[Tensor, Tensor | None], nn.Module]] = Registry(
 
 
 def loadable() -> list[str]:
-    """Those whose weights can be had; of the others only the shape is known."""
+    """The models whose weights can be had; of the others only the shape is known."""
     return [name for name in MODELS.names() if MODELS.get(name).fetch is not None]

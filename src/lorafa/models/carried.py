@@ -28,6 +28,10 @@ OTHERS = (
 """Other files that belong to a model whatever its weights are. A model card does not: it speaks of the base alone."""
 
 
+_IN_BOTH = ("tie_word_embeddings",)
+"""Settings that transformers reads in the config of a model and in that of its text model."""
+
+
 def fetched(model: str, revision: str | None, hub: HubOptions) -> Path:
     """The folder with the files of a Hub model, fetched where they are not in the local cache.
 
@@ -107,9 +111,6 @@ def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
         if not inside or key in config or key in _IN_BOTH:
             new[key] = value
     return new
-
-
-_IN_BOTH = ("tie_word_embeddings",)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

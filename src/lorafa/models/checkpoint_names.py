@@ -93,7 +93,7 @@ def names_of(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:
     parts: dict[str, list[tuple[str, str, str]]] = {}
     plain: dict[str, str] = {}
     unused = []
-    for name in sorted(stored, key=_natural):
+    for name in sorted(stored, key=natural_order):
         inner, _ = rename_source_key(name, renamings, [])
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, own)
         if renamed not in own and name in own:
@@ -112,8 +112,8 @@ def names_of(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:
     return Names(tuple(groups), tuple(unused))
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Numbers in a name in the order of numbers."""
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A key to sort dotted names by, with their numbers as numbers: layer 10 comes after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from lorafa.errors import BackendError, DataError
 from lorafa.models.modes import evaluating
 from lorafa.models.rows import IGNORE_INDEX, ROW_MULTIPLE, filled_up
+from lorafa.models.wrapped import inner_model
 from lorafa.storage.tensors import can_be_gathered
 
 CHUNK_BYTES = 32 * 2**20
@@ -386,7 +387,7 @@ class Trial(NamedTuple):
 
 def _parts(model: nn.Module) -> CausalParts | str:
     """Cut the model before its head, or say why that is not possible."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = inner_model(model)
     name, config = type(base).__name__, getattr(base, "config", None)
     if config is None or not hasattr(base, "base_model") or not hasattr(base, "get_output_embeddings"):
         return f"{name} is not a transformers model"

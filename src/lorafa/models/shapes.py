@@ -112,7 +112,7 @@ def outline(
 def _classes(
     kind: Kind, config: Any, answers: Callable[[], Sequence[str]] | None, name: str
 ) -> tuple[str, ...] | None:
-    """Those that a run would train; None where nothing says which."""
+    """The classes that a run would train; None where nothing says which."""
     try:
         return kind.classes(config, answers, repr(name))
     except SourceError:

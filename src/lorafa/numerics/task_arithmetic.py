@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lorafa.errors import ConfigError, did_you_mean
+from lorafa.errors import ConfigError
+from lorafa.settings.checks import check_choice, check_number
 
 MAJORITY_SIGN_METHODS = ("total", "frequency")
 """How the sign of an entry is elected: by the sum of its values, or by the sum of their signs."""
@@ -20,16 +21,7 @@ PRUNE_METHODS = ("magnitude", "random")
 
 def check_density(density: object) -> None:
     """Raises ConfigError unless ``density`` is a number in (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ConfigError(
-            f"density must be the share of entries that is kept, in (0, 1], found {density!r}. Pass 0.5, for example."
-        )
-
-
-def _check_named(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        known = ", ".join(map(repr, choices))
-        raise ConfigError(f"{name} has no value {value!r}.{did_you_mean(str(value), choices)} Pass one of: {known}.")
+    check_number("density", density, "the share of entries that is kept, in (0, 1]", 0, 1, closed="]")
 
 
 def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -111,7 +103,7 @@ def prune(
         ConfigError: ``density`` is not in (0, 1], or there is no such method.
     """
     check_density(density)
-    _check_named("method", method, PRUNE_METHODS)
+    check_choice("method", method, PRUNE_METHODS)
     if density == 1:
         return tensor
     if method == "magnitude":
@@ -151,7 +143,7 @@ def _by_majority(tensors: Sequence[Tensor], weights: Tensor, method: str) -> Ten
 
 def _elected(tensors: Iterable[Tensor], method: str) -> Tensor:
     """1 or -1 for each place; 1 where the votes are even."""
-    _check_named("majority_sign_method", method, MAJORITY_SIGN_METHODS)
+    check_choice("majority_sign_method", method, MAJORITY_SIGN_METHODS)
     votes = (tensor.sign() if method == "frequency" else tensor for tensor in tensors)
     return torch.where(_sum(votes) >= 0, 1, -1)
 

@@ -34,7 +34,7 @@ class Entry:
     settings: Mapping[str, Any]
     """Flat: ``optim.lr`` -> value."""
     changed: Mapping[str, Any]
-    """Those that are not the default ones. What an earlier version did not know is none of them."""
+    """Settings that are not the default ones. What an earlier version did not know is none of them."""
     result: Mapping[str, Any]
     metrics: Metrics
     environment: Mapping[str, Any]

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lorafa.costs.sizes import size
-from lorafa.inspection.adapter import Inspection, Layer
+from lorafa.inspection.adapter import Comparison, Inspection, Layer
+from lorafa.report.values import number
+
+if TYPE_CHECKING:
+    from lorafa.inspection.base import OnBase
 
 Rows = list[tuple[str, ...]]
 
@@ -55,11 +60,6 @@ def _spread(values: Sequence[float]) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, median {statistics.median(values):.4g}"
 
 
-def number(value: float | None, form: str = ".4g") -> str:
-    """The number as a cell of a table; a dash for none."""
-    return "-" if value is None else f"{value:{form}}"
-
-
 def by_kind(found: Inspection) -> dict[str, list[Layer]]:
     """The layers of each kind, q_proj and so on, in the order in which they first appear."""
     kinds: dict[str, list[Layer]] = {}
@@ -70,10 +70,7 @@ def by_kind(found: Inspection) -> dict[str, list[Layer]]:
 
 def kind_table(found: Inspection) -> tuple[tuple[str, ...], Rows]:
     """Headings and one row a kind of layer: sums, and medians over its layers."""
-    headings = ["kind", "layers", "rank", "norm", "share", "effective rank", "stable rank"]
-    on_base, other = found.base is not None and bool(found.base.weights), found.other is not None
-    headings += ["norm / weight", "intruders"] if on_base else []
-    headings += ["cosine", "phi of A", "phi of B"] if other else []
+    headings = ("kind", "layers", "rank", "norm", "share", "effective rank", "stable rank", *_further_headings(found))
     rows = []
     for kind, layers in by_kind(found).items():
         row = [
@@ -85,10 +82,8 @@ def kind_table(found: Inspection) -> tuple[tuple[str, ...], Rows]:
             _median([layer.measured.effective_rank for layer in layers], ".2f"),
             _median([layer.measured.stable_rank for layer in layers], ".2f"),
         ]
-        row += _on_base(found, layers) if on_base else []
-        row += _likeness(found, layers) if other else []
-        rows.append(tuple(row))
-    return tuple(headings), rows
+        rows.append((*row, *_further_cells(found, layers)))
+    return headings, rows
 
 
 def _median(values: Sequence[float | None], form: str = ".4g") -> str:
@@ -96,17 +91,26 @@ def _median(values: Sequence[float | None], form: str = ".4g") -> str:
     return number(statistics.median(there) if there else None, form)
 
 
-def _on_base(found: Inspection, layers: Sequence[Layer]) -> list[str]:
-    assert found.base is not None
-    on = [found.base.weights[layer.update.name] for layer in layers if layer.update.name in found.base.weights]
+def _further_headings(found: Inspection) -> list[str]:
+    """The headings of columns for a base and for another adapter, where there are such."""
+    headings = [] if found.base is None or not found.base.weights else ["norm / weight", "intruders"]
+    return headings if found.other is None else [*headings, "cosine", "phi of A", "phi of B"]
+
+
+def _further_cells(found: Inspection, layers: Sequence[Layer]) -> list[str]:
+    """What stands under :func:`_further_headings` for some layers together."""
+    cells = [] if found.base is None or not found.base.weights else _on_base(found.base, layers)
+    return cells if found.other is None else [*cells, *_likeness(found.other, layers)]
+
+
+def _on_base(base: OnBase, layers: Sequence[Layer]) -> list[str]:
+    on = [base.weights[layer.update.name] for layer in layers if layer.update.name in base.weights]
     counted = [len(one.intruders) for one in on if one.intruders is not None]
     return [_median([one.ratio for one in on], ".2%"), str(sum(counted)) if counted else "-"]
 
 
-def _likeness(found: Inspection, layers: Sequence[Layer]) -> list[str]:
-    assert found.other is not None
-    names = [layer.update.name for layer in layers if layer.update.name in found.other.layers]
-    both = [found.other.layers[name] for name in names]
+def _likeness(other: Comparison, layers: Sequence[Layer]) -> list[str]:
+    both = [other.layers[layer.update.name] for layer in layers if layer.update.name in other.layers]
     values = ([one.cosine for one in both], [one.rows for one in both], [one.columns for one in both])
     return [_median(each, ".3f") for each in values]
 
@@ -117,10 +121,7 @@ def layer_table(found: Inspection, top: int | None = None) -> tuple[tuple[str, .
     Args:
         top: how many; None: all, in the order of the model.
     """
-    headings = ["layer", "rank", "scaling", "norm", "largest", "share", "effective rank", "stable rank"]
-    on_base, other = found.base is not None and bool(found.base.weights), found.other is not None
-    headings += ["norm / weight", "intruders"] if on_base else []
-    headings += ["cosine", "phi of A", "phi of B"] if other else []
+    own = ("layer", "rank", "scaling", "norm", "largest", "share", "effective rank", "stable rank")
     chosen = found.layers if top is None else sorted(found.layers, key=lambda layer: -layer.share)[:top]
     rows = []
     for layer in chosen:
@@ -135,10 +136,8 @@ def layer_table(found: Inspection, top: int | None = None) -> tuple[tuple[str, .
             f"{numbers.effective_rank:.2f}",
             f"{numbers.stable_rank:.2f}",
         ]
-        row += _on_base(found, [layer]) if on_base else []
-        row += _likeness(found, [layer]) if other else []
-        rows.append(tuple(row))
-    return tuple(headings), rows
+        rows.append((*row, *_further_cells(found, [layer])))
+    return (*own, *_further_headings(found)), rows
 
 
 def intruder_rows(found: Inspection) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _spectra(found: Inspection) -> Drawing | None:
     return Drawing("Spectra of the updates, median over layers", drawn(draw), _legend(curves))
 
 
-def _legend(kinds: dict[str, list[float]]) -> list[tuple[str, str]]:
+def _legend(kinds: Iterable[str]) -> list[tuple[str, str]]:
     return legend_of([(style_of(number), kind) for number, kind in enumerate(kinds)])
 
 
@@ -110,8 +110,7 @@ def _by_block(found: Inspection, title: str, up: str, value: Value) -> Drawing |
         finish(axes, "block", up)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
-    legend = legend_of([(style_of(number), kind) for number, kind in enumerate(points)])
-    return Drawing(title, drawn(draw), legend)
+    return Drawing(title, drawn(draw), _legend(points))
 
 
 def _map(found: Inspection, title: str, what: str, value: Value) -> Drawing | None:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lorafa.report.plots import drawn, finish
 from lorafa.report.styles import style_of
+from lorafa.report.values import number
 from lorafa.runs.measures import Metrics, curve
 
 HEADINGS = ("step", "decision", "phase from here on", "task's loss", "divergence", "why")
@@ -18,8 +19,8 @@ def decision_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each decision of the record, as ``HEADINGS`` has it: losses in nats a token on the probe."""
     return [
         (
-            f"{row['step']:,}", str(row["kind"]), str(row["phase"]), _number(row.get("task")),
-            _number(row.get("divergence")), _why(row),
+            f"{row['step']:,}", str(row["kind"]), str(row["phase"]), number(row.get("task")),
+            number(row.get("divergence")), _why(row),
         )
         for row in result.get("decisions") or ()
     ]  # fmt: skip
@@ -34,19 +35,15 @@ def divergence_curve(metrics: Metrics, decisions: Sequence[Mapping[str, Any]] = 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         axes.plot(*zip(*points, strict=True), color=style_of(0).colour, marker=".", label="divergence")
-        for number, phase in enumerate(("teacher", "task"), 1):
+        for place, phase in enumerate(("teacher", "task"), 1):
             steps = [row["step"] for row in decisions if row["kind"] == "switch" and row["phase"] == phase]
             for first, step in zip((True, *(False for _ in steps)), steps, strict=False):
-                colour, label = style_of(number).colour, f"a phase of the {phase} begins" if first else None
+                colour, label = style_of(place).colour, f"a phase of the {phase} begins" if first else None
                 axes.axvline(step, color=colour, linewidth=1, linestyle=":", label=label)
         finish(axes, "step", "nats per trained token")
         axes.legend(frameon=False)
 
     return drawn(draw)
-
-
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _why(row: Mapping[str, Any]) -> str:

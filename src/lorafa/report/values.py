@@ -31,6 +31,11 @@ def written(value: Any, form: str = ".6g") -> str:
     return f"{value:{form}}" if isinstance(value, float) else str(value)
 
 
+def number(value: float | None, form: str = ".4g") -> str:
+    """A number as a cell of a table; a dash for none."""
+    return "-" if value is None else f"{value:{form}}"
+
+
 def is_measure(value: Any) -> bool:
     """Whether a recorded value says how good something is; counts (of tokens, texts, answers) are recorded as integers,
     and compare nothing."""

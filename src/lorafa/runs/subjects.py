@@ -10,11 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from lorafa.config import CONFIG_NAME, LoraConfig
+from lorafa.config import CONFIG_NAME
 from lorafa.data.classes import classes_beside
 from lorafa.data.records import Record
 from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError, SourceError
+from lorafa.io.find import find_adapter_files
 from lorafa.models.kinds.found import kind_of
 from lorafa.models.load import on_accelerator, resolve_model
 from lorafa.models.vocabulary import tokenizer_beside
@@ -100,7 +101,8 @@ def find(name: str, base: str | None = None) -> Named:
     if not _is_adapter(name, path):
         resolve_model(name)
         return Named(name)
-    base = base or LoraConfig.from_pretrained(name).base_model_name_or_path
+    if base is None and (config := find_adapter_files(name).peft_config()) is not None:
+        base = config.base_model_name_or_path
     if base is None:
         raise ConfigError(f"The adapter {name!r} does not name its base model. Give it: --base <model>.")
     return Named(name, adapter=name, base=base)

@@ -55,7 +55,7 @@ class Point:
     name: str
     """The name of its directory."""
     settings: tuple[str, ...]
-    """Those that vary from point to point."""
+    """The settings that vary from point to point."""
     words: tuple[str, ...]
     """All that was said, each with one value."""
 

@@ -24,7 +24,7 @@ class Declared:
     """What an entry says of itself."""
 
     keywords: dict[str, Any]
-    """Those of its call that are plain values."""
+    """Arguments of its call that are plain values."""
     settings: list[Key]
     """Its own settings. What was read from source has no types."""
 

@@ -16,7 +16,6 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CalibrationError, ConfigError, NotAvailableError, shorten, warn
 from lorafa.initializers.base import check_singular_vectors
 from lorafa.initializers.eva import directions_as_A
-from lorafa.io.peft_format import PREFIX
 from lorafa.peft_model import PeftModel
 from lorafa.processes import alone, distributed, from_main
 from lorafa.settings.methods import EvaConfig
@@ -26,6 +25,7 @@ from lorafa.storage.tensors import can_be_gathered
 from lorafa.surgery.activate import require_adapters, require_unmerged, set_requires_grad
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.resolve import resolve
+from lorafa.surgery.walk import PREFIX
 
 LayerInputs = Callable[[Tensor, Any, str], Tensor]
 

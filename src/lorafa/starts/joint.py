@@ -298,5 +298,3 @@ def _noting(batches: Batches, orders: list[list[str]], *, keep: bool) -> Batches
         yield from batches.run(replace(asked, note=note))
 
     return replace(batches, run=run)
-
-

@@ -18,7 +18,8 @@ from lorafa.errors import BackendError, CheckpointError, ConfigError, SourceErro
 from lorafa.io.adapter_files import base_fingerprint
 from lorafa.io.loose import LooseAdapter, needs_base, read_loose
 from lorafa.io.skeleton import Skeleton, empty_model, require_numbers
-from lorafa.models.carried import fetched, read_config
+from lorafa.models.carried import CONFIG, fetched, read_config
+from lorafa.models.wrapped import inner_model
 from lorafa.numerics.linalg import float_matrix, working_dtype
 from lorafa.storage.fingerprint import compare_fingerprints
 from lorafa.storage.hub import locate
@@ -57,7 +58,7 @@ def stamp_of(source: str) -> list[list[object]]:
 def _is_adapter(source: str) -> bool:
     folder = user_path(source)
     if folder.is_dir():
-        return (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
+        return (folder / CONFIG_NAME).is_file() and not (folder / CONFIG).is_file()
     try:
         locate(source, [CONFIG_NAME])
     except SourceError:
@@ -69,7 +70,7 @@ class _Model(TeacherOfShapes):
     """Another model of the same shapes."""
 
     def __init__(self, source: str, model: nn.Module, targets: Sequence[Target]) -> None:
-        inner = getattr(model, "get_base_model", lambda: model)()
+        inner = inner_model(model)
         config = getattr(inner, "config", None)
         if config is None or not hasattr(inner, "base_model_prefix"):
             raise BackendError(

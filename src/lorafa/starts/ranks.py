@@ -183,7 +183,7 @@ def _most(start: Initializer, shape: tuple[int, int], tensors: Mapping[str, Tens
 
 
 def _finite(what: str, layers: dict[str, T], is_finite: Callable[[T], bool]) -> dict[str, T]:
-    """Those whose statistics are: one that is not would spoil what all layers share."""
+    """The layers whose statistics are finite: one that is not would spoil what all layers share."""
     found = {name: one for name, one in layers.items() if is_finite(one)}
     bad = [name for name in layers if name not in found]
     if not found:

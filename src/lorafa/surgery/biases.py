@@ -76,7 +76,7 @@ class BaseBiases:
 
 
 def _biases(model: nn.Module, name: str, which: str) -> Iterator[_Bias]:
-    """Those of the layers of an adapter, or of all modules; of one that it has a copy of the copy's trains."""
+    """The biases of an adapter's layers, or of all modules; where it holds a copy of a module, the copy's."""
     held = [host for _, host in hosts(model) if name in host.held()]
     adapted = {id(host.get_base_layer()) for host in held if isinstance(host, LoraLayer)}
     copied = {id(p) for host in held if not isinstance(host, LoraLayer) for p in host.parameters()}

@@ -17,7 +17,7 @@ class LayerError:
     """The squared Frobenius norm of what is asked for. For "cat", "svd" and "linear" that is sum w_i Delta_i, for the
     other types that end in "svd" the pruned and merged matrix, for the rest the product of the merged factors."""
     lost: float | None
-    """That of the difference; None for the types that prune A and B: there the factors are what is asked for."""
+    """The energy of the difference; None for the types that prune A and B: there the factors are what is asked for."""
 
     @property
     def relative(self) -> float | None:

@@ -19,10 +19,10 @@ from lorafa.surgery.build import Options
 from lorafa.surgery.combination import Combination
 from lorafa.surgery.combine_layer import Combined, Share, combine_layer
 from lorafa.surgery.combined_config import combined_config
-from lorafa.surgery.combining import Combining, check_weights
+from lorafa.surgery.combining import Combining
 from lorafa.surgery.plan import Plan, PlannedLayer, check_adapter_name, plan
 from lorafa.surgery.resolve import resolve
-from lorafa.surgery.walk import layers_at, places, wrappers
+from lorafa.surgery.walk import full_name, layers_at, places, wrappers
 
 
 @dataclass(frozen=True)
@@ -34,39 +34,6 @@ class _Site:
     layer: LoraLayer
     inner: bool
     """Whether it is inside another one, with which it gets its adapters."""
-
-
-class CombinesAdapters(nn.Module):
-    """A model with adapters and their configs, of which it makes new ones."""
-
-    model: nn.Module
-    peft_config: dict[str, LoraConfig]
-
-    def apply_plan(self, planned: Plan) -> Callable[[], None]:
-        """Carry out a plan and return how to take it back."""
-        raise NotImplementedError
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-        *,
-        seed: int | None = None,
-    ) -> Combination:
-        """Combine adapters to a new one; see :meth:`lorafa.PeftModel.add_weighted_adapter`."""
-        given = dict(zip(adapters, check_weights(adapters, weights), strict=True))
-        asked = Combining(
-            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method, seed
-        )
-        return add_combination(self.model, self.peft_config, given, adapter_name, asked, self.apply_plan)
 
 
 def add_combination(
@@ -99,7 +66,7 @@ def add_combination(
     take_back = put_on(_planned(model, mine, adapter_name, found))
     try:
         for wrapper, source in beside:
-            _copy(wrapper, source, adapter_name)
+            wrapper.copy_values(source, adapter_name)
         set_requires_grad(model, adapter_name, False)
     except BaseException:
         take_back()
@@ -133,7 +100,7 @@ def _sites(model: nn.Module, configs: Mapping[str, LoraConfig]) -> list[_Site]:
 def _every_site(model: nn.Module) -> Iterator[_Site]:
     for place in places(model):
         for layer in layers_at(place):
-            name = place.name if layer.parameter_name is None else f"{place.name}.{layer.parameter_name}"
+            name = full_name(place, layer)
             yield _Site(name, layer, inner=False)
             for child in layer.inner_layers:
                 inside = layer.get_base_layer().get_submodule(child)
@@ -164,13 +131,6 @@ def _held_beside(model: nn.Module, weights: Mapping[str, float]) -> list[tuple[W
             )
         found += [(wrapper, name) for name in held]
     return found
-
-
-def _copy(wrapper: Wrapper, source: str, name: str) -> None:
-    """Give adapter ``name`` the values that another one has in a wrapper."""
-    values = {entry.key: entry.tensor for entry in wrapper.stored(source)}
-    for entry in wrapper.stored(name):
-        entry.tensor.data.copy_(values[entry.key])
 
 
 @torch.no_grad()

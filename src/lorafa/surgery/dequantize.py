@@ -155,7 +155,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """That of the user's model where it says one, else of most of its own numbers."""
+    """The dtype of the user's model where it says one, else of most of its own numbers."""
     said = getattr(user_model(model), "dtype", None)
     return said if isinstance(said, torch.dtype) and said.is_floating_point and said.itemsize > 1 else torch.float32
 

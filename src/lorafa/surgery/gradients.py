@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lorafa.errors import TrainingError, shorten
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
-from lorafa.surgery.walk import places, require_module, tied_groups, user_model
+from lorafa.surgery.walk import PREFIX, places, require_module, tied_groups, user_model
 
 _WRAPPING = ("base_layer", "original_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
@@ -67,14 +67,14 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tenso
             continue
         tensors = {key: t for key, t in tensors.items() if t.requires_grad and t.numel()}  # FSDP1 has empty shards
         if tensors:
-            inside = path.rpartition("base_model.model.")[2]
+            inside = path.rpartition(PREFIX)[2]
             name = ".".join(part for part in inside.split(".") if part not in _WRAPPING)
             parameter = getattr(host, "parameter_name", None)
             yield f"{name}.{parameter}" if parameter else name, host, tensors
 
 
 def _without(host: nn.Module, tensors: Mapping[str, Tensor], zeros: bool) -> list[str]:
-    """Those of the tensors of one layer that have no gradient."""
+    """The tensors of one layer that have no gradient."""
     if isinstance(host, Host) and not isinstance(host, LoraLayer):
         zeros = True  # rows of tokens that are not in the batch have zeros
     missing = [key for key, tensor in tensors.items() if tensor.grad is None]

@@ -14,7 +14,7 @@ from lorafa.surgery.build import Options
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.patterns import any_of
-from lorafa.surgery.walk import places, require_module, uncompiled_name
+from lorafa.surgery.walk import PREFIX, places, require_module, uncompiled_name
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
@@ -53,7 +53,7 @@ def inject_adapter_in_model(
 def _with_targets_of(state_dict: Mapping[str, Tensor], config: LoraConfig, model: nn.Module) -> LoraConfig:
     """The config with the layers as targets that the tensors of an adapter belong to, each by its full name."""
     names = {place.name for place in places(model)}
-    keys = (uncompiled_name(key).removeprefix("base_model.model.") for key in state_dict)
+    keys = (uncompiled_name(key).removeprefix(PREFIX) for key in state_dict)
     found = {key.partition(f".{factor}")[0] for key in keys for factor in _FACTORS if f".{factor}" in key}
     if not found:
         raise TargetError(
@@ -66,6 +66,4 @@ def _with_targets_of(state_dict: Mapping[str, Tensor], config: LoraConfig, model
             f"state_dict has factors of {len(unknown)} layers that the model does not have: {shorten(unknown, 3)}."
             f"{did_you_mean(unknown[0], names)} It was made for another model."
         )
-    return replace(
-        config, target_modules=any_of(found), layers_to_transform=None, layers_pattern=None
-    )
+    return replace(config, target_modules=any_of(found), layers_to_transform=None, layers_pattern=None)

@@ -228,33 +228,18 @@ def _repaired(
     path: str, adapter: Adapter, layer: LoraLayer, top_k: int, epsilon: float, lam: float, exact: bool
 ) -> _Repair:
     """The factors of the repaired update of one layer, in the dtype that those of the whole old one have."""
-    if not adapter.as_made:
-        layer.require_readable(adapter)
-    A, B = used_factors(layer, adapter.name)
-    W = _weight(path, layer)
-    if any(is_part(tensor, 2) for tensor in (W, A, B)):
-        raise BackendError(
-            f"{path}: only a part of its weight or of the adapter is in this process (FSDP, DeepSpeed ZeRO-3), and "
-            "intruders are directions of the whole. Save the adapter and load it on a model that is not sharded. "
-            "Nothing was changed."
-        )
-    gain = adapter.variant.row_gain(adapter, W)
-    if gain is None and not adapter.variant.plain:
-        raise BackendError(
-            f"{path}: the update of {adapter.variant.name} is not made of one product B A, so it cannot be repaired in "
-            "its factors. Nothing was changed."
-        )
+    W, A, B, gain = _read(path, adapter, layer)
     scaling = float(adapter.scaling)
     gains = [gain] * (len(W) if W.dim() == 3 else 1)
     try:
         parts = [
             _corrected(matrix, one_A, one_B, one_gain, scaling, top_k, epsilon, lam)
-            for matrix, one_A, one_B, one_gain in zip(_matrices(W), _matrices(A), _matrices(B), gains, strict=True)
+            for matrix, one_A, one_B, one_gain in zip(matrices(W), matrices(A), matrices(B), gains, strict=True)
         ]
     except ValueError as error:
         raise AdapterError(
             f"{path}: the weight or the update of adapter {adapter.name!r} holds inf or nan, so its directions are not "
-            "defined. Nothing was changed."
+            "defined. It probably diverged: take an earlier checkpoint. Nothing was changed."
         ) from error
     intruders = numbered([part.intruders for part in parts], stacked=W.dim() == 3)
     old = {kind: adapter.extra(kind).clone() for kind in adapter.variant.extras}
@@ -270,6 +255,31 @@ def _repaired(
     extras = old if gain is None else old | adapter.variant.extras_of_gain(gain, W, new_A, new_B, scaling)
     done = Repaired(intruders, rank, sum(one[2] for one in cut), sum(one[3] for one in cut))
     return _Repair(NewFactors(new_A, new_B, extras), done)
+
+
+def _read(path: str, adapter: Adapter, layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """W (out, in), A (r, in), B (out, r), each with E in front on a stack, and the gain of rows, (out,) or None.
+
+    Raises:
+        BackendError: they cannot be read here, or the update is not made of one product.
+    """
+    if not adapter.as_made:
+        layer.require_readable(adapter)
+    A, B = used_factors(layer, adapter.name)
+    W = _weight(path, layer)
+    if any(is_part(tensor, 2) for tensor in (W, A, B)):
+        raise BackendError(
+            f"{path}: only a part of its weight or of the adapter is in this process (FSDP, DeepSpeed ZeRO-3), and "
+            "intruders are directions of the whole. Save the adapter and load it on a model that is not sharded. "
+            "Nothing was changed."
+        )
+    gain = adapter.variant.row_gain(adapter, W)
+    if gain is None and not adapter.variant.plain:
+        raise BackendError(
+            f"{path}: the update of {adapter.variant.name} is not made of one product B A, so it cannot be repaired in "
+            "its factors. Make LoRA of it first (convert_to_lora). Nothing was changed."
+        )
+    return W, A, B, gain
 
 
 def _weight(path: str, layer: LoraLayer) -> Tensor:
@@ -289,8 +299,8 @@ def _weight(path: str, layer: LoraLayer) -> Tensor:
     return weight
 
 
-def _matrices(tensor: Tensor) -> list[Tensor]:
-    """The matrices of a stack, or the one there is."""
+def matrices(tensor: Tensor) -> list[Tensor]:
+    """The matrices of a stack (E, m, n), or the one (m, n) there is, in float32 or float64."""
     return [float_matrix(each) for each in (tensor if tensor.dim() == 3 else tensor[None])]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.backends import backend_of
+from lorafa.backends.base import Backend
 from lorafa.backends.offload import in_memory
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.errors import BackendError, ConfigError, shorten, warn
@@ -18,7 +19,8 @@ from lorafa.settings.checks import check_int, check_number
 from lorafa.surgery.carriers import kind_of_layer
 from lorafa.surgery.walk import Place, places, pristine_of, require_module
 
-T = TypeVar("T")
+Stored = Mapping[str, tuple[nn.Module, Backend]]
+"""Full name of a layer or a parameter -> its module, and the back end that reads the weight."""
 STACKS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 """Ends of the names of parameters that hold the layers of a mixture's experts."""
 _EPSILON = 1e-8
@@ -98,15 +100,8 @@ class KappaTuneSelector:
         if self._found is None:
             every = _once(places(self.model))
             large: list[str] = []
-            readable = self._readable(every)
-            linear = {
-                name: self._number(name, backend.weight(in_memory(module)))
-                for name, (module, backend) in self._shown(readable, "linear layers", large)
-            }
-            stacked = {
-                name: self._number(name, ParameterBackend(key).weight(in_memory(module)))
-                for name, (module, key) in self._shown(self._stacks(every), "stacks of experts", large)
-            }
+            linear = dict(self._shown(self._readable(every), "linear layers", large))
+            stacked = dict(self._shown(self._stacks(every), "stacks of experts", large))
             if large:
                 warn(
                     f"{len(large)} weights have more than max_dim_size_to_analyze={self.max_dim_size_to_analyze} rows "
@@ -115,8 +110,9 @@ class KappaTuneSelector:
             self._found = linear, stacked
         return self._found
 
-    def _readable(self, every: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.Module, Any]]:
-        found, odd = {}, []
+    def _readable(self, every: Iterable[tuple[str, nn.Module]]) -> Stored:
+        found: dict[str, tuple[nn.Module, Backend]] = {}
+        odd = []
         for name, module in every:
             kind, backend = kind_of_layer(module), backend_of(module)
             if kind is None or backend is None or not kind.is_linear:
@@ -132,9 +128,9 @@ class KappaTuneSelector:
             )
         return found
 
-    def _stacks(self, every: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.Module, str]]:
+    def _stacks(self, every: Iterable[tuple[str, nn.Module]]) -> Stored:
         return {
-            f"{name}.{key}": (module, key)
+            f"{name}.{key}": (module, ParameterBackend(key))
             for name, module in every
             for key, parameter in module._parameters.items()
             if parameter is not None and parameter.dim() == 3 and f".{name}.{key}".endswith(self.moe_param_suffixes)
@@ -146,10 +142,8 @@ class KappaTuneSelector:
             raise BackendError(f"{name}: its weight {why}, so it has no condition number. Load the weights first.")
         return condition_number(weight)
 
-    def _shown(
-        self, found: Mapping[str, tuple[nn.Module, T]], what: str, large: list[str]
-    ) -> Iterator[tuple[str, tuple[nn.Module, T]]]:
-        """Those that are not too large, counted on a bar."""
+    def _shown(self, found: Stored, what: str, large: list[str]) -> Iterator[tuple[str, float]]:
+        """The condition number of each weight that is not too large, with a bar; ``large`` gets the other names."""
         bar: Any = None
         if self.show_progress and found:
             try:
@@ -160,20 +154,13 @@ class KappaTuneSelector:
                 bar = None
         with nullcontext() if bar is None else bar:
             task = None if bar is None else bar.add_task(f"Condition numbers of {what}", total=len(found))
-            for name, (module, how) in found.items():
-                if max(_shape(module, how)[-2:]) > self.max_dim_size_to_analyze:
+            for name, (module, backend) in found.items():
+                if max(backend.full_shape(module)[-2:]) > self.max_dim_size_to_analyze:
                     large.append(name)
                 else:
-                    yield name, (module, how)
+                    yield name, self._number(name, backend.weight(in_memory(module)))
                 if bar is not None:
                     bar.advance(task)
-
-
-def _shape(module: nn.Module, how: Any) -> tuple[int, ...]:
-    """(..., out, in) of a layer by its back end, or of a parameter by its name."""
-    backend = ParameterBackend(how) if isinstance(how, str) else how
-    shape: tuple[int, ...] = backend.full_shape(module)
-    return shape
 
 
 def _once(found: Iterable[Place]) -> list[tuple[str, nn.Module]]:
@@ -195,8 +182,7 @@ def _best(
         check_int("num_modules", num_modules, at_least=1)
         return ranked[:num_modules]
     if top_p is not None:
-        if isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
-            raise ConfigError(f"top_p is the share of layers to take, in (0, 1], found {top_p!r}.")
+        check_number("top_p", top_p, "the share of layers to take, in (0, 1]", 0, 1, closed="]")
         return ranked[: max(1, int(len(ranked) * top_p))]
     if threshold is not None:
         check_number("threshold", threshold, "a number > 0", 0)

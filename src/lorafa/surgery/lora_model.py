@@ -20,7 +20,9 @@ from lorafa.surgery import activate
 from lorafa.surgery.apply import apply
 from lorafa.surgery.biases import BaseBiases
 from lorafa.surgery.build import Options
-from lorafa.surgery.combine import CombinesAdapters
+from lorafa.surgery.combination import Combination
+from lorafa.surgery.combine import add_combination
+from lorafa.surgery.combining import Combining, check_weights
 from lorafa.surgery.forward import is_checkpointed
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.merge import merge_adapter, unload, unmerge_adapter
@@ -33,7 +35,7 @@ from lorafa.surgery.verify import MergeCheck, verified
 from lorafa.surgery.walk import hosts, lora_layers, require_module, wrapped_places
 
 
-class LoraModel(CombinesAdapters):
+class LoraModel(nn.Module):
     """``model`` is the user's, changed in place; ``peft_config`` maps adapters to the configs they were made from."""
 
     prefix = "lora_"
@@ -149,6 +151,28 @@ class LoraModel(CombinesAdapters):
                 "the two."
             )
         self.apply_plan(self.plan_adapter(resolved, adapter_name, options, stats))
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int | None = None,
+    ) -> Combination:
+        """Combine adapters to a new one; see :meth:`lorafa.PeftModel.add_weighted_adapter`."""
+        given = dict(zip(adapters, check_weights(adapters, weights), strict=True))
+        asked = Combining(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method, seed
+        )
+        return add_combination(self.model, self.peft_config, given, adapter_name, asked, self.apply_plan)
 
     @property
     def active_adapters(self) -> list[str]:

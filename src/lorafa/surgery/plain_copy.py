@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafa.adapter import Adapter, Variant
 from lorafa.config import LoraConfig
@@ -38,7 +37,7 @@ class NewFactors:
     B: Tensor
     """(out, r) or (E, out, r)."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Those of the formula over B A; others are not read."""
+    """Extra tensors of the formula over B A; others are not read."""
 
     @property
     def rank(self) -> int:
@@ -69,7 +68,8 @@ def put_on(tuner: LoraModel, old: str, new: str, factors: Mapping[LoraLayer, New
     layers = [_filled(one, olds, factors, resolved.config) for one in planned.layers]
     take_back = tuner.apply_plan(replace(planned, layers=layers))
     try:
-        _copy_beside(tuner.model, old, new)
+        for _, wrapper in wrappers(tuner.model):
+            wrapper.copy_values(old, new)
         tuner.set_adapter(new, planned.config.inference_mode)
     except BaseException:
         take_back()
@@ -163,12 +163,3 @@ def _filled(
         extras={kind: own.extras[kind].detach() for kind in parts.variant.extras},
     )  # fmt: skip
     return replace(planned, parts=made)
-
-
-def _copy_beside(model: nn.Module, old: str, new: str) -> None:
-    """Give the new adapter the old one's values of what is trained beside the factors."""
-    with torch.no_grad():
-        for _, wrapper in wrappers(model):
-            values = {entry.key: entry.tensor for entry in wrapper.stored(old)}
-            for entry in wrapper.stored(new):
-                entry.tensor.copy_(values[entry.key])

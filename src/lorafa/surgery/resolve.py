@@ -48,7 +48,7 @@ class Resolved:
 
     @cached_property
     def settings(self) -> Any:
-        """Those of the start, as its initializer reads them."""
+        """The settings of the start, as its initializer reads them."""
         return self.config.start_settings()
 
     def holds(self) -> bool:

@@ -73,23 +73,11 @@ def prepare_model_for_compiled_hotswap(
     if config is not None:
         target_rank = _with_room_for(config, target_rank)
     configs = getattr(uncompiled(require_module(model)), "peft_config", None)
-    inner = user_model(uncompiled(model))
-    layers = list(lora_layers(inner))
-    if not layers:
-        raise AdapterError(
-            f"The {type(model).__name__} has no adapters. Call prepare_model_for_compiled_hotswap once the first "
-            "adapter is loaded, and before the model is compiled."
-        )
-    _check_compiled(model, check_compiled)
-    require_nothing_merged(inner)
-    if (changed := without_start(inner)) is not None:
-        raise AdapterError(
-            f"The start of adapter {changed!r} is taken out of the base weights. Call restore_base(model) first."
-        )
-    rooms = [_room(path, layer.adapters[name], target_rank) for path, layer in layers for name in layer.adapters]
-    stacked = {room.name for room in rooms if room is not None and room.stacks}
-    if stacked:
-        rooms = [_all_or_none(room, stacked) for room in rooms]
+    layers = _unchanged_layers(model, check_compiled)
+    adapters = [(path, layer, adapter) for path, layer in layers for adapter in layer.adapters.values()]
+    rooms = [room for path, _, adapter in adapters if (room := _room(path, adapter, target_rank)) is not None]
+    if stacked := {room.name for room in rooms if room.stacks}:
+        _require_all_stacked(rooms, stacked)
         if not isinstance(configs, MutableMapping):
             raise AdapterError(
                 f"Adapter {min(stacked)!r} has a frozen start, so its config changes with it, and this "
@@ -98,16 +86,9 @@ def prepare_model_for_compiled_hotswap(
         for name in stacked:
             configs[name] = doubled(configs[name])
     for room in rooms:
-        if room is not None:
-            _make(room)
-    for _, layer in layers:
-        for adapter in layer.adapters.values():
-            if adapter.tied_to is not None:
-                own = adapter.tied_to[0].adapters[adapter.name]
-                adapter.rank, adapter.alpha, adapter.slots = own.rank, own.alpha, own.slots
-            adapter.hold_scaling()
-            if type(layer.lora_dropout[adapter.name]) is nn.Identity:  # so that another probability can be set in it
-                layer.lora_dropout[adapter.name] = nn.Dropout(0.0).train(layer.training)
+        _make(room)
+    for _, layer, adapter in adapters:
+        _make_exchangeable(layer, adapter)
 
 
 def _with_room_for(config: Any, target_rank: int | None) -> int:
@@ -121,6 +102,28 @@ def _with_room_for(config: Any, target_rank: int | None) -> int:
             f"config asks for rank {needed}, which target_rank={target_rank} has no room for. Set target_rank={needed}."
         )
     return needed if target_rank is None else target_rank
+
+
+def _unchanged_layers(model: nn.Module, check_compiled: str) -> list[tuple[str, LoraLayer]]:
+    """The layers with adapters, on a model that is not compiled and whose base weights are as they were loaded.
+
+    Raises:
+        AdapterError: there are none, or something was changed.
+    """
+    inner = user_model(uncompiled(model))
+    layers = list(lora_layers(inner))
+    if not layers:
+        raise AdapterError(
+            f"The {type(model).__name__} has no adapters. Call prepare_model_for_compiled_hotswap once the first "
+            "adapter is loaded, and before the model is compiled."
+        )
+    _check_compiled(model, check_compiled)
+    require_nothing_merged(inner)
+    if (changed := without_start(inner)) is not None:
+        raise AdapterError(
+            f"The start of adapter {changed!r} is taken out of the base weights. Call restore_base(model) first."
+        )
+    return layers
 
 
 def _check_compiled(model: nn.Module, check: str) -> None:
@@ -197,15 +200,15 @@ def _check_start(path: str, adapter: Adapter, slots: int) -> None:
         )
 
 
-def _all_or_none(room: _Room | None, stacked: set[str]) -> _Room | None:
+def _require_all_stacked(rooms: list[_Room], stacked: set[str]) -> None:
     """Refuse an adapter whose start is stacked onto its factors on some layers and stays on others."""
-    if room is None or room.name not in stacked or room.stacks or room.layer.adapters[room.name].start is None:
-        return room
-    rank = 2 * room.layer.adapters[room.name].rank
-    raise AdapterError(
-        f"Adapter {room.name!r} subtracts a frozen start, and its whole update has rank {rank} on some layers. Set "
-        f"target_rank={rank}. Nothing was changed."
-    )
+    for room in rooms:
+        adapter = room.layer.adapters[room.name]
+        if room.name in stacked and not room.stacks and adapter.start is not None:
+            raise AdapterError(
+                f"Adapter {room.name!r} subtracts a frozen start, and its whole update has rank {2 * adapter.rank} on "
+                f"some layers. Set target_rank={2 * adapter.rank}. Nothing was changed."
+            )
 
 
 @torch.no_grad()
@@ -226,6 +229,16 @@ def _make(room: _Room) -> None:
         for size in sizes if module is not None else ():
             if size in module.__dict__:
                 setattr(module, size, room.slots)
+
+
+def _make_exchangeable(layer: LoraLayer, adapter: Adapter) -> None:
+    """Keep what another adapter may set otherwise, scaling and dropout, where setting it compiles nothing again."""
+    if adapter.tied_to is not None:
+        own = adapter.tied_to[0].adapters[adapter.name]
+        adapter.rank, adapter.alpha, adapter.slots = own.rank, own.alpha, own.slots
+    adapter.hold_scaling()
+    if type(layer.lora_dropout[adapter.name]) is nn.Identity:  # so that another probability can be set in it
+        layer.lora_dropout[adapter.name] = nn.Dropout(0.0).train(layer.training)
 
 
 def _resize(parameter: nn.Parameter, value: Tensor) -> None:

@@ -20,6 +20,8 @@ from lorafa.layers.host import Host
 from lorafa.layers.wrapper import Wrapper
 from lorafa.settings.checks import found
 
+PREFIX = "base_model.model."
+"""What PeftModel and LoraModel put before the names of the user's model."""
 _COMPILED = "_orig_mod"
 """Where torch.compile's wrapper of a module holds it."""
 
@@ -120,6 +122,11 @@ def layers_at(place: Place) -> Iterator[LoraLayer]:
         module = module.base_layer
 
 
+def full_name(place: Place, layer: LoraLayer) -> str:
+    """The name by which patterns of a config find a layer at a place: of the module, or of the parameter it adapts."""
+    return place.name if layer.parameter_name is None else f"{place.name}.{layer.parameter_name}"
+
+
 def pristine_of(module: nn.Module) -> nn.Module:
     """The module that a host stands for, with the weight nothing was merged into; any other module itself."""
     return module.pristine if isinstance(module, Host) else module
@@ -196,7 +203,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def layers_of(found: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, LoraLayer]]:
-    """Those of the hosts of a model that are layers with adapters."""
+    """The hosts of a model that are layers with adapters."""
     return [(path, host) for path, host in found if isinstance(host, LoraLayer)]
 
 

@@ -111,7 +111,7 @@ class Aligning:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the trainer, which moves what is trained beside the student too, without weight decay."""
+        """Let the trainer's optimizer move what is trained beside the student too, without weight decay."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         own, moved = list(self.alignment.parameters()), {id(p) for g in optimizer.param_groups for p in g["params"]}
         if own and id(own[0]) not in moved:

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers.utils import logging
 
-from lorafa.config import LoraConfig
 from lorafa.data.encoding import Encoding
 from lorafa.errors import ConfigError
 from lorafa.io.find import find_adapter_files
@@ -119,7 +118,8 @@ def trained_whole(adapter: str | Path | None) -> list[str]:
     Raises:
         LoraError: its config cannot be read.
     """
-    return [] if adapter is None else list(LoraConfig.from_pretrained(adapter).modules_to_save or [])
+    config = None if adapter is None else find_adapter_files(adapter).peft_config()
+    return [] if config is None else list(config.modules_to_save or [])
 
 
 @contextmanager

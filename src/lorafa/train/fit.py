@@ -102,7 +102,7 @@ def check_length(config: RunConfig, rows: int) -> None:
     A run that was begun when the first was no error is continued all the same.
     """
     if config.align.teaches and config.align.schedule == "cyclic":
-        require_room(config.align.phases, steps_in_all(config, rows))
+        require_room(config.align.phases(), steps_in_all(config, rows))
     if config.train.rules > 1:
         steps = steps_in_all(config, rows)
         check_rise(config.optim, steps, f"train.epochs={config.train.epochs or 1:g}, {steps} steps")

@@ -16,6 +16,7 @@ from lorafa.data.chat import IGNORE, Sample
 from lorafa.data.collate import Collate
 from lorafa.data.prepared import SampleSet
 from lorafa.errors import DataError
+from lorafa.initializers.base import TRAIN_ROWS
 from lorafa.models.vocabulary import rows_to_train
 from lorafa.peft_model import PeftModel, get_peft_model
 from lorafa.processes import share, world_size
@@ -32,8 +33,6 @@ from lorafa.train.teacher import joint_start
 
 HELD_OUT = 8
 """Rows after those of the statistics that ``stable_gamma=auto`` compares losses on."""
-TRAIN = "train"
-"""What ``samples`` of a start is where it is the number of rows that are trained on, which a run knows."""
 SHOWN = 64
 """Singular values of a layer that are recorded, or more where a rank is larger."""
 
@@ -129,7 +128,7 @@ def start_adapter(
 
 def _with_rows(adapter: LoraConfig, rows: int) -> LoraConfig:
     """The config with the number of training rows, where its start asks for it."""
-    if getattr(adapter.init_config, "samples", None) != TRAIN:
+    if getattr(adapter.init_config, "samples", None) != TRAIN_ROWS:
         return adapter
     return replace(adapter, init_config=replace(adapter.init_config, samples=rows))
 

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from lorafa.alignment.alignment import Alignment
 from lorafa.alignment.divergences.base import Divergence
-from lorafa.alignment.targets import Targets, digest_of_keys, row_keys
+from lorafa.alignment.targets import Targets, digest_of_rows, row_keys
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.alignment.teachers.cached import Cached
 from lorafa.alignment.teachers.external import External
@@ -117,8 +117,7 @@ def _folder(teacher: str, divergence: Divergence, top_k: int, batches: Sequence[
 
 
 def _rows(batches: Sequence[Batch]) -> str:
-    found = (row_keys(batch) for batch in batches)
-    return digest_of_keys(key for keys, counts in found for key, n in zip(keys, counts, strict=True) if n)
+    return digest_of_rows(row_keys(batch) for batch in batches)
 
 
 def _has_all(folder: Path, files: str, divergence: Divergence, top_k: int, batches: Sequence[Batch]) -> bool:

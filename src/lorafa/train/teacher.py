@@ -54,7 +54,7 @@ def teacher_of(
         return None
     probe = _probe(align, heldout, collate, batch_size, device_of(model))
     divergence = _divergence(align)
-    schedule = "constant" if align.schedule == "constant" else align.phases
+    schedule = "constant" if align.schedule == "constant" else align.phases()
 
     def load() -> Any:
         return _loaded(align, model, tokenizer) if loaded is None else loaded

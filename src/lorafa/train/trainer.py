@@ -20,6 +20,7 @@ from lorafa.models.batch_loss import BatchLoss
 from lorafa.models.head_loss import SupervisedLoss, Trial, supports_chunked_loss
 from lorafa.models.kinds.entry import RowLosses
 from lorafa.models.rows import IGNORE_INDEX
+from lorafa.models.wrapped import inner_model
 from lorafa.processes import gathered
 from lorafa.storage.whole import read_json
 from lorafa.surgery.penalty import penalty_of
@@ -309,8 +310,8 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
         super()._run_epoch(**kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._signature_columns: list[str] = [*inspect.signature(base.forward).parameters, *self.label_names]
+        forward = inner_model(self.model).forward
+        self._signature_columns: list[str] = [*inspect.signature(forward).parameters, *self.label_names]
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
     experts: list[Adapter]
     general: list[Adapter]
-    """Those whose mean is taken out of the experts; none without GenKnowSub."""
+    """Adapters whose mean is taken out of the experts; none without GenKnowSub."""
 
 
 class Arrow(Variant):

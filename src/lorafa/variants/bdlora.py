@@ -51,7 +51,7 @@ class BDLoRA(LoRA):
         return cls(settings, "".join(factor for factor, names in lists.items() if any(n in own for n in names or ())))
 
     def shapes(self, weight: Tensor, spec: LayerSpec) -> dict[str, Shape]:
-        """Those of the stacked blocks.
+        """The shapes of the stacked blocks.
 
         Raises:
             ConfigError: the lists name the layer twice, or not at all and ``match_strict`` is set; or the blocks do not

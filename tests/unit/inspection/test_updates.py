@@ -15,8 +15,8 @@ from lorafa import LoraConfig, PeftModel, get_peft_model
 from lorafa.errors import CheckpointError
 from lorafa.inspection.updates import beside, updates_in, updates_of
 from lorafa.io.adapter_files import read_adapter
-from lorafa.io.key_names import PREFIX
 from lorafa.storage.tensors import read_tensors, write_tensors
+from lorafa.surgery.walk import PREFIX
 from toys.adapters import DEFINED, VARIANT, adapted, starts_of, train
 from toys.compare import close
 from toys.layers import backend_for

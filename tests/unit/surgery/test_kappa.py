@@ -125,7 +125,7 @@ def test_other_suffixes_name_other_stacks() -> None:
     ("given", "text"),
     [
         ({"top_p": 0.2, "num_modules": 2}, "top_p=0.2 and num_modules=2 choose by different rules"),
-        ({"top_p": 0.0}, r"top_p is the share of layers to take, in \(0, 1\], found 0.0"),
+        ({"top_p": 0.0}, r"top_p must be the share of layers to take, in \(0, 1\], found 0.0"),
         ({"top_p": 1.5}, "found 1.5"),
         ({"num_modules": 0}, "num_modules"),
         ({"threshold": -1.0}, "threshold must be a number > 0"),

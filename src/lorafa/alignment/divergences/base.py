@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -128,6 +129,11 @@ class OfDistributions(Divergence):
     def prepared(self, logits: Tensor, gold: Tensor) -> Tensor:
         """The logits that the distributions are made of."""
         return logits.scatter(-1, gold[:, None], REMOVED) if self.without_gold else logits
+
+
+def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q), (n, letters), for a share above 0 and below 1."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
 def through_softmax(q: Tensor, slope: Tensor) -> Tensor:

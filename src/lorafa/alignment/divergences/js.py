@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lorafa.alignment.divergences.base import OfDistributions, through_softmax
+from lorafa.alignment.divergences.base import OfDistributions, mixture, through_softmax
 from lorafa.alignment.entry import DivergenceEntry
 from lorafa.settings.checks import check_number
 
@@ -27,19 +25,16 @@ class JensenShannon(OfDistributions):
         check_number("beta", self.beta, "a number between 0 and 1", 0.0, 1.0)
 
     def of(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        log_m = self._mixture(log_p, log_q)
+        log_m = mixture(log_p, log_q, self.beta)
         of_p = (log_p.exp() * (log_p - log_m)).sum(dim=-1)
         return self.beta * of_p + (1 - self.beta) * (log_q.exp() * (log_q - log_m)).sum(dim=-1)
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_m, q = self._mixture(log_p, log_q), log_q.exp()
+        log_m, q = mixture(log_p, log_q, self.beta), log_q.exp()
         ratio = log_q.sub_(log_m)
         value = (1 - self.beta) * (q * ratio).sum(dim=-1)
         value += self.beta * (log_p.exp() * log_p.sub(log_m)).sum(dim=-1)
         return value, through_softmax(q, ratio.mul_(1 - self.beta))
-
-    def _mixture(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
 
 
 JS = DivergenceEntry(settings=JensenShannon)

@@ -23,16 +23,16 @@ class Letters:
     ids: Tensor
     """The k likeliest tokens, (n, k)."""
     likely: Tensor
-    """Theirs, (n, k), float32 or wider."""
+    """Their logarithms, (n, k), float32 or wider."""
     gold: Tensor
-    """That of the gold token, (n,)."""
+    """The logarithm of the gold token, (n,)."""
     rest: Tensor
-    """That of all other tokens together, (n,): those that are neither among the likeliest nor the gold one."""
+    """The logarithm of all others together, (n,): tokens neither among the likeliest nor the gold one."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, logits: Tensor, gold: Tensor, top_k: int, temperature: float = 1.0) -> Letters:
-        """Those of logits (n, vocabulary), float32 or wider, where ``gold`` (n,) comes next."""
+        """Make them of logits (n, vocabulary), float32 or wider, where ``gold`` (n,) comes next."""
         log_p = (logits / temperature).log_softmax(dim=-1)
         likely, ids = log_p.topk(min(top_k, log_p.shape[-1]), dim=-1)
         said = log_p.gather(1, gold[:, None])[:, 0]
@@ -41,7 +41,7 @@ class Letters:
 
     @classmethod
     def joined(cls, parts: Sequence[Letters]) -> Letters:
-        """Those of several stretches of positions, one after another."""
+        """Put several stretches of positions one after another."""
         return cls(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(cls)))
 
     def __len__(self) -> int:

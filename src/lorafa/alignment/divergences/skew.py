@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lorafa.alignment.divergences.base import OfDistributions, through_softmax
+from lorafa.alignment.divergences.base import OfDistributions, mixture, through_softmax
 from lorafa.alignment.entry import DivergenceEntry
 from lorafa.settings.checks import check_number
 
@@ -27,15 +25,12 @@ class SkewKL(OfDistributions):
         check_number("skew", self.skew, "a number between 0 and 1; for 0 take fkl", 0.0, 1.0)
 
     def of(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return (log_p.exp() * (log_p - self._mixture(log_p, log_q))).sum(dim=-1)
+        return (log_p.exp() * (log_p - mixture(log_p, log_q, self.skew))).sum(dim=-1)
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        ratio = log_p - self._mixture(log_p, log_q)
+        ratio = log_p - mixture(log_p, log_q, self.skew)
         value = (log_p.exp() * ratio).sum(dim=-1)
         return value, through_softmax(log_q.exp_(), ratio.exp_().mul_(self.skew - 1))
-
-    def _mixture(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return torch.logaddexp(log_q + math.log1p(-self.skew), log_p + math.log(self.skew))
 
 
 SKEW = DivergenceEntry(settings=SkewKL)

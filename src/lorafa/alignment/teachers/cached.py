@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafa.alignment.divergences.base import Divergence
 from lorafa.alignment.divergences.letters import Letters
 from lorafa.alignment.said import Spoken, Told
-from lorafa.alignment.targets import About, Targets, digest_of_keys, pieces, row_keys
+from lorafa.alignment.targets import About, Targets, digest_of_rows, next_labels, pieces, row_keys
 from lorafa.alignment.teachers.base import Teacher
 from lorafa.alignment.teachers.external import External, vocabulary_of
 from lorafa.alignment.teachers.model_base import Base
@@ -192,7 +192,7 @@ class Cached(Teacher):
         about = self._known
         self._require_tokens(model)
         found = [row_keys(batch, self._places) for batch in batches]
-        data = digest_of_keys(key for keys, counts in found for key, n in zip(keys, counts, strict=True) if n)
+        data = digest_of_rows(found)
         if about.rows not in (None, data):
             raise CheckpointError(
                 f"{self.targets.folder} holds what {about.called} says of other rows: its data are {about.rows[:12]}, "  # type: ignore[index]
@@ -333,8 +333,7 @@ def _counts_places(model: nn.Module) -> bool:
 
 
 def _gold(batch: Mapping[str, Any]) -> Tensor:
-    shifted = batch.get("shift_labels")
-    targets: Tensor = batch["labels"][:, 1:] if shifted is None else shifted
+    targets = next_labels(batch)
     return targets[targets != IGNORE_INDEX]
 
 

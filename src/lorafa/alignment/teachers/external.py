@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorafa.alignment.teachers.base import Teacher, trained
 from lorafa.errors import ConfigError
 from lorafa.models.modes import evaluating
+from lorafa.models.wrapped import inner_model
 from lorafa.storage.fingerprint import digest_of_all
 
 
@@ -49,6 +50,6 @@ class External(Teacher):
 
 def vocabulary_of(model: Any) -> int | None:
     """Rows of a model's output head; None where it has none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     return None if head is None else int(head.weight.shape[0])

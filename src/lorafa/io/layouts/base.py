@@ -74,6 +74,11 @@ class Contents:
         """The alpha that gives a layer of ``rank`` the scaling ``wanted``."""
         return tidy(wanted / scaling(rank, 1, self.config.use_rslora))
 
+    def B_at(self, wanted: float, factors: Factors) -> Tensor:
+        """B (out, r) of a layer for the scaling ``wanted``; what that differs by from the layer's own is in it."""
+        ratio = self.scaling(factors) / wanted
+        return factors.tensors[B] if ratio == 1 else factors.tensors[B] * ratio
+
     def require_meant(self, name: str) -> None:
         """Raises CheckpointError where the config has a layer as a target of which the file holds nothing."""
         config = self.config

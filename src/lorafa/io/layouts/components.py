@@ -105,7 +105,7 @@ def require_all_or_none(raw: Raw, having: Collection[str], names: Collection[str
         )
 
 
-def plain_config(factors: Mapping[str, Factors]) -> LoraConfig:
+def assumed_config(factors: Mapping[str, Factors]) -> LoraConfig:
     """A config for what comes without one: the usual rank and alpha of the layers, whose names are the targets."""
     rank = most_common([one.rank for one in factors.values()])
     alpha = most_common([one.alpha for one in factors.values() if one.rank == rank])

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, ConfigError, shorten
-from lorafa.io.key_names import PREFIX
 from lorafa.io.layouts.base import A, B, Contents, Factors, Layout, Raw, taken_apart
-from lorafa.io.layouts.components import Part, alpha_of, choose, plain_config, rank_of, require_all_or_none
+from lorafa.io.layouts.components import Part, alpha_of, assumed_config, choose, rank_of, require_all_or_none
 from lorafa.io.layouts.names import BaseNames
 from lorafa.surgery.patterns import lookup
+from lorafa.surgery.walk import PREFIX
 
 METADATA = "lora_adapter_metadata"
 """The entry of the header in which diffusers says rank and alpha, each with the model's name before it."""
@@ -64,21 +64,21 @@ class DiffusersLayout(Layout):
             )
         parts: dict[str, Part] = {}
         for name, tensors in layers.items():
-            component, name_there = _component(name, base)
+            component, name_there = _component(name)
             parts.setdefault(component, {})[name_there] = tensors
         named = {c: {_text_name(n, base): tensors for n, tensors in part.items()} for c, part in parts.items()}
         chosen = choose(raw, named, base, A)
         component = next(name for name, part in named.items() if part is chosen)
         before = f"{component}." if component else ""
-        own = {_text_name(_component(name, base)[1], base): alpha for name, alpha in alphas.items()
-               if _component(name, base)[0] == component}  # fmt: skip
+        placed = ((*_component(name), alpha) for name, alpha in alphas.items())
+        own = {_text_name(name, base): alpha for where, name, alpha in placed if where == component}
         if stray := sorted(own.keys() - chosen.keys()):
             raise CheckpointError(f"{raw.path} has alphas of layers it has no A of: {shorten(stray, 3)}.")
         require_all_or_none(raw, list(own), list(chosen))
         config = _config(raw, before, chosen)
         factors = {name: _factors(raw, name, tensors, own.get(name), config) for name, tensors in chosen.items()}
         if config is None:
-            config = plain_config(factors)
+            config = assumed_config(factors)
         return Contents(raw.path, replace(config, target_modules=sorted(factors)), factors, {})
 
 
@@ -90,7 +90,7 @@ def _new_name(key: str) -> str:
     return key
 
 
-def _component(name: str, base: BaseNames) -> tuple[str, str]:
+def _component(name: str) -> tuple[str, str]:
     """(what the pipeline calls the model, the layer's name there)."""
     first, _, rest = name.partition(".")
     inner = rest if first in COMPONENTS else name

@@ -12,7 +12,8 @@ from lorafa.errors import CheckpointError
 from lorafa.io.layouts.base import A, Arrangement, B, Contents, Factors, block_diagonal, require_only
 from lorafa.io.layouts.experts import KNOWN, ONE_EXPERT, STACKS, experts_at, require_in_order
 from lorafa.io.layouts.names import BaseNames
-from lorafa.io.layouts.written import padded, stored_stack
+from lorafa.io.layouts.written import stored_stack
+from lorafa.numerics.low_rank import padded
 
 Key = tuple[str, tuple[str, ...]]
 """A stacked parameter, and the last names of an expert's layers that it holds."""
@@ -104,8 +105,7 @@ def _expert(
             As.append(like.new_zeros(ranks[leaf], columns))
             Bs.append(like.new_zeros(rows, ranks[leaf]))
             continue
-        factor = contents.scaling(one) / scaling
-        b = one.tensors[B] if factor == 1 else one.tensors[B] * factor
-        As.append(padded(one.tensors[A], ranks[leaf], 0))
-        Bs.append(padded(b, ranks[leaf], 1))
+        a, b = padded(one.tensors[A], contents.B_at(scaling, one), ranks[leaf])
+        As.append(a)
+        Bs.append(b)
     return torch.cat(As), block_diagonal(Bs)

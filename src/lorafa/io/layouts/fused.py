@@ -67,26 +67,19 @@ def _fused(
     for leaf in group:
         contents.require_meant(at(owner, leaf))
     sizes = _sizes(contents, whole, group, layers, base)
-    for kind in (NORMS,):
-        if any(kind in one.tensors for one in layers.values()) and any(
-            leaf not in layers or kind not in layers[leaf].tensors for leaf in group
-        ):
-            lacking = ", ".join(leaf for leaf in group if leaf not in layers or kind not in layers[leaf].tensors)
-            raise CheckpointError(
-                f"{contents.path}: {whole} of this model is one layer with DoRA's norm of each row, and the file has "
-                f"none for the rows of {lacking}. Merge it into the model it was made for. Nothing was loaded."
-            )
+    lacking = [leaf for leaf in group if leaf not in layers or NORMS not in layers[leaf].tensors]
+    if 0 < len(lacking) < len(group):
+        raise CheckpointError(
+            f"{contents.path}: {whole} of this model is one layer with DoRA's norm of each row, and the file has none "
+            f"for the rows of {', '.join(lacking)}. Merge it into the model it was made for. Nothing was loaded."
+        )
     first = next(iter(layers.values()))
     scaling, like = contents.scaling(first), first.tensors[B]
     rank = sum(one.tensors[A].shape[0] for one in layers.values())
-    blocks = []
-    for leaf, rows in zip(group, sizes, strict=True):
-        if leaf not in layers:
-            blocks.append(like.new_zeros(rows, 0))
-        else:
-            factor = contents.scaling(layers[leaf]) / scaling
-            b = layers[leaf].tensors[B]
-            blocks.append(b if factor == 1 else b * factor)
+    blocks = [
+        contents.B_at(scaling, layers[leaf]) if leaf in layers else like.new_zeros(rows, 0)
+        for leaf, rows in zip(group, sizes, strict=True)
+    ]
     tensors = {A: torch.cat([one.tensors[A] for one in layers.values()]), B: block_diagonal(blocks)}
     if any(BIAS in one.tensors for one in layers.values()):
         tensors[BIAS] = torch.cat([

@@ -51,7 +51,7 @@ def at(owner: str, leaf: str) -> str:
 
 
 def groups_in(base: BaseNames, owner: str, groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, ...]]:
-    """Those of the groups whose layers are all in the module ``owner`` of the model."""
+    """The groups whose layers are all in the module ``owner`` of the model."""
     for group in groups:
         if all(at(owner, leaf) in base.layers for leaf in group):
             yield group

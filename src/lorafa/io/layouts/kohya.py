@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorafa.errors import CheckpointError, shorten
 from lorafa.io.layouts.base import NORMS, A, B, Contents, Factors, Layout, Raw
-from lorafa.io.layouts.components import Part, alpha_of, choose, plain_config, rank_of, require_all_or_none
+from lorafa.io.layouts.components import Part, alpha_of, assumed_config, choose, rank_of, require_all_or_none
 from lorafa.io.layouts.names import BaseNames
 
 _KEY = re.compile(r"^(lora_[a-z]+\d?)_([^.]+)\.(.+)$")
@@ -55,7 +55,7 @@ class KohyaLayout(Layout):
         chosen = choose(raw, named, base, "lora_down.weight")
         require_all_or_none(raw, [name for name, tensors in chosen.items() if "alpha" in tensors], list(chosen))
         factors = {name: _factors(raw, name, tensors, base) for name, tensors in chosen.items()}
-        return Contents(raw.path, plain_config(factors), factors, {})
+        return Contents(raw.path, assumed_config(factors), factors, {})
 
 
 def _by_underscores(raw: Raw, base: BaseNames) -> dict[str, str]:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorafa.config import LoraConfig
@@ -162,10 +161,3 @@ def stored_stack(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def stack_of(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`stored_stack`."""
     return A.view(experts, -1, A.shape[-1]), B.view(B.shape[0], -1, experts).permute(2, 0, 1)
-
-
-def padded(matrix: Tensor, size: int, dim: int) -> Tensor:
-    """The matrix with zeros behind its end along ``dim``, so that it is ``size`` long there."""
-    shape = list(matrix.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim) if shape[dim] else matrix

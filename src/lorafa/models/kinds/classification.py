@@ -26,7 +26,7 @@ WRITERS = ("ForCausalLM", "LMHeadModel")
 
 
 def _own_classes(config: Any) -> tuple[str, ...]:
-    """Those that a checkpoint with this config has a head for; none where it has no head."""
+    """The classes that a checkpoint with this config has a head for; none where it has no head."""
     headed = architecture_of(config).endswith(CLASSIFIER)
     return tuple(str(name) for _, name in sorted(config.id2label.items())) if headed else ()
 
@@ -60,7 +60,7 @@ class Classification(Kind):
         return encoder and config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     def classes(self, config: Any, answers: Callable[[], Sequence[str]] | None, where: str) -> tuple[str, ...]:
-        """Those of the model's own head where it has one for all answers, else the answers.
+        """The classes of the model's own head where it has one for all answers, else the answers.
 
         Raises:
             DataError: the answers are too few or too many to be classes.

@@ -7,11 +7,12 @@ from typing import Any
 from lorafa.models.kinds import AUTO, KINDS
 from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.entry import Kind
+from lorafa.models.wrapped import inner_model
 
 
 def kind_of(model: Any) -> Kind:
     """The kind of a loaded model, with or without adapters; what no other kind recognizes is causal."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     return next((kind for kind in _kinds() if kind.is_of(base)), CAUSAL)
 
 

@@ -19,6 +19,7 @@ from lorafa.models.kinds.checks import check_finite
 from lorafa.models.kinds.entry import CLASSIFIER, LIKELIHOOD, TEXT, Kind, RowLosses, architecture_of, per_row
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.models.sourced import as_source_error, model_step
+from lorafa.models.wrapped import inner_model
 
 
 class Seq2Seq(Kind):
@@ -79,8 +80,7 @@ def answer_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, T
     """
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    logits = model(**inputs, decoder_input_ids=_begun(base, labels)).logits
+    logits = model(**inputs, decoder_input_ids=_begun(inner_model(model), labels)).logits
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
     return per_row(losses, labels, IGNORE_INDEX)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from lorafa.alignment.registries import DIVERGENCES, MAPS, TEACHERS
-from lorafa.alignment.schedule import CyclicSettings
+from lorafa.alignment.schedule import SCHEDULES, CyclicSettings
 from lorafa.alignment.weighing import check_weight
 from lorafa.errors import ConfigError
 from lorafa.models import QUANTIZERS
@@ -17,10 +17,12 @@ from lorafa.settings.groups import OpenGroup
 from lorafa.settings.typed import Key
 
 NONE, EXTERNAL, BASE = "none", "external", "base"
-CYCLIC_FIELDS = (
+_PHASES = (
     *("task_steps", "teacher_steps", "task_weight", "trigger", "gate", "tolerance", "drift", "rewarm_steps"),
-    *("end_on_teacher", "reorient", "probe_rows"),
+    *("end_on_teacher", "reorient"),
 )
+"""Settings of a cyclic schedule itself, with the names, the defaults and the checks that it has for them."""
+CYCLIC_FIELDS = (*_PHASES, "probe_rows")
 """Settings that only phases in turn have."""
 
 
@@ -57,23 +59,23 @@ class AlignConfig(OpenGroup):
     """What that counts beside the divergence."""
     schedule: str = "constant"
     """constant: the teacher counts in every step. cyclic: phases of the task alone and of task and teacher in turn."""
-    task_steps: int = 200
+    task_steps: int = CyclicSettings.task_steps
     """cyclic: steps of a phase of the task alone."""
-    teacher_steps: int = 50
+    teacher_steps: int = CyclicSettings.teacher_steps
     """cyclic: steps of a phase of the teacher."""
-    task_weight: float = 0.5
+    task_weight: float = CyclicSettings.task_weight
     """cyclic: what the task counts in a phase of the teacher."""
-    trigger: str = "clock"
+    trigger: str = CyclicSettings.trigger
     """cyclic: what begins a phase of the teacher: clock, or drift as well, a divergence that has grown."""
-    gate: bool = True
+    gate: bool = CyclicSettings.gate
     """cyclic: take a switch back where the task's loss has become worse on the probe."""
-    tolerance: float = 0.01
+    tolerance: float = CyclicSettings.tolerance
     """cyclic: by how much, as a share, it may."""
-    drift: float = 0.2
+    drift: float = CyclicSettings.drift
     """cyclic: by how much, as a share, the divergence may grow before drift begins a phase of the teacher."""
-    rewarm_steps: int = 10
+    rewarm_steps: int = CyclicSettings.rewarm_steps
     """cyclic: steps in which the rate rises again after a switch."""
-    end_on_teacher: bool = False
+    end_on_teacher: bool = CyclicSettings.end_on_teacher
     """cyclic: give the teacher the last teacher_steps, which are the task's otherwise."""
     probe_rows: int = 32
     """cyclic: rows of the probe, the first of the held-out ones."""
@@ -82,7 +84,7 @@ class AlignConfig(OpenGroup):
     than the model as it starts (external); false leaves the start to the task."""
     start_weight: float | None = None
     """What the teacher counts in that start; null makes its gradient half as large as the task's."""
-    reorient: bool = False
+    reorient: bool = CyclicSettings.reorient
     """cyclic: give A new directions along the gradient of the joint loss where a phase of the teacher begins; the
     update so far is frozen beside it, and both are cut to the rank at the end."""
     cache: bool | str = False
@@ -93,7 +95,7 @@ class AlignConfig(OpenGroup):
     own: Any = None
     """The teacher's own settings."""
     own_of_divergence: Any = None
-    """Those of the divergence."""
+    """The divergence's own settings."""
 
     @classmethod
     def entries(cls, field: str) -> list[str]:
@@ -122,34 +124,27 @@ class AlignConfig(OpenGroup):
             raise ConfigError("align.map_layers names no layer. Name some, align.map_layers=[1,2], or leave it out.")
         if self.quantize is not None:
             check_choice("align.quantize", self.quantize, QUANTIZERS.names())
-        check_choice("align.schedule", self.schedule, ("constant", "cyclic"))
-        check_choice("align.trigger", self.trigger, ("clock", "drift"))
-        for name in ("task_steps", "teacher_steps", "probe_rows"):
-            check_int(f"align.{name}", getattr(self, name), at_least=1)
-        check_int("align.rewarm_steps", self.rewarm_steps, at_least=0)
-        for name in ("task_weight", "tolerance"):
-            check_number(f"align.{name}", getattr(self, name), "a number >= 0", 0.0, closed="[")
-        check_number("align.drift", self.drift, "a number above 0", 0.0)
+        check_choice("align.schedule", self.schedule, SCHEDULES)
+        self.phases()
+        check_int("align.probe_rows", self.probe_rows, at_least=1)
         if self.start_weight is not None:
             check_number("align.start_weight", self.start_weight, "a number >= 0", 0.0, closed="[")
         check_int("align.top_k", self.top_k, at_least=1)
-        for name in ("gate", "end_on_teacher", "reorient", "start"):
-            check_flag(f"align.{name}", getattr(self, name))
+        check_flag("align.start", self.start)
         self._refuse_ignored()
+
+    def phases(self) -> CyclicSettings:
+        """The settings of a cyclic schedule.
+
+        Raises:
+            ConfigError: one of them is not allowed.
+        """
+        return CyclicSettings(**{name: getattr(self, name) for name in _PHASES})
 
     @property
     def teaches(self) -> bool:
         """Whether there is a teacher that counts."""
         return self.name != NONE and self.weight != 0
-
-    @property
-    def phases(self) -> CyclicSettings:
-        """The settings of a cyclic schedule."""
-        return CyclicSettings(
-            task_steps=self.task_steps, teacher_steps=self.teacher_steps, task_weight=self.task_weight,
-            trigger=self.trigger, gate=self.gate, tolerance=self.tolerance, drift=self.drift,
-            rewarm_steps=self.rewarm_steps, end_on_teacher=self.end_on_teacher, reorient=self.reorient,
-        )  # fmt: skip
 
     def _refuse_ignored(self) -> None:
         """Raises ConfigError for what was set and would change nothing, and for a teacher that is not named."""

@@ -55,8 +55,11 @@ class DataConfig(OpenGroup):
 
     @classmethod
     def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:
-        """Those of a file for a name that no data set takes: what it is is said where it is loaded. Of several, those
-        of the one that has the most: a Hub data set reads all that a file does."""
+        """The settings of the data set that is chosen; of several, those of the one that has the most.
+
+        A Hub data set reads all that a file does. A name that no data set takes has the settings of a file: what is
+        wrong with it is said where it is loaded.
+        """
         kinds = [(data_set_of(name) or DATASETS.get("file")).settings for name in names_of(chosen)]
         found = [kind for kind in kinds if kind is not None]
         return max(found, key=lambda kind: len(fields(kind)), default=None)

@@ -62,7 +62,7 @@ class InitConfig(OpenGroup):
     own: Any = None
     """The start's own settings."""
     own_of_rule: Any = None
-    """Those of the rule for ranks."""
+    """The own settings of the rule for ranks."""
 
     @classmethod
     def settings_of(cls, field: str, chosen: Any) -> type[Any] | None:

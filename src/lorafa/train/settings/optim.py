@@ -55,7 +55,7 @@ class OptimConfig(OpenGroup):
     own: Any = None
     """The optimizer's own settings."""
     own_of_schedule: Any = None
-    """Those of the schedule."""
+    """The schedule's own settings."""
 
     @classmethod
     def own_keys(cls, field: str) -> dict[str, list[Key]]:

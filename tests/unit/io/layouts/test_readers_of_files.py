@@ -16,7 +16,8 @@ from lorafa.errors import CheckpointError, ConfigError
 from lorafa.export.job import export_adapter
 from lorafa.inspection.adapter import inspect
 from lorafa.io.adapter_files import read_adapter
-from lorafa.train.base_model import with_kind_of
+from lorafa.runs.subjects import find
+from lorafa.train.base_model import trained_whole, with_kind_of
 from lorafa.train.settings.run import ModelConfig
 from toys.compare import close
 from toys.exported import by_vllm, on_disk, updates_of
@@ -79,6 +80,21 @@ def test_inspect_reads_them_with_the_base(
     for one, same in zip(found.layers, wanted.layers, strict=True):
         assert one.measured.frobenius == pytest.approx(same.measured.frobenius, rel=1e-5)
     assert with_kind_of(ModelConfig(name=str(base)), str(other)).kind == "auto"
+
+
+def test_a_base_that_is_loaded_for_them_has_no_copies_of_modules(files: tuple[Any, Path, Path, Path]) -> None:
+    *_, other = files
+    assert trained_whole(str(other)) == []
+
+
+def test_eval_generate_and_chat_take_a_folder_of_mlx_with_its_base_and_ask_for_it(tmp_path: Path) -> None:
+    model, adapter = on_disk(tmp_path, target_modules=["q_proj"])
+    tensors = load_file(Path(adapter) / "adapter_model.safetensors")
+    (other := tmp_path / "mlx").mkdir()
+    as_mlx(Path(adapter), other, tensors, model.peft_config["default"])
+    assert find(str(other), str(tmp_path / "base")).adapter == str(other)
+    with pytest.raises(ConfigError, match=r"mlx' does not name its base model\. Give it: --base <model>"):
+        find(str(other))
 
 
 def test_combine_reads_them_on_the_base(
