@@ -22,8 +22,9 @@ from torch import Tensor
 from lorafa.alignment.divergences.letters import Letters
 from lorafa.errors import CheckpointError, ConfigError, first_line
 from lorafa.models.rows import IGNORE_INDEX
+from lorafa.storage.leavings import is_temporary
 from lorafa.storage.tensors import write_tensors
-from lorafa.storage.whole import is_temporary, make_folder, read_json, write_json
+from lorafa.storage.whole import make_folder, read_json, write_json
 
 MANIFEST = "targets.json"
 FILES = "targets-*.safetensors"

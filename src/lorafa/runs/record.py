@@ -28,8 +28,9 @@ from lorafa.runs import CONFIG
 from lorafa.runs.formats import current
 from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
+from lorafa.storage.leavings import is_temporary
 from lorafa.storage.paths import user_path
-from lorafa.storage.whole import is_temporary, make_folder, read_json, write_json, written_whole
+from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
