@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafa
-from lorafa import LoraConfig, PeftModel
-from lorafa.errors import CheckpointError
+from lorafa import LoraConfig, PeftModel, save_as_lora
 from lorafa.io.adapter_files import read_adapter
-from toys.faults import FOR_GOOD, KILLS, REFUSALS, every_fault, files_in
+from toys.faults import FAULTS, FEW, check_every_fault
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the harness looks descriptors up there")
@@ -77,46 +76,32 @@ def saved(folder: Path, model: PeftModel) -> Path:
     return folder
 
 
-def check_every_fault(
-    old: Path, new: Callable[[Path], Any], tmp_path: Path, folders: tuple[str, ...] = (".",), good: str = WEIGHTS
-) -> int:
-    """At every step of ``new`` over ``old`` each adapter is the old one or the new one; how many faults that were."""
-    place, after = tmp_path / "work" / "adapter", tmp_path / "after"
-    place.parent.mkdir()
-    if old.exists():
-        shutil.copytree(old, after)
-    new(after)
-    before, wanted = files_in(old), files_in(after)
-    pairs = {name: (of_lorafa(old / name), of_lorafa(after / name)) for name in folders}
-    plain = {name: (of_peft(old / name), of_peft(after / name), None) for name in folders}
-    count = 0
-    for what, raised in every_fault(old, place, new):
-        count += 1
-        fault = what.partition(" at step")[0]
-        states = {name: of_lorafa(place / name) for name in folders}
+def each_is_old_or_new(old: Path, new: Path, *folders: str) -> Callable[[Path], None]:
+    """Looks whether each adapter is the old or the new one for lorafa, and for PEFT, or refused by that."""
+    pairs = {name: (of_lorafa(old / name), of_lorafa(new / name)) for name in folders}
+    plain = {name: (of_peft(old / name), of_peft(new / name), None) for name in folders}
+
+    def look(place: Path) -> None:
         for name in folders:
-            assert states[name] in pairs[name], what
-            assert of_peft(place / name) in plain[name], what
-        found = files_in(place)
-        if fault in REFUSALS:
-            assert raised is None or type(raised) is CheckpointError, what
-            assert found == (wanted if raised is None else before), what
-            if raised is not None:
-                assert files_in(place, leavings=True) == before, what
-                assert os.strerror(REFUSALS[fault]) in str(raised), what
-        elif fault == FOR_GOOD:
-            assert raised is None or type(raised) is CheckpointError, what
-        elif fault not in KILLS:
-            assert raised is None or type(raised) is KeyboardInterrupt, what
-            assert found in (before, wanted), what
-        new(place)
-        assert files_in(place, leavings=True) == wanted, what
-        assert not list(place.rglob(".*")), what
-    return count
+            assert of_lorafa(place / name) in pairs[name], sorted(place.rglob("*"))
+            assert of_peft(place / name) in plain[name], sorted(place.rglob("*"))
+
+    return look
 
 
-@pytest.mark.parametrize("old", ["lorafa", "another program", "the same config", "nothing"])
-def test_an_adapter_is_the_old_one_or_the_new_one(old: str, tmp_path: Path) -> None:
+LONG = pytest.param(FAULTS, id="all faults", marks=pytest.mark.slow)
+TWO = pytest.param(("killed before", "full"), id="two faults")
+OLD = ("lorafa", "another program", "the same config", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("old", "faults"),
+    [
+        *(pytest.param(old, FEW if old == "lorafa" else TWO.values[0], id=old) for old in OLD),
+        *(pytest.param(old, FAULTS, id=f"{old}, all faults", marks=pytest.mark.slow) for old in OLD),
+    ],
+)
+def test_an_adapter_is_the_old_one_or_the_new_one(old: str, faults: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "old"
     if old != "nothing":
         saved(folder, adapted(1))
@@ -124,4 +109,24 @@ def test_an_adapter_is_the_old_one_or_the_new_one(old: str, tmp_path: Path) -> N
     if old == "another program":
         as_of_peft(folder)
     new = adapted(2, **({} if old == "the same config" else {"lora_alpha": 64}))
-    assert check_every_fault(folder, new.save_pretrained, tmp_path) > 100
+    look = each_is_old_or_new(folder, saved(tmp_path / "new", new), ".")
+    assert check_every_fault(folder, new.save_pretrained, tmp_path, faults, look) > 40
+
+
+@pytest.mark.parametrize("faults", [TWO, LONG])
+def test_of_two_adapters_each_is_the_old_one_or_the_new_one_and_both_after_an_error(
+    faults: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "old", adapted(1, "other"))
+    new = adapted(2, "other", lora_alpha=64)
+    look = each_is_old_or_new(folder, saved(tmp_path / "new", new), ".", "other")
+    assert check_every_fault(folder, new.save_pretrained, tmp_path, faults, look) > 60
+
+
+@pytest.mark.parametrize("faults", [TWO, LONG])
+def test_a_converted_adapter_is_the_old_one_or_the_new_one(faults: tuple[str, ...], tmp_path: Path) -> None:
+    folder, model = saved(tmp_path / "old", adapted(1)), adapted(2, r=3)
+    save_as_lora(tmp_path / "new", model, 1)
+    look = each_is_old_or_new(folder, tmp_path / "new", ".")
+    save = partial(save_as_lora, model=model, rank=1)
+    assert check_every_fault(folder, save, tmp_path, faults, look) > 30

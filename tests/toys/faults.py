@@ -12,14 +12,16 @@ import io
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from lorafa.errors import CheckpointError
 from lorafa.storage import renames
 
 
@@ -34,6 +36,8 @@ INTERRUPTS = ("interrupted before", "interrupted after")
 FOR_GOOD = "broken for good"
 """From this step on nothing can be written, and nothing removed."""
 FAULTS = (*KILLS, *REFUSALS, *INTERRUPTS, FOR_GOOD)
+FEW = ("killed before", "cut", "full", "interrupted after", FOR_GOOD)
+"""Those that lead to each state there is: killed after a step is killed before the next one."""
 
 
 class Disk:
@@ -63,11 +67,13 @@ class Disk:
         if self.fault in KILLS:
             self._dead = True
             if self.fault != "killed before":
-                (act if self.fault == "killed after" else half)()
+                with suppress(OSError):
+                    (act if self.fault == "killed after" else half)()
             raise Killed
         if self.fault in INTERRUPTS:
             if self.fault == "interrupted after":
-                act()
+                with suppress(OSError):
+                    act()
             raise KeyboardInterrupt
         self._broken = self.fault == FOR_GOOD
         code = REFUSALS.get(self.fault, errno.EIO)
@@ -150,6 +156,7 @@ class Disk:
             return done
 
         real_open, real_write = os.open, os.write
+        # synced by the test's own disk: that it is asked for is a step, and waiting for it takes most of the time
         first = ("unlink", "remove", "mkdir", "rmdir", "fsync", "truncate", "ftruncate", "posix_fallocate", "sendfile")
         second = ("rename", "replace", "link", "copy_file_range")
         return {name: on(name) for name in first} | {name: on(name, 1) for name in second} | {
@@ -188,6 +195,19 @@ class _File:
         return iter(self._file)
 
 
+@dataclass(frozen=True)
+class Spoiled:
+    """A save that went wrong."""
+
+    fault: str
+    what: str
+    """Which step it was, in words."""
+    raised: BaseException | None
+
+
+AFTER_WHICH_SOMETHING_IS_LEFT = (*KILLS, FOR_GOOD)
+
+
 def is_leaving(path: Path) -> bool:
     """Whether a file or folder is one that a writer had not finished, or one inside of such a folder."""
     return any(part.startswith(".") and part.endswith((".tmp", ".old")) for part in path.parts)
@@ -200,33 +220,29 @@ def files_in(folder: Path, *, leavings: bool = False) -> dict[str, bytes]:
 
 
 def every_fault(
-    old: Path, place: Path, save: Callable[[Path], Any], faults: tuple[str, ...] = FAULTS
-) -> Iterator[tuple[str, BaseException | None]]:
-    """Spoil each step of ``save(place)`` in turn, each time over a copy of ``old``.
+    old: Path, place: Path, save: Callable[[Path], Any], faults: Sequence[str] = FAULTS, every: int = 1
+) -> Iterator[Spoiled]:
+    """Spoil each step (or every n-th) of ``save(place)`` in turn, each time over a copy of ``old``; nothing is synced.
 
-    Yields what went wrong and at which step, in words, and what was raised; the state of ``place`` is to be looked at
-    before the next one is asked for.
+    The state of ``place`` is to be looked at before the next one is asked for.
     """
-    for count in _steps_of(old, place, save):
-        for fault in faults:
-            _fresh(old, place)
-            disk, raised = Disk(place.parent, count, fault), None
-            try:
-                with disk.watched():
-                    save(place)
-            except (Exception, KeyboardInterrupt, Killed) as error:
-                raised = error
-            if count < len(disk.steps):  # one more or less where threads write
-                yield f"{fault} at step {count}, {disk.steps[count]}", raised
-
-
-def _steps_of(old: Path, place: Path, save: Callable[[Path], Any]) -> range:
-    _fresh(old, place)
-    disk = Disk(place.parent)
-    with disk.watched():
-        save(place)
-    assert disk.steps
-    return range(len(disk.steps))
+    with mock.patch.object(os, "fsync", return_value=None):
+        _fresh(old, place)
+        whole = Disk(place.parent)
+        with whole.watched():
+            save(place)
+        assert whole.steps
+        for count in range(every // 2, len(whole.steps), every):
+            for fault in faults:
+                _fresh(old, place)
+                disk, raised = Disk(place.parent, count, fault), None
+                try:
+                    with disk.watched():
+                        save(place)
+                except (Exception, KeyboardInterrupt, Killed) as error:
+                    raised = error
+                if count < len(disk.steps):  # one more or less where threads write
+                    yield Spoiled(fault, f"{fault} at step {count}, {disk.steps[count]}", raised)
 
 
 def _fresh(old: Path, place: Path) -> None:
@@ -234,3 +250,60 @@ def _fresh(old: Path, place: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
     if old.exists():
         shutil.copytree(old, place)
+
+
+def check_every_fault(
+    old: Path,
+    save: Callable[[Path], Any],
+    tmp_path: Path,
+    faults: Sequence[str] = FAULTS,
+    look: Callable[[Path], None] | None = None,
+    every: int = 1,
+) -> int:
+    """At every step of ``save`` over ``old`` all files are the old ones or the new ones, and the next save goes well.
+
+    Args:
+        every: only every n-th step.
+        look: looks at what there is after each fault in place of that, where files may be missing for a while because
+            something finds them.
+
+    Returns:
+        How many faults there were.
+    """
+    place, after = tmp_path / "work" / "place", tmp_path / "after" / "place"
+    place.parent.mkdir()
+    after.parent.mkdir()
+    if old.exists():
+        shutil.copytree(old, after)
+    save(after)
+    before, wanted = files_in(old), files_in(after)
+    count = 0
+    for spoiled in every_fault(old, place, save, faults, every):
+        count += 1
+        fault, what, raised = spoiled.fault, spoiled.what, spoiled.raised
+        found, all_found = files_in(place), files_in(place, leavings=True)
+        if look is None:
+            assert found in (before, wanted), what
+        else:
+            look(place)
+        if fault in REFUSALS:
+            assert raised is None or type(raised) is CheckpointError, (what, raised)
+            assert found == (wanted if raised is None else before), what
+            assert raised is None or (all_found == before and not _leavings(place)), what
+            assert raised is None or os.strerror(REFUSALS[fault]) in str(raised), (what, raised)
+        elif fault == FOR_GOOD:
+            assert raised is None or type(raised) is CheckpointError, (what, raised)
+        elif fault in INTERRUPTS:
+            assert raised is None or type(raised) is KeyboardInterrupt, (what, raised)
+            assert found in (before, wanted), what
+        else:
+            assert type(raised) is Killed, (what, raised)
+        if fault in AFTER_WHICH_SOMETHING_IS_LEFT:
+            save(place)
+            assert files_in(place, leavings=True) == wanted, what
+            assert not _leavings(place), what
+    return count
+
+
+def _leavings(place: Path) -> list[Path]:
+    return [path for path in place.parent.rglob(".*") if is_leaving(path)]

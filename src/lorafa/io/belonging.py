@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,17 @@ def tied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(config: Mapping[str, Any]) -> dict[str, str]:
-    default = LoraConfig().to_dict()
+    default = _default()
     return {
         field: as_text(config.get(field, default[field]))
         for field in default
         if field not in _FREE and field not in LORAFA_ONLY
     }
+
+
+@cache
+def _default() -> Mapping[str, Any]:
+    return LoraConfig().to_dict()
 
 
 def as_text(value: Any) -> str:

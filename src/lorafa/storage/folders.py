@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorafa.errors import CheckpointError, ConfigError, LoraError
 from lorafa.storage import renames
-from lorafa.storage.leavings import hidden, own_folder, remove_left_over
+from lorafa.storage.leavings import hidden, is_temporary, own_folder, remove_left_over
 from lorafa.storage.renames import sync_folder, sync_tree
 from lorafa.storage.whole import free_space, new_folder
 
@@ -126,12 +126,10 @@ def require_free(path: str | Path, *, overwrite: bool | None) -> Path:
     if not path.is_dir() or path.is_symlink():
         raise ConfigError(f"{path} is no folder. Choose another place.")
     try:
-        if not any(path.iterdir()):
+        if all(map(is_temporary, path.iterdir())):  # of a writer that was killed, or is at it
             return path
     except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be looked into: {error.strerror or error}. Choose another place."
-        ) from error
+        raise ConfigError(f"{path} cannot be looked into: {error.strerror or error}. Choose another place.") from error
     if overwrite is None:
         raise ConfigError(f"{path} exists and is not empty, and nothing is overwritten. Choose another place.")
     if not overwrite:
