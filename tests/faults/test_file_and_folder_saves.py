@@ -1,4 +1,4 @@
-"""Each step of every other save is killed, cut short, refused or interrupted: files and folders are whole, old or new."""
+"""Each step of every other save is killed, cut short, refused or interrupted: all is whole, the old one or the new."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def read_adapter(
         try:
             stored = reading(files)
         except CheckpointError:
-            if not left or files.stamp() == stamp:
+            if not left or (files.stamp() == stamp and None not in stamp):
                 raise
         else:
             if files.stamp() == stamp:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 _NAMES = {None: [WEIGHTS_NAME, PICKLE_NAME], True: [WEIGHTS_NAME], False: [PICKLE_NAME]}
+_LOOKS = 3
+"""How often a config is looked for that another process may just be replacing."""
 _WITH_CONFIG = (WEIGHTS_NAME, PICKLE_NAME, "adapters.safetensors")
 """Ends of files that have an ``adapter_config.json`` beside them; MLX puts a step before its own."""
 _ENDS = {True: ".safetensors", False: ".bin"}
@@ -127,10 +129,12 @@ def _weights_in(folder: Path, use_safetensors: bool | None) -> Path | None:
 
 def _with_left(folder: Path, weights: Path) -> AdapterFiles:
     """Tensors without a config beside them, with the one that a killed save has left."""
-    left, beside = config_left(folder, weights), folder / CONFIG_NAME
-    if left is None and beside.is_file():  # a save has ended meanwhile
-        return AdapterFiles(beside, weights)
-    return AdapterFiles(left, weights, left is not None)
+    for _ in range(_LOOKS):
+        if (left := config_left(folder, weights)) is not None:
+            return AdapterFiles(left, weights, True)
+        if (folder / CONFIG_NAME).is_file():  # a save has ended meanwhile
+            return AdapterFiles(folder / CONFIG_NAME, weights)
+    return AdapterFiles(None, weights)
 
 
 def _config_beside(source: str | Path, weight_name: str, subfolder: str | None, hub: HubOptions) -> Path | None:
