@@ -35,11 +35,13 @@ class _Stage:
     last: str | None
     """The file that is taken away first, and comes last."""
 
-    @property
     def names(self) -> list[str]:
-        """The new files in the order in which they take their places."""
+        """The new files in the order in which they take their places; the last one only where it is another."""
         found = sorted(path.name for path in self.hidden.iterdir() if path.is_file())
-        return sorted(found, key=lambda name: name == self.last)
+        found.sort(key=lambda name: name == self.last)
+        if self.last in found and _equal(self.folder / self.last, self.hidden / self.last):
+            found.remove(self.last)  # it fits the files there are and those there will be
+        return found
 
 
 class Together:
@@ -68,10 +70,9 @@ class Together:
         """Give all files their names; after an error those that had them have them again."""
         undo: list[Callable[[], None]] = []
         try:
-            for stage in self.stages:
-                _make_ready(stage)
-            for stage in self.stages:
-                _take_places(stage, undo)
+            ready = [(stage, _made_ready(stage)) for stage in self.stages]
+            for stage, names in ready:
+                _take_places(stage, names, undo)
         except BaseException:
             self.undone = False
             for step in reversed(undo):
@@ -124,21 +125,21 @@ def written_together() -> Iterator[Together]:
         remove_left_over(stage.folder)
 
 
-def _make_ready(stage: _Stage) -> None:
-    """Bring the new files to the disk, and give the old ones second names, by which they can come back."""
-    for name in stage.names:
+def _made_ready(stage: _Stage) -> list[str]:
+    """The files to be renamed, on the disk, and the old ones with second names, by which they can come back."""
+    names = stage.names()
+    for name in names:
         sync_file(stage.hidden / name)
-    if there := [name for name in stage.names if (stage.folder / name).is_file()]:
+    if there := [name for name in names if (stage.folder / name).is_file()]:
         (stage.hidden / OLD).mkdir()
         for name in there:
             keep_as(stage.folder / name, stage.hidden / OLD / name, or_copy=True)
+    return names
 
 
-def _take_places(stage: _Stage, undo: list[Callable[[], None]]) -> None:
-    names, last, folder, old = stage.names, stage.last, stage.folder, stage.hidden / OLD
-    if last in names and _equal(folder / last, stage.hidden / last):
-        names.remove(last)  # it fits the files there are and those there will be
-    elif last in names and (old / last).is_file():
+def _take_places(stage: _Stage, names: list[str], undo: list[Callable[[], None]]) -> None:
+    last, folder, old = stage.last, stage.folder, stage.hidden / OLD
+    if last in names and (old / last).is_file():
         sync_folder(old)
         sync_folder(stage.hidden)
         undo.append(partial(os.replace, old / last, folder / last))
