@@ -21,7 +21,7 @@ from torch import nn
 import lorafa
 from lorafa import LoraConfig, PeftModel, save_as_lora
 from lorafa.io.adapter_files import read_adapter
-from toys.faults import FAULTS, FEW, check_every_fault
+from toys.faults import FAULTS, FEW, STUCK, check_every_fault
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the harness looks descriptors up there")
@@ -97,7 +97,7 @@ OLD = ("lorafa", "another program", "the same config", "nothing")
 @pytest.mark.parametrize(
     ("old", "faults"),
     [
-        *(pytest.param(old, FEW if old == "lorafa" else TWO.values[0], id=old) for old in OLD),
+        *(pytest.param(old, (*FEW, STUCK) if old == "lorafa" else TWO.values[0], id=old) for old in OLD),
         *(pytest.param(old, FAULTS, id=f"{old}, all faults", marks=pytest.mark.slow) for old in OLD),
     ],
 )

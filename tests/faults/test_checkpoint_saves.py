@@ -10,7 +10,7 @@ import pytest
 
 from lorafa.errors import CheckpointError
 from lorafa.train.checkpoints import last_checkpoint
-from toys.faults import FAULTS, FOR_GOOD, KILLS, REFUSALS, every_fault, files_in
+from toys.faults import FAULTS, FOR_GOOD, KILLS, REFUSALS, STUCK, every_fault, files_in
 from toys.training import trainer_for
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the harness looks descriptors up there")
@@ -45,12 +45,12 @@ def test_the_newest_whole_checkpoint_is_the_new_one_or_the_one_before(
         assert files_in(place / "checkpoint-2") == {
             name.partition("/")[2]: content for name, content in before.items() if name.startswith("checkpoint-2/")
         }, what
-        if fault in (*REFUSALS, FOR_GOOD):
+        if fault in (*REFUSALS, FOR_GOOD, STUCK):
             assert raised is None or type(raised) is CheckpointError, (what, raised)
         if fault in REFUSALS and raised is not None:
             assert files_in(place, leavings=True) == before, what
             assert os.strerror(REFUSALS[fault]) in str(raised), (what, raised)
-        if fault in (*KILLS, FOR_GOOD):
+        if fault in (*KILLS, FOR_GOOD, STUCK):
             save(place)
             assert last_checkpoint(place) == place / "checkpoint-4", what
             assert files_in(place / "checkpoint-4", leavings=True).keys() == wanted.keys(), what

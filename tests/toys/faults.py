@@ -35,7 +35,9 @@ KILLS = ("killed before", "killed after", "cut")
 INTERRUPTS = ("interrupted before", "interrupted after")
 FOR_GOOD = "broken for good"
 """From this step on nothing can be written, and nothing removed."""
-FAULTS = (*KILLS, *REFUSALS, *INTERRUPTS, FOR_GOOD)
+STUCK = "stuck"
+"""From this step on nothing can be done with this one file or folder, as with one that somebody has made immutable."""
+FAULTS = (*KILLS, *REFUSALS, *INTERRUPTS, FOR_GOOD, STUCK)
 FEW = ("killed before", "cut", "full", "interrupted after", FOR_GOOD)
 """Those that lead to each state there is: killed after a step is killed before the next one."""
 
@@ -47,6 +49,7 @@ class Disk:
         self.root, self.at, self.fault = os.path.realpath(root), at, fault
         self.steps: list[str] = []
         self._dead = self._broken = False
+        self._stuck: str | None = None
         self._lock = threading.RLock()
 
     def step(self, what: str, place: Any, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
@@ -57,8 +60,9 @@ class Disk:
         with self._lock:
             if self._dead:
                 raise Killed
-            if self._broken:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            if self._broken or path == self._stuck:
+                code = errno.EIO if self._broken else errno.EPERM
+                raise OSError(code, os.strerror(code), path)
             number = len(self.steps)
             self.steps.append(f"{what} {os.path.relpath(path, self.root)}")
             return act() if number != self.at else self._spoiled(path, act, half or act)
@@ -76,7 +80,8 @@ class Disk:
                     act()
             raise KeyboardInterrupt
         self._broken = self.fault == FOR_GOOD
-        code = REFUSALS.get(self.fault, errno.EIO)
+        self._stuck = path if self.fault == STUCK else None
+        code = REFUSALS.get(self.fault, errno.EPERM if self.fault == STUCK else errno.EIO)
         raise OSError(code, os.strerror(code), path)
 
     def _inside(self, place: Any) -> str | None:
@@ -205,7 +210,7 @@ class Spoiled:
     raised: BaseException | None
 
 
-AFTER_WHICH_SOMETHING_IS_LEFT = (*KILLS, FOR_GOOD)
+AFTER_WHICH_SOMETHING_IS_LEFT = (*KILLS, FOR_GOOD, STUCK)
 
 
 def is_leaving(path: Path) -> bool:
@@ -291,7 +296,7 @@ def check_every_fault(
             assert found == (wanted if raised is None else before), what
             assert raised is None or (all_found == before and not _leavings(place)), what
             assert raised is None or os.strerror(REFUSALS[fault]) in str(raised), (what, raised)
-        elif fault == FOR_GOOD:
+        elif fault in (FOR_GOOD, STUCK):
             assert raised is None or type(raised) is CheckpointError, (what, raised)
         elif fault in INTERRUPTS:
             assert raised is None or type(raised) is KeyboardInterrupt, (what, raised)

@@ -142,7 +142,7 @@ def _take_places(stage: _Stage, names: list[str], undo: list[Callable[[], None]]
     if last in names and (old / last).is_file():
         sync_folder(old)
         sync_folder(stage.hidden)
-        undo.append(partial(os.replace, old / last, folder / last))
+        undo.append(partial(_bring_back, old / last, folder / last))
         (folder / last).unlink()
     for name in names:
         if name == last:
@@ -150,6 +150,11 @@ def _take_places(stage: _Stage, names: list[str], undo: list[Callable[[], None]]
         undo.append(partial(_take_back, stage, name))
         os.replace(stage.hidden / name, folder / name)
     sync_folder(folder)
+
+
+def _bring_back(old: Path, place: Path) -> None:
+    if not place.exists():
+        os.replace(old, place)
 
 
 def _take_back(stage: _Stage, name: str) -> None:

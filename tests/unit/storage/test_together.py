@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +110,30 @@ def test_where_files_have_no_second_names_they_are_copied(tmp_path: Path, monkey
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(CheckpointError, match=r"config could not be written: Input/output error.*Nothing was changed"):
         save(tmp_path, "new")
+    assert files_in(tmp_path, leavings=True) == before
+
+
+@pytest.mark.parametrize("name", ["weights", "config"])
+def test_a_file_that_nothing_can_be_done_with_leaves_all_as_it_was(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``chattr +i`` makes it: it cannot be replaced, removed or given a second name, now or later."""
+    save(tmp_path, "old")
+    before = files_in(tmp_path)
+    for call in ("replace", "link", "unlink"):
+        real = getattr(os, call)
+
+        def refuses(*names: Path, real: Callable[..., None] = real, **more: Any) -> None:
+            if tmp_path / name in map(Path, names):
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(names[-1]))
+            real(*names, **more)
+
+        monkeypatch.setattr(os, call, refuses)
+    text = rf"{name} could not be written: Operation not permitted.*Nothing was changed"
+    with pytest.raises(CheckpointError, match=text):
+        save(tmp_path, "new")
+    with pytest.raises(CheckpointError, match=text):
+        save(tmp_path, "new", "old" if name == "weights" else "newer")
     assert files_in(tmp_path, leavings=True) == before
 
 
