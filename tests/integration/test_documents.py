@@ -148,6 +148,7 @@ NAMES: dict[str, dict[str, Callable[[], Any]]] = {
         "batches": _batches,
         "optimizer": lambda: _Later(lambda names: torch.optim.AdamW(names["model"].parameters())),
     },
+    "docs/reliability.md": {"base": _base},
     "docs/starts.md": {"base": _base, "batches": _batches, "teacher": _teacher},
 }
 """Page -> the names its code begins with: a base model, a model with an adapter, rows, batches and an optimizer, small

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten, warn
-from lorafa.io.adapter_files import base_fingerprint, write_adapter
+from lorafa.io.base_prints import base_fingerprint
 from lorafa.io.layouts.base import taken_apart
 from lorafa.io.peft_format import file_tensors
+from lorafa.io.save import write_adapter
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.truncation import Truncated
@@ -102,8 +103,7 @@ def write_plain(path: str | Path, config: LoraConfig, tensors: Mapping[str, Tens
     Raises:
         CheckpointError: they cannot be written; what was there is as it was.
     """
-    side = {"version": VERSION, "base": dict(base)}
-    write_adapter(Path(path), replace(config, inference_mode=True), tensors, side)
+    write_adapter(Path(path), replace(config, inference_mode=True), tensors, {"version": VERSION, "base": dict(base)})
 
 
 @torch.no_grad()
