@@ -1,4 +1,4 @@
-"""``python -m lorafa``: the command ``lorafa``, for where its script is not on the path."""
+"""The command ``lorafa`` as a module, for where its script is not on the path."""
 
 from __future__ import annotations
 
