@@ -110,17 +110,20 @@ def test_an_adapter_is_the_old_one_or_the_new_one(old: str, faults: tuple[str, .
         as_of_peft(folder)
     new = adapted(2, **({} if old == "the same config" else {"lora_alpha": 64}))
     look = each_is_old_or_new(folder, saved(tmp_path / "new", new), ".")
-    assert check_every_fault(folder, new.save_pretrained, tmp_path, faults, look) > 40
+    assert check_every_fault(folder, new.save_pretrained, tmp_path, faults, look) > 25
 
 
-@pytest.mark.parametrize("faults", [TWO, LONG])
+@pytest.mark.parametrize(
+    ("faults", "every"),
+    [pytest.param(("killed before", "full"), 3, id="some"), pytest.param(FAULTS, 1, id="all", marks=pytest.mark.slow)],
+)
 def test_of_two_adapters_each_is_the_old_one_or_the_new_one_and_both_after_an_error(
-    faults: tuple[str, ...], tmp_path: Path
+    faults: tuple[str, ...], every: int, tmp_path: Path
 ) -> None:
     folder = saved(tmp_path / "old", adapted(1, "other"))
     new = adapted(2, "other", lora_alpha=64)
     look = each_is_old_or_new(folder, saved(tmp_path / "new", new), ".", "other")
-    assert check_every_fault(folder, new.save_pretrained, tmp_path, faults, look) > 60
+    assert check_every_fault(folder, new.save_pretrained, tmp_path, faults, look, every) > 30
 
 
 @pytest.mark.parametrize("faults", [TWO, LONG])

@@ -134,7 +134,6 @@ class Targets:
     def claim(self, about: About) -> None:
         """Say whose targets will be here, where that is not said yet."""
         make_folder(self.folder)
-        remove_left_over(self.folder, FILES)
         write_json(self.folder / MANIFEST, asdict(about) | {"format": FORMAT})
 
     def refresh(self) -> None:
@@ -207,6 +206,7 @@ class Targets:
         }  # fmt: skip
         path = self.folder / f"targets-{uuid.uuid4().hex}.safetensors"
         write_tensors(make_folder(self.folder) / path.name, tensors)
+        remove_left_over(self.folder, FILES)
         self._pending, self._size = {}, 0
         self.refresh()
 

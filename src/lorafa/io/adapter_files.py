@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Convert = Callable[[Raw], "tuple[LoraConfig, dict[str, Tensor]] | None"]
 """Makes config and tensors of a file that is in another layout, or for other layers; None: it is as it should be."""
-_READINGS = 5
+_READINGS = 20
 """How often an adapter is read that another process writes meanwhile."""
 
 
@@ -105,7 +105,7 @@ def read_adapter(
         try:
             stored = reading(files)
         except CheckpointError:
-            if not left or (files.stamp() == stamp and None not in stamp):
+            if not left or (files.stamp() == stamp and None not in stamp and not files.left):
                 raise
         else:
             if files.stamp() == stamp:

@@ -20,7 +20,6 @@ from lorafa.export.job import export_adapter
 from lorafa.export.peft import PEFT
 from lorafa.export.proof import prove
 from lorafa.export.source import of_files
-from lorafa.storage import whole
 from toys.exported import on_disk
 from toys.language_models import bert, gpt2, llama, mixtral, t5
 from toys.models import Convolution
@@ -201,6 +200,9 @@ def test_a_config_of_another_rank_than_the_factors(tmp_path: Path) -> None:
     _, folder = on_disk(tmp_path)
     path = Path(folder) / "adapter_config.json"
     path.write_text(path.read_text().replace('"r": 4', '"r": 5'))
+    refused(folder, "vllm", tmp_path / "out", CheckpointError, "not of one save: r is 5 and was 4 when the tensors")
+    weights = Path(folder) / "adapter_model.safetensors"
+    save_file({name: tensor.clone() for name, tensor in load_file(weights).items()}, weights)  # its header says nothing
     text = r"are \(4, 24\) and \(16, 4\), and the config says rank 5"
     refused(folder, "vllm", tmp_path / "out", CheckpointError, text)
 
@@ -277,7 +279,7 @@ def test_a_disk_that_fills_up_leaves_the_folder_that_was_there(tmp_path: Path, m
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(whole.os, "rename", full)
+    monkeypatch.setattr(os, "fsync", full)
     refused(folder, "vllm", tmp_path / "out", CheckpointError, r"out.*No space left on device", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 

@@ -214,7 +214,7 @@ def test_an_adapter_that_is_saved_over_and_over_is_read_whole_each_time(tmp_path
 
     def save() -> None:
         try:
-            for turn in range(60):
+            for turn in range(25):
                 models[turn % 2].save_pretrained(tmp_path)
         except BaseException as error:
             failed.append(error)
@@ -233,7 +233,7 @@ def test_an_adapter_that_is_saved_over_and_over_is_read_whole_each_time(tmp_path
     finally:
         writer.join()
     assert not failed
-    assert reads > 5
+    assert reads > 3
     assert os.listdir(tmp_path).count(CONFIG) == 1
 
 

@@ -16,7 +16,8 @@ from lorafa.errors import ConfigError, SourceError
 from lorafa.models import smollm2
 from lorafa.models.load import load_model, resolve_model
 from lorafa.storage import wheels
-from lorafa.storage.wheels import Wheel, default_cache_dir, download_wheel, put_in_place
+from lorafa.storage.leavings import hidden
+from lorafa.storage.wheels import Wheel, default_cache_dir, download_wheel, put_in_place, scratch_folder
 from toys.language_models import byte_tokenizer, tiny_llama
 
 
@@ -102,6 +103,15 @@ def test_a_failed_conversion_leaves_no_model_behind(tmp_path, builtin, monkeypat
     with pytest.raises(SourceError, match="Could not read it"):
         resolve_model(smollm2.NAME, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_fetch_has_left_is_removed_and_a_living_one_goes_on(tmp_path, builtin):
+    left = hidden(tmp_path, smollm2.NAME)
+    left.mkdir()
+    (left / "half").write_bytes(b"of 94 MB")
+    with scratch_folder(tmp_path, smollm2.NAME) as living:
+        resolve_model(smollm2.NAME, cache_dir=tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([living, tmp_path / smollm2.NAME])
 
 
 def test_of_two_processes_that_finish_together_the_first_one_s_result_stays(tmp_path):

@@ -13,7 +13,8 @@ import pytest
 
 from lorafa.errors import CheckpointError, ConfigError
 from lorafa.storage import renames
-from lorafa.storage.folders import folder_written_whole
+from lorafa.storage.folders import folder_written_whole, require_free
+from lorafa.storage.leavings import hidden
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -73,6 +74,16 @@ def test_a_folder_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> Non
         assert listed(out) == ["config.json"]
     assert listed(tmp_path) == ["out"]
     assert listed(out) == ["a"]
+
+
+def test_a_folder_that_holds_what_a_killed_writer_left_is_free(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    hidden(out).mkdir()
+    assert require_free(out, overwrite=None) == out
+    (out / "letter").touch()
+    with pytest.raises(ConfigError, match="not empty, and nothing is overwritten"):
+        require_free(out, overwrite=None)
 
 
 def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
