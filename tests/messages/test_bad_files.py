@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -48,6 +50,12 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def of_another_program(folder: Path, **changes: object) -> None:
+    """An edited config beside tensors whose header says nothing of it."""
+    edit_config(folder, **changes)
+    edit_tensors(folder, lambda tensors: None)
+
+
 def cut(folder: Path) -> None:
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:-100])
@@ -80,14 +88,21 @@ FILES: dict[str, tuple[Callable[[Path], Any], type[LoraError], str]] = {
         "not in the model (1):\n    layers.0.k_proj.lora_A.weight",
     ),
     "another rank": (
-        lambda f: edit_config(f, r=2),
+        lambda f: of_another_program(f, r=2),
         CheckpointError,
         "The file has rank 4, the adapter rank 2. Make the adapter with r=4.\nNothing was loaded.",
     ),
     "another formula": (
-        lambda f: edit_config(f, use_dora=True),
+        lambda f: of_another_program(f, use_dora=True),
         CheckpointError,
         "Only the model uses use_dora, the file does not: the two configs differ.",
+    ),
+    "config of another save": (
+        lambda f: edit_config(f, lora_alpha=64),
+        CheckpointError,
+        "adapter_config.json and adapter_model.safetensors are not of one save: lora_alpha is 64 and was 8 when the "
+        "tensors were saved. Restore the file that is of another save. If the config was edited on purpose, load with "
+        "ignore_config_mismatch=True and save the adapter. Nothing was loaded.",
     ),
     "unknown key in the config": (
         lambda f: edit_config(f, use_magic=True),
@@ -222,13 +237,14 @@ def test_a_full_disk_leaves_the_saved_adapter_and_no_trace(folder: Path, room: i
 def test_a_disk_that_fills_up_after_the_weights_leaves_the_old_adapter_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafa.io import adapter_files
+    write = Path.write_text
 
-    def full(path: Path, value: object) -> None:
-        raise CheckpointError(f"{path} could not be written: No space left on device.")
+    def full(path: Path, *arguments: object, **named: object) -> None:
+        write(path, "half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     before, model = contents(folder), train_model()
-    monkeypatch.setattr(adapter_files, "write_json", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with refused(model, CheckpointError, f"{folder / CONFIG} could not be written: No space left"):
         model.save_pretrained(folder)
     assert contents(folder) == before

@@ -22,8 +22,9 @@ from torch import Tensor
 from lorafa.alignment.divergences.letters import Letters
 from lorafa.errors import CheckpointError, ConfigError, first_line
 from lorafa.models.rows import IGNORE_INDEX
+from lorafa.storage.leavings import is_temporary, remove_left_over
 from lorafa.storage.tensors import write_tensors
-from lorafa.storage.whole import is_temporary, make_folder, read_json, write_json
+from lorafa.storage.whole import make_folder, read_json, write_json
 
 MANIFEST = "targets.json"
 FILES = "targets-*.safetensors"
@@ -124,6 +125,7 @@ class Targets:
     def claim(self, about: About) -> None:
         """Say whose targets will be here, where that is not said yet."""
         make_folder(self.folder)
+        remove_left_over(self.folder, FILES)
         write_json(self.folder / MANIFEST, asdict(about) | {"format": FORMAT})
 
     def refresh(self) -> None:

@@ -76,7 +76,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.io.combine_files import combine_files, why_base
     from lorafa.runs.adapters import adapter_in
-    from lorafa.storage.whole import require_free
+    from lorafa.storage.folders import require_free
     from lorafa.surgery.combining import Combining, check_weights
 
     weights = [1.0] * len(args.adapters) if args.weights is None else args.weights

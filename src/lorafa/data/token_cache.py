@@ -11,9 +11,7 @@ import hashlib
 import json
 import struct
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +24,7 @@ from lorafa.data.records import Message, Record
 from lorafa.data.samples import InFile, Store, Stored
 from lorafa.data.source import digest_of
 from lorafa.errors import CheckpointError, first_line, warn
+from lorafa.storage.leavings import remove_left_over
 from lorafa.storage.wheels import default_cache_dir, sha256_of
 from lorafa.storage.whole import make_folder, written_whole
 from lorafa.version import VERSION
@@ -38,8 +37,6 @@ READERS = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
 """Packages whose version decides how rows are read and tokenized."""
 _COUNTS = struct.Struct("<4Q")  # samples, training order, held-out order, bytes of JSON
 _DIGEST = 32
-LEFT_AFTER = 24 * 60 * 60
-"""Seconds after which nobody writes to a temporary file any more."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def write_cache(path: Path, fill: Callable[[Store], Contents]) -> None:
         CheckpointError: the folder cannot be written to, or the disk is full; nothing is left of it.
     """
     make_folder(path.parent)
-    _remove_leavings(path.parent)
+    remove_left_over(path.parent, "*.tokens")  # which may be large
     with written_whole(path) as temporary, temporary.open("w+b") as file:
         out = _Hashed(file)
         out.write(MAGIC)
@@ -120,14 +117,6 @@ def write_cache(path: Path, fill: Callable[[Store], Contents]) -> None:
         counts = (len(contents.sizes), len(contents.train), len(contents.heldout), len(facts))
         out.write(_COUNTS.pack(*counts))
         file.write(out.digest.digest())
-
-
-def _remove_leavings(folder: Path) -> None:
-    """Take away what starts were writing that were killed: it may be large, and has a hidden name."""
-    for path in folder.glob(".*.tokens.*.tmp"):
-        with suppress(OSError):  # another start may be faster
-            if time.time() - path.stat().st_mtime > LEFT_AFTER:
-                path.unlink()
 
 
 def read_cache(path: Path) -> tuple[Stored, Contents] | None:

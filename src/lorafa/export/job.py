@@ -17,8 +17,8 @@ from lorafa.export.update import PlainAdapter
 from lorafa.io.find import find_adapter_files
 from lorafa.peft_model import PeftModel
 from lorafa.runs.adapters import adapter_in
+from lorafa.storage.folders import folder_written_whole, require_apart, require_free
 from lorafa.storage.paths import user_path
-from lorafa.storage.whole import folder_written_whole, require_apart, require_free
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
 

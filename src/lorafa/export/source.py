@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.export.update import PlainAdapter, Update
-from lorafa.io.adapter_files import base_fingerprint, read_adapter
+from lorafa.io.adapter_files import read_adapter
+from lorafa.io.base_prints import base_fingerprint
 from lorafa.io.convert import beside, convert, pattern_names
 from lorafa.io.loose import LooseLayer, loose
 from lorafa.layers.base import LoraLayer

@@ -13,7 +13,8 @@ from lorafa.adapter import Adapter
 from lorafa.errors import BackendError, LoraError, shorten
 from lorafa.inspection.measures import Measured, measured, of_values
 from lorafa.inspection.updates import LayerUpdate, updates_in
-from lorafa.io.adapter_files import StoredAdapter, base_fingerprint
+from lorafa.io.adapter_files import StoredAdapter
+from lorafa.io.base_prints import base_fingerprint
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.low_rank import matrix_values
 from lorafa.peft_model import PeftModel

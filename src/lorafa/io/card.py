@@ -9,12 +9,11 @@ from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, first_line
 from lorafa.storage.whole import make_folder, written_whole
 
+README = "README.md"
 
-def write_card(directory: str | Path, config: LoraConfig) -> None:
-    """Write a model card unless the folder has a README.md already."""
-    path = Path(directory) / "README.md"
-    if path.exists():
-        return
+
+def card_of(config: LoraConfig) -> str:
+    """The text of a model card."""
     base = config.base_model_name_or_path
     head = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- lora", "---"]
     body = [
@@ -30,8 +29,7 @@ def write_card(directory: str | Path, config: LoraConfig) -> None:
         "```",
         "",
     ]
-    with written_whole(path) as temporary:
-        temporary.write_text("\n".join(head + body), encoding="utf-8")
+    return "\n".join(head + body)
 
 
 def update_card(directory: str | Path, config: LoraConfig) -> None:
@@ -42,9 +40,11 @@ def update_card(directory: str | Path, config: LoraConfig) -> None:
     Raises:
         CheckpointError: its head is not YAML, it cannot be written, or the package that reads it is not installed.
     """
-    path = make_folder(directory) / "README.md"
+    path = make_folder(directory) / README
     if not path.exists():
-        return write_card(directory, config)
+        with written_whole(path) as temporary:
+            temporary.write_text(card_of(config), encoding="utf-8")
+        return
     try:
         from huggingface_hub import ModelCard
     except ImportError as error:
@@ -61,4 +61,3 @@ def update_card(directory: str | Path, config: LoraConfig) -> None:
     card.data.tags = tags if "lora" in tags else [*tags, "lora"]
     with written_whole(path) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
-    return None

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten
-from lorafa.io.adapter_files import save_adapter, write_adapter
-from lorafa.io.card import write_card
 from lorafa.io.find import find_adapter_files, require_once
 from lorafa.io.load import read, take_in
 from lorafa.io.loose import LooseAdapter, LooseLayer, belongs_to_saved, needs_base, read_loose
+from lorafa.io.save import save_adapters, write_adapter
 from lorafa.storage.fingerprint import compare_fingerprints
-from lorafa.storage.whole import require_free
+from lorafa.storage.folders import require_free
 from lorafa.surgery.build import Options
 from lorafa.surgery.combination import Combination, LayerError
 from lorafa.surgery.combine import add_combination
@@ -75,8 +74,7 @@ def combine_files(
     config = _config(adapters, found)
     tensors = {key: value for path in found for key, value in _stored(*found[path], config.lora_bias).items()} | rest
     base = {name: value for adapter in adapters.values() for name, value in adapter.base.items()}
-    write_adapter(folder, config, tensors, {"version": VERSION, "base": dict(sorted(base.items()))})
-    write_card(folder, config)
+    write_adapter(folder, config, tensors, {"version": VERSION, "base": dict(sorted(base.items()))}, card=True)
     made = Combination(
         str(folder), asked.combination_type, {layer.name: _error(layer, one.error) for layer, one in found.values()}
     )
@@ -102,8 +100,7 @@ def combine_on_base(
         adapters[name] = weight
     made = add_combination(tuner.model, tuner.peft_config, adapters, NAME, asked, tuner.apply_plan)
     config = tuner.peft_config[NAME]
-    save_adapter(tuner.model, NAME, config, folder)
-    write_card(folder, config)
+    save_adapters(tuner.model, {NAME: config}, folder)
     return replace(made, adapter_name=str(folder))
 
 

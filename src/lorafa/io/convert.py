@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig
+from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, CheckpointError, ConfigError, shorten, warn
-from lorafa.io.adapter_files import base_fingerprint
-from lorafa.io.find import WEIGHTS_NAME
+from lorafa.io.base_prints import base_fingerprint
 from lorafa.io.layouts.base import taken_apart
 from lorafa.io.peft_format import PREFIX, file_tensors
+from lorafa.io.save import write_adapter
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.numerics.truncation import Truncated
-from lorafa.storage.fingerprint import to_metadata
-from lorafa.storage.tensors import is_part, write_tensors
-from lorafa.storage.whole import make_folder, staged, write_json
+from lorafa.storage.tensors import is_part
 from lorafa.surgery.plain import Lost, check_rank, largest_rank, require_matrices, require_other_ranks, truncated
 from lorafa.surgery.plain_config import plain_config
 from lorafa.surgery.walk import layers_at, places, user_model
@@ -105,11 +103,7 @@ def write_plain(path: str | Path, config: LoraConfig, tensors: Mapping[str, Tens
     Raises:
         CheckpointError: they cannot be written; what was there is as it was.
     """
-    public = replace(config, inference_mode=True).to_dict()
-    with staged(make_folder(path)) as stage:
-        side = to_metadata({"version": VERSION, "base": dict(base)})
-        write_tensors(stage / WEIGHTS_NAME, {PREFIX + key: value for key, value in tensors.items()}, side)
-        write_json(stage / CONFIG_NAME, {key: value for key, value in public.items() if key not in LORAFA_ONLY})
+    write_adapter(Path(path), replace(config, inference_mode=True), tensors, {"version": VERSION, "base": dict(base)})
 
 
 @torch.no_grad()

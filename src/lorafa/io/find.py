@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorafa.config import CONFIG_NAME, LoraConfig, read_config
 from lorafa.errors import ConfigError, SourceError, shorten
+from lorafa.io.belonging import config_left
 from lorafa.io.layouts import LAYOUTS
 from lorafa.storage.hub import HubOptions, locate
 from lorafa.storage.paths import user_path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_NAMES = {None: [WEIGHTS_NAME, PICKLE_NAME], True: [WEIGHTS_NAME], False: [PICKLE_NAME]}
+_LOOKS = 3
+"""How often a config is looked for that another process may just be replacing."""
 _WITH_CONFIG = (WEIGHTS_NAME, PICKLE_NAME, "adapters.safetensors")
 """Ends of files that have an ``adapter_config.json`` beside them; MLX puts a step before its own."""
 _ENDS = {True: ".safetensors", False: ".bin"}
@@ -32,6 +36,12 @@ class AdapterFiles:
     config: Path | None
     """None where the program that wrote the adapter writes none."""
     weights: Path
+    left: bool = False
+    """Whether the config is what a save has left that was killed (:func:`lorafa.io.belonging.config_left`)."""
+
+    def stamp(self) -> list[tuple[int, int, int] | None]:
+        """What changes when a file is written anew."""
+        return [_stamp(path) for path in (self.config, self.weights) if path is not None]
 
     def require_config(self) -> Path:
         """The file of the config.
@@ -59,6 +69,14 @@ class AdapterFiles:
         return read_config(self.config)
 
 
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def find_adapter_files(
     source: str | Path,
     *,
@@ -83,19 +101,40 @@ def find_adapter_files(
     path = user_path(source)
     if path.suffix in (_ENDS[True], *PICKLE_SUFFIXES) and path.is_file() and weight_name is None:
         beside = path.with_name(CONFIG_NAME)
-        return AdapterFiles(beside if path.name.endswith(_WITH_CONFIG) and beside.is_file() else None, path)
+        if not path.name.endswith(_WITH_CONFIG):
+            return AdapterFiles(None, path)
+        return AdapterFiles(beside, path) if beside.is_file() else _with_left(path.parent, path)
     if weight_name is not None:
         config = _config_beside(source, weight_name, subfolder, hub)
         return AdapterFiles(config, locate(source, [weight_name], subfolder=subfolder, **hub))
     try:
         config = locate(source, [CONFIG_NAME], subfolder=subfolder, **hub)
     except SourceError as error:
+        folder = path / (subfolder or "")
+        if folder.is_dir() and (weights := _weights_in(folder, use_safetensors)) is not None:
+            found = _with_left(folder, weights)
+            if found.config is not None:
+                return found
         return AdapterFiles(None, _of_others(source, subfolder, use_safetensors, hub, error))
     try:
         weights = find_weights(source, subfolder=subfolder, use_safetensors=use_safetensors, **hub)
     except SourceError as error:
         weights = _of_others(source, subfolder, use_safetensors, hub, error)
     return AdapterFiles(config, weights)
+
+
+def _weights_in(folder: Path, use_safetensors: bool | None) -> Path | None:
+    return next((folder / name for name in _NAMES[use_safetensors] if (folder / name).is_file()), None)
+
+
+def _with_left(folder: Path, weights: Path) -> AdapterFiles:
+    """Tensors without a config beside them, with the one that a killed save has left."""
+    for _ in range(_LOOKS):
+        if (left := config_left(folder, weights)) is not None:
+            return AdapterFiles(left, weights, True)
+        if (folder / CONFIG_NAME).is_file():  # a save has ended meanwhile
+            return AdapterFiles(folder / CONFIG_NAME, weights)
+    return AdapterFiles(None, weights)
 
 
 def _config_beside(source: str | Path, weight_name: str, subfolder: str | None, hub: HubOptions) -> Path | None:
@@ -136,8 +175,7 @@ def find_weights(
     **hub: Unpack[HubOptions],
 ) -> Path:
     """The file of an adapter's tensors; arguments and errors are those of :func:`find_adapter_files`."""
-    wanted = {None: [WEIGHTS_NAME, PICKLE_NAME], True: [WEIGHTS_NAME], False: [PICKLE_NAME]}[use_safetensors]
-    return locate(source, wanted, subfolder=subfolder, **hub)
+    return locate(source, _NAMES[use_safetensors], subfolder=subfolder, **hub)
 
 
 def require_once(weights: Sequence[Path]) -> None:

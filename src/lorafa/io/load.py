@@ -27,7 +27,6 @@ from lorafa.io.adapter_files import (
     check_fits_base,
     note_history,
     read_adapter,
-    save_adapters,
 )
 from lorafa.io.find import find_weights
 from lorafa.io.key_names import renamed
@@ -35,6 +34,7 @@ from lorafa.io.layouts import as_peft
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.nesting import as_if_alone
 from lorafa.io.peft_format import load_tensors, misfit, wanted_tensors
+from lorafa.io.save import save_adapters
 from lorafa.settings.checks import check_arguments, found
 from lorafa.storage.hub import HubOptions, locate
 from lorafa.storage.tensors import read_tensors
@@ -49,7 +49,7 @@ from lorafa.surgery.walk import lora_layers
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_READING = ("subfolder", "allow_pickle", "use_safetensors", "weight_name")
+_READING = ("subfolder", "allow_pickle", "use_safetensors", "weight_name", "ignore_config_mismatch")
 
 
 class LoadOptions(HubOptions, total=False):
@@ -69,6 +69,8 @@ class LoadOptions(HubOptions, total=False):
     """What the file of tensors is called, where it is not called as the programs that lorafa knows call theirs."""
     ignore_base_mismatch: bool
     """Load even if the base weights are not those the adapter was made for."""
+    ignore_config_mismatch: bool
+    """Load even if a number in the config is not what it was when the tensors were saved: it was edited on purpose."""
     ignore_mismatched_sizes: bool
     """Leave out tensors of another shape, with a warning that lists them: those of the adapter keep their start (B of
     zeros), copied modules and token rows the values the base has. Layers of another shape may have other weights."""
@@ -338,7 +340,7 @@ def save_all(
 
     Raises:
         AdapterError: an unknown adapter name.
-        CheckpointError: as :func:`lorafa.io.adapter_files.save_adapter`.
+        CheckpointError: as :func:`lorafa.io.save.save_adapters`.
     """
     names = list(names)
     if not names:

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from lorafa.errors import CheckpointError
+from lorafa.initializers.settings import START_SETTINGS
 from lorafa.storage.fingerprint import METADATA_KEY, from_metadata
+from lorafa.variants import switches
 
+_CHANGED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", *START_SETTINGS)
 _FINGERPRINTS = ("base", "quantized")
-_MAPPINGS = ("start", "config", "own", "fallbacks", *_FINGERPRINTS)
+_MAPPINGS = ("start", "config", "own", "fallbacks", "numbers", *_FINGERPRINTS)
 _DESCRIPTION = {"shape": list, "dtype": str, "hash": str, "sample": list}
+
+
+def changed_fields() -> tuple[str, ...]:
+    """Fields that the config in a file may have otherwise than the adapter's own."""
+    return (*_CHANGED, *switches())
 
 
 def own_entry(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
@@ -26,6 +34,8 @@ def own_entry(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     for name in _FINGERPRINTS:
         layers = entry.get(name, {}).values()
         _require(path, name, "a fingerprint of each layer", all(map(_is_description, layers)))
+    numbers = entry.get("numbers", {}).values()
+    _require(path, "numbers", "a text for each field", all(isinstance(number, str) for number in numbers))
     reasons = entry.get("fallbacks", {}).values()
     _require(path, "fallbacks", "a reason for each layer", all(isinstance(reason, str) for reason in reasons))
     return entry

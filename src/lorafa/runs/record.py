@@ -28,8 +28,9 @@ from lorafa.runs import CONFIG
 from lorafa.runs.formats import current
 from lorafa.runs.secrets import masked
 from lorafa.settings.typed import build, plain
+from lorafa.storage.leavings import is_temporary, remove_left_over
 from lorafa.storage.paths import user_path
-from lorafa.storage.whole import is_temporary, make_folder, read_json, write_json, written_whole
+from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import last_checkpoint
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
@@ -100,8 +101,7 @@ class RunDirectory:
         with run.held():
             if not _is_empty(path) or not (path / LOCK).exists():  # another was here between the look and the lock
                 raise TakenError(run._taken())
-            for left in filter(is_temporary, path.iterdir()):
-                left.unlink()
+            remove_left_over(path, "*")
             try:
                 yield run
             finally:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafa.backends.offload import without_hooks
 from lorafa.config import CONFIG_NAME
 from lorafa.errors import BackendError, CheckpointError, ConfigError, SourceError, shorten
-from lorafa.io.adapter_files import base_fingerprint
+from lorafa.io.base_prints import base_fingerprint
 from lorafa.io.loose import LooseAdapter, needs_base, read_loose
 from lorafa.io.skeleton import Skeleton, empty_model, require_numbers
 from lorafa.models.carried import fetched, read_config

@@ -25,7 +25,7 @@ from lorafa.calibration.projections import Projections
 from lorafa.calibration.teacher import Known
 from lorafa.config import LoraConfig
 from lorafa.errors import CalibrationError, CheckpointError, ConfigError, shorten
-from lorafa.io.adapter_files import base_fingerprint
+from lorafa.io.base_prints import base_fingerprint
 from lorafa.processes import gathered, rank
 from lorafa.settings.checks import names
 from lorafa.starts.of_teacher import stamp_of, teacher_of_shapes

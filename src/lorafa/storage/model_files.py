@@ -11,29 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafa.errors import CheckpointError, SourceError, shorten
 from lorafa.storage.base_weights import INDEX, WHOLE, shards
+from lorafa.storage.octets import DTYPES, octets
 from lorafa.storage.tensors import entries_of, read_header
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
-    "U64": torch.uint64, "C64": torch.complex64,
-}  # fmt: skip
-"""Number formats by their names in a header, of those that fill whole bytes."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def octets(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor that is in one piece, to be read or written in place."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ when it is ready. A tensor that stays as it is goes from file to file without pa
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from lorafa.errors import CheckpointError
 from lorafa.storage.base_weights import INDEX, WHOLE
-from lorafa.storage.model_files import NAMES, Stored, octets
+from lorafa.storage.model_files import Stored
+from lorafa.storage.octets import header_of, octets
 from lorafa.storage.whole import write_json
 
 if TYPE_CHECKING:
@@ -58,16 +58,7 @@ class PlannedFile:
 
     @property
     def header(self) -> bytes:
-        entries: dict[str, object] = {"__metadata__": {"format": "pt", **self.metadata}}
-        for tensor, start in zip(self.tensors, self.starts(), strict=True):
-            entries[tensor.name] = {
-                "dtype": NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, start + tensor.nbytes],
-            }
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8, as the format asks
-        return len(text).to_bytes(8, "little") + text
+        return header_of(((one.name, one.dtype, one.shape, one.nbytes) for one in self.tensors), self.metadata)
 
     def starts(self) -> list[int]:
         """Where each tensor begins, counted from the end of the header."""
@@ -175,7 +166,7 @@ class ModelWriter:
         if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
             raise RuntimeError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was made where {planned} was planned")
         self._wait()
-        data = octets(tensor.detach().contiguous()) if tensor.numel() else memoryview(b"")
+        data = octets(tensor.detach().contiguous())
         self._writing = self._writes.submit(_write, file, data, start), file, name
         self._said(planned.nbytes)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafa.errors import CheckpointError, first_line, shorten
 from lorafa.numerics.linalg import all_finite
+from lorafa.storage.octets import NAMES, header_of, octets
 from lorafa.storage.whole import written_whole
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -57,10 +57,25 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """
     require_values(path, tensors)
     with written_whole(path) as temporary:
-        try:
-            save_file(_separate(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # its way to pass on what the system said
-            raise OSError(str(error)) from error
+        put_tensors(temporary, tensors, metadata)
+
+
+def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; one that cannot be written is left as far as it came.
+
+    Raises:
+        OSError: of the system.
+        CheckpointError: a tensor has a dtype that such a file cannot hold.
+    """
+    # those of wide numbers first, so that each begins at a multiple of its item size
+    ready = sorted(_separate(tensors).items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    if odd := [name for name, tensor in ready if tensor.dtype not in NAMES]:
+        raise CheckpointError(f"{path} was not written: no safetensors file can hold the dtype of {shorten(odd)}.")
+    entries = [(name, tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in ready]
+    with open(path, "wb", buffering=0) as file:
+        for data in (memoryview(header_of(entries, metadata or {})), *(octets(tensor) for _, tensor in ready)):
+            while data:
+                data = data[file.write(data) :]
 
 
 def require_values(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -70,6 +85,17 @@ def require_values(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{path} was not written: {shorten(empty)} {'has' if len(empty) == 1 else 'have'} no values (device "
             "'meta'). Load the weights first."
+        )
+
+
+def require_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a tensor to be written to ``path`` holds nan or infinity: it could not be read back."""
+    broken = [name for name, tensor in tensors.items() if not all_finite(tensor)]
+    if broken:
+        raise CheckpointError(
+            f"{path} was not written: {len(broken)} of {len(tensors)} tensors hold values that are not finite (NaN or "
+            f"infinity): {shorten(broken)}. The training has diverged: go back to an earlier checkpoint. What was "
+            "there is as it was."
         )
 
 

@@ -6,19 +6,21 @@ executed is checked each time it is read, and what was made from a wheel each ti
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorafa.errors import SourceError
+from lorafa.storage.leavings import own_folder, remove_left_over
 from lorafa.storage.paths import user_path
+from lorafa.storage.renames import sync_file, sync_folder, sync_tree
 
 
 @dataclass(frozen=True)
@@ -99,26 +101,33 @@ def sha256_of(path: Path) -> str:
 def scratch_folder(cache: Path, prefix: str) -> Iterator[Path]:
     """A private folder in the cache, which is made if need be, gone afterwards: processes cannot meet half-way in it.
 
+    Those that killed processes have left under the same prefix are removed.
+
     Raises:
         SourceError: the cache cannot be made or written to.
     """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=cache, prefix=prefix)
-    except OSError as error:
-        raise SourceError(
-            f"The cache folder {cache} cannot be used: {error.strerror or error}. Next step: name one that can be "
-            "written to with model.cache_dir and data.cache_dir, or LORAFA_CACHE."
-        ) from error
-    with scratch as folder:
-        yield Path(folder)
+    with ExitStack() as made:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            remove_left_over(cache, glob.escape(prefix))
+            folder = made.enter_context(own_folder(cache, prefix))
+        except OSError as error:
+            raise SourceError(
+                f"The cache folder {cache} cannot be used: {error.strerror or error}. Next step: name one that can be "
+                "written to with model.cache_dir and data.cache_dir, or LORAFA_CACHE."
+            ) from error
+        yield folder
 
 
 def put_in_place(finished: Path, target: Path) -> None:
-    """Move a finished file or directory to ``target`` in one step; if another process was first, its result stays."""
+    """Move a finished file or directory to ``target`` in one step, once it is on the disk; if another process was
+    first, its result stays."""
+    sync_tree(finished) if finished.is_dir() else sync_file(finished)
     try:
         os.replace(finished, target)
     except OSError:
         if not target.exists():
             raise
         shutil.rmtree(finished) if finished.is_dir() else finished.unlink()
+        return
+    sync_folder(target.parent)

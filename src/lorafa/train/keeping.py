@@ -12,8 +12,8 @@ from lorafa.errors import CheckpointError, first_line
 from lorafa.models.kinds.entry import Kind
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main
+from lorafa.storage.folders import folder_written_whole
 from lorafa.storage.tensors import can_be_gathered
-from lorafa.storage.whole import make_folder
 from lorafa.surgery.dequantize import Lost, has_codes, merge_into_dense
 from lorafa.train.base_model import load_base, trained_whole
 from lorafa.train.settings.run import RunConfig
@@ -55,8 +55,9 @@ def save(trained: Trained, config: RunConfig, run: Recorder) -> dict[str, str]:
             write_classes(run.adapter, classes)
         return {"adapter": run.adapter.name}
     if is_main():
-        model.save_pretrained(str(run.model))
-        tokenizer.save_pretrained(str(run.model))
+        with folder_written_whole(run.model, overwrite=True) as folder:
+            model.save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
     return {"model": run.model.name}
 
 
@@ -77,7 +78,7 @@ def save_merged(trained: Trained, config: RunConfig, run: Recorder) -> Lost | No
     """
     if not is_main():
         return None
-    folder, model = make_folder(run.merged), trained.model
+    model = trained.model
     if any(map(can_be_gathered, model.parameters())):
         model = PeftModel.from_pretrained(_base_again(trained, config, run.adapter), run.adapter)
     lost: Lost | None = None
@@ -86,14 +87,15 @@ def save_merged(trained: Trained, config: RunConfig, run: Recorder) -> Lost | No
         merged, lost = merge_into_dense(model)
     else:
         merged = model.merge_and_unload()
-    try:
-        merged.save_pretrained(str(folder))
-        trained.tokenizer.save_pretrained(str(folder))
-    except OSError as error:
-        raise CheckpointError(
-            f"The merged model could not be written to {str(folder)!r}: {first_line(error)}. The adapter is saved. "
-            "Make room, or set train.save_merged=false."
-        ) from error
+    with folder_written_whole(run.merged, overwrite=True) as folder:
+        try:
+            merged.save_pretrained(str(folder))
+            trained.tokenizer.save_pretrained(str(folder))
+        except OSError as error:
+            raise CheckpointError(
+                f"The merged model could not be written to {str(run.merged)!r}: {first_line(error)}. The adapter is "
+                "saved. Make room, or set train.save_merged=false."
+            ) from error
     return lost
 
 

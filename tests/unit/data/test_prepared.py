@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import threading
 import warnings
 from array import array
@@ -21,6 +20,7 @@ from lorafa.data.records import Message, Record, Records
 from lorafa.data.selection import as_loaded
 from lorafa.data.tables import Table
 from lorafa.errors import DataError, SourceError
+from lorafa.storage.leavings import own_file
 from toys.language_models import byte_tokenizer
 from toys.records import found, load, pairs, write_rows
 
@@ -223,15 +223,14 @@ def test_a_cache_that_cannot_be_made_is_said(cache: Path, rows: Path) -> None:
         prepare(rows)
 
 
-def test_what_a_start_left_that_was_killed_long_ago_is_removed(cache: Path, rows: Path) -> None:
+def test_what_a_start_left_that_was_killed_is_removed_and_what_another_writes_is_not(cache: Path, rows: Path) -> None:
     cache.mkdir(parents=True)
-    old, new = cache / ".a.tokens.1.tmp", cache / ".b.tokens.2.tmp"
-    for path in (old, new):
-        path.write_text("half")
-    os.utime(old, (1.0, 1.0))
-    prepare(rows)
-    assert not old.exists()
-    assert new.exists()  # another start may be at it
+    old = cache / f".a.tokens.{'0' * 32}.tmp"
+    old.write_text("half")
+    with own_file(cache, "b.tokens") as new:
+        prepare(rows)
+        assert not old.exists()
+        assert new.exists()
 
 
 def test_a_bad_row_is_named_and_leaves_no_file(cache: Path, tmp_path: Path) -> None:

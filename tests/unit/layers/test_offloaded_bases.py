@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafa import LoraConfig, PeftModel, get_peft_model, mutate_base, restore_base
 from lorafa.backends import BACKENDS
 from lorafa.errors import BackendError, CheckpointError, ConfigError, TargetError
-from lorafa.io.adapter_files import base_fingerprint
+from lorafa.io.base_prints import base_fingerprint
 from toys.adapters import config_for, only_layer, starts_of, train
 from toys.compare import close
 from toys.layers import Single, backend_for, base_layer, input_for

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lorafa.errors import CheckpointError, SourceError
 from lorafa.storage import model_writer
-from lorafa.storage.model_files import DTYPES, model_files, tensors_in
+from lorafa.storage.model_files import model_files, tensors_in
 from lorafa.storage.model_writer import ModelWriter, Planned, arranged, in_shards
+from lorafa.storage.octets import DTYPES
 from lorafa.storage.tensors import entries_of
 
 MIXED = {

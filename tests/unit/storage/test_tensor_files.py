@@ -70,11 +70,11 @@ def test_a_full_disk_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch, old
         write_tensors(path, some_tensors())
     before = sorted(p.name for p in tmp_path.iterdir())
 
-    def half_written(tensors: object, target: Path, metadata: object) -> None:
+    def half_written(target: Path, tensors: object, metadata: object) -> None:
         Path(target).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "save_file", half_written)
+    monkeypatch.setattr(files, "put_tensors", half_written)
     text = (
         r"w\.safetensors could not be written: No space left on device\. \d+ MiB are free there\. Nothing was changed\."
     )
@@ -89,11 +89,11 @@ def test_any_other_failure_while_writing_leaves_the_old_file_and_no_trace(tmp_pa
     path = tmp_path / "w.safetensors"
     write_tensors(path, some_tensors())
 
-    def interrupted(tensors: object, target: Path, metadata: object) -> None:
+    def interrupted(target: Path, tensors: object, metadata: object) -> None:
         Path(target).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "save_file", interrupted)
+    monkeypatch.setattr(files, "put_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_tensors(path, {"other": torch.ones(3)})
     assert os.listdir(tmp_path) == ["w.safetensors"]

