@@ -193,6 +193,7 @@ def _run(
             )
         if checkpoint is None or config != run.config():
             run.create(config)
+        run.put_aside_after(checkpoint)
         if run.metrics():  # of a part that is done again
             run.drop_metrics_after(step_of(checkpoint))
         run.write_environment(environment(command))

@@ -31,7 +31,7 @@ from lorafa.settings.typed import build, plain
 from lorafa.storage.leavings import is_temporary, remove_left_over
 from lorafa.storage.paths import user_path
 from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
-from lorafa.train.checkpoints import last_checkpoint
+from lorafa.train.checkpoints import newest_whole
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
 
@@ -273,8 +273,8 @@ class RunDirectory:
         raise ConfigError(f"The run {str(self.path)!r} has no adapter yet (status: {status}). Let it finish first.")
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return last_checkpoint(self.checkpoints)
+        """The newest whole checkpoint, with a warning for each newer one that is not."""
+        return newest_whole(self.checkpoints)
 
     def _write(self, name: str, text: str) -> None:
         with written_whole(self.path / name) as temporary:
