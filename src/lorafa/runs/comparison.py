@@ -35,6 +35,7 @@ from lorafa.errors import ConfigError, DivergedError
 from lorafa.runs.differences import difference, differing
 from lorafa.runs.experiment import start_run
 from lorafa.runs.measures import final_loss, heldout_curve, is_over, samples_of, spread, step_seconds, steps_to_baseline
+from lorafa.runs.places import with_whole_paths
 from lorafa.runs.plan import RESULT, Method, Plan, run_path
 from lorafa.runs.record import RunDirectory, TakenError
 from lorafa.runs.student import interval
@@ -186,7 +187,7 @@ def _finished(path: Path, config: RunConfig) -> RunDirectory | None:
                 number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
                 path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
                 return None
-    _check_same(plain(config), plain(earlier.config()), path)
+    _check_same(with_whole_paths(plain(config)), with_whole_paths(plain(earlier.config())), path)
     return earlier
 
 

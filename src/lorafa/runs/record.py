@@ -26,7 +26,9 @@ import yaml
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten, warn
 from lorafa.runs import CONFIG
 from lorafa.runs.formats import current
+from lorafa.runs.places import with_whole_paths
 from lorafa.runs.secrets import masked
+from lorafa.runs.strict import finite
 from lorafa.settings.typed import build, plain
 from lorafa.storage.leavings import is_temporary, remove_left_over
 from lorafa.storage.paths import user_path
@@ -141,9 +143,9 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:
-        """Make the directory, if it is not there, and write the settings into it."""
+        """Make the directory, if it is not there, and write the settings into it, with absolute paths."""
         run = cls(make_folder(path))
-        run._write(CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        run._write(CONFIG, yaml.safe_dump(with_whole_paths(plain(config)), sort_keys=False, allow_unicode=True))
         return run
 
     @classmethod
@@ -184,7 +186,7 @@ class RunDirectory:
         return current(values)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json(self.path / ENVIRONMENT, masked(environment))
+        write_json(self.path / ENVIRONMENT, finite(masked(environment)))
 
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / ENVIRONMENT) if (self.path / ENVIRONMENT).is_file() else {}
@@ -197,7 +199,7 @@ class RunDirectory:
         """
         try:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(row)) + "\n")
+                file.write(_line(row))
         except OSError as error:
             raise CheckpointError(
                 f"{self.path / METRICS} could not be written: {error.strerror or error}. Make room, or see who removed "
@@ -232,7 +234,7 @@ class RunDirectory:
     def drop_metrics_after(self, step: int) -> None:
         """Forget what was logged after ``step``: a run continued from there logs it again."""
         kept = [row for row in self.metrics() if row["step"] <= step]
-        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        self._write(METRICS, "".join(map(_line, kept)))
 
     def result(self) -> dict[str, Any]:
         """What is recorded so far.
@@ -256,8 +258,8 @@ class RunDirectory:
         return values
 
     def update_result(self, **entries: Any) -> None:
-        """Add entries to result.json, replacing those of the same name."""
-        write_json(self.path / RESULT, {**self.result(), **masked(entries)})
+        """Add entries to result.json, replacing those of the same name; a number that is not finite becomes null."""
+        write_json(self.path / RESULT, finite({**self.result(), **masked(entries)}))
 
     def trained_adapter(self) -> Path:
         """The folder of the adapter that the run has trained.
@@ -283,6 +285,11 @@ class RunDirectory:
 
 _ENTRIES = {"before": dict, "after": dict, "seconds": dict, "parameters": dict, "samples": list}
 """Entries of result.json that hold others."""
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl, without the numbers that are not finite."""
+    return json.dumps({name: value for name, value in row.items() if finite(value) == value}) + "\n"
 
 
 def _is_row(value: Any) -> bool:

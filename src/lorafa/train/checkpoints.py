@@ -185,12 +185,13 @@ def whole_or_none(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, CheckpointError) as error:
+    except CheckpointError:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
+    except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _WRITERS):
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         newest = last_checkpoint(checkpoint.parent)
         raise CheckpointError(
