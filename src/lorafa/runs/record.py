@@ -175,11 +175,12 @@ class RunDirectory:
 
         Raises:
             ConfigError: config.yaml was edited into something that holds none.
+            CheckpointError: it cannot be read.
         """
         try:
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, which a page of 100 runs shows
-            values = yaml.load((self.path / CONFIG).read_text(encoding="utf-8"), Loader=loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            values = yaml.load(_text(self.path / CONFIG), Loader=loader)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{self.path / CONFIG} is not yaml: {first_line(error)}. Restore it.") from error
         if not isinstance(values, Mapping):
             raise ConfigError(f"{self.path / CONFIG} holds no settings. Restore it, or start a new run.")
@@ -210,15 +211,15 @@ class RunDirectory:
         """All lines of metrics.jsonl; a last line that a crash cut off is left out, with a warning.
 
         Raises:
-            CheckpointError: a line is no object with a step and numbers.
+            CheckpointError: a line is no object with a step and numbers, or the file cannot be read.
         """
         file = self.path / METRICS
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        lines = _text(file, errors="replace").splitlines() if file.is_file() else []
         rows = []
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if number == len(lines) and not line.endswith("}"):
                     warn(
                         f"Line {number} of {file}, the last one, is not whole and is left out: {line[:60]!r}. The run "
@@ -285,6 +286,15 @@ class RunDirectory:
 
 _ENTRIES = {"before": dict, "after": dict, "seconds": dict, "parameters": dict, "samples": list}
 """Entries of result.json that hold others."""
+
+
+def _text(file: Path, errors: str = "strict") -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error.strerror or error}. See whose file it is and who may read it."
+        ) from error
 
 
 def _line(row: Mapping[str, Any]) -> str:
