@@ -53,7 +53,8 @@ def test_a_run_whose_loss_is_not_finite_has_failed(
     run = tmp_path / "run"
     assert main(["train", *settings(workplace, run), *SHORT]) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert f"After the training the held-out loss is nan, so the run has no result. What was trained is kept in {run}" in said
+    assert "After the training the held-out loss is nan, so the run has no result." in said
+    assert f"What was trained is kept in {run / 'adapter'}. Lower the learning rate" in said
     result = json.loads((run / "result.json").read_text(), parse_constant=pytest.fail)
     assert (result["status"], result["after"]["loss"]) == ("failed", None)
     assert result["error"].startswith("DivergedError: ")

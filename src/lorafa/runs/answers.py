@@ -96,8 +96,8 @@ class AnswerFile:
             if locked(self._descriptor) is False or os.fstat(self._descriptor).st_size != self._size:
                 self.close()
                 raise ConfigError(
-                    f"{self._path} is taken: another process writes it, or has written it since this one began. Nothing "
-                    "of it was changed. Wait until that one has ended and give --resume, or give another name."
+                    f"{self._path} is taken: another process writes it, or has written it since this one began. "
+                    "Nothing of it was changed. Wait until that one has ended and give --resume, or give another name."
                 )
             write_json(self._beside, {"subject": self._made_by.subject, "entries": dict(self._made_by.entries)})
             os.truncate(self._path, sum(len(line.encode()) + 1 for line in self._kept[:done]))

@@ -13,8 +13,8 @@ Without ``choose`` the first of the seeds chooses and the others are reported: t
 than losses of its kind are on average, so a seed that has chosen would flatter what it chose.
 
 Every (method, rate, seed) is a run directory of its own, so a comparison that was cut short goes on where it stopped.
-Several processes may work on one comparison: each takes the runs no other is at. One with another plan, whose table would
-stand in the same place, is refused while they do.
+Several processes may work on one comparison: each takes the runs no other is at. One with another plan, whose table
+would stand in the same place, is refused while they do.
 """
 
 from __future__ import annotations
@@ -293,8 +293,9 @@ def summary(plan: Plan, folder: Path, chosen: Mapping[str, Choice]) -> dict[str,
 
 
 def rows(plan: Plan, folder: Path, chosen: Mapping[str, Choice]) -> list[dict[str, Any]]:
-    """One row a method whose rate is chosen, in the order of the plan: held-out loss with its 95 % interval, difference from the baseline seed by
-    seed with an interval for the number of differences, steps to the baseline's last loss on the way, seconds a step.
+    """One row a method whose rate is chosen, in the order of the plan: held-out loss with its 95 % interval, difference
+    from the baseline seed by seed with an interval for the number of differences, steps to the baseline's last loss on
+    the way, seconds a step.
 
     Loss, difference and steps are None where a run of the method diverged: the mean of the others would say it is
     better than it is. Difference and steps are None where one of the baseline did.

@@ -107,8 +107,8 @@ def _is_there(descriptor: int, path: Path) -> bool:
 
 
 def locked(descriptor: int, *, shared: bool = False) -> bool | None:
-    """Take the lock of what is open, for as long as it is: whether it is this process's now, False where it is another's;
-    None where there are no locks.
+    """Take the lock of what is open, for as long as it is: whether it is this process's now, False where it is
+    another's; None where there are no locks.
 
     Args:
         shared: others may have it as well, who share it.
