@@ -103,7 +103,6 @@ class RunDirectory:
         with run.held():
             if not _is_empty(path) or not (path / LOCK).exists():  # another was here between the look and the lock
                 raise TakenError(run._taken())
-            remove_left_over(path, "*")
             try:
                 yield run
             finally:
@@ -113,6 +112,8 @@ class RunDirectory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Nobody else claims or holds the run inside the block; the lock goes with the process, however that ends.
+
+        What killed processes have left half written is removed.
 
         Raises:
             TakenError: another process holds it.
@@ -131,6 +132,7 @@ class RunDirectory:
                 "where this process may write, on a file system with locks."
             ) from error
         try:
+            remove_left_over(self.path, "*")
             yield
         finally:
             lock.release()

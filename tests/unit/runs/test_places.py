@@ -63,3 +63,11 @@ def test_numbers_of_a_record_are_those_of_json(tmp_path: Path) -> None:
     ]  # fmt: skip
     run.drop_metrics_after(1)
     assert run.metrics() == [{"step": 1, "seconds": 0.5}]
+
+
+def test_leavings_of_killed_processes_go_when_the_run_goes_on(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", compose())
+    for name in ("config.yaml", "metrics.jsonl", "report.html"):
+        (run.path / f".{name}.{'0' * 32}.tmp").write_text("half")
+    with run.held():
+        assert sorted(path.name for path in run.path.iterdir()) == [".lock", "config.yaml"]
