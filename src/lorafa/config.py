@@ -80,7 +80,7 @@ CONFIG_NAME = "adapter_config.json"
 LORAFA_ONLY = ("freeze_A", "init_seed", "attention_out_proj_twice", "init_config")
 """The fields PEFT does not have. In an adapter's files they are in the header of the tensors: PEFT warns of them."""
 BIASES = ("none", "all", "lora_only")
-_POSITIVE = number("a number > 0", 0)
+_ALPHA = number("a number > 0 that float32 can scale by (1e-30 to 1e30)", 1e-30, 1e30, closed="[]")
 
 
 def _copied(name: str, value: Any) -> Any:
@@ -159,7 +159,7 @@ class LoraConfig:
     not load a file of both: set it to 0, or leave them out with exclude_modules=["experts", "gate"]."""
     exclude_modules: list[str] | set[str] | str | None = setting(form=name_set, check=check_pattern)
     """Layers to leave alone, written like target_modules; wins over it."""
-    lora_alpha: int | float = setting(8, check=_POSITIVE)
+    lora_alpha: int | float = setting(8, check=_ALPHA)
     """The update is scaled by lora_alpha / r."""
     lora_dropout: float = setting(0.0, check=number("a probability in [0, 1)", 0, 1, closed="["))
     """Probability of zeroing an input feature of A, in [0, 1)."""
@@ -180,7 +180,7 @@ class LoraConfig:
     """Name of the list the indices count, "layers" for example."""
     rank_pattern: dict[str, int] = setting(form=name_table, check=patterns_to(whole(at_least=1)), factory=dict)
     """Other ranks for some layers: a name's end or a regular expression -> rank."""
-    alpha_pattern: dict[str, int | float] = setting(form=name_table, check=patterns_to(_POSITIVE), factory=dict)
+    alpha_pattern: dict[str, int | float] = setting(form=name_table, check=patterns_to(_ALPHA), factory=dict)
     """Other alphas for some layers."""
     megatron_config: dict[str, Any] | None = setting(form=_copied, check=check_mapping)
     megatron_core: str | None = setting("megatron.core", check=check_text)

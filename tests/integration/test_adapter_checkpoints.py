@@ -21,7 +21,7 @@ from toys.data import collate, samples
 from toys.training import CONFIG, Killed, adapted_model, kill_after
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint.json"}
 
 
 class AdapterTrainer(AdapterCheckpoints, hf.Trainer):  # type: ignore[misc]

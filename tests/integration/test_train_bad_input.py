@@ -157,7 +157,7 @@ def test_code_in_a_cache_that_others_made_does_not_run(
         checkpoint = run.checkpoints / "checkpoint-1"
         checkpoint.mkdir(parents=True)
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            (checkpoint / name).touch()
+            torch.save({}, checkpoint / name)
         (checkpoint / "trainer_state.json").write_text("{}")
         arguments = [f"train.resume={run.path}"]
     for more in (["--dry-run"], []):

@@ -131,7 +131,7 @@ def test_checkpoint_holds_the_adapter_and_what_resume_needs_and_nothing_of_the_b
     trainer.train()
     files = {path.name for path in (tmp_path / "checkpoint-8").iterdir()} - {"README.md"}
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    assert files == adapter | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert files == adapter | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint.json"}
     stored = load_file(tmp_path / "checkpoint-8" / "adapter_model.safetensors")
     assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in trained_values(trainer.model).values())
 

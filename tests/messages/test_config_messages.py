@@ -27,15 +27,19 @@ from lorafa.version import VERSION
 
 ORTHOGONAL = {"init_lora_weights": "orthogonal"}
 
+ALPHA = "must be a number > 0 that float32 can scale by (1e-30 to 1e30)"
+
 FIELDS: list[tuple[dict[str, object], str]] = [
     ({"r": 0}, "r must be an integer >= 1, found 0 (int). Pass a number such as 8, without quotes."),
     ({"r": "8"}, "r must be an integer >= 1, found '8' (str). Pass r=8 if that is meant."),
     ({"r": True}, "r must be an integer >= 1, found True (bool). Pass a number such as 8, without quotes."),
     ({"r": 4.0}, "r must be an integer >= 1, found 4.0 (float). Pass r=4 if that is meant."),
     ({"r": None}, "r must be an integer >= 1, found None (NoneType). Pass a number such as 8, without quotes."),
-    ({"lora_alpha": 0}, "lora_alpha must be a number > 0, found 0. Pass a number in that range."),
-    ({"lora_alpha": "16"}, "lora_alpha must be a number > 0, found '16' (str). Pass a finite number."),
-    ({"lora_alpha": float("inf")}, "lora_alpha must be a number > 0, found inf (float). Pass a finite number."),
+    ({"lora_alpha": 0}, f"lora_alpha {ALPHA}, found 0. Pass a number in that range."),
+    ({"lora_alpha": "16"}, f"lora_alpha {ALPHA}, found '16' (str). Pass a finite number."),
+    ({"lora_alpha": 1e39}, f"lora_alpha {ALPHA}, found 1e+39."),
+    ({"lora_alpha": 1e-300}, f"lora_alpha {ALPHA}, found 1e-300."),
+    ({"lora_alpha": float("inf")}, f"lora_alpha {ALPHA}, found inf (float). Pass a finite number."),
     ({"lora_dropout": 1.5}, "lora_dropout must be a probability in [0, 1), found 1.5. Pass a number in that range."),
     ({"lora_dropout": 1}, "lora_dropout must be a probability in [0, 1), found 1."),
     ({"lora_dropout": -0.5}, "lora_dropout must be a probability in [0, 1), found -0.5."),
@@ -75,7 +79,7 @@ FIELDS: list[tuple[dict[str, object], str]] = [
         "rank_pattern['q'] must be an integer >= 1, found '4' (str). Pass 4 if that is what",
     ),
     ({"rank_pattern": {"[q": 4}}, "rank_pattern has '[q', which is no regular expression: unterminated"),
-    ({"alpha_pattern": {"q": -1}}, "alpha_pattern['q'] must be a number > 0, found -1."),
+    ({"alpha_pattern": {"q": -1}}, f"alpha_pattern['q'] {ALPHA}, found -1."),
     ({"layers_to_transform": -1}, "layers_to_transform must be an integer >= 0, found -1 (int)."),
     (
         {"layers_to_transform": "0"},

@@ -74,10 +74,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from lorafa.chat.loading import ask_for
     from lorafa.chat.printable import printable
     from lorafa.cli.screen import Screen
-    from lorafa.launch import require_alone
     from lorafa.train.memory import keep_freed_memory
 
-    require_alone("lorafa chat")
     keep_freed_memory()
     options = options_of(args)
     notices = Screen(stderr=True, quiet=console.quiet)

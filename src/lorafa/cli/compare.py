@@ -44,10 +44,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from pathlib import Path
 
     from lorafa.cli.screen import writable
-    from lorafa.launch import require_alone
     from lorafa.train.memory import keep_freed_memory
 
-    require_alone("lorafa compare")
     keep_freed_memory()  # before the first tensor
     from lorafa.errors import DivergedError
     from lorafa.report.comparison import HEADINGS, cells, notes, read_result, write_comparison

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from lorafa.cli.drawn import add_drawing
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 "does."
             )
         tokenizer.chat_template = template or tokenizer.chat_template
-        with progress_bar(shown, f"{subject.name}: answering") as bar:
+        with closing(file), progress_bar(shown, f"{subject.name}: answering") as bar:
             written = answers(model, tokenizer, prompts, how, done, bar)
             some = next(written)  # what is wrong with any prompt is said before the file is touched
             from_main(lambda: file.open(done))

@@ -17,7 +17,7 @@ from lorafa.chat.printable import printable
 from lorafa.cli import chat, combine, compare, eval, export, generate, inspect, merge, params, plan, report, train
 from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
-from lorafa.launch import leave
+from lorafa.launch import leave, require_alone
 from lorafa.processes import is_from_other, is_main
 from lorafa.version import VERSION
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export, inspect, params, plan)
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
+TOGETHER = (train, eval, generate)
+"""Those that several processes do together; the others are refused where a launcher starts several of them."""
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 EXTRA = (
@@ -70,6 +72,8 @@ def _run(args: argparse.Namespace) -> int:
     console, errors = Screen(), Screen(stderr=True)
     try:
         with _plain_warnings(errors), _stopped_like_interrupted():
+            if args.alone is not None:
+                require_alone(args.alone)
             status: int = args.run(args, console)
         return status
     except (ConfigError, NotAvailableError, TargetError) as error:
@@ -117,14 +121,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"lorafa {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for command in COMMANDS:
-        prepared(command.add_parser(commands), command.run)
+        made = command.add_parser(commands)
+        prepared(made, command.run, alone=None if command in TOGETHER else made.prog)
     return read_words(parser, "lorafa", argv)
 
 
-def prepared(parser: argparse.ArgumentParser, run: Callable[..., int]) -> None:
-    """Give a parser what every command has."""
+def prepared(parser: argparse.ArgumentParser, run: Callable[..., int], alone: str | None = None) -> None:
+    """Give a parser what every command has.
+
+    Args:
+        alone: what the command is called, where it is no work for several processes.
+    """
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, alone=alone)
 
 
 def read_words(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:

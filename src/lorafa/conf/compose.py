@@ -45,6 +45,8 @@ OPEN_GROUPS: Mapping[str, type[OpenGroup]] = {
     if isinstance(group, type) and issubclass(group, OpenGroup)
 }
 """Groups that name a line of a registry."""
+PATHS = ("train.resume", "peft.adapter", "data.file", "data.template", "align.teacher")
+"""Settings that are paths, or names that may be paths, and are not called so."""
 OF_HYDRA = ("hydra.", "hydra/")
 """How settings begin that say how a sweep is launched."""
 CUSTOM = "custom"
@@ -198,8 +200,8 @@ def _for_hydra(text: str) -> list[str]:
         return _chosen(key, value)
     if key not in KEYS and not _may_be_own(key):
         raise ConfigError(f"There is no setting {key!r}.{_nearest(key)} `lorafa train --help` lists all of them.")
-    if _is_path(key) and not is_readable(f"{key}={value}"):
-        return [f"++{key}={quoted(value)}"]
+    if _is_path(key) and value.strip() not in ("", "null"):
+        return [f"++{key}={as_it_stands(_unquoted(key, value))}"]
     read_value(text, key, value)
     return [f"++{key}={value}"]
 
@@ -222,7 +224,7 @@ def _chosen(group: str, option: str) -> list[str]:
         raise ConfigError(f"{group}= is followed by nothing. Name {any_name}, or one of: {names}.")
     base = [f"{group}={CUSTOM}"] if CUSTOM in _files(group) else []
     a_list = getattr(OPEN_GROUPS.get(group), "several", False) and option.startswith("[") and option.endswith("]")
-    named = _names(group, option) if a_list else quoted(option)
+    named = _names(group, option) if a_list else as_it_stands(option)
     return [*base, f"++{group}.{chooser(group)}={named}"]
 
 
@@ -235,7 +237,7 @@ def _names(group: str, option: str) -> str:
             f"{group}={option} cannot be read as a list: {first_line(error).partition(' expecting ')[0]}. Put a name "
             f"with blanks, brackets or a ~ into quotes: \"{group}=[a.jsonl,'b (1).jsonl']\"."
         ) from error
-    return f"[{','.join(quoted(str(name)) for name in names)}]"
+    return f"[{','.join(as_it_stands(str(name)) for name in names)}]"
 
 
 def _may_be_own(key: str) -> bool:
@@ -245,8 +247,17 @@ def _may_be_own(key: str) -> bool:
 
 
 def _is_path(key: str) -> bool:
-    """Settings that are paths are called so: what the grammar cannot read (``~/runs``) is taken as it stands."""
-    return key.endswith(("_dir", "_file")) or key in ("train.resume", "peft.adapter", "data.file")
+    """Settings that are paths, most of which are called so, are taken as they stand: ``123``, ``a,b``, ``~/${x}``."""
+    return key.endswith(("_dir", "_file")) or key in PATHS
+
+
+def _unquoted(key: str, value: str) -> str:
+    """A text without the quotes of Hydra's grammar, where it stands in such."""
+    if value[:1] in ("'", '"') and is_readable(f"{key}={value}"):
+        parsed = OverridesParser.create().parse_override(f"{key}={value}")
+        if not parsed.is_sweep_override():  # as 'a','b' is
+            return str(parsed.value())
+    return value
 
 
 def _nearest(key: str) -> str:
@@ -283,6 +294,11 @@ def read_value(text: str, key: str, value: str) -> Any:
             "text in quotes."
         )
     return parsed.value()
+
+
+def as_it_stands(text: str) -> str:
+    """A text in quotes, in which nothing is put in the place of ``${...}``."""
+    return quoted(re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text))
 
 
 def quoted(text: str) -> str:

@@ -17,6 +17,7 @@ from lorafa.data.unanswered import Unanswered
 from lorafa.errors import CheckpointError, ConfigError, LoraError
 from lorafa.evals.answering import Answer
 from lorafa.runs.made_by import MadeBy
+from lorafa.storage.leavings import locked
 from lorafa.storage.paths import user_path
 from lorafa.storage.whole import free_space, read_json, write_json
 
@@ -42,6 +43,9 @@ class AnswerFile:
         self._made_by = made_by
         self._kept: list[str] = []
         self._next = 0
+        self._size = 0
+        """Bytes of the file when it was looked at."""
+        self._descriptor: int | None = None
         if self._path is None:
             return
         self._beside = self._path.with_name(self._path.name + BESIDE)
@@ -51,7 +55,7 @@ class AnswerFile:
             return
         if not resume:
             raise ConfigError(f"{name} is there already. Give --resume to continue it, or another name.")
-        self._kept = _lines(self._path, prompts)
+        self._kept, self._size = _lines(self._path, prompts)
         if self._kept:
             self._require_same()
 
@@ -77,24 +81,36 @@ class AnswerFile:
         return kept if kept == len(self._prompts) else kept - kept % window
 
     def open(self, done: int) -> None:
-        """Make the file, or cut it after so many answers.
+        """Make the file, or cut it after so many answers. It is this process's until :meth:`close`.
 
         Raises:
+            ConfigError: another process writes it, or has written it since it was looked at.
             CheckpointError: it cannot be written to.
         """
         self._next = done
         if self._path is None:
             return
         try:
-            if not self._path.exists():
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.touch()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            if locked(self._descriptor) is False or os.fstat(self._descriptor).st_size != self._size:
+                self.close()
+                raise ConfigError(
+                    f"{self._path} is taken: another process writes it, or has written it since this one began. "
+                    "Nothing of it was changed. Wait until that one has ended and give --resume, or give another name."
+                )
             write_json(self._beside, {"subject": self._made_by.subject, "entries": dict(self._made_by.entries)})
             os.truncate(self._path, sum(len(line.encode()) + 1 for line in self._kept[:done]))
         except OSError as error:
             raise CheckpointError(
                 f"{self._path} could not be written: {error.strerror or error}. Make room or give --out another place."
             ) from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Write answers to the next prompts.
@@ -134,10 +150,12 @@ def _made_with(path: Path) -> dict[str, Any] | None:
     return found if ours else None
 
 
-def _lines(path: Path, prompts: Sequence[Unanswered]) -> list[str]:
-    """The whole lines of a file, which answer the first prompts; a last one that was cut off is left out."""
+def _lines(path: Path, prompts: Sequence[Unanswered]) -> tuple[list[str], int]:
+    """The whole lines of a file, which answer the first prompts; a last one that was cut off is left out. And how many
+    bytes it has."""
     try:
-        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        content = path.read_bytes()
+        lines = content.decode("utf-8", errors="replace").split("\n")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
     kept = lines[:-1]  # after the last line end stands nothing, or what was not finished
@@ -147,7 +165,7 @@ def _lines(path: Path, prompts: Sequence[Unanswered]) -> list[str]:
                 f"{path}, line {number + 1} is no answer to the prompt of that number, so the file is of other prompts "
                 "and cannot be continued. Give another name."
             )
-    return kept
+    return kept, len(content)
 
 
 def _answers(line: str, prompt: Unanswered) -> bool:

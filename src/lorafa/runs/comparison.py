@@ -13,15 +13,19 @@ Without ``choose`` the first of the seeds chooses and the others are reported: t
 than losses of its kind are on average, so a seed that has chosen would flatter what it chose.
 
 Every (method, rate, seed) is a run directory of its own, so a comparison that was cut short goes on where it stopped.
-Several processes may work on one comparison: each takes the runs no other is at.
+Several processes may work on one comparison: each takes the runs no other is at. One with another plan, whose table
+would stand in the same place, is refused while they do.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +36,15 @@ from rich.markup import escape
 
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, DivergedError
-from lorafa.runs.differences import difference, differing
+from lorafa.runs.differences import ELSEWHERE, difference, differing
 from lorafa.runs.experiment import start_run
 from lorafa.runs.measures import final_loss, heldout_curve, is_over, samples_of, spread, step_seconds, steps_to_baseline
+from lorafa.runs.places import with_whole_paths
 from lorafa.runs.plan import RESULT, Method, Plan, run_path
 from lorafa.runs.record import RunDirectory, TakenError
 from lorafa.runs.student import interval
 from lorafa.settings.typed import plain
+from lorafa.storage.leavings import locked
 from lorafa.storage.whole import make_folder, write_json
 from lorafa.train.memory import return_freed_memory
 from lorafa.train.settings.run import RunConfig
@@ -76,12 +82,20 @@ def compare(
         start: starts one run.
 
     Raises:
-        ConfigError: a finished run in ``folder`` had other settings, or saw other samples than the others.
+        ConfigError: a finished run in ``folder`` had other settings, or saw other samples than the others; another
+            process is at another comparison there.
         LoraError: a run failed, other than by diverging, which counts as an infinite loss: the rate is chosen only if
             all diverge, and a method with such a run has no mean (see :func:`rows`).
     """
+    with _one_plan(make_folder(folder), plan, extra):
+        return _compared(plan, folder, console, extra, start)
+
+
+def _compared(
+    plan: Plan, folder: Path, console: Console, extra: Sequence[str], start: Callable[..., Path]
+) -> list[dict[str, Any]]:
     chosen: dict[str, Choice] = {}
-    samples = _Samples(plan, make_folder(folder))
+    samples = _Samples(plan, folder)
 
     def run(method: Method, rate: float, seed: int) -> RunDirectory | None:
         """The run, which is over; None where another process is at it."""
@@ -131,6 +145,39 @@ def compare(
         told = True
         time.sleep(WAIT)
     return rows(plan, folder, chosen)
+
+
+@contextmanager
+def _one_plan(folder: Path, plan: Plan, extra: Sequence[str]) -> Iterator[None]:
+    """Inside the block no process begins another comparison in the folder; the locks go with their processes.
+
+    Raises:
+        ConfigError: one is at another comparison there.
+    """
+    said = [text for text in extra if text.lstrip("+").partition("=")[0] not in ELSEWHERE]
+    own = make_folder(folder / LOCKS) / f"{hashlib.sha256(repr((plan, said)).encode()).hexdigest()[:16]}.plan"
+    descriptor = os.open(own, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        mine = locked(descriptor, shared=True) is not False
+        if not mine or any(_is_held(other) for other in own.parent.glob("*.plan") if other != own):
+            raise TakenError(
+                f"{folder} is taken: another process is at a comparison there, of another plan or with other settings. "
+                "Wait until that one has ended, or give another folder."
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(file: Path) -> bool:
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        return locked(descriptor) is False
+    finally:
+        os.close(descriptor)
 
 
 class _Samples:
@@ -186,7 +233,7 @@ def _finished(path: Path, config: RunConfig) -> RunDirectory | None:
                 number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.unfinished-{n}").exists())
                 path.rename(path.with_name(f"{path.name}.unfinished-{number}"))
                 return None
-    _check_same(plain(config), plain(earlier.config()), path)
+    _check_same(with_whole_paths(plain(config)), with_whole_paths(plain(earlier.config())), path)
     return earlier
 
 
@@ -246,12 +293,15 @@ def summary(plan: Plan, folder: Path, chosen: Mapping[str, Choice]) -> dict[str,
 
 
 def rows(plan: Plan, folder: Path, chosen: Mapping[str, Choice]) -> list[dict[str, Any]]:
-    """One row a method whose rate is chosen: held-out loss with its 95 % interval, difference from the baseline seed by
-    seed with an interval for the number of differences, steps to the baseline's last loss on the way, seconds a step.
+    """One row a method whose rate is chosen, in the order of the plan: held-out loss with its 95 % interval, difference
+    from the baseline seed by seed with an interval for the number of differences, steps to the baseline's last loss on
+    the way, seconds a step.
 
     Loss, difference and steps are None where a run of the method diverged: the mean of the others would say it is
     better than it is. Difference and steps are None where one of the baseline did.
     """
+    # several processes choose in the order in which runs end
+    chosen = {method.name: chosen[method.name] for method in plan.methods if method.name in chosen}
     runs = {name: _reported(plan, folder, name, choice) for name, choice in chosen.items()}
     baseline = runs.get(plan.baseline, {})
     if any(math.isinf(final_loss(run)) for run in baseline.values()):

@@ -23,6 +23,7 @@ from lorafa.runs import CONFIG
 from lorafa.runs.differences import difference, differing
 from lorafa.runs.environment import environment
 from lorafa.runs.peaks import Peaks
+from lorafa.runs.places import with_whole_paths
 from lorafa.runs.record import RunDirectory
 from lorafa.runs.secrets import refuse_secrets
 from lorafa.runs.shared import SharedRun
@@ -68,7 +69,7 @@ def begun(config: RunConfig) -> RunDirectory | None:
     if path is None or not os.path.isfile(path / CONFIG):
         return None
     run = RunDirectory.open(path)
-    now, then = plain(config), plain(run.config())
+    now, then = (with_whole_paths(plain(one)) for one in (config, run.config()))
     if groups := differing(now, then):
         raise ConfigError(
             f"The run {str(path)!r} has other settings, so it is not resumed: "
@@ -183,7 +184,8 @@ def _run(
     samples: str | None = None,
 ) -> Path:
     spent = _Spent(run)
-    with _threads(config.threads), ending_together():
+    record = _Record(run, spent)
+    with _threads(config.threads), _recorded(record, console), ending_together(record.fail):
         prepared = prepare(config, console, partial(require_room, config))
         if samples not in (None, prepared.data.sha256):
             raise DataError(
@@ -191,14 +193,15 @@ def _run(
                 f"(samples_sha256 {prepared.data.sha256:.12} and {samples:.12}): the records, the tokenizer or a "
                 "setting of data differ. Restore them, or compare in another folder. Nothing was trained."
             )
+        record.begin()
         if checkpoint is None or config != run.config():
             run.create(config)
+        run.put_aside_after(checkpoint)
         if run.metrics():  # of a part that is done again
             run.drop_metrics_after(step_of(checkpoint))
         run.write_environment(environment(command))
         run.update_result(status="running", error=None)
         console.print(f"Run directory: {run.path}", highlight=False, markup=False, soft_wrap=True)
-    with _threads(config.threads), _recorded(run, console, spent), ending_together(run.fail):
         train(prepared, config, run, console, checkpoint)
         spent.record()
         run.update_result(status="finished", error=None)
@@ -227,26 +230,53 @@ class _Spent:
         self._run.update_result(seconds={**now, "total": total}, **self._peaks.measured(self._earlier))
 
 
+class _Record:
+    """Says of a run how it failed, from its first write on: what fails before leaves it as it was."""
+
+    def __init__(self, run: SharedRun, spent: _Spent) -> None:
+        self.run = run
+        self._spent, self._begun = spent, False
+
+    def begin(self) -> None:
+        """The first write is next."""
+        self._begun = True
+
+    @property
+    def begun(self) -> bool:
+        return self._begun and (self.run.path / CONFIG).is_file()
+
+    def fail(self, error: str) -> None:
+        """Record the error, and the time up to here; the error itself is what is to be heard of, whatever comes of it.
+        """
+        if not self.begun:
+            return
+        for _ in range(_TRIES):
+            try:
+                with suppress(LoraError, OSError):  # the disk is full, perhaps
+                    self.run.fail(error)
+                with suppress(LoraError, OSError):
+                    self._spent.record()
+                return
+            except KeyboardInterrupt:  # told to stop twice: what was begun is done all the same
+                continue
+
+
+_TRIES = 3
+
+
 @contextmanager
-def _recorded(run: SharedRun, console: Console, spent: _Spent) -> Iterator[None]:
+def _recorded(record: _Record, console: Console) -> Iterator[None]:
     """What ends the block before its time is in result.json afterwards, and what it took up to there."""
     try:
         yield
     except KeyboardInterrupt:
-        run.fail("interrupted")
-        _record_if_it_can_be(spent)
-        _say_how_to_continue(run, console)
+        record.fail("interrupted")
+        if record.begun:
+            _say_how_to_continue(record.run, console)
         raise
     except BaseException as error:
-        run.fail(f"{type(error).__name__}: {error}")
-        _record_if_it_can_be(spent)
+        record.fail(f"{type(error).__name__}: {error}")
         raise
-
-
-def _record_if_it_can_be(spent: _Spent) -> None:
-    """The error that has ended the run is the one to be heard of."""
-    with suppress(LoraError, OSError):
-        spent.record()
 
 
 def _say_how_to_continue(run: SharedRun, console: Console) -> None:

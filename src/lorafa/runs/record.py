@@ -26,12 +26,14 @@ import yaml
 from lorafa.errors import CheckpointError, ConfigError, first_line, shorten, warn
 from lorafa.runs import CONFIG
 from lorafa.runs.formats import current
+from lorafa.runs.places import with_whole_paths
 from lorafa.runs.secrets import masked
+from lorafa.runs.strict import finite
 from lorafa.settings.typed import build, plain
 from lorafa.storage.leavings import is_temporary, remove_left_over
 from lorafa.storage.paths import user_path
 from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
-from lorafa.train.checkpoints import last_checkpoint
+from lorafa.train.checkpoints import newest_whole
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
 
@@ -101,7 +103,6 @@ class RunDirectory:
         with run.held():
             if not _is_empty(path) or not (path / LOCK).exists():  # another was here between the look and the lock
                 raise TakenError(run._taken())
-            remove_left_over(path, "*")
             try:
                 yield run
             finally:
@@ -111,6 +112,8 @@ class RunDirectory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Nobody else claims or holds the run inside the block; the lock goes with the process, however that ends.
+
+        What killed processes have left half written is removed.
 
         Raises:
             TakenError: another process holds it.
@@ -129,6 +132,7 @@ class RunDirectory:
                 "where this process may write, on a file system with locks."
             ) from error
         try:
+            remove_left_over(self.path, "*")
             yield
         finally:
             lock.release()
@@ -141,9 +145,9 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:
-        """Make the directory, if it is not there, and write the settings into it."""
+        """Make the directory, if it is not there, and write the settings into it, with absolute paths."""
         run = cls(make_folder(path))
-        run._write(CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        run._write(CONFIG, yaml.safe_dump(with_whole_paths(plain(config)), sort_keys=False, allow_unicode=True))
         return run
 
     @classmethod
@@ -173,18 +177,19 @@ class RunDirectory:
 
         Raises:
             ConfigError: config.yaml was edited into something that holds none.
+            CheckpointError: it cannot be read.
         """
         try:
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, which a page of 100 runs shows
-            values = yaml.load((self.path / CONFIG).read_text(encoding="utf-8"), Loader=loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            values = yaml.load(_text(self.path / CONFIG), Loader=loader)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{self.path / CONFIG} is not yaml: {first_line(error)}. Restore it.") from error
         if not isinstance(values, Mapping):
             raise ConfigError(f"{self.path / CONFIG} holds no settings. Restore it, or start a new run.")
         return current(values)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json(self.path / ENVIRONMENT, masked(environment))
+        write_json(self.path / ENVIRONMENT, finite(masked(environment)))
 
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / ENVIRONMENT) if (self.path / ENVIRONMENT).is_file() else {}
@@ -197,7 +202,7 @@ class RunDirectory:
         """
         try:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(row)) + "\n")
+                file.write(_line(row))
         except OSError as error:
             raise CheckpointError(
                 f"{self.path / METRICS} could not be written: {error.strerror or error}. Make room, or see who removed "
@@ -208,15 +213,15 @@ class RunDirectory:
         """All lines of metrics.jsonl; a last line that a crash cut off is left out, with a warning.
 
         Raises:
-            CheckpointError: a line is no object with a step and numbers.
+            CheckpointError: a line is no object with a step and numbers, or the file cannot be read.
         """
         file = self.path / METRICS
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        lines = _text(file, errors="replace").splitlines() if file.is_file() else []
         rows = []
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if number == len(lines) and not line.endswith("}"):
                     warn(
                         f"Line {number} of {file}, the last one, is not whole and is left out: {line[:60]!r}. The run "
@@ -232,7 +237,7 @@ class RunDirectory:
     def drop_metrics_after(self, step: int) -> None:
         """Forget what was logged after ``step``: a run continued from there logs it again."""
         kept = [row for row in self.metrics() if row["step"] <= step]
-        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        self._write(METRICS, "".join(map(_line, kept)))
 
     def result(self) -> dict[str, Any]:
         """What is recorded so far.
@@ -256,8 +261,8 @@ class RunDirectory:
         return values
 
     def update_result(self, **entries: Any) -> None:
-        """Add entries to result.json, replacing those of the same name."""
-        write_json(self.path / RESULT, {**self.result(), **masked(entries)})
+        """Add entries to result.json, replacing those of the same name; a number that is not finite becomes null."""
+        write_json(self.path / RESULT, finite({**self.result(), **masked(entries)}))
 
     def trained_adapter(self) -> Path:
         """The folder of the adapter that the run has trained.
@@ -273,8 +278,8 @@ class RunDirectory:
         raise ConfigError(f"The run {str(self.path)!r} has no adapter yet (status: {status}). Let it finish first.")
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return last_checkpoint(self.checkpoints)
+        """The newest whole checkpoint, with a warning for each newer one that is not."""
+        return newest_whole(self.checkpoints)
 
     def _write(self, name: str, text: str) -> None:
         with written_whole(self.path / name) as temporary:
@@ -283,6 +288,20 @@ class RunDirectory:
 
 _ENTRIES = {"before": dict, "after": dict, "seconds": dict, "parameters": dict, "samples": list}
 """Entries of result.json that hold others."""
+
+
+def _text(file: Path, errors: str = "strict") -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error.strerror or error}. See whose file it is and who may read it."
+        ) from error
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl, without the numbers that are not finite."""
+    return json.dumps({name: value for name, value in row.items() if finite(value) == value}) + "\n"
 
 
 def _is_row(value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorafa.processes import from_main, is_main
 from lorafa.runs.record import RunDirectory
+from lorafa.train.checkpoints import put_aside_after
 from lorafa.train.settings.run import RunConfig
 
 
@@ -45,6 +46,11 @@ class SharedRun:
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         if is_main():
             self._run.add_metrics(row)
+
+    def put_aside_after(self, checkpoint: Path | None) -> None:
+        """Clear the place of checkpoints that are passed over."""
+        if is_main():
+            put_aside_after(self.checkpoints, checkpoint)
 
     def drop_metrics_after(self, step: int) -> None:
         if is_main():

@@ -94,7 +94,7 @@ def _held_until_left(descriptor: int | None, path: Path) -> Iterator[bool]:
         yield False
     else:
         try:
-            yield _locked(descriptor) is not False and _is_there(descriptor, path)
+            yield locked(descriptor) is not False and _is_there(descriptor, path)
         finally:
             os.close(descriptor)
 
@@ -106,14 +106,19 @@ def _is_there(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _locked(descriptor: int) -> bool | None:
-    """Whether the lock is this process's now, False where it is another's; None where there are no locks."""
+def locked(descriptor: int, *, shared: bool = False) -> bool | None:
+    """Take the lock of what is open, for as long as it is: whether it is this process's now, False where it is
+    another's; None where there are no locks.
+
+    Args:
+        shared: others may have it as well, who share it.
+    """
     if os.name == "nt":
         return None
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in _BUSY else None
     return True
@@ -137,7 +142,7 @@ def _remove(left: Path) -> None:
     with suppress(OSError):
         descriptor = os.open(left, os.O_RDONLY)
         try:
-            if _locked(descriptor):
+            if locked(descriptor):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         finally:
             os.close(descriptor)

@@ -13,16 +13,16 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import nn
 
-from lorafa.errors import CheckpointError, ConfigError
+from lorafa.errors import ConfigError
 from lorafa.launch import launch_of
 from lorafa.peft_model import PeftModel
-from lorafa.processes import barrier, world_size
+from lorafa.processes import world_size
 from lorafa.surgery.gradients import check_gradients
-from lorafa.train.checkpoints import last_checkpoint, missing_files, require_same_processes, whole_or_none
 from lorafa.train.sharding import Sharding, asked_for, average_gradients, hidden_from_accelerate
+from lorafa.train.whole_checkpoints import WholeCheckpoints
 
 
-class AdapterCheckpoints:
+class AdapterCheckpoints(WholeCheckpoints):
     """Put it before a trainer: ``class MyTrainer(AdapterCheckpoints, SFTTrainer): ...``.
 
     `transformers.Trainer` and what is built on it recognise PEFT's own class only. With this in front of them they see
@@ -85,19 +85,6 @@ class AdapterCheckpoints:
                 "Wrap it first: model = get_peft_model(model, LoraConfig(...))."
             )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; ``resume_from_checkpoint=True`` continues from the newest complete checkpoint of ``output_dir``.
-
-        Raises:
-            CheckpointError: there is no complete checkpoint to resume from, or it does not fit the model.
-        """
-        if resume_from_checkpoint is True:
-            newest = last_checkpoint(self.args.output_dir)
-            if newest is None:
-                raise CheckpointError(f"There is no complete checkpoint to resume from in {self.args.output_dir}.")
-            resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-
     def create_accelerator_and_postprocess(self) -> None:
         torch.device(self.args.device)  # accelerate makes its group of processes when this is asked for
         self._sharding = asked_for(self.args)
@@ -133,10 +120,6 @@ class AdapterCheckpoints:
             check_gradients(self.model, zeros=self._zero_gradients_are_right)
         return loss
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with whole_or_none(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save and not self._sharded:
             return
@@ -150,19 +133,9 @@ class AdapterCheckpoints:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
-        barrier()  # before the first process writes what makes the checkpoint a complete one
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if missing := missing_files(folder):
-            newest = last_checkpoint(folder.parent)
-            raise CheckpointError(
-                f"{folder} is no complete checkpoint: {', '.join(missing)} missing or damaged, so the training could "
-                f"not continue as it was. The newest complete checkpoint beside it: {newest or 'none'}."
-            )
-        require_same_processes(folder)
+        self._require_whole(folder)
         self._load_adapters(folder)
 
     def _load_best_model(self) -> None:

@@ -1,66 +1,129 @@
-"""Which of a trainer's checkpoints are complete."""
+"""Which of a trainer's checkpoints are whole, and how one is written so that this can be told.
+
+A checkpoint's last file, ``checkpoint.json``, has the size and the SHA-256 of every other and says how many processes
+wrote it. It comes once all the others are on the disk. While they are written it says that they are not whole yet, so
+that what a killed process leaves is known from what a version without this file has written.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from lorafa.errors import CheckpointError, first_line
+from lorafa.errors import CheckpointError, first_line, shorten, warn
 from lorafa.processes import world_size
-from lorafa.storage.whole import free_space
+from lorafa.storage.leavings import is_temporary
+from lorafa.storage.renames import sync_folder, sync_tree
+from lorafa.storage.wheels import sha256_of
+from lorafa.storage.whole import free_space, make_folder, read_json, write_json
 
 STATE_FILE = "trainer_state.json"
-"""What the trainer writes last: everything else is there when this is."""
+"""What the trainer writes last."""
+CONTENTS = "checkpoint.json"
+"""What is written last of all."""
+STATES = ("optimizer.pt", "scheduler.pt")
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step in a trainer's output folder, or None."""
-    steps = {int(path.name[11:]): path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()}
-    return next((steps[step] for step in sorted(steps, reverse=True) if not missing_files(steps[step])), None)
+# ---- which are whole ------------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(folder: str | Path, tell: Callable[[str], None] | None = None) -> Path | None:
+    """The whole checkpoint of the highest step in a trainer's output folder, or None.
+
+    Args:
+        tell: is told of those of higher steps, which are not whole, what is wrong with them.
+    """
+    steps = _by_step(Path(folder))
+    for step in sorted(steps, reverse=True):
+        if not (wrong := missing_files(steps[step])):
+            return steps[step]
+        if tell is not None:
+            tell(
+                f"{steps[step]} is passed over, for it is not whole: {shorten(wrong)} missing or damaged. The newest "
+                "whole checkpoint before it is taken, if there is one."
+            )
+    return None
+
+
+def newest_whole(folder: str | Path) -> Path | None:
+    """As :func:`last_checkpoint`, with a warning for each that is passed over."""
+    return last_checkpoint(folder, warn)
 
 
 def missing_files(checkpoint: Path) -> list[str]:
-    """Names of files without which a training cannot continue as it was; a state cut short counts as missing."""
-    missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (checkpoint / name).is_file()]
+    """Names of files without which a training cannot continue as it was; one that is not what was written counts as
+    missing."""
+    contents = _contents(checkpoint)
+    if contents is None:
+        return _missing_by_name(checkpoint)
+    files = contents.get("files")
+    if not isinstance(files, dict) or not _is_count(contents.get("processes")):
+        return [CONTENTS]
+    missing = [name for name in _needed(contents["processes"]) if name not in files]
+    return missing + [str(name) for name, written in files.items() if not _is_as_written(checkpoint / name, written)]
+
+
+def _contents(checkpoint: Path) -> Mapping[str, Any] | None:
+    """What a checkpoint says it holds; nothing while it is being written, and None for one of an older version."""
+    if not os.path.lexists(checkpoint / CONTENTS):
+        return None
+    try:
+        return read_json(checkpoint / CONTENTS)
+    except CheckpointError:
+        return {"files": None}
+
+
+def _needed(processes: int) -> list[str]:
+    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{number}.pth" for number in range(processes)]
+    return [*STATES, *states, STATE_FILE]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**20
+
+
+def _is_as_written(path: Path, written: Any) -> bool:
+    try:
+        # the size first, which tells most damage at no cost
+        return path.is_file() and path.stat().st_size == written["bytes"] and sha256_of(path) == written["sha256"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _missing_by_name(checkpoint: Path) -> list[str]:
+    """The same for a checkpoint without sizes and digests: by names, and by the sums inside of torch's files."""
     numbers = _numbered(checkpoint)
-    if not numbers and not (checkpoint / "rng_state.pth").is_file():
-        missing.append("rng_state.pth")
-    missing += [f"rng_state_{number}.pth" for number in range(max(numbers, default=0)) if number not in numbers]
+    states = [f"rng_state_{number}.pth" for number in range(max(numbers) + 1)] if numbers else ["rng_state.pth"]
+    missing = [name for name in (*STATES, *states) if not _is_whole_zip(checkpoint / name)]
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         missing.append(STATE_FILE)
     return missing
 
 
-@contextmanager
-def whole_or_none(checkpoint: Path) -> Iterator[None]:
-    """A checkpoint that the block cannot write to its end is removed; those before it stay.
-
-    Raises:
-        CheckpointError: it could not be written, the disk is full for example.
-    """
+def _is_whole_zip(path: Path) -> bool:
+    """Whether a file that `torch.save` wrote is there and not cut short; each part of it has its CRC."""
     try:
-        yield
-    except (OSError, RuntimeError, CheckpointError) as error:
-        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _WRITERS):
-            raise
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
-        reason = getattr(error, "strerror", None) or first_line(error)
-        newest = last_checkpoint(checkpoint.parent)
-        raise CheckpointError(
-            f"{checkpoint} could not be written: {reason}.{free_space(checkpoint.parent)} What was there of it is "
-            f"removed. Make room and continue from the last one: {newest or 'none was written'}."
-        ) from error
+        with zipfile.ZipFile(path) as parts:
+            return parts.testzip() is None
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
-_WRITERS = ("inline_container", "PytorchStreamWriter")
-"""Names in what torch raises where its file cannot be written."""
+def _by_step(folder: Path) -> dict[int, Path]:
+    return {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if _is_number(path.name[11:])}
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -73,10 +136,11 @@ def require_same_processes(checkpoint: Path) -> None:
 
     Each had its own batches and random numbers.
     """
-    wrote = len(_numbered(checkpoint)) or 1
+    contents = _contents(checkpoint)
+    wrote = contents.get("processes") if contents else len(_numbered(checkpoint)) or 1
     if wrote != world_size():
         raise CheckpointError(
-            f"{checkpoint} was written by {wrote} process{'es' if wrote > 1 else ''} and there "
+            f"{checkpoint} was written by {wrote} process{'es' if wrote != 1 else ''} and there "
             f"{'are' if world_size() > 1 else 'is'} {world_size()} now, whose batches would be others. Start {wrote} "
             "to continue it, or a new run from its adapter (peft.adapter)."
         )
@@ -85,4 +149,89 @@ def require_same_processes(checkpoint: Path) -> None:
 def _numbered(checkpoint: Path) -> set[int]:
     """The processes whose random state a checkpoint holds; none where one was alone."""
     names = [path.name[10:-4] for path in checkpoint.glob("rng_state_*.pth")]
-    return {int(name) for name in names if name.isdigit()}
+    return {int(name) for name in names if _is_number(name)}
+
+
+# ---- how one is written ---------------------------------------------------------------------------------------------
+
+
+def begin(checkpoint: Path) -> None:
+    """Say of a checkpoint, which may be there from before, that it is not whole yet."""
+    make_folder(checkpoint)
+    write_json(checkpoint / CONTENTS, {})
+    for name in (*STATES, STATE_FILE, *(path.name for path in checkpoint.glob("rng_state*.pth"))):
+        (checkpoint / name).unlink(missing_ok=True)
+
+
+def seal(checkpoint: Path) -> None:
+    """Bring all that a checkpoint holds to the disk, and then say what that is."""
+    sync_tree(checkpoint)
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and not is_temporary(path))
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in paths
+        if path != checkpoint / CONTENTS
+    }
+    write_json(checkpoint / CONTENTS, {"processes": world_size(), "files": files})
+    sync_folder(checkpoint.parent)
+
+
+@contextmanager
+def whole_or_none(checkpoint: Path) -> Iterator[None]:
+    """A checkpoint that the block cannot write to its end is removed; those before it stay.
+
+    Raises:
+        CheckpointError: it could not be written, the disk is full for example.
+    """
+    try:
+        yield
+    except CheckpointError:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _WRITERS):
+            raise
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or first_line(error)
+        newest = last_checkpoint(checkpoint.parent)
+        raise CheckpointError(
+            f"{checkpoint} could not be written: {reason}.{free_space(checkpoint.parent)} What was there of it is "
+            f"removed. Make room and continue from the last one: {newest or 'none was written'}."
+        ) from error
+
+
+_WRITERS = ("inline_container", "PytorchStreamWriter")
+"""Names in what torch raises where its file cannot be written."""
+
+
+def drop_oldest(folder: Path, limit: int | None, newest: Path, best: str | None) -> None:
+    """Remove the oldest checkpoints, as far as there are more than ``limit``; None or 0 keeps all of them.
+
+    Args:
+        newest: stays, and so does what has the name of ``best``.
+    """
+    if not limit or limit < 0:
+        return
+    stay = {newest.name, *([Path(best).name] if best else [])}
+    steps = _by_step(folder)
+    oldest = sorted(steps, key=lambda step: (int(steps[step].stat().st_mtime), step))  # of an earlier training perhaps
+    others = [steps[step] for step in oldest if steps[step].name not in stay]
+    for checkpoint in others[: max(0, len(steps) - max(limit, len(stay)))]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def put_aside_after(folder: Path, checkpoint: Path | None) -> None:
+    """Clear the place of checkpoints of higher steps than the one that is continued from, which are not whole.
+
+    What a killed process was writing is removed, and one that was damaged later has another name from then on.
+    """
+    for step, path in _by_step(folder).items():
+        if checkpoint is not None and step <= step_of(checkpoint):
+            continue
+        contents = _contents(path)
+        if contents == {} or (contents is None and not (path / STATE_FILE).is_file()):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        names = [f"damaged-{path.name}", *(f"damaged-{path.name}-{number}" for number in range(2, 1000))]
+        with suppress(OSError, StopIteration):
+            path.rename(next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name))))

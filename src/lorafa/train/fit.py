@@ -204,11 +204,13 @@ def _fit(
     in_all = steps_in_all(config, len(material.train))
     if checkpoint and (stopped or steps >= in_all):
         # Its last part was all but done; transformers would take one step more.
-        chosen = Path(state["best_model_checkpoint"] or checkpoint)
+        best = state.get("best_model_checkpoint")
+        chosen = checkpoint.with_name(Path(best).name) if best else checkpoint  # wherever the run has been moved to
         if material.teach is not None and config.align.reorient:  # the best may be of the middle of a phase
             carry_as_in(chosen, material.teach(in_all))
         _load(material.model, chosen, config)
-        return Fitted(steps, stopped, _kept(config, state["best_model_checkpoint"]))
+        pair_optimizer(material.model, config.optim)  # which freezes what it does not train
+        return Fitted(steps, stopped, _kept(config, best))
     aligned: dict[str, Any] = {}
     if material.teach is not None:
         alignment = material.teach(in_all)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import uuid
@@ -22,7 +23,7 @@ from lorafa.data.collate import Collate, Tokenized
 from lorafa.data.packing import PackCollator, Packs
 from lorafa.data.prepared import SampleSet
 from lorafa.data.templates import find_template
-from lorafa.errors import ConfigError, DataError
+from lorafa.errors import ConfigError, DataError, DivergedError
 from lorafa.evals.entry import Subject
 from lorafa.evals.forgetting import check_forgetting, forgetting
 from lorafa.evals.loss import answer_loss
@@ -281,6 +282,12 @@ def train(
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
     samples = earlier.get("samples", []) if answers_before is None else _side_by_side(answers_before, answers)
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
+    if not math.isfinite(after.get("loss", 0.0)):
+        raise DivergedError(
+            f"After the training the held-out loss is {after['loss']}, so the run has no result. What was trained is "
+            f"kept in {run.path / next(iter(kept.values()))}. Lower the learning rate, or clip gradients "
+            "(optim.max_grad_norm)."
+        )
     if config.train.save_merged:
         with console.status("Saving the merged model"):
             lost = save_merged(prepared.trained(), config, run)

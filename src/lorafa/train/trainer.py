@@ -25,11 +25,12 @@ from lorafa.processes import gathered
 from lorafa.storage.whole import read_json
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
-from lorafa.train.checkpoints import STATE_FILE, last_checkpoint, whole_or_none
+from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
 from lorafa.train.fillers import Filler, Rounds
 from lorafa.train.rates import scheduler
 from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
 from lorafa.train.sharding import Sharding
+from lorafa.train.whole_checkpoints import WholeCheckpoints
 
 AS_TRANSFORMERS = 1
 """The rules by which warm-ups count and rows are ordered in transformers; see ``train.rules`` of a run."""
@@ -44,7 +45,7 @@ def rules_of(checkpoint: Path) -> int:
     return int(state.get("stateful_callbacks", {}).get(MARK, {}).get("rules", 1))
 
 
-class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
+class SupervisedTrainer(WholeCheckpoints, transformers.Trainer):  # type: ignore[misc]
     """`transformers.Trainer` for a language model, all of whose weights it may train.
 
     What it adds: the loss is computed at supervised positions only (`lorafa.models.head_loss`) and announced when it
@@ -329,8 +330,7 @@ class SupervisedTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._require_finite()
         self.state.stateful_callbacks[MARK] = {"rules": self.rules}
-        with whole_or_none(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(*args, **kwargs)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _require_finite(self) -> None:
         bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]

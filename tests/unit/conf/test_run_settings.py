@@ -252,7 +252,7 @@ def test_a_config_is_frozen() -> None:
         ("train.seed=4294967296", "train.seed must be an integer <= 4294967295, found 4294967296. Give a smaller one"),
         ("threads=100000", "threads must be an integer <= 1024, found 100000"),
         ("optim.warmup=80", r"optim.warmup=80 steps are the whole training \(train.steps=80\), so .*optim.warmup=0.05"),
-        ("run_dir=${nope}", "do not fit together: Interpolation key 'nope' not found"),
+        ("report_project=${nope}", "do not fit together: Interpolation key 'nope' not found"),
         ("data=custom", "data.name has no value. Add data.name=<value>."),
     ],
 )

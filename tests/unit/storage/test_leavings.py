@@ -53,16 +53,16 @@ def test_what_is_held_stays_until_it_is_let_go(own: object, tmp_path: Path) -> N
 def test_who_is_taken_for_left_over_before_he_holds_it_begins_again(
     own: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, taken = leavings._locked, list[Path]()
+    lock, taken = leavings.locked, list[Path]()
 
     def meanwhile(descriptor: int) -> bool | None:
         if not taken:
-            monkeypatch.setattr(leavings, "_locked", lock)
+            monkeypatch.setattr(leavings, "locked", lock)
             taken.extend(tmp_path.iterdir())
             remove_left_over(tmp_path, "a")
         return lock(descriptor)
 
-    monkeypatch.setattr(leavings, "_locked", meanwhile)
+    monkeypatch.setattr(leavings, "locked", meanwhile)
     with own(tmp_path, "a") as path:  # type: ignore[operator]
         assert [path] == list(tmp_path.iterdir())
         assert taken
@@ -73,7 +73,7 @@ def test_who_is_taken_for_left_over_before_he_holds_it_begins_again(
 def test_where_there_are_no_locks_nothing_is_taken_for_left_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leavings, "_locked", lambda descriptor: None)
+    monkeypatch.setattr(leavings, "locked", lambda descriptor: None)
     left = hidden(tmp_path, "a")
     left.write_text("half")
     remove_left_over(tmp_path, "a")
