@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
@@ -135,17 +134,6 @@ def check_arguments(function: str, given: Iterable[str], known: Iterable[str]) -
                 f"{function} has no argument {name!r}.{did_you_mean(name, listed)} Beside those of its signature it "
                 f"has: {', '.join(listed)}."
             )
-
-
-def check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"{name} has {pattern!r}, which is no regular expression: {error}. Close its brackets, or escape them."
-        ) from error
-    if not pattern:
-        raise ConfigError(f"{name} holds an empty text, which names no module. Name one, or pass None.")
 
 
 def name_table(name: str, value: object) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import field, fields
 from typing import Any
 
 from lorafa.errors import ConfigError
-from lorafa.settings.checks import check_choice, check_int, check_number, check_regex, found, is_int, names
+from lorafa.settings.checks import check_choice, check_int, check_number, found, is_int, names
+from lorafa.settings.expressions import END, WHOLE, expressions
 
 Form = Callable[[str, Any], Any]
 """Given a field's name and a value, its one form: a copy where it could be changed from outside."""
@@ -84,8 +85,8 @@ def patterns_to(check: Check) -> Check:
     """A dict from regular expressions to values that ``check`` allows."""
 
     def check_table(name: str, table: dict[str, Any]) -> None:
+        expressions(name, tuple(table), END)
         for key, value in table.items():
-            check_regex(name, key)
             check(f"{name}[{key!r}]", value)
 
     return check_table
@@ -94,7 +95,7 @@ def patterns_to(check: Check) -> Check:
 def check_pattern(name: str, value: object) -> None:
     """Names, or a text that is a regular expression."""
     if isinstance(value, str):
-        check_regex(name, value)
+        expressions(name, (value,), WHOLE)
 
 
 def check_mapping(name: str, value: object) -> None:
