@@ -22,6 +22,7 @@ from lorafa.io.layouts import of_others
 from lorafa.io.layouts.base import Raw
 from lorafa.io.own_entry import own_entry
 from lorafa.io.peft_format import PREFIX, file_tensors, has_start, in_state, pristine_tensors, without_prefix
+from lorafa.io.strict import require_floats
 from lorafa.io.tables import which_tables
 from lorafa.layers.base import LoraLayer
 from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint, to_metadata
@@ -303,6 +304,7 @@ def read_adapter(
     if config is not None:
         require_available(config)
     tensors = without_prefix(renamed(read_tensors(files.weights, allow_pickle=allow_pickle)[0], key_mapping))
+    require_floats(files.weights, tensors)
     found = convert(Raw(files.weights, values, given, tensors, header))
     if found is not None:
         return _converted(files.weights, *found, side, inference_mode)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
-
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, first_line
 from lorafa.settings.checks import is_int
+from lorafa.storage.parsed import from_yaml
 
 RESULT = "comparison.json"
 """What a comparison writes into its folder beside the runs."""
@@ -59,8 +58,8 @@ class Plan:
             ConfigError: the file is not readable as a plan, or a setting is wrong.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = from_yaml(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{path} cannot be read as a comparison: {first_line(error)}. Correct it, or name another file."
             ) from error

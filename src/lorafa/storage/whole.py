@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafa.errors import CheckpointError, ConfigError, LoraError
+from lorafa.storage.parsed import from_json
 
 MARKS = ("config.json", "adapter_config.json", "Modelfile", "*.gguf")
 """Files by one of which a folder is known to hold a model or an adapter, which may be replaced on request."""
@@ -254,7 +255,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         CheckpointError: no such file, not json, or no object (``{...}``) at the top.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} could not be read: {error.strerror or error}. Check the path.") from error
     except ValueError as error:
