@@ -28,9 +28,17 @@ ODD: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def odd_run(path: Path, entries: dict[str, Any]) -> Path:
+    """A run with few steps whose result was edited."""
+    result = make_run(path, loss=1.0, steps=3) / "result.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | entries))
+    return path
+
+
+@pytest.mark.matrix(4, each_word=False)
 @pytest.mark.parametrize("entries", ODD, ids=str)
 def test_odd_results_are_drawn_or_refused(entries: dict[str, Any], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", loss=1.0, **entries)
+    run = odd_run(tmp_path / "run", entries)
     with suppress(LoraError):
         write_report(run)
     with suppress(LoraError):
@@ -38,7 +46,7 @@ def test_odd_results_are_drawn_or_refused(entries: dict[str, Any], tmp_path: Pat
 
 
 def test_the_refusal_names_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run(tmp_path / "run", loss=1.0, steps=3, seconds={"total": "x"})
+    run = odd_run(tmp_path / "run", {"seconds": {"total": "x"}})
     assert main(["report", str(run)]) == 1
     said = capsys.readouterr().err
     assert "not foreseen" not in said
@@ -98,6 +106,7 @@ WORDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.matrix(4, each_word=False)
 @pytest.mark.parametrize("words", WORDS, ids=lambda words: " ".join(words)[:30])
 def test_commands_with_odd_words_say_what_is_wrong(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

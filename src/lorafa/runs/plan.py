@@ -85,9 +85,8 @@ class Plan:
         choose, seeds = _roles(path, values, swept=any(len(method.rates) > 1 for method in methods))
         plan = cls(tuple(methods), str(values["baseline"]), choose, seeds, settings)
         if plan.baseline not in values["methods"]:
-            raise ConfigError(
-                f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}. Name one of them."
-            )
+            known = ", ".join(method.name for method in methods)
+            raise ConfigError(f"{path}: the baseline {plan.baseline!r} is none of {known}. Name one of them.")
         for each in plan.methods:
             for rate in each.rates:
                 config = compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])
