@@ -34,6 +34,7 @@ from lorafa.settings.checks import (
     names,
     path_text,
     plain,
+    shown,
 )
 from lorafa.settings.fields import (
     Form,
@@ -41,6 +42,7 @@ from lorafa.settings.fields import (
     check_forms,
     check_mapping,
     check_pattern,
+    check_settings,
     check_tokens,
     name_list,
     name_set,
@@ -48,6 +50,7 @@ from lorafa.settings.fields import (
     one_of,
     optional,
     patterns_to,
+    rank_of_adapter,
     setting,
     take_forms,
     whole,
@@ -147,7 +150,7 @@ class LoraConfig:
     """Revision of the base model."""
     inference_mode: bool = setting(False, check=check_flag)
     """Freeze the adapter; True in every saved file."""
-    r: int = setting(8, check=whole(at_least=1))
+    r: int = setting(8, check=rank_of_adapter)
     """Rank: the inner dimension of B @ A."""
     target_modules: list[str] | set[str] | str | None = setting(form=name_set, check=check_pattern)
     """Last names (or dotted ends) of the layers to adapt, one regular expression for full names, "all-linear", or None
@@ -178,7 +181,7 @@ class LoraConfig:
     """Adapt only the layers with these indices."""
     layers_pattern: list[str] | str | None = setting(form=_copied, check=_check_names)
     """Name of the list the indices count, "layers" for example."""
-    rank_pattern: dict[str, int] = setting(form=name_table, check=patterns_to(whole(at_least=1)), factory=dict)
+    rank_pattern: dict[str, int] = setting(form=name_table, check=patterns_to(rank_of_adapter), factory=dict)
     """Other ranks for some layers: a name's end or a regular expression -> rank."""
     alpha_pattern: dict[str, int | float] = setting(form=name_table, check=patterns_to(_ALPHA), factory=dict)
     """Other alphas for some layers."""
@@ -218,7 +221,7 @@ class LoraConfig:
     """Seed of the random starts; None: torch.initial_seed() when the adapter is made. Not in PEFT."""
     attention_out_proj_twice: bool = setting(False, check=check_flag)
     """Apply the update of nn.MultiheadAttention's out_proj twice, as PEFT does. Not in PEFT."""
-    init_config: Any = None
+    init_config: Any = setting(check=check_settings)
     """Settings of a start for which PEFT has no field, as a dict or as the start's own class. Not in PEFT."""
 
     def __post_init__(self) -> None:
@@ -322,9 +325,9 @@ class LoraConfig:
         if unknown:
             key = unknown[0]
             raise ConfigError(
-                f"The config sets {key}={values[key]!r}, which lorafa {VERSION} does not know and which may change "
-                f"what the adapter computes.{did_you_mean(key, known)} Use a version that knows it, or delete the key "
-                "if you are sure that it changes nothing."
+                f"The config sets {key!s:.200}={shown(values[key])}, which lorafa {VERSION} does not know and which "
+                f"may change what the adapter computes.{did_you_mean(key, known)} Use a version that knows it, or "
+                "delete the key if you are sure that it changes nothing."
             )
         given = {key: value for key, value in values.items() if key in known and key != "runtime_config"}
         own = settings_field(known_start(start_meant(given.get("init_lora_weights", True), given)))

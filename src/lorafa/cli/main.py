@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorafa.chat.printable import printable
 from lorafa.cli import chat, combine, compare, eval, export, generate, inspect, merge, params, plan, report, train
 from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
-from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError
+from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError, bounded
 from lorafa.launch import leave, require_alone
 from lorafa.processes import is_from_other, is_main
 from lorafa.version import VERSION
@@ -85,8 +85,20 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if isinstance(error, ImportError) and _missing_extras():
             raise
-        text = f"{type(error).__name__}: {error}. This was not foreseen; --traceback shows where it happened."
-        return _report(error, text, FAILED, args, errors)
+        return _report(error, _refused_by_system(error) or _not_foreseen(error), FAILED, args, errors)
+
+
+def _refused_by_system(error: Exception) -> str | None:
+    """What to say where the system refuses a place: a name too long, a folder one may not enter, a full disk."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    place = bounded(repr(error.filename), 200)
+    return f"{place}: {error.strerror or error}. The system refuses that place: name another one, or make room."
+
+
+def _not_foreseen(error: Exception) -> str:
+    said = bounded(str(error))
+    return f"{type(error).__name__}: {said}. This was not foreseen; --traceback shows where it happened."
 
 
 def _missing_extras() -> list[str]:

@@ -82,7 +82,7 @@ class AutoPeftModel:
             given = _require_peft(find_adapter_files(pretrained_model_name_or_path, **place, **hub))
         else:
             given = lora_config(config)
-        base = _base_model(cls._loader(given), given, rest)
+        base = _base_model(cls._loader(given), given, {"trust_remote_code": False, **rest})
         _resize(base, pretrained_model_name_or_path, place["subfolder"], hub)
         return PeftModel.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
@@ -179,7 +179,8 @@ def _architecture(name: str, revision: str | None) -> str:
     import transformers
 
     try:
-        found = transformers.AutoConfig.from_pretrained(name, revision=revision).architectures
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        found = config.architectures
     except (OSError, ValueError, ConnectionError) as error:
         raise SourceError(
             f"The base model {name!r} that the adapter names could not be found: {first_line(error)}. Name another one."
@@ -199,7 +200,8 @@ def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> 
 
     place = {"subfolder": subfolder} if subfolder else {}
     local = user_path(source).is_dir()
-    tokenizer = AutoTokenizer.from_pretrained(found.parent if local else source, **({} if local else place | hub))
+    where = {} if local else place | hub
+    tokenizer = AutoTokenizer.from_pretrained(found.parent if local else source, trust_remote_code=False, **where)
     table = embedding_of(model, "get_input_embeddings")
     if table is not None and len(tokenizer) > len(table.weight):  # type: ignore[arg-type]
         model.resize_token_embeddings(len(tokenizer))

@@ -95,10 +95,14 @@ def composed(overrides: Sequence[str] = ()) -> DictConfig:
             for missing in sorted(OmegaConf.missing_keys(config)):
                 raise ConfigError(f"{missing} has no value. Add {missing}=<value>.")
             return config
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, *_NUMBERS) as error:
         raise ConfigError(f"The settings {' '.join(overrides)!r} do not fit together: {first_line(error)}.") from error
 
 
+_NUMBERS = (ValueError, RecursionError)
+"""What Hydra lets through: a number of thousands of digits, brackets without end."""
 _ONE_AT_A_TIME = Lock()
 
 
@@ -232,7 +236,7 @@ def _names(group: str, option: str) -> str:
     """A list of names, each in quotes."""
     try:
         names = OverridesParser.create().parse_override(f"{group}={option}").value()
-    except HydraException as error:
+    except (HydraException, *_NUMBERS) as error:
         raise ConfigError(
             f"{group}={option} cannot be read as a list: {first_line(error).partition(' expecting ')[0]}. Put a name "
             f"with blanks, brackets or a ~ into quotes: \"{group}=[a.jsonl,'b (1).jsonl']\"."
@@ -270,7 +274,7 @@ def is_readable(override: str) -> bool:
     """Whether Hydra's grammar can read an override."""
     try:
         OverridesParser.create().parse_override(override)
-    except HydraException:
+    except (HydraException, *_NUMBERS):
         return False
     return True
 
@@ -283,7 +287,7 @@ def read_value(text: str, key: str, value: str) -> Any:
     """
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={value}")
-    except HydraException as error:
+    except (HydraException, *_NUMBERS) as error:
         raise ConfigError(
             f"The value of {text!r} cannot be read: {first_line(error).partition(' expecting ')[0]}. Close its "
             f'brackets, or if it is a text, put quotes inside the quotes: "{key}={quoted(value)}".'

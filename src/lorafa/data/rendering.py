@@ -47,7 +47,9 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **({"chat_template": template, "start": start_token(tokenizer)} if own else {}),
         )
-    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except (
+        TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError
+    ) as error:  # fmt: skip
         roles = ", ".join(str(turn["role"]) for turn in turns)
         raise DataError(
             f"The tokenizer's chat template refuses a conversation with the roles {roles}: {first_line(error)}. "

@@ -21,6 +21,7 @@ from lorafa.layers.host import Host
 from lorafa.models.wrapped import inner_model
 from lorafa.processes import from_main, is_main
 from lorafa.storage.fingerprint import fingerprint
+from lorafa.storage.parsed import from_json
 from lorafa.storage.tensors import whole
 from lorafa.storage.wheels import default_cache_dir
 from lorafa.storage.whole import make_folder, written_whole
@@ -155,7 +156,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 def _read(path: Path, texts: int) -> list[list[int]] | None:
     """The texts of a file; None where there is none, or, with a warning, a damaged one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -44,7 +44,7 @@ def facts_of(config: LoraConfig, name: str | None = None) -> BaseFacts:
     except ImportError as error:
         raise SourceError("Reading a model's config needs a package: pip install lorafa[train]") from error
     try:
-        found: Any = AutoConfig.from_pretrained(name, revision=revision)
+        found: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(
             f"The config of the base model {name!r} could not be read: {first_line(error)}. Give its folder: --base."

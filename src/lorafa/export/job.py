@@ -159,7 +159,7 @@ def _tokenizer(place: str, base: str, folder: Path) -> list[str]:
 
     for source in (place, base):
         try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError):
             continue
         return []

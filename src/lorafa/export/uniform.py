@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from lorafa.io.find import WEIGHTS_NAME
 from lorafa.io.peft_format import without_prefix
 from lorafa.numerics.low_rank import padded
 from lorafa.storage.tensors import read_tensors
+from lorafa.storage.whole import read_json
 
 
 def common_scaling(adapter: PlainAdapter) -> tuple[int, int]:
@@ -79,7 +79,7 @@ class Uniform(Exporter):
 
     def read(self, folder: Path, adapter: PlainAdapter, base: BaseFacts | None) -> list[Update]:
         """alpha / r of the config on every pair of factors, whatever else the config says."""
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_NAME)
         tensors = without_prefix(read_tensors(folder / WEIGHTS_NAME)[0])
         scaling = config["lora_alpha"] / config["r"]
         read = []

@@ -22,6 +22,7 @@ from lorafa.io.layouts import of_others
 from lorafa.io.layouts.base import Raw
 from lorafa.io.own_entry import changed_fields, own_entry
 from lorafa.io.peft_format import without_prefix
+from lorafa.io.strict import require_floats
 from lorafa.storage.fingerprint import check_base, compare_fingerprints, fingerprint
 from lorafa.storage.hub import HubOptions
 from lorafa.storage.tensors import read_header, read_tensors
@@ -150,6 +151,7 @@ def _read_files(
     if config is not None:
         require_available(config)
     tensors = without_prefix(renamed(read_tensors(files.weights, allow_pickle=allow_pickle)[0], key_mapping))
+    require_floats(files.weights, tensors)
     found = convert(Raw(files.weights, values, given, tensors, header))
     if found is not None:
         return _converted(files.weights, *found, side, inference_mode)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ README = "README.md"
 def card_of(config: LoraConfig) -> str:
     """The text of a model card."""
     base = config.base_model_name_or_path
-    head = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- lora", "---"]
+    head = ["---", *([f"base_model: {_yaml(base)}"] if base else []), "library_name: peft", "tags:", "- lora", "---"]
     body = [
         "",
         "# LoRA adapter",
         "",
-        f"A low-rank adapter (rank {config.r}) for `{base or 'its base model'}`, in PEFT's format.",
+        f"A low-rank adapter (rank {config.r}) for `{_shown(base) if base else 'its base model'}`, in PEFT's format.",
         "",
         "```python",
         "from lorafa import PeftModel",
@@ -30,6 +32,17 @@ def card_of(config: LoraConfig) -> str:
         "",
     ]
     return "\n".join(head + body)
+
+
+def _yaml(text: str) -> str:
+    """A text as a value of yaml: bare where that is one, else in quotes, so that it adds nothing to the head."""
+    bare = re.fullmatch(r"[A-Za-z/][\w./-]*", text, re.ASCII) and len(text) > 5
+    return text if bare else json.dumps(text)
+
+
+def _shown(text: str) -> str:
+    """The text on one line, without what would end the span of code it stands in."""
+    return "".join(letter if letter.isprintable() and letter != "`" else "?" for letter in text)
 
 
 def update_card(directory: str | Path, config: LoraConfig) -> None:

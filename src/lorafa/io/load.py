@@ -43,12 +43,14 @@ from lorafa.surgery.build import Options
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.replicate import planned_places, replication_of
-from lorafa.surgery.resolve import resolve
+from lorafa.surgery.resolve import Resolved, resolve
 from lorafa.surgery.walk import lora_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+MORE, FEW = 16, 2_000_000
+"""How often more numbers than a file holds an adapter may have before the two are compared, and how many at least."""
 _READING = ("subfolder", "allow_pickle", "use_safetensors", "weight_name", "ignore_config_mismatch")
 
 
@@ -238,6 +240,8 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
     resolved = resolve(
         tuner.model, stored.config, lenient=True, checked=True, replication=replication, everything=everything
     )
+    if not ignore_sizes:
+        _require_memory_for(resolved, stored, name)
     take_back = tuner.apply_plan(tuner.plan_adapter(resolved, name, options))
     try:
         _fill(tuner, stored, name, ignore_sizes)
@@ -245,6 +249,21 @@ def take_in(tuner: LoraModel, stored: StoredAdapter, name: str, options: Options
     except BaseException:
         take_back()
         raise
+
+
+def _require_memory_for(resolved: Resolved, stored: StoredAdapter, name: str) -> None:
+    """Raises CheckpointError where the ranks of a config ask for far more numbers than the file holds.
+
+    They are compared tensor by tensor once the adapter is made, and a number in a file can ask for any memory.
+    """
+    held = sum(tensor.numel() for tensor in stored.tensors.values())
+    asked = sum(target.rank * sum(target.backend.full_shape(target.base)[-2:]) for target in resolved.targets)
+    if asked > MORE * held + FEW:
+        largest = max(resolved.targets, key=lambda target: target.rank)
+        raise CheckpointError(
+            f"{stored.path} does not fit adapter {name!r}: by its config A and B have {asked:.3g} numbers, and it "
+            f"holds {held}. {largest.full_name!r} has rank {largest.rank} there. Nothing was loaded."
+        )
 
 
 def _fill(tuner: LoraModel, stored: StoredAdapter, name: str, ignore_sizes: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from lorafa.io.adapter_files import StoredAdapter, read_adapter
 from lorafa.io.factors import around, file_factors
 from lorafa.io.find import find_adapter_files
 from lorafa.io.own_entry import own_entry
+from lorafa.settings.expressions import WHOLE, expressions
 from lorafa.storage.tensors import read_header
 from lorafa.surgery.available import require_available
 from lorafa.surgery.patterns import numbers_of
@@ -157,5 +156,6 @@ def belongs_to_saved(key: str, config: LoraConfig) -> bool:
         return True
     parts = key.split(".")
     modules = [".".join(parts[:count]) for count in range(1, len(parts))]
-    names: Mapping[str, None] = dict.fromkeys(config.modules_to_save or ())
-    return any(module.endswith(name) or re.fullmatch(name, module) for module in modules for name in names)
+    names = tuple(dict.fromkeys(config.modules_to_save or ()))
+    ends = any(module.endswith(names) for module in modules)
+    return ends or any(expressions("modules_to_save", names, WHOLE).first(module) is not None for module in modules)

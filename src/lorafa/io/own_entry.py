@@ -36,6 +36,8 @@ def own_entry(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
         _require(path, name, "a fingerprint of each layer", all(map(_is_description, layers)))
     numbers = entry.get("numbers", {}).values()
     _require(path, "numbers", "a text for each field", all(isinstance(number, str) for number in numbers))
+    described = entry.get("base", {}).keys() >= entry.get("quantized", {}).keys()
+    _require(path, "base", "a fingerprint of each layer that is quantized", described)
     reasons = entry.get("fallbacks", {}).values()
     _require(path, "fallbacks", "a reason for each layer", all(isinstance(reason, str) for reason in reasons))
     return entry
@@ -53,4 +55,7 @@ def _is_description(value: object) -> bool:
     """Whether it is what :func:`lorafa.storage.fingerprint.describe` gives, or None."""
     if value is None:
         return True
-    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in _DESCRIPTION.items())
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in _DESCRIPTION.items()):
+        return False
+    counts = all(type(size) is int and 0 <= size < 2**63 for size in value["shape"])
+    return counts and all(type(number) in (int, float) and abs(number) < 2**128 for number in value["sample"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorafa.errors import CheckpointError, shape_text
+from lorafa.errors import CheckpointError, nearest, shape_text, shorten
 from lorafa.variants import VARIANTS, asking_settings
 
 Shape = tuple[int, ...]
@@ -76,6 +75,17 @@ class Misfit:
         return "\n".join(part for part in parts if part)
 
 
+def require_floats(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for factors that are whole numbers: codes of a quantizer, which nobody here reads."""
+    whole_numbers = [k for k, tensor in tensors.items() if ".lora_" in k and not tensor.dtype.is_floating_point]
+    if whole_numbers:
+        raise CheckpointError(
+            f"{path} holds whole numbers ({tensors[whole_numbers[0]].dtype}) where an adapter has fractions: "
+            f"{shorten(whole_numbers, 3)}. It is damaged, or quantized: save it in a floating-point format. Nothing "
+            "was loaded."
+        )
+
+
 def compare(have: Mapping[str, Tensor | Shape], want: Mapping[str, Tensor | Shape]) -> Misfit:
     """Compare the tensors of a file (``have``) with those a model expects (``want``); values are tensors or shapes."""
     file, model = _shapes(have), _shapes(want)
@@ -98,8 +108,8 @@ def _listing(title: str, lines: list[str], count: int) -> str:
 
 
 def _nearest(key: str, others: list[str]) -> str:
-    close = difflib.get_close_matches(key, others, n=1, cutoff=0.8)
-    return f"  (nearest on the other side: {close[0]})" if close else ""
+    close = nearest(key, others, cutoff=0.8)
+    return f"  (nearest on the other side: {close})" if close else ""
 
 
 def likely_causes(misfit: Misfit) -> list[str]:
@@ -165,7 +175,7 @@ def _other_depth(misfit: Misfit) -> str | None:
 def _range(numbers: set[int]) -> str:
     low, high = min(numbers), max(numbers)
     whole = len(numbers) == high - low + 1
-    return (f"{low}..{high}" if high > low else str(low)) if whole else ", ".join(map(str, sorted(numbers)))
+    return (f"{low}..{high}" if high > low else str(low)) if whole else shorten(map(str, sorted(numbers)), 40)
 
 
 def _nothing_in_common(misfit: Misfit) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from lorafa.errors import CheckpointError, ConfigError, SourceError, warn
 from lorafa.layers.host import Host
 from lorafa.layers.parts import Stored
 from lorafa.settings.checks import is_int
+from lorafa.settings.expressions import fits
 from lorafa.storage.hub import locate
 from lorafa.storage.whole import read_json
 from lorafa.surgery.alone import modules_alone
@@ -51,7 +51,7 @@ def _targets_one(config: LoraConfig, model: nn.Module) -> bool:
     targets = config.target_modules or ()
     if isinstance(targets, str):
         names = [place.name for place in places(model) if place.name.rpartition(".")[2] in _USUAL_NAMES]
-        return any(re.fullmatch(targets, name) for name in names)
+        return any(fits("target_modules", targets, name) for name in names)
     return any(name in targets for name in _USUAL_NAMES)
 
 

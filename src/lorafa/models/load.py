@@ -113,7 +113,7 @@ def load(
     words = "a model" if kind == AUTO else KINDS.get(kind).words
     with as_source_error(f"Could not load {words} from the {where}", model_step()):
         # first: else the tokenizer is blamed for a damaged config
-        config = transformers.AutoConfig.from_pretrained(place, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     found = kind_named(kind, config)
     tokenizer = _tokenizer_of(place, revision)
     classes = found.classes(config, answers, where) if classes is None else tuple(classes)
@@ -126,6 +126,7 @@ def load(
             attn_implementation=None if attention == "auto" else attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
             **found.loading(classes),
         )
     new = _check_weights(where, model, loaded, found)
@@ -181,7 +182,9 @@ def _tokenizer_of(place: Path | str, revision: str | None) -> PreTrainedTokenize
 
     step = _TOKENIZER_STEP if isinstance(place, Path) else model_step()
     with as_source_error(f"Could not load a tokenizer from the {_in_words(place)}", step):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=False
+        )
     return tokenizer
 
 

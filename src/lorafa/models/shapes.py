@@ -93,7 +93,9 @@ def outline(
     words = "a model" if kind == AUTO else KINDS.get(kind).words
     with as_source_error(f"Could not make {words} from the config of {name!r}", step):
         found = transformers.AutoConfig
-        config = found.for_model(**known) if known else found.from_pretrained(place, revision=revision)
+        config = found.for_model(**known) if known else found.from_pretrained(
+            place, revision=revision, trust_remote_code=False
+        )
     entry = kind_named(kind, config)
     known_classes = _classes(entry, config, answers, name) if classes is None else tuple(classes)
     keeps_head = known_classes is None or entry.keeps_head(config, known_classes)

@@ -75,7 +75,9 @@ def tokenizer_beside(adapter: str, model: Any) -> Any | None:
     from transformers import AutoTokenizer
 
     with as_source_error(f"Could not load the tokenizer in {str(place)!r}", "take its files away, or restore them."):
-        tokenizer = AutoTokenizer.from_pretrained(place if user_path(adapter).is_dir() else adapter)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place if user_path(adapter).is_dir() else adapter, trust_remote_code=False
+        )
     if len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if tokenizer.pad_token_id is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorafa.errors import ConfigError
 from lorafa.report.plots import Series, curves
+from lorafa.report.recorded import drawn_from
 from lorafa.report.styles import style_of
 from lorafa.report.tables import DIVERGED, MISSING, gib, in_spread, plus_minus
 from lorafa.report.templates import Drawing, legend_of, marked, write_page
@@ -130,19 +131,21 @@ def write_comparison(folder: str | Path) -> Path:
 
     Raises:
         ConfigError: not the folder of a comparison.
+        CheckpointError: its result is damaged.
     """
     folder = Path(folder)
     result = read_result(folder)
-    rows = result["methods"]
-    return write_page(
-        folder / PAGE,
-        "comparison.html",
-        title=folder.resolve().name,
-        headings=HEADINGS,
-        rows=[(marked(style_of(number), row["method"]), *cells(row)[1:]) for number, row in enumerate(rows)],
-        notes=notes(result),
-        drawings=[each for each in (_curves(folder, rows, result.get("seeds")), _rates(folder, rows)) if each],
-    )
+    with drawn_from(folder):
+        rows = result["methods"]
+        return write_page(
+            folder / PAGE,
+            "comparison.html",
+            title=folder.resolve().name,
+            headings=HEADINGS,
+            rows=[(marked(style_of(number), row["method"]), *cells(row)[1:]) for number, row in enumerate(rows)],
+            notes=notes(result),
+            drawings=[each for each in (_curves(folder, rows, result.get("seeds")), _rates(folder, rows)) if each],
+        )
 
 
 def _seconds(times: Mapping[str, float] | float | None) -> str:

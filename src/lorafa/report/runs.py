@@ -17,6 +17,7 @@ from lorafa.report.drawings import accuracy, drawings, loss
 from lorafa.report.entries import DAMAGED, OF_THE_PLACE, Entry, named_in_words, read_all
 from lorafa.report.found import PAGE, common_folder, find
 from lorafa.report.methods import Method, Section, sections
+from lorafa.report.recorded import drawn_from
 from lorafa.report.starts import rank_rows
 from lorafa.report.styles import swatch
 from lorafa.report.tables import MISSING, SHOWN, duration, gib, in_spread, plus_minus
@@ -50,8 +51,9 @@ class Report:
         found = find(paths)
         inside = len(paths) == 1 and found != [user_path(paths[0])]
         folder = user_path(paths[0]).absolute() if inside else common_folder(found)
-        entries = read_all(found, folder, Defaults())
-        return cls(entries, sections(entries, baseline), folder)
+        with drawn_from(folder):
+            entries = read_all(found, folder, Defaults())
+            return cls(entries, sections(entries, baseline), folder)
 
     @property
     def left_out(self) -> list[Entry]:
@@ -94,15 +96,16 @@ class Report:
             raise ConfigError(f"The page {str(path)!r} cannot be written: it {what}. Name a file.")
         if path.is_file() and not path.read_bytes()[:64].lstrip().lower().startswith(b"<!doctype html"):
             raise ConfigError(f"{str(path)!r} is there already and is no page, so it is not overwritten. Name a file.")
-        return write_page(
-            path,
-            "runs.html",
-            title=self.folder.name,
-            summary=self.summary(),
-            sections=[_shown(section) for section in self.sections],
-            left_out=[(entry.name, status_of(entry), entry.error or "") for entry in self.left_out],
-            runs=[_run_row(entry) for entry in self.entries],
-        )
+        with drawn_from(self.folder):
+            return write_page(
+                path,
+                "runs.html",
+                title=self.folder.name,
+                summary=self.summary(),
+                sections=[_shown(section) for section in self.sections],
+                left_out=[(entry.name, status_of(entry), entry.error or "") for entry in self.left_out],
+                runs=[_run_row(entry) for entry in self.entries],
+            )
 
 
 def status_of(entry: Entry) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 
 from lorafa.report.fitted import Facts, Fitted
+from lorafa.report.recorded import drawn_from
 from lorafa.report.values import flat, is_measure, is_number
 from lorafa.runs.measures import Metrics, spread, step_seconds
 from lorafa.runs.record import RunDirectory
@@ -104,9 +105,14 @@ def _rows_of_data(rows: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def result_tables(run: RunDirectory) -> Group:
-    """For the terminal: the facts, then the scores before and after. Print it with ``crop=False``."""
-    result = run.result()
-    facts, scores = Facts(fact_rows(result, run.metrics())), score_rows(result)
+    """For the terminal: the facts, then the scores before and after. Print it with ``crop=False``.
+
+    Raises:
+        CheckpointError: a file of the run is damaged.
+    """
+    result, metrics = run.result(), run.metrics()
+    with drawn_from(run.path):
+        facts, scores = Facts(fact_rows(result, metrics)), score_rows(result)
     return Group(facts, Fitted(("", "before", "after"), scores, left=1)) if scores else Group(facts)
 
 

@@ -18,6 +18,7 @@ from lorafa.errors import CheckpointError, ConfigError, LoraError
 from lorafa.evals.answering import Answer
 from lorafa.runs.made_by import MadeBy
 from lorafa.storage.leavings import locked
+from lorafa.storage.parsed import from_json
 from lorafa.storage.paths import user_path
 from lorafa.storage.whole import free_space, read_json, write_json
 
@@ -170,7 +171,7 @@ def _lines(path: Path, prompts: Sequence[Unanswered]) -> tuple[list[str], int]:
 
 def _answers(line: str, prompt: Unanswered) -> bool:
     try:
-        row: Any = json.loads(line)
+        row: Any = from_json(line)
     except ValueError:
         return False
     asked = json.loads(json.dumps(prompt.plain()))

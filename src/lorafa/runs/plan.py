@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
-
 from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, first_line
 from lorafa.settings.checks import is_int
+from lorafa.storage.parsed import from_yaml
 
 RESULT = "comparison.json"
 """What a comparison writes into its folder beside the runs."""
@@ -59,8 +58,8 @@ class Plan:
             ConfigError: the file is not readable as a plan, or a setting is wrong.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = from_yaml(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{path} cannot be read as a comparison: {first_line(error)}. Correct it, or name another file."
             ) from error
@@ -86,9 +85,8 @@ class Plan:
         choose, seeds = _roles(path, values, swept=any(len(method.rates) > 1 for method in methods))
         plan = cls(tuple(methods), str(values["baseline"]), choose, seeds, settings)
         if plan.baseline not in values["methods"]:
-            raise ConfigError(
-                f"{path}: the baseline {plan.baseline!r} is none of {', '.join(values['methods'])}. Name one of them."
-            )
+            known = ", ".join(method.name for method in methods)
+            raise ConfigError(f"{path}: the baseline {plan.baseline!r} is none of {known}. Name one of them.")
         for each in plan.methods:
             for rate in each.rates:
                 config = compose([*plan.overrides(each, rate, plan.seeds[0]), *extra])

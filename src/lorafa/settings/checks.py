@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
-from lorafa.errors import ConfigError, did_you_mean
+from lorafa.errors import ConfigError, bounded, did_you_mean
 
 
 def found(value: object) -> str:
     """``'8' (str)``: the value and its type, for the middle of an error text."""
-    return f"{value!r} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"
+
+
+def shown(value: object) -> str:
+    """The value as Python writes it, cut where it is long, or a word for it where it cannot be written."""
+    try:
+        return bounded(repr(value), 500)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
+        return "what is too long to be shown"
 
 
 def is_int(value: object) -> bool:
@@ -29,6 +37,8 @@ def check_flag(name: str, value: object) -> None:
 
 def check_int(name: str, value: Any, *, at_least: int | None = None) -> None:
     bound = "" if at_least is None else f" >= {at_least}"
+    if is_int(value) and abs(value) >= 2**64:
+        raise ConfigError(f"{name} must be an integer of at most 64 bits, found {found(value)}. Pass a smaller one.")
     if not is_int(value) or (at_least is not None and value < at_least):
         raise ConfigError(f"{name} must be an integer{bound}, found {found(value)}. {_as_int(name, value, at_least)}")
 
@@ -51,10 +61,17 @@ def check_number(name: str, value: Any, what: str, low: float, high: float = mat
         what: the condition in words, for the error text: "a probability in [0, 1)".
         closed: which ends belong to the interval: "[" the lower one, "]" the upper one, "[]" both.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         raise ConfigError(f"{name} must be {what}, found {found(value)}. Pass a finite number.")
     if not (value > low or ("[" in closed and value == low)) or not (value < high or ("]" in closed and value == high)):
-        raise ConfigError(f"{name} must be {what}, found {value!r}. Pass a number in that range.")
+        raise ConfigError(f"{name} must be {what}, found {shown(value)}. Pass a number in that range.")
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def check_rate(name: str, value: Any) -> None:
@@ -74,7 +91,8 @@ def check_betas(name: str, value: Any) -> None:
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
-        raise ConfigError(f"{name} has no value {value!r}.{did_you_mean(str(value), choices)} Pass one of: {known}.")
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{name} has no value {shown(value)}.{hint} Pass one of: {known}.")
 
 
 def check_text(name: str, value: object) -> None:
@@ -107,11 +125,11 @@ def indices(name: str, value: object) -> list[int]:
         raise ConfigError(f"{name} must be a list of integers, found {found(value)}. Pass for example [0, 1].")
     listed: list[int] = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
     for item in listed:
-        if not is_int(item) or item < 0:
+        if not is_int(item) or not 0 <= item < 2**63:
             raise ConfigError(f"{name} must hold integers >= 0 only, found {found(item)}. Remove or correct it.")
-    repeated = sorted({item for item in listed if listed.count(item) > 1}) if len(set(listed)) < len(listed) else []
-    if repeated:
-        raise ConfigError(f"{name} lists {repeated[0]} more than once. Give every index once.")
+    repeated = min((item for item, count in Counter(listed).items() if count > 1), default=None)
+    if repeated is not None:
+        raise ConfigError(f"{name} lists {shown(repeated)} more than once. Give every index once.")
     return listed
 
 
@@ -135,17 +153,6 @@ def check_arguments(function: str, given: Iterable[str], known: Iterable[str]) -
                 f"{function} has no argument {name!r}.{did_you_mean(name, listed)} Beside those of its signature it "
                 f"has: {', '.join(listed)}."
             )
-
-
-def check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"{name} has {pattern!r}, which is no regular expression: {error}. Close its brackets, or escape them."
-        ) from error
-    if not pattern:
-        raise ConfigError(f"{name} holds an empty text, which names no module. Name one, or pass None.")
 
 
 def name_table(name: str, value: object) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import field, fields
+from dataclasses import field, fields, is_dataclass
 from typing import Any
 
 from lorafa.errors import ConfigError
-from lorafa.settings.checks import check_choice, check_int, check_number, check_regex, found, is_int, names
+from lorafa.settings.checks import check_choice, check_int, check_number, found, is_int, names
+from lorafa.settings.expressions import END, WHOLE, expressions
 
+LARGEST_RANK = 2**24
 Form = Callable[[str, Any], Any]
 """Given a field's name and a value, its one form: a copy where it could be changed from outside."""
 Check = Callable[[str, Any], object]
@@ -65,6 +67,19 @@ def whole(at_least: int) -> Check:
     return lambda name, value: check_int(name, value, at_least=at_least)
 
 
+def rank_of_adapter(name: str, value: object) -> None:
+    """The rank of an adapter: no layer has as many features as the largest that is allowed."""
+    check_int(name, value, at_least=1)
+    if isinstance(value, int) and value > LARGEST_RANK:
+        raise ConfigError(f"{name} must be at most {LARGEST_RANK}, found {value}. Pass for example {name}=8.")
+
+
+def check_settings(name: str, value: object) -> None:
+    """A dict, an object of a class of settings, or None."""
+    if value is not None and not isinstance(value, dict) and not is_dataclass(value):
+        raise ConfigError(f"{name} must be a dict or an object of the start's settings, found {found(value)}. Drop it.")
+
+
 def number(what: str, low: float, high: float = float("inf"), *, closed: str = "") -> Check:
     """A finite number in an interval; arguments as :func:`lorafa.settings.checks.check_number`."""
     return lambda name, value: check_number(name, value, what, low, high, closed=closed)
@@ -84,8 +99,8 @@ def patterns_to(check: Check) -> Check:
     """A dict from regular expressions to values that ``check`` allows."""
 
     def check_table(name: str, table: dict[str, Any]) -> None:
+        expressions(name, tuple(table), END)
         for key, value in table.items():
-            check_regex(name, key)
             check(f"{name}[{key!r}]", value)
 
     return check_table
@@ -94,7 +109,7 @@ def patterns_to(check: Check) -> Check:
 def check_pattern(name: str, value: object) -> None:
     """Names, or a text that is a regular expression."""
     if isinstance(value, str):
-        check_regex(name, value)
+        expressions(name, (value,), WHOLE)
 
 
 def check_mapping(name: str, value: object) -> None:
@@ -105,7 +120,7 @@ def check_mapping(name: str, value: object) -> None:
 
 def check_tokens(name: str, value: object) -> None:
     """A list of token ids, of one at least, or None."""
-    ids = isinstance(value, list) and all(is_int(token) and token >= 0 for token in value)
+    ids = isinstance(value, list) and all(is_int(token) and 0 <= token < 2**63 for token in value)
     if value is not None and not (ids and value):
         raise ConfigError(
             f"{name} must be a list of token ids, one at least, found {found(value)}. Tokenize the text: "

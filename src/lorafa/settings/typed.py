@@ -194,7 +194,7 @@ def _converted(value: Any, annotation: Any) -> Any:
             return {_converted(key, args[0]): _converted(item, args[1]) for key, item in value.items()}
     elif annotation is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    elif annotation is float and type(value) is int:
+    elif annotation is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     elif annotation is Any or (type(value) is annotation and value != ""):
         return value

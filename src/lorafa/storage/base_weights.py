@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorafa.errors import CheckpointError, SourceError, did_you_mean
+from lorafa.errors import CheckpointError, SourceError, bounded, did_you_mean
 from lorafa.storage.hub import locate
-from lorafa.storage.paths import user_path
+from lorafa.storage.paths import is_inside, user_path
 from lorafa.storage.whole import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -81,6 +81,11 @@ def shards(index: Path) -> dict[str, Path]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise CheckpointError(f"{index} has no 'weight_map', which says which file holds what. Fetch it again.")
+    if odd := [bounded(repr(file), 200) for file in files.values() if not is_inside(file)]:
+        raise CheckpointError(
+            f"{index} names {odd[0]} among its files, which is no name or lies outside of its folder. Nothing was "
+            "read. Fetch it again, from a source you trust."
+        )
     for shard in sorted(set(files.values())):
         if not (index.parent / shard).is_file():
             raise SourceError(f"{index} names {shard!r}, which is not in its folder. Fetch the missing file.")

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafa.errors import SourceError
+from lorafa.errors import CheckpointError, SourceError
 from lorafa.storage.base_weights import INDEX, WHOLE, shards
 from lorafa.storage.hub import locate
-from lorafa.storage.tensors import entries_of
+from lorafa.storage.tensors import are_counts, entries_of
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,15 @@ def stored_weights(model: str | Path) -> StoredWeights | None:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         for name, entry in entries_of(file).items():
-            shapes[name] = tuple(entry["shape"])
-            first, last = entry["data_offsets"]
-            by_dtype[entry["dtype"]] += last - first
+            shape, dtype, (first, last) = entry.get("shape"), entry.get("dtype"), entry["data_offsets"]
+            if not are_counts(shape) or not isinstance(dtype, str) or not are_counts([first, last]):
+                raise CheckpointError(
+                    f"{file} is damaged: its header gives {name!r:.200} no shape, format and place. Fetch it again."
+                )
+            shapes[name] = tuple(shape)
+            by_dtype[dtype] += last - first
             count = 1
-            for size in entry["shape"]:
+            for size in shape:
                 count *= size
             numbers += count
     return StoredWeights(sum(by_dtype.values()), dict(by_dtype), numbers, len(files), shapes)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +14,11 @@ from torch import Tensor
 from lorafa.errors import CheckpointError, first_line, shorten
 from lorafa.numerics.linalg import all_finite
 from lorafa.storage.octets import NAMES, header_of, octets
+from lorafa.storage.parsed import from_json
 from lorafa.storage.whole import written_whole
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -200,16 +203,29 @@ def entries_of(path: Path) -> dict[str, dict[str, Any]]:
             f"{path} is no safetensors file, or was cut off in its header ({size} bytes long). Fetch or save it again."
         )
     try:
-        entries: dict[str, dict[str, Any]] = json.loads(header)
+        entries: dict[str, dict[str, Any]] = from_json(header)
         entries.pop("__metadata__", None)
+        if odd := [name for name, entry in entries.items() if not _is_entry(entry)]:
+            raise ValueError(f"what it says of {shorten(odd, 3)} is none")
         missing = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0) - size
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header is not readable. Fetch it again.") from error
     if missing > 0:
         raise CheckpointError(
             f"{path} was cut off: {missing} of {size + missing} bytes are missing. Fetch or save it again."
         )
     return entries
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a header says from where to where the bytes of a tensor go, right or wrong."""
+    ends = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return isinstance(ends, list) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
+
+
+def are_counts(values: object) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers that may be a shape."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorafa.errors import CheckpointError, LoraError
 from lorafa.storage.leavings import hidden, own_file, remove_left_over
+from lorafa.storage.parsed import from_json
 from lorafa.storage.renames import sync_file, sync_folder
 
 
@@ -146,7 +147,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         CheckpointError: no such file, not json, or no object (``{...}``) at the top.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} could not be read: {error.strerror or error}. Check the path.") from error
     except ValueError as error:

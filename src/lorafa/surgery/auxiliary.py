@@ -17,6 +17,7 @@ from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
+from lorafa.settings.expressions import CALLED, fits
 from lorafa.settings.methods import TaskType
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.targets import Target, spelled_targets
@@ -230,7 +231,7 @@ def modules_called(named: Iterable[Place], name: str) -> list[Place]:
     If there is none, those it is a regular expression for.
     """
     hits = [p for p in named if p.name.endswith(name)]
-    return hits or [p for p in named if re.fullmatch(rf"(.*\.)?{name}", p.name)]
+    return hits or [p for p in named if fits("modules_to_save", name, p.name, CALLED)]
 
 
 def _saved_wrapper(module: nn.Module, parents: Parents) -> ModulesToSaveWrapper:

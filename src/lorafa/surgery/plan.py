@@ -11,6 +11,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError, shorten, warn
 from lorafa.layers import LAYERS
 from lorafa.layers.parts import AdapterParts
+from lorafa.settings.checks import shown
 from lorafa.surgery.auxiliary import AuxiliaryPlan, plan_auxiliary
 from lorafa.surgery.build import Builder, Options
 from lorafa.surgery.bypassed import Bypassed
@@ -107,10 +108,19 @@ def _say_where_dropout_is_not(resolved: Resolved) -> None:
         )
 
 
+LONGEST_NAME = 200
+"""Bytes of an adapter's name: file systems take 255, and writing needs a few."""
+
+
 def check_adapter_name(everything: Iterable[Place], name: str) -> None:
     """Raises AdapterError for a name that is taken or that could not be a part of a parameter's name."""
     if not isinstance(name, str) or not name or "." in name:
-        raise AdapterError(f"An adapter name is a non-empty string without a dot, found {name!r}.")
+        raise AdapterError(f"An adapter name is a non-empty string without a dot, found {shown(name)}.")
+    if not name.isprintable() or any(mark in name for mark in "/\\") or len(name.encode()) > LONGEST_NAME:
+        raise AdapterError(
+            f"{shown(name)} cannot be an adapter name: the adapter is saved in a folder of that name. Call it by "
+            f"letters, digits, blanks and - _, without slashes, in at most {LONGEST_NAME} bytes."
+        )
     if name == BASE:
         raise AdapterError(f"{BASE!r} cannot be an adapter name: in adapter_names it stands for the base alone.")
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):

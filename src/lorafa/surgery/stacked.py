@@ -7,7 +7,6 @@ is known, so that a name which finds a layer no longer is told what it has becom
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ from torch import nn
 from lorafa.backends import backend_of
 from lorafa.config import LoraConfig
 from lorafa.errors import warn
+from lorafa.settings.expressions import fits
+from lorafa.surgery.patterns import key_of
 from lorafa.surgery.walk import Place, dotted_ends, pristine_of
 
 FORMER = {"gate_up_proj": ("w1", "w3", "gate_proj", "up_proj"), "down_proj": ("w2",)}
@@ -81,7 +82,7 @@ def name_stacked(draft: LoraConfig, everything: Sequence[Place], kept: Collectio
     names = _short_names(everything, [name for name in kept if not _means(given, name)], kept)
     ranks, alphas = dict(draft.rank_pattern), dict(draft.alpha_pattern)
     for name in (name for name in kept if name.rpartition(".")[2] == "gate_up_proj"):
-        if not any(re.match(rf"(.*\.)?({key})$", name) for key in draft.rank_pattern):
+        if key_of(draft.rank_pattern, name) is None:
             key = r".*\.gate_up_proj"
             ranks[key] = FUSED * draft.r
             alphas.setdefault(key, draft.lora_alpha * (math.sqrt(FUSED) if draft.use_rslora else FUSED))
@@ -129,5 +130,5 @@ def warn_of_left_out(everything: Iterable[Place], config: LoraConfig, taken: Col
 
 def _means(wanted: Collection[str] | str, name: str) -> bool:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return fits("target_modules", wanted, name)
     return any(end in wanted for end in dotted_ends(name))

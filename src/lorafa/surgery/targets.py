@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import TargetError, did_you_mean, shorten, warn
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
+from lorafa.settings.expressions import COUNTED, INSIDE, expressions, fits
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
 from lorafa.surgery.carriers import can_carry, check_carries, is_linear_of_others, kind_of_layer
@@ -190,14 +190,14 @@ class _Patterns:
             return False
         if not isinstance(wanted, str):
             return self.suffix(field, wanted, name)
-        if re.fullmatch(wanted, name):
+        if fits(field, wanted, name):
             self.used.add((field, wanted))
             return True
         return False
 
     def lookup(self, field: str, table: dict[str, int] | dict[str, int | float], name: str) -> int | float | None:
         """The value of the first key that is the end of ``name`` or a regular expression for it."""
-        key = key_of(table, name)
+        key = key_of(table, name, field)
         if key is None:
             return None
         self.used.add((field, key))
@@ -283,19 +283,23 @@ def _is_wanted(name: str, wanted: Collection[str] | str, config: LoraConfig, pat
 
 
 def _inside_saved(name: str, config: LoraConfig) -> bool:
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
+    saved = tuple(config.modules_to_save or ())
+    return bool(saved) and expressions("modules_to_save", saved, INSIDE).first(name) is not None
 
 
 def _has_index(name: str, config: LoraConfig) -> bool:
     """Whether the first layer index in the name is one of layers_to_transform."""
     lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    anywhere = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in lists or ()]
-    for pattern in anywhere or [r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\."]:
-        match = re.match(pattern, name)
-        if match:
-            wanted = config.layers_to_transform
-            return int(match.group(1)) in ([wanted] if isinstance(wanted, int) else wanted or [])
-    return False
+    found = expressions("layers_pattern", tuple(lists), COUNTED).index_after(name) if lists else _first_number(name)
+    wanted = config.layers_to_transform
+    return found is not None and found in ([wanted] if isinstance(wanted, int) else wanted or [])
+
+
+def _first_number(name: str) -> int | None:
+    """The first part of a name that is a number and stands between two others, of three or more before it first."""
+    parts = name.split(".")
+    inner = [part for part in parts[2:-1] if part.isdecimal()] or [part for part in parts[1:2] if part.isdecimal()]
+    return int(inner[0]) if inner and len(parts) > 2 else None
 
 
 def _default_targets(model: nn.Module) -> set[str] | str:

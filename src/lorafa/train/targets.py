@@ -107,7 +107,7 @@ def files_of(name: str) -> str:
         return digest_of([(path.name, sha256_of(path)) for path in files])
     from transformers import AutoConfig
 
-    return f"{place}@{AutoConfig.from_pretrained(place)._commit_hash}"
+    return f"{place}@{AutoConfig.from_pretrained(place, trust_remote_code=False)._commit_hash}"
 
 
 def _folder(teacher: str, divergence: Divergence, top_k: int, batches: Sequence[Batch]) -> Path:

@@ -6,13 +6,12 @@ that is cut otherwise. Both are sure or say nothing: a file that two of them cla
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from lorafa.config import LoraConfig
-from lorafa.errors import CheckpointError, shorten, warn
+from lorafa.errors import CheckpointError, nearest, shorten, warn
 from lorafa.io.layouts.base import OWN_LAYER, Arrangement, Contents, Layout, Raw
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.layouts.written import written
@@ -104,8 +103,8 @@ def layout_of(raw: Raw) -> Layout:
             "are not its own. Nothing was loaded."
         )
     words = dict.fromkeys(part for key in raw.tensors for part in key.split(".")[1:])
-    near = ((word, found) for word in words for found in difflib.get_close_matches(word, _WORDS, 1, 0.7))
-    hint = next((f" Nearest: {word!r} looks like {found!r}, of {_WORDS[found]}." for word, found in near), "")
+    near = ((word, nearest(word, _WORDS, 0.7)) for word in list(words)[:1000])
+    hint = next((f" Nearest: {word!r} looks like {found!r}, of {_WORDS[found]}." for word, found in near if found), "")
     raise CheckpointError(
         f"{raw.path} is in no layout that lorafa knows: its tensors are called {shorten(list(raw.tensors), 3)}.{hint} "
         f"Known are those of {'; '.join(layout.written_by for layout in every.values())}. Convert it with the program "

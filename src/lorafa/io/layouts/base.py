@@ -16,6 +16,7 @@ from lorafa.adapter import scaling
 from lorafa.config import LoraConfig
 from lorafa.errors import CheckpointError, shorten
 from lorafa.io.layouts.names import BaseNames
+from lorafa.settings.expressions import fits
 from lorafa.surgery.walk import dotted_ends
 
 A, B, BIAS, NORMS = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
@@ -99,7 +100,7 @@ class Contents:
 def means(wanted: Collection[str] | str | None, name: str) -> bool:
     """Whether a regular expression, or names and dotted ends, mean a layer."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return fits("target_modules", wanted, name)
     return any(end in (wanted or ()) for end in dotted_ends(name))
 
 

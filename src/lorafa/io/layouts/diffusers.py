@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from lorafa.errors import CheckpointError, ConfigError, shorten
 from lorafa.io.layouts.base import A, B, Contents, Factors, Layout, Raw, taken_apart
 from lorafa.io.layouts.components import Part, alpha_of, assumed_config, choose, rank_of, require_all_or_none
 from lorafa.io.layouts.names import BaseNames
+from lorafa.storage.parsed import from_json
 from lorafa.surgery.patterns import lookup
 from lorafa.surgery.walk import PREFIX
 
@@ -113,7 +113,7 @@ def _config(raw: Raw, before: str, layers: Part) -> LoraConfig | None:
     if text is None:
         return None
     try:
-        given: Any = json.loads(text)
+        given: Any = from_json(text)
         mine = {key.removeprefix(before): value for key, value in given.items() if key.startswith(before)}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(
