@@ -304,6 +304,7 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: bytes | None, text: s
     one = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     trainer(tmp_path, model, Alignment(model, "base"), args=one).train()
     path = tmp_path / "checkpoint-1" / "alignment.pt"
+    (path.parent / "checkpoint.json").unlink()  # as of a version that wrote none
     if content is None:
         torch.save([1], path)
     else:

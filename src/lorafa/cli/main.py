@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export, inspect, params, plan)
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
 TOGETHER = (train, eval, generate)
-"""Those that several processes do together; the others are refused where a launcher starts several of them."""
+"""Commands that several processes do together; others are refused where a launcher starts several of them."""
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 EXTRA = (

@@ -135,7 +135,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "one half": (lambda t: {k: v for k, v in t.items() if "first.lora_A" not in k}, "has A or B alone of 1 layers"),
     "nothing": (lambda t: {"a.hada_w1": torch.zeros(2)}, "holds no factors of a LoRA adapter; its keys are: a.hada_w1"),
     "a row": (lambda t: {k: v[0] if "A" in k else v for k, v in t.items()}, "no matrices of numbers: first, second"),
-    "numbers": (lambda t: {k: v.int() for k, v in t.items()}, "the factors of 2 layers are no matrices of numbers"),
+    "numbers": (lambda t: {k: v.int() for k, v in t.items()}, r"holds whole numbers \(torch.int32\)"),
     "B of a kernel": (
         lambda t: {k: v[..., None, None] if "lora_B" in k else v for k, v in t.items()},
         r"first are \(4, \d+\) and \(\d+, 4, 1, 1\), and the config says rank 4",

@@ -11,8 +11,8 @@ from lorafa.errors import ConfigError
 from lorafa.settings.checks import check_flag
 from lorafa.settings.fields import check_fields, name_set, number, optional, patterns_to, setting, take_forms, whole
 
-OF_THE_START = {"init_lora_weights", "init_config"}
-"""Fields whose values depend on one another: the start checks them."""
+OF_THE_START = {"init_lora_weights"}
+"""Fields whose values the start checks."""
 
 
 @dataclass

