@@ -210,7 +210,7 @@ def test_rank_patterns_that_name_each_of_a_thousand_layers_are_looked_up() -> No
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("name", ["a/b", "/tmp/x", "a\\b", "a\0b", "\ud800", "a\nb", "x" * 300, "../x", 3, ""])
+@pytest.mark.parametrize("name", ["a/b", "/else/where", "a\\b", "a\0b", "\ud800", "a\nb", "x" * 300, "../x", 3, ""])
 def test_adapter_names_that_lead_elsewhere_are_refused(name: Any) -> None:
     with pytest.raises(AdapterError):
         get_peft_model(base(), LoraConfig(target_modules=["first"]), adapter_name=name)

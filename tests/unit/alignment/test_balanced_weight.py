@@ -18,41 +18,17 @@ from lorafa.errors import ConfigError, DivergedError
 from lorafa.models.head_loss import supervised_nll
 from toys.adapters import train
 from toys.compare import assert_equal_bits, assert_unchanged, close, everything
-from toys.language_models import adapted, llama
+from toys.language_models import llama
+from toys.teachers import BATCH, COUNTED, LABELS, counted_logits, other_model, student
 
-IDS = torch.tensor([[4, 7, 1, 9, 3, 2], [2, 8, 8, 5, 1, 6], [9, 1, 4, 4, 6, 6]])
-LABELS = torch.tensor([[-100, -100, 1, 9, 3, 2], [-100, 8, 8, 5, -100, -100], [-100, -100, -100, 4, 6, 6]])
-BATCH = {"input_ids": IDS, "labels": LABELS}
-COUNTED = LABELS[:, 1:] != -100
 GOLD = LABELS[:, 1:][COUNTED]
-
-
-def student() -> Any:
-    model = adapted(llama().double()).eval()
-    torch.manual_seed(1)
-    train(model, 0.2)
-    return model
-
-
-def other_model() -> Any:
-    torch.manual_seed(7)
-    model = llama().double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
-
-
-def logits(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=IDS).logits[:, :-1][COUNTED]
-    return found
 
 
 def whole_gradients(model: Any, other: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of the weights themselves, by autograd on the model with its adapters in them."""
     plain = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
-    own = logits(plain)
-    divergence = DIVERGENCES.get("fkl")()(own, logits(other).detach(), GOLD).mean()
+    own = counted_logits(plain)
+    divergence = DIVERGENCES.get("fkl")()(own, counted_logits(other).detach(), GOLD).mean()
     layers = [n for n, m in plain.named_modules() if type(m) is nn.Linear and n != "lm_head"]
     weights = [plain.get_submodule(name).weight for name in layers]
     task = torch.autograd.grad(nn.functional.cross_entropy(own, GOLD), weights, retain_graph=True)
@@ -80,8 +56,8 @@ def test_the_weight_is_half_the_share_of_the_medians_and_counts_from_the_first_b
     alignment = Alignment(model, other, weight="balanced")
     loss = alignment.loss(model, BATCH)
     assert alignment.weighing.weight == pytest.approx(wanted, rel=1e-6)
-    own = logits(model)
-    divergence = DIVERGENCES.get("fkl")()(own, logits(other), GOLD).mean()
+    own = counted_logits(model)
+    divergence = DIVERGENCES.get("fkl")()(own, counted_logits(other), GOLD).mean()
     close(loss.detach(), (nn.functional.cross_entropy(own, GOLD) + wanted * divergence).detach(), 1e-6)
     (decision,) = alignment.after_step(model)
     assert (decision.kind, decision.step) == ("balanced", 0)
