@@ -49,7 +49,7 @@ class PeftModel(AdaptedModel):
         """Wrap ``model``; with a config put a new adapter on it, as :func:`get_peft_model` does.
 
         Raises:
-            As :func:`get_peft_model`; ``model`` is as it was then.
+            LoraError: as :func:`get_peft_model`; ``model`` is as it was then.
         """
         super().__init__()
         check_can_wrap(model, "add_adapter" if peft_config is not None else "load_adapter")

@@ -42,7 +42,7 @@ from lorafa.settings.checks import check_number
 class Alignment:
     """Task and teacher together: J = CE + weight (divergence + map_weight map), a mean over supervised positions.
 
-    Three lines of a loop of your own, and one where the map is trained (``map="proj"``):
+    Three lines of a loop of your own, and one where the map is trained (``map="proj"``)::
 
         alignment = Alignment(model, teacher="base")
         optimizer = AdamW([*trained, *alignment.parameters()])
@@ -175,7 +175,7 @@ class Alignment:
 
         Raises:
             DivergedError: the teacher gives inf or nan.
-            As :func:`lorafa.models.head_loss.supervised_loss`.
+            LoraError: as :func:`lorafa.models.head_loss.supervised_loss`.
         """
         self.last_divergence, share = None, self.schedule.share()
         begins, self._first_of_step = self._first_of_step, False
@@ -198,7 +198,7 @@ class Alignment:
         """The discrepancy of a batch alone, without its weight: the mean over its supervised positions, differentiable.
 
         Raises:
-            As :meth:`loss`.
+            LoraError: as :meth:`loss`.
         """
         return supervised_loss(model, batch, objective=self._joint(self.said(model, batch), 1.0, 0.0))
 

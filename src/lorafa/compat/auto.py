@@ -66,7 +66,7 @@ class AutoPeftModel:
             ConfigError: another program wrote the adapter, in a layout of its own; the config names no base, or
                 neither a task nor a class of transformers; or the task that it names is not this class's.
             SourceError: the adapter or the base cannot be found or loaded.
-            As :meth:`lorafa.PeftModel.from_pretrained`.
+            LoraError: as :meth:`lorafa.PeftModel.from_pretrained`.
         """
         shared = {name: kwargs[name] for name in kwargs if name in _OF_BOTH}
         own = {name: kwargs[name] for name in kwargs if name in _OF_THE_ADAPTER}
@@ -132,7 +132,7 @@ def load_base(source: str | Path, base: str | Path | None = None) -> Any:
         base: folder or Hub repository of the base, in place of the one the config names.
 
     Raises:
-        As :meth:`AutoPeftModel.from_pretrained`.
+        LoraError: as :meth:`AutoPeftModel.from_pretrained`.
     """
     config = find_adapter_files(source).peft_config() or LoraConfig()
     if base is not None:

@@ -144,7 +144,7 @@ def classes_beside(adapter: str) -> tuple[str, ...] | None:
     """The classes of an adapter, a folder or a Hub id; None where no file beside it names any.
 
     Raises:
-        As :func:`read_classes`.
+        LoraError: as :func:`read_classes`.
     """
     try:
         file = locate(adapter, [CLASSES_NAME])

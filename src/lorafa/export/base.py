@@ -78,7 +78,7 @@ def load_adapted(source: str | Path, config: LoraConfig, name: str | None = None
     Raises:
         ConfigError: no base is named, or what to load it as cannot be told.
         SourceError: it cannot be found or loaded.
-        As :meth:`lorafa.PeftModel.from_pretrained`.
+        LoraError: as :meth:`lorafa.PeftModel.from_pretrained`.
     """
     base = _named(config, name)[0] if name is not None or config.base_model_name_or_path is None else None
     return PeftModel.from_pretrained(load_base(source, base), source)

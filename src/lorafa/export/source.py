@@ -35,7 +35,7 @@ def of_files(source: str | Path, rank: int | float | None = None) -> PlainAdapte
         ConfigError: the update of its formula or start is made with the base weights, which are not here (DoRA, files
             of other libraries whose start is still in the base), or changes with the input; or its start has quantized
             the base (LoftQ).
-        As :func:`lorafa.io.loose.loose` and :func:`lorafa.io.adapter_files.read_adapter`.
+        LoraError: as :func:`lorafa.io.loose.loose` and :func:`lorafa.io.adapter_files.read_adapter`.
     """
     stored = read_adapter(source)
     config = LoraConfig.from_pretrained(source)  # as PEFT reads the tensors; what is stored has the adapter's own

@@ -34,7 +34,7 @@ def why_base(sources: Sequence[str | Path]) -> str | None:
     """The first reason why adapters are to be combined on their base (:func:`combine_on_base`), or None.
 
     Raises:
-        As :func:`lorafa.io.loose.needs_base`.
+        LoraError: as :func:`lorafa.io.loose.needs_base`.
     """
     reasons = ((source, needs_base(source)) for source in sources)
     return next((f"{source}: {reason}" for source, reason in reasons if reason is not None), None)
@@ -89,7 +89,7 @@ def combine_on_base(
     """The same on the base model, which is given adapters for it and is not to be used after: any formula of a matrix.
 
     Raises:
-        As :func:`combine_files`; CheckpointError for an adapter that was made for another base.
+        LoraError: as :func:`combine_files`; CheckpointError for an adapter that was made for another base.
     """
     folder, names = require_free(out, overwrite=None), [str(source) for source in sources]
     given = dict(zip(names, check_weights(names, weights), strict=True))

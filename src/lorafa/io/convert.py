@@ -87,7 +87,7 @@ def save_as_lora(
 
     Raises:
         CheckpointError: the folder cannot be written to; what was there is as it was.
-        As :func:`convert_to_lora`.
+        LoraError: as :func:`convert_to_lora`.
     """
     made = convert(model, rank, adapter_name, progressbar=progressbar, compile_kwargs=compile_kwargs)
     write_plain(path, made.config, made.tensors, base_fingerprint(user_model(model), adapter=adapter_name))
@@ -118,7 +118,7 @@ def convert(
     """As :func:`convert_to_lora`, with the names of the user's model and with what is lost.
 
     Raises:
-        As :func:`convert_to_lora`.
+        LoraError: as :func:`convert_to_lora`.
     """
     check_rank("rank", rank)
     inner = user_model(model)

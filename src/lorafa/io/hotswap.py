@@ -98,7 +98,7 @@ def hotswap_adapter_from_state_dict(
         state_dict: all tensors of the new adapter, by the names they have in a file or on the model (with the adapter's
             name in them, as PEFT has them here).
         config: that of the new adapter.
-        parameter_prefix: what names of an adapter's tensors begin with; "lora_", another one is refused.
+        parameter_prefix: what names of an adapter's tensors begin with; ``"lora_"``, another one is refused.
 
     Raises:
         CheckpointError, ConfigError, TargetError, AdapterError: as :func:`hotswap_adapter`; nothing was changed.

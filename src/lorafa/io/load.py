@@ -120,7 +120,7 @@ def read(
 
     Raises:
         ConfigError: an option that does not exist, or options that contradict each other.
-        As :func:`lorafa.io.adapter_files.read_adapter` and :func:`lorafa.io.layouts.as_peft`.
+        LoraError: as :func:`lorafa.io.adapter_files.read_adapter` and :func:`lorafa.io.layouts.as_peft`.
     """
     check_arguments(method, options, LoadOptions.__optional_keys__)
     if options.get("use_safetensors") is False and not options.get("allow_pickle"):

@@ -124,7 +124,7 @@ def read_loose(source: str | Path) -> LooseAdapter:
     """Read an adapter that needs no base (:func:`needs_base`).
 
     Raises:
-        As :func:`loose` and :func:`lorafa.io.adapter_files.read_adapter`.
+        LoraError: as :func:`loose` and :func:`lorafa.io.adapter_files.read_adapter`.
     """
     return loose(read_adapter(source), read_config(find_adapter_files(source).require_config()))
 

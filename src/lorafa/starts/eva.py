@@ -216,7 +216,7 @@ def initialize_lora_eva_weights(
     Raises:
         AdapterError: ``model`` is no PeftModel, an unknown or merged adapter, or neither data nor state dict.
         ConfigError: the config's start is not "eva", or the state dict does not fit the targets.
-        As :func:`get_eva_state_dict`. The model is unchanged then.
+        LoraError: as :func:`get_eva_state_dict`. The model is unchanged then.
     """
     if not isinstance(model, PeftModel):
         raise AdapterError(

@@ -143,7 +143,7 @@ def collect_joint_statistics(
         ConfigError: neither start nor rule reads a gradient; ``passes`` above 1, a function as ``data``, or ``cache``,
             which do not go with two losses; or the teacher does not go with the model.
         DivergedError: the teacher gives inf or nan.
-        As :func:`collect_statistics`.
+        LoraError: as :func:`collect_statistics`.
     """
     check_choice("weighting", weighting, ("batches", "tokens"))
     if callable(data):
@@ -199,8 +199,8 @@ def initialize(
         collecting: as for :func:`collect_statistics`.
 
     Raises:
-        As :func:`collect_statistics`, :func:`collect_joint_statistics`, :func:`lorafa.choose_ranks` and
-        :func:`lorafa.get_peft_model`; the model is unchanged then.
+        LoraError: as :func:`collect_statistics`, :func:`collect_joint_statistics`, :func:`lorafa.choose_ranks` and
+            :func:`lorafa.get_peft_model`; the model is unchanged then.
     """
     if isinstance(model, PeftModel):
         raise AdapterError(
@@ -259,7 +259,7 @@ def start_from(
     Raises:
         CalibrationError: the statistics are of another model, of other settings, or not what the start or rule reads.
         ConfigError: ``loss`` or ``heldout`` where they are not read, or missing ``heldout``.
-        As :func:`lorafa.choose_ranks` and :func:`lorafa.get_peft_model`; the model is unchanged then.
+        LoraError: as :func:`lorafa.choose_ranks` and :func:`lorafa.get_peft_model`; the model is unchanged then.
     """
     if loss is not None and heldout is None:
         raise ConfigError("loss= is that of held-out rows here, and there are none. Drop loss=, or pass heldout=.")

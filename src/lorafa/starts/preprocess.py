@@ -34,7 +34,7 @@ def preprocess_loraga(
 
     Raises:
         ConfigError: the config's start reads no gradients.
-        As :func:`lorafa.collect_statistics`; nothing is left with the model then.
+        LoraError: as :func:`lorafa.collect_statistics`; nothing is left with the model then.
     """
     leave_for(model, estimate_gradients(model, lora_config, train_step, cache_file))
 
@@ -68,7 +68,7 @@ def preprocess_corda(
     Raises:
         ConfigError: the config's start is not CorDA, or there is nothing to run and no file.
         NotAvailableError: another ``hooked_model``.
-        As :func:`lorafa.collect_statistics`; nothing is left with the model then.
+        LoraError: as :func:`lorafa.collect_statistics`; nothing is left with the model then.
     """
     lora_config = given.lora_config(lora_config)
     _require(lora_config.start.name == "corda", lora_config, "is CorDA", "corda")

@@ -39,9 +39,9 @@ class RankRule:
     """"budget": the directions worth most for their parameters, as many as the config's ranks cost together (needs
     gradients; better with halves); "cross_validation": as many as hold what they promise in the other half sample
     (needs halves); "energy": as many as hold ``share`` of the gradient; "stable_rank"; "entropy": as many equal ones as
-    would be spread as widely; "explained_variance": EVA's (needs "principal"); "importance": GoRA's, by mean |W o G|
-    (needs whole gradients: out x in numbers of float32 for every layer at once, where a sketch of one pass takes
-    4 r out + 8 r in); or one that was added to ``RANK_RULES``."""
+    would be spread as widely; "explained_variance": EVA's (needs "principal"); "importance": GoRA's, by the mean of
+    ``|W o G|`` (needs whole gradients: out x in numbers of float32 for every layer at once, where a sketch of one pass
+    takes 4 r out + 8 r in); or one that was added to ``RANK_RULES``."""
     r_min: int | None
     """None: 1, and 2 of "budget" where the config's ranks are above 2 on average (at 2 nothing would be
     left to share out). "explained_variance" has none: a layer may get 0."""

@@ -18,7 +18,7 @@ def check_gradients(model: nn.Module, *, zeros: bool = False) -> None:
     """Raise unless every trainable tensor of the active adapters has a gradient; call it after the first backward pass.
 
     An adapter on a layer that the model never calls trains nothing, in silence: a layer whose weight other code reads,
-    a table that only holds what others share, a head whose weight the loss is multiplied by. In a training loop:
+    a table that only holds what others share, a head whose weight the loss is multiplied by. In a training loop::
 
         loss.backward()
         if step == 0:

@@ -165,7 +165,7 @@ def _wanted(resolved: Resolved, name: str) -> dict[LoraLayer, tuple[int, float]]
 
     Raises:
         TargetError: some of them do not carry adapter ``name``.
-        As :func:`numbers_here`.
+        LoraError: as :func:`numbers_here`.
     """
     found, further = numbers_here(resolved, name)
     if further:

@@ -36,7 +36,7 @@ def inject_adapter_in_model(
 
     Raises:
         TargetError: ``state_dict`` has no factors of a layer, or of one the model does not have.
-        As :func:`lorafa.get_peft_model`; nothing is changed then.
+        LoraError: as :func:`lorafa.get_peft_model`; nothing is changed then.
     """
     config = lora_config(peft_config)
     activate.require_nothing_merged(require_module(model))

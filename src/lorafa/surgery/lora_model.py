@@ -51,7 +51,7 @@ class LoraModel(nn.Module):
         """Hold ``model``; with a config also put its adapter on, which then counts and trains, as PEFT does.
 
         Raises:
-            As :func:`lorafa.get_peft_model`; ``model`` is as it was then.
+            LoraError: as :func:`lorafa.get_peft_model`; ``model`` is as it was then.
         """
         super().__init__()
         self.model = require_module(model)
@@ -84,7 +84,7 @@ class LoraModel(nn.Module):
         Raises:
             ConfigError: another adapter trains the base's biases, and so would this one.
             AdapterError: it would train those of a base that an update is merged into.
-            As :func:`lorafa.surgery.plan.plan`.
+            LoraError: as :func:`lorafa.surgery.plan.plan`.
         """
         config = resolved.config
         others = [name for name, other in self.peft_config.items() if other.bias != "none"]

@@ -55,7 +55,7 @@ def put_on(tuner: LoraModel, old: str, new: str, factors: Mapping[LoraLayer, New
 
     Raises:
         AdapterError: the config of the old adapter means other layers than those that carry it.
-        As :meth:`LoraModel.plan_adapter` and :meth:`LoraModel.set_adapter`; the model is as it was.
+        LoraError: as :meth:`LoraModel.plan_adapter` and :meth:`LoraModel.set_adapter`; the model is as it was.
     """
     olds = {layer: layer.adapters[old] for layer in factors}
     config = _plain(tuner.peft_config[old], olds.values())

@@ -134,7 +134,7 @@ def met(model: nn.Module, config: LoraConfig | Resolved) -> Resolved:
         model: the user's model, or a PeftModel around it.
 
     Raises:
-        As :func:`resolve`.
+        LoraError: as :func:`resolve`.
     """
     inner = user_model(require_module(model))
     if isinstance(config, Resolved) and config.model is inner and config.holds():

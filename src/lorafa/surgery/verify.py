@@ -191,7 +191,7 @@ def verified(model: nn.Module, verify: bool | Inputs, adapter_names: Sequence[st
 
     Raises:
         AdapterError: rounding does not explain the error; the model is as it was.
-        As :func:`check_merge`.
+        LoraError: as :func:`check_merge`.
     """
     if verify is False:
         return None

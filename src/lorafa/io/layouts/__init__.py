@@ -64,7 +64,7 @@ def of_others(
 
     Raises:
         CheckpointError: it is another program's, and there is no base.
-        As :func:`as_peft`.
+        LoraError: as :func:`as_peft`.
     """
     if raw.given is not None or "peft_type" in raw.values:
         return None
