@@ -5,16 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests run in this many processes, each with one thread.
 JOBS ?= 2
-SOURCES := src tests run_exp.py eval_gsm8k.py recipes $(wildcard benchmarks)
+SOURCES := src tests docs/site run_exp.py eval_gsm8k.py recipes $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench docs clean
 
 help:
 	@echo "make demo      environment, model, the main job: fine-tune a small model on word problems"
 	@echo "make test      environment if needed, then all tests but the slow ones"
 	@echo "make test-all  the slow tests too"
 	@echo "make lint      ruff and mypy --strict"
+	@echo "make docs      the documentation as a site, in build/docs/html"
 	@echo "make bench     every benchmark, one after another"
 	@echo "make clean     remove the environment and the caches; runs/ stays"
 
@@ -50,6 +51,9 @@ $(VENV)/.runtime: requirements.lock pyproject.toml | $(BIN)/python
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
 	$(BIN)/python -m pip install -r requirements-dev.lock
 	touch $@
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/site/make_site.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,7 +36,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
         *("docs/training", "docs/starts", "docs/variants", "docs/optimizers", "docs/quantized", "docs/alignment"),
         *("docs/plan", "docs/params", "docs/published-commands"),
     ),
-    "Measuring": ("docs/evaluation", "docs/inspecting", "docs/claims", "docs/unification"),
+    "Measuring": ("docs/benchmarks", "docs/evaluation", "docs/inspecting", "docs/claims", "docs/unification"),
     "Finished adapters": (
         *("docs/loading", "docs/combining", "docs/mixed-batches", "docs/swapping", "docs/merging", "docs/exporting"),
         *("docs/chat", "docs/reliability"),

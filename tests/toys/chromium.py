@@ -96,3 +96,13 @@ def shown(page: Path, width: int, folder: Path, *more: str) -> dict[str, Any]:
     assert written, done.stderr[-2000:]
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return {**json.loads(html.unescape(written)), "complaints": complaints}
+
+
+def dom(address: str, folder: Path) -> str:
+    """The page at an address, as html, once its scripts have run.
+
+    Args:
+        folder: for the profile of the browser.
+    """
+    place = [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", "--dump-dom", address]
+    return subprocess.run([chromium(), *QUIET, *place], capture_output=True, text=True, timeout=120, check=True).stdout
