@@ -1,5 +1,10 @@
 """Sphinx's settings for the site that `make docs` builds."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 from lorafa.version import VERSION
 
 project = "lorafa"
@@ -30,3 +35,19 @@ html_theme_options = {"navigation_with_keys": True}
 html_show_sphinx = False
 html_copy_source = False
 suppress_warnings = ["myst.header", "misc.highlighting_failure"]
+
+
+def setup(app: Any) -> None:
+    """Keep napoleon from docstrings of attributes, whose words before a colon it takes for a type."""
+    kept: dict[str, list[str]] = {}
+
+    def keep(_: Any, what: str, name: str, __: Any, ___: Any, lines: list[str]) -> None:
+        kept[name] = list(lines) if what == "attribute" else []
+
+    def put_back(_: Any, what: str, name: str, __: Any, ___: Any, lines: list[str]) -> None:
+        if what == "attribute":
+            lines[:] = kept.pop(name)
+
+    connect: Callable[..., Any] = app.connect
+    connect("autodoc-process-docstring", keep, priority=400)
+    connect("autodoc-process-docstring", put_back, priority=600)

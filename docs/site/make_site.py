@@ -114,11 +114,9 @@ def reference(module: str) -> str:
     lines = [f"# {module}", "", f"{PARTS[module]}.", ""]
     for name in sorted(public_names(module), key=str.lower):
         value = getattr(importlib.import_module(module), name)
-        home = getattr(value, "__module__", module)
         kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
         options = [":members:", ":show-inheritance:"] if kind == "class" else []
-        full = f"{home}.{value.__qualname__}" if kind != "data" else f"{module}.{name}"
-        lines += [f"## {name}", "", "```{eval-rst}", f".. auto{kind}:: {full}"]
+        lines += [f"## {name}", "", "```{eval-rst}", f".. auto{kind}:: {module}.{name}"]
         lines += [*(f"   {option}" for option in options), "   :no-index:", "```", ""]
     return "\n".join(lines)
 
