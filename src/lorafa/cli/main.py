@@ -28,6 +28,8 @@ COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
 TOGETHER = (train, eval, generate)
 """Commands that several processes do together; others are refused where a launcher starts several of them."""
+SHARED = (compare,)
+"""Commands among those others that processes which know nothing of each other share out."""
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 EXTRA = (
@@ -73,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with _plain_warnings(errors), _stopped_like_interrupted():
             if args.alone is not None:
-                require_alone(args.alone)
+                require_alone(args.alone, shares=args.shares)
             status: int = args.run(args, console)
         return status
     except (ConfigError, NotAvailableError, TargetError) as error:
@@ -134,18 +136,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for command in COMMANDS:
         made = command.add_parser(commands)
-        prepared(made, command.run, alone=None if command in TOGETHER else made.prog)
+        prepared(made, command.run, alone=None if command in TOGETHER else made.prog, shares=command in SHARED)
     return read_words(parser, "lorafa", argv)
 
 
-def prepared(parser: argparse.ArgumentParser, run: Callable[..., int], alone: str | None = None) -> None:
+def prepared(
+    parser: argparse.ArgumentParser, run: Callable[..., int], alone: str | None = None, *, shares: bool = False
+) -> None:
     """Give a parser what every command has.
 
     Args:
-        alone: what the command is called, where it is no work for several processes.
+        alone: what the command is called, where it is no work for a group of processes.
+        shares: whether several that are no group share its work out all the same.
     """
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
-    parser.set_defaults(run=run, alone=alone)
+    parser.set_defaults(run=run, alone=alone, shares=shares)
 
 
 def read_words(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
