@@ -33,7 +33,7 @@ def add(folder: Path, *names: str) -> None:
 
 def test_a_name_that_is_longer_than_any_is_refused(folder: Path) -> None:
     add(folder, "embed" * 150_000)
-    with pytest.raises(CheckpointError, match=r"names a tensor in 750000 characters, 'embedembed.*'\.\.\.; names of up to"):
+    with pytest.raises(CheckpointError, match=r"names a tensor in 750000 characters, 'embedembed.*'\.\.\.; names of"):
         PeftModel.from_pretrained(Mlp(), folder)
 
 

@@ -58,15 +58,16 @@ def rows_to_train(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
     return {names[id(table)]: list(ids) for table in _tables(model)}
 
 
-def tokenizer_beside(adapter: str, model: Any) -> Any | None:
+def tokenizer_beside(adapter: str, model: Any, *, trust_remote_code: bool = False) -> Any | None:
     """The tokenizer that lies beside an adapter, where one does: it knows the tokens that were added for it. The tables
     of the model get the rows it lacks, for the adapter to fill.
 
     Args:
         adapter: folder or Hub id.
+        trust_remote_code: run code that comes with it.
 
     Raises:
-        SourceError: it is there and cannot be read.
+        SourceError: it is there and cannot be read, or needs code that is not trusted.
     """
     try:
         place = locate(adapter, ["tokenizer_config.json"]).parent
@@ -76,7 +77,7 @@ def tokenizer_beside(adapter: str, model: Any) -> Any | None:
 
     with as_source_error(f"Could not load the tokenizer in {str(place)!r}", "take its files away, or restore them."):
         tokenizer = AutoTokenizer.from_pretrained(
-            place if user_path(adapter).is_dir() else adapter, trust_remote_code=False
+            place if user_path(adapter).is_dir() else adapter, trust_remote_code=trust_remote_code
         )
     if len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

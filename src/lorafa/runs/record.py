@@ -37,6 +37,7 @@ from lorafa.storage.whole import make_folder, read_json, write_json, written_who
 from lorafa.train.checkpoints import newest_whole
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
+from lorafa.train.settings.trust import trusting
 
 ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
 LOCK = ".lock"
@@ -166,12 +167,13 @@ class RunDirectory:
         return cls(path)
 
     def config(self) -> RunConfig:
-        """The settings of the run.
+        """The settings of the run, without trust in any model's own code: a file says whom somebody has trusted, and
+        who reads it trusts anew.
 
         Raises:
             ConfigError: config.yaml was edited into something that is no config.
         """
-        return build(RunConfig, self.settings())
+        return trusting(build(RunConfig, self.settings()))
 
     def settings(self) -> Mapping[str, Any]:
         """The settings as they are recorded, whether this version knows them or not.
