@@ -92,10 +92,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _refused_by_system(error: Exception) -> str | None:
     """What to say where the system refuses a place: a name too long, a folder one may not enter, a full disk."""
-    if not isinstance(error, OSError) or error.filename is None:
+    from lorafa.storage.refusals import refusal
+
+    if (refused := refusal(error)) is None or refused.errno is None:
         return None
-    place = bounded(repr(error.filename), 200)
-    return f"{place}: {error.strerror or error}. The system refuses that place: name another one, or make room."
+    if refused.filename is None:  # of a file that was open already
+        return f"{refused.strerror or refused}. The system refuses a file of this command: see to it, or make room."
+    place = bounded(repr(refused.filename), 200)
+    return f"{place}: {refused.strerror or refused}. The system refuses that place: name another one, or make room."
 
 
 def _not_foreseen(error: Exception) -> str:
@@ -156,6 +160,8 @@ def prepared(
 def read_words(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of a program of this name; settings may stand before and after its options."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if odd := next((word for word in words if not _is_text(word)), None):
+        parser.error(f"{odd!r:.200} is no text in UTF-8, which records and messages are written in. Rename it.")
     args, rest = parser.parse_known_args(words)
     args.command = [name, *words]
     stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
@@ -164,6 +170,15 @@ def read_words(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] |
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _is_text(word: str) -> bool:
+    """Whether a word of a command line can be written; bytes that are no UTF-8 come as halves of characters."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lorafa.peft_model import PeftModel
 from lorafa.runs.adapters import adapter_in
 from lorafa.storage.folders import folder_written_whole, require_apart, require_free
 from lorafa.storage.paths import user_path
+from lorafa.storage.refusals import as_os_error
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
 from lorafa.surgery.verify import made_inputs, outputs_of
@@ -146,7 +147,8 @@ def _merged(
         without = outputs_of(model, inputs) if verify else None
     whole, notes = _merge(model)
     with folder_written_whole(folder, overwrite=overwrite) as stage:
-        whole.save_pretrained(stage)
+        with as_os_error():
+            whole.save_pretrained(stage)
         notes += [*_tokenizer(place, facts.name, stage, trusted=trusted), *exporter.beside_merged(stage, facts)]
         proof = None
         if wanted is not None and without is not None:
@@ -170,9 +172,11 @@ def _tokenizer(place: str, base: str, folder: Path, *, trusted: bool) -> list[st
 
     for source in (place, base):
         try:
-            AutoTokenizer.from_pretrained(source, trust_remote_code=trusted).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
         except (OSError, ValueError, KeyError, TypeError):
             continue
+        with as_os_error():
+            tokenizer.save_pretrained(folder)
         return []
     return [f"Neither {place} nor {base} has a tokenizer: put its files beside the model."]
 

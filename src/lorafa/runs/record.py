@@ -32,7 +32,7 @@ from lorafa.runs.strict import finite
 from lorafa.settings.typed import build, plain
 from lorafa.storage.leavings import is_temporary, remove_left_over
 from lorafa.storage.parsed import from_json, from_yaml
-from lorafa.storage.paths import user_path
+from lorafa.storage.paths import user_path, why_not_made
 from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import newest_whole
 from lorafa.train.settings.init import InitConfig
@@ -71,6 +71,8 @@ class RunDirectory:
         path = _free(_names(config)) if numbered else user_path(str(config.run_dir))
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        if why := why_not_made(path.absolute(), there):
+            raise ConfigError(f"The run directory {str(path)!r:.200} cannot be made: {why}. Choose another run_dir.")
         if not usable and os.path.lexists(there):  # or another run that came to nothing has just taken it away
             why = "cannot be written to" if there.is_dir() else "is not a folder"
             raise ConfigError(
