@@ -22,6 +22,7 @@ from lorafa.io.skeleton import Skeleton, empty_model, layers_with_a_weight, requ
 from lorafa.models.carried import read_config
 from lorafa.models.sourced import as_source_error
 from lorafa.numerics.linalg import all_finite
+from lorafa.settings.checks import repeated
 from lorafa.storage.fingerprint import check_base
 from lorafa.storage.model_files import model_files
 from lorafa.surgery.activate import require_uniform, set_adapter
@@ -81,7 +82,7 @@ def attached(
     kind, config = class_of(base, stored, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.of(empty_model(kind, config), files, dtype)
     filled = [name for one in stored for name in _base_tensors(skeleton, one)]
-    if twice := sorted({name for name in filled if filled.count(name) > 1}):
+    if twice := sorted(repeated(filled)):
         raise CheckpointError(
             f"Several adapters bring tensors of the base: {shorten(twice, 3)}. Only one of them could be written. "
             "Merge one adapter, and the next one into what comes out."

@@ -9,6 +9,7 @@ import torch
 
 from lorafa.errors import ConfigError, SourceError, shorten
 from lorafa.models.sourced import as_source_error
+from lorafa.settings.checks import repeated
 from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
 
@@ -29,7 +30,7 @@ def add_tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[int]:
         ConfigError: a text is empty, is given twice, is a token already, or cannot be written with the old tokens.
     """
     known = tokenizer.get_vocab()
-    twice = sorted({text for text in texts if texts.count(text) > 1})
+    twice = sorted(repeated(texts))
     if taken := [text for text in texts if text in known] or twice:
         raise ConfigError(
             f"model.add_tokens: {shorten(map(repr, taken))} {'is' if len(taken) == 1 else 'are'} given twice or "
