@@ -34,6 +34,10 @@ _LAUNCHERS = (
     ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("mpirun", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
     ("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("mpirun", "PMIX_SIZE", "PMIX_RANK", "PMIX_LOCAL_RANK"),
+    ("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK"),
+    ("flux run", "FLUX_JOB_SIZE", "FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID"),
+    ("horovodrun", "HOROVOD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK"),
 )
 """A launcher, and the variables in which it says how many processes there are and which one this is."""
 
@@ -48,19 +52,28 @@ class Launch:
     local_rank: int | None
     missing: tuple[str, ...]
     """Variables without which the processes cannot find each other."""
+    counted: bool = True
+    """Whether the launcher has said how many there are; if not, ``size`` is the least there can be."""
+
+    def in_words(self) -> str:
+        """The processes, in words."""
+        return f"{'' if self.counted else 'at least '}{self.size} processes"
 
 
 def launch_of(environ: Mapping[str, str]) -> Launch | None:
     """How this process was started as one of several; None where it was started alone."""
     for launcher, size, number, local in _LAUNCHERS:
-        if _number(environ, size, 1) <= 1:
-            continue
-        wanted = (number, local, "MASTER_ADDR", "MASTER_PORT")
+        count, place = _number(environ, size, 1), _number(environ, number, None)
+        counted = count > 1
+        if not counted:
+            if not place:  # 0: the first of one
+                continue
+            count = place + 1  # one that is not the first is not alone
+        wanted = (*(() if counted else (size,)), number, local, "MASTER_ADDR", "MASTER_PORT")
         missing = tuple(name for name in wanted if not environ.get(name))
         if environ.get("WORLD_SIZE") == "1":  # a launcher inside of another knows of this process alone
             missing = ("WORLD_SIZE",)
-        places = _number(environ, number, None), _number(environ, local, None)
-        return Launch(launcher, _number(environ, size, 1), places[0], places[1], missing)
+        return Launch(launcher, count, place, _number(environ, local, None), missing, counted)
     return None
 
 
@@ -76,13 +89,17 @@ def _number(environ: Mapping[str, str], name: str, default: Any) -> Any:
         ) from None
 
 
-def require_alone(what: str) -> None:
-    """Raises ConfigError where torchrun or mpirun has started this process as one of several."""
+def require_alone(what: str, *, shares: bool = False) -> None:
+    """Raises ConfigError where a launcher has started this process as one of several.
+
+    Args:
+        shares: whether processes that know nothing of each other, as those of srun, share the work out by themselves.
+    """
     launch = launch_of(os.environ)
-    if launch is not None and launch.launcher != "srun":  # whose processes know nothing of each other
+    if launch is not None and not (shares and launch.launcher == "srun"):
         raise ConfigError(
-            f"{what} is no work for a group of processes, and {launch.launcher} has started {launch.size}. Start it "
-            "without one."
+            f"{what} is no work for a group of processes, and {launch.launcher} has started {launch.in_words()}, each "
+            "of which would do all of it. Start it without one."
         )
 
 
@@ -110,7 +127,7 @@ def join(command: str) -> None:
         return
     if launch.missing:
         raise ConfigError(
-            f"{launch.launcher} has started {launch.size} processes, which would each do all of the work alone: they "
+            f"{launch.launcher} has started {launch.in_words()}, which would each do all of the work alone: they "
             f"cannot find each other without {', '.join(launch.missing)}. Start them with: torchrun "
             f"--nproc_per_node={launch.size} {command} ... (or set these variables; for one process "
             "drop the launcher)."

@@ -41,8 +41,10 @@ def test_odd_results_are_drawn_or_refused(entries: dict[str, Any], tmp_path: Pat
     run = odd_run(tmp_path / "run", entries)
     with suppress(LoraError):
         write_report(run)
-    with suppress(LoraError):
-        Report.of([tmp_path]).write()
+    make_run(tmp_path / "sound", loss=1.0, steps=3)
+    report = Report.of([tmp_path]).sound()
+    assert [entry.name for entry in report.entries if entry.counts][-1:] == ["sound"]
+    assert all("run" in str(entry.error) for entry in report.damaged)
 
 
 def test_the_refusal_names_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +53,49 @@ def test_the_refusal_names_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().err
     assert "not foreseen" not in said
     assert str(run) in said
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("result.json", {"rows": {"train": {}}}, "holds what no run writes, and cannot be drawn: "),
+        ("result.json", {"seconds": {"total": "x"}}, "holds what no run writes, and cannot be drawn: "),
+        ("result.json", {"after": {"loss": "x"}}, "the loss after is 'x', no number. Restore it"),
+        ("result.json", "{", "is not a json file"),
+        ("metrics.jsonl", '{"step": [1]}\n', "is not of a training"),
+        ("config.yaml", "- 1", "holds no settings. Restore it"),
+        ("config.yaml", "train: {seed: [1]}", "holds what no run writes, and cannot be drawn: "),
+        ("environment.json", '{"command": [3]}', "holds what no run writes, and cannot be drawn: "),
+    ],
+    ids=str,
+)
+def test_a_page_shows_the_other_runs_and_says_what_is_wrong_with_an_odd_one(
+    name: str, text: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        make_run(tmp_path / f"sound-{number}", loss=1.0, steps=3, seed=number)
+    odd = odd_run(tmp_path / "odd", text if isinstance(text, dict) else {})
+    if not isinstance(text, dict):
+        (odd / name).write_text(text)
+    assert main(["report", str(tmp_path)]) == 1  # as for every damaged one
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3 runs in" in out
+    assert "2 finished" in out
+    assert "1 damaged" in out
+    assert "odd: damaged (" in out
+    assert str(odd) in out
+    assert said in out
+    page = (tmp_path / "runs.html").read_text()
+    assert said.partition("'")[0] in page
+    assert "sound-0" in page
+
+
+def test_an_odd_table_of_a_comparison_names_no_baseline(tmp_path: Path) -> None:
+    make_run(tmp_path / "compared" / "lora" / "run", loss=1.0, steps=3)
+    (tmp_path / "compared" / "comparison.json").write_text('{"baseline": "lora", "methods": [3], "choose": [[]]}')
+    report = Report.of([tmp_path]).sound()
+    assert not report.damaged
+    assert len(report.sections) == 1
 
 
 DEEP = "[" * 100_000
@@ -102,6 +147,8 @@ WORDS = [
     ["merge", "x" * 5000, "-o", "y"], ["params", "model=" + "x" * 5000], ["plan", "data=" + "x" * 5000],
     ["train", "run_dir=x/" + "y" * 5000, "--dry-run"], ["train", "optim.lr=" + "1" * 400],
     ["train", "peft.lora_alpha=" + "1" * 5000], ["train", "train.epochs=" + "9" * 400], ["train", "peft.r=" + "1" * 30],
+    ["train", "run_dir=" + "y" * 300, "--dry-run"], ["train", "run_dir=" + "y/" * 2500, "--dry-run"],
+    ["train", "run_dir=\udcff"], ["report", "\udcff"], ["merge", "a", "--out", "\udcff"],
     ["export", "x" * 5000, "gguf"], ["params", "peft.target_modules=(", "model=smollm2-135m"],
 ]  # fmt: skip
 

@@ -246,7 +246,7 @@ def test_a_start_from_data_reads_its_rows_once(ran: Path) -> None:
         ("wrong", 2, "train.batch_sise"),
         ("old", 2, "accelerate asks for the first FSDP, which flattens adapters and base into one. Give it fsdp"),
         ("deepspeed", 2, "accelerate asks for DeepSpeed, with which no run was ever tried. Spread the model by FSDP2"),
-        ("compare", 2, "lorafa compare is no work for a group of processes, and torchrun has started 2."),
+        ("compare", 2, "lorafa compare is no work for a group of processes, and torchrun has started 2 processes"),
     ],
 )
 def test_what_is_refused_is_refused_in_all(ran: Path, name: str, status: int, text: str) -> None:

@@ -28,7 +28,7 @@ MPIRUN = {
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*MEET, *TORCHRUN, *SRUN, *MPIRUN):
+    for name in (*MEET, *(name for _, *names in launch._LAUNCHERS for name in names)):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -48,6 +48,23 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         (MPIRUN | MEET, Launch("mpirun", 2, 0, 0, ())),
         (SRUN | {"WORLD_SIZE": "1", "RANK": "0"} | MEET, Launch("srun", 4, 3, 1, ("WORLD_SIZE",))),
         (SRUN | TORCHRUN | MEET, Launch("torchrun", 2, 1, 1, ())),
+        ({"RANK": "1"} | MEET, Launch("torchrun", 2, 1, None, ("WORLD_SIZE", "LOCAL_RANK"), counted=False)),
+        (
+            {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"} | MEET,
+            Launch("srun", 4, 3, 1, ("SLURM_STEP_NUM_TASKS",), counted=False),
+        ),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"} | MEET, Launch("mpirun", 2, 0, None, ("MPI_LOCALRANKID",))),
+        ({"PMIX_RANK": "0"}, None),
+        ({"PMIX_RANK": "2", "PMIX_LOCAL_RANK": "0"} | MEET, Launch("mpirun", 3, 2, 0, ("PMIX_SIZE",), counted=False)),
+        *(
+            ({f"{one}_SIZE": "8", f"{one}_RANK": "7", f"{one}_LOCAL_RANK": "3"} | MEET, Launch(name, 8, 7, 3, ()))
+            for one, name in (("JSM_NAMESPACE", "jsrun"), ("HOROVOD", "horovodrun"))
+        ),
+        (
+            {"FLUX_JOB_SIZE": "2", "FLUX_TASK_RANK": "1", "FLUX_TASK_LOCAL_ID": "0"},
+            Launch("flux run", 2, 1, 0, ("MASTER_ADDR", "MASTER_PORT")),
+        ),
+        ({"FLUX_JOB_SIZE": "1", "FLUX_TASK_RANK": "0"}, None),
     ],
 )
 def test_a_launcher_is_known_by_what_it_says(environ: dict[str, str], said: Launch | None) -> None:
@@ -70,6 +87,19 @@ def test_a_launch_in_which_each_would_work_alone_is_refused(monkeypatch: pytest.
         launch.join("-m lorafa.cli.main train")
 
 
+def test_one_that_is_not_the_first_is_refused_though_nothing_says_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in ({"OMPI_COMM_WORLD_RANK": "1"} | MEET).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError,
+        match=r"mpirun has started at least 2 processes, which would each do all of the work alone: they cannot find "
+        r"each other without OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK\.",
+    ):
+        launch.join("-m lorafa.cli.main train")
+
+
 def test_more_processes_than_cuda_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
@@ -83,13 +113,17 @@ def test_what_is_no_work_for_a_group_is_refused_in_one(monkeypatch: pytest.Monke
     launch.require_alone("lorafa compare")
     for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
-    launch.require_alone("lorafa compare")  # processes that know nothing of each other share the runs out
+    launch.require_alone("lorafa compare", shares=True)  # processes that know nothing of each other share the runs out
+    with pytest.raises(
+        ConfigError, match=r"lorafa merge is no work for a group of processes, and srun has started 4 processes, each"
+    ):
+        launch.require_alone("lorafa merge")
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ConfigError, match=r"lorafa compare is no work for a group of processes, and torchrun has started 2"
     ):
-        launch.require_alone("lorafa compare")
+        launch.require_alone("lorafa compare", shares=True)
 
 
 # ---- alone

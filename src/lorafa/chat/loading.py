@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lorafa.peft_model import PeftModel
 from lorafa.runs.subjects import Named, find
 from lorafa.surgery.mixed import BASE
 from lorafa.train.base_model import load_base, trained_whole, with_kind_of
-from lorafa.train.settings.run import ModelConfig
+from lorafa.train.settings.model import ModelConfig
 
 _AS_TRAINED = ("revision", "dtype", "quantize", "attention")
 """Settings of a base model that change its numbers: runs on one base have the same."""
@@ -81,7 +82,8 @@ class Asked:
             )
         rows = len(model.get_input_embeddings().weight)
         # First, for they may give the tables more rows, which they cannot get with an adapter on them.
-        tokenizers = [tokenizer_beside(str(one.adapter), model) or base.tokenizer for _, one in self.adapters]
+        beside = partial(tokenizer_beside, model=model, trust_remote_code=self.settings.trust_remote_code)
+        tokenizers = [beside(str(one.adapter)) or base.tokenizer for _, one in self.adapters]
         if self.adapters:
             model = PeftModel(model)
         for number, (_, one) in enumerate(self.adapters):
@@ -113,7 +115,12 @@ class Asked:
 
 
 def ask_for(
-    words: Sequence[str], base: str | None = None, dtype: str | None = None, template: str | None = None
+    words: Sequence[str],
+    base: str | None = None,
+    dtype: str | None = None,
+    template: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Asked:
     """Find what is named on a command line: runs, adapters and at most one model, each as ``name=path`` or ``path``.
 
@@ -121,6 +128,7 @@ def ask_for(
         base: the base model of the adapters, in place of the one they name; alone where no words are given.
         dtype: number format of the base; None as it was trained, or else as it is stored.
         template: name or file of a chat template in place of everyone's own.
+        trust_remote_code: run code that comes with the base.
 
     Raises:
         ConfigError: nothing is named, two have other bases or other settings of it, a name is given twice; as
@@ -137,7 +145,8 @@ def ask_for(
     models = [one.word for one in found if one.adapter is None]
     if len(models) > 1:
         raise ConfigError(f"{models[0]!r} and {models[1]!r} are one model, which answers once. Leave one out.")
-    return Asked(found, distinct(given), _settings(found, dtype), None if template is None else _template(template))
+    settings = replace(_settings(found, dtype), trust_remote_code=trust_remote_code)
+    return Asked(found, distinct(given), settings, None if template is None else _template(template))
 
 
 def _found(subject: Named) -> Found:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lorafa.cli.drawn import add_drawing
+from lorafa.cli.trusted import add_trust
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +65,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the base (default: its own)")
     parser.add_argument("--serve", action="store_true", help="answer a local page and the OpenAI protocol")
     parser.add_argument("--port", type=int, metavar="N", help=f"port of --serve (default: {PORT}; 0: any free one)")
+    add_trust(parser)
     return parser
 
 
@@ -79,7 +81,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     keep_freed_memory()
     options = options_of(args)
     notices = Screen(stderr=True, quiet=console.quiet)
-    asked = ask_for(args.adapters, args.base, args.dtype, args.template)
+    asked = ask_for(
+        args.adapters, args.base, args.dtype, args.template, trust_remote_code=args.trust_remote_code
+    )
     with notices.status(Text(f"Loading {printable(asked.settings.name)}")):
         speakers = asked.load()
     with Engine(speakers) as engine:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from lorafa.cli.trusted import add_trust
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -70,6 +72,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--base", metavar="MODEL", help="combine on this base model, and check that it is the right one"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_trust(parser)
     return parser
 
 
@@ -94,12 +97,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.base is None and why_base(adapters) is None:
         made = combine_files(adapters, weights, args.out, asked)
     else:
-        made = _on_base(args.base, adapters, weights, args.out, asked)
+        made = _on_base(args.base, adapters, weights, args.out, asked, trusted=args.trust_remote_code)
     _say(made, args.json, console)
     return 0
 
 
-def _on_base(base: str | None, adapters: list[str], weights: list[float], out: str, asked: Combining) -> Combination:
+def _on_base(
+    base: str | None, adapters: list[str], weights: list[float], out: str, asked: Combining, *, trusted: bool
+) -> Combination:
     """Combine on the base model that is given, or on the one that the adapters name."""
     from lorafa.compat.auto import load_base
     from lorafa.io.combine_files import combine_on_base, require_one_named_base
@@ -107,7 +112,8 @@ def _on_base(base: str | None, adapters: list[str], weights: list[float], out: s
 
     if base is None:
         require_one_named_base(adapters)
-    model = load_base(adapters[0], None if base is None else resolve_model(base))
+    place = None if base is None else resolve_model(base)
+    model = load_base(adapters[0], place, trust_remote_code=trusted)
     return combine_on_base(model, adapters, weights, out, asked)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from lorafa.cli.trusted import add_trust
 from lorafa.errors import ConfigError
 from lorafa.export import EXPORTERS
 
@@ -51,6 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--merged", action="store_true", help="write the whole model with the adapter in its weights")
     parser.add_argument("--verify", action="store_true", help="read back what was written, and compare; with logits")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder that is there")
+    add_trust(parser)
     return parser
 
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with Screen(stderr=True, quiet=console.quiet).status(f"Exporting {args.adapter}"):
         done = export_adapter(
             args.adapter, args.target, args.out, rank=rank, base=args.base, merged=args.merged, verify=args.verify,
-            overwrite=args.overwrite,
+            overwrite=args.overwrite, trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
     for note in done.notes:
         say(note)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorafa.cli.drawn import add_drawing
@@ -89,7 +90,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         subject = from_main(lambda: find(args.subject, args.base))
         subject.require_its_own(of_model)
         asked = compose([f"model={subject.base or subject.name}", *of_model])
-        settings = subject.run.config().model if subject.run else asked.model
+        settings = asked.model
+        if subject.run:
+            trusted = asked.model.trust_remote_code
+            settings = replace(subject.run.config().model, trust_remote_code=trusted)
         made_by = from_main(lambda: MadeBy.of(subject, settings, how, template))
         file = from_main(lambda: AnswerFile(args.out, prompts, made_by, resume=args.resume))
         done = file.done(how.window)

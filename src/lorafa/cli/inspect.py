@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from lorafa.cli.trusted import add_trust
 from lorafa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--top", metavar="N", type=int, default=10, help="layers in the table (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--page", metavar="FILE.html", help="also write a page with drawings, one file")
+    add_trust(parser)
     return parser
 
 
@@ -62,12 +64,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--top is a number of layers, 0 or more, found {args.top}.")
     if args.text and not args.base:
         raise ConfigError("--text is what the effect on the logits is measured on, which needs --base. Give both.")
+    if args.trust_remote_code and not args.base:
+        raise ConfigError("--trust-remote-code lets the base model run its code, and none is loaded. Give --base, too.")
     text = None if args.text is None else _read(args.text)
     adapter = adapter_in(args.adapter)
     found = inspect(
         adapter,
         name=args.adapter,
-        base=None if args.base is None else _loading(args.base, adapter),
+        base=None if args.base is None else _loading(args.base, adapter, trusted=args.trust_remote_code),
         base_name=args.base,
         other=None if args.other is None else adapter_in(args.other),
         other_name=args.other,
@@ -122,7 +126,7 @@ def _read(file: str) -> str:
     return text
 
 
-def _loading(name: str, adapter: str) -> Load:
+def _loading(name: str, adapter: str, *, trusted: bool) -> Load:
     """How the base model comes, with the tokenizer, once it is needed."""
 
     def load() -> tuple[Any, Any]:
@@ -130,10 +134,11 @@ def _loading(name: str, adapter: str) -> Load:
         from lorafa.models.load import on_accelerator
         from lorafa.models.vocabulary import tokenizer_beside
         from lorafa.train.base_model import load_base, with_kind_of
-        from lorafa.train.settings.run import ModelConfig
+        from lorafa.train.settings.model import ModelConfig
 
-        base = load_base(with_kind_of(ModelConfig(name=name), adapter), classes=classes_beside(adapter))
-        tokenizer = tokenizer_beside(adapter, base.model) or base.tokenizer
+        settings = with_kind_of(ModelConfig(name=name, trust_remote_code=trusted), adapter)
+        base = load_base(settings, classes=classes_beside(adapter))
+        tokenizer = tokenizer_beside(adapter, base.model, trust_remote_code=trusted) or base.tokenizer
         if base.new_modules:  # its outputs are random: there is nothing to compare with
             tokenizer = None
         return on_accelerator(base.model), tokenizer

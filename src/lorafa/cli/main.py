@@ -28,6 +28,8 @@ COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
 TOGETHER = (train, eval, generate)
 """Commands that several processes do together; others are refused where a launcher starts several of them."""
+SHARED = (compare,)
+"""Commands among those others that processes which know nothing of each other share out."""
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 EXTRA = (
@@ -73,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with _plain_warnings(errors), _stopped_like_interrupted():
             if args.alone is not None:
-                require_alone(args.alone)
+                require_alone(args.alone, shares=args.shares)
             status: int = args.run(args, console)
         return status
     except (ConfigError, NotAvailableError, TargetError) as error:
@@ -90,10 +92,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _refused_by_system(error: Exception) -> str | None:
     """What to say where the system refuses a place: a name too long, a folder one may not enter, a full disk."""
-    if not isinstance(error, OSError) or error.filename is None:
+    from lorafa.storage.refusals import refusal
+
+    if (refused := refusal(error)) is None or refused.errno is None:
         return None
-    place = bounded(repr(error.filename), 200)
-    return f"{place}: {error.strerror or error}. The system refuses that place: name another one, or make room."
+    if refused.filename is None:  # of a file that was open already
+        return f"{refused.strerror or refused}. The system refuses a file of this command: see to it, or make room."
+    place = bounded(repr(refused.filename), 200)
+    return f"{place}: {refused.strerror or refused}. The system refuses that place: name another one, or make room."
 
 
 def _not_foreseen(error: Exception) -> str:
@@ -134,23 +140,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for command in COMMANDS:
         made = command.add_parser(commands)
-        prepared(made, command.run, alone=None if command in TOGETHER else made.prog)
+        prepared(made, command.run, alone=None if command in TOGETHER else made.prog, shares=command in SHARED)
     return read_words(parser, "lorafa", argv)
 
 
-def prepared(parser: argparse.ArgumentParser, run: Callable[..., int], alone: str | None = None) -> None:
+def prepared(
+    parser: argparse.ArgumentParser, run: Callable[..., int], alone: str | None = None, *, shares: bool = False
+) -> None:
     """Give a parser what every command has.
 
     Args:
-        alone: what the command is called, where it is no work for several processes.
+        alone: what the command is called, where it is no work for a group of processes.
+        shares: whether several that are no group share its work out all the same.
     """
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
-    parser.set_defaults(run=run, alone=alone)
+    parser.set_defaults(run=run, alone=alone, shares=shares)
 
 
 def read_words(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of a program of this name; settings may stand before and after its options."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if odd := next((word for word in words if not _is_text(word)), None):
+        parser.error(f"{odd!r:.200} is no text in UTF-8, which records and messages are written in. Rename it.")
     args, rest = parser.parse_known_args(words)
     args.command = [name, *words]
     stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
@@ -159,6 +170,15 @@ def read_words(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] |
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _is_text(word: str) -> bool:
+    """Whether a word of a command line can be written; bytes that are no UTF-8 come as halves of characters."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lorafa.cli.trusted import add_trust
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -54,6 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--ignore-base-mismatch", action="store_true", help="merge into a base the adapter was not made for"
     )
+    add_trust(parser)
     return parser
 
 
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
             ignore_base_mismatch=args.ignore_base_mismatch,
+            trust_remote_code=args.trust_remote_code,
             progress=bar,
         )
     files = "1 file" if merged.files == 1 else f"{merged.files} files"
@@ -84,8 +88,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.verify:
         with shown.status("Comparing outputs"):
             check = check_merged_folder(
-                merged.folder, folders, base=base, ignore_base_mismatch=args.ignore_base_mismatch
-            )
+                merged.folder, folders, base=base, ignore_base_mismatch=args.ignore_base_mismatch,
+                trust_remote_code=args.trust_remote_code,
+            )  # fmt: skip
         console.print(f"Verified: {check}.", highlight=False, markup=False, soft_wrap=True)
         check.require_explained()
     return 0

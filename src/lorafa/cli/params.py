@@ -70,6 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     cache = Path(config.model.cache_dir) if config.model.cache_dir else None
     dtype = DTYPES.get(config.model.dtype)
     where: dict[str, Any] = {"cache_dir": cache, "revision": config.model.revision}
+    where["trust_remote_code"] = config.model.trust_remote_code
     found = outline(config.model.name, dtype, kind=config.model.kind, **where)
     try:
         costs, notes = adapter_costs(found, config), _notes(found, config)

@@ -145,7 +145,7 @@ def _resumed(overrides: Sequence[str], config: RunConfig) -> RunConfig:
     from lorafa.cli.train import longer_of
     from lorafa.runs.experiment import resumable
 
-    return resumable(str(config.train.resume), longer_of(overrides, config))[2]
+    return resumable(str(config.train.resume), longer_of(overrides, config), config)[2]
 
 
 def _not_read(config: RunConfig) -> str:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return _one(args.run_dirs[0], console)
     from lorafa.report.runs import Report
 
-    return _several(Report.of(args.run_dirs, args.baseline), args.page, console)
+    return _several(Report.of(args.run_dirs, args.baseline).sound(), args.page, console)
 
 
 def _one(path: str, console: Console) -> int:

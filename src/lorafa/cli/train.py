@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     if not config.train.resume:
         return carry_out(config, console, args.command)
-    return conclude(resume_run(config.train.resume, console, args.command, longer), console)
+    return conclude(resume_run(config.train.resume, console, args.command, longer, config), console)
 
 
 def join_all(console: Console, command: str) -> None:
@@ -122,8 +122,8 @@ def show(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) 
 
     would = "start"
     if config.train.resume:
-        resume = config.train.resume
-        run, checkpoint, config = from_main(lambda: resumable(resume, longer))
+        given, resume = config, config.train.resume
+        run, checkpoint, config = from_main(lambda: resumable(resume, longer, given))
         would = f"continue from {checkpoint.name} in {run.path}"
     elif there := from_main(lambda: begun(config)):
         would = f"go on in {there.path}"
@@ -139,16 +139,21 @@ def show(config: RunConfig, longer: Mapping[str, Any] | None, console: Console) 
 
 LONGER = ("steps", "epochs", "patience")
 """Settings of ``train`` that a run may be continued with."""
+BESIDE_RESUME = (
+    "train.resume", *(f"train.{one}" for one in LONGER), "model.trust_remote_code", "align.trust_remote_code"
+)  # fmt: skip
+"""All settings that may stand beside it."""
 
 
 def longer_of(overrides: Sequence[str], config: RunConfig) -> dict[str, Any]:
     """How long the continued run is to be, where that is said; other settings are refused."""
     named = {text: text.lstrip("+").partition("=")[0] for text in overrides}
-    others = [text for text, key in named.items() if key not in ("train.resume", *(f"train.{one}" for one in LONGER))]
+    others = [text for text, key in named.items() if key not in BESIDE_RESUME]
     if others:
         raise ConfigError(
             f"A continued run keeps its settings, found {' '.join(others)!r} beside train.resume. Leave them out "
-            "(train.steps, train.epochs and train.patience may be given), or start a new run without train.resume."
+            "(train.steps, train.epochs, train.patience and trust_remote_code may be given), or start a new run "
+            "without train.resume."
         )
     return {one: getattr(config.train, one) for one in LONGER if f"train.{one}" in named.values()}
 

@@ -10,6 +10,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, SourceError, first_line
 from lorafa.io.find import AdapterFiles, find_adapter_files
 from lorafa.io.load import LoadOptions
+from lorafa.models.sourced import refused_code
 from lorafa.peft_model import PeftModel
 from lorafa.settings.methods import TaskType
 from lorafa.storage.hub import HubOptions, locate
@@ -60,7 +61,8 @@ class AutoPeftModel:
             adapter_name, is_trainable, config: as for :meth:`lorafa.PeftModel.from_pretrained`.
             revision: that of the adapter; its config has the base's.
             kwargs: those of :class:`lorafa.io.load.LoadOptions` that are about the adapter; ``dtype``, ``device_map``
-                and everything else goes to the base model's ``from_pretrained``; those about the Hub to both.
+                and everything else goes to the base model's ``from_pretrained``; those about the Hub, and
+                ``trust_remote_code``, to both.
 
         Raises:
             ConfigError: another program wrote the adapter, in a layout of its own; the config names no base, or
@@ -82,8 +84,9 @@ class AutoPeftModel:
             given = _require_peft(find_adapter_files(pretrained_model_name_or_path, **place, **hub))
         else:
             given = lora_config(config)
-        base = _base_model(cls._loader(given), given, {"trust_remote_code": False, **rest})
-        _resize(base, pretrained_model_name_or_path, place["subfolder"], hub)
+        rest["trust_remote_code"] = trusted = bool(rest.get("trust_remote_code", False))  # None would ask on a prompt
+        base = _base_model(cls._loader(given), given, rest)
+        _resize(base, pretrained_model_name_or_path, place["subfolder"], hub, trusted=trusted)
         return PeftModel.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
         )
@@ -123,13 +126,14 @@ def _require_peft(files: AdapterFiles) -> LoraConfig:
     return config
 
 
-def load_base(source: str | Path, base: str | Path | None = None) -> Any:
+def load_base(source: str | Path, base: str | Path | None = None, *, trust_remote_code: bool = False) -> Any:
     """The base model of an adapter, as it is stored and in eval mode, without the adapter.
 
     Args:
         source: folder or Hub repository of the adapter, whose config says what kind of model it is for; where it does
             not, the base's own does.
         base: folder or Hub repository of the base, in place of the one the config names.
+        trust_remote_code: run code that comes with the base.
 
     Raises:
         LoraError: as :meth:`AutoPeftModel.from_pretrained`.
@@ -139,8 +143,8 @@ def load_base(source: str | Path, base: str | Path | None = None) -> Any:
         config = replace(config, base_model_name_or_path=str(base), revision=None)
     says = config.task_type is not None or config.auto_mapping is not None
     loader = AutoPeftModel._loader(config) if says else None
-    model = _base_model(loader, config, {"dtype": "auto"}).eval()
-    _resize(model, source, None, {})
+    model = _base_model(loader, config, {"dtype": "auto", "trust_remote_code": trust_remote_code}).eval()
+    _resize(model, source, None, {}, trusted=trust_remote_code)
     return model
 
 
@@ -158,7 +162,7 @@ def _base_model(loader: str | None, config: LoraConfig, arguments: dict[str, Any
             "Loading a base model needs a package that is not installed. Run: pip install transformers"
         ) from error
     if loader is None:
-        loader = _architecture(name, config.revision)
+        loader = _architecture(name, config.revision, trusted=arguments["trust_remote_code"])
     kind = getattr(transformers, loader, None)
     if kind is None:
         raise ConfigError(
@@ -167,28 +171,32 @@ def _base_model(loader: str | None, config: LoraConfig, arguments: dict[str, Any
         )
     try:
         return kind.from_pretrained(name, revision=config.revision, **arguments)
-    except (OSError, ConnectionError) as error:
-        raise SourceError(
-            f"The base model {name!r} that the adapter names could not be loaded: {first_line(error)}. Load it from "
-            "where it is and call PeftModel.from_pretrained(base, path)."
-        ) from error
+    except (OSError, ConnectionError, ValueError) as error:
+        refused = refused_code(error)
+        if refused is None and not isinstance(error, OSError):
+            raise
+        why = refused or (
+            f"{first_line(error)}. Load it from where it is and call PeftModel.from_pretrained(base, path)."
+        )
+        raise SourceError(f"The base model {name!r} that the adapter names could not be loaded: {why}") from error
 
 
-def _architecture(name: str, revision: str | None) -> str:
+def _architecture(name: str, revision: str | None, *, trusted: bool) -> str:
     """The class of transformers that a model's own config names."""
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         found = config.architectures
     except (OSError, ValueError, ConnectionError) as error:
-        raise SourceError(
-            f"The base model {name!r} that the adapter names could not be found: {first_line(error)}. Name another one."
-        ) from error
+        why = refused_code(error) or f"{first_line(error)}. Name another one."
+        raise SourceError(f"The base model {name!r} that the adapter names could not be found: {why}") from error
+    if trusted and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return "AutoModelForCausalLM"
     return str(found[0]) if found else "AutoModelForCausalLM"
 
 
-def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> None:
+def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any, *, trusted: bool) -> None:
     """Give the base rows for the tokens that a tokenizer beside the adapter knows and the base does not."""
     try:
         found = locate(source, ["tokenizer_config.json"], subfolder=subfolder, **hub)
@@ -201,7 +209,12 @@ def _resize(model: Any, source: str | Path, subfolder: str | None, hub: Any) -> 
     place = {"subfolder": subfolder} if subfolder else {}
     local = user_path(source).is_dir()
     where = {} if local else place | hub
-    tokenizer = AutoTokenizer.from_pretrained(found.parent if local else source, trust_remote_code=False, **where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found.parent if local else source, trust_remote_code=trusted, **where)
+    except ValueError as error:
+        if (refused := refused_code(error)) is None:
+            raise
+        raise SourceError(f"Could not load the tokenizer in {str(source)!r}: {refused}") from error
     table = embedding_of(model, "get_input_embeddings")
     if table is not None and len(tokenizer) > len(table.weight):  # type: ignore[arg-type]
         model.resize_token_embeddings(len(tokenizer))

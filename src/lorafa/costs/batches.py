@@ -120,7 +120,12 @@ def of_rows(config: RunConfig, found: OpenData, model: Any, kind: Kind, console:
 
 def _tokenizer(config: RunConfig, kind: Kind) -> Any:
     """The tokenizer as a run has it."""
-    tokenizer = load_tokenizer(config.model.name, cache_dir=cache_of(config.model), revision=config.model.revision)
+    tokenizer = load_tokenizer(
+        config.model.name,
+        cache_dir=cache_of(config.model),
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not kind.own_template:

@@ -12,7 +12,8 @@ from lorafa.errors import SourceError
 from lorafa.models.load import DTYPES, resolve_model
 from lorafa.storage.headers import StoredWeights, stored_weights
 from lorafa.train.base_model import cache_of
-from lorafa.train.settings.run import ModelConfig, RunConfig
+from lorafa.train.settings.model import ModelConfig
+from lorafa.train.settings.run import RunConfig
 
 ASK_FROM = 0.5
 """A run whose weights are a smaller share of the memory there is goes on without anything being counted."""

@@ -34,8 +34,9 @@ from lorafa.surgery.walk import base_parameters
 from lorafa.train.adapter_config import lora_config
 from lorafa.train.base_model import cache_of, with_kind_of
 from lorafa.train.coverage import CoverageRow, coverage
+from lorafa.train.settings.model import ModelConfig
 from lorafa.train.settings.optim import entry_of
-from lorafa.train.settings.run import ModelConfig, RunConfig
+from lorafa.train.settings.run import RunConfig
 
 FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Number formats of safetensors files that a model can be loaded in."""
@@ -165,6 +166,7 @@ def shape_of(
         answers=answers,
         classes=None if adapter is None else classes_beside(adapter),
         stored=None if stored is None else stored.shapes,
+        trust_remote_code=settings.trust_remote_code,
     )
     model: Any = found.model
     if settings.attention != "auto":

@@ -12,14 +12,16 @@ from lorafa.alignment.registries import TEACHERS
 from lorafa.costs.untouched import Untouched
 from lorafa.models.kinds.causal import CAUSAL
 from lorafa.train.settings.align import EXTERNAL, AlignConfig
-from lorafa.train.settings.run import ModelConfig
+from lorafa.train.settings.model import ModelConfig
 
 
 def model_of(align: AlignConfig) -> ModelConfig | None:
     """The model that teaches, as settings of one; None where the teacher is made of the student, or there is none."""
     if not align.teaches or align.name != EXTERNAL:
         return None
-    return ModelConfig(name=str(align.teacher), dtype=align.dtype, kind=CAUSAL.name)
+    return ModelConfig(
+        name=str(align.teacher), dtype=align.dtype, kind=CAUSAL.name, trust_remote_code=align.trust_remote_code
+    )
 
 
 def copied_bytes(align: AlignConfig, trained: int, state: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafa.errors import DataError, first_line, shorten
+from lorafa.settings.checks import repeated
 
 Row = Mapping[str, Any]
 
@@ -98,7 +99,5 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON. Python would take the last of two values of one name, and drop the first in silence."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
+        raise ValueError(f"{repeated(name for name, _ in pairs)[0]!r} stands twice in one object")
     return found

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import permutations
 
 from lorafa.errors import ConfigError
+from lorafa.settings.checks import repeated
 from lorafa.storage.paths import user_path
 
 MOST = 1e100
@@ -31,7 +32,7 @@ def apportioned(total: int, counts: Sequence[int]) -> list[int]:
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
     """Raises ConfigError for sources that are named twice, be it in two ways, and for weights that are not one number
     > 0 for each."""
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := repeated(names):
         raise ConfigError(
             f"data= names {twice[0]!r} twice. Name it once; data.weights with data.train_size repeats its rows."
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lorafa.data.cells import Row, parsed
 from lorafa.errors import DataError, LoraError, SourceError, did_you_mean
+from lorafa.settings.checks import repeated
 from lorafa.storage.wheels import sha256_of
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _an_object(row: Any, place: str, advice: str) -> Row:
 
 def check_names(path: Path, names: list[str]) -> None:
     """Raises DataError for two columns of one name: one of them would not be read."""
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := repeated(names):
         raise DataError(f"{path}: two columns are called {twice[0]!r}. Rename one of them.")
 
 

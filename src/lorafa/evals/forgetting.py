@@ -45,12 +45,16 @@ class ForgettingSettings(PerplexitySettings):
     """Seed of the texts."""
     base: str | None = None
     """Model to compare with, a folder or a Hub id; null is the model without its adapters."""
+    trust_remote_code: bool = False
+    """Run code that comes with that model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("eval.texts", self.texts, at_least=1)
         check_int("eval.max_new_tokens", self.max_new_tokens, at_least=1)
         check_int("eval.seed", self.seed, at_least=0)
+        if self.trust_remote_code and self.base is None:
+            raise ConfigError("eval.trust_remote_code=true would change nothing: there is no eval.base. Drop it.")
 
     def drawing(self) -> Drawing:
         """How the texts are drawn."""
@@ -175,7 +179,9 @@ def _counted(sample: Sample) -> int:
 def _pair(subject: Subject, settings: ForgettingSettings) -> Pair:
     if settings.base is None:
         return Pair(subject.model)
-    base, tokenizer = load_model(settings.base, subject.model.dtype)
+    base, tokenizer = load_model(
+        settings.base, subject.model.dtype, trust_remote_code=settings.trust_remote_code
+    )
     if tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         raise ConfigError(
             f"eval.base={settings.base} has another vocabulary than the model, so their distributions cannot be "

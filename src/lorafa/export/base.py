@@ -9,6 +9,7 @@ from typing import Any
 from lorafa.compat.auto import load_base
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, SourceError, first_line
+from lorafa.models.sourced import refused_code
 from lorafa.peft_model import PeftModel
 
 
@@ -27,16 +28,18 @@ class BaseFacts:
     """Whether input embedding and output head are one table."""
 
 
-def facts_of(config: LoraConfig, name: str | None = None) -> BaseFacts:
+def facts_of(config: LoraConfig, name: str | None = None, *, trust_remote_code: bool = False) -> BaseFacts:
     """What the config of an adapter's base says.
 
     Args:
         config: the adapter's; it names its base.
         name: another base in place of that one, as :func:`lorafa.models.load.resolve_model` takes it.
+        trust_remote_code: as in :func:`~lorafa.models.load.load_model`.
 
     Raises:
         ConfigError: no base is named.
-        SourceError: there is no such model, or transformers does not know its kind.
+        SourceError: there is no such model, transformers does not know its kind, or it needs code of its own, which is
+            not trusted.
     """
     name, revision = _named(config, name)
     try:
@@ -44,11 +47,10 @@ def facts_of(config: LoraConfig, name: str | None = None) -> BaseFacts:
     except ImportError as error:
         raise SourceError("Reading a model's config needs a package: pip install lorafa[train]") from error
     try:
-        found: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        found: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            f"The config of the base model {name!r} could not be read: {first_line(error)}. Give its folder: --base."
-        ) from error
+        why = refused_code(error) or f"{first_line(error)}. Give its folder: --base."
+        raise SourceError(f"The config of the base model {name!r} could not be read: {why}") from error
     text = found.get_text_config()
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     return BaseFacts(
@@ -72,7 +74,9 @@ def _named(config: LoraConfig, name: str | None) -> tuple[str, str | None]:
     return config.base_model_name_or_path, config.revision
 
 
-def load_adapted(source: str | Path, config: LoraConfig, name: str | None = None) -> PeftModel:
+def load_adapted(
+    source: str | Path, config: LoraConfig, name: str | None = None, *, trust_remote_code: bool = False
+) -> PeftModel:
     """The base with the adapter on it, in eval mode.
 
     Raises:
@@ -81,4 +85,4 @@ def load_adapted(source: str | Path, config: LoraConfig, name: str | None = None
         LoraError: as :meth:`lorafa.PeftModel.from_pretrained`.
     """
     base = _named(config, name)[0] if name is not None or config.base_model_name_or_path is None else None
-    return PeftModel.from_pretrained(load_base(source, base), source)
+    return PeftModel.from_pretrained(load_base(source, base, trust_remote_code=trust_remote_code), source)

@@ -19,6 +19,7 @@ from lorafa.peft_model import PeftModel
 from lorafa.runs.adapters import adapter_in
 from lorafa.storage.folders import folder_written_whole, require_apart, require_free
 from lorafa.storage.paths import user_path
+from lorafa.storage.refusals import as_os_error
 from lorafa.surgery.dequantize import has_codes, merge_into_dense
 from lorafa.surgery.plain import Lost, check_rank
 from lorafa.surgery.verify import made_inputs, outputs_of
@@ -49,6 +50,7 @@ def export_adapter(
     merged: bool = False,
     verify: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write an adapter in the form another program reads.
 
@@ -63,6 +65,7 @@ def export_adapter(
         merged: write the whole model, with the updates in its weights, in the form of transformers.
         verify: read back what was written by its reader's rules and compare the updates; with a base the logits, too.
         overwrite: take the place of a folder that is there, if it holds a model or an adapter.
+        trust_remote_code: run code that comes with the base; without it one that needs such code is refused.
 
     Raises:
         ConfigError: an argument is wrong; the update needs a rank or the base; ``out`` is there already.
@@ -72,6 +75,7 @@ def export_adapter(
 
     After any of them nothing was written.
     """
+    trusted = trust_remote_code
     exporter, folder, place = EXPORTERS.get(target), require_free(out, overwrite=overwrite), adapter_in(source)
     if rank is not None:
         check_rank("rank", rank)
@@ -82,10 +86,10 @@ def export_adapter(
     bases = [user_path(each) for each in (base, config.base_model_name_or_path) if each]
     require_apart(folder, {"the adapter": [user_path(place)], "its base model": bases})
     if merged:
-        return _merged(exporter, place, config, name, folder, verify=verify, overwrite=overwrite)
+        return _merged(exporter, place, config, name, folder, verify=verify, overwrite=overwrite, trusted=trusted)
     require_matrix_formula(config)
-    facts = facts_of(config, name) if exporter.asks_base else None
-    model = None if base is None else load_adapted(place, config, name)
+    facts = facts_of(config, name, trust_remote_code=trusted) if exporter.asks_base else None
+    model = None if base is None else load_adapted(place, config, name, trust_remote_code=trusted)
     adapter = of_files(place, rank) if model is None else of_model(model, place, rank=rank)
     exporter.check(adapter, facts)
     with folder_written_whole(folder, overwrite=overwrite) as stage:
@@ -119,7 +123,15 @@ def _lost(adapter: PlainAdapter) -> list[str]:
 
 
 def _merged(
-    exporter: Exporter, place: str, config: LoraConfig, name: str | None, folder: Path, *, verify: bool, overwrite: bool
+    exporter: Exporter,
+    place: str,
+    config: LoraConfig,
+    name: str | None,
+    folder: Path,
+    *,
+    verify: bool,
+    overwrite: bool,
+    trusted: bool,
 ) -> Exported:
     """Write the base with the adapter in its weights, and its tokenizer."""
     if not exporter.takes_merged:
@@ -127,16 +139,17 @@ def _merged(
             f"A merged model is no adapter, and {exporter.words} reads models of its own: export with --for peft "
             "--merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
         )
-    facts: BaseFacts = facts_of(config, name)
-    model = load_adapted(place, config, name)
+    facts: BaseFacts = facts_of(config, name, trust_remote_code=trusted)
+    model = load_adapted(place, config, name, trust_remote_code=trusted)
     inputs = made_inputs(model.get_base_model()) if verify else {}
     wanted = outputs_of(model, inputs) if verify else None
     with model.disable_adapter():
         without = outputs_of(model, inputs) if verify else None
     whole, notes = _merge(model)
     with folder_written_whole(folder, overwrite=overwrite) as stage:
-        whole.save_pretrained(stage)
-        notes += [*_tokenizer(place, facts.name, stage), *exporter.beside_merged(stage, facts)]
+        with as_os_error():
+            whole.save_pretrained(stage)
+        notes += [*_tokenizer(place, facts.name, stage, trusted=trusted), *exporter.beside_merged(stage, facts)]
         proof = None
         if wanted is not None and without is not None:
             again = type(whole).from_pretrained(stage, dtype="auto").eval()
@@ -153,15 +166,17 @@ def _merge(model: PeftModel) -> tuple[Any, list[str]]:
     return model.merge_and_unload(), []
 
 
-def _tokenizer(place: str, base: str, folder: Path) -> list[str]:
+def _tokenizer(place: str, base: str, folder: Path, *, trusted: bool) -> list[str]:
     """Save the tokenizer beside the adapter, or else the base's."""
     from transformers import AutoTokenizer
 
     for source in (place, base):
         try:
-            AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
         except (OSError, ValueError, KeyError, TypeError):
             continue
+        with as_os_error():
+            tokenizer.save_pretrained(folder)
         return []
     return [f"Neither {place} nor {base} has a tokenizer: put its files beside the model."]
 

@@ -146,7 +146,7 @@ def _on_weight(update: LayerUpdate, layer: LoraLayer) -> tuple[Measured, OnWeigh
     """The whole update of a layer, and what it does to the weight.
 
     Raises:
-        BackendError: no back end is sure of the weight, or it has none that could hold the update.
+        BackendError: no back end is sure of the weight, it has none for the update, or a value is not finite.
     """
     odd = layer.backend.reads(layer.pristine)
     if odd is not None:
@@ -158,10 +158,13 @@ def _on_weight(update: LayerUpdate, layer: LoraLayer) -> tuple[Measured, OnWeigh
     largest: float | None = None
     if adapter.variant.one_product:
         gain = adapter.variant.row_gain(adapter, weight)
-        parts = [
-            intruders_of(W, A, update.scaling * B, TOP_K, EPSILON, gain)
-            for W, A, B in zip(matrices(weight), matrices(update.A), matrices(update.B), strict=True)
-        ]
+        try:
+            parts = [
+                intruders_of(W, A, update.scaling * B, TOP_K, EPSILON, gain)
+                for W, A, B in zip(matrices(weight), matrices(update.A), matrices(update.B), strict=True)
+            ]
+        except ValueError as error:
+            raise BackendError("its weight or the update holds inf or nan, so it has no directions.") from error
         intruders = numbered([some for _, some in parts], stacked=weight.dim() == 3)
         largest = max(float(top.S[0]) if len(top.S) else 0.0 for top, _ in parts)
     return found, OnWeight(norm, found.frobenius / norm if norm else 0.0, intruders, largest)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafa.backends.offload import rests_elsewhere
+from lorafa.config import LoraConfig
 from lorafa.errors import BackendError, CheckpointError, SourceError, shorten
 from lorafa.io.adapter_files import StoredAdapter
 from lorafa.io.changes import Change, changes_of
@@ -21,6 +22,7 @@ from lorafa.io.skeleton import Skeleton, empty_model, layers_with_a_weight, requ
 from lorafa.models.carried import read_config
 from lorafa.models.sourced import as_source_error
 from lorafa.numerics.linalg import all_finite
+from lorafa.settings.checks import repeated
 from lorafa.storage.fingerprint import check_base
 from lorafa.storage.model_files import model_files
 from lorafa.surgery.activate import require_uniform, set_adapter
@@ -55,7 +57,12 @@ class Attached:
 
 
 def attached(
-    stored: Sequence[StoredAdapter], base: Path, dtype: torch.dtype | None, *, ignore_base_mismatch: bool
+    stored: Sequence[StoredAdapter],
+    base: Path,
+    dtype: torch.dtype | None,
+    *,
+    ignore_base_mismatch: bool,
+    trust_remote_code: bool = False,
 ) -> Attached:
     """Put adapters that were read on the base in ``base``.
 
@@ -72,10 +79,10 @@ def attached(
     require_numbers(files, stored_config)
     for one in stored:
         _require_mergeable(one)
-    kind, config = class_of(base, stored)
+    kind, config = class_of(base, stored, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.of(empty_model(kind, config), files, dtype)
     filled = [name for one in stored for name in _base_tensors(skeleton, one)]
-    if twice := sorted({name for name in filled if filled.count(name) > 1}):
+    if twice := sorted(repeated(filled)):
         raise CheckpointError(
             f"Several adapters bring tensors of the base: {shorten(twice, 3)}. Only one of them could be written. "
             "Merge one adapter, and the next one into what comes out."
@@ -120,13 +127,17 @@ def _require_mergeable(stored: StoredAdapter) -> None:
         )
 
 
-def class_of(base: Path, stored: Sequence[StoredAdapter]) -> tuple[type[nn.Module], Any]:
-    """The class of transformers the adapters were put on, and its config: the first one that has what they name."""
+def class_of(
+    base: Path, stored: Sequence[StoredAdapter], *, trust_remote_code: bool = False
+) -> tuple[type[nn.Module], Any]:
+    """The class the adapters were put on, of transformers or of the base's own code where that is trusted, and its
+    config: the first one that has what they name."""
     import transformers
 
     with as_source_error(f"Could not read the config in {str(base)!r}", "give the folder of a model of transformers."):
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-    kinds = list(dict.fromkeys(_classes(config, stored)))
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        kinds = _of_own_code(base, config, stored) if trust_remote_code else []
+    kinds = list(dict.fromkeys([*kinds, *_classes(config, stored)]))
     if not kinds:
         raise SourceError(f"The config in {str(base)!r} names no model of transformers that is known here.")
     tried: list[tuple[type[nn.Module], Any]] = []
@@ -140,15 +151,30 @@ def class_of(base: Path, stored: Sequence[StoredAdapter]) -> tuple[type[nn.Modul
     return tried[0]  # whose misfit says what is wrong
 
 
-def _classes(config: Any, stored: Sequence[StoredAdapter]) -> Iterator[type[nn.Module]]:
-    import transformers
-
+def _loader_for(config: LoraConfig) -> str | None:
+    """The class of transformers that loads models for the task of an adapter."""
     from lorafa.models.kinds import KINDS
 
     tasks = {KINDS.get(name).task_type: KINDS.get(name).auto_class for name in KINDS.names()} | _TASKS
+    return tasks.get(str(getattr(config.task_type, "value", config.task_type)))
+
+
+def _of_own_code(base: Path, config: Any, stored: Sequence[StoredAdapter]) -> list[type[nn.Module]]:
+    """The classes that the base's own code has for the adapters' tasks, or for any."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    written: Mapping[str, str] = getattr(config, "auto_map", None) or {}
+    wanted = [_loader_for(one.config) for one in stored]
+    named = [name for name in (*wanted, "AutoModelForCausalLM", "AutoModel") if name in written]
+    return [get_class_from_dynamic_module(written[name], base) for name in dict.fromkeys(named) if name is not None]
+
+
+def _classes(config: Any, stored: Sequence[StoredAdapter]) -> Iterator[type[nn.Module]]:
+    import transformers
+
     for one in stored:
         named = (one.config.auto_mapping or {}).get("base_model_class")
-        task = tasks.get(str(getattr(one.config.task_type, "value", one.config.task_type)))
+        task = _loader_for(one.config)
         for name in (named, *(config.architectures or ())):
             kind = getattr(transformers, str(name), None)
             if isinstance(kind, type) and issubclass(kind, nn.Module):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import chain
 
 from torch import Tensor
 
-from lorafa.errors import CheckpointError
+from lorafa.errors import CheckpointError, ConfigError
+from lorafa.settings.expressions import REPLACED, Expressions
 from lorafa.surgery.walk import PREFIX
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -19,7 +21,7 @@ _BARE_FACTOR = re.compile(r"^(.*\.lora_embedding_[AB])\.([^.]+)$")
 _COPIES = "modules_to_save"
 _BY_ADAPTER = {_COPIES, "trainable_tokens_delta"}
 """What else of a wrapper is by the adapter's name."""
-_NORMS = re.compile(r"^(.*\.lora_magnitude_vector)((?:\.[^.]+)+)$")
+_NORM = ".lora_magnitude_vector"
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,13 +77,19 @@ def _adapter_in(name: str) -> str | None:
     for pattern in (_FACTOR, _BARE_FACTOR):
         if match := pattern.match(name):
             return match[2]
-    match = _NORMS.match(name)
-    return match[2].strip(".").removesuffix(".weight") if match and match[2] != ".weight" else None
+    norm = _norm(name)
+    return norm[1].removesuffix(".weight") if norm and norm[1] != "weight" else None
+
+
+def _norm(name: str) -> tuple[str, str] | None:
+    """The name of a norm and what stands behind it; None of other names."""
+    before, mark, behind = name.rpartition(f"{_NORM}.")
+    return (before + _NORM, behind) if mark and all(behind.split(".")) else None
 
 
 def _without_adapter(name: str, adapter: str | None) -> str:
-    if match := _NORMS.match(name):
-        return match[1]
+    if norm := _norm(name):
+        return norm[0]
     if adapter is None:
         return name
     parts = name.split(".")
@@ -99,12 +107,26 @@ def renamed(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -
     Args:
         key_mapping: regular expression -> replacement. In each key the first that occurs is replaced, and no other; the
             prefix ``base_model.model.`` is not seen by them and stays. So PEFT reads it.
+
+    Raises:
+        ConfigError: it is no such mapping, or its expressions take too long.
+        CheckpointError: two tensors would have one name.
     """
-    return {_renamed(key, key_mapping): value for key, value in tensors.items()} if key_mapping else tensors
-
-
-def _renamed(key: str, key_mapping: Mapping[str, str]) -> str:
-    prefix = next((start for start in (PREFIX, "base_model.") if key.startswith(start)), "")
-    name = key.removeprefix(prefix)
-    replaced = (re.subn(pattern, replacement, name) for pattern, replacement in key_mapping.items())
-    return prefix + next((new for new, count in replaced if count), name)
+    if key_mapping is None:
+        return tensors
+    if not isinstance(key_mapping, Mapping) or not all(isinstance(text, str) for text in chain(*key_mapping.items())):
+        raise ConfigError(
+            f"key_mapping has regular expressions and what replaces them, both texts, found {key_mapping!r:.200}."
+        )
+    found = Expressions("key_mapping", list(key_mapping), REPLACED)
+    replacements, new = list(key_mapping.values()), dict[str, str]()
+    for key in tensors:
+        prefix = next((start for start in (PREFIX, "base_model.") if key.startswith(start)), "")
+        name = key.removeprefix(prefix)
+        replaced = found.replace(name, replacements)
+        other = new.setdefault(prefix + (name if replaced is None else replaced), key)
+        if other != key:
+            raise CheckpointError(
+                f"key_mapping gives {other!r:.200} and {key!r:.200} one name. Tell them apart in what replaces them."
+            )
+    return {name: tensors[key] for name, key in new.items()}

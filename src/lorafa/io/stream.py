@@ -62,6 +62,7 @@ def merge_to_folder(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     ignore_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     **hub: Unpack[HubOptions],
 ) -> MergedFiles:
@@ -81,6 +82,7 @@ def merge_to_folder(
         max_shard_size: split the weights anew, into files of so many bytes ("5GB"); None: the files of the base.
         overwrite: replace a folder that is there, if it is that of a model.
         ignore_base_mismatch: merge even if the base is not the one the adapter was made for.
+        trust_remote_code: run code that comes with the base; without it one that needs such code is refused.
         progress: told how far it is.
         hub: as :class:`~lorafa.storage.hub.HubOptions`, for the base as well, but for ``revision``: that of the
             adapter; the base's is in the adapter's config.
@@ -104,7 +106,9 @@ def merge_to_folder(
     named, place = base_of(base, [one.config for one in stored], hub)
     folders = [one.path.parent for one in stored]
     require_apart(out, {"the base model": [place], "an adapter": folders})
-    on_base = attached(stored, place, wanted, ignore_base_mismatch=ignore_base_mismatch)
+    on_base = attached(
+        stored, place, wanted, ignore_base_mismatch=ignore_base_mismatch, trust_remote_code=trust_remote_code
+    )
     del stored  # the tensors of the files: the adapters have their own by now
     output = Output(on_base, wanted, most)
     return _write(out, named, place, folders, on_base, output, overwrite=overwrite, progress=progress)

@@ -21,9 +21,10 @@ _SETTING_OF_KEY = {
     "lora_B.bias": "lora_bias",
     "token_adapter.trainable_tokens_delta": "trainable_token_indices",
 }
-# Keys with a vocabulary axis: the embedding's A, a saved embedding or head, and B of an adapted head.
+# Keys with a vocabulary axis: the embedding's A, a saved embedding or head, and B of an adapted head. What follows the
+# last "embed" of a word is all that is looked at: a key may be long.
 _VOCABULARY_KEY = re.compile(
-    r"lora_embedding_A|(\w*embed\w*|wte|shared|lm_head)\.((token_adapter\.)?base_layer\.|lora_B\.)?weight$"
+    r"lora_embedding_A|(embed(?:(?!embed)\w)*|wte|shared|lm_head)\.((token_adapter\.)?base_layer\.|lora_B\.)?weight$"
 )
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 

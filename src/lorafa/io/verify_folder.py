@@ -35,6 +35,7 @@ def check_merged_folder(
     base: str | Path | None = None,
     inputs: Mapping[str, Any] | None = None,
     ignore_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
     **hub: Unpack[HubOptions],
 ) -> MergeCheck:
     """Compare a folder of :func:`~lorafa.io.stream.merge_to_folder` with the base and the adapter it was made of.
@@ -43,7 +44,8 @@ def check_merged_folder(
 
     Args:
         folder: the merged model.
-        adapter, base, ignore_base_mismatch, hub: as :func:`~lorafa.io.stream.merge_to_folder` was given them.
+        adapter, base, ignore_base_mismatch, trust_remote_code, hub: as :func:`~lorafa.io.stream.merge_to_folder` was
+            given them.
         inputs: arguments of the models' forward; None makes token ids.
 
     Raises:
@@ -54,7 +56,7 @@ def check_merged_folder(
     check_arguments("check_merged_folder", hub, HubOptions.__optional_keys__)
     stored = [read_adapter(name, **hub) for name in one_or_more("check_merged_folder", adapter)]
     _, place = base_of(base, [one.config for one in stored], hub)
-    kind, config = class_of(place, stored)
+    kind, config = class_of(place, stored, trust_remote_code=trust_remote_code)
     merged_config = read_config(user_path(folder))
     dtype = merged_config.get("dtype", merged_config.get("torch_dtype", "auto"))
     model = _loaded(kind, place, dtype, config=config, ignore_mismatched_sizes=True)

@@ -39,6 +39,7 @@ def load_model(
     attention: str = "auto",
     cache_dir: Path | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready to train.
 
@@ -49,6 +50,8 @@ def load_model(
             leaves the choice to it, and where that is "sdpa" computes causal attention on a CPU in blocks.
         cache_dir: where built-in models are kept; default :func:`~lorafa.storage.wheels.default_cache_dir`.
         revision: branch, tag or commit of a Hub model.
+        trust_remote_code: run code that comes with the model (``auto_map`` in its files); without it one that needs
+            such code is refused.
 
     The tokenizer has a pad token afterwards: its end-of-sequence token if it came without, or with one that was added
     and has no row in the embedding. Padding is masked by position, so sharing that token does no harm.
@@ -56,9 +59,11 @@ def load_model(
     Raises:
         ConfigError: unknown dtype.
         SourceError: the model cannot be found, fetched or read; its files lack weights; it looks ahead, or its output
-            is not finite.
+            is not finite; it needs code of its own, which is not trusted.
     """
-    loaded = load(name, dtype, attention=attention, cache_dir=cache_dir, revision=revision)
+    loaded = load(
+        name, dtype, attention=attention, cache_dir=cache_dir, revision=revision, trust_remote_code=trust_remote_code
+    )
     return loaded.model, loaded.tokenizer
 
 
@@ -81,6 +86,7 @@ def load(
     attention: str = "auto",
     cache_dir: Path | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     answers: Callable[[], Sequence[str]] | None = None,
     classes: Sequence[str] | None = None,
@@ -88,7 +94,7 @@ def load(
     """Load a model of some kind and its tokenizer, ready to train.
 
     Args:
-        name, dtype, attention, cache_dir, revision: as for :func:`load_model`.
+        name, dtype, attention, cache_dir, revision, trust_remote_code: as for :func:`load_model`.
         kind: a line of ``KINDS``, or "auto" for the one its config speaks of.
         seed: of weights that the files lack, where the kind lets them.
         answers: those that a kind with classes is to tell apart; None leaves it those of its config.
@@ -113,9 +119,11 @@ def load(
     words = "a model" if kind == AUTO else KINDS.get(kind).words
     with as_source_error(f"Could not load {words} from the {where}", model_step()):
         # first: else the tokenizer is blamed for a damaged config
-        config = transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            place, revision=revision, trust_remote_code=trust_remote_code
+        )
     found = kind_named(kind, config)
-    tokenizer = _tokenizer_of(place, revision)
+    tokenizer = _tokenizer_of(place, revision, trust_remote_code)
     classes = found.classes(config, answers, where) if classes is None else tuple(classes)
     with as_source_error(f"Could not load {found.words} from the {where}", model_step()), _seeded(seed), _unreported():
         # Weights of another shape are listed below, where transformers would point to a report it logged.
@@ -126,7 +134,7 @@ def load(
             attn_implementation=None if attention == "auto" else attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             **found.loading(classes),
         )
     new = _check_weights(where, model, loaded, found)
@@ -164,26 +172,26 @@ def drawn_anew(model: Any) -> dict[str, Any]:
 
 
 def load_tokenizer(
-    name: str, *, cache_dir: Path | None = None, revision: str | None = None
+    name: str, *, cache_dir: Path | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone, as it comes.
 
     Args:
-        name, cache_dir, revision: as in :func:`load_model`.
+        name, cache_dir, revision, trust_remote_code: as in :func:`load_model`.
 
     Raises:
-        SourceError: the model cannot be found or fetched, or has no tokenizer.
+        SourceError: the model cannot be found or fetched, or has no tokenizer; that needs code which is not trusted.
     """
-    return _tokenizer_of(resolve_model(name, cache_dir=cache_dir, revision=revision), revision)
+    return _tokenizer_of(resolve_model(name, cache_dir=cache_dir, revision=revision), revision, trust_remote_code)
 
 
-def _tokenizer_of(place: Path | str, revision: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer_of(place: Path | str, revision: str | None, trusted: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     step = _TOKENIZER_STEP if isinstance(place, Path) else model_step()
     with as_source_error(f"Could not load a tokenizer from the {_in_words(place)}", step):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            place, revision=revision, trust_remote_code=False
+            place, revision=revision, trust_remote_code=trusted
         )
     return tokenizer
 

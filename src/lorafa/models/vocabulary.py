@@ -9,6 +9,7 @@ import torch
 
 from lorafa.errors import ConfigError, SourceError, shorten
 from lorafa.models.sourced import as_source_error
+from lorafa.settings.checks import repeated
 from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
 
@@ -29,7 +30,7 @@ def add_tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[int]:
         ConfigError: a text is empty, is given twice, is a token already, or cannot be written with the old tokens.
     """
     known = tokenizer.get_vocab()
-    twice = sorted({text for text in texts if texts.count(text) > 1})
+    twice = sorted(repeated(texts))
     if taken := [text for text in texts if text in known] or twice:
         raise ConfigError(
             f"model.add_tokens: {shorten(map(repr, taken))} {'is' if len(taken) == 1 else 'are'} given twice or "
@@ -58,15 +59,16 @@ def rows_to_train(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
     return {names[id(table)]: list(ids) for table in _tables(model)}
 
 
-def tokenizer_beside(adapter: str, model: Any) -> Any | None:
+def tokenizer_beside(adapter: str, model: Any, *, trust_remote_code: bool = False) -> Any | None:
     """The tokenizer that lies beside an adapter, where one does: it knows the tokens that were added for it. The tables
     of the model get the rows it lacks, for the adapter to fill.
 
     Args:
         adapter: folder or Hub id.
+        trust_remote_code: run code that comes with it.
 
     Raises:
-        SourceError: it is there and cannot be read.
+        SourceError: it is there and cannot be read, or needs code that is not trusted.
     """
     try:
         place = locate(adapter, ["tokenizer_config.json"]).parent
@@ -76,7 +78,7 @@ def tokenizer_beside(adapter: str, model: Any) -> Any | None:
 
     with as_source_error(f"Could not load the tokenizer in {str(place)!r}", "take its files away, or restore them."):
         tokenizer = AutoTokenizer.from_pretrained(
-            place if user_path(adapter).is_dir() else adapter, trust_remote_code=False
+            place if user_path(adapter).is_dir() else adapter, trust_remote_code=trust_remote_code
         )
     if len(tokenizer) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

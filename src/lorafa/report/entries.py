@@ -12,6 +12,7 @@ from typing import Any
 
 from lorafa.errors import LoraError, first_line, shorten
 from lorafa.report.defaults import Defaults
+from lorafa.report.recorded import drawn_from
 from lorafa.report.values import flat, is_measure
 from lorafa.runs.differences import ELSEWHERE
 from lorafa.runs.measures import Metrics
@@ -93,31 +94,45 @@ def comparison_of(entry: Entry) -> Mapping[str, Any]:
 
 def _comparison(folder: Path) -> Mapping[str, Any]:
     try:
-        return read_json(folder / RESULT) if (folder / RESULT).is_file() else {}
+        found = read_json(folder / RESULT) if (folder / RESULT).is_file() else {}
     except LoraError:
         return {}
+    return found if _is_comparison(found) else {}
+
+
+def _is_comparison(found: Mapping[str, Any]) -> bool:
+    methods = found.get("methods")
+    seeds = [found.get(name) or [] for name in ("choose", "seeds")]
+    return (
+        isinstance(methods, list)
+        and all(isinstance(row, dict) and "method" in row and "lr" in row for row in methods)
+        and all(isinstance(each, list) and all(type(seed) is int for seed in each) for each in seeds)
+    )
 
 
 def _read(path: Path, within: Path, comparison: Mapping[str, Any], defaults: Defaults) -> Entry:
     run, name = RunDirectory(path), str(path.absolute().relative_to(within))
+    apart = set(comparison.get("choose") or ()) - set(comparison.get("seeds") or ())
     try:
-        settings, result = flat(run.settings()), run.result()
-        metrics, environment = run.metrics(), run.environment()
+        with drawn_from(path):
+            settings, result = flat(run.settings()), run.result()
+            metrics, environment = run.metrics(), run.environment()
+            status, changed = _status(result), defaults.changed(settings)
+            chose = settings.get("train.seed") in apart
     except (LoraError, OSError) as error:
         return Entry(path, name, {}, {}, {}, [], {}, DAMAGED, first_line(error))
-    apart = set(comparison.get("choose") or ()) - set(comparison.get("seeds") or ())
-    status, failure = _status(result), result.get("error")
+    failure = result.get("error")
     return Entry(
         path,
         name,
         settings,
-        defaults.changed(settings),
+        changed,
         result,
         metrics,
         environment,
         status,
         None if failure is None or status == FINISHED else str(failure),
-        chose=settings.get("train.seed") in apart,
+        chose=chose,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from lorafa.errors import ConfigError, shorten
+from lorafa.errors import CheckpointError, ConfigError, shorten
 from lorafa.report.defaults import Defaults
 from lorafa.report.drawings import accuracy, drawings, loss
 from lorafa.report.entries import DAMAGED, OF_THE_PLACE, Entry, named_in_words, read_all
@@ -37,6 +38,8 @@ class Report:
     sections: Sequence[Section]
     folder: Path
     """The folder that holds all runs."""
+    baseline: str | None = None
+    """Name of the method that others are measured against, where it was given."""
 
     @classmethod
     def of(cls, paths: Sequence[str | Path], baseline: str | None = None) -> Report:
@@ -47,13 +50,49 @@ class Report:
 
         Raises:
             ConfigError: a path holds no run, or no method has the name.
+            CheckpointError: they cannot be compared, and no single one of them is to blame.
         """
         found = find(paths)
         inside = len(paths) == 1 and found != [user_path(paths[0])]
         folder = user_path(paths[0]).absolute() if inside else common_folder(found)
+        entries = read_all(found, folder, Defaults())
+        try:
+            return cls._made(entries, baseline, folder)
+        except CheckpointError as error:
+            return cls._made(_drawable(entries, error), baseline, folder)
+
+    @classmethod
+    def _made(cls, entries: Sequence[Entry], baseline: str | None, folder: Path) -> Report:
         with drawn_from(folder):
-            entries = read_all(found, folder, Defaults())
-            return cls(entries, sections(entries, baseline), folder)
+            return cls(entries, sections(entries, baseline), folder, baseline)
+
+    def sound(self) -> Report:
+        """This report, or where a run holds what cannot be drawn, one of the others that lists it as damaged.
+
+        Raises:
+            CheckpointError: no single run is to blame.
+        """
+        try:
+            self.content  # noqa: B018  # drawn now, and kept
+        except CheckpointError as error:
+            return Report._made(_drawable(self.entries, error), self.baseline, self.folder).sound()
+        return self
+
+    @cached_property
+    def content(self) -> Mapping[str, Any]:
+        """What stands on the page.
+
+        Raises:
+            CheckpointError: a run holds what cannot be drawn.
+        """
+        with drawn_from(self.folder):
+            return {
+                "title": self.folder.name,
+                "summary": self.summary(),
+                "sections": [_shown(section) for section in self.sections],
+                "left_out": [(entry.name, status_of(entry), entry.error or "") for entry in self.left_out],
+                "runs": [_run_row(entry) for entry in self.entries],
+            }
 
     @property
     def left_out(self) -> list[Entry]:
@@ -88,7 +127,7 @@ class Report:
 
         Raises:
             ConfigError: ``page`` is a folder, or lies in none.
-            CheckpointError: it could not be written.
+            CheckpointError: it could not be written, or not be drawn, as :meth:`sound` says.
         """
         path = self.folder / PAGE if page is None else user_path(page)
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -97,15 +136,23 @@ class Report:
         if path.is_file() and not path.read_bytes()[:64].lstrip().lower().startswith(b"<!doctype html"):
             raise ConfigError(f"{str(path)!r} is there already and is no page, so it is not overwritten. Name a file.")
         with drawn_from(self.folder):
-            return write_page(
-                path,
-                "runs.html",
-                title=self.folder.name,
-                summary=self.summary(),
-                sections=[_shown(section) for section in self.sections],
-                left_out=[(entry.name, status_of(entry), entry.error or "") for entry in self.left_out],
-                runs=[_run_row(entry) for entry in self.entries],
-            )
+            return write_page(path, "runs.html", **self.sound().content)
+
+
+def _drawable(entries: Sequence[Entry], error: CheckpointError) -> list[Entry]:
+    """The runs, of which those that cannot be drawn by themselves are damaged; raises the error where all can be."""
+    found = [_drawn_alone(entry) for entry in entries]
+    if all(one is entry for one, entry in zip(found, entries, strict=True)):
+        raise error
+    return found
+
+
+def _drawn_alone(entry: Entry) -> Entry:
+    try:
+        Report._made([entry], None, entry.path).content  # noqa: B018
+    except CheckpointError as error:
+        return replace(entry, status=DAMAGED, error=str(error), result={}, metrics=[], environment={})
+    return entry
 
 
 def status_of(entry: Entry) -> str:

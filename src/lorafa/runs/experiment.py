@@ -36,6 +36,7 @@ from lorafa.train.recipe import prepare, train
 from lorafa.train.settings.optim import steps_of, warmup_of
 from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
+from lorafa.train.settings.trust import trusting
 
 
 def start_run(config: RunConfig, console: Console, command: Sequence[str], samples: str | None = None) -> Path:
@@ -91,31 +92,41 @@ def _go_on(run: SharedRun, config: RunConfig, console: Console, command: Sequenc
 
 
 def resume_run(
-    path: str | Path, console: Console, command: Sequence[str], longer: Mapping[str, Any] | None = None
+    path: str | Path,
+    console: Console,
+    command: Sequence[str],
+    longer: Mapping[str, Any] | None = None,
+    given: RunConfig | None = None,
 ) -> Path:
     """Continue a run from its last checkpoint, with its own settings, and return its directory.
 
     Args:
         longer: ``steps``, ``epochs`` or ``patience`` of a training that goes on for longer than the run began with.
+        given: settings that say whether code of models is trusted; None trusts none.
 
     Raises:
         LoraError: as :func:`resumable`, or another process is at the run; from the training on, result.json says what
             happened.
     """
     with on_main(from_main(lambda: RunDirectory.open(path)).held()):
-        run, checkpoint, config = from_main(lambda: resumable(path, longer))
+        run, checkpoint, config = from_main(lambda: resumable(path, longer, given))
         return _run(SharedRun(run), checkpoint, config, console, command)
 
 
-def resumable(path: str | Path, longer: Mapping[str, Any] | None = None) -> tuple[RunDirectory, Path, RunConfig]:
+def resumable(
+    path: str | Path, longer: Mapping[str, Any] | None = None, given: RunConfig | None = None
+) -> tuple[RunDirectory, Path, RunConfig]:
     """The run in a directory, the checkpoint it can be continued from, and the settings it then has.
+
+    Args:
+        longer, given: as for :func:`resume_run`.
 
     Raises:
         ConfigError: not a run directory, or the run is finished and is not to be longer, or cannot be.
         CheckpointError: the run has no checkpoint.
     """
     run = RunDirectory.open(path)
-    config = run.config()
+    config = trusting(run.config(), given)
     if run.result().get("status") == "finished" and not longer:
         raise ConfigError(
             f"The run {str(run.path)!r} is finished; there is nothing to continue. Give it more steps beside "

@@ -14,11 +14,11 @@ from lorafa.processes import world_size
 from lorafa.runs.subjects import Named
 from lorafa.settings.typed import plain
 from lorafa.storage.paths import user_path
-from lorafa.train.settings.run import ModelConfig
+from lorafa.train.settings.model import ModelConfig
 
 PIECES, PIECE = 16, 64 * 2**10
 """How much of a file is read: so many pieces of so many bytes, evenly spread."""
-LOADING = {"name", "cache_dir", "check_memory", "own"}
+LOADING = {"name", "cache_dir", "check_memory", "trust_remote_code", "own"}
 """Settings of a model that say where its files are, and not what it answers."""
 FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja", "*.model")
 """How files are called that decide what is answered: weights, configs, tokenizers."""

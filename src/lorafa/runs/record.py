@@ -32,11 +32,12 @@ from lorafa.runs.strict import finite
 from lorafa.settings.typed import build, plain
 from lorafa.storage.leavings import is_temporary, remove_left_over
 from lorafa.storage.parsed import from_json, from_yaml
-from lorafa.storage.paths import user_path
+from lorafa.storage.paths import user_path, why_not_made
 from lorafa.storage.whole import make_folder, read_json, write_json, written_whole
 from lorafa.train.checkpoints import newest_whole
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.run import RunConfig
+from lorafa.train.settings.trust import trusting
 
 ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
 LOCK = ".lock"
@@ -70,6 +71,8 @@ class RunDirectory:
         path = _free(_names(config)) if numbered else user_path(str(config.run_dir))
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        if why := why_not_made(path.absolute(), there):
+            raise ConfigError(f"The run directory {str(path)!r:.200} cannot be made: {why}. Choose another run_dir.")
         if not usable and os.path.lexists(there):  # or another run that came to nothing has just taken it away
             why = "cannot be written to" if there.is_dir() else "is not a folder"
             raise ConfigError(
@@ -166,12 +169,13 @@ class RunDirectory:
         return cls(path)
 
     def config(self) -> RunConfig:
-        """The settings of the run.
+        """The settings of the run, without trust in any model's own code: a file says whom somebody has trusted, and
+        who reads it trusts anew.
 
         Raises:
             ConfigError: config.yaml was edited into something that is no config.
         """
-        return build(RunConfig, self.settings())
+        return trusting(build(RunConfig, self.settings()))
 
     def settings(self) -> Mapping[str, Any]:
         """The settings as they are recorded, whether this version knows them or not.

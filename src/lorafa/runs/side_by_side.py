@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +19,8 @@ from lorafa.processes import main_first
 from lorafa.runs.subjects import Named, held_out, require_same_data
 from lorafa.train.evaluation import not_for
 from lorafa.train.progress import progress_bar
-from lorafa.train.settings.run import ModelConfig, RunConfig
+from lorafa.train.settings.model import ModelConfig
+from lorafa.train.settings.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Asked:
     def loading(self, subject: Named) -> ModelConfig:
         """How the base model of a subject is loaded: as `lorafa train` loads it, but for what is said otherwise."""
         if subject.run is not None:
-            return subject.run.config().model
+            return replace(subject.run.config().model, trust_remote_code=self.config.model.trust_remote_code)
         return compose([f"model={subject.base or subject.name}", *self.of_model]).model
 
 

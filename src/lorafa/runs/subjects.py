@@ -27,7 +27,7 @@ from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
 from lorafa.train.base_model import fetch_base, load_base, trained_whole, with_kind_of
 from lorafa.train.records import find_records, make_samples
-from lorafa.train.settings.run import ModelConfig
+from lorafa.train.settings.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,12 @@ class Named:
     """Its base model."""
 
     def require_its_own(self, of_model: Sequence[str]) -> None:
-        """Raises ConfigError where this is a run and settings (key=value) say how a model is to be loaded."""
-        if self.run is not None and of_model:
+        """Raises ConfigError where this is a run and settings (key=value) say how a model is to be loaded; whether its
+        code is trusted may be said."""
+        others = [text for text in of_model if text.lstrip("+").partition("=")[0] != "model.trust_remote_code"]
+        if self.run is not None and others:
             raise ConfigError(
-                f"A run is loaded as it was trained, so {of_model[0]!r} would change nothing for {self.name}. Give its "
+                f"A run is loaded as it was trained, so {others[0]!r} would change nothing for {self.name}. Give its "
                 "adapter (<run>/adapter) to load it in another way, or leave the setting out."
             )
 
@@ -54,7 +56,8 @@ class Named:
         """The model, on this process's device, and its tokenizer.
 
         Args:
-            settings: how a model is loaded, by another name than this one's; a run has its own.
+            settings: how a model is loaded, by another name than this one's; a run has its own, but for whether code
+                of the model is trusted.
 
         Raises:
             SourceError: it cannot be found or read.
@@ -62,7 +65,7 @@ class Named:
             CheckpointError: an adapter was made for another base, or its files are damaged.
         """
         if self.run is not None:
-            model, tokenizer = trained_model(self.run)
+            model, tokenizer = trained_model(self.run, trust_remote_code=settings.trust_remote_code)
             if template := self.run.config().data.template:
                 tokenizer.chat_template = find_template(template)
         else:
@@ -72,7 +75,8 @@ class Named:
             base = load_base(settings, classes=classes, whole=trained_whole(self.adapter))
             model, tokenizer = base.model, base.tokenizer
         if self.adapter is not None:
-            tokenizer = tokenizer_beside(self.adapter, model) or tokenizer
+            beside = tokenizer_beside(self.adapter, model, trust_remote_code=settings.trust_remote_code)
+            tokenizer = beside or tokenizer
             model = PeftModel.from_pretrained(model, self.adapter)
         return on_accelerator(model), tokenizer
 

@@ -10,10 +10,13 @@ from lorafa.runs.record import RunDirectory
 from lorafa.train.base_model import fetch_base, load_base, trained_whole
 
 
-def trained_model(run: RunDirectory) -> tuple[Any, Any]:
+def trained_model(run: RunDirectory, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """The model of a run with its tokenizer: its base with the adapter on, or the whole model it has trained.
 
     The adapter stays apart also where the run has a merged model: merging rounds. Every process of a group calls it.
+
+    Args:
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         ConfigError: the run has trained nothing yet.
@@ -21,7 +24,7 @@ def trained_model(run: RunDirectory) -> tuple[Any, Any]:
     """
     config, classes = run.config(), run.result().get("classes")
     seed, kind = config.train.seed, run.result().get("kind", config.model.kind)
-    settings = replace(config.model, kind=kind)
+    settings = replace(config.model, kind=kind, trust_remote_code=trust_remote_code)
     if run.model.is_dir():  # its tokenizer knows the new tokens
         whole = load_base(replace(settings, name=str(run.model), revision=None, add_tokens=None))
         return whole.model, whole.tokenizer

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from lorafa.errors import ConfigError, bounded, did_you_mean
 
+T = TypeVar("T")
+
 
 def found(value: object) -> str:
     """``'8' (str)``: the value and its type, for the middle of an error text."""
@@ -23,6 +25,11 @@ def shown(value: object) -> str:
         return bounded(repr(value), 500)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
         return "what is too long to be shown"
+
+
+def repeated(values: Iterable[T]) -> list[T]:
+    """What occurs more than once, in its order: however many values there are, each is looked at once."""
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def is_int(value: object) -> bool:
@@ -127,9 +134,9 @@ def indices(name: str, value: object) -> list[int]:
     for item in listed:
         if not is_int(item) or not 0 <= item < 2**63:
             raise ConfigError(f"{name} must hold integers >= 0 only, found {found(item)}. Remove or correct it.")
-    repeated = min((item for item, count in Counter(listed).items() if count > 1), default=None)
-    if repeated is not None:
-        raise ConfigError(f"{name} lists {shown(repeated)} more than once. Give every index once.")
+    again = min(repeated(listed), default=None)
+    if again is not None:
+        raise ConfigError(f"{name} lists {shown(again)} more than once. Give every index once.")
     return listed
 
 

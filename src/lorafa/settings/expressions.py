@@ -74,6 +74,9 @@ INSIDE = Form(r"(^|.*\.){}($|\..*)", full=False, parts=_inner, bars=False)
 """``modules_to_save``: what lies in a module of that name."""
 COUNTED = Form(r"(?:^|.*?\.){}\.(?P<index_of_layer>\d+)\.", full=False, parts=_whole, bars=False)
 """``layers_pattern``: the number after the name of a list."""
+REPLACED = Form("{}", full=False, parts=_whole, bars=False)
+"""``key_mapping``: what occurs anywhere in a name."""
+_NEVER_TEXTS = (COUNTED, REPLACED)
 
 
 class Expressions:
@@ -95,9 +98,10 @@ class Expressions:
         others = [
             (index, expression)
             for index, expression in enumerate(expressions)
-            if form is COUNTED or not self._texts.take(expression, index, form)
+            if form in _NEVER_TEXTS or not self._texts.take(expression, index, form)
         ]
-        if sum(len(expression) for _, expression in others) > LENGTH:
+        # what is replaced is said by who calls, and by no file
+        if form is not REPLACED and sum(len(expression) for _, expression in others) > LENGTH:
             raise ConfigError(
                 f"{where} has regular expressions of more than {LENGTH} characters. Write names out "
                 r"('model\.layers\.0\.q_proj', with | between them), which are looked up, or fewer expressions."
@@ -137,6 +141,34 @@ class Expressions:
                 if match := self.match(compiled, name, self._left(start)):
                     number = match["index_of_layer"]
                     return None if number is None else int(number)
+        finally:
+            self._spent += time.thread_time() - start
+        return None
+
+    def replace(self, name: str, replacements: Sequence[str]) -> str | None:
+        """A name in which the first expression that occurs is replaced by its own text, wherever it does, in the form
+        :data:`REPLACED`; None where none occurs.
+
+        Raises:
+            ConfigError: they take too long, or a text names a group that its expression has not.
+        """
+        import regex
+
+        self._seen += 1
+        start = time.thread_time()
+        try:
+            for index, compiled in self._compiled:
+                try:
+                    new, count = compiled.subn(replacements[index], name, timeout=self._left(start))
+                except (regex.error, IndexError) as error:
+                    raise ConfigError(
+                        f"{self.where} has {replacements[index]!r:.200}, which is no replacement for "
+                        f"{compiled.pattern!r:.200}: {error}. Name groups that it has, or escape the backslash."
+                    ) from error
+                except (TimeoutError, MemoryError) as error:
+                    raise self._slow() from error
+                if count:
+                    return str(new)
         finally:
             self._spent += time.thread_time() - start
         return None

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NAME = 1000
+"""Characters of the longest name of a tensor that is read; work on a name may grow with its square."""
 
 
 def is_part(tensor: Tensor, dims: int = 0) -> bool:
@@ -186,7 +188,8 @@ def entries_of(path: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file: ``dtype``, ``shape`` and ``data_offsets`` of each tensor.
 
     Raises:
-        CheckpointError: the file is missing, or shorter than its header promises (8 bytes of length, json, data).
+        CheckpointError: the file is missing, or shorter than its header promises (8 bytes of length, json, data); a
+            name is longer than any that is read.
     """
     try:
         size = path.stat().st_size
@@ -210,6 +213,11 @@ def entries_of(path: Path) -> dict[str, dict[str, Any]]:
         missing = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0) - size
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header is not readable. Fetch it again.") from error
+    if longest := [name for name in entries if len(name) > NAME]:
+        raise CheckpointError(
+            f"{path} names a tensor in {len(longest[0])} characters, {longest[0][:60]!r}...; names of up to {NAME} are "
+            "read. It is no file of a model."
+        )
     if missing > 0:
         raise CheckpointError(
             f"{path} was cut off: {missing} of {size + missing} bytes are missing. Fetch or save it again."

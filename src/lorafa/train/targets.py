@@ -15,6 +15,7 @@ from lorafa.alignment.teachers.external import External
 from lorafa.alignment.teachers.model_base import Base
 from lorafa.calibration.batches import digest_of
 from lorafa.models.load import resolve_model
+from lorafa.models.sourced import as_source_error, model_step
 from lorafa.processes import from_main
 from lorafa.storage.paths import user_path
 from lorafa.storage.wheels import default_cache_dir, sha256_of
@@ -92,14 +93,17 @@ def with_targets(
 def _told_apart(align: AlignConfig) -> str:
     """What tells the teacher from others: its files, and in which number format they are loaded."""
     form = [name for name in (align.dtype if align.dtype != "auto" else None, align.quantize) if name]
-    return " as ".join([files_of(str(align.teacher)), *form])
+    return " as ".join([files_of(str(align.teacher), trust_remote_code=align.trust_remote_code), *form])
 
 
-def files_of(name: str) -> str:
+def files_of(name: str, *, trust_remote_code: bool = False) -> str:
     """What tells a teacher from others without loading it: its folder's files, or the commit of one from the Hub.
 
+    Args:
+        trust_remote_code: as in :func:`~lorafa.models.load.load_model`.
+
     Raises:
-        SourceError: there is no such model.
+        SourceError: there is no such model, or it needs code of its own, which is not trusted.
     """
     place = resolve_model(name)
     if isinstance(place, Path):
@@ -107,7 +111,9 @@ def files_of(name: str) -> str:
         return digest_of([(path.name, sha256_of(path)) for path in files])
     from transformers import AutoConfig
 
-    return f"{place}@{AutoConfig.from_pretrained(place, trust_remote_code=False)._commit_hash}"
+    with as_source_error(f"Could not read the config of the Hub model {place!r}", model_step()):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    return f"{place}@{config._commit_hash}"
 
 
 def _folder(teacher: str, divergence: Divergence, top_k: int, batches: Sequence[Batch]) -> Path:

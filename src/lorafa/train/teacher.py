@@ -68,7 +68,8 @@ def teacher_of(
 
     if align.cache:
         if align.name == EXTERNAL:
-            _require_vocabulary(align, load_tokenizer(str(align.teacher)), tokenizer)
+            its = load_tokenizer(str(align.teacher), trust_remote_code=align.trust_remote_code)
+            _require_vocabulary(align, its, tokenizer)
         batches = Batches(rows, lambda some: as_read(collate(some)), batch_size, probe)
         own_divergence = divergence if isinstance(divergence, Divergence) else DIVERGENCES.get(_usual(align))()
         return lambda steps: with_targets(
@@ -88,7 +89,7 @@ def _usual(align: AlignConfig) -> str:
 
 
 def _loaded(align: AlignConfig, model: Any, tokenizer: Any) -> Any:
-    teacher, its = load_model(str(align.teacher), align.dtype)
+    teacher, its = load_model(str(align.teacher), align.dtype, trust_remote_code=align.trust_remote_code)
     _require_vocabulary(align, its, tokenizer)
     if align.quantize is not None:
         quantize_linears(teacher, align.quantize, setting="align.quantize")

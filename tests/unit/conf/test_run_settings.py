@@ -27,7 +27,7 @@ SOURCE = Path(schema.__file__).parents[2]
 
 DEFAULTS: dict[str, Any] = {
     "model": {"name": "smollm2-135m", "revision": None, "dtype": "bfloat16", "attention": "auto", "cache_dir": None,
-              "quantize": None, "check_memory": True, "add_tokens": None, "kind": "auto"},
+              "quantize": None, "check_memory": True, "trust_remote_code": False, "add_tokens": None, "kind": "auto"},
     "data": {"name": "word_problems", "train_size": 1600, "eval_size": 100, "eval_file": None, "max_length": 512,
              "template": None, "seed": 0, "weights": None, "cache": None, "templates": 24, "cache_dir": None},
     "init": {"mode": "default", "bsz": 1, "iters": 8, "max_length": 1024, "passes": 1, "ranks": None, "r_min": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def test_a_name_that_stands_twice_in_an_object_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"question": "one", "question": "two", "answer": "a"}\n')
     with pytest.raises(DataError, match=r"d\.jsonl, line 1: cannot be read: 'question' stands twice in one object\. M"):
         load(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv"])
+def test_a_row_of_any_number_of_names_is_refused_in_time(tmp_path: Path, name: str) -> None:
+    names = [f"n{number}" for number in range(100_000)]
+    row = "{" + "".join(f'"{one}":1,' for one in names) + '"n99999":2}' if name == "d.jsonl" else ",".join(names)
+    (tmp_path / name).write_text(f"{row}\n{row if name == 'd.jsonl' else ','.join(['1'] * len(names))}\n")
+    start = time.process_time()
+    with pytest.raises(DataError) as error:
+        load(tmp_path / name)
+    assert time.process_time() - start < 4
+    assert len(str(error.value)) <= 4000
 
 
 def test_two_columns_of_one_name_in_a_parquet_file_are_named(tmp_path: Path) -> None:

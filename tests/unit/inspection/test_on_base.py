@@ -126,6 +126,17 @@ def test_a_weight_that_cannot_be_read_is_said_and_its_update_measured(tmp_path: 
     assert on.measures["conv"].frobenius > 0
 
 
+def test_a_weight_that_is_not_finite_is_said_and_its_update_measured(tmp_path: Path) -> None:
+    saved(tmp_path)
+    base = Two().double()
+    with torch.no_grad():
+        base.first.weight[0, 0] = torch.inf
+    on = found(tmp_path, base)
+    assert set(on.weights) == {"second"}
+    assert "its weight or the update holds inf or nan" in on.unreadable["first"]
+    assert on.measures["first"].frobenius > 0
+
+
 def test_stacks_are_measured_matrix_by_matrix(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Mixture().double()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafa.errors import ConfigError
-from lorafa.settings.expressions import CALLED, COUNTED, END, INSIDE, LENGTH, WHOLE, Expressions, Form, fits
+from lorafa.settings.expressions import CALLED, COUNTED, END, INSIDE, LENGTH, REPLACED, WHOLE, Expressions, Form, fits
 
 NAMES = ["a", "b", "a.b", "b.a", "a.b.c", "a.c.b", "axb", "a_b", "model.layers.1.q_proj", "model.layers.11.q_proj"]
 PATTERNS = [
@@ -117,3 +117,35 @@ def test_the_number_of_a_layer_is_found_behind_its_list_whatever_groups_the_patt
     assert made.index_after("model.layers.12.q_proj") == 12
     assert made.index_after("model.heads.12.q_proj") is None
     assert Expressions("layers_pattern", ["a|layers"], COUNTED).index_after("a.1.x") is None
+
+
+# ---- replacing
+
+
+def replaced_by_re(name: str, mapping: dict[str, str]) -> str | None:
+    found = (re.subn(pattern, new, name) for pattern, new in mapping.items())
+    return next((new for new, count in found if count), None)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*PATTERNS, "b", "^", r"layers\.(\d+)"]), st.sampled_from(["", "x", "a.b"]), max_size=4
+    ),
+    st.text("ab._1", max_size=8),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_is_replaced_is_what_re_replaces(mapping: dict[str, str], name: str) -> None:
+    made = Expressions("x", list(mapping), REPLACED)
+    assert made.replace(name, list(mapping.values())) == replaced_by_re(name, mapping)
+
+
+@pytest.mark.parametrize("text", [r"\1.\2", r"\g<2>-\g<1>", r"\\", r"\g<name>"])
+def test_groups_stand_for_what_they_have_found(text: str) -> None:
+    pattern = r"(?P<name>\w+)\.(\w+)"
+    assert Expressions("x", [pattern], REPLACED).replace("a.b.c", [text]) == re.sub(pattern, text, "a.b.c")
+
+
+@pytest.mark.parametrize("text", [r"\3", r"\g<other>", r"\g<1"])
+def test_a_group_that_is_not_there_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"x has .* which is no replacement for '\(a\)\(b\)'.*Name groups that it"):
+        Expressions("x", ["(a)(b)"], REPLACED).replace("ab", [text])

@@ -43,8 +43,9 @@ class KohyaLayout(Layout):
         parts: dict[str, Part] = {}
         for key, tensor in raw.tensors.items():
             match = _KEY.match(key)
-            _require_known(raw, key, match[3] if match else key)
-            assert match is not None  # what is no such key was refused
+            if match is None:
+                raise _unknown(raw, key)
+            _require_known(raw, key, match[3])
             part = parts.setdefault(match[1], {})
             part.setdefault(match[2], {})[match[3]] = tensor
         _require_diffusers_names(raw, parts)
@@ -84,9 +85,13 @@ def _require_known(raw: Raw, key: str, suffix: str) -> None:
             f"{raw.path}: {key} belongs to {method}. That is no B A. Merge it into the model with the program it comes "
             "from, and take LoRA of the difference (extract_lora_from_models.py of sd-scripts). Nothing was loaded."
         )
-    raise CheckpointError(
+    raise _unknown(raw, key)
+
+
+def _unknown(raw: Raw, key: str) -> CheckpointError:
+    return CheckpointError(
         f"{raw.path} is in the layout of {KohyaLayout.written_by}, and {key} is no part of it: known are "
-        f"{', '.join(_KNOWN)}. Nothing was loaded."
+        f"{', '.join(_KNOWN)}, each behind lora_<part>_<layer>. Nothing was loaded."
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from lorafa.errors import CheckpointError
 from lorafa.io.layouts.base import OWN_LAYER, Arrangement, Contents
 from lorafa.io.layouts.names import BaseNames
+from lorafa.settings.checks import repeated
 
 _INSIDE = (OWN_LAYER, ".token_adapter")
 
@@ -22,7 +23,7 @@ class Moved(Arrangement):
     def convert(self, contents: Contents, base: BaseNames) -> Contents:
         new = {name: _place(name, base) or name for name in contents.factors}
         if len(set(new.values())) != len(new):
-            twice = sorted(n for n in new.values() if list(new.values()).count(n) > 1)
+            twice = sorted(repeated(new.values()))
             raise CheckpointError(
                 f"{contents.path} has {twice[0]} under two names, of two versions of the model. Nothing was loaded."
             )

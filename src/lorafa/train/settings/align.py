@@ -24,6 +24,10 @@ _PHASES = (
 """Settings of a cyclic schedule itself, with the names, the defaults and the checks that it has for them."""
 CYCLIC_FIELDS = (*_PHASES, "probe_rows")
 """Settings that only phases in turn have."""
+TRUST = "trust_remote_code"
+_OPEN = ("name", "own", "own_of_divergence")
+_OF_EXTERNAL = ("dtype", "quantize", TRUST)
+"""Settings of how another model is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class AlignConfig(OpenGroup):
     quantize: str | None = None
     """external: quantize its linear layers when it is loaded, as model.quantize does the base's; null quantizes
     nothing."""
+    trust_remote_code: bool = False
+    """external: run code that comes with the teacher, as model.trust_remote_code does the model's."""
     weight: float | str = 0.5
     """What the discrepancy counts beside the task's loss; 0 is a plain training. balanced reads it once of the sizes of
     both gradients, and is 0.5 as long as the teacher has none."""
@@ -131,6 +137,7 @@ class AlignConfig(OpenGroup):
             check_number("align.start_weight", self.start_weight, "a number >= 0", 0.0, closed="[")
         check_int("align.top_k", self.top_k, at_least=1)
         check_flag("align.start", self.start)
+        check_flag("align.trust_remote_code", self.trust_remote_code)
         self._refuse_ignored()
 
     def phases(self) -> CyclicSettings:
@@ -151,10 +158,10 @@ class AlignConfig(OpenGroup):
         changed = {
             one.name: getattr(self, one.name)
             for one in fields(self)
-            if one.name not in ("name", "own", "own_of_divergence") and getattr(self, one.name) != one.default
+            if one.name not in _OPEN and getattr(self, one.name) != one.default
         }
-        if self.name == NONE and changed:
-            name, value = next(iter(changed.items()))
+        if self.name == NONE and changed.keys() - {TRUST}:  # which a run that goes on may be given alone
+            name, value = next((name, value) for name, value in changed.items() if name != TRUST)
             raise ConfigError(f"align.{name}={value} would change nothing: there is no teacher. Add align=base, say.")
         if (self.name == EXTERNAL) != (self.teacher is not None):
             raise ConfigError(
@@ -164,7 +171,7 @@ class AlignConfig(OpenGroup):
         ignored += [name for name in ("map_layers", "map_weight") if name in changed and self.map is None]
         ignored += ["start_weight"] if "start_weight" in changed and not (self.start and self.teaches) else []
         ignored += ["top_k"] if "top_k" in changed and not self.cache else []
-        ignored += [name for name in ("dtype", "quantize") if name in changed and self.name != EXTERNAL]
+        ignored += [name for name in _OF_EXTERNAL if name in changed and self.name not in (EXTERNAL, NONE)]
         ignored += ["drift"] if "drift" in changed and self.trigger != "drift" else []
         ignored += ["tolerance"] if "tolerance" in changed and not self.gate else []
         if ignored:

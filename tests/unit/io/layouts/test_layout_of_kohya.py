@@ -152,6 +152,13 @@ def test_what_is_no_adapter_of_kohya_is_refused(tmp_path: Path, key: str, shape:
         PeftModel.from_pretrained(base, folder / FILE)
 
 
+@pytest.mark.parametrize("key", ["alpha", "lora_down.weight", "lora_up.weight"])
+def test_a_part_of_no_layer_is_refused(tmp_path: Path, key: str) -> None:
+    folder, base = write(tmp_path, kohya_file(image_factors()) | {key: torch.ones(1)}, name=FILE), Unet()
+    with refused(base, CheckpointError, rf"sd-scripts, and {key} is no part of it: known are .*, each behind lora_"):
+        PeftModel.from_pretrained(base, folder / FILE)
+
+
 @pytest.mark.parametrize(
     ("key", "tensor", "text"),
     [

@@ -18,7 +18,7 @@ from lorafa.inspection.adapter import inspect
 from lorafa.io.adapter_files import read_adapter
 from lorafa.runs.subjects import find
 from lorafa.train.base_model import trained_whole, with_kind_of
-from lorafa.train.settings.run import ModelConfig
+from lorafa.train.settings.model import ModelConfig
 from toys.compare import close
 from toys.exported import by_vllm, on_disk, updates_of
 
