@@ -108,8 +108,10 @@ NUMBERS = st.sampled_from([
 LARGE = st.sampled_from([str(10**9), str(2**63), str(10**30)])
 LENGTHS = ("iters", "steps", "epochs", "passes", "tokens", "size", "threads", "length")
 """What a setting or an option is called that says how long the work is: it may be as long as it says."""
-WORDS = st.sampled_from(["", "-", "--", "=", "a=b=c", "~x", "+x=1", "++peft.r=1", "x", "-x", "--x", "--help", "-h", "@x",
-                         "peft", "peft.r", "=1", "peft.=1", ".r=1", "peft.r=", "-m", "--dry-run", "--version"])  # fmt: skip
+WORDS = st.sampled_from([
+    "", "-", "--", "=", "a=b=c", "~x", "+x=1", "++peft.r=1", "x", "-x", "--x", "--help", "-h", "@x", "peft", "peft.r",
+    "=1", "peft.=1", ".r=1", "peft.r=", "-m", "--dry-run", "--version",
+])  # fmt: skip
 
 
 @cache

@@ -8,7 +8,7 @@ import os
 import re
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,7 +30,7 @@ class Key:
 
 
 @cache
-def hints_of(config_class: type) -> Mapping[str, Any]:
+def hints_of(config_class: Hashable) -> Mapping[str, Any]:
     """Field name -> its type; evaluating them takes longer than all else that is done with the settings of a run."""
     return get_type_hints(config_class)
 
