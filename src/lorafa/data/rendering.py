@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafa.data.records import Message
@@ -31,6 +31,8 @@ def render(
     """
     from jinja2.exceptions import TemplateError  # the command line knows this module before a command runs
 
+    from lorafa.data.bounded import render_within_bounds
+
     turns = [{**message.extra, "role": message.role, "content": message.content} for message in messages]
     template = tokenizer.chat_template or PLAIN.text
     if template == PLAIN.text and tokenizer.eos_token is None:
@@ -40,13 +42,17 @@ def render(
         )
     own = isinstance(template, str) and template.startswith("{{ start }}")
     try:
-        text: str = tokenizer.apply_chat_template(
-            turns,
-            tools=list(tools) or None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **({"chat_template": template, "start": start_token(tokenizer)} if own else {}),
-        )
+        if _writes_by_itself(tokenizer):
+            return str(
+                tokenizer.apply_chat_template(
+                    turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        chosen = template if own else tokenizer.get_chat_template(tools=list(tools) or None)
+        given = {"messages": list(map(_seen, turns)), "tools": [_plain(tool) for tool in tools] or None}
+        known = {"documents": None, "add_generation_prompt": add_generation_prompt, **tokenizer.special_tokens_map}
+        start = {"start": start_token(tokenizer)} if own else {}
+        return render_within_bounds(str(chosen), {**known, **start, **given})
     except (
         TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError
     ) as error:  # fmt: skip
@@ -55,7 +61,33 @@ def render(
             f"The tokenizer's chat template refuses a conversation with the roles {roles}: {first_line(error)}. "
             "Change the rows, or set another template (data.template, tokenizer.chat_template)."
         ) from error
-    return text
+
+
+def _writes_by_itself(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer writes conversations by its own program, not by a template (those of mistral-common)."""
+    from transformers import PreTrainedTokenizerBase
+
+    return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def _seen(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn as transformers shows it to a template: without what is None, and what an assistant thinks by both names
+    that templates read."""
+    seen = {name: _plain(value) for name, value in turn.items() if value is not None}
+    thought = next((seen[name] for name in _REASONING if seen.get(name) is not None), None)
+    return seen if thought is None else {"thinking": thought, **seen, "reasoning_content": thought}
+
+
+def _plain(value: Any) -> Any:
+    """A value of json; of another the name of its type, for a template may do nothing with it."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if value is None or type(value) in (str, int, float, bool) else f"<{type(value).__name__}>"
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:

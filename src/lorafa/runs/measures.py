@@ -28,16 +28,17 @@ def final_loss(run: RunDirectory) -> float:
     """Held-out loss after training, nats a token; inf where the run diverged or the loss is not finite.
 
     Raises:
-        ConfigError: it holds no rows out.
+        ConfigError: it holds no rows out, or was not measured.
     """
     result = run.result()
     if result.get("diverged"):
         return math.inf
-    if "loss" not in result["after"]:
+    after = result.get("after") or {}
+    if "loss" not in after:
         raise ConfigError(
             f"The run {str(run.path)!r} holds no rows out, so it has no loss to be compared by. Set data.eval_size."
         )
-    loss = float(result["after"]["loss"])
+    loss = math.inf if after["loss"] is None else float(after["loss"])
     return loss if math.isfinite(loss) else math.inf
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field, fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 from lorafa.errors import ConfigError, did_you_mean
 from lorafa.registry import Registry
 from lorafa.settings.checks import check_choice, found
 from lorafa.settings.declared import declared
-from lorafa.settings.typed import Key, build, settable, typed_value
+from lorafa.settings.typed import Key, build, hints_of, settable, typed_value
 
 
 class OpenGroup:
@@ -109,7 +109,7 @@ class OpenGroup:
     @classmethod
     def _chosen(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The entries that plain values name, or else the defaults do."""
-        hints, defaults = get_type_hints(cls), {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+        hints, defaults = hints_of(cls), {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
         return {
             field: typed_value(values[field], hints[field], f"{cls.group}.{field}", defaults[field])
             if field in values

@@ -8,7 +8,7 @@ import os
 import re
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -29,6 +29,12 @@ class Key:
     doc: str
 
 
+@cache
+def hints_of(config_class: Hashable) -> Mapping[str, Any]:
+    """Field name -> its type; evaluating them takes longer than all else that is done with the settings of a run."""
+    return get_type_hints(config_class)
+
+
 def build(config_class: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Make a config from nested plain values.
 
@@ -42,7 +48,7 @@ def build(config_class: type[T], values: Mapping[str, Any], path: str = "") -> T
     sorted_out = getattr(config_class, "sorted_out", None)  # of an open group
     if sorted_out is not None:
         values = sorted_out(values)
-    hints = get_type_hints(config_class)
+    hints = hints_of(config_class)
     defaults = {field.name: field.default for field in settable(config_class)}
     prefix = f"{path}." if path else ""
     for key in values:
@@ -78,7 +84,7 @@ def plain(config: Any) -> Any:
 def keys(config_class: type, path: str = "") -> Iterator[Key]:
     """All settings of a config class, nested ones included, in the order they are written; of an open group those that
     all its entries have."""
-    hints, docs = get_type_hints(config_class), field_docs(config_class)
+    hints, docs = hints_of(config_class), field_docs(config_class)
     hidden = _holders(config_class)
     for field in settable(config_class):
         name, hint = f"{path}.{field.name}" if path else field.name, hints[field.name]
