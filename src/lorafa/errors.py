@@ -92,6 +92,19 @@ def warn(message: str) -> None:
     warnings.warn(bounded(message), stacklevel=level)
 
 
+def refuse(error: LoraError, instead: str) -> None:
+    """Raise an error that PEFT does not have; where scripts use lorafa by PEFT's name, warn of it and go on.
+
+    Only for what leaves numbers right: that name is served by ``lorafa.compat``, whose finder says whether to warn.
+
+    Args:
+        instead: what is done after the warning, a sentence.
+    """
+    if not any(getattr(finder, "lenient", False) for finder in sys.meta_path):
+        raise error
+    warn(f"{error} {instead} (PEFT does not refuse it; LORAFA_STRICT=1 makes it an error.)")
+
+
 def _is_ours(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).partition(".")[0] in ("lorafa", "torch", "contextlib")
 

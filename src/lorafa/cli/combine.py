@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _on_base(base: str | None, adapters: list[str], weights: list[float], out: str, asked: Combining) -> Combination:
     """Combine on the base model that is given, or on the one that the adapters name."""
-    from lorafa.compat.auto import load_base
+    from lorafa.auto import load_base
     from lorafa.io.combine_files import combine_on_base, require_one_named_base
     from lorafa.models.load import resolve_model
 
