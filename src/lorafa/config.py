@@ -337,6 +337,16 @@ class LoraConfig:
         return cls(**given)
 
     @classmethod
+    def from_peft_type(cls, **values: Any) -> LoraConfig:
+        """PEFT's name of :meth:`from_dict`, with the keys as arguments."""
+        return cls.from_dict(values)
+
+    @classmethod
+    def check_kwargs(cls, **values: Any) -> dict[str, Any]:
+        """The arguments as they are: PEFT's hook for settings that configs of some methods bring into one form."""
+        return values
+
+    @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
         """The keys and values of a json file as they stand there; :meth:`from_dict` makes a config of them."""
         return read_json(path_json_file)

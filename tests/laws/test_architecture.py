@@ -50,7 +50,7 @@ LEVELS = (
     ("io",),
     ("peft_model",),
     ("alignment",),
-    ("auto", "arrow_model", "starts"),
+    ("auto", "arrow_model", "starts", "counterparts"),
     ("train", "costs", "inspection", "compat"),
     ("conf",),
     ("runs",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-ABSENT: Mapping[str, Sequence[str]] = {
+_METHODS: Mapping[str, Sequence[str]] = {
     "AdaLoRA": ("AdaLoraConfig", "AdaLoraModel"),
     "AdaMSS": ("AdamssConfig", "AdamssModel"),
     "LLaMA-Adapter": ("AdaptionPromptConfig", "AdaptionPromptModel"),
@@ -41,7 +41,7 @@ ABSENT: Mapping[str, Sequence[str]] = {
     "prefix tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "prompt learning": (
         "PromptLearningConfig", "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-        "bloom_model_postprocess_past_key_value", "starcoder_model_postprocess_past_key_value", "shift_tokens_right",
+        *("bloom_model_postprocess_past_key_value", "starcoder_model_postprocess_past_key_value"), "shift_tokens_right",
     ),
     "prompt tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "P-tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
@@ -61,6 +61,60 @@ ABSENT: Mapping[str, Sequence[str]] = {
     "X-LoRA": ("XLoraConfig", "XLoraModel"),
     "methods of one's own by PEFT's registry": ("register_peft_method",),
 }  # fmt: skip
+
+_PREFIXES = (
+    *("TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value"),
+    "starcoder_model_postprocess_past_key_value",
+)
+_OTHER_METHODS = (
+    *("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HRA"),
+    *("IA3", "LILY", "LNTUNING", "LOHA", "LOKR", "MISS", "OFT", "PEANUT", "POLY", "PSOFT", "PVERA", "RANDLORA"),
+    *("ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+)
+_USUAL_LAYERS = (
+    *(f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING" for method in _OTHER_METHODS),
+    *("TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",),
+)
+_QUANTIZERS: Mapping[str, str] = {
+    "aqlm": "AqlmLoraLinear", "awq": "AwqLoraLinear", "eetq": "EetqLoraLinear", "gptq": "GPTQLoraLinear",
+    "hqq": "HqqLoraLinear", "inc": "IncLoraLinear", "te": "TeLinear", "tp_layer": "LoraParallelLinear",
+}  # fmt: skip
+"""Modules of `peft.tuners.lora` -> the class of layer in it, of libraries that lorafa puts no adapters on."""
+_QUANTIZATION = (
+    *("get_gptqmodel_quant_linear", "get_quantization_config", "get_quantization_kwargs"),
+    *("quantization_extra_repr", "resolve_quantization_backend"),
+)
+_INNER = {
+    "peft.tuners._buffer_dict": ("BufferDict",),
+    "peft.tuners.lora.arrow": (
+        *("ArrowLoraLinearLayer", "check_loaded_lora_compatibility_arrow", "ensure_adapters_target_linear_layers_only"),
+    ),
+    "peft.tuners.lora.corda": ("calib_cov_distribution", "collect_eigens", "crop_corda_eigens"),
+    "peft.tuners.lora.dora": ("DoraConv2dLayer", "DoraConv3dLayer", "DoraEmbeddingLayer", "DoraLinearLayer"),
+    "peft.tuners.lora.monteclora": ("MontecloraSampler",),
+    "peft.tuners.lora.velora": ("VeloraFunction",),
+    "peft.tuners.tuners_utils": (
+        *("_find_minimal_target_modules", "_maybe_include_all_linear_layers", "clone_module", "replicate_layers"),
+    ),
+    "peft.utils": (
+        *("ALLOWED_COMPUTE_DTYPES", "UPCAST_DTYPES", "_freeze_adapter", "_is_valid_match"),
+        *("_prepare_prompt_learning_config", "_set_adapter", "_set_trainable", "map_cache_to_layer_device_map"),
+        *("set_additional_trainable_modules", *_QUANTIZATION),
+    ),
+    "peft.utils.incremental_pca": ("IncrementalPCA",),
+    "peft.utils.integrations": ("map_cache_to_layer_device_map", "skip_init_on_device"),
+    "peft.utils.loftq_utils": ("loftq_init",),
+    "peft.utils.quantization_utils": _QUANTIZATION,
+    "peft.utils.transformers_weight_conversion": ("FlattenDims", "PeftConcatenate", "PermuteDims"),
+}
+"""What PEFT itself works by, and documents or tests as names: module -> names."""
+
+ABSENT: Mapping[str, Sequence[str]] = {
+    **_METHODS,
+    "the usual layers of other methods": _USUAL_LAYERS,
+    "quantizers that adapters do not go on here": tuple(_QUANTIZERS.values()),
+    "the inner working of PEFT": tuple(name for names in _INNER.values() for name in names),
+}
 """What lorafa has nothing for: what it belongs to -> names."""
 
 _FOLDERS = {
@@ -111,6 +165,7 @@ _OTHER = (
 _LAYERS = (
     *("Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention", "ParamWrapper"),
 )
+_QUANTIZED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
 _FUNCTIONAL = (
     *("cast_adapter_dtype", "delete_adapter", "get_peft_model_state_dict", "inject_adapter_in_model", "set_adapter"),
     *("set_peft_model_state_dict", "set_requires_grad"),
@@ -123,10 +178,10 @@ _MERGE_UTILS = (
     *("calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_prune", "prune"),
     *("task_arithmetic", "ties"),
 )
-_ABSENT = tuple(name for names in ABSENT.values() for name in names)
+_ABSENT = tuple(name for names in _METHODS.values() for name in names)
 _KAPPA = ("KappaTuneSelector", "find_kappa_target_modules")
 
-MODULES: Mapping[str, Sequence[str]] = {
+_SERVED: Mapping[str, Sequence[str]] = {
     "peft": (
         *_AUTO, *_MODELS, *_CONFIGS, *_STATUS, *_STATE, *_STARTS, *_CONVERSION, *_TYPES, *_ERRORS, *_MAPPINGS,
         *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "LoraModel", "PeftConfig", "PeftMixedModel", "create_arrow_model"),
@@ -161,7 +216,13 @@ MODULES: Mapping[str, Sequence[str]] = {
     **{f"peft.tuners.{folder}.config": ABSENT[subject] for folder, subject in _FOLDERS.items()},
     **{f"peft.tuners.{folder}.layer": ABSENT[subject] for folder, subject in _FOLDERS.items()},
     **{f"peft.tuners.{folder}.model": ABSENT[subject] for folder, subject in _FOLDERS.items()},
-    "peft.tuners.lora": (*_CONFIGS, *_LAYERS, "LoraModel", *_CONVERSION, *_STARTS, "create_arrow_model"),
+    "peft.tuners.lora": (
+        *_CONFIGS, *_LAYERS, *_QUANTIZED, *_QUANTIZERS.values(), *_CONVERSION, *_STARTS, "LoraModel",
+        "create_arrow_model",
+    ),
+    **{f"peft.tuners.lora.{module}": (name,) for module, name in _QUANTIZERS.items()},
+    "peft.tuners.lora.bnb": _QUANTIZED[:2],
+    "peft.tuners.lora.torchao": _QUANTIZED[2:],
     "peft.tuners.lora.arrow": ("create_arrow_model",),
     "peft.tuners.lora.config": (*_CONFIGS, "CordaConfig"),
     "peft.tuners.lora.conversion": _CONVERSION,
@@ -173,26 +234,28 @@ MODULES: Mapping[str, Sequence[str]] = {
     "peft.tuners.lora.model": (_TARGETS, "LoraModel"),
     "peft.tuners.tuners_utils": (
         *("BaseTuner", "BaseTunerLayer", "cast_adapter_dtype", "check_target_module_exists", "delete_adapter"),
-        *("inspect_matched_modules", "onload_layer", "replicate_layers", "set_adapter", "set_requires_grad"),
+        *("inspect_matched_modules", "onload_layer", "set_adapter", "set_requires_grad"),
     ),
     "peft.utils": (
-        *_FILES, *_ERRORS, *_TYPES, *_WRAPPERS, *_STATE, *_OTHER, _TARGETS, _SHORTHAND, "register_peft_method",
-        "replace_lora_weights_loftq", "bloom_model_postprocess_past_key_value", "shift_tokens_right",
+        *_FILES, *_ERRORS, *_TYPES, *_WRAPPERS, *_STATE, *_OTHER, _TARGETS, *_USUAL_LAYERS, _SHORTHAND,
+        "register_peft_method",
+        *("replace_lora_weights_loftq", "shift_tokens_right", *_PREFIXES),
     ),
     "peft.utils.constants": (
-        *_FILES, _TARGETS, _SHORTHAND, "EMBEDDING_LAYER_NAMES", "SEQ_CLS_HEAD_NAMES", "TOKENIZER_CONFIG_NAME",
+        *_FILES, _TARGETS, *_USUAL_LAYERS, _SHORTHAND,
+        *("EMBEDDING_LAYER_NAMES", "SEQ_CLS_HEAD_NAMES", "TOKENIZER_CONFIG_NAME"),
     ),
     "peft.utils.error": ("NoMatchingPeftModuleError", "PeftError"),
     "peft.utils.hotswap": _HOTSWAP,
     "peft.utils.integrations": (
         *("dequantize_bnb_weight", "dequantize_module_weight", "gather_params_ctx", "init_empty_weights"),
-        "skip_init_on_device",
     ),
     "peft.utils.loftq_utils": ("replace_lora_weights_loftq",),
     "peft.utils.merge_utils": _MERGE_UTILS,
     "peft.utils.other": (
         *_FILES, *_WRAPPERS, *_OTHER, _TARGETS, _SHORTHAND, "EMBEDDING_LAYER_NAMES",
         *("fsdp_auto_wrap_policy", "get_pattern_key", "match_target_against_key", "str_to_bool"),
+        *_USUAL_LAYERS, *_PREFIXES,
     ),
     "peft.utils.peft_types": (*_TYPES, "register_peft_method"),
     "peft.utils.save_and_load": (*_STATE, *_FILES[1:]),
@@ -202,13 +265,45 @@ MODULES: Mapping[str, Sequence[str]] = {
     ),
     "peft.utils.warning": ("PeftWarning",),
 }  # fmt: skip
+
+MODULES: Mapping[str, Sequence[str]] = {
+    module: (*_SERVED.get(module, ()), *_INNER.get(module, ())) for module in (*_SERVED, *_INNER)
+}
 """Full names of modules -> the names in them that scripts import."""
 
-_HERE = "lorafa.compat.counterparts"
+_COUNTERPARTS: Mapping[str, Sequence[str]] = {
+    "constants": (
+        *("EMBEDDING_LAYER_NAMES", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
+        *("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
+        *("PeftWarning", "SEQ_CLS_HEAD_NAMES", "TOKENIZER_CONFIG_NAME", "WEIGHTS_NAME"),
+    ),
+    "functional": ("cast_adapter_dtype", "delete_adapter", "inject_adapter_in_model", "set_adapter"),
+    "helpers": (
+        *("DoraCaching", "MontecloraTrainerMixin", "disable_input_dtype_casting", "update_forward_signature"),
+        *("update_generate_signature", "update_signature"),
+    ),
+    "layers": ("BaseTunerLayer", "Conv1d", "Conv2d", "Conv3d", *_QUANTIZED),
+    "matching": (
+        *("check_target_module_exists", "get_pattern_key", "inspect_matched_modules", "match_target_against_key"),
+    ),
+    "sharding": ("fsdp_auto_wrap_policy",),
+    "utilities": (
+        *("_get_batch_size", "_get_input_embeddings_name", "_get_submodules", "dequantize_bnb_weight"),
+        *("dequantize_module_weight", "gather_params_ctx", "id_tensor_storage", "infer_device", "init_empty_weights"),
+        *("is_aqlm_available", "is_bnb_4bit_available", "is_bnb_available", "is_diffusers_available"),
+        *("is_eetq_available", "is_gptqmodel_available", "is_hqq_available", "is_torchao_available"),
+        *("is_xpu_available", "onload_layer", "str_to_bool", "transpose"),
+    ),
+    "weight_conversion": (
+        *("build_peft_weight_mapping", "convert_peft_adapter_state_dict_for_transformers"),
+        "convert_peft_config_for_transformers",
+    ),
+}
+"""Files of `lorafa.counterparts`, which has what nothing else in lorafa needs -> names."""
+
 HOMES: Mapping[str, str] = {
     "AuxiliaryTrainingWrapper": "lorafa.layers.wrapper:Wrapper",
     "BaseTuner": "lorafa.surgery.lora_model:LoraModel",
-    "BaseTunerLayer": "lorafa.layers.base:LoraLayer",
     "CONFIG_NAME": "lorafa.config:CONFIG_NAME",
     "Embedding": "lorafa.layers.embedding:LoraEmbedding",
     "Linear": "lorafa.layers.linear:LoraLinear",
@@ -227,12 +322,12 @@ HOMES: Mapping[str, str] = {
     "TunerModelStatus": "lorafa.surgery.status:ModelStatus",
     "set_requires_grad": "lorafa.surgery.activate:set_requires_grad",
     **{
-        name: f"{_HERE}:{name}"
+        name: f"lorafa.numerics.task_arithmetic:{name}"
         for name in (
-            *("EMBEDDING_LAYER_NAMES", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
-            *("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
-            *("PeftWarning", "SEQ_CLS_HEAD_NAMES", "TOKENIZER_CONFIG_NAME", "WEIGHTS_NAME"),
+            *("calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_prune"),
+            *("prune", "task_arithmetic", "ties"),
         )
     },
+    **{name: f"lorafa.counterparts.{file}:{name}" for file, names in _COUNTERPARTS.items() for name in names},
 }
 """Names that are not in `lorafa` itself -> where they are; all others are lorafa's of the same name."""

@@ -13,6 +13,7 @@ from lorafa.errors import AdapterError
 from lorafa.settings.methods import PeftType
 from lorafa.surgery.activate import disabled
 from lorafa.surgery.combination import Combination
+from lorafa.surgery.forward import let_inputs_require_grad
 from lorafa.surgery.lora_model import LoraModel
 from lorafa.surgery.status import LayerStatus, ModelStatus, count_parameters, get_layer_status, get_model_status
 from lorafa.surgery.verify import MergeCheck
@@ -39,6 +40,11 @@ class AdaptedModel(nn.Module):
     @property
     def peft_type(self) -> PeftType:
         return PeftType.LORA
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let the output of the model's embedding require a gradient, which reentrant checkpointing needs."""
+        let_inputs_require_grad(model)
+        return model
 
     @property
     def has_active_enabled_adapter(self) -> bool:

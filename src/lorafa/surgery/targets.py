@@ -282,6 +282,15 @@ def _is_wanted(name: str, wanted: Collection[str] | str, config: LoraConfig, pat
     return patterns.matches("target_modules", wanted, name) and not excluded
 
 
+def is_meant(config: LoraConfig, name: str) -> bool:
+    """Whether the names and expressions of a config mean a module of this name as a target.
+
+    Raises:
+        ConfigError: an expression takes too long.
+    """
+    return config.target_modules is not None and _is_wanted(name, config.target_modules, config, _Patterns(config))
+
+
 def _inside_saved(name: str, config: LoraConfig) -> bool:
     saved = tuple(config.modules_to_save or ())
     return bool(saved) and expressions("modules_to_save", saved, INSIDE).first(name) is not None
