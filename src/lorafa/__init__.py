@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from lorafa.io.stream import MergedFiles, merge_to_folder
     from lorafa.io.verify_folder import check_merged_folder
+    from lorafa.mixed_model import PeftMixedModel
     from lorafa.optimizers import (
         LoraFAOptimizer,
         create_lorafa_optimizer,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
         create_riemannian_optimizer,
     )
     from lorafa.peft_model import (
-        PeftMixedModel,
         PeftModel,
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
@@ -210,7 +210,7 @@ _HOMES = {
     "MergedFiles": "lorafa.io.stream",
     "MontecloraConfig": "lorafa.settings.methods",
     "PeftConfig": "lorafa.config",
-    "PeftMixedModel": "lorafa.peft_model",
+    "PeftMixedModel": "lorafa.mixed_model",
     "PeftModel": "lorafa.peft_model",
     "PeftModelForCausalLM": "lorafa.peft_model",
     "PeftModelForFeatureExtraction": "lorafa.peft_model",

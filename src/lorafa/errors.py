@@ -26,6 +26,8 @@ from types import FrameType
 
 TEXT = 4000
 """Characters of an error's text, about a screen: what it shows of values and files may be of any length."""
+_NOTHING_DONE = ("Nothing was loaded.", "Nothing was changed.")
+"""What errors end in, and is not true of one that is only warned of."""
 _LOOKED_AT, _CHOICES, _WORD = 4000, 100, 200
 """How many known words are looked at, how many are compared letter by letter, and of which length at most."""
 
@@ -102,7 +104,10 @@ def refuse(error: LoraError, instead: str) -> None:
     """
     if not any(getattr(finder, "lenient", False) for finder in sys.meta_path):
         raise error
-    warn(f"{error} {instead} (PEFT does not refuse it; LORAFA_STRICT=1 makes it an error.)")
+    said = str(error)
+    for end in _NOTHING_DONE:
+        said = said.removesuffix(end).rstrip()
+    warn(f"{said} {instead} (PEFT does not refuse it; LORAFA_STRICT=1 makes it an error.)")
 
 
 def _is_ours(frame: FrameType) -> bool:

@@ -39,6 +39,7 @@ LONGER = {
 
 LEVELS = (
     ("errors", "version"),
+    ("mixed_model",),
     ("numerics", "spec", "registry", "context", "settings", "processes", "launch"),
     ("backends", "storage"),
     ("adapter",),

@@ -1,4 +1,4 @@
-"""`import peft` under lorafa's name: every documented module and name, and what is said of those without a counterpart."""
+"""`import peft` under lorafa's name: every documented module and name, and what is said of those that are absent."""
 
 from __future__ import annotations
 
