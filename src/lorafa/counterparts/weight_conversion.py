@@ -19,7 +19,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.io.layouts import as_peft
 from lorafa.io.layouts.base import OWN_LAYER, A, B, Raw, block_diagonal, tidy
-from lorafa.io.layouts.experts import STACKS
+from lorafa.io.layouts.experts import ONE_EXPERT, STACKS
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.layouts.written import stored_stack_A, stored_stack_B
 from lorafa.io.peft_format import named_as_in_files
@@ -159,11 +159,13 @@ def on_stacks(config: LoraConfig, model: nn.Module) -> LoraConfig:
     stacks = _stacks(model)
     if not targets or not stacks:
         return config
-    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    names = [name for name, _ in model.named_modules()]
+    modules = {name.rpartition(".")[2] for name in names}
+    single = {match[3] for name in names if (match := ONE_EXPERT.match(name))}
     leaves = {target.rpartition(".")[2] for target in targets}
     ranks, alphas, parameters, gone = {}, {}, list(config.target_parameters or ()), set[str]()
     for parameter in stacks:
-        group = next((one for one in STACKS[parameter] if leaves & set(one) - modules), None)
+        group = next((one for one in STACKS[parameter] if leaves & set(one) - single), None)
         if group is None or parameter in parameters:
             continue
         if missing := [leaf for leaf in group if leaf not in leaves]:
