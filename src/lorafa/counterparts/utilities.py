@@ -136,7 +136,7 @@ def gather_params_ctx(
     if not any(hasattr(one, "ds_id") for one in listed):
         yield
         return
-    import deepspeed  # type: ignore[import-not-found]
+    import deepspeed
 
     gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
         listed, modifier_rank=modifier_rank, fwd_module=fwd_module
