@@ -320,6 +320,7 @@ HOMES: Mapping[str, str] = {
     "TrainableTokensWrapper": "lorafa.layers.tokens:TrainableTokensWrapper",
     "TunerLayerStatus": "lorafa.surgery.status:LayerStatus",
     "TunerModelStatus": "lorafa.surgery.status:ModelStatus",
+    "estimate_gradients": "lorafa.starts.preprocess:preprocess_loraga",  # PEFT's leaves them for get_peft_model, too
     "set_requires_grad": "lorafa.surgery.activate:set_requires_grad",
     **{
         name: f"lorafa.numerics.task_arithmetic:{name}"

@@ -19,7 +19,7 @@ from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError
 from lorafa.io.layouts import as_peft
 from lorafa.io.layouts.base import OWN_LAYER, A, B, Raw, block_diagonal, tidy
-from lorafa.io.layouts.experts import ONE_EXPERT, STACKS
+from lorafa.io.layouts.experts import EXPERTS, ONE_EXPERT, STACKS
 from lorafa.io.layouts.names import BaseNames
 from lorafa.io.layouts.written import stored_stack_A, stored_stack_B
 from lorafa.io.peft_format import named_as_in_files
@@ -194,7 +194,7 @@ def on_stacks(config: LoraConfig, model: nn.Module) -> LoraConfig:
 def _stacks(model: nn.Module) -> list[str]:
     """The names of the stacked parameters of experts that the model has."""
     found = (name.split(".")[-2:] for name, parameter in model.named_parameters() if parameter.dim() == 3)
-    names = {parts[1] for parts in found if len(parts) == 2 and parts[0].endswith("experts")}
+    names = {parts[1] for parts in found if len(parts) == 2 and EXPERTS.search(parts[0])}
     return [parameter for parameter in _STACKED if parameter in names]
 
 
