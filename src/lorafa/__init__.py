@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from lorafa.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from lorafa.compat.arrow import create_arrow_model
-    from lorafa.compat.auto import (
+    from lorafa.arrow_model import create_arrow_model
+    from lorafa.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from lorafa.io.stream import MergedFiles, merge_to_folder
     from lorafa.io.verify_folder import check_merged_folder
+    from lorafa.mixed_model import PeftMixedModel
     from lorafa.optimizers import (
         LoraFAOptimizer,
         create_lorafa_optimizer,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
         create_riemannian_optimizer,
     )
     from lorafa.peft_model import (
-        PeftMixedModel,
         PeftModel,
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
@@ -184,13 +184,13 @@ __all__ = [
 
 _HOMES = {
     "ArrowConfig": "lorafa.settings.methods",
-    "AutoPeftModel": "lorafa.compat.auto",
-    "AutoPeftModelForCausalLM": "lorafa.compat.auto",
-    "AutoPeftModelForFeatureExtraction": "lorafa.compat.auto",
-    "AutoPeftModelForQuestionAnswering": "lorafa.compat.auto",
-    "AutoPeftModelForSeq2SeqLM": "lorafa.compat.auto",
-    "AutoPeftModelForSequenceClassification": "lorafa.compat.auto",
-    "AutoPeftModelForTokenClassification": "lorafa.compat.auto",
+    "AutoPeftModel": "lorafa.auto",
+    "AutoPeftModelForCausalLM": "lorafa.auto",
+    "AutoPeftModelForFeatureExtraction": "lorafa.auto",
+    "AutoPeftModelForQuestionAnswering": "lorafa.auto",
+    "AutoPeftModelForSeq2SeqLM": "lorafa.auto",
+    "AutoPeftModelForSequenceClassification": "lorafa.auto",
+    "AutoPeftModelForTokenClassification": "lorafa.auto",
     "BdLoraConfig": "lorafa.settings.methods",
     "Combination": "lorafa.surgery.combination",
     "CordaConfig": "lorafa.settings.methods",
@@ -210,7 +210,7 @@ _HOMES = {
     "MergedFiles": "lorafa.io.stream",
     "MontecloraConfig": "lorafa.settings.methods",
     "PeftConfig": "lorafa.config",
-    "PeftMixedModel": "lorafa.peft_model",
+    "PeftMixedModel": "lorafa.mixed_model",
     "PeftModel": "lorafa.peft_model",
     "PeftModelForCausalLM": "lorafa.peft_model",
     "PeftModelForFeatureExtraction": "lorafa.peft_model",
@@ -233,7 +233,7 @@ _HOMES = {
     "collect_joint_statistics": "lorafa.starts.initialize",
     "collect_statistics": "lorafa.starts.initialize",
     "convert_to_lora": "lorafa.io.convert",
-    "create_arrow_model": "lorafa.compat.arrow",
+    "create_arrow_model": "lorafa.arrow_model",
     "create_lorafa_optimizer": "lorafa.optimizers",
     "create_loraplus_optimizer": "lorafa.optimizers",
     "create_lorapro_optimizer": "lorafa.optimizers",

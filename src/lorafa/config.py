@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafa.adapter import scaling
-from lorafa.errors import ConfigError, did_you_mean
+from lorafa.errors import ConfigError, did_you_mean, refuse, shorten
 from lorafa.initializers import Start, known_start
 from lorafa.initializers.settings import (
     NO_SETTINGS,
@@ -324,17 +324,28 @@ class LoraConfig:
         unknown = sorted(key for key, value in values.items() if key not in known and not _is_empty(value))
         if unknown:
             key = unknown[0]
-            raise ConfigError(
+            error = ConfigError(
                 f"The config sets {key!s:.200}={shown(values[key])}, which lorafa {VERSION} does not know and which "
                 f"may change what the adapter computes.{did_you_mean(key, known)} Use a version that knows it, or "
                 "delete the key if you are sure that it changes nothing."
             )
+            refuse(error, f"Passed over: {shorten([str(key)[:200] for key in unknown])}.")
         given = {key: value for key, value in values.items() if key in known and key != "runtime_config"}
         own = settings_field(known_start(start_meant(given.get("init_lora_weights", True), given)))
         for name in START_SETTINGS:
             if name != own:  # the start of a trained adapter is history: files converted to plain LoRA still carry it
                 given.pop(name, None)
         return cls(**given)
+
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> LoraConfig:
+        """PEFT's name of :meth:`from_dict`, with the keys as arguments."""
+        return cls.from_dict(values)
+
+    @classmethod
+    def check_kwargs(cls, **values: Any) -> dict[str, Any]:
+        """The arguments as they are: PEFT's hook for settings that configs of some methods bring into one form."""
+        return values
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
@@ -353,7 +364,8 @@ class LoraConfig:
             ConfigError: the file's content is not allowed, see :meth:`from_dict`; or an argument that does not exist.
         """
         check_arguments("LoraConfig.from_pretrained", hub, HubOptions.__optional_keys__)
-        return read_config(locate(pretrained_model_name_or_path, [CONFIG_NAME], subfolder=subfolder, **hub))
+        known: Any = {name: value for name, value in hub.items() if name in HubOptions.__optional_keys__}
+        return read_config(locate(pretrained_model_name_or_path, [CONFIG_NAME], subfolder=subfolder, **known))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into a folder, whole or not at all.

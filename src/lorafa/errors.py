@@ -26,6 +26,8 @@ from types import FrameType
 
 TEXT = 4000
 """Characters of an error's text, about a screen: what it shows of values and files may be of any length."""
+_NOTHING_DONE = ("Nothing was loaded.", "Nothing was changed.")
+"""What errors end in, and is not true of one that is only warned of."""
 _LOOKED_AT, _CHOICES, _WORD = 4000, 100, 200
 """How many known words are looked at, how many are compared letter by letter, and of which length at most."""
 
@@ -90,6 +92,22 @@ def warn(message: str) -> None:
     while frame.f_back is not None and _is_ours(frame):
         frame, level = frame.f_back, level + 1
     warnings.warn(bounded(message), stacklevel=level)
+
+
+def refuse(error: LoraError, instead: str) -> None:
+    """Raise an error that PEFT does not have; where scripts use lorafa by PEFT's name, warn of it and go on.
+
+    Only for what leaves numbers right: that name is served by ``lorafa.compat``, whose finder says whether to warn.
+
+    Args:
+        instead: what is done after the warning, a sentence.
+    """
+    if not any(getattr(finder, "lenient", False) for finder in sys.meta_path):
+        raise error
+    said = str(error)
+    for end in _NOTHING_DONE:
+        said = said.removesuffix(end).rstrip()
+    warn(f"{said} {instead} (PEFT does not refuse it; LORAFA_STRICT=1 makes it an error.)")
 
 
 def _is_ours(frame: FrameType) -> bool:

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorafa.config import LoraConfig
-from lorafa.errors import AdapterError, NotAvailableError, warn
+from lorafa.errors import AdapterError, NotAvailableError, refuse, warn
 from lorafa.io import load
 from lorafa.io.card import update_card
 from lorafa.io.fill import fill
+from lorafa.mixed_model import MIXED
 from lorafa.settings.checks import check_arguments, check_text
 from lorafa.storage.hub import UploadOptions, uploaded
-from lorafa.surgery.activate import require_nothing_merged
+from lorafa.surgery.activate import delete_adapter, require_nothing_merged
 from lorafa.surgery.adapted import AdaptedModel
 from lorafa.surgery.build import Options
 from lorafa.surgery.forward import ForwardOfTheWrapped, is_checkpointed, let_inputs_require_grad
 from lorafa.surgery.given import lora_config
 from lorafa.surgery.lora_model import LoraModel
+from lorafa.surgery.plan import taken
 from lorafa.surgery.resolve import Resolved, resolve
 from lorafa.surgery.stats import Stats, forget_left, given
-from lorafa.surgery.walk import uncompiled
+from lorafa.surgery.walk import adapter_names, uncompiled
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_MIXED = (
-    "models with adapters of several methods are not available in lorafa, which has LoRA and its variants. Drop "
-    "mixed=True and use PeftModel: several LoRA adapters count together by base_model.set_adapter([...])."
-)
 
 
 class PeftModel(AdaptedModel):
@@ -313,10 +312,18 @@ class PeftModel(AdaptedModel):
             return getattr(self.base_model, name)
 
 
+def _wrapped_already(model: nn.Module, method: str) -> AdapterError | None:
+    """What to say of a PeftModel, whose ``method`` is meant; None of any other model."""
+    if not isinstance(model, nn.Module) or not isinstance(uncompiled(model), PeftModel):
+        return None
+    return AdapterError(f"The model is a PeftModel already. Call its {method}() to put another adapter on it.")
+
+
 def check_can_wrap(model: nn.Module, method: str) -> None:
     """Raises AdapterError for a PeftModel, whose ``method`` is meant, and for a base that an update is merged into."""
-    if isinstance(model, nn.Module) and isinstance(uncompiled(model), PeftModel):
-        raise AdapterError(f"The model is a PeftModel already. Call its {method}() to put another adapter on it.")
+    error = _wrapped_already(model, method)
+    if error is not None:
+        raise error
     require_nothing_merged(model)
 
 
@@ -352,12 +359,22 @@ def get_peft_model(
     After any of them the model is bit-identical to what it was.
     """
     if mixed:
-        raise NotAvailableError(f"mixed=True: {_MIXED}")
+        raise NotAvailableError(f"mixed=True: {MIXED}")
     check_text("revision", revision)
-    check_can_wrap(model, "add_adapter")
-    resolved = resolve(model, lora_config(peft_config))
+    config = lora_config(peft_config)
     if revision is not None:
-        resolved = resolved.changed(revision=revision)
+        config = replace(config, revision=revision)
+    error = _wrapped_already(model, "add_adapter")
+    if error is not None:
+        refuse(error, "The adapter went onto it, in the place of one of its name if there was one, and counts alone.")
+        options = Options(autocast_adapter_dtype, low_cpu_mem_usage)
+        cast(PeftModel, uncompiled(model)).put_anew(config, adapter_name, options, stats)
+        return model  # type: ignore[return-value]
+    check_can_wrap(model, "add_adapter")
+    if isinstance(model, nn.Module) and adapter_name in adapter_names(model):
+        refuse(taken(adapter_name), "It was taken off the model, and the new one is in its place.")
+        delete_adapter(model, adapter_name)
+    resolved = resolve(model, config)
     return adapted(resolved, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage), stats)
 
 
@@ -375,19 +392,3 @@ PeftModelForTokenClassification = PeftModel
 PeftModelForQuestionAnswering = PeftModel
 PeftModelForFeatureExtraction = PeftModel
 """PEFT's classes by task. For LoRA they differ in the heads they train, which ``task_type`` of the config says here."""
-
-
-class PeftMixedModel:
-    """PEFT's model with adapters of several methods, by name only: every use of it is refused.
-
-    Raises:
-        NotAvailableError: always. Several LoRA adapters go on one PeftModel.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise NotAvailableError(f"PeftMixedModel: {_MIXED}")
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PeftModel:
-        """Refuse as the constructor does."""
-        raise NotAvailableError(f"PeftMixedModel: {_MIXED}")

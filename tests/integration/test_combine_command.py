@@ -68,7 +68,7 @@ def test_the_weighted_sum_without_the_base(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("lorafa.compat.auto.load_base", never)
+    monkeypatch.setattr("lorafa.auto.load_base", never)
     assert combine(place / "a", place / "b", "--weights", 0.7, -0.3, "--type", "cat", "--out", place / "cat") == 0
     out, _ = said()
     assert "cat on 4 layers, rank 8; nothing of what was asked for is lost" in out

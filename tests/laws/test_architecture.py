@@ -39,6 +39,7 @@ LONGER = {
 
 LEVELS = (
     ("errors", "version"),
+    ("mixed_model",),
     ("numerics", "spec", "registry", "context", "settings", "processes", "launch"),
     ("backends", "storage"),
     ("adapter",),
@@ -50,8 +51,8 @@ LEVELS = (
     ("io",),
     ("peft_model",),
     ("alignment",),
-    ("compat", "starts"),
-    ("train", "costs", "inspection"),
+    ("auto", "arrow_model", "starts", "counterparts"),
+    ("train", "costs", "inspection", "compat"),
     ("conf",),
     ("runs",),
     ("export", "report", "chat"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,23 @@ def in_memory(module: nn.Module) -> Any:
         if buffer is not None and buffer.is_meta and name in hook.weights_map:
             new._buffers[name] = _brought(hook, name, buffer)
     return new
+
+
+@contextmanager
+def brought_in(module: nn.Module) -> Iterator[None]:
+    """A with-block in which the module's own weights, if they rest elsewhere, are on the device of its calls.
+
+    What is written to them inside is not kept.
+    """
+    hook = _bringing(module)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, torch.empty(0))
 
 
 def _brought(hook: Any, name: str, resting: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def _on_base(
     base: str | None, adapters: list[str], weights: list[float], out: str, asked: Combining, *, trusted: bool
 ) -> Combination:
     """Combine on the base model that is given, or on the one that the adapters name."""
-    from lorafa.compat.auto import load_base
+    from lorafa.auto import load_base
     from lorafa.io.combine_files import combine_on_base, require_one_named_base
     from lorafa.models.load import resolve_model
 

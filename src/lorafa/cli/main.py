@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lorafa.chat.printable import printable
-from lorafa.cli import chat, combine, compare, eval, export, generate, inspect, merge, params, plan, report, train
+from lorafa.cli import chat, combine, compare, eval, export, generate, inspect, merge, params, plan, report, run, train
 from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError, bounded
 from lorafa.launch import leave, require_alone
@@ -24,9 +24,9 @@ from lorafa.version import VERSION
 if TYPE_CHECKING:
     from rich.console import Console
 
-COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export, inspect, params, plan)
+COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export, inspect, params, plan, run)
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
-TOGETHER = (train, eval, generate)
+TOGETHER = (train, eval, generate, run)
 """Commands that several processes do together; others are refused where a launcher starts several of them."""
 SHARED = (compare,)
 """Commands among those others that processes which know nothing of each other share out."""

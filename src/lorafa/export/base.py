@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafa.compat.auto import load_base
+from lorafa.auto import load_base
 from lorafa.config import LoraConfig
 from lorafa.errors import ConfigError, SourceError, first_line
 from lorafa.models.sourced import refused_code

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorafa.backends import backend_of
 from lorafa.backends.offload import in_memory
 from lorafa.config import CONFIG_NAME, LORAFA_ONLY, LoraConfig, read_config
-from lorafa.errors import CheckpointError, shorten, warn
+from lorafa.errors import CheckpointError, refuse, shorten, warn
 from lorafa.io.base_prints import base_fingerprint, fingerprinted
 from lorafa.io.belonging import accepted, differences, mismatch
 from lorafa.io.find import AdapterFiles, find_adapter_files
@@ -229,7 +229,10 @@ def check_fits_base(
         known = {name: value for name, value in stored.base.items() if name in actual}
         if ignore_sizes:
             known = {name: value for name, value in known.items() if _same_shape(value, actual[name])}
-        check_base(known, actual, stored.path, base_name=stored.config.base_model_name_or_path)
+        try:
+            check_base(known, actual, stored.path, base_name=stored.config.base_model_name_or_path)
+        except CheckpointError as error:
+            refuse(error, "It was loaded all the same: its update is added to the weights that are here.")
     quantized = _dequantized(everything, stored) if stored.quantized else {}
     if different := compare_fingerprints(stored.quantized, quantized):
         raise CheckpointError(

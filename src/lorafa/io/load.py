@@ -18,6 +18,7 @@ from lorafa.errors import (
     ConfigError,
     SourceError,
     did_you_mean,
+    refuse,
     shape_text,
     shorten,
     warn,
@@ -315,6 +316,9 @@ def fitting(
                 f"{path}: {len(shapes)} of {len(tensors)} tensors have another shape in the model and were not loaded "
                 f"(ignore_mismatched_sizes=True): {shorten(listed, 8)}. What stands in the model there is not trained."
             )
+    if found.only_more():
+        refuse(found.error(path, name), "Tensors that are not in the model were passed over; all others were loaded.")
+        return {key: tensor for key, tensor in tensors.items() if key not in found.unexpected}
     found.raise_if_any(path, name)
     return tensors
 

@@ -52,7 +52,21 @@ class Misfit:
             CheckpointError: something is missing, unexpected or misshapen.
         """
         if self:
-            raise CheckpointError(f"{path} does not fit adapter {adapter!r}.\n{self.describe()}\nNothing was loaded.")
+            raise self.error(path, adapter)
+
+    def error(self, path: str | Path, adapter: str) -> CheckpointError:
+        """What keeps the file from fitting, in words."""
+        return CheckpointError(f"{path} does not fit adapter {adapter!r}.\n{self.describe()}\nNothing was loaded.")
+
+    def only_more(self) -> bool:
+        """Whether the file fits but for tensors of layers on which the adapter has nothing.
+
+        More of a layer that has the adapter (a magnitude, a bias) is another formula, and without it other numbers.
+        """
+        if self.missing or self.misshapen or not self.unexpected:
+            return False
+        adapted = {_owner(key) for key in self.want}
+        return not any(_owner(key) in adapted for key in self.unexpected)
 
     def describe(self) -> str:
         shapes = [
@@ -74,6 +88,11 @@ class Misfit:
             *likely_causes(self),
         ]
         return "\n".join(part for part in parts if part)
+
+
+def _owner(key: str) -> str:
+    """The layer that a tensor of a file is of, or the whole name of what is no tensor of a layer's adapter."""
+    return next((key.partition(mark)[0] for mark in (".lora_", ".token_adapter.") if mark in key), key)
 
 
 def require_floats(path: Path, tensors: Mapping[str, Tensor]) -> None:

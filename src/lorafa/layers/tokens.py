@@ -27,6 +27,40 @@ class TokenAdapter(nn.Module):
         self.trainable_tokens_delta: nn.ParameterDict = (
             nn.ParameterDict() if tied_to is None else tied_to.trainable_tokens_delta
         )
+        self._wrapper: tuple[TrainableTokensWrapper, ...] = ()  # no child: it is around this module
+
+    # Libraries that know PEFT's layers tell this module, and not the wrapper, which adapters count.
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that count here, together."""
+        return self._wrapper[0].active_adapters
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether none counts for now."""
+        return self._wrapper[0].disable_adapters
+
+    @property
+    def merged(self) -> bool:
+        """False: rows are chosen in each call."""
+        return False
+
+    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters count, and train (unless ``inference_mode``)."""
+        self._wrapper[0].set_adapter(names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the active adapters count, or the base's rows alone."""
+        self._wrapper[0].enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter and its rows."""
+        self._wrapper[0].detach_adapter(adapter_name)
 
 
 class TrainableTokensWrapper(Wrapper):
@@ -39,6 +73,7 @@ class TrainableTokensWrapper(Wrapper):
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(base_layer)
         self.token_adapter: TokenAdapter = TokenAdapter(base_layer, None if tied_to is None else tied_to.token_adapter)
+        self.token_adapter._wrapper = (self,)
         self.is_tied = tied_to is not None
 
     @property

@@ -38,6 +38,10 @@ class Wrapper(Host):
                     "can be there. Choose one of the two. Nothing was changed."
                 )
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """What a file calls the tensors of an adapter here -> their names on the wrapper; transformers asks for it."""
+        return {entry.key: entry.live or entry.key for entry in self.stored(adapter_name)}
+
     @torch.no_grad()
     def copy_values(self, source: str, name: str) -> None:
         """Give adapter ``name`` the values that adapter ``source`` has here."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafa.errors import AdapterError, ConfigError, warn
+from lorafa.errors import AdapterError, ConfigError, refuse, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.optimizers.adamw import AdamWSteps
 from lorafa.optimizers.checked import PairOptimizer, check_adam_numbers, check_idle_pairs, check_state
@@ -276,10 +276,11 @@ def _check_arguments(
         values = sorted(found, key=str)
         if said is not None and (said not in values or (configs and len(values) > 1)):
             have, instead = ", ".join(map(str, values)), f"pass {what}={values[0]}, or " if len(values) == 1 else ""
-            raise ConfigError(
+            error = ConfigError(
                 f"{what}={said!r} was given, but the adapters have {what}={have}. The optimizer reads it from each "
                 f"layer: {instead}leave it out. Nothing was changed."
             )
+            refuse(error, f"The optimizer goes by {what}={have}, as the layers do.")
 
     check("r", r, lambda layer, name: layer.r[name])
     check("lora_alpha", alpha, lambda layer, name: layer.lora_alpha[name])

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
-from lorafa.errors import ConfigError, bounded, did_you_mean
+from lorafa.errors import ConfigError, bounded, did_you_mean, refuse
 
 T = TypeVar("T")
 
@@ -156,10 +156,11 @@ def check_arguments(function: str, given: Iterable[str], known: Iterable[str]) -
     listed = sorted(known)
     for name in given:
         if name not in listed:
-            raise ConfigError(
+            error = ConfigError(
                 f"{function} has no argument {name!r}.{did_you_mean(name, listed)} Beside those of its signature it "
                 f"has: {', '.join(listed)}."
             )
+            refuse(error, "It was passed over.")
 
 
 def name_table(name: str, value: object) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,8 +14,12 @@ from lorafa.config import LoraConfig
 from lorafa.errors import AdapterError
 from lorafa.settings.methods import PeftType
 from lorafa.surgery.activate import disabled
+from lorafa.surgery.build import Options
 from lorafa.surgery.combination import Combination
+from lorafa.surgery.forward import let_inputs_require_grad
 from lorafa.surgery.lora_model import LoraModel
+from lorafa.surgery.resolve import Resolved, resolve
+from lorafa.surgery.stats import Stats
 from lorafa.surgery.status import LayerStatus, ModelStatus, count_parameters, get_layer_status, get_model_status
 from lorafa.surgery.verify import MergeCheck
 
@@ -39,6 +45,27 @@ class AdaptedModel(nn.Module):
     @property
     def peft_type(self) -> PeftType:
         return PeftType.LORA
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let the output of the model's embedding require a gradient, which reentrant checkpointing needs."""
+        let_inputs_require_grad(model)
+        return model
+
+    @abstractmethod
+    def _start(self, resolved: Resolved, name: str, options: Options, stats: Stats | None = None) -> None:
+        """Put an adapter on and let it count alone."""
+
+    def put_anew(self, config: LoraConfig, name: str, options: Options, stats: Stats | None = None) -> None:
+        """Put an adapter on, in the place of one of its name if there is one, and let it count alone.
+
+        Raises:
+            As :func:`lorafa.get_peft_model`; what it says of config and layers, before anything is changed.
+        """
+        if name in self.peft_config:
+            trial = replace(options, low_cpu_mem_usage=True)  # no start is computed
+            self.base_model.plan_adapter(resolve(self.base_model.model, config), f"{name}_anew", trial)
+            self.base_model.delete_adapter(name)
+        self._start(resolve(self.base_model.model, config), name, options, stats)
 
     @property
     def has_active_enabled_adapter(self) -> bool:

@@ -13,7 +13,7 @@ from lorafa.backends import backend_of
 from lorafa.backends.oddities import computed, described, tensor_like
 from lorafa.backends.offload import identity_of
 from lorafa.config import LoraConfig
-from lorafa.errors import ConfigError, TargetError, did_you_mean, shorten, warn
+from lorafa.errors import ConfigError, TargetError, did_you_mean, refuse, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.saved import ModulesToSaveWrapper
 from lorafa.layers.tokens import TrainableTokensWrapper
@@ -187,9 +187,10 @@ def _saved_modules(
                 f"modules_to_save: {name!r} matches no module.{did_you_mean(name, leaves)} "
                 f"The last names of the model's modules are: {shorten(leaves, 12)}."
             )
-            if not lenient:
-                raise TargetError(message)
-            warn(message)
+            if lenient:
+                warn(message)
+            else:
+                refuse(TargetError(message), "It was passed over: no such module is trained.")
         for place in hits:
             if not isinstance(place.module, ModulesToSaveWrapper) and any(True for _ in hosts(place.module)):
                 raise TargetError(

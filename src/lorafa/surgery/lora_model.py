@@ -18,6 +18,7 @@ from lorafa.layers.host import Host
 from lorafa.numerics.fused import is_traced
 from lorafa.surgery import activate
 from lorafa.surgery.apply import apply
+from lorafa.surgery.asked import AskedByName
 from lorafa.surgery.biases import BaseBiases
 from lorafa.surgery.build import Options
 from lorafa.surgery.combination import Combination
@@ -35,7 +36,7 @@ from lorafa.surgery.verify import MergeCheck, verified
 from lorafa.surgery.walk import hosts, lora_layers, require_module, wrapped_places
 
 
-class LoraModel(nn.Module):
+class LoraModel(AskedByName, nn.Module):
     """``model`` is the user's, changed in place; ``peft_config`` maps adapters to the configs they were made from."""
 
     prefix = "lora_"
@@ -290,10 +291,6 @@ class LoraModel(nn.Module):
             AdapterError: an adapter, a copy (``modules_to_save``) or trained rows are on a table; nothing was changed.
         """
         return resize_vocabulary(self.model, new_num_tokens, *args, **settings)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether :func:`lorafa.convert_to_lora` can make LoRA of an adapter: no update changes with the input."""
-        return all(layer.supports_lora_conversion(adapter_name) for _, layer in lora_layers(self.model))
 
     def lora_layers(self) -> list[tuple[str, LoraLayer]]:
         """Every adapted layer with its path in the user's model."""

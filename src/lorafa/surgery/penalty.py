@@ -32,8 +32,14 @@ def penalty(model: nn.Module, adapter_names: str | list[str] | None = None) -> T
     return torch.zeros(()) if found is None else found
 
 
-def penalty_of(model: nn.Module, adapter_names: str | list[str] | None = None) -> Tensor | None:
-    """As :func:`penalty`; None where no method has one."""
+def penalty_of(
+    model: nn.Module, adapter_names: str | list[str] | None = None, method: str | None = None
+) -> Tensor | None:
+    """As :func:`penalty`; None where no method has one.
+
+    Args:
+        method: the name of a formula: of adapters with it alone.
+    """
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     if names is not None:
         require_adapters(model, names)
@@ -43,6 +49,8 @@ def penalty_of(model: nn.Module, adapter_names: str | list[str] | None = None) -
         for name in layer.active_adapters if names is None else names:
             if name in layer.adapters and layer.stored_parameters(name):  # what is tied counts where it is owned
                 adapter = layer.adapters[name]
+                if method is not None and all(one.name != method for one in adapter.variant.chain()):
+                    continue
                 own = adapter.variant.penalty(adapter)
                 if own is not None:
                     mean = any(one.averages_penalty for one in adapter.variant.chain())

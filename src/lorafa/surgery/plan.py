@@ -129,9 +129,7 @@ def check_adapter_name(everything: Iterable[Place], name: str) -> None:
             f"Call it {name + '_1'!r}, for example."
         )
     if any(name in layer.adapters for place in everything for layer in layers_at(place)):
-        raise AdapterError(
-            f"The model already has an adapter {name!r}. Choose another name, or delete_adapter({name!r}) first."
-        )
+        raise taken(name)
 
 
 def _layers(target: Target, builder: Builder) -> Iterator[PlannedLayer]:
@@ -145,3 +143,10 @@ def _layers(target: Target, builder: Builder) -> Iterator[PlannedLayer]:
         )
         times = 2 if builder.config.attention_out_proj_twice else 1
         yield PlannedLayer(inner, replace(builder.build(inner), times=times))
+
+
+def taken(name: str) -> AdapterError:
+    """What to say of an adapter's name that the model has."""
+    return AdapterError(
+        f"The model already has an adapter {name!r}. Choose another name, or delete_adapter({name!r}) first."
+    )

@@ -10,10 +10,12 @@ from torch import nn
 from lorafa.backends.oddities import is_plain
 from lorafa.backends.offload import rests_elsewhere
 from lorafa.errors import BackendError, ConfigError, shorten
+from lorafa.layers.base import LoraLayer
+from lorafa.layers.host import Host
 from lorafa.settings.checks import found
 from lorafa.storage.tensors import is_part
 from lorafa.surgery.activate import require_nothing_merged
-from lorafa.surgery.walk import lora_layers, require_module
+from lorafa.surgery.walk import hosts, lora_layers, require_module
 
 _KNOWN = (torch.float16, torch.bfloat16, torch.float32)
 _CAST = (*_KNOWN, torch.float64)
@@ -68,14 +70,30 @@ def _of_trained_adapters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter of an adapter of some layer that has one that is trained."""
     for _, layer in lora_layers(model):
         for name in layer.adapters:
-            own = [
-                parameter
-                for holder in layer.holders()
-                if name in holder
-                for parameter in ([holder[name]] if isinstance(holder, nn.ParameterDict) else holder[name].parameters())
-            ]
+            own = list(_held(layer, name))
             if any(parameter.requires_grad for parameter in own):
                 yield from own
+
+
+def _held(layer: LoraLayer, name: str) -> Iterator[nn.Parameter]:
+    """Every parameter that a layer holds of an adapter, those of its start too."""
+    for holder in layer.holders():
+        if name in holder:
+            yield from [holder[name]] if isinstance(holder, nn.ParameterDict) else holder[name].parameters()
+
+
+def keep_in_float32(model: nn.Module, name: str) -> None:
+    """Cast what adapter ``name`` has in a dtype of less digits to float32: factors, starts, extras, rows of tokens."""
+    for _, host in hosts(model):
+        own = _held(host, name) if isinstance(host, LoraLayer) else _rows(host, name)
+        for parameter in own:
+            if parameter.is_floating_point() and parameter.element_size() < torch.float32.itemsize:
+                _cast(parameter, torch.float32)
+
+
+def _rows(host: Host, name: str) -> Iterator[nn.Parameter]:
+    """What another host has of an adapter; not a copy of a whole module, which runs in the dtype of its inputs."""
+    return iter(() if host.trains_whole else host.stored_parameters(name).values())
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:

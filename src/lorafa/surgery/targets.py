@@ -14,18 +14,17 @@ from lorafa.backends.oddities import described
 from lorafa.backends.offload import in_memory
 from lorafa.backends.parameter import ParameterBackend
 from lorafa.config import LoraConfig
-from lorafa.errors import TargetError, did_you_mean, shorten, warn
+from lorafa.errors import TargetError, warn
 from lorafa.layers import LAYERS
 from lorafa.layers.base import LoraLayer
-from lorafa.settings.expressions import COUNTED, INSIDE, expressions, fits
+from lorafa.settings.expressions import COUNTED, INSIDE, expressions
 from lorafa.surgery.architectures import DEFAULT_TARGETS
 from lorafa.surgery.bypassed import Bypassed
-from lorafa.surgery.carriers import can_carry, check_carries, is_linear_of_others, kind_of_layer
-from lorafa.surgery.patterns import key_of
-from lorafa.surgery.stacked import meant, name_stacked, stacked_parameters, warn_of_left_out
+from lorafa.surgery.carriers import check_carries, is_linear_of_others, kind_of_layer
+from lorafa.surgery.matched import ALL_LINEAR, Patterns
+from lorafa.surgery.stacked import name_stacked, stacked_parameters, warn_of_left_out
 from lorafa.surgery.walk import Place, dotted_ends, embedding_of, places, uncompiled
 
-ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
 
 
@@ -103,12 +102,12 @@ def find_targets(
     Raises:
         TargetError: a pattern matches nothing, or matches something that cannot carry an adapter.
     """
-    patterns = _Patterns(draft)
+    patterns = Patterns(draft)
     _take_stacked(draft, named, patterns)
     chosen = _modules(model, named, draft, patterns, lenient)
     targets = [_target(place, None, draft, patterns) for place in chosen]
     targets += _parameters(named, draft, patterns, taken={id(place.module) for place in chosen})
-    patterns.report(named, warn_only=lenient and bool(targets))
+    patterns.report(named, warn_only=lenient and bool(targets), found=bool(targets))
     if not lenient and not _is_all_linear(draft.target_modules):
         warn_of_left_out(named, draft, {target.full_name for target in targets})
     if not targets and draft.exclude_modules and draft.target_modules:
@@ -148,11 +147,11 @@ def _is_all_linear(wanted: object) -> bool:
 def takes_parameters(model: nn.Module, config: LoraConfig) -> bool:
     """Whether a config means single parameters of the model, stacked experts among them."""
     draft = copy.copy(config)
-    _take_stacked(draft, [place for place in places(model) if place.name], _Patterns(draft))
+    _take_stacked(draft, [place for place in places(model) if place.name], Patterns(draft))
     return bool(draft.target_parameters)
 
 
-def _take_stacked(draft: LoraConfig, named: list[Place], patterns: _Patterns) -> None:
+def _take_stacked(draft: LoraConfig, named: list[Place], patterns: Patterns) -> None:
     """Name in ``target_parameters`` of the draft the stacked experts that "all-linear" takes in."""
     if not _is_all_linear(draft.target_modules):
         return
@@ -165,86 +164,8 @@ def _take_stacked(draft: LoraConfig, named: list[Place], patterns: _Patterns) ->
     name_stacked(draft, named, kept)
 
 
-class _Patterns:
-    """Keeps the books on which patterns have matched."""
-
-    def __init__(self, config: LoraConfig) -> None:
-        self.config = config
-        self.used: set[tuple[str, str]] = set()
-
-    def suffix(self, field: str, names: Collection[str], name: str) -> bool:
-        """Whether ``name`` is one of ``names`` or ends in a dot and one of them."""
-        start = 0
-        while True:
-            if name[start:] in names:
-                self.used.add((field, name[start:]))
-                return True
-            dot = name.find(".", start)
-            if dot < 0:
-                return False
-            start = dot + 1
-
-    def matches(self, field: str, wanted: Collection[str] | str | None, name: str) -> bool:
-        """``wanted`` is a regular expression for the whole name, or a collection of names and dotted ends."""
-        if not wanted:
-            return False
-        if not isinstance(wanted, str):
-            return self.suffix(field, wanted, name)
-        if fits(field, wanted, name):
-            self.used.add((field, wanted))
-            return True
-        return False
-
-    def lookup(self, field: str, table: dict[str, int] | dict[str, int | float], name: str) -> int | float | None:
-        """The value of the first key that is the end of ``name`` or a regular expression for it."""
-        key = key_of(table, name, field)
-        if key is None:
-            return None
-        self.used.add((field, key))
-        return table[key]
-
-    def report(self, named: list[Place], *, warn_only: bool) -> None:
-        """Raise for, or warn of, every pattern that has matched nothing."""
-        config = self.config
-        for field in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "exclude_modules"):
-            wanted = getattr(config, field) or ()
-            wanted = [wanted] if isinstance(wanted, str) else sorted(wanted)
-            unused = [p for p in wanted if (field, p) not in self.used and p.lower() != ALL_LINEAR]
-            if not unused:
-                continue
-            message = _no_match(config, field, unused, named)
-            if warn_only or field == "exclude_modules":
-                warn(message)
-            else:
-                raise TargetError(message)
-
-
-def _no_match(config: LoraConfig, field: str, unused: list[str], named: list[Place]) -> str:
-    if field == "target_parameters":
-        leaves = sorted({n for place in named for n, _ in place.module.named_parameters(recurse=False)})
-        kind = "parameters"
-    else:
-        leaves = sorted({p.name.rpartition(".")[2] for p in named if can_carry(p.module)})
-        kind = "layers that can carry an adapter"
-    last = unused[0].rpartition(".")[2]
-    hint = "" if last in leaves else did_you_mean(last, leaves)
-    names = config.target_modules if isinstance(config.target_modules, str) else unused
-    stacked = meant(stacked_parameters(named), names) if field == "target_modules" else []
-    if stacked:
-        hint = (
-            f" Layers of that name are stacked in parameters of the experts: name those, target_parameters={stacked!r}."
-        )
-    if field == "target_modules" and config.layers_to_transform is not None and last in leaves:
-        hint = f" It is in none of the layers that layers_to_transform={config.layers_to_transform!r} picks."
-    return (
-        f"{field}: {', '.join(map(repr, unused))} {'matches' if len(unused) == 1 else 'match'} nothing in the model."
-        f"{hint} The last names of its {kind} are: {shorten(leaves, 12) or '(none)'}. A name matches a whole dotted "
-        "name or its end after a dot; a single string is a regular expression for the whole name."
-    )
-
-
 def _modules(
-    model: nn.Module, named: list[Place], config: LoraConfig, patterns: _Patterns, lenient: bool
+    model: nn.Module, named: list[Place], config: LoraConfig, patterns: Patterns, lenient: bool
 ) -> list[Place]:
     wanted = config.target_modules
     if wanted is None:
@@ -272,7 +193,7 @@ def _modules(
     return _once(found)
 
 
-def _is_wanted(name: str, wanted: Collection[str] | str, config: LoraConfig, patterns: _Patterns) -> bool:
+def _is_wanted(name: str, wanted: Collection[str] | str, config: LoraConfig, patterns: Patterns) -> bool:
     if _inside_saved(name, config):
         return False
     excluded = patterns.matches("exclude_modules", config.exclude_modules, name)
@@ -280,6 +201,15 @@ def _is_wanted(name: str, wanted: Collection[str] | str, config: LoraConfig, pat
     if by_index and not _has_index(name, config):
         return False
     return patterns.matches("target_modules", wanted, name) and not excluded
+
+
+def is_meant(config: LoraConfig, name: str) -> bool:
+    """Whether the names and expressions of a config mean a module of this name as a target.
+
+    Raises:
+        ConfigError: an expression takes too long.
+    """
+    return config.target_modules is not None and _is_wanted(name, config.target_modules, config, Patterns(config))
 
 
 def _inside_saved(name: str, config: LoraConfig) -> bool:
@@ -340,7 +270,7 @@ def _once(found: list[Place]) -> list[Place]:
     return [place for place in found if id(place.module) not in seen and not seen.add(id(place.module))]  # type: ignore[func-returns-value]
 
 
-def _target(place: Place, parameter: str | None, config: LoraConfig, patterns: _Patterns) -> Target:
+def _target(place: Place, parameter: str | None, config: LoraConfig, patterns: Patterns) -> Target:
     name = place.name if parameter is None else f"{place.name}.{parameter}"
     rank = patterns.lookup("rank_pattern", config.rank_pattern, name)
     alpha = patterns.lookup("alpha_pattern", config.alpha_pattern, name)
@@ -354,7 +284,7 @@ def _target(place: Place, parameter: str | None, config: LoraConfig, patterns: _
     )
 
 
-def _parameters(named: list[Place], config: LoraConfig, patterns: _Patterns, taken: set[int]) -> list[Target]:
+def _parameters(named: list[Place], config: LoraConfig, patterns: Patterns, taken: set[int]) -> list[Target]:
     wanted = set(config.target_parameters or ())
     targets: list[Target] = []
     seen: set[tuple[int, str]] = set()

@@ -155,7 +155,17 @@ def stored_stack(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
     A is expert by expert; in B the expert runs fastest.
     """
-    return A.reshape(-1, A.shape[-1]), B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
+    return stored_stack_A(A), stored_stack_B(B)
+
+
+def stored_stack_A(A: Tensor) -> Tensor:
+    """A (E, r, in) as (E r, in)."""
+    return A.reshape(-1, A.shape[-1])
+
+
+def stored_stack_B(B: Tensor) -> Tensor:
+    """B (E, out, r) as (out, r E)."""
+    return B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
 
 
 def stack_of(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
