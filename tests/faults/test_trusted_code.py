@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from lorafa import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, merge_to_folder
+from lorafa.auto import load_base
 from lorafa.cli.main import main
-from lorafa.compat.auto import load_base
 from lorafa.errors import SourceError
 from lorafa.export.base import facts_of
 from lorafa.export.job import export_adapter

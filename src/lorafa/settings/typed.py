@@ -48,7 +48,7 @@ def build(config_class: type[T], values: Mapping[str, Any], path: str = "") -> T
     sorted_out = getattr(config_class, "sorted_out", None)  # of an open group
     if sorted_out is not None:
         values = sorted_out(values)
-    hints = hints_of(config_class)
+    hints = hints_of(config_class)  # type: ignore[arg-type]  # a class can be hashed, whatever its objects can
     defaults = {field.name: field.default for field in settable(config_class)}
     prefix = f"{path}." if path else ""
     for key in values:
