@@ -72,7 +72,7 @@ class RunDirectory:
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         if why := why_not_made(path.absolute(), there):
-            raise ConfigError(f"The run directory {str(path)!r:.200} cannot be made: {why}. Choose another run_dir.")
+            raise ConfigError(f"The run directory {str(path)!r} cannot be made: {why}. Choose another run_dir.")
         if not usable and os.path.lexists(there):  # or another run that came to nothing has just taken it away
             why = "cannot be written to" if there.is_dir() else "is not a folder"
             raise ConfigError(

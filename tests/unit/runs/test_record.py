@@ -130,7 +130,8 @@ def test_a_place_without_locks_is_named(run: RunDirectory, monkeypatch: pytest.M
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"The run directory '.*' cannot be made: File name too long\. Choose"):
+    said = r"The run directory '.*' cannot be made: a name in it has 300 bytes, and 255 is the most there\. Choose"
+    with pytest.raises(ConfigError, match=said):
         RunDirectory.claimed(compose([f"run_dir={tmp_path / ('n' * 300)}"])).__enter__()
 
 
