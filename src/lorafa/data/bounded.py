@@ -87,7 +87,7 @@ def require_size(size: int) -> None:
         raise TooMuchError(f"it makes a text or a list of more than {SIZE:,} characters")
 
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _CONTAINERS: tuple[type, ...] = (list, tuple, dict, set, frozenset, *_VIEWS)
 
 
