@@ -8,12 +8,13 @@ JOBS ?= 2
 SOURCES := src tests docs/site run_exp.py eval_gsm8k.py recipes $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench docs clean
+.PHONY: help demo test test-all fuzz lint bench docs clean
 
 help:
 	@echo "make demo      environment, model, the main job: fine-tune a small model on word problems"
 	@echo "make test      environment if needed, then all tests but the slow ones"
 	@echo "make test-all  the slow tests too"
+	@echo "make fuzz      100,000 adapter files, 20,000 configs and run directories, 1,000 command lines, all odd: hours"
 	@echo "make lint      ruff and mypy --strict"
 	@echo "make docs      the documentation as a site, in build/docs/html"
 	@echo "make bench     every benchmark, one after another"
@@ -27,6 +28,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+# LORAFA_FUZZ=0.1 takes a tenth of them; LORAFA_SEED takes those of a seed that was printed again.
+fuzz: $(VENV)/.dev
+	LORAFA_FUZZ=$${LORAFA_FUZZ:-1} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -n 0 -k many tests/faults/test_fuzzed_*.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

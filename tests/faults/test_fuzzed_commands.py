@@ -68,12 +68,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("socketserver.BaseServer.serve_forever", lambda *_, **__: None)
         patch.setattr(os, "fsync", lambda _: None)
         patch.chdir(folder)
-        words = [word for word in settings_in(folder, Path("run")) if not word.startswith("optim.lr=")]
-        assert main(["train", *words, *SHORT, "optim.lr=0.01"]) == 0
-        shutil.copytree("run/adapter", "adapter")
+        words = [word for word in settings_in(folder, Path("run")) if not word.startswith(("run_dir=", "optim.lr="))]
         plan = {"methods": {"lora": {"settings": [], "rates": [0.01]}}, "baseline": "lora", "seeds": [1]}
-        Path("plan.yaml").write_text(yaml.safe_dump({**plan, "settings": [*words[:2], *words[3:], *SHORT]}))
+        Path("plan.yaml").write_text(yaml.safe_dump({**plan, "settings": [*words, *SHORT]}))
         assert main(["compare", "plan.yaml", "all"]) == 0
+        shutil.copytree("all/lora/lr-0.01-seed-1", "run")
+        shutil.copytree("run/adapter", "adapter")
         Path("prompts.txt").write_text("How many?\nWhy?\n")
         for name, line in LINES.items():
             assert command([name, *line, *_safe(name, line)], "Hello?\n").status == 0, name

@@ -261,7 +261,7 @@ YAML = [
     "[" * 100_000, "- " * 100_000, "a: &a [*a]", "a: 2020-99-99", "{a: " * 5000, "? [a]\n: 1", "a: *b",
     "!!python/name:os.system",
     "a: &a [1, 1]\n" + "".join(f"{k}: &{k} [{', '.join([f'*{p}'] * 9)}]\n" for p, k in pairwise("abcdefghi")),
-    "a: " + "1" * 5000, "\0", "a: !!timestamp x", "a: 0b_",
+    "a: " + "1" * 5000, "\0", "a: !!timestamp x", "a: 0b_", "[" + "[]," * 333_333 + "[]]", "- a\n" * 250_000,
 ]  # fmt: skip
 
 

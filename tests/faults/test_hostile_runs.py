@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 
 from lorafa.cli.main import main
 from lorafa.data.rendering import render
-from lorafa.errors import DataError, LoraError
+from lorafa.errors import ConfigError, DataError, LoraError
 from lorafa.report.page import write_report
 from lorafa.report.runs import Report
+from lorafa.runs.measures import final_loss
 from lorafa.runs.plan import Plan
 from lorafa.runs.record import RunDirectory
 from toys.language_models import byte_tokenizer, conversation
@@ -96,6 +98,16 @@ def test_an_odd_table_of_a_comparison_names_no_baseline(tmp_path: Path) -> None:
     report = Report.of([tmp_path]).sound()
     assert not report.damaged
     assert len(report.sections) == 1
+
+
+@pytest.mark.parametrize("after", [None, {}, {"loss": None}])
+def test_a_finished_run_without_a_loss_is_compared_as_one_or_refused(after: Any, tmp_path: Path) -> None:
+    run = RunDirectory(odd_run(tmp_path / "run", {"after": after}))
+    if after == {"loss": None}:  # what is recorded of a loss that is not finite
+        assert final_loss(run) == math.inf
+    else:
+        with pytest.raises(ConfigError, match="no loss to be compared by"):
+            final_loss(run)
 
 
 DEEP = "[" * 100_000

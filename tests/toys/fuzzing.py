@@ -29,7 +29,7 @@ SECONDS = 2.0
 """CPU seconds that an example may take at most."""
 SHARE = float(os.environ.get("LORAFA_FUZZ", "0.03"))
 SEED = int(os.environ.get("LORAFA_SEED") or random.SystemRandom().randrange(2**32))
-PART = 500
+PART = 250
 """Examples of one seed: hypothesis keeps what it has drawn, and gets slow."""
 BUDGET = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 

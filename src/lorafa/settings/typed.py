@@ -8,7 +8,7 @@ import os
 import re
 import textwrap
 import types
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,7 +30,7 @@ class Key:
 
 
 @cache
-def hints_of(config_class: Hashable) -> Mapping[str, Any]:
+def hints_of(config_class: Any) -> Mapping[str, Any]:
     """Field name -> its type; evaluating them takes longer than all else that is done with the settings of a run."""
     return get_type_hints(config_class)
 
@@ -48,7 +48,7 @@ def build(config_class: type[T], values: Mapping[str, Any], path: str = "") -> T
     sorted_out = getattr(config_class, "sorted_out", None)  # of an open group
     if sorted_out is not None:
         values = sorted_out(values)
-    hints = hints_of(config_class)  # type: ignore[arg-type]  # a class can be hashed, whatever its objects can
+    hints = hints_of(config_class)  # type: ignore[arg-type]  # typeshed: no class is known to be hashable
     defaults = {field.name: field.default for field in settable(config_class)}
     prefix = f"{path}." if path else ""
     for key in values:
