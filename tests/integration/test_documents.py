@@ -315,6 +315,9 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
     elif words[0] in LAUNCHERS:
         launched = LAUNCHERS[words[0]]().parse_args(list(words[1 + (words[0] == "accelerate") :]))
         started, rest = launched.training_script, launched.training_script_args
+        if (launched.module, started) == (True, "lorafa.compat"):
+            assert rest[0].endswith(".py")
+            return
         assert (launched.module, started) in ((True, "lorafa.cli.main"), (False, EVALUATION))
         composed((EVALUATION if started == EVALUATION else "lorafa", *rest))
     elif words[:2] in {("lorafa", name) for name in ("params", "report", "combine")} or words[:3] in PLANNED:
@@ -341,6 +344,10 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         generate.answering(args)
         find(args.subject, args.base)
         assert prompts_of(args.file)
+    elif words[:2] == ("lorafa", "run"):
+        assert parse(words[1:]).script.endswith(".py")  # tests/unit/compat/test_documented_calls.py runs scripts
+    elif words[:3] == ("python", "-m", "lorafa.compat"):
+        assert words[3].endswith(".py")
     elif words[:2] == ("lorafa", "chat"):
         args = parse(words[1:])
         chat.options_of(args)
