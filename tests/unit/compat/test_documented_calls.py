@@ -65,6 +65,7 @@ say(found)
 """
 
 
+@pytest.mark.slow
 def test_documented_calls_work(tmp_path: Path) -> None:
     found = found_by_name(DOCUMENTED, str(tmp_path))
     assert [claim for claim, holds in found.items() if not holds] == []
