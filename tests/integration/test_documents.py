@@ -338,8 +338,7 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         assert args.base is None or resolve_model(args.base)
         assert args.text is None or Path(args.text).is_file()
     elif words[:2] == ("lorafa", "generate"):
-        args = parse(words[1:])
-        generate.settings_of(args.overrides)
+        generate.settings_of((args := parse(words[1:])).overrides)
         generate.answering(args)
         find(args.subject, args.base)
         assert prompts_of(args.file)
