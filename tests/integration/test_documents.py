@@ -320,6 +320,8 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         with pytest.raises(SystemExit) as stopped:
             main(list(words[1:]))
         assert stopped.value.code == 0
+    elif words[:2] == ("lorafa", "run") or "lorafa.compat" in words:
+        assert "train.py" in words  # the reader's own; tests/unit/compat runs scripts
     elif words[0] in LAUNCHERS:
         launched = LAUNCHERS[words[0]]().parse_args(list(words[1 + (words[0] == "accelerate") :]))
         started, rest = launched.training_script, launched.training_script_args
@@ -344,14 +346,12 @@ def test_a_command_runs_or_its_settings_are_those_of_the_command(
         assert args.base is None or resolve_model(args.base)
         assert args.text is None or Path(args.text).is_file()
     elif words[:2] == ("lorafa", "generate"):
-        args = parse(words[1:])
-        generate.settings_of(args.overrides)
+        generate.settings_of((args := parse(words[1:])).overrides)
         generate.answering(args)
         find(args.subject, args.base)
         assert prompts_of(args.file)
     elif words[:2] == ("lorafa", "chat"):
-        args = parse(words[1:])
-        chat.options_of(args)
+        chat.options_of(args := parse(words[1:]))
         assert ask_for(args.adapters, args.base, args.dtype, args.template).names
     else:
         known = words[:2] in {("lorafa", "train"), ("lorafa", "compare"), ("lorafa", "plan")} or SCRIPT in words

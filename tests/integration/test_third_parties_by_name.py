@@ -138,6 +138,21 @@ pipe.unfuse_lora()
 found["unfused"] = same(now(), y)
 pipe.unload_lora_weights()
 found["unloaded"] = same(now(), plain)
+
+# one adapter in the place of another, of another rank
+swapped = []
+for rank in (4, 2):
+    other = copy.deepcopy(unet)
+    other.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q"], init_lora_weights=False))
+    swapped.append(run(other, text))
+    other.save_lora_adapter(here / str(rank))
+other = copy.deepcopy(unet)
+other.enable_lora_hotswap(target_rank=8)
+given = {"adapter_name": "one", "prefix": None, "use_safetensors": True}
+other.load_lora_adapter(here / "4", **given)
+found["before the swap"] = same(run(other, text), swapped[0])
+other.load_lora_adapter(here / "2", hotswap=True, **given)
+found["after the swap"] = same(run(other, text), swapped[1]) and not same(*swapped)
 say(found)
 """
 

@@ -275,7 +275,7 @@ _COUNTERPARTS: Mapping[str, Sequence[str]] = {
     "constants": (
         *("EMBEDDING_LAYER_NAMES", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
         *("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
-        *("PeftWarning", "SEQ_CLS_HEAD_NAMES", "TOKENIZER_CONFIG_NAME", "WEIGHTS_NAME"),
+        *("PeftType", "PeftWarning", "SEQ_CLS_HEAD_NAMES", "TOKENIZER_CONFIG_NAME", "WEIGHTS_NAME"),
     ),
     "functional": ("cast_adapter_dtype", "delete_adapter", "inject_adapter_in_model", "set_adapter"),
     "helpers": (

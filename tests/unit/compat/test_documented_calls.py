@@ -56,11 +56,16 @@ found["usual layers"] = "llama" in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET
 again = base()
 again.save_pretrained(here / "base")
 loaded = peft.AutoPeftModelForCausalLM
+kinds = peft.PeftType
+found["kinds"] = config.peft_type == kinds.LORA and config.peft_type != kinds.PREFIX_TUNING
+found["kind as a key"] = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type] is type(model.base_model)
+found["kind as a setting"] = LoraConfig(peft_type=kinds.LORA).peft_type == kinds("LORA")
 found["auto"] = loaded is AutoPeftModelForCausalLM
 say(found)
 """
 
 
+@pytest.mark.slow
 def test_documented_calls_work(tmp_path: Path) -> None:
     found = found_by_name(DOCUMENTED, str(tmp_path))
     assert [claim for claim, holds in found.items() if not holds] == []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -127,3 +130,18 @@ def test_a_peft_that_is_there_already_is_refused_by_the_line_that_brought_it(tmp
     assert done.returncode == 1
     assert "peft itself has been imported already by line 2" in done.stderr
     assert ConfigError.__name__ in done.stderr
+
+
+def test_peft_is_found_where_it_is_not_installed() -> None:
+    code = """
+import lorafa.compat, importlib.metadata, importlib.util
+assert importlib.metadata.version("peft") == "0.22.0"
+assert importlib.metadata.packages_distributions()["peft"] == ["peft"]
+assert importlib.util.find_spec("peft.tuners.lora").origin == "lorafa"
+assert importlib.util.find_spec("peft.no_such_module") is None
+"""
+    without_packages = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], env=without_packages, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -276,6 +276,9 @@ def test_token_rows_are_switched_where_libraries_switch_them() -> None:
         module.set_adapter("a")
     assert torch.equal(own.weight, own.original_module.weight)
     assert own.token_adapter.active_adapters == own.token_adapter.active_adapter == ["a"]
+    key = "token_adapter.trainable_tokens_delta"
+    assert own.adapter_state_dict_load_map("a") == {key: f"{key}.a"}
+    assert set(own.adapter_state_dict_load_map("a").values()) <= own.state_dict().keys()
     assert not own.token_adapter.merged
     assert not own.token_adapter.disable_adapters
     own.token_adapter.delete_adapter("b")
