@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +37,6 @@ from lorafa.inspection.updates import updates_of
 from lorafa.io.adapter_files import read_adapter
 from lorafa.models.load import resolve_model
 from lorafa.runs.adapters import adapter_in
-from lorafa.runs.comparison import Plan
 from lorafa.runs.record import RunDirectory
 from lorafa.runs.subjects import find
 from lorafa.runs.sweep import points_of, split
@@ -51,7 +49,7 @@ from toys.kinds import make_t5
 from toys.language_models import SMALL, llama
 from toys.layouts import write
 from toys.places import ROOT
-from toys.recipes import recipe
+from toys.recipes import plan_of, recipe
 from toys.records import write_rows
 from toys.runs import make_run
 from toys.workplace import make_workplace
@@ -290,19 +288,13 @@ def composed(words: tuple[str, ...]) -> None:
             lora_config(compose(point.words))
         return
     if words[1] == "compare":
-        _read_plan(args.plan)
+        plan_of(args.plan)
         compose(args.overrides)
         return
     config = compose(args.overrides)
     lora_config(config)
     if config.train.resume:
         longer_of(args.overrides, config)
-
-
-@cache
-def _read_plan(path: str) -> Plan:
-    """A plan with the settings of all its runs, which take a third of a second each."""
-    return Plan.read(path)
 
 
 LAUNCHERS: dict[str, Callable[[], Any]] = {"torchrun": get_args_parser, "accelerate": launch_command_parser}
