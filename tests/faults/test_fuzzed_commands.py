@@ -48,8 +48,12 @@ LINES = {
 }
 
 
+ANOTHER_PROCESS = {"run"}
+"""Commands that become another program, with errors of its own."""
+
+
 def test_each_command_has_a_line() -> None:
-    assert {module.__name__.rpartition(".")[2] for module in COMMANDS} == set(LINES)
+    assert {module.__name__.rpartition(".")[2] for module in COMMANDS} == set(LINES) | ANOTHER_PROCESS
 
 
 @pytest.fixture(scope="module", autouse=True)

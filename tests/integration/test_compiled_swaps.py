@@ -86,6 +86,7 @@ def test_no_exchange_and_no_scaling_compiles_again(formula: dict[str, Any], tmp_
     assert not torch._dynamo.utils.counters["recompile_limit"]
 
 
+@pytest.mark.slow
 def test_scalings_of_a_prepared_model_change_without_compiling_again(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(llama(), saved(tmp_path / "first"))
     prepare_model_for_compiled_hotswap(model)
@@ -113,6 +114,7 @@ def test_scalings_of_a_prepared_model_change_without_compiling_again(tmp_path: P
     assert counted.graphs == graphs
 
 
+@pytest.mark.slow
 def test_values_are_exchanged_under_code_of_the_compiler_itself(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(llama(), saved(tmp_path / "first"))
     prepare_model_for_compiled_hotswap(model, target_rank=8)

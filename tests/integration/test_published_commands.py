@@ -203,6 +203,7 @@ def test_a_wrong_key_ends_with_2_and_one_line(place: Path, capsys: pytest.Captur
     assert "model.early_stopping_patience" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_of_keys_has_a_run_for_each_and_shares_the_name(place: Path) -> None:
     words = ["++wandb.name=sweep", "++model.name=model", "++dataset_name=rows.jsonl", "+peft=all", "++peft.lora_r=2,3"]
     _run(place, "-m", *words, "++model.saving=false", "++seed=5,6")

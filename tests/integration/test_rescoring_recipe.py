@@ -97,6 +97,7 @@ def test_a_run_of_the_same_seed_prints_the_same_numbers_and_another_seed_others(
     assert events(capsys.readouterr().out)[3] != trained[1][3]  # the first loss
 
 
+@pytest.mark.slow
 def test_scores_of_which_the_higher_is_better_train_the_same_model(
     trained: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def run_command(command: list[str]) -> None:
     sys.exit(main(command))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_from_the_checkpoint_of_the_run_it_was_at(
     workplace: Path, tmp_path: Path
 ) -> None:

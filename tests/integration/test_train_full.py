@@ -74,6 +74,7 @@ def test_what_is_measured_is_what_is_kept(workplace: Path, tmp_path: Path, capsy
     assert answer_loss(model, samples, Collator(0), 32) == pytest.approx(result["after"]["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_that_was_cut_short_goes_on_bit_for_bit(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str

@@ -94,7 +94,7 @@ def _refused_by_system(error: Exception) -> str | None:
     """What to say where the system refuses a place: a name too long, a folder one may not enter, a full disk."""
     from lorafa.storage.refusals import refusal
 
-    if (refused := refusal(error)) is None or refused.errno is None:
+    if isinstance(error, ConnectionError) or (refused := refusal(error)) is None or refused.errno is None:
         return None
     if refused.filename is None:  # of a file that was open already
         return f"{refused.strerror or refused}. The system refuses a file of this command: see to it, or make room."

@@ -141,6 +141,7 @@ def test_a_roll_back_to_another_adapter_is_refused() -> None:
         alignment.after_step(model)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_since_is_the_same() -> None:
     model = adapted().eval()
     alignment = Alignment(model, "snapshot", divergence="fkl")

@@ -157,6 +157,7 @@ def test_it_is_written_without_torch(folder: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0"
 
 
+@pytest.mark.slow
 def test_a_hundred_runs_take_less_than_ten_seconds(tmp_path: Path) -> None:
     for number in range(100):
         method, seed = divmod(number, 4)
