@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from lorafa.cli.main import COMMANDS, Parser, main
 from lorafa.conf.compose import KEYS, OPEN_GROUPS, groups
-from toys.fuzzing import BUDGET, EXPRESSIONS, SECONDS, command, files_of, many
+from toys.fuzzing import BUDGET, EXPRESSIONS, SECONDS, command, files_of, many, stay_at_home
 from toys.workplace import make_workplace
 from toys.workplace import settings as settings_in
 
@@ -63,11 +63,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder.mkdir(parents=True)
     make_workplace(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder))
-        patch.setenv("LORAFA_CACHE", str(folder / "cache"))
-        patch.setenv("PIP_NO_INDEX", "1")
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        stay_at_home(patch, folder)
         patch.setattr(socket.socket, "connect", _no_network)
         patch.setattr("socketserver.BaseServer.serve_forever", lambda *_, **__: None)
         patch.setattr(os, "fsync", lambda _: None)

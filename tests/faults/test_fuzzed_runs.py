@@ -33,7 +33,7 @@ from lorafa.runs.record import RunDirectory
 from lorafa.storage.parsed import from_yaml
 from lorafa.train.checkpoints import CONTENTS, seal
 from toys.comparisons import compose_once
-from toys.fuzzing import BUDGET, SECONDS, command, damage, files_of, many, other_json
+from toys.fuzzing import BUDGET, SECONDS, command, damage, files_of, many, other_json, stay_at_home
 from toys.workplace import make_workplace
 from toys.workplace import settings as settings_in
 
@@ -52,11 +52,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     make_workplace(folder)
     with pytest.MonkeyPatch.context() as patch:
         compose_once(patch)
-        patch.setenv("HOME", str(folder))
-        patch.setenv("LORAFA_CACHE", str(folder / "cache"))
-        patch.setenv("PIP_NO_INDEX", "1")
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        stay_at_home(patch, folder)
         patch.setattr(os, "fsync", lambda _: None)
         patch.chdir(folder)
         words = [word for word in settings_in(folder, Path("x")) if not word.startswith(("run_dir=", "optim.lr="))]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -133,3 +134,12 @@ def command(words: Sequence[str], typed: str = "") -> Ended:
 def files_of(folder: Path) -> dict[str, bytes]:
     """The files below a folder with their bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stay_at_home(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have commands keep what they keep in a folder, and fetch nothing."""
+    patch.setenv("HOME", str(folder))
+    patch.setenv("LORAFA_CACHE", str(folder / "cache"))
+    patch.setenv("PIP_NO_INDEX", "1")
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    patch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from lorafa.errors import NotAvailableError
@@ -37,6 +38,7 @@ def _not_here(cls: type) -> NotAvailableError:
     )
 
 
+@cache  # one class, in whichever module it is asked for
 def absent(name: str, subject: str) -> type[Absent]:
     """A class called ``name`` that raises NotAvailableError when it is made, called, or asked for an attribute."""
     return type(name, (Absent,), {"subject": subject, "__module__": "peft", "__doc__": f"Not in lorafa: {subject}."})

@@ -65,7 +65,7 @@ def inject_adapter_in_model(
     transformers' own ``load_adapter`` counts on that: it converts the tensors by itself.
 
     Raises:
-        As there.
+        LoraError: as there.
     """
     config = on_stacks(lora_config(peft_config), require_module(model))
     return inject.inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)

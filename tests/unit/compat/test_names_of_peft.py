@@ -64,6 +64,7 @@ say({
     "wrong": wrong, "unknown": unknown, "version": [peft.__version__, importlib.metadata.version("peft")],
     "available": bool(is_peft_available()), "file": peft.__spec__.origin,
     "same": issubclass(Linear, LoraLayer) and PeftModelForCausalLM is PeftModel,
+    "absent": peft.PromptLearningConfig is peft.config.PromptLearningConfig,
     "method": isinstance(LoraConfig(), PromptLearningConfig),
     "prefix": peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] is LoraConfig,
 })
@@ -79,6 +80,10 @@ def test_every_name_is_there_or_raises_naming_itself_on_use(looked: Any) -> None
     assert looked["wrong"] == []
     assert "peft" in looked["unknown"]
     assert "no_such_name" in looked["unknown"]
+
+
+def test_what_is_absent_is_one_class_in_every_module(looked: Any) -> None:
+    assert looked["absent"]
 
 
 def test_version_and_availability_are_what_transformers_asks_for(looked: Any) -> None:
