@@ -23,6 +23,9 @@ help:
 demo: $(VENV)/.runtime
 	$(BIN)/lorafa train
 
+# Compiled files are kept, whatever the caller has set: tests start some 200 processes.
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x -n $(JOBS) -m "not slow"
 

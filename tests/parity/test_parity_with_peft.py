@@ -36,6 +36,7 @@ def saved(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return ours, folder / "ours", folder / "theirs"
 
 
+@pytest.mark.matrix(4)
 def test_parameters_have_the_names_shapes_and_flags_they_have_in_peft(case: Case) -> None:
     ours, theirs = case.lorafa(), case.peft()
 
@@ -46,6 +47,7 @@ def test_parameters_have_the_names_shapes_and_flags_they_have_in_peft(case: Case
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
+@pytest.mark.matrix(4)
 def test_the_targeted_modules_are_those_of_peft(case: Case) -> None:
     ours, theirs = case.lorafa(), case.peft()
     assert sorted(ours.targeted_module_names) == sorted(theirs.targeted_module_names)
@@ -61,6 +63,7 @@ def test_our_file_has_peft_keys_and_gives_equal_outputs_in_peft(case: Case, save
     torch.testing.assert_close(output(case, loaded), output(case, ours), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.matrix(4)
 def test_peft_says_no_more_of_our_file_than_of_its_own(case: Case, saved: Saved) -> None:
     ours, theirs = (said(lambda at=at: peft.PeftModel.from_pretrained(case.base(), at)) for at in saved[1:])
     assert ours <= theirs
@@ -78,6 +81,7 @@ def test_a_file_of_peft_gives_equal_outputs_here(case: Case, tmp_path) -> None:
     torch.testing.assert_close(output(case, ours), output(case, theirs), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.matrix(4)
 def test_our_config_file_says_what_that_of_peft_says(case: Case, saved: Saved) -> None:
     ours, theirs = (stored_config(folder) for folder in saved[1:])
     assert ours.keys() - case.ours.keys() == theirs.keys()
@@ -95,6 +99,7 @@ def targeted(case: Case, config: dict[str, object]) -> list[str]:
         return sorted(peft.get_peft_model(case.base(), peft.LoraConfig(**settings)).targeted_module_names)
 
 
+@pytest.mark.matrix(4)
 def test_gradients_of_every_trained_tensor_are_those_of_peft(case: Case) -> None:
     check_gradients(case, 1e-6)
 
@@ -148,6 +153,7 @@ def check_gradients(case: Case, tolerance: float) -> None:
     assert compared
 
 
+@pytest.mark.matrix(4)
 def test_state_dicts_of_one_adapter_go_both_ways(case: Case) -> None:
     ours, theirs = trained(case.lorafa()), case.peft()
     with quiet():

@@ -65,6 +65,7 @@ def test_what_a_comparison_sets_itself_cannot_be_set_for_all_its_runs(tmp_path: 
         Plan.read(plan_file(tmp_path), ["threads=2", "train.seed=3"])
 
 
+@pytest.mark.slow  # test_documents reads those that a document names
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_a_plan(path: Path) -> None:
     written = yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]
