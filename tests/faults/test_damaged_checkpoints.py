@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorafa.cli.main import main
+from lorafa.train.checkpoints import seal
 from toys.workplace import at_step, make_workplace, metrics, read, settings
 
 MORE = ["train.steps=6", "train.checkpoint_every=2", "eval.size=0", "eval.before=false"]
@@ -97,3 +98,50 @@ def test_a_run_without_a_whole_one_starts_again_or_says_so(
     assert "has no checkpoint to continue from" in said
     assert main(["train", *settings(old.parent, run), *MORE, "if_exists=resume"]) == 0
     assert read(run / "result.json")["after"] == read(whole / "result.json")["after"]
+
+
+def saved(value: object) -> Callable[[Path], object]:
+    return lambda path: torch.save(value, path)
+
+
+HELD = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "no archive": lambda path: path.write_bytes(b"PK then nothing"),
+    "a list": saved([1]),
+    "other keys": saved({"param_groups": 3}),
+    "other shapes": saved({"state": {0: {"step": torch.ones(3)}}, "param_groups": [{"params": [0, 1, 2]}]}),
+}
+
+
+@pytest.mark.matrix(7, each_word=False)
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_says_it_is_whole_and_holds_something_else_is_refused(
+    cut: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, held: str
+) -> None:
+    run = shutil.copytree(cut[1], tmp_path / "run")
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    HELD[held](checkpoint / name)
+    seal(checkpoint)
+    assert main(["train", f"train.resume={run}"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not foreseen" not in said
+    assert f"{checkpoint} does not hold the state of such a training: " in said
+    assert said.endswith("Resume from another checkpoint.")
+
+
+@pytest.mark.parametrize(
+    "held", ["[]", "{}", '{"unknown": 1}', '{"global_step": "two"}', '{"stateful_callbacks": {"LoraCallback": []}}']
+)
+@pytest.mark.matrix(4, each_word=False)
+def test_so_is_one_whose_state_is_another(
+    cut: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], held: str
+) -> None:
+    run = shutil.copytree(cut[1], tmp_path / "run")
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    (checkpoint / "trainer_state.json").write_text(held)
+    seal(checkpoint)
+    assert main(["train", f"train.resume={run}"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not foreseen" not in said
+    assert str(checkpoint) in said

@@ -127,6 +127,34 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 19
 
 
+def state_of(checkpoint: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of the training: ``global_step``, ``log_history`` and what else transformers writes.
+
+    Raises:
+        CheckpointError: it says nothing that could be.
+    """
+    state = read_json(checkpoint / STATE_FILE)
+    steps, rows, best = (state.get(name) for name in ("global_step", "log_history", "best_model_checkpoint"))
+    kept = state.get("stateful_callbacks", {})
+    if not (
+        isinstance(steps, int)
+        and steps >= 0
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and _is_measured(row) for row in rows)
+        and (best is None or isinstance(best, str))
+        and isinstance(kept, dict)
+    ):
+        raise CheckpointError(
+            f"{checkpoint / STATE_FILE} does not hold the state of a training. Resume from another checkpoint."
+        )
+    return state
+
+
+def _is_measured(row: Mapping[str, Any]) -> bool:
+    """Whether what is logged of a step has a held-out loss of a step, where it has one."""
+    return "eval_loss" not in row or (isinstance(row["eval_loss"], (int, float)) and isinstance(row.get("step"), int))
+
+
 def step_of(checkpoint: Path | None) -> int:
     """The steps made before a checkpoint; 0 without one."""
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

@@ -18,9 +18,8 @@ from lorafa.data.packing import PackCollator
 from lorafa.models.head_loss import Trial
 from lorafa.models.kinds.entry import RowLosses
 from lorafa.processes import world_size
-from lorafa.storage.whole import read_json
 from lorafa.train.aligned import AlignedSupervisedTrainer, AlignedTrainer, carry_as_in
-from lorafa.train.checkpoints import STATE_FILE, step_of
+from lorafa.train.checkpoints import state_of, step_of
 from lorafa.train.full import in_float32, load_weights, precision
 from lorafa.train.settings.optim import check_rise, pair_optimizer, schedule_of_trainer, stock_arguments, warmup_of
 from lorafa.train.settings.run import RunConfig
@@ -199,7 +198,7 @@ def _fit(
     callbacks: Sequence[TrainerCallback],
     checkpoint: Path | None,
 ) -> Fitted:
-    state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
+    state = state_of(checkpoint) if checkpoint else {}
     steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
     in_all = steps_in_all(config, len(material.train))
     if checkpoint and (stopped or steps >= in_all):

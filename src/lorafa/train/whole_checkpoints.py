@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorafa.errors import CheckpointError
+import transformers
+
+from lorafa.errors import CheckpointError, LoraError, first_line
 from lorafa.processes import barrier, from_main, is_main
 from lorafa.train.checkpoints import (
+    STATE_FILE,
     begin,
     drop_oldest,
     last_checkpoint,
@@ -75,14 +80,43 @@ class WholeCheckpoints:
                 f"could not continue as it was. The newest complete checkpoint beside it: {newest or 'none'}."
             )
         require_same_processes(checkpoint)
+        with _state_of_a_training(str(checkpoint)):
+            transformers.TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _state_of_a_training(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _state_of_a_training(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
+        checkpoint = kwargs.get("resume_from_checkpoint", next(iter(args[3:4]), None))
+        with _state_of_a_training(checkpoint):
+            found = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
         if best := self.state.best_global_step:  # its path is as it was typed, from the folder one was in
             here = Path(self.args.output_dir) / f"checkpoint-{best}"
             if here.is_dir():
                 self.state.best_model_checkpoint = str(here)
         return found
+
+
+@contextmanager
+def _state_of_a_training(checkpoint: str | None) -> Iterator[None]:
+    """Raises CheckpointError for whatever reading a checkpoint raises: its files are as they were written, by digests
+    beside them, but may hold anything."""
+    try:
+        yield
+    except LoraError:
+        raise
+    except Exception as error:
+        if checkpoint is None:
+            raise
+        raise CheckpointError(
+            f"{checkpoint} does not hold the state of such a training: {type(error).__name__}: {first_line(error)} "
+            "Resume from another checkpoint."
+        ) from error
 
 
 def _to_resume(folder: Path) -> Path:
