@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorafa.io.stream import MergedFiles, merge_to_folder
     from lorafa.io.verify_folder import check_merged_folder
     from lorafa.mixed_model import PeftMixedModel
+    from lorafa.numerics.dropping import dropout_source
     from lorafa.optimizers import (
         LoraFAOptimizer,
         create_lorafa_optimizer,
@@ -147,6 +148,7 @@ __all__ = [
     "create_lorapro_optimizer",
     "create_preconditioned_adamw",
     "create_riemannian_optimizer",
+    "dropout_source",
     "estimate_gradients",
     "export_adapter",
     "find_kappa_target_modules",
@@ -239,6 +241,7 @@ _HOMES = {
     "create_lorapro_optimizer": "lorafa.optimizers",
     "create_preconditioned_adamw": "lorafa.optimizers",
     "create_riemannian_optimizer": "lorafa.optimizers",
+    "dropout_source": "lorafa.numerics.dropping",
     "estimate_gradients": "lorafa.starts.preprocess",
     "export_adapter": "lorafa.export.job",
     "find_kappa_target_modules": "lorafa.surgery.kappa",

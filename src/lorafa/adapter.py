@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from lorafa.backends.offload import in_memory
 from lorafa.context import CurrentCall
 from lorafa.errors import AdapterError, BackendError
-from lorafa.numerics.fused import Codes, Keep
+from lorafa.numerics.dropping import Source
+from lorafa.numerics.fused import Codes, Keep, compute_dtype, is_traced
 from lorafa.numerics.linalg import working_dtype
 from lorafa.spec import LayerSpec, Shape, factor_shapes
 
@@ -123,6 +124,7 @@ class AdaptedLayer(Protocol):
 
     training: bool
     takes_dropout: ClassVar[bool]
+    is_linear: ClassVar[bool]
     factor_names: ClassVar[tuple[str, str]]
     adapters: dict[str, Adapter]
     _modules: dict[str, nn.Module | None]
@@ -270,6 +272,11 @@ class Adapter:
         return float(module.p) if acts and isinstance(module, nn.Dropout) else 0.0
 
     @property
+    def dropout_source(self) -> Source | None:
+        """Where the dropout of the call in force comes from, as :func:`lorafa.dropout_source` has said."""
+        return None if is_traced() else self.layer.call.dropout_source
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias of B (``lora_bias``), (out,), not yet scaled."""
         return self.layer.factor_bias(self.name)
@@ -341,6 +348,12 @@ class Adapter:
         factors, start = self.variant.factors(self, training=self.layer.training), self.running_start
         return factors if start is None else _differences(*factors, start.A, start.B)
 
+    def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """:attr:`running_factors`, in ``dtype`` where those of all layers are made together for the call in force."""
+        A, B = self.running_factors
+        casts = None if is_traced() else self.layer.call.casts
+        return (A, B) if casts is None else (casts.of(A, dtype), casts.of(B, dtype))
+
     def product(self) -> Tensor:
         """The low-rank update s (B A - B0 A0), (out, in), in float32 (float64 where the factors are)."""
         return self._product(*self.factors)
@@ -378,7 +391,8 @@ class Adapter:
 
     def low_rank(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         """s (B A - B0 A0) drop(x) by the factors of a forward pass, with what the formula keeps of x for backward."""
-        return self.layer.low_rank(x, *self.running_factors, self.scaling, dropout, self.kept(x, dropout))
+        factors = self.factors_in(compute_dtype(x)) if self.layer.is_linear else self.running_factors
+        return self.layer.low_rank(x, *factors, self.scaling, dropout, self.kept(x, dropout))
 
     def kept(self, x: Tensor, dropout: float = 0.0) -> Keep | None:
         """What the formula keeps of x for the gradient of A, with the dropout on x after that; None: x as it is."""

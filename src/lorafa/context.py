@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from lorafa.errors import BackendError
+from lorafa.numerics.casts import Casts
+from lorafa.numerics.dropping import Source, chosen
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -160,6 +162,8 @@ class _Here(threading.local):
         self.context: ForwardContext | None = None  # None: no call is open
         self.keeps = False
         self.layers: _Layers = dict
+        self.casts: Casts | None = None
+        self.source: Source | None = None
         self.part: Part | None = None
 
 
@@ -172,6 +176,8 @@ class CurrentCall:
 
     def __init__(self) -> None:
         self._kept = EMPTY  # of the last call with gradients
+        self._casts = Casts()  # the same
+        self._source: Source | None = None  # the same
         self._waiting: weakref.ref[_Backward] | None = None
         self._here = _Here()
 
@@ -197,6 +203,22 @@ class CurrentCall:
         if open_here is not None:
             return open_here
         return self._kept if self._kept is not EMPTY and _in_backward() else None
+
+    @property
+    def casts(self) -> Casts | None:
+        """What the call in force, one with gradients, reads in the place of factors; None: the factors themselves."""
+        here = self._here
+        if here.context is not None:
+            return here.casts
+        return self._casts if _in_backward() else None
+
+    @property
+    def dropout_source(self) -> Source | None:
+        """Where a block has said that the dropout of the call in force comes from; None: from the fastest."""
+        here = self._here
+        if here.context is not None:
+            return here.source
+        return self._source if _in_backward() else chosen()
 
     @contextmanager
     def looking_at(self, part: Part) -> Iterator[None]:
@@ -260,7 +282,13 @@ class CurrentCall:
 
     @contextmanager
     def holding(
-        self, context: ForwardContext, *, keeps: bool, recomputes: Callable[[], bool], layers: _Layers = dict
+        self,
+        context: ForwardContext,
+        *,
+        keeps: bool,
+        recomputes: Callable[[], bool],
+        layers: _Layers = dict,
+        casts: bool = False,
     ) -> Iterator[Callable[[Any], Any]]:
         """Let ``context`` hold for one call, and give what the call's output is to be passed through.
 
@@ -268,6 +296,7 @@ class CurrentCall:
             keeps: whether it is a call with gradients, which a backward pass may follow.
             recomputes: whether layers run again in the backward pass; asked only where it matters.
             layers: what carries adapters in the model, by its name; asked only where a name is needed.
+            casts: whether the factors of all layers may be made for products together, where it ``keeps``.
 
         Raises:
             BackendError: they do, an earlier call with another context still waits for its backward pass, and this one
@@ -280,14 +309,16 @@ class CurrentCall:
                 "each, put both into one batch, or turn gradient checkpointing off."
             )
         here = self._here
-        before = here.context, here.keeps, here.layers
-        here.context, here.keeps, here.layers = context, keeps, layers
+        before = here.context, here.keeps, here.layers, here.casts, here.source
+        here.context, here.keeps, here.layers, here.casts, here.source = context, keeps, layers, None, chosen()
         if keeps:
-            self._kept = context
+            if casts:  # a call that waits for its backward pass may run layers again in it by what this one makes
+                here.casts = Casts(self._casts.expected if self._waits() else self._casts.asked)
+            self._kept, self._casts, self._source = context, here.casts or Casts(), here.source
         try:
             yield self._watched if keeps else _as_it_is
         finally:
-            here.context, here.keeps, here.layers = before
+            here.context, here.keeps, here.layers, here.casts, here.source = before
 
     def step(self, context: ForwardContext) -> None:
         """Let ``context`` hold from now on to the end of the call that is open: it runs the model many times."""

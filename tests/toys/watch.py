@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -84,3 +85,24 @@ class Kept:
     @property
     def bytes(self) -> int:
         return sum(size for size, _ in self.storages.values())
+
+
+class Launches(TorchDispatchMode):
+    """The operations that a device would run a kernel for: all but views, and memory that is only asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        return sum(self.operations.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and func.overloadpacket.__name__ not in _NO_KERNEL:
+            self.operations[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"}

@@ -76,7 +76,8 @@ class LoraLinear(LoraLayer):
     def low_rank(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float = 0.0, keep: Keep | None = None
     ) -> Tensor:
-        return low_rank_linear(x, A, B, scaling, dropout=dropout, keep=keep)
+        source = self.call.dropout_source if dropout and not is_traced() else None
+        return low_rank_linear(x, A, B, scaling, dropout=dropout, source=source, keep=keep)
 
     def run_base(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         codes = self.backend.codes(base)  # asked in any case: it raises where the forward would lose the gradient

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafa.numerics.fused import AS_IT_IS, Codes, Keep, base_product, compute_dtype, without_autocast
-from lorafa.numerics.masks import draw_seed, drop_, dropout_probability, dropped_into, keep_mask
+from lorafa.numerics.dropping import Dropping, Source, dropping
+from lorafa.numerics.fused import (
+    AS_IT_IS,
+    Codes,
+    Keep,
+    base_product,
+    compute_dtype,
+    scaled_product,
+    thin_gradient,
+    without_autocast,
+)
 
 
 class _DroppedBase(torch.autograd.Function):
@@ -33,19 +42,16 @@ class _DroppedBase(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scaling: float | Tensor,
-        p: float,
-        seed: int,
+        drop: Dropping,
         dtype: torch.dtype,
         keep: Keep,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        kept = 1 - dropout_probability(p)
-        dropped = dropped_into(keep_mask(rows.shape[0], rows.shape[1], p, seed, x.device), rows)
-        scale = scaling / kept
-        z = dropped @ (A * scale).to(dtype).T
+        dropped, scale = drop.into(rows), scaling * drop.scale
+        z = scaled_product(dropped, A.to(dtype).T, scale)
         y = base_product(rows, weight, codes, None if bias is None else bias.to(dtype))
         again = base_product(dropped, weight, codes, None)
-        y.addcmul_(again, ((gain - 1) / kept).to(dtype))
+        y.addcmul_(again, ((gain - 1) * drop.scale).to(dtype))
         y.addmm_(z, (B * gain[:, None]).to(dtype).T)
         need_gain, need_A, need_B = ctx.needs_input_grad[4:7]
         ctx.keep, ctx.codes = keep, codes
@@ -58,7 +64,7 @@ class _DroppedBase(torch.autograd.Function):
             again if need_gain else None,
             *(keep.save(x) if need_A else ()),
         )
-        ctx.shape, ctx.dtype, ctx.scale, ctx.p, ctx.seed = x.shape, dtype, scale, p, seed
+        ctx.shape, ctx.dtype, ctx.scale, ctx.drop = x.shape, dtype, scale, drop
         ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
         return y
 
@@ -71,30 +77,30 @@ class _DroppedBase(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, gain, A, B, z, again, *saved = ctx.saved_tensors
-    dtype, (x_dtype, bias_dtype), kept = ctx.dtype, ctx.dtypes, 1 - dropout_probability(ctx.p)
+    dtype, (x_dtype, bias_dtype), drop = ctx.dtype, ctx.dtypes, ctx.drop
     need_x, _, _, need_bias, need_gain, need_A, need_B = ctx.needs_input_grad[:7]
     grad = grad.reshape(-1, B.shape[0]).to(dtype)
     grad_x = grad_A = grad_B = grad_gain = None
     grad_bias = grad.sum(0).to(bias_dtype) if need_bias else None
     if need_B or need_gain:
-        through_z = (z.T @ grad).T.to(gain.dtype)  # (out, r)
+        through_z = thin_gradient(z, grad).to(gain.dtype)  # (out, r)
         if need_B:
             grad_B = (through_z * gain[:, None]).to(B.dtype, memory_format=torch.contiguous_format)
         if need_gain:
-            grad_gain = (grad * again).sum(0, dtype=gain.dtype) / kept + (through_z * B.to(gain.dtype)).sum(1)
+            grad_gain = (grad * again).sum(0, dtype=gain.dtype) * drop.scale + (through_z * B.to(gain.dtype)).sum(1)
     if need_x or need_A:
         grad_z = grad @ (B * (gain[:, None] * ctx.scale)).to(dtype)
-        mask = keep_mask(grad.shape[0], ctx.shape[-1], ctx.p, ctx.seed, grad.device)
+        rows = ctx.keep.load(tuple(saved)).reshape(-1, ctx.shape[-1]).to(dtype) if need_A else None
         if need_x:
             wide = weight.to(dtype) if ctx.codes is None else ctx.codes.dense(dtype)
             grad_x = grad_z @ A.to(dtype)
-            grad_x.addmm_(grad * ((gain - 1) / kept).to(dtype), wide)
-            drop_(grad_x, mask)
+            grad_x.addmm_(grad * ((gain - 1) * drop.scale).to(dtype), wide)
+        dropped, grad_x = drop.again(rows, grad_x)
+        if grad_x is not None:
             grad_x = grad_x.addmm_(grad, wide).view(ctx.shape).to(x_dtype)
-        if need_A:
-            rows = ctx.keep.load(tuple(saved)).reshape(-1, ctx.shape[-1]).to(dtype)
-            grad_A = (grad_z.T @ dropped_into(mask, rows)).to(A.dtype)
-    return grad_x, None, None, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None, None
+        if dropped is not None:
+            grad_A = (grad_z.T @ dropped).to(A.dtype)
+    return grad_x, None, None, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None
 
 
 def dropped_base_linear(
@@ -107,6 +113,7 @@ def dropped_base_linear(
     bias: Tensor | None,
     gain: Tensor,
     dropout: float,
+    source: Source | None = None,
     keep: Keep | None = None,
 ) -> Tensor:
     """x W^T + b + (gain - 1) * (d W^T) + gain * (s d A^T B^T), d = drop(x) / (1 - p), with gradients of all but W.
@@ -119,7 +126,8 @@ def dropped_base_linear(
         weight: (out, in), frozen, as numbers or as codes.
         bias: (out,).
         gain: (out,), in float32 or float64.
-        dropout: probability in (0, 1) of zeroing an element of x; rounded to a multiple of 2^-15.
+        dropout: probability in (0, 1) of zeroing an element of x.
+        source: where the dropout comes from (:func:`lorafa.dropout_source`); None: what is chosen where it is called.
         keep: what is kept of x for the gradient of A; None keeps x as it came.
 
     Returns:
@@ -131,6 +139,6 @@ def dropped_base_linear(
     dtype = compute_dtype(x)
     with without_autocast(x):
         y: Tensor = _DroppedBase.apply(  # type: ignore[no-untyped-call]
-            x, dense, codes, bias, gain, A, B, scaling, dropout, draw_seed(), dtype, keep or AS_IT_IS
+            x, dense, codes, bias, gain, A, B, scaling, dropping(dropout, x.device, source), dtype, keep or AS_IT_IS
         )
     return y.view(*x.shape[:-1], B.shape[0])

@@ -4,7 +4,7 @@
 
 What it keeps for backward, for T rows of x: x itself (as it came, never a copy in another dtype, and only if A or W is
 trained), the (T, r) product, and with a gain the (T, out) output before it. No dropout mask is kept: it is drawn again
-in backward from its seed.
+in backward (:mod:`lorafa.numerics.dropping`).
 
 A frozen W may be kept as codes (:class:`Codes`): its values are made for each product and never kept.
 
@@ -14,13 +14,13 @@ Under torch.compile and torch.func the same formula is taken in plain operations
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorafa.numerics.masks import draw_seed, drop_, dropout_probability, dropped_into, keep_mask
+from lorafa.numerics.dropping import Dropping, Source, dropping
 
 
 class Keep(Protocol):
@@ -86,25 +86,56 @@ def is_traced() -> bool:
     )
 
 
-def _times(y: Tensor, gain: Tensor) -> Tensor:
-    """y * gain, rounded once: gains lie near 1, where a half-precision gain would be off by as much as it changes y."""
-    return torch.addcmul(y, y, (gain - 1).to(y.dtype))
+class Gain(NamedTuple):
+    """A gain as outputs of some dtype are multiplied by it."""
+
+    factor: Tensor
+    """(out,), in that dtype."""
+    less_one: bool
+    """Whether the factor is what the gain is more than 1: gains lie near 1, where one in half precision would be off by
+    as much as it changes anything."""
+
+    @staticmethod
+    def on(dtype: torch.dtype, gain: Tensor) -> Gain:
+        """``gain``, (out,), for outputs in ``dtype``."""
+        return Gain(gain, False) if gain.dtype is dtype else Gain((gain - 1).to(dtype), True)
+
+    def times(self, y: Tensor) -> Tensor:
+        """y times the gain, rounded once; a new tensor."""
+        return torch.addcmul(y, y, self.factor) if self.less_one else y * self.factor
+
+    def all_but(self, y: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """y, which has the bias, with the gain on the rest of it, and that rest. Changes y in place.
+
+        y was rounded with its bias, once: at a gain of 1 it has its own bits.
+        """
+        rest = y - bias
+        return y.addcmul_(rest, self.factor if self.less_one else self.factor - 1), rest
 
 
-def _with_gain(y: Tensor, bias: Tensor | None, gain: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y, which has the bias, after the gain; and what the gain was applied to. Changes y in place."""
+def _with_gain(y: Tensor, bias: Tensor | None, gain: Gain | None) -> tuple[Tensor, Tensor | None]:
+    """y, which has the bias, after the gain; and what the gain was applied to. May change y in place."""
     if gain is None:
         return y, None
-    if bias is None:
-        return _times(y, gain), y
-    before = y - bias  # y was rounded with its bias, once: at a gain of 1 it has the base's own bits
-    return y.addcmul_(before, (gain - 1).to(y.dtype)), before
+    return (gain.times(y), y) if bias is None else gain.all_but(y, bias)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """The dtype of every product is decided in forward; autocast would decide again, in backward otherwise."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """scale * (a @ b) for matrices, a new tensor, in one operation where the factor is a number."""
+    if isinstance(scale, Tensor):
+        return (a @ b).mul_(scale)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)  # with beta=0 nothing is read of the first
+
+
+def thin_gradient(z: Tensor, grad: Tensor) -> Tensor:
+    """grad^T z, (out, r), for rows of both: laid out as it is the fastest on the device."""
+    return (z.T @ grad).T if grad.device.type == "cpu" else grad.T @ z
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -123,25 +154,24 @@ class _LowRankLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scaling: float | Tensor,
-        p: float,
-        seed: int,
+        drop: Dropping | None,
         dtype: torch.dtype,
         keep: Keep,
         codes: Codes | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         dropped, scale = rows, scaling
-        if p:
-            dropped = dropped_into(keep_mask(rows.shape[0], rows.shape[1], p, seed, x.device), rows)
-            scale = scaling / (1 - dropout_probability(p))
-        z = dropped @ (A * scale).to(dtype).T
+        if drop is not None:
+            dropped, scale = drop.into(rows), scaling * drop.scale
+        z = scaled_product(dropped, A.to(dtype).T, scale)
         inner_bias = None if bias is None else bias.to(dtype)
         if weight is None and codes is None:
             y = nn.functional.linear(z, B.to(dtype), inner_bias)
         else:
             y = base_product(rows, weight, codes, inner_bias)
             y.addmm_(z, B.to(dtype).T)
-        y, before_gain = _with_gain(y, inner_bias, gain)
+        times = None if gain is None else Gain.on(dtype, gain)
+        y, before_gain = _with_gain(y, inner_bias, times)
 
         need_A, need_B = ctx.needs_input_grad[4], ctx.needs_input_grad[5]
         need_weight = weight is not None and ctx.needs_input_grad[1]
@@ -150,15 +180,16 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.keep, ctx.codes = keep, codes
         ctx.save_for_backward(
             weight,
-            gain,
+            None if times is None else times.factor,
             A,
             B,
             z if need_B else None,
             before_gain if gain is not None and ctx.needs_input_grad[3] else None,
             *(keep.save(x) if need_A or need_weight else ()),
         )
-        ctx.shape, ctx.dtype, ctx.scale, ctx.p, ctx.seed = x.shape, dtype, scale, p, seed
-        ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
+        ctx.shape, ctx.dtype, ctx.scale, ctx.drop = x.shape, dtype, scale, drop
+        ctx.dtypes = (x.dtype, *(None if tensor is None else tensor.dtype for tensor in (bias, gain)))
+        ctx.less_one = times is not None and times.less_one
         return y
 
     @staticmethod
@@ -169,38 +200,35 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, gain, A, B, z, before_gain, *kept = ctx.saved_tensors
-    dtype, scale, p = ctx.dtype, ctx.scale, ctx.p
-    x_dtype, bias_dtype = ctx.dtypes
+    weight, factor, A, B, z, before_gain, *kept = ctx.saved_tensors
+    dtype, scale = ctx.dtype, ctx.scale
+    x_dtype, bias_dtype, gain_dtype = ctx.dtypes
     need_x, need_weight, need_bias, need_gain, need_A, need_B = ctx.needs_input_grad[:6]
     grad = grad.reshape(-1, B.shape[0]).to(dtype)
     grad_bias = grad.sum(0).to(bias_dtype) if need_bias else None
-    grad_gain = (grad * before_gain).sum(0, dtype=gain.dtype) if need_gain else None
-    if gain is not None:
-        grad = _times(grad, gain)
+    grad_gain = (grad * before_gain).sum(0, dtype=gain_dtype) if need_gain else None
+    if factor is not None:
+        grad = Gain(factor, ctx.less_one).times(grad)
 
     grad_x = grad_weight = grad_A = grad_B = None
-    rows = dropped = ctx.keep.load(tuple(kept)).reshape(-1, ctx.shape[-1]).to(dtype) if kept else None
+    rows = ctx.keep.load(tuple(kept)).reshape(-1, ctx.shape[-1]).to(dtype) if kept else None
     if need_x or need_A:
-        grad_z = grad @ (B * scale).to(dtype)
+        grad_z = scaled_product(grad, B.to(dtype), scale)
         through_A = grad_z @ A.to(dtype) if need_x else None
-        if p:
-            mask = keep_mask(grad.shape[0], ctx.shape[-1], p, ctx.seed, grad.device)
-            if through_A is not None:
-                drop_(through_A, mask)
-            if need_A and rows is not None:
-                dropped = dropped_into(mask, rows)
+        dropped = rows if need_A else None
+        if ctx.drop is not None:
+            dropped, through_A = ctx.drop.again(dropped, through_A)
         if through_A is not None:  # the large product adds to the thin one: no pass over memory for the sum
             wide = ctx.codes.dense(dtype) if ctx.codes is not None else None if weight is None else weight.to(dtype)
             grad_x = through_A if wide is None else through_A.addmm_(grad, wide)
             grad_x = grad_x.view(ctx.shape).to(x_dtype)
-        if need_A and dropped is not None:
+        if dropped is not None:
             grad_A = (grad_z.T @ dropped).to(A.dtype)
     if need_B:
-        grad_B = (z.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format)
+        grad_B = thin_gradient(z, grad).to(B.dtype, memory_format=torch.contiguous_format)
     if need_weight and rows is not None:
         grad_weight = (grad.T @ rows).to(weight.dtype)
-    return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_gain, grad_A, grad_B, None, None, None, None, None
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -265,7 +293,7 @@ def _of_few_rows(
     else:
         y = base_product(x, weight, codes, inner_bias)
         y = y.add_(change.mul_(scaling)) if isinstance(scaling, Tensor) else y.add_(change, alpha=scaling)
-    return _with_gain(y, inner_bias, gain)[0]
+    return _with_gain(y, inner_bias, None if gain is None else Gain.on(dtype, gain))[0]
 
 
 def _learning_from_kept(x: Tensor, A: Tensor, p: float, keep: Keep) -> Tensor:
@@ -304,7 +332,8 @@ def _in_plain_operations(
         y = y + bias
     if gain is None:
         return y
-    return _times(y, gain) if bias is None else torch.addcmul(y, y - bias, (gain - 1).to(dtype))
+    times = Gain.on(dtype, gain)
+    return times.times(y) if bias is None else torch.addcmul(y, y - bias, (gain - 1).to(dtype))
 
 
 def low_rank_linear(
@@ -317,6 +346,7 @@ def low_rank_linear(
     bias: Tensor | None = None,
     gain: Tensor | None = None,
     dropout: float = 0.0,
+    source: Source | None = None,
     keep: Keep | None = None,
 ) -> Tensor:
     """gain * (x W^T + s drop(x) A^T B^T) + bias, with the gradients of every tensor in it.
@@ -332,7 +362,8 @@ def low_rank_linear(
         weight: (out, in), as numbers or as codes, which get no gradient; or None for the change alone.
         bias: (out,), added last.
         gain: (out,), one factor an output feature.
-        dropout: probability in [0, 1) of zeroing an element of x before A; rounded to a multiple of 2^-15.
+        dropout: probability in [0, 1) of zeroing an element of x before A.
+        source: where the dropout comes from (:func:`lorafa.dropout_source`); None: what is chosen where it is called.
         keep: what is kept of x for the gradient of A; None keeps x as it came. Not used where ``weight`` requires a
             gradient.
 
@@ -351,8 +382,8 @@ def low_rank_linear(
     with without_autocast(x):
         if few and dtype is not A.dtype and not dropout and not torch.is_grad_enabled():
             return _of_few_rows(x, weight, bias, gain, A, B, scaling, dtype, codes)
-        seed = draw_seed() if dropout else 0
+        drop = dropping(dropout, x.device, source) if dropout else None
         y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, gain, A, B, scaling, dropout, seed, dtype, keep or AS_IT_IS, codes
+            x, weight, bias, gain, A, B, scaling, drop, dtype, keep or AS_IT_IS, codes
         )
     return y.view(*x.shape[:-1], B.shape[0])  # out here: a view made inside could not be changed in place

@@ -16,6 +16,7 @@ from lorafa.errors import AdapterError, ConfigError, shorten, warn
 from lorafa.layers.base import LoraLayer
 from lorafa.layers.host import Host
 from lorafa.numerics.fused import is_traced
+from lorafa.processes import world_size
 from lorafa.surgery import activate
 from lorafa.surgery.apply import apply
 from lorafa.surgery.asked import AskedByName
@@ -330,6 +331,7 @@ class LoraModel(AskedByName, nn.Module):
                 keeps=keeps,
                 recomputes=lambda: read_again and is_checkpointed(self.model),
                 layers=lambda: dict(hosts(self.model)),
+                casts=world_size() == 1,
             ) as passed,
             stepping,
         ):
@@ -342,7 +344,10 @@ class LoraModel(AskedByName, nn.Module):
         """
         if is_traced() or not (keeps or self.call.opened):
             return function(*args, **kwargs)
-        with self.call.holding(EMPTY, keeps=keeps, recomputes=lambda: is_checkpointed(self.model)) as passed:
+        casts = world_size() == 1  # several exchange gradients as soon as a layer has them, and ask which have none
+        with self.call.holding(
+            EMPTY, keeps=keeps, recomputes=lambda: is_checkpointed(self.model), casts=casts
+        ) as passed:
             return passed(function(*args, **kwargs))
 
     @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorafa.adapter import Adapter, Extra, Stage, Variant, full_precision
 from lorafa.numerics.dropped_base import dropped_base_linear
-from lorafa.numerics.fused import is_traced, low_rank_linear
+from lorafa.numerics.fused import compute_dtype, is_traced, low_rank_linear
 from lorafa.numerics.linalg import working_dtype
 from lorafa.spec import LayerSpec
 
@@ -25,11 +25,14 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor) -> 
     """
     dtype = working_dtype(weight.dtype)
     W, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
-    with full_precision(W):
-        cross = ((W @ A.T) * B).sum(dim=1)
-        square = ((B @ (A @ A.T)) * B).sum(dim=1)
     own = torch.linalg.vector_norm(W, dim=1).square()
-    squares: Tensor = own + 2 * scaling * cross + scaling**2 * square
+    with full_precision(W):
+        if isinstance(scaling, Tensor):
+            along = 2 * scaling * (W @ A.T) + scaling**2 * (B @ (A @ A.T))
+        else:
+            along = torch.addmm(W @ A.T, B, A @ A.T, beta=2 * scaling, alpha=scaling**2)
+        # own + <along, b_i> of each row, as one operation
+        squares = torch.baddbmm(own[:, None, None], along[:, None, :], B[:, :, None]).flatten()
     return squares.clamp_min(_TINY).sqrt()
 
 
@@ -74,11 +77,11 @@ class DoRA(Variant):
         if p and isinstance(weight, Tensor) and weight.requires_grad:
             return None
         gain = self._gain(adapter, adapter.layer.base_weight())
-        factors, keep = adapter.running_factors, adapter.kept(x, p)
-        terms: Any = {"weight": weight, "bias": bias, "gain": gain, "keep": keep}
-        if p:
-            return dropped_base_linear(x, *factors, adapter.scaling, dropout=p, **terms)
-        return low_rank_linear(x, *factors, adapter.scaling, **terms)
+        terms: Any = {"weight": weight, "bias": bias, "gain": gain, "keep": adapter.kept(x, p)}
+        if p:  # B takes the gain before it is rounded
+            terms["source"] = adapter.dropout_source
+            return dropped_base_linear(x, *adapter.running_factors, adapter.scaling, dropout=p, **terms)
+        return low_rank_linear(x, *adapter.factors_in(compute_dtype(x)), adapter.scaling, **terms)
 
     def row_gain(self, adapter: Adapter, weight: Tensor) -> Tensor | None:
         return self._gain(adapter, weight).detach()
@@ -94,5 +97,7 @@ class DoRA(Variant):
         with torch.no_grad():  # rounded as m is: the quotient is 1 at step 0 whatever m is stored in
             norms = row_norms(weight, *adapter.factors, adapter.scaling).to(magnitude.dtype)
         dtype = working_dtype(magnitude.dtype)
+        if magnitude.dtype is dtype:
+            return magnitude / norms
         lost = (norms == 0).to(dtype)  # float16 has no number as small as the length a row of zeros is given
         return (magnitude.to(dtype) + lost) / (norms.to(dtype) + lost)

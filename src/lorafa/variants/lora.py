@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lorafa.adapter import Adapter, Variant
-from lorafa.numerics.fused import low_rank_linear
+from lorafa.numerics.fused import compute_dtype, low_rank_linear
 
 
 class LoRA(Variant):
@@ -45,6 +45,8 @@ class LoRA(Variant):
         change = adapter.scaled_bias
         if change is not None:
             bias = change if bias is None else bias + change
+        factors = adapter.factors_in(compute_dtype(x))
+        source = adapter.dropout_source if p else None
         return low_rank_linear(
-            x, *adapter.running_factors, adapter.scaling, weight=weight, bias=bias, dropout=p, keep=adapter.kept(x, p)
+            x, *factors, adapter.scaling, weight=weight, bias=bias, dropout=p, source=source, keep=adapter.kept(x, p)
         )

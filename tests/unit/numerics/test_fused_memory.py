@@ -68,13 +68,13 @@ def test_query_key_and_value_keep_the_x_they_share_once() -> None:
     assert kept.bytes == (T * WIDE + 3 * T * R) * 2
 
 
-def test_gain_keeps_one_output_more_and_only_if_it_trains() -> None:
+def test_gain_keeps_itself_as_it_is_applied_and_one_output_more_only_if_it_trains() -> None:
     t, x = layer(torch.bfloat16), torch.randn(T, WIDE).bfloat16().requires_grad_()
     for trained in (True, False):
         gain = torch.randn(WIDE).requires_grad_(trained)
         with Kept(*t.values(), gain) as kept:
             call(x, t, gain=gain)
-        assert kept.bytes == (T * WIDE * (2 if trained else 1) + T * R) * 2
+        assert kept.bytes == (T * WIDE * (2 if trained else 1) + T * R + WIDE) * 2
 
 
 def test_autocast_keeps_x_once_as_it_came() -> None:
