@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests run in this many processes, each with one thread.
 JOBS ?= 2
-SOURCES := src tests docs/site run_exp.py eval_gsm8k.py recipes $(wildcard benchmarks)
+SOURCES := src tests docs/site examples run_exp.py eval_gsm8k.py recipes $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all fuzz lint bench docs clean
