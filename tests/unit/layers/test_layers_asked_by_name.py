@@ -141,6 +141,11 @@ def test_a_table_of_formulas_on_a_class_of_layers_says_where_they_are() -> None:
         layer_of(adapted(nn.Linear(6, 8))).lora_variants  # noqa: B018
 
 
+def test_a_class_of_layers_to_register_is_told_of_back_ends() -> None:
+    with pytest.raises(NotAvailableError, match=r"_register_custom_module\(LSTM\): .*lorafa\.backends\.BACKENDS\.add"):
+        lorafa.LoraConfig()._register_custom_module({nn.LSTM: nn.Module})
+
+
 def test_adapters_are_named_by_pefts_keywords() -> None:
     model = adapted(nn.Linear(6, 8), modules_to_save=None)
     model.add_adapter("other", lorafa.LoraConfig(r=2, target_modules=["0"]))
