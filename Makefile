@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests run in this many processes, each with one thread.
 JOBS ?= 2
-SOURCES := src tests docs/site run_exp.py eval_gsm8k.py recipes $(wildcard benchmarks)
+SOURCES := src tests docs/site examples run_exp.py eval_gsm8k.py recipes $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz lint bench docs clean
+.PHONY: help demo test test-all fuzz lint bench docs links clean
 
 help:
 	@echo "make demo      environment, model, the main job: fine-tune a small model on word problems"
@@ -17,6 +17,7 @@ help:
 	@echo "make fuzz      100,000 adapter files, 20,000 configs and run directories, 1,000 command lines, all odd: hours"
 	@echo "make lint      ruff and mypy --strict"
 	@echo "make docs      the documentation as a site, in build/docs/html"
+	@echo "make links     asks for every external link of the documentation: needs a network"
 	@echo "make bench     every benchmark, one after another"
 	@echo "make clean     remove the environment and the caches; runs/ stays"
 
@@ -62,6 +63,9 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/site/make_site.py
+
+links: $(VENV)/.dev
+	$(BIN)/python docs/site/make_site.py links
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,6 +29,10 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
+linkcheck_ignore = [r"http://127\.0\.0\.1[:/]"]  # the reader's own machine
+linkcheck_timeout = 20
+linkcheck_retries = 2
+
 html_theme = "furo"
 html_title = f"lorafa {VERSION}"
 html_theme_options = {"navigation_with_keys": True}

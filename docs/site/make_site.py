@@ -1,4 +1,5 @@
 """`make docs`: the pages of the repository and a reference of every public name, as a site that can be read offline.
+`make links` asks for every external link in them.
 
 Sphinx reads a copy of the pages under build/docs/source, in which files lie as in the repository, so that links between
 them are the same in both places; the site is in build/docs/html.
@@ -17,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "docs"
 SOURCE, SITE = OUT / "source", OUT / "html"
+LINKS = "links"
+"""The word after which external links are asked for, in place of a site; what they answered is in build/docs/links."""
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
 """Pages at the top of the repository."""
 IN_FOLDERS = ("comparison.html", "report.html")
@@ -31,7 +34,7 @@ PARTS = {
 }
 """Modules whose public names the reference has: a page each."""
 SECTIONS: Mapping[str, Sequence[str]] = {
-    "Read this first": ("README", "docs/concepts", "docs/how-to-choose", "docs/peft"),
+    "Read this first": ("README", "docs/concepts", "docs/how-to-choose", "docs/peft", "docs/from-others"),
     "Training": (
         *("docs/training", "docs/starts", "docs/variants", "docs/optimizers", "docs/quantized", "docs/alignment"),
         *("docs/plan", "docs/params", "docs/published-commands"),
@@ -122,7 +125,9 @@ def reference(module: str) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """Build the site; warnings, dead links between pages among them, are errors.
+    """Build the site, or after "links" ask for each external link; further words are options of Sphinx.
+
+    Warnings, dead links between pages among them, are errors, and so are external links that do not answer.
 
     Returns:
         Sphinx's exit status.
@@ -130,8 +135,12 @@ def main(words: Sequence[str]) -> int:
     from sphinx.cmd.build import main as build
 
     gather()
+    asking, options = list(words[:1]) == [LINKS], words
+    if asking:
+        options = words[1:]
+    builder, target = ("linkcheck", OUT / LINKS) if asking else ("html", SITE)
     here = str(Path(__file__).parent)
-    return int(build(["-c", here, "-b", "html", "-W", "--keep-going", "-q", *words, str(SOURCE), str(SITE)]))
+    return int(build(["-c", here, "-b", builder, "-W", "--keep-going", "-q", *options, str(SOURCE), str(target)]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +51,7 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: LoraConfig | None = None,
         revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load the base model that an adapter names, and put the adapter on it.
@@ -60,6 +62,8 @@ class AutoPeftModel:
             pretrained_model_name_or_path: folder or Hub repository of the adapter.
             adapter_name, is_trainable, config: as for :meth:`lorafa.PeftModel.from_pretrained`.
             revision: that of the adapter; its config has the base's.
+            import_allowlist: packages that a class named in the config may come from. It is transformers alone, and
+                not even that where the list does not have it.
             kwargs: those of :class:`lorafa.io.load.LoadOptions` that are about the adapter; ``dtype``, ``device_map``
                 and everything else goes to the base model's ``from_pretrained``; those about the Hub, and
                 ``trust_remote_code``, to both.
@@ -85,14 +89,14 @@ class AutoPeftModel:
         else:
             given = lora_config(config)
         rest["trust_remote_code"] = trusted = bool(rest.get("trust_remote_code", False))  # None would ask on a prompt
-        base = _base_model(cls._loader(given), given, rest)
+        base = _base_model(cls._loader(given, import_allowlist), given, rest)
         _resize(base, pretrained_model_name_or_path, place["subfolder"], hub, trusted=trusted)
         return PeftModel.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
         )
 
     @classmethod
-    def _loader(cls, config: LoraConfig) -> str:
+    def _loader(cls, config: LoraConfig, allowed: Sequence[str] | None = None) -> str:
         """The name of transformers' class that loads the base.
 
         Raises:
@@ -108,13 +112,19 @@ class AutoPeftModel:
         task, made_for = cls.task or config.task_type, config.auto_mapping or {}
         if isinstance(task, TaskType):
             return _LOADERS[task]
-        if str(made_for.get("parent_library", "")).partition(".")[0] == "transformers":
+        library = str(made_for.get("parent_library", ""))
+        if library.partition(".")[0] == "transformers" and _is_among(library, allowed):
             return str(made_for.get("base_model_class"))
         raise ConfigError(
             "The adapter's config has no task_type and names no class of transformers, so what to load its base as "
-            f"cannot be told (auto_mapping={config.auto_mapping!r}). Use AutoPeftModelForCausalLM or another class for "
-            "a task, or load the base and call PeftModel.from_pretrained(base, path)."
+            f"cannot be told (auto_mapping={config.auto_mapping!r}, import_allowlist={allowed!r}). Use "
+            "AutoPeftModelForCausalLM or another class for a task, or load the base and call PeftModel.from_pretrained("
+            "base, path)."
         )
+
+
+def _is_among(module: str, packages: Sequence[str] | None) -> bool:
+    return packages is None or any(f"{module}.".startswith(f"{package}.") for package in packages)
 
 
 def _require_peft(files: AdapterFiles) -> LoraConfig:

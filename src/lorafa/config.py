@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from lorafa.adapter import scaling
-from lorafa.errors import ConfigError, did_you_mean, refuse, shorten
+from lorafa.errors import ConfigError, NotAvailableError, did_you_mean, refuse, shorten
 from lorafa.initializers import Start, known_start
 from lorafa.initializers.settings import (
     NO_SETTINGS,
@@ -346,6 +346,14 @@ class LoraConfig:
     def check_kwargs(cls, **values: Any) -> dict[str, Any]:
         """The arguments as they are: PEFT's hook for settings that configs of some methods bring into one form."""
         return values
+
+    def _register_custom_module(self, custom_mapping: Mapping[type, type]) -> NoReturn:
+        """Raises NotAvailableError: what PEFT does by a class of layers, a back end does here."""
+        raise NotAvailableError(
+            f"LoraConfig._register_custom_module({shorten(kind.__name__ for kind in custom_mapping)}): lorafa has no "
+            "classes of layers to register. A back end says how a type of layer stores its weight, and all starts and "
+            "formulas go on it then: lorafa.backends.BACKENDS.add, see CONTRIBUTING.md."
+        )
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:

@@ -62,6 +62,10 @@ def test_without_a_task_the_class_of_the_base_is_that_of_the_config(tmp_path: Pa
         loaded = kind.from_pretrained(tmp_path / "adapter")
         assert type(loaded.get_base_model()) is transformers.LlamaForSequenceClassification
         torch.testing.assert_close(inference(loaded), inference(model), rtol=0, atol=0)
+    named = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["transformers.models"])
+    assert type(named.get_base_model()) is transformers.LlamaForSequenceClassification
+    with pytest.raises(ConfigError, match=r"cannot be told \(.*import_allowlist=\['trans'\]\)"):
+        AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["trans"])
     custom = lorafa.get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
     custom.save_pretrained(tmp_path / "custom")
     with pytest.raises(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -57,6 +58,73 @@ def test_a_link_to_a_folder_of_results_goes_to_the_page_in_it() -> None:
     assert make_site._to_file(link, ROOT) == "](docs/results/demo/report.html)"
     other = make_site._LINK.search("[starts](docs/starts.md#ranks)")
     assert make_site._to_file(other, ROOT) == "](docs/starts.md#ranks)"
+
+
+HOSTS = {"arxiv.org", "github.com", "hydra.cc", "keepachangelog.com", "semver.org"}
+"""Where external links may lead; `make links` asks whether they still do."""
+OWN_MACHINE = {"127.0.0.1"}
+_ADDRESS = re.compile(r"https?:[^\s`\"'<>\\]*")
+
+
+def addresses(text: str) -> list[str]:
+    """Every address in a text, without the marks of Markdown and of a sentence after it."""
+    return [match[0].split(")")[0].rstrip(".,;:") for match in _ADDRESS.finditer(text)]
+
+
+def is_sound(address: str) -> bool:
+    """Whether an address is one that a page may link to."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return False
+    if host in OWN_MACHINE:
+        return parts.scheme == "http" and port is not None
+    rest = f"{parts.path}{parts.query}{parts.fragment}"
+    plain = bool(re.fullmatch(r"[\w./~%+=&@,-]*", rest)) and "//" not in parts.path
+    return parts.scheme == "https" and host in HOSTS and port is None and plain
+
+
+def test_external_links_are_well_formed_and_lead_to_known_hosts() -> None:
+    pages = [ROOT / f"{page}.md" for pages in make_site.SECTIONS.values() for page in pages if "reference/" not in page]
+    found = {
+        address: page.name
+        for page in (*pages, *(ROOT / "examples").glob("*.ipynb"))
+        for address in addresses(page.read_text(encoding="utf-8"))
+    }
+    assert {address: page for address, page in found.items() if not is_sound(address)} == {}
+    assert {urlsplit(address).hostname for address in found} == HOSTS | OWN_MACHINE
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://arxiv.org/abs/2311.03099", "https://arxiv.com/abs/2311.03099", "https:/arxiv.org/abs/2311.03099"),
+        *("https://arxiv.org//abs/2311.03099", "https://arxiv.org/abs/{number}", "https://[arxiv.org", "https://"),
+        *("https://github.com:99999/x", "http://127.0.0.1/"),
+    ],
+)
+def test_an_address_that_is_none_is_found(address: str) -> None:
+    assert addresses(f"see [it]({address}).") == [address]
+    assert not is_sound(address)
+
+
+@pytest.mark.parametrize(
+    ("words", "builder", "folder"), [(["links", "-j", "2"], "linkcheck", "links"), (["-j", "2"], "html", "html")]
+)
+def test_links_are_asked_for_by_sphinx_itself(
+    words: list[str], builder: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = pytest.importorskip("sphinx.cmd.build")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(make_site, "gather", lambda: None)
+    monkeypatch.setattr(build, "main", lambda given: asked.append(given) or 0)
+    assert make_site.main(words) == 0
+    (given,) = asked
+    assert given[given.index("-b") + 1] == builder
+    assert given[-1] == str(make_site.OUT / folder)
+    assert given[given.index("-j") + 1] == "2"
+    assert "links" not in given[:-1]
 
 
 def test_the_figures_of_the_picture_are_those_of_the_page_of_benchmarks() -> None:

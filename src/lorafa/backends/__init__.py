@@ -6,10 +6,12 @@ package. ``"tensor:"`` before the full name of a type of tensor stands for every
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafa.backends.base import Backend
 from lorafa.backends.oddities import full_name, is_plain
+from lorafa.backends.offload import in_memory
+from lorafa.errors import BackendError
 from lorafa.registry import Registry
 
 BACKENDS: Registry[type[Backend]] = Registry(
@@ -49,3 +51,22 @@ def backend_of(layer: nn.Module) -> Backend | None:
         if name in BACKENDS and (cls is layer_type or BACKENDS.get(name).inherits):
             return BACKENDS.get(name)()
     return None
+
+
+def own_weight(layer: nn.Module, backend: Backend | None = None) -> Tensor:
+    """The weight of a layer in its own layout: the tensor itself where it is dense, else the numbers its codes mean.
+
+    Args:
+        backend: what knows the layer, where its type does not tell.
+
+    Raises:
+        BackendError: no back end knows how the weight is stored.
+    """
+    backend = backend or backend_of(layer)
+    if backend is None:
+        raise BackendError(
+            f"No back end knows how {type(layer).__name__} stores its weight, so its numbers cannot be read."
+        )
+    here: nn.Module = in_memory(layer)
+    weight = here._parameters.get("weight")
+    return backend.weight(here) if backend.quantized or weight is None else weight

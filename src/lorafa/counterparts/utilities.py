@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafa.backends import backend_of
-from lorafa.backends.offload import brought_in, in_memory
-from lorafa.errors import BackendError, ConfigError
+from lorafa.backends import own_weight
+from lorafa.backends.offload import brought_in
+from lorafa.errors import ConfigError
 
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
 
@@ -83,14 +83,7 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     Raises:
         BackendError: no back end knows how its weight is stored.
     """
-    backend = backend_of(module)
-    if backend is None:
-        raise BackendError(
-            f"No back end knows how {type(module).__name__} stores its weight, so its numbers cannot be read."
-        )
-    if not backend.quantized and isinstance(getattr(module, "weight", None), Tensor):
-        return module.weight  # type: ignore[return-value]
-    return backend.weight(in_memory(module))
+    return own_weight(module)
 
 
 def dequantize_bnb_weight(weight: Tensor, state: Any = None) -> Tensor:

@@ -125,10 +125,11 @@ def read(
     """
     check_arguments(method, options, LoadOptions.__optional_keys__)
     if options.get("use_safetensors") is False and not options.get("allow_pickle"):
-        raise ConfigError(
+        error = ConfigError(
             "use_safetensors=False asks for the pickle of an adapter, and opening a pickle can run any code its author "
             "put in. Drop it, or pass allow_pickle=True as well if you trust the source."
         )
+        refuse(error, "The pickle was looked for.")
     hub: HubOptions = {name: options[name] for name in HubOptions.__optional_keys__ if name in options}  # type: ignore[assignment,literal-required]
     reading: dict[str, Any] = {name: options[name] for name in _READING if name in options}  # type: ignore[literal-required]
     given = None if config is None else lora_config(config)

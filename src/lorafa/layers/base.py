@@ -16,6 +16,7 @@ from lorafa.backends.offload import device_of, in_memory, value_of, weight_of
 from lorafa.context import Rows
 from lorafa.errors import AdapterError, BackendError, ConfigError, warn
 from lorafa.layers import merging, mixed, own_modules
+from lorafa.layers.asked import AskedOfLayers
 from lorafa.layers.by_name import Table, number
 from lorafa.layers.host import Host
 from lorafa.layers.parts import AdapterParts, Extras, Stored, freeze_all_but, held_by, linear_holder, set_mode
@@ -29,7 +30,7 @@ _NOT_THE_BASE = ("_", "lora_")
 _MISSING = object()
 
 
-class LoraLayer(Host):
+class LoraLayer(Host, AskedOfLayers):
     """The storage and names are PEFT's (``lora_A[name].weight``, ``scaling[name]``, ``merged_adapters`` ...).
 
     What differs between kinds of layer is here as hooks: how factors are stored, how s B A x is computed, how a vector
@@ -377,7 +378,7 @@ class LoraLayer(Host):
     def freeze_all_but(self, names: Collection[str]) -> None:
         freeze_all_but(self.holders(), names)
 
-    def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
+    def let_train(self, name: str, requires_grad: bool) -> None:
         factors = dict(zip(self.factor_names, "AB", strict=True))
         for key, parameter in self.stored_parameters(name).items():
             parameter.requires_grad_(requires_grad and factors.get(key, "") in self.adapters[name].trains)

@@ -145,13 +145,13 @@ class Host(nn.Module):
             trains: whether they will be trained, so that what is equal now may differ later.
         """
 
-    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, and train (unless ``inference_mode``)."""
-        self.activate([names] if isinstance(names, str) else names)
+        self.activate([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         training = [] if inference_mode else [name for name in self._active_adapter if name in self.held()]
         self.freeze_all_but(training)
         for name in training:
-            self.set_requires_grad(name, True)
+            self.let_train(name, True)
 
     def activate(self, names: Sequence[str]) -> None:
         """Make exactly these adapters count, whether they train or not."""
@@ -172,9 +172,14 @@ class Host(nn.Module):
         """Freeze what all other adapters have here."""
         for name in self.held():
             if name not in names:
-                self.set_requires_grad(name, False)
+                self.let_train(name, False)
 
-    def set_requires_grad(self, name: str, requires_grad: bool = True) -> None:
-        """Let what an adapter trains here train, or freeze it."""
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let what adapters train here train, or freeze it."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.let_train(name, requires_grad)
+
+    def let_train(self, name: str, requires_grad: bool) -> None:
+        """Let what one adapter trains here train, or freeze it."""
         for parameter in self.stored_parameters(name).values():
             parameter.requires_grad_(requires_grad)

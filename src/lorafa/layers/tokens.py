@@ -50,9 +50,9 @@ class TokenAdapter(nn.Module):
         """False: rows are chosen in each call."""
         return False
 
-    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, and train (unless ``inference_mode``)."""
-        self._wrapper[0].set_adapter(names, inference_mode)
+        self._wrapper[0].set_adapter(adapter_names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapters count, or the base's rows alone."""

@@ -49,13 +49,13 @@ class Wrapper(Host):
         for entry in self.stored(name):
             entry.tensor.copy_(values[entry.key])
 
-    def set_adapter(self, names: str | Sequence[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters count, and train (unless ``inference_mode``).
 
         Raises:
             AdapterError: two of them want one place here.
         """
-        listed = [names] if isinstance(names, str) else list(names)
+        listed = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.require_together(listed, f"this {type(self.answering()).__name__}", trains=not inference_mode)
         super().set_adapter(listed, inference_mode)
 

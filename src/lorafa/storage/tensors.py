@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorafa.errors import CheckpointError, first_line, shorten
+from lorafa.errors import CheckpointError, first_line, refuse, shorten
 from lorafa.numerics.linalg import all_finite
 from lorafa.storage.octets import NAMES, header_of, octets
 from lorafa.storage.parsed import from_json
@@ -238,10 +238,11 @@ def are_counts(values: object) -> TypeGuard[list[int]]:
 
 def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not allow_pickle:
-        raise CheckpointError(
+        error = CheckpointError(
             f"{path} is a pickle, and opening a pickle can run any code its author put in. Ask for a .safetensors "
             "file, or pass allow_pickle=True if you trust the source; it is then read as tensors only."
         )
+        refuse(error, "It was read as tensors only.")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything

@@ -75,13 +75,12 @@ def _require_nothing_merged(found: Iterable[tuple[str, Host]]) -> None:
         )
 
 
-def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Let the parameters of ``names`` train, or freeze them, whether they count or not."""
-    listed = [names] if isinstance(names, str) else list(names)
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let the parameters of adapters train, or freeze them, whether they count or not."""
+    listed = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     require_adapters(model, listed)
     for _, host in hosts(model):
-        for name in listed:
-            host.set_requires_grad(name, requires_grad)
+        host.set_requires_grad(listed, requires_grad)
 
 
 def require_unmerged(model: nn.Module, name: str, before: str) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorafa.errors import AdapterError
+from lorafa.config import LoraConfig
+from lorafa.errors import AdapterError, ConfigError
 from lorafa.surgery.activate import require_adapters
 from lorafa.surgery.architectures import DEFAULT_TARGETS
+from lorafa.surgery.build import Options
 from lorafa.surgery.doubled import stacked_start
+from lorafa.surgery.given import lora_config
 from lorafa.surgery.penalty import penalty_of
+from lorafa.surgery.targets_of_tensors import with_targets_of
 from lorafa.surgery.walk import PREFIX, lora_layers
 
 _A, _B = ".lora_A.", ".lora_B."
@@ -23,10 +27,17 @@ class AskedByName:
     """Methods of a LoraModel."""
 
     model: nn.Module
+    peft_config: dict[str, LoraConfig]
     target_module_mapping: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
     """Type of a model -> the layers that are adapted where a config names none."""
     uses_shared_state: ClassVar[bool] = False
     """Whether layers share tensors of an adapter, as those of VeRA do."""
+
+    if TYPE_CHECKING:
+
+        def put_on(self, config: LoraConfig, adapter_name: str, options: Options) -> None: ...
+
+        def set_adapter(self, adapter_name: str, inference_mode: bool) -> None: ...
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -37,6 +48,46 @@ class AskedByName:
         if is_dataclass(config) and not isinstance(config, type):
             return asdict(config)
         return dict(config) if isinstance(config, Mapping) else {"model_type": "custom"}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Put on the adapter whose config a script has written to ``peft_config``, as PEFT does.
+
+        It counts at once where it is the only one.
+
+        Args:
+            model: the one that this LoraModel holds.
+            state_dict: tensors of an adapter: the layers they are of get one, whatever ``target_modules`` names.
+
+        Raises:
+            ConfigError: no config has this name, or the model is another one.
+            LoraError: as :func:`lorafa.inject_adapter_in_model`; the config then stays where it is.
+        """
+        if model is not self.model:
+            raise ConfigError(
+                f"inject_adapter was given a {type(model).__name__} that this LoraModel does not hold. Pass its .model."
+            )
+        if adapter_name not in self.peft_config:
+            raise ConfigError(
+                f"peft_config has no config by the name {adapter_name!r}. Write it there, or call add_adapter("
+                f"{adapter_name!r}, config) of the PeftModel, which does both."
+            )
+        given = self.peft_config.pop(adapter_name)
+        try:
+            config = lora_config(given)
+            chosen = config if state_dict is None else with_targets_of(state_dict, config, model)
+            self.put_on(chosen, adapter_name, Options(autocast_adapter_dtype, low_cpu_mem_usage))
+        except BaseException:
+            self.peft_config[adapter_name] = given
+            raise
+        if list(self.peft_config) == [adapter_name]:
+            self.set_adapter(adapter_name, config.inference_mode)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether :func:`lorafa.convert_to_lora` can make LoRA of an adapter: no update changes with the input."""

@@ -73,7 +73,7 @@ class LoraModel(AskedByName, nn.Module):
         if peft_config is not None:
             activate.require_nothing_merged(model)
             config = lora_config(peft_config)
-            self.inject_adapter(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
+            self.put_on(config, adapter_name, Options(low_cpu_mem_usage=low_cpu_mem_usage))
             self.set_adapter(adapter_name, config.inference_mode)
 
     # ---- adapters
@@ -130,7 +130,7 @@ class LoraModel(AskedByName, nn.Module):
 
         return take_back
 
-    def inject_adapter(
+    def put_on(
         self, config: LoraConfig, adapter_name: str, options: Options | None = None, stats: Stats | None = None
     ) -> None:
         """Add a new adapter; a failure leaves the model as it was.

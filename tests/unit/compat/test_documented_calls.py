@@ -64,10 +64,105 @@ found["auto"] = loaded is AutoPeftModelForCausalLM
 say(found)
 """
 
+INNER = """
+import sys, warnings
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
+from toys.language_models import IDS, llama, logits, mixtral
+
+here, found = Path(sys.argv[1]), {}
+
+def base(make=llama):
+    torch.manual_seed(0)
+    return make().eval()
+
+def same(one, other):
+    return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-5))
+
+plain = logits(base())
+config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+model = get_peft_model(base(), config).eval()
+y = logits(model)
+
+# a file of an older PEFT
+model.save_pretrained(here / "adapter")
+torch.save(load_file(here / "adapter" / "adapter_model.safetensors"), here / "adapter" / "adapter_model.bin")
+(here / "adapter" / "adapter_model.safetensors").unlink()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found["a pickle"] = same(logits(PeftModel.from_pretrained(base(), here / "adapter")), y)
+    found["its tensors"] = load_peft_weights(here / "adapter").keys() == get_peft_model_state_dict(model).keys()
+said = [str(w.message) for w in caught]
+found["said"] = [text for text in said if "is a pickle" in text]
+
+# a hostile one
+class Runs:
+    def __reduce__(self):
+        return (open, (str(here / "ran"), "w"))
+torch.save({"base_model.model.x.lora_A.weight": Runs()}, here / "adapter" / "adapter_model.bin")
+try:
+    PeftModel.from_pretrained(base(), here / "adapter")
+except Exception as error:
+    found["a hostile pickle"] = "holds more than tensors" in str(error) and not (here / "ran").exists()
+
+# layers
+layer = model.base_model.model.model.layers[0].self_attn.q_proj
+found["classes"] = isinstance(layer, Linear) and isinstance(layer, LoraLayer)
+weight = layer.get_base_weight()
+found["weight"] = same(weight, base().model.layers[0].self_attn.q_proj.weight)
+for _, one in model.named_modules():
+    if isinstance(one, LoraLayer):
+        one.reset_lora_parameters("default", True)
+found["drawn anew"] = same(logits(model), plain)
+layer.set_base_weight(weight + 1)
+found["written"] = not same(logits(model), plain)
+layer.set_base_weight(weight)
+found["written back"] = same(logits(model), plain)
+
+# the start of one subtracted from another
+other = get_peft_model(base(), config).eval()
+z = logits(other)
+other.load_adapter(here / "init", "init") if (here / "init").exists() else other.add_adapter("init", config)
+trained = get_peft_model_state_dict(other)
+difference = other.base_model.subtract_mutated_init(trained, "init")
+found["ranks"] = {t.shape[0] for k, t in difference.items() if "lora_A" in k} == {4}
+
+# experts of transformers 4, for the model of transformers 5
+stacks = get_peft_model(base(mixtral), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+held = get_peft_model_state_dict(stacks)
+found["as they are"] = convert(stacks.get_base_model(), stacks.peft_config["default"], held).keys() == held.keys()
+single = {}
+inner = stacks.get_base_model().config
+for at in range(inner.num_hidden_layers):
+    for expert in range(inner.num_local_experts):
+        for name in ("w1", "w2", "w3"):
+            into, out = inner.hidden_size, inner.intermediate_size
+            into, out = (out, into) if name == "w2" else (into, out)
+            key = f"base_model.model.model.layers.{at}.block_sparse_moe.experts.{expert}.{name}.lora_"
+            single[key + "A.weight"], single[key + "B.weight"] = torch.randn(2, into), torch.randn(out, 2)
+old = LoraConfig(r=2, target_modules=["w1", "w2", "w3"])
+made = convert(stacks.get_base_model(), old, single)
+found["stacked"] = len(made) == inner.num_hidden_layers * 4 and all(".experts" in key for key in made)
+say(found)
+"""
+
 
 @pytest.mark.slow
 def test_documented_calls_work(tmp_path: Path) -> None:
     found = found_by_name(DOCUMENTED, str(tmp_path))
+    assert [claim for claim, holds in found.items() if not holds] == []
+
+
+@pytest.mark.slow
+def test_files_and_inner_parts_that_scripts_touch_work(tmp_path: Path) -> None:
+    found = found_by_name(INNER, str(tmp_path))
+    said = found.pop("said")
+    assert len(said) == 2
+    assert all("It was read as tensors only. (PEFT does not refuse it" in text for text in said)
     assert [claim for claim, holds in found.items() if not holds] == []
 
 

@@ -127,6 +127,61 @@ NOT_METHODS = {
 """What belongs to methods that lorafa does not have."""
 
 
+def _pairs() -> dict[str, tuple[Any, Any]]:
+    """Every function and class of the table that is not absent: name -> (PEFT's, ours)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for module, names in MODULES.items():
+        wanted = [name for name in names if name not in NAMES_OF_ABSENT and name not in found]
+        if not wanted:
+            continue
+        real = importlib.import_module(module)
+        for name in wanted:
+            home, _, inner = TABLE["HOMES"].get(name, f"lorafa:{name}").partition(":")
+            if hasattr(real, name):
+                found[name] = getattr(real, name), getattr(importlib.import_module(home), inner)
+    return found
+
+
+PAIRS = _pairs()
+CLASSES = ("LoraConfig", "LoraLayer", "LoraModel", "PeftModel")
+"""Those whose methods scripts call; what is called of others is called through them."""
+CALLED: dict[str, tuple[Any, Any]] = {
+    **{name: pair for name, pair in PAIRS.items() if inspect.isfunction(pair[0])},
+    **{
+        f"{of}.{name}": (theirs, getattr(PAIRS[of][1], name, None))
+        for of in CLASSES
+        for name, theirs in inspect.getmembers(PAIRS[of][0], callable)
+        if not name.startswith("_") and name not in dir(importlib.import_module("torch").nn.Module)
+    },
+}
+NOT_KEYWORDS = {
+    "PeftModel.push_to_hub": "its settings are those of HubOptions, checked by name",
+    "LoraConfig.push_to_hub": "the same",
+    "LoraModel.tuner_layer_cls": "a class: a config makes layers",
+    "PeftModel.get_prompt": "prompt learning",
+    "PeftModel.get_prompt_embedding_to_save": "prompt learning",
+}
+
+
+def _keywords(called: Any) -> list[str]:
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [p.name for p in inspect.signature(called).parameters.values() if p.kind not in kinds]
+
+
+@pytest.mark.parametrize("name", [name for name in CALLED if name not in NOT_KEYWORDS])
+def test_every_keyword_of_peft_is_one_of_ours_or_the_call_says_why_not(name: str) -> None:
+    theirs, ours = CALLED[name]
+    assert ours is not None, "there is no such method"
+    if (ours.__doc__ or "").startswith("Raises NotAvailableError"):
+        return
+    assert set(_keywords(theirs)) - set(_keywords(ours)) == set()
+
+
+def test_names_without_an_equal_keyword_are_still_there() -> None:
+    assert NOT_KEYWORDS.keys() - CALLED.keys() == set()
+    assert len(CALLED) > 130
+
+
 def test_a_peft_that_is_there_already_is_refused_by_the_line_that_brought_it(tmp_path: Any) -> None:
     script = tmp_path / "train.py"
     script.write_text("import json\nimport peft\nimport lorafa.compat\n")
