@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ class Material:
     """How the alignment with a teacher is made; None: there is no teacher."""
     on_decision: Callable[[Decision], None] | None = None
     """Is told what the schedule of the teacher decides."""
+    make: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
+    """(what TrainingArguments are told, what a trainer is told beside) -> the trainer of an objective that is not ours;
+    None: ours."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,11 @@ def in_steps(config: RunConfig, rows: int) -> RunConfig:
 
 def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> TrainingArguments:
     """The settings as `transformers.Trainer` takes them, and ``more`` of its own."""
+    return TrainingArguments(**training_settings(config, output_dir), **more)
+
+
+def training_settings(config: RunConfig, output_dir: Path) -> dict[str, Any]:
+    """What `transformers.TrainingArguments` are told."""
     train, optim = config.train, config.optim
     options: dict[str, Any] = {"save_strategy": "no"}
     if train.checkpoint_every:
@@ -148,7 +157,7 @@ def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> Trai
         options |= {"metric_for_best_model": "loss", "greater_is_better": False}
     if train.keep_best:
         options["load_best_model_at_end"] = True
-    return TrainingArguments(
+    return dict(
         output_dir=str(output_dir),
         max_steps=train.steps or -1,
         num_train_epochs=train.epochs or 1,
@@ -168,7 +177,6 @@ def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> Trai
         **schedule_of_trainer(optim),
         **stock_arguments(optim),
         **options,
-        **more,
     )
 
 
@@ -181,21 +189,52 @@ def fit(
     **arguments: Any,
 ) -> Fitted:
     """Train, from a checkpoint where there is one; ``arguments`` go to `transformers.TrainingArguments` as they are."""
+    settled = in_steps(config, len(material.train))
+    if material.make is not None:
+        told = {**training_settings(settled, output_dir), **arguments}
+        return _fit(material, partial(material.make, told), config, callbacks, checkpoint)
     if not config.peft.full:
-        made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments)
+        made = training_arguments(settled, output_dir, **arguments)
         kind = LoraTrainer if material.teach is None else AlignedTrainer
-        return _fit(material, kind, config, made, callbacks, checkpoint)
+        return _fit(material, partial(_own_trainer, material, kind, config, made), config, callbacks, checkpoint)
     with in_float32(material.model) as stored:
-        made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments, **precision(stored))
+        made = training_arguments(settled, output_dir, **arguments, **precision(stored))
         whole = SupervisedTrainer if material.teach is None else AlignedSupervisedTrainer
-        return _fit(material, whole, config, made, callbacks, checkpoint)
+        return _fit(material, partial(_own_trainer, material, whole, config, made), config, callbacks, checkpoint)
 
 
-def _fit(
+def _own_trainer(
     material: Material,
     trainer_class: type[SupervisedTrainer],
     config: RunConfig,
     arguments: TrainingArguments,
+    more: Mapping[str, Any],
+) -> SupervisedTrainer:
+    aligned: dict[str, Any] = {}
+    if material.teach is not None:
+        alignment = material.teach(steps_in_all(config, len(material.train)))
+        aligned = {"alignment": alignment, "on_decision": material.on_decision}
+    return trainer_class(
+        material.model,
+        arguments,
+        chunked_loss=config.train.chunked_loss or material.row_losses is not None,
+        trial=material.trial,
+        rules=config.train.rules,
+        decode=material.decode,
+        row_losses=material.row_losses,
+        train_dataset=material.train,
+        eval_dataset=material.heldout[: config.train.eval_size] if config.train.measures else None,
+        data_collator=material.collator,
+        optimizers=(pair_optimizer(material.model, config.optim), None),  # after the teacher has seen what is trained
+        **aligned,
+        **more,
+    )
+
+
+def _fit(
+    material: Material,
+    make: Callable[[Mapping[str, Any]], Any],
+    config: RunConfig,
     callbacks: Sequence[TrainerCallback],
     checkpoint: Path | None,
 ) -> Fitted:
@@ -211,25 +250,8 @@ def _fit(
         _load(material.model, chosen, config)
         pair_optimizer(material.model, config.optim)  # which freezes what it does not train
         return Fitted(steps, stopped, _kept(config, best))
-    aligned: dict[str, Any] = {}
-    if material.teach is not None:
-        alignment = material.teach(in_all)
-        aligned = {"alignment": alignment, "on_decision": material.on_decision}
-    trainer = trainer_class(
-        material.model,
-        arguments,
-        chunked_loss=config.train.chunked_loss or material.row_losses is not None,
-        trial=material.trial,
-        rules=config.train.rules,
-        decode=material.decode,
-        row_losses=material.row_losses,
-        train_dataset=material.train,
-        eval_dataset=material.heldout[: config.train.eval_size] if config.train.measures else None,
-        data_collator=material.collator,
-        callbacks=[*callbacks, *([] if config.train.patience is None else [Patience(config.train.patience)])],
-        optimizers=(pair_optimizer(material.model, config.optim), None),
-        **aligned,
-    )
+    patience = [] if config.train.patience is None else [Patience(config.train.patience)]
+    trainer = make({"callbacks": [*callbacks, *patience]})
     trainer.remove_callback(PrinterCallback)  # the bar and the record say it
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     done = trainer.state.global_step

@@ -12,6 +12,7 @@ from lorafa.evals.loss import answer_loss
 from lorafa.evals.sample_answers import SHOWN
 from lorafa.models.batch_loss import summed_by_rows
 from lorafa.models.head_loss import supervised_nll
+from lorafa.train.objectives.making import measured
 from lorafa.train.prepared import Prepared
 from lorafa.train.progress import progress_bar
 from lorafa.train.settings.run import RunConfig
@@ -29,17 +30,24 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
     settings, evaluation, of_kind = config.eval, prepared.evaluation, prepared.kind.row_losses()
     chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
     summed = supervised_nll if chunked else None if of_kind is None else summed_by_rows(of_kind)
+    own = {}
+    if prepared.rows is not None:
+        own = dict(measured(prepared.model, prepared.tokenizer, prepared.rows, config))
+        words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items())
+        console.print(f"{when}: {words}" if own else f"{when}: the objective measures nothing.", highlight=False)
+    if not config.objective.entry.answers:
+        return {**own, "answers": []}
     loss = answer_loss(prepared.model, prepared.data.heldout.samples, prepared.collator, settings.batch_size, summed)
     asked = evaluation.entry.asks(prepared.data.records, evaluation.own)
     if not asked:
         console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
-        return {"loss": loss, "answers": []}
+        return {"loss": loss, **own, "answers": []}
     ends = prepared.data.train.ends | prepared.data.heldout.ends
     subject = Subject(prepared.model, prepared.tokenizer, ends, config.data.max_length)
     with progress_bar(console, f"{when}: answering") as bar:
         scores = evaluation.entry.measure(subject, asked, evaluation.own, settings.batch_size, bar)
     console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
-    return {"loss": loss, **scores.numbers, "answers": list(scores.answers[:SHOWN])}
+    return {"loss": loss, **own, **scores.numbers, "answers": list(scores.answers[:SHOWN])}
 
 
 def forgotten(prepared: Prepared, config: RunConfig, console: Console) -> dict[str, Any]:

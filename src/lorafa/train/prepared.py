@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lorafa.alignment.schedule import Decision
@@ -18,6 +19,8 @@ from lorafa.peft_model import PeftModel
 from lorafa.train.evaluation import Chosen
 from lorafa.train.fit import Material
 from lorafa.train.keeping import Trained
+from lorafa.train.objectives.rows import Rows
+from lorafa.train.objectives.work import Work
 from lorafa.train.settings.run import RunConfig
 from lorafa.train.teacher import teacher_of
 
@@ -47,6 +50,8 @@ class Prepared:
     """The teacher that the start has read; None where it has read none."""
     trial: Trial | None = None
     """What the run's one trial of the chunked loss has shown; None where the model's own is asked for."""
+    rows: Rows | None = None
+    """What the objective is trained on, where it is TRL's."""
 
     def material(self, config: RunConfig, decided: Callable[[Decision], None] | None = None) -> Material:
         """The part that the training itself takes; what the schedule of a teacher decides is told ``decided``."""
@@ -54,7 +59,17 @@ class Prepared:
         decode, losses = self.tokenizer.decode, self.kind.row_losses()
         rows, size = self.batch_rows, config.eval.batch_size
         teach = teacher_of(config.align, self.model, self.tokenizer, rows, heldout, collator, size, self.teacher)
+        if self.rows is not None:
+            own: tuple[Any, Any] = self.rows.train, self.rows.heldout
+            make = partial(self._trainer, self.rows, config)
+            return Material(self.model, *own, collator, decode, None, make=make)
         return Material(self.model, rows, heldout, collator, decode, self.trial, losses, teach, decided)
+
+    def _trainer(self, rows: Rows, config: RunConfig, settings: Mapping[str, Any], more: Mapping[str, Any]) -> Any:
+        """The trainer of an objective of TRL."""
+        make = config.objective.entry.trainer
+        assert make is not None
+        return make(Work(self.model, self.tokenizer, rows, config, settings, more))
 
     def trained(self) -> Trained:
         """The part that is kept."""

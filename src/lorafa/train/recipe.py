@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
 from lorafa.train.fit import check_length, fit
 from lorafa.train.keeping import Recorder, save, save_merged
 from lorafa.train.measuring import forgotten, measure, side_by_side
+from lorafa.train.objectives.making import check_model, check_objective, check_rows, kind_wanted, make_rows
+from lorafa.train.objectives.work import as_it_was
 from lorafa.train.prepared import Prepared, counted
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.reach import check_reach
@@ -69,20 +71,23 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     named_trackers(config.report_to)
     if not config.peft.full:
         _require_one_quantizer(config)  # what is wrong with the settings is said before anything is loaded
+    check_objective(config)
     template = find_template(config.data.template) if config.data.template else None
     with main_first():
-        data = find_records(config.data)
+        data = find_records(config.data, config.objective.entry.reading)
     with console.status(f"Loading {escape(config.model.name)}"):
         fetch_base(config.model)
         if before_loading is not None:
             before_loading()
         adapter = config.peft.adapter
-        named, classes = with_kind_of(config.model, adapter), None if adapter is None else classes_beside(adapter)
+        named = kind_wanted(with_kind_of(config.model, adapter), config)
+        classes = None if adapter is None else classes_beside(adapter)
         whole = (config.peft.modules_to_save or []) if adapter is None else trained_whole(user_path(adapter))
         base = load_base(named, config.train.seed, lambda: answers_of(data), classes, whole)
     if base.quantized is not None:
         console.print(base.quantized.in_words(), highlight=False)
     tokenizer, kind, encoding = base.tokenizer, base.kind, base.encoding
+    check_model(kind, config)
     evaluation = evaluation_of(config.eval, kind)
     check_kind(kind, base.new_modules, evaluation, config, console)
     if not spread_over_processes(os.environ):
@@ -91,8 +96,11 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
         tokenizer.chat_template = template
     with main_first():  # what the first process tokenizes is in the cache then
         samples = make_samples(data, tokenizer, config.data, console, encoding)
+    own = make_rows(data, tokenizer, config)
+    if own is not None:
+        samples = replace(samples, sha256=own.sha256)
     rows = batch_rows(samples.train.samples, config)
-    _check_samples(samples, len(rows), base, evaluation, config)
+    _check_samples(samples, len(rows if own is None else own.train), base, evaluation, config)
     set_seed(config.train.seed)
     collator = kind.collator(tokenizer.pad_token_id or 0)  # masked by position: without one any other will do
     with console.status("Starting the adapter"):
@@ -104,17 +112,19 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
         check_reach(begun.model, samples.train.samples, console, packed=config.train.packing)
         if config.train.save_merged:
             require_mergeable(begun.model)
+    if own is not None:
+        check_rows(own, begun.model, config, console)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
     if world_size() > 1:
         console.print(_batch_in_words(config.train), highlight=False)
-    chunked = config.train.chunked_loss and kind.row_losses() is None
+    chunked = config.train.chunked_loss and kind.row_losses() is None and config.objective.entry.answers
     trial = Trial(supports_chunked_loss(begun.model)) if chunked else None
     seconds = time.monotonic() - started
     kinds = [asdict(row) for row in covered]
     return Prepared(
         begun.model, tokenizer, samples, rows, collator, seconds, evaluation, kind, base.quantized, kinds,
-        begun.record, begun.teacher, trial,
+        begun.record, begun.teacher, trial, own,
     )  # fmt: skip
 
 
@@ -208,10 +218,11 @@ def train(
         progress_bar(console, "Training") as bar,
         reporting(named if is_main() else [], reported) as trackers,
     ):
-        callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
+        callbacks = [RunCallback(run.add_metrics, bar, trained_before, config.objective.entry.metrics), *trackers]
         told = {key: value for tracker in named for key, value in tracker.arguments(reported).items()}
         material = prepared.material(config, Decisions(run, step_of(checkpoint)))
-        fitted = fit(material, config, run.checkpoints, callbacks, checkpoint, run_name=run.path.name, **told)
+        with nullcontext() if prepared.rows is None else as_it_was(prepared.model):
+            fitted = fit(material, config, run.checkpoints, callbacks, checkpoint, run_name=run.path.name, **told)
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     kept = save(prepared.trained(), config, run)

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from lorafa.data.classes import class_of
 from lorafa.data.encoding import CHAT, Encoding
 from lorafa.data.prepared import Progress, SampleSet, is_cached, prepare_samples
+from lorafa.data.rows import ANSWERS, Reading
 from lorafa.data.selection import Division
 from lorafa.data.shares import names_of
 from lorafa.data.sources import Choice, OpenData, open_data
@@ -24,12 +25,15 @@ MANY = 10_000
 """Rows whose tokenizing takes long enough for a bar."""
 
 
-def find_records(data: DataConfig) -> OpenData:
+def find_records(data: DataConfig, reading: Reading = ANSWERS) -> OpenData:
     """The records the settings name. They are read here already, unless the cache may have their tokens: so what is
     wrong with them is said before a model is loaded."""
     division = Division(data.train_size, data.eval_size, data.seed, None if data.weights is None else (*data.weights,))
     own = {} if data.own is None else asdict(data.own)
-    found = open_data(Choice(names=names_of(data.name), division=division, eval_file=data.eval_file, settings=own))
+    choice = Choice(
+        names=names_of(data.name), division=division, eval_file=data.eval_file, settings=own, reading=reading
+    )
+    found = open_data(choice)
     if not is_cached(found, data.cache):
         _ = found.selection
     return found

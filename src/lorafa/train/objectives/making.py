@@ -1,0 +1,102 @@
+"""What a run does for an objective of TRL before it trains: what is refused, and the rows it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from lorafa.data.sources import OpenData
+from lorafa.errors import ConfigError
+from lorafa.models.kinds.entry import Kind
+from lorafa.processes import world_size
+from lorafa.train.objectives.needs import require_trl
+from lorafa.train.objectives.work import require_plain_head
+from lorafa.train.settings.model import ModelConfig
+
+if TYPE_CHECKING:
+    from lorafa.train.objectives.rows import Rows
+    from lorafa.train.settings.run import RunConfig
+
+
+def check_objective(config: RunConfig) -> None:
+    """Raises ConfigError where the objective cannot be trained here at all; nothing is loaded for that."""
+    name, entry = config.objective.name, config.objective.entry
+    if entry.is_own:
+        return
+    require_trl(name)
+    if world_size() > 1:
+        raise ConfigError(
+            f"objective={name} trains in one process, and this is one of {world_size()}. Start it alone; train."
+            "accumulation makes larger batches of several passes."
+        )
+
+
+def kind_wanted(settings: ModelConfig, config: RunConfig) -> ModelConfig:
+    """The settings of the model with the kind that the objective needs where no model is of it by itself."""
+    wanted = config.objective.entry.loads_as
+    return settings if wanted is None else replace(settings, kind=wanted)
+
+
+def check_model(kind: Kind, config: RunConfig) -> None:
+    """Raises ConfigError for a model of a kind that the objective does not train."""
+    entry = config.objective.entry
+    if entry.kind is not None and kind.name != entry.kind:
+        raise ConfigError(
+            f"objective={config.objective.name} ({entry.words}) trains models of the kind {entry.kind}, and "
+            f"{config.model.name} is {kind.words} (model.kind={kind.name}). Give another model, or take objective=sft."
+        )
+
+
+def make_rows(data: OpenData, tokenizer: Any, config: RunConfig) -> Rows | None:
+    """The rows that the objective is trained on; None where the samples of the run are.
+
+    Raises:
+        DataError: as the functions of :mod:`lorafa.train.objectives.rows`.
+    """
+    entry = config.objective.entry
+    if entry.rows is None:
+        return None
+    rows: Rows = _function(entry.rows)(data.selection, tokenizer, config)
+    return rows
+
+
+def check_rows(rows: Rows, model: Any, config: RunConfig, console: Console) -> None:
+    """Say what was left out and cut, and that dropout is off.
+
+    Raises:
+        ConfigError: an adapter is where the objective's trainer would pass it by.
+    """
+    name, entry = config.objective.name, config.objective.entry
+    if entry.reads_head:
+        require_plain_head(model, name)
+    for text in rows.said:
+        console.print(f"[yellow]{text}[/yellow]", highlight=False)
+    if config.peft.lora_dropout and not config.objective.dropout:
+        console.print(
+            f"Dropout is off: the adapter's file has lora_dropout={config.peft.lora_dropout:g}, and objective={name} "
+            "trains without (objective.dropout).",
+            highlight=False,
+        )
+    if config.train.group_by_length and not entry.by_length:
+        console.print(
+            f"Rows stay in their order: objective={name} does not group them by length (train.group_by_length).",
+            highlight=False,
+        )
+
+
+def measured(model: Any, tokenizer: Any, rows: Rows, config: RunConfig) -> Mapping[str, float]:
+    """What the objective measures on held-out rows, by name."""
+    entry = config.objective.entry
+    if entry.measure is None or not rows.heldout:
+        return {}
+    found: Mapping[str, float] = _function(entry.measure)(model, tokenizer, rows.heldout, config)
+    return found
+
+
+def _function(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
