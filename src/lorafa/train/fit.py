@@ -50,6 +50,13 @@ class Material:
     make: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
     """(what TrainingArguments are told, what a trainer is told beside) -> the trainer of an objective that is not ours;
     None: ours."""
+    pass_length: int | None = None
+    """How many samples a pass over the rows trains; None: as many as there are."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples a pass trains."""
+        return len(self.train) if self.pass_length is None else self.pass_length
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ def fit(
     **arguments: Any,
 ) -> Fitted:
     """Train, from a checkpoint where there is one; ``arguments`` go to `transformers.TrainingArguments` as they are."""
-    settled = in_steps(config, len(material.train))
+    settled = in_steps(config, material.samples)
     if material.make is not None:
         told = {**training_settings(settled, output_dir), **arguments}
         return _fit(material, partial(material.make, told), config, callbacks, checkpoint)
@@ -212,7 +219,7 @@ def _own_trainer(
 ) -> SupervisedTrainer:
     aligned: dict[str, Any] = {}
     if material.teach is not None:
-        alignment = material.teach(steps_in_all(config, len(material.train)))
+        alignment = material.teach(steps_in_all(config, material.samples))
         aligned = {"alignment": alignment, "on_decision": material.on_decision}
     return trainer_class(
         material.model,
@@ -240,7 +247,7 @@ def _fit(
 ) -> Fitted:
     state = read_json(checkpoint / STATE_FILE) if checkpoint else {}
     steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
-    in_all = steps_in_all(config, len(material.train))
+    in_all = steps_in_all(config, material.samples)
     if checkpoint and (stopped or steps >= in_all):
         # Its last part was all but done; transformers would take one step more.
         best = state.get("best_model_checkpoint")

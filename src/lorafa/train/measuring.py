@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorafa.data.prompted import is_answered
 from lorafa.evals.entry import Subject
 from lorafa.evals.forgetting import forgetting
 from lorafa.evals.loss import answer_loss
@@ -35,7 +36,7 @@ def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) 
         own = dict(measured(prepared.model, prepared.tokenizer, prepared.rows, config))
         words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items())
         console.print(f"{when}: {words}" if own else f"{when}: the objective measures nothing.", highlight=False)
-    if not config.objective.entry.answers:
+    if not config.objective.entry.answers or not all(map(is_answered, prepared.data.records)):
         return {**own, "answers": []}
     loss = answer_loss(prepared.model, prepared.data.heldout.samples, prepared.collator, settings.batch_size, summed)
     asked = evaluation.entry.asks(prepared.data.records, evaluation.own)

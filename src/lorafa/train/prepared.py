@@ -19,6 +19,7 @@ from lorafa.peft_model import PeftModel
 from lorafa.train.evaluation import Chosen
 from lorafa.train.fit import Material
 from lorafa.train.keeping import Trained
+from lorafa.train.objectives.making import samples_of_pass
 from lorafa.train.objectives.rows import Rows
 from lorafa.train.objectives.work import Work
 from lorafa.train.settings.run import RunConfig
@@ -62,7 +63,8 @@ class Prepared:
         if self.rows is not None:
             own: tuple[Any, Any] = self.rows.train, self.rows.heldout
             make = partial(self._trainer, self.rows, config)
-            return Material(self.model, *own, collator, decode, None, make=make)
+            length = samples_of_pass(self.rows, config)
+            return Material(self.model, *own, collator, decode, None, make=make, pass_length=length)
         return Material(self.model, rows, heldout, collator, decode, self.trial, losses, teach, decided)
 
     def _trainer(self, rows: Rows, config: RunConfig, settings: Mapping[str, Any], more: Mapping[str, Any]) -> Any:

@@ -40,7 +40,14 @@ from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
 from lorafa.train.fit import check_length, fit
 from lorafa.train.keeping import Recorder, save, save_merged
 from lorafa.train.measuring import forgotten, measure, side_by_side
-from lorafa.train.objectives.making import check_model, check_objective, check_rows, kind_wanted, make_rows
+from lorafa.train.objectives.making import (
+    check_model,
+    check_objective,
+    check_rows,
+    kind_wanted,
+    make_rows,
+    samples_of_pass,
+)
 from lorafa.train.objectives.work import as_it_was
 from lorafa.train.prepared import Prepared, counted
 from lorafa.train.progress import RunCallback, progress_bar
@@ -86,7 +93,7 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
         base = load_base(named, config.train.seed, lambda: answers_of(data), classes, whole)
     if base.quantized is not None:
         console.print(base.quantized.in_words(), highlight=False)
-    tokenizer, kind, encoding = base.tokenizer, base.kind, base.encoding
+    tokenizer, kind, encoding = base.tokenizer, base.kind, config.objective.entry.encoding or base.encoding
     check_model(kind, config)
     evaluation = evaluation_of(config.eval, kind)
     check_kind(kind, base.new_modules, evaluation, config, console)
@@ -100,14 +107,14 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     if own is not None:
         samples = replace(samples, sha256=own.sha256)
     rows = batch_rows(samples.train.samples, config)
-    _check_samples(samples, len(rows if own is None else own.train), base, evaluation, config)
+    _check_samples(samples, len(rows) if own is None else samples_of_pass(own, config), base, evaluation, config)
     set_seed(config.train.seed)
     collator = kind.collator(tokenizer.pad_token_id or 0)  # masked by position: without one any other will do
     with console.status("Starting the adapter"):
         begun = begin(base, samples, collator, config)
     covered = coverage(begun.model)
     console.print(coverage_table(covered))
-    show_samples(samples, tokenizer, console, encoding)
+    show_samples(samples, tokenizer, console, encoding, learnt=own is None)
     if isinstance(begun.model, PeftModel):
         check_reach(begun.model, samples.train.samples, console, packed=config.train.packing)
         if config.train.save_merged:

@@ -81,15 +81,22 @@ def _bar_of_rows(console: Console, count: int) -> Iterator[Progress | None]:
         yield update if count >= MANY else None
 
 
-def show_samples(data: SampleSet, tokenizer: Any, console: Console, encoding: Encoding = CHAT) -> None:
-    """One sample, how much of the data is trained on, and what was left out."""
+def show_samples(
+    data: SampleSet, tokenizer: Any, console: Console, encoding: Encoding = CHAT, *, learnt: bool = True
+) -> None:
+    """One sample, how much of the data is trained on, and what was left out.
+
+    Args:
+        learnt: whether the tokens of answers are what is learnt, one by one.
+    """
     train, heldout = data.train, data.heldout
     first = train.samples[0]
-    title = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
+    of_tokens = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
+    title = of_tokens if learnt else "One sample"
+    share = f"; {data.trained / data.tokens:.1%} of the training tokens are trained" if learnt else ""
     console.print(Panel(encoding.shown(first, tokenizer), title=title, title_align="left"))
     console.print(
-        f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
-        f"{data.trained / data.tokens:.1%} of the training tokens are trained.",
+        f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out{share}.",
         highlight=False,
         markup=False,
     )

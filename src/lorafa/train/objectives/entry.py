@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorafa.data.encoding import Encoding
 from lorafa.data.rows import ANSWERS, Reading
 
 
@@ -19,6 +20,8 @@ class Objective:
     """A frozen dataclass of its own settings, all with defaults; each is ``objective.<name>``."""
     reading: Reading = ANSWERS
     """What the rows of the data are read for."""
+    encoding: Encoding | None = None
+    """How records become samples; None: as the kind of model has it."""
     kind: str | None = None
     """The kind of model that it trains, a line of ``KINDS``; None: any."""
     loads_as: str | None = None
@@ -28,6 +31,12 @@ class Objective:
     where the samples of the run are trained on as they are, by our own trainer."""
     trainer: Callable[[Any], Any] | None = None
     """(:class:`lorafa.train.objectives.work.Work`) -> a trainer of TRL on it; None: our own."""
+    check: Callable[[Any, Any], None] | None = None
+    """(own settings, those of ``train``) raises ConfigError where the two do not go together."""
+    passes: Callable[[Any, Any, int], int] | None = None
+    """(own settings, those of ``train``, rows) -> how many samples a pass over them trains; None: as many as rows."""
+    require: Callable[[Any], None] | None = None
+    """(own settings) raises ConfigError where something they name is not there."""
     measure: str | None = None
     """The function that measures more on held-out rows than the loss of their answers, as "module:function"."""
     metrics: Mapping[str, str] | None = None

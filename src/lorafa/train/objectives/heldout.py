@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from lorafa.data.collate import padded
+from lorafa.data.records import Message
+from lorafa.data.unanswered import Unanswered
+from lorafa.evals.answering import ends_of
+from lorafa.evals.generation import generate_greedy
 from lorafa.models.modes import evaluating
+from lorafa.train.objectives.rewards import scorers
 
 if TYPE_CHECKING:
     from lorafa.train.settings.run import RunConfig
@@ -46,6 +51,25 @@ def scored(model: Any, tokenizer: Any, rows: Sequence[Row], config: RunConfig) -
         for which in ("chosen", "rejected")
     )
     return _compared(chosen, rejected)
+
+
+def rewarded(model: Any, tokenizer: Any, rows: Sequence[Row], config: RunConfig) -> dict[str, float]:
+    """The mean reward of the likeliest answers, by the weights that the training adds rewards up with."""
+    own = config.objective.own
+    prompts, ends = [row["prompt_ids"] for row in rows], ends_of(tokenizer, Unanswered((Message("user", "?"),)))
+    longest, size = own.max_completion_length, config.eval.batch_size
+    written = generate_greedy(model, tokenizer, prompts, batch_size=size, max_new_tokens=longest, ends=ends)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    told = {
+        "prompts": [row["prompt"] for row in rows],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": written,
+        "answer": [row["answer"] for row in rows],
+    }
+    rewards = scorers(own.rewards)
+    weights = own.reward_weights or [1.0] * len(rewards)
+    total = sum(weight * sum(reward(**told)) for weight, reward in zip(weights, rewards, strict=True))
+    return {"reward": total / len(rows)}
 
 
 @torch.no_grad()

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorafa.data.sources import OpenData
-from lorafa.errors import ConfigError
+from lorafa.errors import ConfigError, DataError
 from lorafa.models.kinds.entry import Kind
 from lorafa.processes import world_size
 from lorafa.train.objectives.needs import require_trl
 from lorafa.train.objectives.work import require_plain_head
+from lorafa.train.settings.init import start_of
 from lorafa.train.settings.model import ModelConfig
 
 if TYPE_CHECKING:
     from lorafa.train.objectives.rows import Rows
     from lorafa.train.settings.run import RunConfig
+
+OF_OBJECTIVES = {"reward": "reward"}
+"""Kinds of models that one objective alone trains."""
 
 
 def check_objective(config: RunConfig) -> None:
@@ -28,6 +32,8 @@ def check_objective(config: RunConfig) -> None:
     if entry.is_own:
         return
     require_trl(name)
+    if entry.require is not None:
+        entry.require(config.objective.own)
     if world_size() > 1:
         raise ConfigError(
             f"objective={name} trains in one process, and this is one of {world_size()}. Start it alone; train."
@@ -42,8 +48,21 @@ def kind_wanted(settings: ModelConfig, config: RunConfig) -> ModelConfig:
 
 
 def check_model(kind: Kind, config: RunConfig) -> None:
-    """Raises ConfigError for a model of a kind that the objective does not train."""
+    """Raises ConfigError for a model of a kind that the objective does not train, or a start that it has no loss for.
+    """
     entry = config.objective.entry
+    needs = start_of(config.init).initializer.needs
+    if not entry.answers and (needs or config.init.ranks is not None) and config.peft.adapter is None:
+        chosen = f"init.mode={config.init.mode}" if needs else f"init.ranks={config.init.ranks}"
+        raise ConfigError(
+            f"{chosen} reads what a model does with answers it learns, and objective={config.objective.name} "
+            "learns none. Take a start that reads no rows, such as init=kaiming or init=pissa."
+        )
+    if entry.is_own and kind.name in OF_OBJECTIVES:
+        raise ConfigError(
+            f"model.kind={kind.name} is trained by objective={OF_OBJECTIVES[kind.name]}, found objective="
+            f"{config.objective.name}. Set that, or leave model.kind out."
+        )
     if entry.kind is not None and kind.name != entry.kind:
         raise ConfigError(
             f"objective={config.objective.name} ({entry.words}) trains models of the kind {entry.kind}, and "
@@ -86,6 +105,22 @@ def check_rows(rows: Rows, model: Any, config: RunConfig, console: Console) -> N
             f"Rows stay in their order: objective={name} does not group them by length (train.group_by_length).",
             highlight=False,
         )
+
+
+def samples_of_pass(rows: Rows, config: RunConfig) -> int:
+    """How many samples a pass over the rows trains.
+
+    Raises:
+        DataError: the rows do not fill a step.
+    """
+    passes = config.objective.entry.passes
+    count = len(rows.train) if passes is None else passes(config.objective.own, config.train, len(rows.train))
+    if not count:
+        raise DataError(
+            f"The {len(rows.train)} rows to train on do not fill one step of objective={config.objective.name}. Lower "
+            "train.batch_size or train.accumulation, or give more rows."
+        )
+    return count
 
 
 def measured(model: Any, tokenizer: Any, rows: Rows, config: RunConfig) -> Mapping[str, float]:

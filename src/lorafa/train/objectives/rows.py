@@ -12,6 +12,7 @@ from lorafa.data.chat import IGNORE, Encoder, Sample, encode_prompts
 from lorafa.data.records import Record
 from lorafa.data.selection import Selection
 from lorafa.errors import ConfigError, DataError, warn
+from lorafa.train.objectives.rewards import scorers
 
 if TYPE_CHECKING:
     from lorafa.train.settings.run import RunConfig
@@ -125,6 +126,7 @@ def prompts(selection: Selection, tokenizer: Any, config: RunConfig) -> Rows:
     Raises:
         DataError: a prompt has tools or what chat templates alone read, or none leaves room.
     """
+    rewards, names = scorers(config.objective.own.rewards), ",".join(config.objective.own.rewards)
     counts, room = _Counts(), config.data.max_length - config.objective.own.max_completion_length
     if room < 1:
         raise ConfigError(
@@ -138,6 +140,12 @@ def prompts(selection: Selection, tokenizer: Any, config: RunConfig) -> Rows:
                 f"{record.place}: the prompt has tools, or more than role and content, which rewards are not given. "
                 "Delete the row."
             )
+        gold = _gold(record)
+        if lacks := next((lacks for reward in rewards if (lacks := reward.lacks(gold))), None):
+            raise DataError(
+                f"{_place(record, selection)} has {lacks}, and objective.reward={names} compares with one. Give a "
+                "column 'answer', or another reward."
+            )
         (ids,) = encode_prompts([record], tokenizer)
         if len(ids) > room:
             return counts.add(
@@ -145,7 +153,7 @@ def prompts(selection: Selection, tokenizer: Any, config: RunConfig) -> Rows:
                 "were left out"
             )
         asked = [{"role": message.role, "content": message.content} for message in record.question]
-        return {"prompt": asked, "prompt_ids": ids, "answer": _gold(record)}
+        return {"prompt": asked, "prompt_ids": ids, "answer": gold}
 
     return _made(selection, row, counts)
 

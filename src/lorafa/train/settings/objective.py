@@ -88,6 +88,8 @@ class ObjectiveConfig(OpenGroup):
                 "dropout, so that a model and its reference are compared by what they have learnt. Leave it out, or "
                 "set objective.dropout=true."
             )
+        if entry.check is not None:
+            entry.check(self.own, train)
         if train.measures and not entry.measures_loss:
             raise ConfigError(
                 f"The held-out loss of objective={name} says nothing of how well a model does, and would be measured "
