@@ -161,6 +161,8 @@ FILES = {
     "lists.jsonl": "n-best lists",
     "heldout.jsonl": "others of them",
     "more.csv": "more of them",
+    "pairs.jsonl": "prompts with a better and a worse answer",
+    "judged.jsonl": "prompts with an answer that is judged",
     "short.jsonl": "the short problems of GSM8K, which come from the Hub (recipes/short_problems.py)",
     "sql": "an adapter of the reader's own",
     "poems": "another one, of the same base",
@@ -212,6 +214,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     listed = {"hypotheses": [{"text": text, "score": 1.0} for text in ("a cat", "a hat")], "reference": "a cat"}
     for name in ("lists.jsonl", "heldout.jsonl"):
         write_rows(made / name, [listed])
+    preferred = [{"prompt": row["question"], "chosen": row["answer"], "rejected": "No."} for row in rows]
+    write_rows(made / "pairs.jsonl", preferred)
+    judged = [{"prompt": row["question"], "completion": row["answer"], "label": row["answer"] < "5"} for row in rows]
+    write_rows(made / "judged.jsonl", judged)
     (made / "recipes").symlink_to(ROOT / "recipes")
     model = transformers.AutoModelForCausalLM.from_pretrained(made / "path" / "to" / "model")
     lorafa.get_peft_model(model, lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).save_pretrained(
@@ -372,6 +378,10 @@ def tiny(words: tuple[str, ...], run: Path) -> list[str]:
     given = {word.lstrip("+").partition("=")[0] for word in words}
     if {"model=minilm-l6", "model.kind=classification"} & {*words}:
         given |= {"eval.max_new_tokens"}  # a classifier writes no answer
+    if "objective=reward" in words:
+        given |= {"eval.max_new_tokens"}  # nor does a model that scores them
+    if "objective=grpo" in words:
+        words = (*words, "objective.max_completion_length=8")
     said = given | ({"train.steps"} if "train=epoch" in words or "train.epochs" in given else set())
     phases: list[str] = []
     if "align.schedule=cyclic" in words:  # the shortest training that has room for one of the teacher
@@ -396,5 +406,7 @@ def test_the_command_for_one_s_own_model_and_records_trains(there: None, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("words", TRAINED, ids=" ".join)
 def test_every_command_that_trains_trains(words: tuple[str, ...], there: None, tmp_path: Path) -> None:
+    if any(word.startswith("objective=") for word in words):
+        pytest.importorskip("trl")
     assert main(tiny(words, tmp_path / "run")) == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -85,7 +85,7 @@ def _check(own: GrpoSettings, train: Any) -> None:
 def _samples_of_pass(own: GrpoSettings, train: Any, rows: int) -> int:
     """The answers to all prompts that fill whole steps."""
     prompts = train.batch_size * train.accumulation // own.num_generations
-    return rows // prompts * prompts * own.num_generations
+    return int(rows // prompts * prompts * own.num_generations)
 
 
 def _require(own: GrpoSettings) -> None:

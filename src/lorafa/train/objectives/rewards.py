@@ -83,8 +83,8 @@ class Scorer:
         except Exception as error:
             raise TrainingError(
                 f"The reward {self.name} failed on {len(completions)} answers: {type(error).__name__}: "
-                f"{first_line(error)}. It is called with prompts, completions, completion_ids and the columns of the rows "
-                "by name (answer): let it take them, and others (**columns)."
+                f"{first_line(error)}. It is called with prompts, completions, completion_ids and the columns of the "
+                "rows by name (answer): let it take them, and others (**columns)."
             ) from error
         return self._checked(found, len(completions))
 
