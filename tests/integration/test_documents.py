@@ -45,6 +45,7 @@ from lorafa.scripts.eval_gsm8k import parse as parse_evaluation
 from lorafa.scripts.run_exp import compose_published
 from lorafa.scripts.run_exp import parse as parse_script
 from lorafa.train.adapter_config import lora_config
+from toys.examples import tiny
 from toys.kinds import make_t5
 from toys.language_models import SMALL, llama
 from toys.layouts import write
@@ -365,30 +366,6 @@ def test_a_command_in_the_text_names_files_and_settings_that_are_there(words: tu
     script = ROOT / words[1]
     known = script.read_text() + (script.parent / "harness.py").read_text()
     assert [word for word in words if word.startswith("--") and f'"{word}"' not in known] == []
-
-
-TINY = {
-    "model": "path/to/model", "data": "mine.jsonl", "data.eval_size": "4", "eval.max_new_tokens": "4",
-    "train.steps": "2", "train.batch_size": "4",
-}  # fmt: skip
-"""What a run of seconds needs, where the command does not say otherwise."""
-
-
-def tiny(words: tuple[str, ...], run: Path) -> list[str]:
-    given = {word.lstrip("+").partition("=")[0] for word in words}
-    if {"model=minilm-l6", "model.kind=classification"} & {*words}:
-        given |= {"eval.max_new_tokens"}  # a classifier writes no answer
-    if "objective=reward" in words:
-        given |= {"eval.max_new_tokens"}  # nor does a model that scores them
-    if "objective=grpo" in words:
-        words = (*words, "objective.max_completion_length=8")
-    said = given | ({"train.steps"} if "train=epoch" in words or "train.epochs" in given else set())
-    phases: list[str] = []
-    if "align.schedule=cyclic" in words:  # the shortest training that has room for one of the teacher
-        said, phases = said | {"train.steps"}, ["train.steps=3"]
-        words = tuple(re.sub(r"^(align\.(task|teacher)_steps)=.*", r"\1=1", word) for word in words)
-    more = [f"{key}={value}" for key, value in TINY.items() if key not in said]
-    return [*words[1:], *more, *phases, f"run_dir={run}"]
 
 
 TRAINED = [

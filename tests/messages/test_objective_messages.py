@@ -30,7 +30,7 @@ REFUSED = {
     "objective=dpo objective.loss_type=sigmoyd": "objective.loss_type",
     "objective=dpo objective.label_smoothing=0.1": "objective.label_smoothing=0.1 would change nothing: "
     "loss_type=sigmoid does not read it. Take loss_type=robust, or leave it out.",
-    "objective=dpo objective.loss_type=robust objective.label_smoothing=0.5": "must be a number in [0, 0.5), found 0.5.",
+    "objective=dpo objective.loss_type=robust objective.label_smoothing=0.5": "a number in [0, 0.5), found 0.5.",
     "objective=dpo objective.loss_type=exo_pair objective.label_smoothing=0": "=0 makes exo_pair infinite",
     "objective=kto objective.desirable_weight=0 objective.undesirable_weight=0": "are both 0. Raise one.",
     "objective=kto train.batch_size=1": "objective=kto holds each answer against others of its batch, and "

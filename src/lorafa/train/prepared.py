@@ -79,7 +79,15 @@ class Prepared:
 
     def counted(self) -> dict[str, int]:
         """How many rows are trained on and held out, and how many were left out or cut."""
-        train, heldout = self.data.train, self.data.heldout
+        train, heldout, own = self.data.train, self.data.heldout, self.rows
+        if own is not None:
+            return {
+                "train": len(own.train),
+                "heldout": len(own.heldout),
+                "repeated": self.data.repeated,
+                "dropped": own.dropped,
+                "truncated": own.truncated,
+            }
         return {
             "train": len(train.samples),
             "heldout": len(heldout.samples),

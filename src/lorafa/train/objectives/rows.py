@@ -28,6 +28,10 @@ class Rows:
     heldout: list[Row]
     said: list[str] = field(default_factory=list)
     """What was left out or cut, a sentence each."""
+    dropped: int = 0
+    """Rows that were left out."""
+    truncated: int = 0
+    """Rows that were cut."""
 
     @property
     def sha256(self) -> str:
@@ -41,11 +45,18 @@ class _Counts:
 
     def __init__(self) -> None:
         self.of: dict[str, int] = {}
+        self.dropped = self.truncated = 0
 
-    def add(self, what: str) -> Row | None:
-        """Count a row; the answer of one that is left out."""
+    def left_out(self, what: str) -> Row | None:
+        """Count a row that is left out, and give none in its place."""
         self.of[what] = self.of.get(what, 0) + 1
+        self.dropped += 1
         return None
+
+    def cut(self, what: str) -> None:
+        """Count a row that is cut."""
+        self.of[what] = self.of.get(what, 0) + 1
+        self.truncated += 1
 
     def said(self) -> list[str]:
         return [f"{count:,} {what}." for what, count in self.of.items()]
@@ -69,11 +80,11 @@ def pairs(selection: Selection, tokenizer: Any, config: RunConfig) -> Rows:
         chosen, rejected = better.sample(record), worse.sample(_with_rejected(record))
         same.append((chosen.input_ids, chosen.truncated) == (rejected.input_ids, rejected.truncated))
         if not (chosen.trained and rejected.trained):
-            return counts.add("pairs have no answer within data.max_length and were left out")
+            return counts.left_out("pairs have no answer within data.max_length and were left out")
         if chosen.input_ids == rejected.input_ids:
-            return counts.add("pairs are the same answer twice, or within data.max_length, and were left out")
+            return counts.left_out("pairs are the same answer twice, or within data.max_length, and were left out")
         if chosen.truncated or rejected.truncated:
-            counts.add("pairs have an answer that was cut at data.max_length")
+            counts.cut("pairs have an answer that was cut at data.max_length")
         (prompt, one), (other_prompt, other) = (_divided(sample, record) for sample in (chosen, rejected))
         if prompt != other_prompt:
             raise DataError(
@@ -105,9 +116,9 @@ def judged(selection: Selection, tokenizer: Any, config: RunConfig) -> Rows:
             )
         sample = encoder.sample(record)
         if not sample.trained:
-            return counts.add("rows have no answer within data.max_length and were left out")
+            return counts.left_out("rows have no answer within data.max_length and were left out")
         if sample.truncated:
-            counts.add("rows have an answer that was cut at data.max_length")
+            counts.cut("rows have an answer that was cut at data.max_length")
         prompt, answer = _divided(sample, record)
         length = len(prompt) + len(answer)
         return {"prompt_ids": prompt, "completion_ids": answer, "label": record.desirable, "length": length}
@@ -148,7 +159,7 @@ def prompts(selection: Selection, tokenizer: Any, config: RunConfig) -> Rows:
             )
         (ids,) = encode_prompts([record], tokenizer)
         if len(ids) > room:
-            return counts.add(
+            return counts.left_out(
                 f"prompts are longer than {room} tokens (data.max_length less objective.max_completion_length) and "
                 "were left out"
             )
@@ -169,7 +180,7 @@ def _made(
     heldout = [made for record in selection.heldout if (made := row(record)) is not None]
     if not train:
         raise DataError(f"None of the rows of {selection.source} can be trained on: {' '.join(counts.said())}")
-    return Rows(train, heldout, counts.said())
+    return Rows(train, heldout, counts.said(), counts.dropped, counts.truncated)
 
 
 def _encoder(tokenizer: Any, config: RunConfig) -> Encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,11 +88,17 @@ class Work:
 
 @contextmanager
 def as_it_was(model: Any) -> Iterator[None]:
-    """What TRL replaces of a model, its ``forward``, is put back when the block ends."""
+    """What TRL replaces of a model, its ``forward``, is put back when the block ends.
+
+    Inside, TRL's own calls of old names of transformers (gradient_checkpointing) are not warned of: no user can change
+    them.
+    """
     inner = inner_model(model)
     own = vars(inner).get("forward")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*activation_checkpointing", category=FutureWarning)
+            yield
     finally:
         vars(inner).pop("forward", None)
         if own is not None:
