@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,8 +23,6 @@ class OnTrl(SteadyTrainer, AdapterCheckpoints):
         reference: the reference of the loss, where it has one; TRL itself may be given it as ``ref_model``.
     """
 
-    orders: ClassVar[bool] = True
-    """Whether the order of the rows is ours; else it is TRL's."""
     train_dataset: Any
     loss_is_scaled_for_ga: Any
     current_gradient_accumulation_steps: int
@@ -43,12 +41,6 @@ class OnTrl(SteadyTrainer, AdapterCheckpoints):
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
-
-    def _sampler(self, dataset: Any, batch_size: int, random: bool) -> Any:
-        return super()._sampler(dataset, batch_size, random) if self.orders else None
-
-    def _rows_of(self, batches: Any) -> str:
-        return ""
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: list[str] = list(getattr(self.train_dataset, "column_names", []))
