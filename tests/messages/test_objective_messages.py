@@ -47,7 +47,7 @@ REFUSED = {
     "objective=dpo scores each answer by itself.",
     "objective=orpo train.chunked_loss=false": "train.chunked_loss=false would change nothing: the loss",
     "objective=dpo model.kind=seq2seq": "objective=dpo trains a causal language model, found model.kind=seq2seq.",
-    "objective=reward model.kind=causal": "objective=reward trains a model that scores answers, found mod",
+    "objective=reward model.kind=causal": "objective=reward trains a reward model, found model.kind=causal.",
     "objective=dpo peft.lora_dropout=0.1": "peft.lora_dropout=0.1 would change nothing: objective=dpo trains without "
     "dropout, so that a model and its reference are compared by what they have learnt. Leave it out, or set "
     "objective.dropout=true.",
@@ -96,6 +96,21 @@ def test_another_version_of_trl_is_refused_by_name(found: str, monkeypatch: pyte
     text = f"objective=dpo trains by TRL {LOWEST} to below {BELOW}, found trl {found}, whose trainers"
     with pytest.raises(ConfigError, match=re.escape(text)):
         require_trl("dpo")
+
+
+def test_several_gpus_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "version", lambda name: LOWEST)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(ConfigError, match=r"objective=dpo trains on one GPU, and this process sees 4, among which TRL"):
+        check_objective(compose(["objective=dpo"]))
+    check_objective(compose([]))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "version", lambda name: LOWEST)
+    monkeypatch.setattr("lorafa.train.objectives.making.world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=r"objective=kto trains in one process, and this is one of 2. Start it alone"):
+        check_objective(compose(["objective=kto"]))
 
 
 def test_the_versions_are_those_of_the_extra() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,20 @@ def test_rows_of_one_answer_are_no_pairs(tmp_path: Path) -> None:
     for make, text in ((pairs, "has one answer, and objective=dpo compares two"), (judged, "does not say whether its")):
         with pytest.raises(DataError, match=text):
             make(selection(tmp_path, [{"prompt": "1", "completion": "2"}], PROMPTS), byte_tokenizer(), config_of("dpo"))
+
+
+def test_verdicts_that_outweigh_the_others_are_warned_of(tmp_path: Path) -> None:
+    def rows(good: int, bad: int) -> list[dict[str, Any]]:
+        return [{"prompt": f"{n}?", "completion": "2", "label": n < good} for n in range(good + bad)]
+
+    text = "4 good and 2 bad answers weigh 2 to 1 with their weights, where the paper advises 1 to 4/3: object"
+    with pytest.warns(UserWarning, match=re.escape(text)):
+        judged(selection(tmp_path, rows(4, 2), JUDGED), byte_tokenizer(), config_of("kto"))
+    with pytest.warns(UserWarning, match="All answers to train on are judged good"):
+        judged(selection(tmp_path, rows(3, 0), JUDGED), byte_tokenizer(), config_of("kto"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judged(selection(tmp_path, rows(4, 2), JUDGED), byte_tokenizer(), config_of("kto", {"desirable_weight": 0.5}))
 
 
 def test_a_prompt_without_the_answer_that_a_reward_needs_is_refused(tmp_path: Path) -> None:

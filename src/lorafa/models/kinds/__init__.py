@@ -18,7 +18,5 @@ KINDS: Registry[Kind] = Registry(
         "seq2seq": "lorafa.models.kinds.seq2seq:SEQ2SEQ",
     },
 )
-KIND_WORDS = {"causal": "a causal language model", "reward": "a model that scores answers"}
-"""What kinds are called that settings speak of before a model is loaded."""
 AUTO = "auto"
 """The setting that leaves the choice to the model's config."""

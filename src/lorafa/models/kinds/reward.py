@@ -24,6 +24,7 @@ class Reward(Classification):
     offers = frozenset()
     usual_eval = "loss"
     own_template = True
+    objective = "reward"
 
     def is_of(self, model: Any) -> bool:
         return False  # nothing but the objective says so

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from lorafa.data.sources import OpenData
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from lorafa.train.objectives.rows import Rows
     from lorafa.train.settings.run import RunConfig
 
-OF_OBJECTIVES = {"reward": "reward"}
-"""Kinds of models that one objective alone trains."""
-
 
 def check_objective(config: RunConfig) -> None:
     """Raises ConfigError where the objective cannot be trained here at all; nothing is loaded for that."""
@@ -34,6 +32,11 @@ def check_objective(config: RunConfig) -> None:
     require_trl(name)
     if entry.require is not None:
         entry.require(config.objective.own)
+    if torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"objective={name} trains on one GPU, and this process sees {torch.cuda.device_count()}, among which TRL "
+            "would divide batches. Show it one: CUDA_VISIBLE_DEVICES=0."
+        )
     if world_size() > 1:
         raise ConfigError(
             f"objective={name} trains in one process, and this is one of {world_size()}. Start it alone; train."
@@ -58,9 +61,9 @@ def check_model(kind: Kind, config: RunConfig) -> None:
             f"{chosen} reads what a model does with answers it learns, and objective={config.objective.name} "
             "learns none. Take a start that reads no rows, such as init=kaiming or init=pissa."
         )
-    if entry.is_own and kind.name in OF_OBJECTIVES:
+    if kind.objective not in (None, config.objective.name):
         raise ConfigError(
-            f"model.kind={kind.name} is trained by objective={OF_OBJECTIVES[kind.name]}, found objective="
+            f"model.kind={kind.name} is trained by objective={kind.objective}, found objective="
             f"{config.objective.name}. Set that, or leave model.kind out."
         )
     if entry.kind is not None and kind.name != entry.kind:

@@ -127,6 +127,15 @@ def judged(selection: Selection, tokenizer: Any, config: RunConfig) -> Rows:
     if len({one["label"] for one in rows.train}) == 1:
         verdict = "good" if rows.train[0]["label"] else "bad"
         warn(f"All answers to train on are judged {verdict}, so nothing says what the others would be.")
+        return rows
+    own, good = config.objective.own, sum(one["label"] for one in rows.train)
+    bad = len(rows.train) - good
+    ratio = own.desirable_weight * good / (own.undesirable_weight * bad) if own.undesirable_weight else 0.0
+    if own.undesirable_weight and not 1 <= ratio <= 4 / 3:
+        warn(
+            f"{good:,} good and {bad:,} bad answers weigh {ratio:.3g} to 1 with their weights, where the paper advises "
+            f"1 to 4/3: objective.desirable_weight={own.undesirable_weight * bad / good:.3g} is 1, for example."
+        )
     return rows
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorafa.errors import ConfigError
-from lorafa.models.kinds import AUTO, KIND_WORDS
+from lorafa.models.kinds import AUTO, KINDS
 from lorafa.registry import Registry
 from lorafa.settings.checks import check_flag
 from lorafa.settings.groups import OpenGroup
@@ -79,7 +79,7 @@ class ObjectiveConfig(OpenGroup):
             )
         if entry.kind is not None and model.kind not in (AUTO, entry.kind):
             raise ConfigError(
-                f"objective={name} trains {KIND_WORDS.get(entry.kind, entry.kind)}, found model.kind={model.kind}. "
+                f"objective={name} trains {KINDS.get(entry.kind).words}, found model.kind={model.kind}. "
                 "Leave model.kind out, or take objective=sft."
             )
         if peft.lora_dropout and peft.adapter is None and not self.dropout:
