@@ -12,6 +12,8 @@ from lorafa.conf.compose import compose
 from lorafa.errors import ConfigError, TrainingError
 from lorafa.models.kinds.causal import CAUSAL
 from lorafa.models.kinds.seq2seq import SEQ2SEQ
+from lorafa.runs.measures import final_loss
+from lorafa.runs.record import RunDirectory
 from lorafa.train.objectives import OBJECTIVES, needs
 from lorafa.train.objectives.making import check_model, check_objective
 from lorafa.train.objectives.needs import BELOW, LOWEST, require_trl
@@ -19,6 +21,7 @@ from lorafa.train.objectives.rewards import Scorer, scorers
 from lorafa.train.objectives.work import require_plain_head
 from toys.objectives import adapted
 from toys.places import ROOT
+from toys.runs import make_run
 
 REFUSED = {
     "objective=dop": "objective has no option 'dop'. Did you mean 'dpo'? Known: dpo, grpo, kto, orpo, reward, sft.",
@@ -155,6 +158,13 @@ def test_what_is_trained_on_the_head_is_refused_where_it_would_be_passed_by(chan
     with pytest.raises(ConfigError, match="multiplies by the weight of the output head itself, so what is trained"):
         require_plain_head(adapted(**changes), "dpo")
     require_plain_head(adapted(), "dpo")
+
+
+def test_runs_without_a_loss_of_answers_are_not_compared_by_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", loss=1.0, after={"preference_accuracy": 0.75, "preference_margin": 1.5})
+    text = "measures preference_accuracy, preference_margin and no loss of answers, by which runs are compared."
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        final_loss(RunDirectory.open(run))
 
 
 # ---- rewards
