@@ -10,7 +10,6 @@ from typing import Any
 
 from lorafa.errors import ConfigError
 from lorafa.models.wrapped import inner_model
-from lorafa.train.objectives.entry import Objective
 from lorafa.train.objectives.on_trl import OnTrl
 from lorafa.train.objectives.reference import Reference
 from lorafa.train.objectives.rows import Rows
@@ -32,11 +31,6 @@ class Work:
     more: Mapping[str, Any]
     """What any trainer is told beside: its callbacks."""
     _reference: Reference | None = field(default=None, init=False)
-
-    @property
-    def entry(self) -> Objective:
-        """The objective."""
-        return self.config.objective.entry
 
     @property
     def own(self) -> Any:
