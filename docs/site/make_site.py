@@ -37,7 +37,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     "Read this first": ("README", "docs/concepts", "docs/how-to-choose", "docs/peft", "docs/from-others"),
     "Training": (
         *("docs/training", "docs/starts", "docs/variants", "docs/optimizers", "docs/quantized", "docs/alignment"),
-        *("docs/plan", "docs/params", "docs/published-commands"),
+        *("docs/objectives", "docs/plan", "docs/params", "docs/published-commands"),
     ),
     "Measuring": ("docs/benchmarks", "docs/evaluation", "docs/inspecting", "docs/claims", "docs/unification"),
     "Finished adapters": (

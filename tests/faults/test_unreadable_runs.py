@@ -49,7 +49,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_whose_loss_is_not_finite_has_failed(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lorafa.train.recipe.answer_loss", lambda *_, **__: float("nan"))
+    monkeypatch.setattr("lorafa.train.measuring.answer_loss", lambda *_, **__: float("nan"))
     run = tmp_path / "run"
     assert main(["train", *settings(workplace, run), *SHORT]) == 1
     said = " ".join(capsys.readouterr().err.split())

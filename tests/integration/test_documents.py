@@ -45,6 +45,7 @@ from lorafa.scripts.eval_gsm8k import parse as parse_evaluation
 from lorafa.scripts.run_exp import compose_published
 from lorafa.scripts.run_exp import parse as parse_script
 from lorafa.train.adapter_config import lora_config
+from toys.examples import tiny
 from toys.kinds import make_t5
 from toys.language_models import SMALL, llama
 from toys.layouts import write
@@ -161,6 +162,8 @@ FILES = {
     "lists.jsonl": "n-best lists",
     "heldout.jsonl": "others of them",
     "more.csv": "more of them",
+    "pairs.jsonl": "prompts with a better and a worse answer",
+    "judged.jsonl": "prompts with an answer that is judged",
     "short.jsonl": "the short problems of GSM8K, which come from the Hub (recipes/short_problems.py)",
     "sql": "an adapter of the reader's own",
     "poems": "another one, of the same base",
@@ -212,6 +215,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     listed = {"hypotheses": [{"text": text, "score": 1.0} for text in ("a cat", "a hat")], "reference": "a cat"}
     for name in ("lists.jsonl", "heldout.jsonl"):
         write_rows(made / name, [listed])
+    preferred = [{"prompt": row["question"], "chosen": row["answer"], "rejected": "No."} for row in rows]
+    write_rows(made / "pairs.jsonl", preferred)
+    judged = [{"prompt": row["question"], "completion": row["answer"], "label": row["answer"] < "5"} for row in rows]
+    write_rows(made / "judged.jsonl", judged)
     (made / "recipes").symlink_to(ROOT / "recipes")
     model = transformers.AutoModelForCausalLM.from_pretrained(made / "path" / "to" / "model")
     lorafa.get_peft_model(model, lorafa.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).save_pretrained(
@@ -361,26 +368,6 @@ def test_a_command_in_the_text_names_files_and_settings_that_are_there(words: tu
     assert [word for word in words if word.startswith("--") and f'"{word}"' not in known] == []
 
 
-TINY = {
-    "model": "path/to/model", "data": "mine.jsonl", "data.eval_size": "4", "eval.max_new_tokens": "4",
-    "train.steps": "2", "train.batch_size": "4",
-}  # fmt: skip
-"""What a run of seconds needs, where the command does not say otherwise."""
-
-
-def tiny(words: tuple[str, ...], run: Path) -> list[str]:
-    given = {word.lstrip("+").partition("=")[0] for word in words}
-    if {"model=minilm-l6", "model.kind=classification"} & {*words}:
-        given |= {"eval.max_new_tokens"}  # a classifier writes no answer
-    said = given | ({"train.steps"} if "train=epoch" in words or "train.epochs" in given else set())
-    phases: list[str] = []
-    if "align.schedule=cyclic" in words:  # the shortest training that has room for one of the teacher
-        said, phases = said | {"train.steps"}, ["train.steps=3"]
-        words = tuple(re.sub(r"^(align\.(task|teacher)_steps)=.*", r"\1=1", word) for word in words)
-    more = [f"{key}={value}" for key, value in TINY.items() if key not in said]
-    return [*words[1:], *more, *phases, f"run_dir={run}"]
-
-
 TRAINED = [
     words for words in COMMANDS if words[:2] == ("lorafa", "train") and not {"--help", "--dry-run"} & {*words}
     and not any(word.startswith("train.resume=") for word in words) and "-m" not in words  # a run each, elsewhere
@@ -396,5 +383,7 @@ def test_the_command_for_one_s_own_model_and_records_trains(there: None, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("words", TRAINED, ids=" ".join)
 def test_every_command_that_trains_trains(words: tuple[str, ...], there: None, tmp_path: Path) -> None:
+    if any(word.startswith("objective=") for word in words):
+        pytest.importorskip("trl")
     assert main(tiny(words, tmp_path / "run")) == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -17,7 +17,7 @@ from lorafa import PeftModel
 from lorafa.backends.nf4 import NF4Linear
 from lorafa.cli.main import main
 from lorafa.runs.record import RunDirectory
-from lorafa.train import recipe
+from lorafa.train import measuring, recipe
 from toys.workplace import make_workplace, metrics, read, settings
 
 SHORT = ["+init=loftq", "init.loftq_iter=2", "train.steps=4", "train.checkpoint_every=2", "eval.size=2"]
@@ -42,7 +42,7 @@ def dense(workplace: Path) -> nn.Module:
 
 def answer_loss(model: Any, run: Path) -> float:
     prepared = recipe.prepare(RunDirectory.open(run).config(), Console(quiet=True))
-    return recipe.answer_loss(model, prepared.data.heldout.samples, prepared.collator, 4)
+    return measuring.answer_loss(model, prepared.data.heldout.samples, prepared.collator, 4)
 
 
 def test_it_is_evaluated_on_the_codes_before_and_after(finished: Path, workplace: Path) -> None:

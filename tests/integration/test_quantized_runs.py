@@ -17,7 +17,7 @@ from lorafa.cli.main import main
 from lorafa.models import QUANTIZERS
 from lorafa.runs.record import RunDirectory
 from lorafa.runs.trained import trained_model
-from lorafa.train import recipe
+from lorafa.train import measuring, recipe
 from toys.workplace import at_step, make_workplace, metrics, read, settings
 
 SHORT = ["train.steps=6", "train.checkpoint_every=2", "eval.size=2"]
@@ -43,7 +43,7 @@ def quantized(model: nn.Module) -> int:
 
 def loss_of(model: Any, run: Path) -> float:
     prepared = recipe.prepare(RunDirectory.open(run).config(), Console(quiet=True))
-    return recipe.answer_loss(model.eval(), prepared.data.heldout.samples, prepared.collator, 4)
+    return measuring.answer_loss(model.eval(), prepared.data.heldout.samples, prepared.collator, 4)
 
 
 @pytest.mark.matrix(3, each_word=False)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafa import PeftModel
 from lorafa.cli.main import main
-from lorafa.train import recipe, trainer
+from lorafa.train import measuring, recipe, trainer
 from toys.workplace import STEPS, make_workplace, metrics, read, settings
 
 
@@ -78,7 +78,7 @@ def test_the_saved_adapter_gives_the_loss_the_run_reported(
     prepared = recipe.prepare(config, Console(quiet=True))
     base = AutoModelForCausalLM.from_pretrained(workplace / "model")
     loaded = PeftModel.from_pretrained(base, str(finished / "adapter"))
-    loss = recipe.answer_loss(loaded, prepared.data.heldout.samples, prepared.collator, 4)
+    loss = measuring.answer_loss(loaded, prepared.data.heldout.samples, prepared.collator, 4)
     assert loss == pytest.approx(read(finished / "result.json")["after"]["loss"], rel=1e-5)
 
 

@@ -164,7 +164,7 @@ ASKED_ELSEWHERE = {
     ("io/layouts/mlx.py", "dora"): "no formula, but MLX's word in its configs",
     ("io/card.py", "lora"): "no formula, but a tag of model cards",
     ("runs/formats.py", "lora_ga"): "what earlier versions have written under that name",
-    ("train/trainer.py", "random"): "no start, but transformers' name of an order of rows",
+    ("train/steady.py", "random"): "no start, but transformers' name of an order of rows",
     ("initializers/lora_ga.py", "random"): "no start, but one of LoRA-GA's directions",
     ("layers/asked.py", "gaussian"): "no start of an adapter, but how PEFT's method draws factors anew",
     ("scripts/translate.py", "gaussian"): "no start, but how the published scripts draw a factor",

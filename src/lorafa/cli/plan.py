@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorafa.costs.sizes import size
+from lorafa.errors import ConfigError
 from lorafa.models import MODELS
 
 if TYPE_CHECKING:
@@ -110,6 +111,12 @@ def plan(config: RunConfig, console: Console, probed: bool = False) -> Planned:
     from lorafa.train.progress import progress_bar
     from lorafa.train.records import answers_of, find_records
 
+    if not config.objective.entry.is_own:
+        raise ConfigError(
+            f"lorafa plan counts trainings of answers (objective=sft), found objective={config.objective.name}, whose "
+            "steps are TRL's. Plan the same settings without it: a pair is two rows of a batch, and a reference is one "
+            "more forward pass and a copy of what is trained."
+        )
     quiet = Terminal(quiet=True)
     why = _not_read(config)
     found = None if why else find_records(config.data)

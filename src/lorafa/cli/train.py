@@ -35,6 +35,7 @@ examples:
                                                    several sources, three rows of one for one of the other
   lorafa train peft=dora init=pissa peft.r=32      another method, another start, another rank
   lorafa train optim.lr=5e-4 train.steps=300       other numbers
+  lorafa train objective=dpo data=pairs.jsonl      prefer one of two answers (TRL); orpo, kto, reward, grpo
   lorafa train train.resume=runs/20260101-120000-lora-r16
                                                    continue a run that was cut short
   lorafa train train.resume=runs/20260101-120000-lora-r16 train.steps=200

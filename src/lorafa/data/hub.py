@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from lorafa.data.cells import Row, as_row
 from lorafa.data.entry import DataSet
 from lorafa.data.files import FileSettings, is_file, no_such_data_set
 from lorafa.data.records import Record
+from lorafa.data.rows import Reading
 from lorafa.data.source import Columns, Source, digest_of, no_rows
 from lorafa.errors import SourceError, first_line
 from lorafa.storage.paths import user_path
@@ -53,7 +54,7 @@ class HubRows:
 
     def records(self, chosen: Chosen | None = None) -> Iterator[tuple[int, Record]]:
         if not len(self._dataset):
-            raise no_rows(self.name)
+            raise no_rows(self.name, self._columns.reading)
         convert = self._columns.of(self.name, self._dataset[0])
         rows, numbers = self._dataset, list(range(len(self._dataset))) if chosen is None else []
         if chosen is not None:
@@ -64,6 +65,9 @@ class HubRows:
 
     def digest(self) -> str:
         return digest_of(repr(row) for row in self._dataset)
+
+    def read_for(self, reading: Reading) -> Source:
+        return HubRows(self.name, self._dataset, replace(self._columns, reading=reading))
 
 
 def _open(name: str, settings: HubSettings) -> Source:

@@ -37,6 +37,10 @@ class Record:
     """Where the row stands, for messages: "rows.jsonl, line 3"."""
     plain: bool = False
     """Whether its one turn is a text of its own: written without a chat template, and trained whole."""
+    rejected: tuple[Message, ...] = ()
+    """The turns of a worse answer to the same question; none where the row has one answer."""
+    desirable: bool | None = None
+    """Whether the answer is a good one, where the row says so."""
 
     @property
     def question(self) -> tuple[Message, ...]:

@@ -31,27 +31,58 @@ class Form:
         return self.words or " + ".join(self.columns)
 
 
-def converter(name: str, first: Row, prompt_column: str | None, completion_column: str | None) -> Convert:
-    """How a row becomes a record, judged by the columns of the first one."""
+@dataclass(frozen=True)
+class Reading:
+    """What rows are read for: the forms they may have."""
+
+    name: str
+    forms: tuple[Form, ...]
+    takes_columns: bool = True
+    """Whether two columns, a prompt and an answer, can be named in their place."""
+
+    def __repr__(self) -> str:
+        return self.name  # which tells it from others in fingerprints
+
+    @property
+    def accepted(self) -> str:
+        """The forms in words."""
+        return "; ".join(map(str, self.forms))
+
+
+def converter(
+    name: str, first: Row, prompt_column: str | None, completion_column: str | None, reading: Reading | None = None
+) -> Convert:
+    """How a row becomes a record, judged by the columns of the first one.
+
+    Args:
+        reading: what the rows are read for; None: answers to learn.
+    """
+    reading = ANSWERS if reading is None else reading
     if prompt_column is not None and completion_column is not None:
+        if not reading.takes_columns:
+            raise DataError(
+                f"data.prompt_column and data.completion_column name a prompt and its one answer, and here the rows "
+                f"are read as {reading.accepted}. Rename the columns of {name} in their place."
+            )
         missing = [column for column in (prompt_column, completion_column) if column not in first]
         if missing:
             raise DataError(
                 f"{name} has no column {missing[0]!r}.{did_you_mean(missing[0], first)} "
                 f"Its columns are: {columns(first)}."
             )
-        return partial(_pair, prompt_column=prompt_column, completion_column=completion_column, answer_of=label_of)
-    for at, form in enumerate(FORMS):
+        return partial(pair, prompt_column=prompt_column, completion_column=completion_column, answer_of=label_of)
+    forms = reading.forms
+    for at, form in enumerate(forms):
         if all(column in first for column in form.columns):
-            return partial(_of_form, form=form, earlier=FORMS[:at]) if at else form.convert
+            return partial(_of_form, form=form, earlier=forms[:at]) if at else form.convert
     if "hypotheses" in first:
         raise DataError(
             f"{name} holds n-best lists (its columns are: {columns(first)}), which no kind of model trains on by "
             "itself. recipes/rescoring.py trains an encoder to choose among their hypotheses."
         )
     raise DataError(
-        f"{name} has the columns {columns(first)}; accepted are: {ACCEPTED}. "
-        "Rename the columns, or name two of them with data.prompt_column and data.completion_column."
+        f"{name} has the columns {columns(first)}; accepted are: {reading.accepted}. Rename the columns"
+        f"{', or name two of them with data.prompt_column and data.completion_column' * reading.takes_columns}."
     )
 
 
@@ -67,13 +98,14 @@ def _of_form(row: Row, place: str, form: Form, earlier: Sequence[Form]) -> Recor
     return form.convert(row, place)
 
 
-def _pair(
+def pair(
     row: Row,
     place: str,
     prompt_column: str,
     completion_column: str,
     answer_of: Callable[[Row, str, str], str] = text_of,
 ) -> Record:
+    """The record of a prompt and its answer: two texts, or two lists of messages."""
     named = (prompt_column, completion_column)
     beside = {column: row[column] for column in _BESIDE if column in row and column not in named}
     lists = [isinstance(row.get(column), list) for column in named]
@@ -104,7 +136,8 @@ def _pair_of_lists(row: Row, beside: Row, place: str, named: tuple[str, str], bo
     return _conversation(beside, place, named[0], [*read, *answered])
 
 
-def _turns(row: Row, place: str, column: str) -> Record:
+def turns(row: Row, place: str, column: str) -> Record:
+    """The record of a conversation."""
     return _conversation(row, place, column, turns_of(row, place, column))
 
 
@@ -151,19 +184,21 @@ def _refuse_beside(row: Row, place: str, column: str, names: Sequence[str]) -> N
 
 
 FORMS = (
-    Form(("messages",), partial(_turns, column="messages")),
-    Form(("prompt", "completion"), partial(_pair, prompt_column="prompt", completion_column="completion")),
-    Form(("question", "answer"), partial(_pair, prompt_column="question", completion_column="answer")),
+    Form(("messages",), partial(turns, column="messages")),
+    Form(("prompt", "completion"), partial(pair, prompt_column="prompt", completion_column="completion")),
+    Form(("question", "answer"), partial(pair, prompt_column="question", completion_column="answer")),
     Form(
         ("instruction", "output"),
-        partial(_pair, prompt_column="instruction", completion_column="output"),
+        partial(pair, prompt_column="instruction", completion_column="output"),
         "instruction (+ input) + output",
     ),
-    Form(("conversations",), partial(_turns, column="conversations")),
+    Form(("conversations",), partial(turns, column="conversations")),
     Form(("text",), _plain),
 )
 """The accepted forms; a row is of the first whose columns it has."""
-ACCEPTED = "; ".join(map(str, FORMS))
+ANSWERS = Reading("answers", FORMS)
+"""Rows with an answer to learn."""
+ACCEPTED = ANSWERS.accepted
 
 
 def record_of(messages: tuple[Message, ...], place: str, tools: tuple[Any, ...] = ()) -> Record:

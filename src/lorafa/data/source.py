@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from lorafa.data.cells import Row
 from lorafa.data.records import Record
-from lorafa.data.rows import ACCEPTED, Convert, converter
+from lorafa.data.rows import ANSWERS, Convert, Reading, converter
 from lorafa.data.tables import Table
 from lorafa.errors import DataError, shorten, warn
 
@@ -39,6 +39,9 @@ class Source(Protocol):
     def digest(self) -> str:
         """What changes where any of the records does."""
 
+    def read_for(self, reading: Reading) -> Source:
+        """The same rows, read for something else; records that are there already stay what they are."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -46,10 +49,12 @@ class Columns:
 
     prompt: str | None = None
     completion: str | None = None
+    reading: Reading = ANSWERS
+    """What the rows are read for."""
 
     def of(self, name: str, first: Row) -> Convert:
         """How the rows become records, judged by the first one."""
-        return converter(name, first, self.prompt, self.completion)
+        return converter(name, first, self.prompt, self.completion, self.reading)
 
 
 class ListedRecords:
@@ -68,6 +73,9 @@ class ListedRecords:
     def digest(self) -> str:
         return digest_of(map(repr, self._records))
 
+    def read_for(self, reading: Reading) -> Source:
+        return self
+
 
 class ListedRows:
     """Rows that are at hand, each with where it stands."""
@@ -82,7 +90,7 @@ class ListedRows:
 
     def records(self, chosen: Chosen | None = None) -> Iterator[tuple[int, Record]]:
         if not len(self._rows):
-            raise no_rows(self.name)
+            raise no_rows(self.name, self._columns.reading)
         convert = self._columns.of(self.name, self._rows[0][1])
         for number in range(len(self._rows)):
             if chosen is None or chosen[number]:
@@ -91,6 +99,9 @@ class ListedRows:
 
     def digest(self) -> str:
         return digest_of(repr(row) for row in self._rows)
+
+    def read_for(self, reading: Reading) -> Source:
+        return ListedRows(self.name, self._rows, replace(self._columns, reading=reading))
 
 
 class Tables:
@@ -106,7 +117,7 @@ class Tables:
 
     def records(self, chosen: Chosen | None = None) -> Iterator[tuple[int, Record]]:
         if not self.count():
-            raise no_rows(self.name)
+            raise no_rows(self.name, self._columns.reading)
         base = 0
         for table, count, convert in zip(self._tables, self._counts, self._converters, strict=True):
             if convert is not None:
@@ -116,6 +127,9 @@ class Tables:
 
     def digest(self) -> str:
         return digest_of(text for table in self._tables for text in (str(table.path), table.digest()))
+
+    def read_for(self, reading: Reading) -> Source:
+        return Tables(self.name, self._tables, replace(self._columns, reading=reading))
 
     @cached_property
     def _counts(self) -> list[int]:
@@ -137,9 +151,9 @@ class Tables:
         return self._columns.of(str(table.path), first)
 
 
-def no_rows(name: str) -> DataError:
+def no_rows(name: str, reading: Reading = ANSWERS) -> DataError:
     """The error for a source that is empty."""
-    return DataError(f"{name} holds no rows. Each row has one of these sets of columns: {ACCEPTED}.")
+    return DataError(f"{name} holds no rows. Each row has one of these sets of columns: {reading.accepted}.")
 
 
 def digest_of(texts: Iterator[str]) -> str:

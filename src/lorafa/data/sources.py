@@ -12,6 +12,7 @@ from lorafa.data.entry import DataSet, Wanted
 from lorafa.data.files import ENDINGS, no_such_data_set
 from lorafa.data.heldout import USUAL, check_size, with_heldout_of
 from lorafa.data.records import Record, Records
+from lorafa.data.rows import ANSWERS, Reading
 from lorafa.data.selection import Division, Selection, as_loaded, select
 from lorafa.data.shares import check_weights, names_of
 from lorafa.data.source import Source, digest_of
@@ -27,6 +28,8 @@ class Choice:
     division: Division
     eval_file: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    reading: Reading = ANSWERS
+    """What the rows are read for."""
 
 
 def load_records(
@@ -149,9 +152,9 @@ def open_data(choice: Choice) -> OpenData:
             return OpenData(choice, (), None)
     else:
         check_keys("data=[...]", choice.settings, [name for entry in entries.values() for name in _own_names(entry)])
-    sources = tuple(_opened(name, entry, choice.settings) for name, entry in entries.items())
+    sources = tuple(_opened(name, entry, choice.settings).read_for(choice.reading) for name, entry in entries.items())
     heldout = None if choice.eval_file is None else _of_file(choice.eval_file, choice.settings)
-    return OpenData(choice, sources, heldout)
+    return OpenData(choice, sources, heldout and heldout.read_for(choice.reading))
 
 
 def _entry(name: str) -> DataSet:
@@ -195,7 +198,8 @@ def _loaded(choice: Choice) -> Selection:
         trained = entry.load(Wanted(name, whole, 0, division.seed), own)
         held = None if entry.read_heldout is None else entry.read_heldout(choice.eval_file)
         if held is None:
-            held = select([_of_file(choice.eval_file, choice.settings)], Division(None, 0, division.seed)).records()
+            own_rows = _of_file(choice.eval_file, choice.settings).read_for(choice.reading)
+            held = select([own_rows], Division(None, 0, division.seed)).records()
         return as_loaded(with_heldout_of(trained, held, division.train_size))
     if not entry.counts and not isinstance(eval_size, int):
         if eval_size is not None:

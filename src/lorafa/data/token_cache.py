@@ -198,5 +198,5 @@ def records_as_json(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def record_of_json(plain: Mapping[str, Any]) -> Record:
     """The record that was written so."""
-    messages = tuple(Message(**message) for message in plain["messages"])
-    return Record(**{**plain, "messages": messages, "tools": tuple(plain["tools"])})
+    turns = {name: tuple(Message(**message) for message in plain[name]) for name in ("messages", "rejected")}
+    return Record(**{**plain, **turns, "tools": tuple(plain["tools"])})

@@ -45,7 +45,7 @@ def prompts_of(name: str) -> list[Unanswered]:
         DataError: it holds none, or one is empty or waits for no answer; it is named by its place.
     """
     whole = name.lower().endswith(TEXT)
-    found = _lines(name) if whole else [_of_row(row, place) for place, row in read_rows(user_path(name))]
+    found = _lines(name) if whole else [prompt_of(row, place) for place, row in read_rows(user_path(name))]
     if not found:
         raise DataError(f"{name} holds no prompts. Give one a line, or rows with {', '.join(_WAYS)}.")
     return found
@@ -70,7 +70,12 @@ def _lines(name: str) -> list[Unanswered]:
     return found
 
 
-def _of_row(row: Row, place: str) -> Unanswered:
+def prompt_of(row: Row, place: str) -> Unanswered:
+    """The prompt in a row.
+
+    Raises:
+        DataError: it has none, or one that is empty or waits for no answer.
+    """
     way = next((column for column in _WAYS if column in row), None)
     if way is None:
         raise DataError(f"{place}: no column of {', '.join(_WAYS)}; this row has {columns(row)}. Rename one.")

@@ -35,6 +35,11 @@ def final_loss(run: RunDirectory) -> float:
         return math.inf
     after = result.get("after") or {}
     if "loss" not in after:
+        if own := [name for name in after if name != "forgetting"]:
+            raise ConfigError(
+                f"The run {str(run.path)!r} measures {', '.join(own)} and no loss of answers, by which runs are "
+                "compared. `lorafa report` shows runs of such an objective side by side."
+            )
         raise ConfigError(
             f"The run {str(run.path)!r} holds no rows out, so it has no loss to be compared by. Set data.eval_size."
         )

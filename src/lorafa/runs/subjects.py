@@ -26,6 +26,7 @@ from lorafa.runs.trained import trained_model
 from lorafa.storage.hub import locate
 from lorafa.storage.paths import user_path
 from lorafa.train.base_model import fetch_base, load_base, trained_whole, with_kind_of
+from lorafa.train.objectives.making import make_rows
 from lorafa.train.records import find_records, make_samples
 from lorafa.train.settings.model import ModelConfig
 
@@ -134,10 +135,13 @@ def held_out(run: RunDirectory, model: Any, tokenizer: Any, console: Console) ->
         DataError: it holds none out, or its data is not what it was.
     """
     config = run.config()
-    data = find_records(config.data)
-    samples = make_samples(data, tokenizer, config.data, console, kind_of(model).encoding(model))
+    objective = config.objective.entry
+    data = find_records(config.data, objective.reading)
+    encoding = objective.encoding or kind_of(model).encoding(model)
+    samples = make_samples(data, tokenizer, config.data, console, encoding)
+    own = make_rows(data, tokenizer, config)
     recorded = run.result().get("samples_sha256")
-    if recorded not in (None, samples.sha256):
+    if recorded not in (None, samples.sha256 if own is None else own.sha256):
         raise DataError(
             f"{samples.source} does not give the samples that the run {str(run.path)!r} was trained on, so what it "
             "holds out may not be what it held out then. Restore the records, or give others: data=<file>."

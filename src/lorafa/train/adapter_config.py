@@ -80,5 +80,7 @@ def _dropout(config: RunConfig) -> float:
     given = config.peft.lora_dropout
     if given is not None:
         return given
+    if not config.objective.entry.is_own and not config.objective.dropout:
+        return 0.0
     start = start_of(config.init).initializer
     return 0.0 if start.moves_base and start.variant is None else 0.05

@@ -48,10 +48,10 @@ def not_for(name: str, kind: Kind, *, of_run: bool = True) -> str:
     Args:
         of_run: it is asked for in a training (``eval=``); False: in `lorafa eval` (``task=``).
     """
-    return (
-        f"{'eval' if of_run else 'task'}={name} asks what {kind.words} (model.kind={kind.name}) has no answer to. Give "
-        f"one of: {', '.join(fitting(kind, of_run=of_run))}."
-    )
+    why = f"{'eval' if of_run else 'task'}={name} asks what {kind.words} (model.kind={kind.name}) has no answer to."
+    if fit := fitting(kind, of_run=of_run):
+        return f"{why} Give one of: {', '.join(fit)}."
+    return f"{why} Such models are measured by the run that trains them (objective={kind.objective}), before and after."
 
 
 def fitting(kind: Kind, *, of_run: bool) -> list[str]:

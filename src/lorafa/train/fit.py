@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ class Material:
     """How the alignment with a teacher is made; None: there is no teacher."""
     on_decision: Callable[[Decision], None] | None = None
     """Is told what the schedule of the teacher decides."""
+    make: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
+    """(what TrainingArguments are told, what a trainer is told beside) -> the trainer of an objective that is not ours;
+    None: ours."""
+    pass_length: int | None = None
+    """How many samples a pass over the rows trains; None: as many as there are."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples a pass trains."""
+        return len(self.train) if self.pass_length is None else self.pass_length
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,11 @@ def in_steps(config: RunConfig, rows: int) -> RunConfig:
 
 def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> TrainingArguments:
     """The settings as `transformers.Trainer` takes them, and ``more`` of its own."""
+    return TrainingArguments(**training_settings(config, output_dir), **more)
+
+
+def training_settings(config: RunConfig, output_dir: Path) -> dict[str, Any]:
+    """What `transformers.TrainingArguments` are told."""
     train, optim = config.train, config.optim
     options: dict[str, Any] = {"save_strategy": "no"}
     if train.checkpoint_every:
@@ -147,7 +163,7 @@ def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> Trai
         options |= {"metric_for_best_model": "loss", "greater_is_better": False}
     if train.keep_best:
         options["load_best_model_at_end"] = True
-    return TrainingArguments(
+    return dict(
         output_dir=str(output_dir),
         max_steps=train.steps or -1,
         num_train_epochs=train.epochs or 1,
@@ -167,7 +183,6 @@ def training_arguments(config: RunConfig, output_dir: Path, **more: Any) -> Trai
         **schedule_of_trainer(optim),
         **stock_arguments(optim),
         **options,
-        **more,
     )
 
 
@@ -180,41 +195,32 @@ def fit(
     **arguments: Any,
 ) -> Fitted:
     """Train, from a checkpoint where there is one; ``arguments`` go to `transformers.TrainingArguments` as they are."""
+    settled = in_steps(config, material.samples)
+    if material.make is not None:
+        told = {**training_settings(settled, output_dir), **arguments}
+        return _fit(material, partial(material.make, told), config, callbacks, checkpoint)
     if not config.peft.full:
-        made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments)
+        made = training_arguments(settled, output_dir, **arguments)
         kind = LoraTrainer if material.teach is None else AlignedTrainer
-        return _fit(material, kind, config, made, callbacks, checkpoint)
+        return _fit(material, partial(_own_trainer, material, kind, config, made), config, callbacks, checkpoint)
     with in_float32(material.model) as stored:
-        made = training_arguments(in_steps(config, len(material.train)), output_dir, **arguments, **precision(stored))
+        made = training_arguments(settled, output_dir, **arguments, **precision(stored))
         whole = SupervisedTrainer if material.teach is None else AlignedSupervisedTrainer
-        return _fit(material, whole, config, made, callbacks, checkpoint)
+        return _fit(material, partial(_own_trainer, material, whole, config, made), config, callbacks, checkpoint)
 
 
-def _fit(
+def _own_trainer(
     material: Material,
     trainer_class: type[SupervisedTrainer],
     config: RunConfig,
     arguments: TrainingArguments,
-    callbacks: Sequence[TrainerCallback],
-    checkpoint: Path | None,
-) -> Fitted:
-    state = state_of(checkpoint) if checkpoint else {}
-    steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
-    in_all = steps_in_all(config, len(material.train))
-    if checkpoint and (stopped or steps >= in_all):
-        # Its last part was all but done; transformers would take one step more.
-        best = state.get("best_model_checkpoint")
-        chosen = checkpoint.with_name(Path(best).name) if best else checkpoint  # wherever the run has been moved to
-        if material.teach is not None and config.align.reorient:  # the best may be of the middle of a phase
-            carry_as_in(chosen, material.teach(in_all))
-        _load(material.model, chosen, config)
-        pair_optimizer(material.model, config.optim)  # which freezes what it does not train
-        return Fitted(steps, stopped, _kept(config, best))
+    more: Mapping[str, Any],
+) -> SupervisedTrainer:
     aligned: dict[str, Any] = {}
     if material.teach is not None:
-        alignment = material.teach(in_all)
+        alignment = material.teach(steps_in_all(config, material.samples))
         aligned = {"alignment": alignment, "on_decision": material.on_decision}
-    trainer = trainer_class(
+    return trainer_class(
         material.model,
         arguments,
         chunked_loss=config.train.chunked_loss or material.row_losses is not None,
@@ -225,10 +231,33 @@ def _fit(
         train_dataset=material.train,
         eval_dataset=material.heldout[: config.train.eval_size] if config.train.measures else None,
         data_collator=material.collator,
-        callbacks=[*callbacks, *([] if config.train.patience is None else [Patience(config.train.patience)])],
-        optimizers=(pair_optimizer(material.model, config.optim), None),
+        optimizers=(pair_optimizer(material.model, config.optim), None),  # after the teacher has seen what is trained
         **aligned,
+        **more,
     )
+
+
+def _fit(
+    material: Material,
+    make: Callable[[Mapping[str, Any]], Any],
+    config: RunConfig,
+    callbacks: Sequence[TrainerCallback],
+    checkpoint: Path | None,
+) -> Fitted:
+    state = state_of(checkpoint) if checkpoint else {}
+    steps, stopped = int(state.get("global_step", 0)), run_out(state.get("log_history", ()), config.train.patience)
+    in_all = steps_in_all(config, material.samples)
+    if checkpoint and (stopped or steps >= in_all):
+        # Its last part was all but done; transformers would take one step more.
+        best = state.get("best_model_checkpoint")
+        chosen = checkpoint.with_name(Path(best).name) if best else checkpoint  # wherever the run has been moved to
+        if material.teach is not None and config.align.reorient:  # the best may be of the middle of a phase
+            carry_as_in(chosen, material.teach(in_all))
+        _load(material.model, chosen, config)
+        pair_optimizer(material.model, config.optim)  # which freezes what it does not train
+        return Fitted(steps, stopped, _kept(config, best))
+    patience = [] if config.train.patience is None else [Patience(config.train.patience)]
+    trainer = make({"callbacks": [*callbacks, *patience]})
     trainer.remove_callback(PrinterCallback)  # the bar and the record say it
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     done = trainer.state.global_step

@@ -46,15 +46,22 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             over all its parts), and of ``METRIC_NAMES`` what was logged.
         bar: ``update(done, total, note)``.
         seconds_before: length of the part of this training that ran before it was continued.
+        own: what else is logged -> its name in a row; measured on held-out rows, both begin with ``eval_``.
     """
 
     def __init__(
-        self, record: Callable[[Mapping[str, Any]], None], bar: Callable[..., None], seconds_before: float = 0.0
+        self,
+        record: Callable[[Mapping[str, Any]], None],
+        bar: Callable[..., None],
+        seconds_before: float = 0.0,
+        own: Mapping[str, str] | None = None,
     ) -> None:
         self.record = record
         self.bar = bar
         self.seconds_before = seconds_before
         self.note = ""
+        own = dict(own or {})
+        self.names = METRIC_NAMES | own | {f"eval_{key}": f"eval_{name}" for key, name in own.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = time.monotonic()
@@ -63,7 +70,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.bar(state.global_step, state.max_steps, self.note)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
-        values = {name: logs[key] for key, name in METRIC_NAMES.items() if logs and key in logs}
+        values = {name: logs[key] for key, name in self.names.items() if logs and key in logs}
         if not {"loss", "eval_loss"} & values.keys():
             return  # the summary at the end of the training, not a step
         if "loss" in values:

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
 
-from lorafa.alignment.schedule import Decision
 from lorafa.data.chat import Sample
 from lorafa.data.classes import classes_beside
-from lorafa.data.collate import Collate, Tokenized
-from lorafa.data.packing import PackCollator, Packs
+from lorafa.data.collate import Tokenized
+from lorafa.data.packing import Packs
 from lorafa.data.prepared import SampleSet
 from lorafa.data.templates import find_template
 from lorafa.errors import ConfigError, DataError, DivergedError
 from lorafa.evals.entry import Subject
-from lorafa.evals.forgetting import check_forgetting, forgetting
-from lorafa.evals.loss import answer_loss
-from lorafa.evals.sample_answers import SHOWN
-from lorafa.models.batch_loss import summed_by_rows
-from lorafa.models.head_loss import Trial, supervised_nll, supports_chunked_loss
-from lorafa.models.kinds.causal import CAUSAL
-from lorafa.models.kinds.entry import Kind
+from lorafa.evals.forgetting import check_forgetting
+from lorafa.models.head_loss import Trial, supports_chunked_loss
 from lorafa.models.load import check_samples, on_accelerator
 from lorafa.models.packed import mixes_samples
-from lorafa.models.quantize import Quantized
 from lorafa.peft_model import PeftModel
 from lorafa.processes import is_main, main_first, world_size
 from lorafa.storage.paths import user_path
@@ -44,8 +37,19 @@ from lorafa.train.base_model import BaseModel, fetch_base, load_base, trained_wh
 from lorafa.train.checkpoints import step_of
 from lorafa.train.coverage import coverage, coverage_table
 from lorafa.train.evaluation import Chosen, check_kind, evaluation_of
-from lorafa.train.fit import Material, check_length, fit
-from lorafa.train.keeping import Recorder, Trained, save, save_merged
+from lorafa.train.fit import check_length, fit
+from lorafa.train.keeping import Recorder, save, save_merged
+from lorafa.train.measuring import forgotten, measure, side_by_side
+from lorafa.train.objectives.making import (
+    check_model,
+    check_objective,
+    check_rows,
+    kind_wanted,
+    make_rows,
+    samples_of_pass,
+)
+from lorafa.train.objectives.work import as_it_was
+from lorafa.train.prepared import Prepared, counted
 from lorafa.train.progress import RunCallback, progress_bar
 from lorafa.train.reach import check_reach
 from lorafa.train.records import answers_of, find_records, make_samples, show_samples
@@ -54,59 +58,9 @@ from lorafa.train.settings.run import RunConfig, TrainConfig
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.sharding import require_known, spread_over_processes
 from lorafa.train.start import begin
-from lorafa.train.teacher import Decisions, teacher_of
+from lorafa.train.teacher import Decisions
 from lorafa.train.trackers import names_in
 from lorafa.train.trackers.entry import Reported, named_trackers, reporting
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything a training needs, ready and shown."""
-
-    model: Any
-    """A PeftModel, or with ``peft.full`` a model of transformers."""
-    tokenizer: Any
-    data: SampleSet
-    batch_rows: Sequence[Tokenized]
-    """What batches are made of: the samples to train on, or packs of them."""
-    collator: Collate
-    seconds: float
-    """How long it took to load and make all this."""
-    evaluation: Chosen
-    kind: Kind = CAUSAL
-    quantized: Quantized | None = None
-    """What ``model.quantize`` has done to the base."""
-    covered: list[dict[str, Any]] = field(default_factory=list)
-    """Which modules are adapted, one entry a kind of them."""
-    start: dict[str, Any] = field(default_factory=dict)
-    """What a start from data has read and chosen; empty for the others."""
-    teacher: Any = None
-    """The teacher that the start has read; None where it has read none."""
-    trial: Trial | None = None
-    """What the run's one trial of the chunked loss has shown; None where the model's own is asked for."""
-
-    def material(self, config: RunConfig, decided: Callable[[Decision], None] | None = None) -> Material:
-        """The part that the training itself takes; what the schedule of a teacher decides is told ``decided``."""
-        heldout, collator = self.data.heldout.samples, PackCollator(self.collator)
-        decode, losses = self.tokenizer.decode, self.kind.row_losses()
-        rows, size = self.batch_rows, config.eval.batch_size
-        teach = teacher_of(config.align, self.model, self.tokenizer, rows, heldout, collator, size, self.teacher)
-        return Material(self.model, rows, heldout, collator, decode, self.trial, losses, teach, decided)
-
-    def trained(self) -> Trained:
-        """The part that is kept."""
-        return Trained(self.model, self.tokenizer, self.kind)
-
-    def counted(self) -> dict[str, int]:
-        """How many rows are trained on and held out, and how many were left out or cut."""
-        train, heldout = self.data.train, self.data.heldout
-        return {
-            "train": len(train.samples),
-            "heldout": len(heldout.samples),
-            "repeated": self.data.repeated,
-            "dropped": train.dropped + heldout.dropped,
-            "truncated": train.truncated + heldout.truncated,
-        }
 
 
 def prepare(config: RunConfig, console: Console, before_loading: Callable[[], None] | None = None) -> Prepared:
@@ -124,20 +78,23 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
     named_trackers(config.report_to)
     if not config.peft.full:
         _require_one_quantizer(config)  # what is wrong with the settings is said before anything is loaded
+    check_objective(config)
     template = find_template(config.data.template) if config.data.template else None
     with main_first():
-        data = find_records(config.data)
+        data = find_records(config.data, config.objective.entry.reading)
     with console.status(f"Loading {escape(config.model.name)}"):
         fetch_base(config.model)
         if before_loading is not None:
             before_loading()
         adapter = config.peft.adapter
-        named, classes = with_kind_of(config.model, adapter), None if adapter is None else classes_beside(adapter)
+        named = kind_wanted(with_kind_of(config.model, adapter), config)
+        classes = None if adapter is None else classes_beside(adapter)
         whole = (config.peft.modules_to_save or []) if adapter is None else trained_whole(user_path(adapter))
         base = load_base(named, config.train.seed, lambda: answers_of(data), classes, whole)
     if base.quantized is not None:
         console.print(base.quantized.in_words(), highlight=False)
-    tokenizer, kind, encoding = base.tokenizer, base.kind, base.encoding
+    tokenizer, kind, encoding = base.tokenizer, base.kind, config.objective.entry.encoding or base.encoding
+    check_model(kind, config)
     evaluation = evaluation_of(config.eval, kind)
     check_kind(kind, base.new_modules, evaluation, config, console)
     if not spread_over_processes(os.environ):
@@ -146,30 +103,35 @@ def prepare(config: RunConfig, console: Console, before_loading: Callable[[], No
         tokenizer.chat_template = template
     with main_first():  # what the first process tokenizes is in the cache then
         samples = make_samples(data, tokenizer, config.data, console, encoding)
+    own = make_rows(data, tokenizer, config)
+    if own is not None:
+        samples = replace(samples, sha256=own.sha256)
     rows = batch_rows(samples.train.samples, config)
-    _check_samples(samples, len(rows), base, evaluation, config)
+    _check_samples(samples, len(rows) if own is None else samples_of_pass(own, config), base, evaluation, config)
     set_seed(config.train.seed)
     collator = kind.collator(tokenizer.pad_token_id or 0)  # masked by position: without one any other will do
     with console.status("Starting the adapter"):
         begun = begin(base, samples, collator, config)
     covered = coverage(begun.model)
     console.print(coverage_table(covered))
-    show_samples(samples, tokenizer, console, encoding)
+    show_samples(samples, tokenizer, console, encoding, learnt=own is None)
     if isinstance(begun.model, PeftModel):
         check_reach(begun.model, samples.train.samples, console, packed=config.train.packing)
         if config.train.save_merged:
             require_mergeable(begun.model)
+    if own is not None:
+        check_rows(own, begun.model, config, console)
     if config.train.packing:
         _check_packed(begun.model, rows, len(samples.train.samples), console)
     if world_size() > 1:
         console.print(_batch_in_words(config.train), highlight=False)
-    chunked = config.train.chunked_loss and kind.row_losses() is None
+    chunked = config.train.chunked_loss and kind.row_losses() is None and config.objective.entry.answers
     trial = Trial(supports_chunked_loss(begun.model)) if chunked else None
     seconds = time.monotonic() - started
     kinds = [asdict(row) for row in covered]
     return Prepared(
         begun.model, tokenizer, samples, rows, collator, seconds, evaluation, kind, base.quantized, kinds,
-        begun.record, begun.teacher, trial,
+        begun.record, begun.teacher, trial, own,
     )  # fmt: skip
 
 
@@ -242,7 +204,7 @@ def train(
         kind=prepared.kind.name,
         **({"classes": list(classes)} if (classes := prepared.kind.classes_in(prepared.model)) else {}),
         rows=prepared.counted(),
-        parameters=_counted(prepared.model),
+        parameters=counted(prepared.model),
         coverage=prepared.covered,
         **({} if prepared.quantized is None else {"quantized": asdict(prepared.quantized)}),
         **({"start": prepared.start} if prepared.start else {}),
@@ -263,24 +225,25 @@ def train(
         progress_bar(console, "Training") as bar,
         reporting(named if is_main() else [], reported) as trackers,
     ):
-        callbacks = [RunCallback(run.add_metrics, bar, trained_before), *trackers]
+        callbacks = [RunCallback(run.add_metrics, bar, trained_before, config.objective.entry.metrics), *trackers]
         told = {key: value for tracker in named for key, value in tracker.arguments(reported).items()}
         material = prepared.material(config, Decisions(run, step_of(checkpoint)))
-        fitted = fit(material, config, run.checkpoints, callbacks, checkpoint, run_name=run.path.name, **told)
+        with nullcontext() if prepared.rows is None else as_it_was(prepared.model):
+            fitted = fit(material, config, run.checkpoints, callbacks, checkpoint, run_name=run.path.name, **told)
     if fitted.stopped:
         console.print(f"Stopped after step {fitted.steps}: {fitted.stopped}.", highlight=False)
     kept = save(prepared.trained(), config, run)
-    counted = _counted(prepared.model)  # again: LoRA-FA's optimizer has frozen A meanwhile
+    parameters = counted(prepared.model)  # again: LoRA-FA's optimizer has frozen A meanwhile
     if fitted.kept is not None:
         measured = prepared.data.heldout.samples[: config.train.eval_size]
         run.update_result(kept_step=fitted.kept, kept_by_rows=len(measured))
-    run.update_result(steps=fitted.steps, stopped=fitted.stopped, **kept, seconds=seconds, parameters=counted)
+    run.update_result(steps=fitted.steps, stopped=fitted.stopped, **kept, seconds=seconds, parameters=parameters)
     with _timed(seconds, "evaluate after"):
         after = measure(prepared, config, console, "After")
         if config.eval.forgetting:
-            after["forgetting"] = _forgotten(prepared, config, console)
+            after["forgetting"] = forgotten(prepared, config, console)
     answers, answers_before = after.pop("answers"), before and before.pop("answers", None)
-    samples = earlier.get("samples", []) if answers_before is None else _side_by_side(answers_before, answers)
+    samples = earlier.get("samples", []) if answers_before is None else side_by_side(answers_before, answers)
     run.update_result(before=before, after=after, samples=samples, seconds=seconds)
     if not math.isfinite(after.get("loss", 0.0)):
         raise DivergedError(
@@ -313,47 +276,6 @@ def _reported(run: Recorder, config: RunConfig, checkpoint: Path | None) -> Repo
     return Reported(run.path, config.report_project, step_of(checkpoint), identity)
 
 
-def _counted(model: Any) -> dict[str, int]:
-    if isinstance(model, PeftModel):
-        trainable, everything = model.get_nb_trainable_parameters()
-        return {"trainable": trainable, "all": everything}
-    weights = list(model.parameters())
-    return {"trainable": sum(w.numel() for w in weights if w.requires_grad), "all": sum(w.numel() for w in weights)}
-
-
-def measure(prepared: Prepared, config: RunConfig, console: Console, when: str) -> dict[str, Any]:
-    """The answer loss over all held-out samples, and what ``eval.name`` measures.
-
-    Returns:
-        loss (nats a token), answers (a few for the report) and, where the evaluation asks any record, its numbers; no
-        loss where no rows are held out.
-    """
-    if not prepared.data.heldout.samples:
-        return {"answers": []}
-    settings, evaluation, of_kind = config.eval, prepared.evaluation, prepared.kind.row_losses()
-    chunked = prepared.trial is not None and prepared.trial.own_loss_reason is None
-    summed = supervised_nll if chunked else None if of_kind is None else summed_by_rows(of_kind)
-    loss = answer_loss(prepared.model, prepared.data.heldout.samples, prepared.collator, settings.batch_size, summed)
-    asked = evaluation.entry.asks(prepared.data.records, evaluation.own)
-    if not asked:
-        console.print(f"{when}: answer loss {loss:.4f}", highlight=False)
-        return {"loss": loss, "answers": []}
-    ends = prepared.data.train.ends | prepared.data.heldout.ends
-    subject = Subject(prepared.model, prepared.tokenizer, ends, config.data.max_length)
-    with progress_bar(console, f"{when}: answering") as bar:
-        scores = evaluation.entry.measure(subject, asked, evaluation.own, settings.batch_size, bar)
-    console.print(f"{when}: {scores.words}, answer loss {loss:.4f}", highlight=False)
-    return {"loss": loss, **scores.numbers, "answers": list(scores.answers[:SHOWN])}
-
-
-def _forgotten(prepared: Prepared, config: RunConfig, console: Console) -> dict[str, Any]:
-    """How far the model has moved from its base."""
-    with progress_bar(console, "After: forgetting") as bar:
-        scores = forgetting(Subject(prepared.model, prepared.tokenizer), config.eval.batch_size, bar)
-    console.print(f"After: {scores.words}", highlight=False)
-    return dict(scores.numbers)
-
-
 def _wants_heldout(config: RunConfig) -> str | None:
     """The setting that needs held-out rows during the training."""
     train, schedule = config.train, config.optim.schedule
@@ -371,19 +293,6 @@ def _batch_in_words(train: TrainConfig) -> str:
     whole = train.batch_size * train.accumulation * world_size()
     passes = f" x {train.accumulation} forward passes" if train.accumulation > 1 else ""
     return f"A step is of {whole} samples: {train.batch_size} in each of {world_size()} processes{passes}."
-
-
-def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a question: both answers."""
-    return [
-        {
-            "question": old["question"],
-            "gold": old["gold"],
-            "before": {"output": old["output"], "correct": old["correct"]},
-            "after": {"output": new["output"], "correct": new["correct"]},
-        }
-        for old, new in zip(before, after, strict=True)
-    ]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from lorafa.data.classes import class_of
 from lorafa.data.encoding import CHAT, Encoding
 from lorafa.data.prepared import Progress, SampleSet, is_cached, prepare_samples
+from lorafa.data.rows import ANSWERS, Reading
 from lorafa.data.selection import Division
 from lorafa.data.shares import names_of
 from lorafa.data.sources import Choice, OpenData, open_data
@@ -24,12 +25,15 @@ MANY = 10_000
 """Rows whose tokenizing takes long enough for a bar."""
 
 
-def find_records(data: DataConfig) -> OpenData:
+def find_records(data: DataConfig, reading: Reading = ANSWERS) -> OpenData:
     """The records the settings name. They are read here already, unless the cache may have their tokens: so what is
     wrong with them is said before a model is loaded."""
     division = Division(data.train_size, data.eval_size, data.seed, None if data.weights is None else (*data.weights,))
     own = {} if data.own is None else asdict(data.own)
-    found = open_data(Choice(names=names_of(data.name), division=division, eval_file=data.eval_file, settings=own))
+    choice = Choice(
+        names=names_of(data.name), division=division, eval_file=data.eval_file, settings=own, reading=reading
+    )
+    found = open_data(choice)
     if not is_cached(found, data.cache):
         _ = found.selection
     return found
@@ -77,15 +81,22 @@ def _bar_of_rows(console: Console, count: int) -> Iterator[Progress | None]:
         yield update if count >= MANY else None
 
 
-def show_samples(data: SampleSet, tokenizer: Any, console: Console, encoding: Encoding = CHAT) -> None:
-    """One sample, how much of the data is trained on, and what was left out."""
+def show_samples(
+    data: SampleSet, tokenizer: Any, console: Console, encoding: Encoding = CHAT, *, learnt: bool = True
+) -> None:
+    """One sample, how much of the data is trained on, and what was left out.
+
+    Args:
+        learnt: whether the tokens of answers are what is learnt, one by one.
+    """
     train, heldout = data.train, data.heldout
     first = train.samples[0]
-    title = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
+    of_tokens = f"One sample: {first.trained} of {len(first.input_ids)} tokens are trained (green)"
+    title = of_tokens if learnt else "One sample"
+    share = f"; {data.trained / data.tokens:.1%} of the training tokens are trained" if learnt else ""
     console.print(Panel(encoding.shown(first, tokenizer), title=title, title_align="left"))
     console.print(
-        f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out; "
-        f"{data.trained / data.tokens:.1%} of the training tokens are trained.",
+        f"{data.source}: {len(train.samples):,} samples to train on, {len(heldout.samples):,} held out{share}.",
         highlight=False,
         markup=False,
     )

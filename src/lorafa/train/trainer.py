@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,37 +13,24 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lorafa.data.packing import as_read
-from lorafa.errors import ConfigError, DataError, DivergedError, shorten, warn
+from lorafa.errors import ConfigError, DataError, shorten, warn
 from lorafa.models.batch_loss import BatchLoss
 from lorafa.models.head_loss import SupervisedLoss, Trial, supports_chunked_loss
 from lorafa.models.kinds.entry import RowLosses
 from lorafa.models.rows import IGNORE_INDEX
 from lorafa.models.wrapped import inner_model
 from lorafa.processes import gathered
-from lorafa.storage.whole import read_json
 from lorafa.surgery.penalty import penalty_of
 from lorafa.train.adapter_checkpoints import AdapterCheckpoints
-from lorafa.train.checkpoints import STATE_FILE, last_checkpoint
 from lorafa.train.fillers import Filler, Rounds
-from lorafa.train.rates import scheduler
-from lorafa.train.sampling import LengthSampler, OrderSampler, lengths_of, tokens_of
+from lorafa.train.sampling import tokens_of
 from lorafa.train.sharding import Sharding
-from lorafa.train.whole_checkpoints import WholeCheckpoints
+from lorafa.train.steady import SteadyTrainer
 
-AS_TRANSFORMERS = 1
-"""The rules by which warm-ups count and rows are ordered in transformers; see ``train.rules`` of a run."""
-MARK = "lorafa"
-"""What a checkpoint's state has under ``stateful_callbacks`` for them."""
 DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def rules_of(checkpoint: Path) -> int:
-    """The rules a checkpoint was made with; 1 where it has no mark."""
-    state = read_json(checkpoint / STATE_FILE) if (checkpoint / STATE_FILE).is_file() else {}
-    return int(state.get("stateful_callbacks", {}).get(MARK, {}).get("rules", 1))
-
-
-class SupervisedTrainer(WholeCheckpoints, transformers.Trainer):  # type: ignore[misc]
+class SupervisedTrainer(SteadyTrainer, transformers.Trainer):  # type: ignore[misc]
     """`transformers.Trainer` for a language model, all of whose weights it may train.
 
     What it adds: the loss is computed at supervised positions only (`lorafa.models.head_loss`) and announced when it
@@ -90,12 +75,8 @@ class SupervisedTrainer(WholeCheckpoints, transformers.Trainer):  # type: ignore
         row_losses: RowLosses | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(model, args, **settings)
+        super().__init__(model, args, rules=rules, **settings)
         self.decode = decode
-        self._batches_of_step: Sequence[Mapping[str, Any]] = ()
-        self._rules_given = rules
-        self.rules = AS_TRANSFORMERS if rules is None else rules
-        """How warm-ups count and samples are ordered."""
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = row_losses is None  # as the chunked loss does
         self.chunk_tokens = chunk_tokens
@@ -156,12 +137,6 @@ class SupervisedTrainer(WholeCheckpoints, transformers.Trainer):  # type: ignore
             loss = loss + penalty.to(loss.device) / getattr(self, "current_gradient_accumulation_steps", 1)
         return loss
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._stop(f"The loss is {loss.item()} in step {self.state.global_step + 1}{self._rows_of([inputs])}.")
-        return loss
-
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         own = self._rounds(self.train_dataset, self.args.train_batch_size).trimmed(epoch_iterator)
         batches, count = super().get_batch_samples(own, *args, **kwargs)
@@ -173,14 +148,6 @@ class SupervisedTrainer(WholeCheckpoints, transformers.Trainer):  # type: ignore
                 "them, or leave the rows out."
             )
         return batches, count
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
-        scaled = self.accelerator.scaler is not None  # a scaler passes over steps without finite gradients by itself
-        if norm is not None and not scaled and not math.isfinite(norm):
-            rows = self._rows_of(self._batches_of_step)
-            self._stop(f"The gradient is not finite in step {self.state.global_step + 1}{rows}.")
-        return norm
 
     def _rows_of(self, batches: Sequence[Mapping[str, Any]]) -> str:
         """The rows of batches, in words to stand behind the step: where they are from, or else their numbers among the
@@ -259,90 +226,9 @@ class SupervisedTrainer(WholeCheckpoints, transformers.Trainer):  # type: ignore
         self._eval_sums.append((total.item() if count else 0.0, count))
         return result
 
-    # ---- rules ------------------------------------------------------------------------------------------------------
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = kwargs.get("resume_from_checkpoint")
-        if checkpoint is not None and self._rules_given is None:
-            self.rules = rules_of(Path(checkpoint))
-        return super()._inner_training_loop(*args, **kwargs)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.rules == 1 or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = scheduler(
-            self.args.lr_scheduler_type,
-            self.optimizer if optimizer is None else optimizer,
-            self.args.get_warmup_steps(num_training_steps),
-            num_training_steps,
-            self.args.lr_scheduler_kwargs,
-        )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    # ---- data -------------------------------------------------------------------------------------------------------
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        own = self._sampler(dataset, self.args.train_batch_size, random=self.rules > 1)
-        return super()._get_train_sampler(dataset) if own is None else own
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        by_length = self._sampler(eval_dataset, self.args.eval_batch_size, random=False)
-        return super()._get_eval_sampler(eval_dataset) if by_length is None else by_length
-
-    def _sampler(self, dataset: Any, batch_size: int, random: bool) -> OrderSampler | None:
-        """The order of the samples where it is ours: by length, and any (``random``) where that is asked for."""
-        strategy = self.args.train_sampling_strategy
-        if strategy not in ("group_by_length", *(["random"] if random else [])) or not hasattr(dataset, "__len__"):
-            return None
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if strategy == "random":
-            return OrderSampler(len(dataset), seed, self.rules)
-        column = self.args.length_column_name
-        lengths = list(dataset[column]) if column in getattr(dataset, "column_names", ()) else lengths_of(dataset)
-        return LengthSampler(lengths, batch_size * self.args.world_size, seed, self.rules)
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        # transformers tells the epoch to the loader that skips what was trained before a resume; with several processes
-        # that one does not pass it on to the sampler, so the whole loader, which does, is told first.
-        if hasattr(kwargs["train_dataloader"], "set_epoch"):
-            kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
-        super()._run_epoch(**kwargs)
-
     def _set_signature_columns_if_needed(self) -> None:
         forward = inner_model(self.model).forward
         self._signature_columns: list[str] = [*inspect.signature(forward).parameters, *self.label_names]
-
-    # ---- checkpoints ------------------------------------------------------------------------------------------------
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # A checkpoint in the middle of a logging interval would lose the first half of its mean: end it here, as where
-        # the training ends.
-        if self.control.should_save or self.control.should_evaluate or self.control.should_training_stop:
-            self.control.should_log = True
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._require_finite()
-        return super()._finalize_training(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._require_finite()
-        self.state.stateful_callbacks[MARK] = {"rules": self.rules}
-        super()._save_checkpoint(*args, **kwargs)
-
-    def _require_finite(self) -> None:
-        bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-        if bad:
-            self._stop(f"After step {self.state.global_step} {len(bad)} weights are not finite: {shorten(bad)}.")
-
-    def _stop(self, what: str) -> None:
-        newest = last_checkpoint(self.args.output_dir)
-        raise DivergedError(
-            f"{what} Lower the learning rate, or clip gradients (max_grad_norm). "
-            f"The last good checkpoint: {newest or 'none was written'}."
-        )
 
 
 def _found(dataset: Any, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, str]]:

@@ -14,6 +14,7 @@ KINDS: Registry[Kind] = Registry(
     {
         "causal": "lorafa.models.kinds.causal:CAUSAL",
         "classification": "lorafa.models.kinds.classification:CLASSIFICATION",
+        "reward": "lorafa.models.kinds.reward:REWARD",
         "seq2seq": "lorafa.models.kinds.seq2seq:SEQ2SEQ",
     },
 )

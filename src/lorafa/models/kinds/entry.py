@@ -52,6 +52,8 @@ class Kind(ABC):
     """Whether several samples can stand in one row."""
     adds_tokens: ClassVar[bool] = False
     """Whether it can be given new tokens."""
+    objective: ClassVar[str | None] = None
+    """The one objective that trains it, where others cannot."""
     own_template: ClassVar[bool] = False
     """Whether the chat template of its tokenizer writes what it reads; else ``data.template`` alone does."""
 

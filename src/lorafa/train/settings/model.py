@@ -29,7 +29,7 @@ class ModelConfig(OpenGroup):
     """Branch, tag or commit of a Hub model; null takes the newest."""
     kind: str = AUTO
     """What it is: causal, seq2seq (it reads one text and writes another, as T5), classification (it chooses among the
-    answers of the rows, as BERT); auto goes by its config."""
+    answers of the rows, as BERT), reward (it scores answers, for objective=reward); auto goes by its config."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto keeps the stored one. Adapters are float32 all the same."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"

@@ -27,6 +27,7 @@ from lorafa.train.settings.align import EXTERNAL, NONE, AlignConfig
 from lorafa.train.settings.data import DataConfig
 from lorafa.train.settings.init import InitConfig
 from lorafa.train.settings.model import ModelConfig
+from lorafa.train.settings.objective import ObjectiveConfig
 from lorafa.train.settings.optim import OptimConfig, check_rise, entry_of
 from lorafa.train.settings.schedules import SCHEDULES
 from lorafa.train.trackers import TRACKERS, names_in
@@ -255,6 +256,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100))
     eval: EvalConfig = field(default_factory=EvalConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     run_dir: str | None = None
     """Directory to create for the run; null makes runs/<date>-<time>-<adapter>."""
     if_exists: Literal["error", "resume", "new"] = "error"
@@ -292,6 +294,7 @@ class RunConfig:
             self._check_full()
         if self.align.trust_remote_code and self.align.name == NONE and not self.train.resume:
             raise ConfigError("align.trust_remote_code=true would change nothing: there is no teacher. Drop it.")
+        self.objective.check_beside(self.model, self.align, self.peft, self.train)
         if self.align.teaches and not self.train.chunked_loss:
             raise ConfigError(f"align={self.align.name} needs train.chunked_loss=true. Drop one of the two.")
         if self.eval.forgetting and self.peft.bias != "none":
