@@ -31,7 +31,7 @@ PARTS = {
 }
 """Modules whose public names the reference has: a page each."""
 SECTIONS: Mapping[str, Sequence[str]] = {
-    "Read this first": ("README", "docs/concepts", "docs/how-to-choose", "docs/peft"),
+    "Read this first": ("README", "docs/concepts", "docs/how-to-choose", "docs/peft", "docs/doctor"),
     "Training": (
         *("docs/training", "docs/starts", "docs/variants", "docs/optimizers", "docs/quantized", "docs/alignment"),
         *("docs/plan", "docs/params", "docs/published-commands"),

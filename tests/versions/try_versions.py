@@ -65,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheel", type=Path, help="a wheel of lorafa (default: made of this checkout)")
     parser.add_argument("--site", action="store_true", help="use what that Python has already: a system's torch")
     parser.add_argument("--keep", action="store_true", help="keep the environments, and say where they are")
-    parser.add_argument("--no-tests", action="store_true", help="install and `pip check` only")
+    parser.add_argument("--only", action="append", metavar="TEST", help="these tests alone; no: install and `pip check`")
     args = parser.parse_args(words)
     if odd := [name for name in args.names if name not in COMBINATIONS]:
         parser.error(f"unknown combination {odd[0]!r}; known: {', '.join(COMBINATIONS)}")
@@ -97,7 +97,9 @@ def tried(combination: Combination, python: str, folder: Path, args: argparse.Na
     claimed = requirements(wheel)
     pins = {**(lowest(claimed) if combination.oldest else {}), **dict(pin.split("==") for pin in args.pins)}
     if args.site:
-        pins |= {name: version for name, version in installed(inside).items() if name in claimed}
+        there = {name: version for name, version in installed(inside).items() if name in claimed}
+        oldest = lowest(claimed)
+        pins |= {name: version for name, version in there.items() if numbers(version) >= numbers(oldest[name])}
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
     run(inside, "-m", "pip", "install", "-q", "-c", str(constraints), f"{wheel}[train]", *TOOLS)
@@ -105,18 +107,19 @@ def tried(combination: Combination, python: str, folder: Path, args: argparse.Na
     found = installed(inside)
     versions = [f"Python {said(inside, '--version').split()[-1]}", *(f"{name} {found[name]}" for name in claimed)]
     print(", ".join(versions), flush=True)
-    return checked and (args.no_tests or passed(inside, folder / "tests-alone")), versions
+    tests = args.only or TESTS
+    return checked and (tests == ["no"] or passed(inside, folder / "tests-alone", tests)), versions
 
 
-def passed(python: str, folder: Path) -> bool:
-    """Whether the tests pass in an environment, in a copy that has no sources."""
+def passed(python: str, folder: Path, tests: Sequence[str] = TESTS) -> bool:
+    """Whether tests pass in an environment, in a copy that has no sources."""
     for name in (*tracked("tests"), *tracked("docs/results/starts/gora"), "pyproject.toml", "requirements.lock"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-o", "pythonpath=tests"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
     start = time.monotonic()
-    done = subprocess.run([python, *words, *TESTS], cwd=folder, env=environment, check=False)
+    done = subprocess.run([python, *words, *tests], cwd=folder, env=environment, check=False)
     print(f"tests took {time.monotonic() - start:.0f} s", flush=True)
     return done.returncode == 0
 
@@ -155,6 +158,11 @@ def lowest(claimed: Mapping[str, str]) -> dict[str, str]:
     if open_ended := [name for name, end in found.items() if end is None]:
         raise SystemExit(f"error: pyproject.toml gives no lowest version of {', '.join(open_ended)}. Add one.")
     return {name: end[1] for name, end in found.items() if end}
+
+
+def numbers(version: str) -> list[int]:
+    """The numbers of a version, in order."""
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
 
 
 def interpreter(version: str) -> str:
