@@ -99,6 +99,7 @@ def tried(combination: Combination, python: str, folder: Path, args: argparse.Na
     if args.site:
         there = {name: version for name, version in installed(inside).items() if name in claimed}
         oldest = lowest(claimed)
+        run(inside, "-m", "pip", "install", "-q", "setuptools", "wheel")  # a system may have half of one
         pins |= {name: version for name, version in there.items() if numbers(version) >= numbers(oldest[name])}
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
@@ -108,7 +109,8 @@ def tried(combination: Combination, python: str, folder: Path, args: argparse.Na
     versions = [f"Python {said(inside, '--version').split()[-1]}", *(f"{name} {found[name]}" for name in claimed)]
     print(", ".join(versions), flush=True)
     tests = args.only or TESTS
-    return checked and (tests == ["no"] or passed(inside, folder / "tests-alone", tests)), versions
+    well = tests == ["no"] or passed(inside, folder / "tests-alone", tests)
+    return checked and well, versions
 
 
 def passed(python: str, folder: Path, tests: Sequence[str] = TESTS) -> bool:
