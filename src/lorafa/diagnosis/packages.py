@@ -54,7 +54,7 @@ class Package:
 
 PACKAGES = (
     Package(name="torch", least="2.6", extra=""),
-    Package(name="safetensors", least="0.4.3", extra="", proof=("safetensors.torch",)),
+    Package(name="safetensors", least="0.7.0", extra="", proof=("safetensors.torch",)),
     Package(name="numpy", least="2.0", extra=""),
     Package(name="regex", least="2023.12.25", extra=""),
     Package(
@@ -64,7 +64,7 @@ PACKAGES = (
     Package(name="accelerate", least="1.4", extra="train"),
     Package(name="datasets", least="3.0", extra="train"),
     Package(name="filelock", least="3.20.3", extra="train"),
-    Package(name="hydra-core", least="1.3", extra="train", module="hydra"),
+    Package(name="hydra-core", least="1.3.1", extra="train", module="hydra"),
     Package(name="pyyaml", least="6.0", extra="train", module="yaml"),
     Package(name="rich", least="13.8", extra="train"),
     Package(name="matplotlib", least="3.9", extra="train"),
