@@ -65,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheel", type=Path, help="a wheel of lorafa (default: made of this checkout)")
     parser.add_argument("--site", action="store_true", help="use what that Python has already: a system's torch")
     parser.add_argument("--keep", action="store_true", help="keep the environments, and say where they are")
-    parser.add_argument("--only", action="append", metavar="TEST", help="these tests alone; no: install and `pip check`")
+    parser.add_argument("--only", action="append", metavar="TEST", help="these alone; no: install and `pip check`")
     args = parser.parse_args(words)
     if odd := [name for name in args.names if name not in COMBINATIONS]:
         parser.error(f"unknown combination {odd[0]!r}; known: {', '.join(COMBINATIONS)}")
