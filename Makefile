@@ -8,12 +8,13 @@ JOBS ?= 2
 SOURCES := src tests docs/site examples run_exp.py eval_gsm8k.py recipes $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz lint bench docs links clean
+.PHONY: help demo test test-all test-versions fuzz lint bench docs links clean
 
 help:
 	@echo "make demo      environment, model, the main job: fine-tune a small model on word problems"
 	@echo "make test      environment if needed, then all tests but the slow ones"
 	@echo "make test-all  the slow tests too"
+	@echo "make test-versions  a built wheel with the lowest and the newest versions, in fresh environments: gigabytes"
 	@echo "make fuzz      100,000 adapter files, 20,000 configs and run directories, 1,000 command lines, all odd: hours"
 	@echo "make lint      ruff and mypy --strict"
 	@echo "make docs      the documentation as a site, in build/docs/html"
@@ -32,6 +33,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+# VERSIONS=lowest takes one of them. Each needs its own Python, and takes about 6 GB of disk while it is tried.
+test-versions: $(VENV)/.dev
+	$(BIN)/python tests/versions/try_versions.py $(VERSIONS)
 
 # LORAFA_FUZZ=0.1 takes a tenth of them; LORAFA_SEED takes those of a seed that was printed again.
 fuzz: $(VENV)/.dev

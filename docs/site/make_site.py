@@ -34,7 +34,9 @@ PARTS = {
 }
 """Modules whose public names the reference has: a page each."""
 SECTIONS: Mapping[str, Sequence[str]] = {
-    "Read this first": ("README", "docs/concepts", "docs/how-to-choose", "docs/peft", "docs/from-others"),
+    "Read this first": (
+        *("README", "docs/concepts", "docs/how-to-choose", "docs/peft", "docs/from-others", "docs/doctor"),
+    ),
     "Training": (
         *("docs/training", "docs/starts", "docs/variants", "docs/optimizers", "docs/quantized", "docs/alignment"),
         *("docs/objectives", "docs/plan", "docs/params", "docs/published-commands"),

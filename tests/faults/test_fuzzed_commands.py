@@ -45,6 +45,7 @@ LINES = {
     "inspect": ["run", "--other", "adapter", "--base", "model"],
     "params": ["model=model", "peft.r=4"],
     "plan": ["model=model", "data=rows.jsonl", "peft.r=4"],
+    "doctor": ["--json"],
 }
 
 
@@ -182,6 +183,8 @@ def _safe(name: str, line: list[str]) -> list[str]:
     if name == "train":
         swept = {"-m", "--multirun"} & set(line)
         return ["--dry-run"] if swept or len(repr(line)) % 8 else ["train.steps=1", "run_dir=out"]
+    if name == "doctor":
+        return ["--quick"]
     return ["--port", "0"] if "--serve" in line else []
 
 

@@ -62,6 +62,12 @@ def test_help_that_nobody_reads_ends_quietly(command: str, unbuffered: str) -> N
     assert unread(*command.split(), PYTHONUNBUFFERED=unbuffered) == (CLOSED, [])
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_what_the_doctor_says_to_nobody_ends_quietly(form: list[str]) -> None:
+    assert unread("doctor", "--quick", *form) == (CLOSED, [])
+    assert unread("doctor", "--quick", *form, both=True, PYTHONUNBUFFERED="1") == (CLOSED, [])
+
+
 def test_a_report_that_nobody_reads_ends_quietly(run: Path) -> None:
     assert unread("report", str(run), PYTHONUNBUFFERED="1") == (CLOSED, [])
     assert unread("report", str(run), str(run), "--page", str(run / "all.html"), PYTHONUNBUFFERED="1") == (CLOSED, [])

@@ -55,7 +55,7 @@ LEVELS = (
     ("train", "costs", "inspection", "compat"),
     ("conf",),
     ("runs",),
-    ("export", "report", "chat"),
+    ("export", "report", "chat", "diagnosis"),
     ("cli",),
     ("scripts",),
 )
@@ -285,7 +285,10 @@ def test_the_public_names_load_torch_and_nothing_of_the_training_stack() -> None
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([name, "--help"] for name in ("params", "report", "inspect", "export")), ["nope"]],
+    [
+        *(["--help"], ["--version"], ["nope"], ["doctor", "--quick"]),
+        *([name, "--help"] for name in ("params", "report", "inspect", "export")),
+    ],
 )
 def test_what_runs_nothing_loads_no_package(arguments: list[str]) -> None:
     assert _loaded_by_command(*arguments) & (HEAVY | {"torch", "numpy", "yaml", "rich"}) == set()

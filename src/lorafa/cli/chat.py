@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lorafa.cli.drawn import add_drawing
+from lorafa.cli.plain import replacing
 from lorafa.cli.trusted import add_trust
 
 if TYPE_CHECKING:
@@ -94,8 +95,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _talk(engine: Engine, options: Options, system: str | None, console: Console, notices: Console) -> int:
     from lorafa.chat.session import Session
-    from lorafa.cli.screen import replacing
-
     replacing(sys.stdin)
     by_hand = sys.stdin.isatty()
     session = Session(engine, options, system, console, notices, strict=not by_hand)

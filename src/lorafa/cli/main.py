@@ -10,12 +10,28 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lorafa.chat.printable import printable
-from lorafa.cli import chat, combine, compare, eval, export, generate, inspect, merge, params, plan, report, run, train
+from lorafa.cli import (
+    chat,
+    combine,
+    compare,
+    doctor,
+    eval,
+    export,
+    generate,
+    inspect,
+    merge,
+    params,
+    plan,
+    report,
+    run,
+    train,
+)
 from lorafa.cli.pipes import OUTPUT_CLOSED, drop_what_is_left
+from lorafa.cli.plain import Plain, replacing
+from lorafa.diagnosis.packages import is_findable, of_extra
 from lorafa.errors import ConfigError, LoraError, NotAvailableError, TargetError, bounded
 from lorafa.launch import leave, require_alone
 from lorafa.processes import is_from_other, is_main
@@ -24,18 +40,17 @@ from lorafa.version import VERSION
 if TYPE_CHECKING:
     from rich.console import Console
 
-COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export, inspect, params, plan, run)
+COMMANDS = (train, eval, generate, chat, report, compare, combine, merge, export, inspect, params, plan, run, doctor)
 """Modules with ``add_parser(subparsers)``, which names the command, and ``run(args, console) -> int``."""
 TOGETHER = (train, eval, generate, run)
 """Commands that several processes do together; others are refused where a launcher starts several of them."""
 SHARED = (compare,)
 """Commands among those others that processes which know nothing of each other share out."""
+PLAIN = (doctor,)
+"""Commands that do without any package, so that they work where one is broken."""
 
 DONE, FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
-EXTRA = (
-    *("accelerate", "datasets", "filelock", "gguf", "hydra", "jinja2", "matplotlib", "omegaconf", "rich"),
-    *("transformers", "yaml"),
-)
+EXTRA = tuple(sorted({*(package.imported for package in of_extra("train")), "omegaconf"}))  # which is Hydra's
 """Modules that come with ``lorafa[train]``: the library does without them, commands do not."""
 
 
@@ -67,11 +82,9 @@ def main(argv: Sequence[str] | None = None, read: Reader | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lorafa.cli.screen import Screen, replacing  # rich: help and version do without
-
     for stream in (sys.stdout, sys.stderr):
         replacing(stream)
-    console, errors = Screen(), Screen(stderr=True)
+    console, errors = _consoles(args)
     try:
         with _plain_warnings(errors), _stopped_like_interrupted():
             if args.alone is not None:
@@ -88,6 +101,15 @@ def _run(args: argparse.Namespace) -> int:
         if isinstance(error, ImportError) and _missing_extras():
             raise
         return _report(error, _refused_by_system(error) or _not_foreseen(error), FAILED, args, errors)
+
+
+def _consoles(args: argparse.Namespace) -> tuple[Any, Any]:
+    """For what is said, and for errors."""
+    if args.plain:
+        return Plain(), Plain(stderr=True)
+    from lorafa.cli.screen import Screen  # rich: help and version do without
+
+    return Screen(), Screen(stderr=True)
 
 
 def _refused_by_system(error: Exception) -> str | None:
@@ -108,14 +130,7 @@ def _not_foreseen(error: Exception) -> str:
 
 
 def _missing_extras() -> list[str]:
-    return [name for name in EXTRA if not _is_installed(name)]
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ImportError:
-        return False
+    return [name for name in EXTRA if not is_findable(name)]
 
 
 def _not_installed(missing: Sequence[str]) -> str:
@@ -140,21 +155,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for command in COMMANDS:
         made = command.add_parser(commands)
-        prepared(made, command.run, alone=None if command in TOGETHER else made.prog, shares=command in SHARED)
+        alone = None if command in TOGETHER else made.prog
+        prepared(made, command.run, alone=alone, shares=command in SHARED, plain=command in PLAIN)
     return read_words(parser, "lorafa", argv)
 
 
 def prepared(
-    parser: argparse.ArgumentParser, run: Callable[..., int], alone: str | None = None, *, shares: bool = False
+    parser: argparse.ArgumentParser,
+    run: Callable[..., int],
+    alone: str | None = None,
+    *,
+    shares: bool = False,
+    plain: bool = False,
 ) -> None:
     """Give a parser what every command has.
 
     Args:
         alone: what the command is called, where it is no work for a group of processes.
         shares: whether several that are no group share its work out all the same.
+        plain: whether it writes without any package.
     """
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
-    parser.set_defaults(run=run, alone=alone, shares=shares)
+    parser.set_defaults(run=run, alone=alone, shares=shares, plain=plain)
 
 
 def read_words(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -188,7 +210,7 @@ def _plain_warnings(errors: Console) -> Iterator[None]:
     def show(message: Warning | str, *_: object, **__: object) -> None:
         if not is_main():  # the first of several processes says it
             return
-        errors.print("[bold yellow]warning:[/bold yellow]", end=" ")
+        errors.print("warning:", style="bold yellow", end=" ")
         errors.print(" ".join(str(message).split()), markup=False, highlight=False, soft_wrap=True)
 
     with warnings.catch_warnings():
@@ -218,7 +240,7 @@ def _report(error: BaseException, text: str, status: int, args: argparse.Namespa
         return status
     if args.traceback:
         print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    errors.print("[bold red]error:[/bold red]", end=" ")
+    errors.print("error:", style="bold red", end=" ")
     errors.print(" ".join(text.split()), markup=False, highlight=False, soft_wrap=True)
     return status
 

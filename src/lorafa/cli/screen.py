@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from io import TextIOWrapper
-from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -20,12 +18,6 @@ def writable(text: str, encoding: str) -> str:
     except UnicodeEncodeError:
         return text.replace("±", "+-")
     return text
-
-
-def replacing(stream: TextIO) -> None:
-    """Have a stream write ? for what its encoding does not have, where it would end the command."""
-    if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
-        stream.reconfigure(errors="replace")
 
 
 class Screen(Console):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lorafa.costs.control_groups import group_folders, text_of
+
 _NO_LIMIT = 2**60
 """What version 1 of control groups writes where there is none is larger."""
 
@@ -22,41 +24,32 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 def resident_bytes() -> int | None:
     """Bytes this process has in memory now; None where the system does not tell."""
-    found = re.search(r"^VmRSS:\s+(\d+) kB", _text(Path("/proc/self/status")), re.MULTILINE)
+    found = re.search(r"^VmRSS:\s+(\d+) kB", text_of(Path("/proc/self/status")), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
-def _of_machine(root: Path) -> int | None:
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+def total_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that the machine has, whatever is used of it; None where the system does not tell."""
+    return _of_machine(root, "MemTotal")
+
+
+def _of_machine(root: Path, name: str = "MemAvailable") -> int | None:
+    found = re.search(rf"^{name}:\s+(\d+) kB", text_of(root / "proc/meminfo"), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
 def _of_groups(root: Path) -> Iterator[int | None]:
     """What each control group of this process leaves it, from its own up."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if not controllers:
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for folder, second in group_folders(root, "memory"):
+        if second:
+            yield _left(folder, "memory.max", "memory.current", "inactive_file")
         else:
-            continue
-        here = Path(path.lstrip("/"))
-        for folder in (here, *here.parents):
-            yield _left(base / folder, *names)
+            yield _left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def _left(group: Path, limit_file: str, used_file: str, cached: str) -> int | None:
-    limit, used = _text(group / limit_file).strip(), _text(group / used_file).strip()
+    limit, used = text_of(group / limit_file).strip(), text_of(group / used_file).strip()
     if not limit.isdigit() or not used.isdigit() or int(limit) >= _NO_LIMIT:
         return None
-    files = re.search(rf"^{cached} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
+    files = re.search(rf"^{cached} (\d+)$", text_of(group / "memory.stat"), re.MULTILINE)
     return max(0, int(limit) - int(used) + (int(files[1]) if files else 0))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -11,7 +11,7 @@ from lorafa.cli.main import COMMANDS, TOGETHER, main, parse
 WORDS = {
     "chat": ["a"], "report": ["a"], "compare": ["plan.yaml", "out"], "merge": ["a", "--out", "out"],
     "export": ["a", "--for", "peft", "--out", "out"], "inspect": ["a"], "params": [], "plan": [],
-    "combine": ["a", "b", "--out", "out"],
+    "combine": ["a", "b", "--out", "out"], "doctor": ["--quick"],
 }  # fmt: skip
 
 

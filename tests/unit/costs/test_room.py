@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafa.costs.room import available_bytes, resident_bytes
+from lorafa.costs.room import available_bytes, resident_bytes, total_bytes
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -69,3 +69,8 @@ def test_what_the_process_has_grows_with_what_it_writes() -> None:
     after = resident_bytes()
     assert after is not None
     assert 0.9 * held.nbytes < after - before < 1.2 * held.nbytes
+
+
+def test_all_memory_is_what_the_machine_has(tmp_path: Path) -> None:
+    assert total_bytes(write(tmp_path, MACHINE)) == 900 * 1024
+    assert total_bytes(tmp_path / "nowhere") is None
