@@ -13,12 +13,14 @@ import yaml
 from lorafa import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, merge_to_folder
 from lorafa.auto import load_base
 from lorafa.cli.main import main
+from lorafa.conf.compose import compose
 from lorafa.errors import SourceError
 from lorafa.export.base import facts_of
 from lorafa.export.job import export_adapter
 from lorafa.io.verify_folder import check_merged_folder
 from lorafa.models.load import load_model, load_tokenizer
 from lorafa.models.shapes import shape_model
+from lorafa.settings.typed import plain
 from toys.own_code import give_own_code, keep_code_in
 from toys.workplace import make_teacher, make_workplace, settings
 
@@ -224,3 +226,50 @@ def test_a_chat_is_told_by_an_option(place: Place, capsys: pytest.CaptureFixture
     assert not place.has_run()
     assert lorafa(capsys, "chat", place.model, "--trust-remote-code")[0] == 0
     assert place.has_run()
+
+
+# ---- functions of the user's -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rewarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that somebody else may have made, beside the module that its record names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs.py").write_text("open('ran', 'w')\n\n\ndef short(**_):\n    return [0.0]\n")
+    asked = ["model=model", "data=rows.jsonl", "objective=grpo", "objective.reward=theirs:short", "run_dir=run"]
+    record = yaml.safe_dump(plain(compose(asked)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(record)
+    (tmp_path / "run" / "result.json").write_text('{"status": "failed"}')
+    return tmp_path
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["objective=grpo", "objective.reward=theirs:other"]], ids=str)
+def test_a_reward_that_a_record_names_is_named_again_or_does_not_run(
+    rewarded: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    assert main(["train", "train.resume=run", *more]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "The record names functions as rewards (theirs:short), and code runs only where it is named each" in said
+    assert "add to train.resume: objective=grpo 'objective.reward=[theirs:short]'." in said
+    assert not (rewarded / "ran").exists()
+
+
+def test_named_again_it_is_the_run_s_own(rewarded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "train.resume=run", "objective=grpo", "objective.reward=[theirs:short]"]) != 0
+    assert "has no checkpoint to continue from" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("more", [["objective=dpo"], ["objective=grpo", "objective.reward=exact_match"]], ids=str)
+def test_other_objectives_are_no_settings_of_a_run_that_goes_on(
+    rewarded: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    assert main(["train", "train.resume=run", *more]) == 2
+    assert "A continued run keeps its settings" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_without_such_a_reward_gets_none(rewarded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (rewarded / "run" / "config.yaml").write_text(yaml.safe_dump(plain(compose(["model=model", "data=rows.jsonl"]))))
+    assert main(["train", "train.resume=run", "objective=grpo", "objective.reward=theirs:short"]) == 2
+    assert "A continued run keeps its rewards" in " ".join(capsys.readouterr().err.split())
+    assert not (rewarded / "ran").exists()

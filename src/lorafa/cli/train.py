@@ -144,17 +144,20 @@ BESIDE_RESUME = (
     "train.resume", *(f"train.{one}" for one in LONGER), "model.trust_remote_code", "align.trust_remote_code"
 )  # fmt: skip
 """All settings that may stand beside it."""
+CODE = ("objective", "objective.reward")
+"""Those, too, that name functions of the user's anew."""
 
 
 def longer_of(overrides: Sequence[str], config: RunConfig) -> dict[str, Any]:
     """How long the continued run is to be, where that is said; other settings are refused."""
     named = {text: text.lstrip("+").partition("=")[0] for text in overrides}
-    others = [text for text, key in named.items() if key not in BESIDE_RESUME]
+    allowed = (*BESIDE_RESUME, *CODE) if config.objective.code else BESIDE_RESUME
+    others = [text for text, key in named.items() if key not in allowed]
     if others:
         raise ConfigError(
             f"A continued run keeps its settings, found {' '.join(others)!r} beside train.resume. Leave them out "
-            "(train.steps, train.epochs, train.patience and trust_remote_code may be given), or start a new run "
-            "without train.resume."
+            "(train.steps, train.epochs, train.patience, trust_remote_code and a reward of one's own may be given), or "
+            "start a new run without train.resume."
         )
     return {one: getattr(config.train, one) for one in LONGER if f"train.{one}" in named.values()}
 

@@ -36,7 +36,7 @@ from lorafa.train.recipe import prepare, train
 from lorafa.train.settings.optim import steps_of, warmup_of
 from lorafa.train.settings.run import RunConfig
 from lorafa.train.settings.schedules import SCHEDULES
-from lorafa.train.settings.trust import trusting
+from lorafa.train.settings.trust import require_named, trusting
 
 
 def start_run(config: RunConfig, console: Console, command: Sequence[str], samples: str | None = None) -> Path:
@@ -102,7 +102,7 @@ def resume_run(
 
     Args:
         longer: ``steps``, ``epochs`` or ``patience`` of a training that goes on for longer than the run began with.
-        given: settings that say whether code of models is trusted; None trusts none.
+        given: settings that say whether code of models is trusted, and name the user's functions; None trusts none.
 
     Raises:
         LoraError: as :func:`resumable`, or another process is at the run; from the training on, result.json says what
@@ -122,11 +122,13 @@ def resumable(
         longer, given: as for :func:`resume_run`.
 
     Raises:
-        ConfigError: not a run directory, or the run is finished and is not to be longer, or cannot be.
+        ConfigError: not a run directory, or the run is finished and is not to be longer, or cannot be; its record
+            names functions of the user's that ``given`` does not.
         CheckpointError: the run has no checkpoint.
     """
     run = RunDirectory.open(path)
     config = trusting(run.config(), given)
+    require_named(config, given)
     if run.result().get("status") == "finished" and not longer:
         raise ConfigError(
             f"The run {str(run.path)!r} is finished; there is nothing to continue. Give it more steps beside "

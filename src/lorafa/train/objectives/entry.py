@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ class Objective:
     """(own settings, those of ``train``, rows) -> how many samples a pass over them trains; None: as many as rows."""
     require: Callable[[Any], None] | None = None
     """(own settings) raises ConfigError where something they name is not there."""
+    code: Callable[[Any], Sequence[str]] | None = None
+    """(own settings) -> names, where some are functions of the user's that a training runs; None: there are none."""
     measure: str | None = None
     """The function that measures more on held-out rows than the loss of their answers, as "module:function"."""
     metrics: Mapping[str, str] | None = None

@@ -72,6 +72,10 @@ class GrpoSettings:
         return [self.reward] if isinstance(self.reward, str) else list(self.reward)
 
 
+def _code(own: GrpoSettings) -> list[str]:
+    return own.rewards if any(":" in name for name in own.rewards) else []
+
+
 def _check(own: GrpoSettings, train: Any) -> None:
     answers = train.batch_size * train.accumulation
     if answers % own.num_generations:
@@ -177,6 +181,7 @@ GRPO = Objective(
     check=_check,
     passes=_samples_of_pass,
     require=_require,
+    code=_code,
     measure="lorafa.train.objectives.heldout:rewarded",
     metrics={
         "reward": "reward",

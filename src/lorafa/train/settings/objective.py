@@ -43,6 +43,11 @@ class ObjectiveConfig(OpenGroup):
         """The line of the table that is named."""
         return OBJECTIVES.get(self.name)
 
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The rewards, where one is a function of the user's, which a training runs: module:function."""
+        return () if self.entry.code is None else tuple(self.entry.code(self.own))
+
     def check_beside(self, model: ModelConfig, align: AlignConfig, peft: Any, train: Any) -> None:
         """Raises ConfigError for settings of other groups that an objective of TRL has no use for, or cannot be
         combined with.
