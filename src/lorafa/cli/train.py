@@ -145,7 +145,7 @@ BESIDE_RESUME = (
 )  # fmt: skip
 """All settings that may stand beside it."""
 CODE = ("objective", "objective.reward")
-"""Those, too, that name functions of the user's anew."""
+"""Settings that may stand there, too, where they name functions of the user's anew."""
 
 
 def longer_of(overrides: Sequence[str], config: RunConfig) -> dict[str, Any]:
